@@ -1,0 +1,39 @@
+"""torchalign: multi-temporal image co-registration in PyTorch.
+
+A stack of frames of one place is brought onto a reference, to a hundredth of a pixel, the whole stack in one
+batch, and every frame comes back with numbers that say how far it can be trusted::
+
+    import torchalign as ta
+
+    aligned, estimate = ta.PCC()(cube, reference)     # tensors
+    aligned, report = ta.align(datacube, "median")    # xarray
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from torchalign.aligner import Aligner
+from torchalign.functional.warp import warp
+from torchalign.pcc import PCC
+from torchalign.types import Alignment, Estimate, Status
+
+if TYPE_CHECKING:
+    from torchalign.xr import align as align
+
+__version__ = "0.1.0"
+__all__ = ["PCC", "Aligner", "Alignment", "Estimate", "Status", "align", "warp"]
+
+# where the names that need xarray live, imported on first use
+_LAZY = {"align": "torchalign.xr"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'torchalign' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

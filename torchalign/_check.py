@@ -1,0 +1,194 @@
+"""Argument checks and their wording: what was expected, what came, and the cure. Host only, no maths."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_crop",
+    "check_cube",
+    "check_mask",
+    "check_number",
+    "check_option",
+    "check_reference",
+    "check_warp",
+    "message",
+]
+
+
+def message(name: str, expected: str, got: object, cure: str) -> str:
+    """The one wording of every complaint.
+
+    >>> message("max_translation", "a number > 0", -1, "give pixels")
+    'max_translation: expected a number > 0, got -1; give pixels'
+    """
+    return f"{name}: expected {expected}, got {got}; {cure}"
+
+
+def check_option(name: str, value: object, choices: Any) -> None:
+    """``value`` must be one of a ``Literal``'s arguments.
+
+    Raises:
+        ValueError: it is not.
+    """
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(message(name, f"one of {allowed}", repr(value), "choose one of these"))
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    minimum: float = float("-inf"),
+    maximum: float = float("inf"),
+    inclusive: bool = True,
+    optional: bool = False,
+) -> None:
+    """``value`` must be a real number within bounds (or ``None`` where ``optional``).
+
+    Raises:
+        TypeError: not a number.
+        ValueError: out of bounds, or NaN.
+    """
+    if value is None and optional:
+        return
+    bounds = f"a number {'≥' if inclusive else '>'} {minimum:g} and ≤ {maximum:g}" + (" or None" if optional else "")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(message(name, bounds, f"{value!r} ({type(value).__name__})", "give a plain number"))
+    number = float(value)
+    above = number >= minimum if inclusive else number > minimum
+    if not (above and number <= maximum):
+        raise ValueError(message(name, bounds, value, "give a number within these bounds"))
+
+
+def check_cube(cube: Tensor) -> None:
+    """A floating cube (..., T, C, H, W).
+
+    Raises:
+        TypeError: not a floating tensor.
+        ValueError: fewer than four dimensions, or an empty frame.
+    """
+    _check_floating("cube", cube)
+    if cube.ndim < 4:
+        raise ValueError(
+            message("cube", "shape (..., T, C, H, W)", tuple(cube.shape), "add the missing dimensions, e.g. cube[:, None]")
+        )
+    if min(cube.shape[-3:]) < 1:
+        raise ValueError(
+            message("cube", "at least one band and one pixel", tuple(cube.shape), "drop the empty dimension's source")
+        )
+
+
+def check_reference(reference: Tensor, cube: Tensor) -> Tensor:
+    """A reference (..., C, H, W), or one per frame (..., T, C, H, W), that fits ``cube``.
+
+    Returns:
+        (..., 1 or T, C, H, W), with as many dimensions as ``cube``.
+
+    Raises:
+        TypeError: another dtype than the cube's.
+        ValueError: another shape or device.
+    """
+    _check_floating("reference", reference)
+    if reference.dtype != cube.dtype:
+        raise TypeError(
+            message("reference", f"the cube's dtype {cube.dtype}", reference.dtype, "convert it: reference.to(cube.dtype)")
+        )
+    _check_device("reference", reference, cube)
+    one = (*cube.shape[:-4], *cube.shape[-3:])
+    shape = tuple(reference.shape)
+    if shape == tuple(cube.shape):
+        return reference
+    if shape == one:
+        return reference.unsqueeze(-4)
+    if shape == tuple(cube.shape[-3:]):  # one reference for every series of a batch
+        return reference.reshape(*(1,) * (cube.ndim - 3), *shape)
+    raise ValueError(
+        message("reference", f"shape {one}, or {tuple(cube.shape)} for one per frame", shape, "same bands, same grid as the cube")
+    )
+
+
+def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor | None:
+    """A bool mask that broadcasts to ``shape``; returned as given.
+
+    Raises:
+        TypeError: not a bool tensor.
+        ValueError: it does not broadcast, or is on another device.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            message(name, "a bool tensor, True = usable", kind, "a cloud mask with 1 = cloud becomes `clouds == 0`")
+        )
+    _check_device(name, mask, like)
+    fits = mask.ndim <= len(shape) and all(
+        have in (1, want) for have, want in zip(reversed(mask.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            message(name, f"a shape that broadcasts to {tuple(shape)}", tuple(mask.shape), "one value per frame and pixel, no band axis")
+        )
+    return mask
+
+
+def check_warp(name: str, warp: Tensor, batch: Sequence[int], like: Tensor) -> None:
+    """A warp (..., T, 2, 3) or (..., T, 3, 3) for frames of batch shape ``batch``.
+
+    Raises:
+        TypeError: not a floating tensor.
+        ValueError: another shape or device.
+    """
+    _check_floating(name, warp)
+    _check_device(name, warp, like)
+    if tuple(warp.shape) not in ((*batch, 2, 3), (*batch, 3, 3)):
+        raise ValueError(
+            message(name, f"shape {(*batch, 2, 3)} or {(*batch, 3, 3)}", tuple(warp.shape), "one matrix per frame, moving → reference")
+        )
+
+
+def check_crop(crop_center: object) -> tuple[int, int] | None:
+    """``None``, an int, or (h, w), each ≥ 1; returned as (h, w).
+
+    Raises:
+        TypeError: no integers.
+        ValueError: not one or two of them, or below 1.
+    """
+    if crop_center is None:
+        return None
+    values = tuple(crop_center) if isinstance(crop_center, Sequence) else (crop_center, crop_center)
+    try:
+        sizes = tuple(operator.index(value) for value in values)
+    except TypeError:
+        raise TypeError(
+            message("crop_center", "an int or (h, w)", repr(crop_center), "give whole pixels")
+        ) from None
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(message("crop_center", "an int ≥ 1, or two (h, w)", repr(crop_center), "give whole pixels"))
+    return sizes[0], sizes[1]
+
+
+def _check_floating(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            message(name, "a torch.Tensor", type(tensor).__name__, "wrap it with torch.as_tensor, or use ta.align for xarray")
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(
+            message(name, "a floating dtype", tensor.dtype, "convert it (`.float()`), or use ta.align, which restores the dtype")
+        )
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            message(name, f"the cube's device {like.device}", tensor.device, f"move it: {name}.to(cube.device)")
+        )

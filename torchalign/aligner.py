@@ -1,0 +1,290 @@
+"""The one base class: check → channel → estimate → gate → warp."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchalign._check import (
+    check_crop,
+    check_cube,
+    check_mask,
+    check_number,
+    check_option,
+    check_reference,
+    check_warp,
+    message,
+)
+from torchalign.functional.affine import change_origin
+from torchalign.functional.channels import Channel, center_crop, extract_channel
+from torchalign.functional.quality import gate
+from torchalign.functional.warp import Interpolation, PaddingMode, resample
+from torchalign.functional.warp import _is_on_host
+from torchalign.types import Alignment, Estimate
+
+__all__ = ["Aligner", "Motion"]
+
+# Eager CPU: pixels of one block of frames, so that the temporaries of an estimate stay in the cache.
+_BLOCK_PIXELS = 2**19
+
+
+class Motion(NamedTuple):
+    """What a method hands to the gate, one row a frame.
+
+    Attributes:
+        warp: (..., T, 2, 3) or (..., T, 3, 3), in the coordinates of the images it was given.
+        sigma: (..., T), in pixels.
+        status: (..., T) int64; 0 where the method trusts its result.
+        inliers: (..., T, h, w) weights of common ground over the reference, or ``None``.
+    """
+
+    warp: Tensor
+    sigma: Tensor
+    status: Tensor
+    inliers: Tensor | None = None
+
+
+class Aligner(nn.Module, ABC):
+    """Options that every method shares, and the way from a cube to an alignment.
+
+    A method implements :meth:`estimate_motion`.
+
+    Args:
+        channel: what of the bands the estimate sees: a band index, ``"mean"``, ``"luminance"``, ``"rgb_mean"``,
+            ``"gradients"``, or a callable or Module (..., C, H, W) → (..., H, W). All bands are warped.
+        rgb_bands: the indices of R, G, B.
+        crop_center: estimate from the central int or (h, w) pixels only; the whole frame is warped.
+        max_translation: limit of the displacement of the frame's centre, in pixels.
+        min_score: frames that score lower are left alone (``LOW_SCORE``).
+        interpolation: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``.
+        padding_mode: what enters from outside the frame: ``"border"``, ``"zeros"`` or ``"reflection"``.
+        fill_value: or this value instead.
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ValueError: an option is out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        channel: Channel = "mean",
+        rgb_bands: Sequence[int] = (3, 2, 1),
+        crop_center: int | Sequence[int] | None = None,
+        max_translation: float = 5.0,
+        min_score: float | None = None,
+        interpolation: Interpolation = "bilinear",
+        padding_mode: PaddingMode = "border",
+        fill_value: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_number("max_translation", max_translation, minimum=0, inclusive=False, maximum=1e6)
+        check_number("min_score", min_score, minimum=-1, maximum=1, optional=True)
+        check_option("interpolation", interpolation, Interpolation)
+        check_option("padding_mode", padding_mode, PaddingMode)
+        if isinstance(channel, str) or not callable(channel):
+            _check_channel(channel)
+        if len(tuple(rgb_bands)) != 3:
+            raise ValueError(message("rgb_bands", "three band indices (R, G, B)", tuple(rgb_bands), "name three bands"))
+        self.channel = channel
+        self.rgb_bands = tuple(rgb_bands)
+        self.crop_center = check_crop(crop_center)
+        self.max_translation = float(max_translation)
+        self.min_score = None if min_score is None else float(min_score)
+        self.interpolation = interpolation
+        self.padding_mode = padding_mode
+        self.fill_value = fill_value
+
+    def forward(
+        self,
+        cube: Tensor,
+        reference: Tensor,
+        mask: Tensor | None = None,
+        reference_mask: Tensor | None = None,
+        *,
+        init: Tensor | None = None,
+    ) -> Alignment:
+        """Align every frame of ``cube`` with ``reference``; arguments and errors as in :meth:`estimate`.
+
+        Returns:
+            ``Alignment(aligned, estimate)``: all bands resampled once, in the cube's dtype; frames that were not
+            accepted come back bit for bit.
+        """
+        estimate = self.estimate(cube, reference, mask, reference_mask, init=init)
+        if mask is not None:
+            mask = mask.expand(*cube.shape[:-3], *cube.shape[-2:])
+        aligned = resample(
+            cube,
+            estimate.warp,
+            interpolation=self.interpolation,
+            padding_mode=self.padding_mode,
+            fill_value=self.fill_value,
+            mask=mask,
+        ).values
+        if self.fill_value is not None:
+            # the fill is for what a warp leaves empty; a frame without a warp stays as it came
+            aligned = torch.where(estimate.valid[..., None, None, None], aligned, cube)
+        return Alignment(aligned, estimate)
+
+    def estimate(
+        self,
+        cube: Tensor,
+        reference: Tensor,
+        mask: Tensor | None = None,
+        reference_mask: Tensor | None = None,
+        init: Tensor | None = None,
+    ) -> Estimate:
+        """Estimate without resampling.
+
+        Args:
+            cube: (..., T, C, H, W), floating.
+            reference: (..., C, H, W), or (..., T, C, H, W) for one per frame; the cube's dtype and device.
+            mask: bool, broadcastable to (..., T, H, W), True = usable. NaN and ±inf are unusable without it.
+            reference_mask: bool, broadcastable to (..., T, H, W).
+            init: (..., T, 2, 3) or (..., T, 3, 3), an earlier warp to start from.
+
+        Returns:
+            :class:`~torchalign.types.Estimate`.
+
+        Raises:
+            TypeError: a dtype does not fit.
+            ValueError: a shape or a device does not fit.
+        """
+        check_cube(cube)
+        reference = check_reference(reference, cube)
+        batch, size = cube.shape[:-3], cube.shape[-2:]
+        mask = check_mask("mask", mask, (*batch, *size), cube)
+        reference_mask = check_mask("reference_mask", reference_mask, (*batch, *size), cube)
+        if init is not None:
+            check_warp("init", init, batch, cube)
+
+        # FFTs and sampling positions need float32, whatever the network around uses
+        with torch.autocast(device_type=cube.device.type, enabled=False):
+            frames = batch[-1]
+            block = max(1, _BLOCK_PIXELS // (size[0] * size[1]))
+            seen = self._see(reference, reference_mask)
+            if frames <= block or not _is_on_host(cube):
+                return self._estimate(cube, mask, *seen, init)
+            parts = []
+            for first in range(0, frames, block):
+                part = slice(first, first + block)
+                parts.append(
+                    self._estimate(
+                        cube[..., part, :, :, :],
+                        _part(mask, part, frames, -3),
+                        _part(seen[0], part, frames, -3),
+                        _part(seen[1], part, frames, -3),
+                        _part(init, part, frames, -3),
+                    )
+                )
+            time = len(batch) - 1
+            return Estimate(*(torch.cat(fields, dim=time) for fields in zip(*parts, strict=True)))
+
+    @abstractmethod
+    def estimate_motion(
+        self,
+        moving: Tensor,
+        reference: Tensor,
+        moving_usable: Tensor | None,
+        reference_usable: Tensor | None,
+        init: Tensor | None,
+    ) -> Motion:
+        """The method: the warp of every frame, before the gate.
+
+        Args:
+            moving: (..., T, H, W), finite: unusable pixels hold 0.
+            reference: (..., 1 or T, H, W), likewise.
+            moving_usable: (..., T, H, W) bool, or ``None`` if all of it is.
+            reference_usable: (..., 1 or T, H, W) bool, or ``None``.
+            init: (..., T, 2 or 3, 3) in the coordinates of ``moving``, or ``None``.
+        """
+
+    def _estimate(
+        self,
+        cube: Tensor,
+        mask: Tensor | None,
+        reference: Tensor,
+        reference_usable: Tensor | None,
+        init: Tensor | None,
+    ) -> Estimate:
+        moving, moving_usable = self._see(cube, mask)
+        _, origin = center_crop(cube, self.crop_center)
+        moved = origin != (0, 0)
+        if init is not None:
+            init = init.to(moving.dtype)
+            init = change_origin(init, origin) if moved else init
+        motion = self.estimate_motion(moving, reference, moving_usable, reference_usable, init)
+        estimate = gate(
+            motion.warp,
+            motion.sigma,
+            motion.status,
+            moving,
+            reference,
+            moving_usable=moving_usable,
+            reference_usable=reference_usable,
+            inliers=motion.inliers,
+            max_translation=self.max_translation,
+            min_score=self.min_score,
+        )
+        if not moved:
+            return estimate
+        back = change_origin(estimate.warp, (-origin[0], -origin[1]))
+        # the conjugate of an identity is one but for rounding; a rejected frame's must be exact
+        return estimate._replace(warp=torch.where(estimate.valid[..., None, None], back, estimate.warp))
+
+    def _see(self, cube: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The channel in float32 or float64, cropped, 0 where unusable; and where it is usable."""
+        window, _ = center_crop(cube, self.crop_center)
+        if window.dtype.itemsize < 4 and not callable(self.channel):
+            window = window.float()
+        seen = extract_channel(window, self.channel, rgb_bands=self.rgb_bands)
+        if seen.dtype.itemsize < 4:
+            seen = seen.float()
+        if mask is None and _is_on_host(seen) and bool(seen.sum().isfinite()):
+            return seen, None  # one read tells that all is finite, where reading costs no synchronisation
+        usable = seen.isfinite()
+        if mask is not None:
+            mask = mask.expand(*mask.shape[:-2], *cube.shape[-2:]) if mask.ndim > 1 else mask
+            usable = usable & center_crop(mask.expand(*mask.shape[:-2], *cube.shape[-2:]), self.crop_center)[0]
+        return torch.where(usable, seen, 0.0), usable
+
+    def extra_repr(self) -> str:
+        """The options, as they are written in the constructor."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+
+    def _options(self) -> dict[str, Any]:
+        named = (
+            "channel",
+            "rgb_bands",
+            "crop_center",
+            "max_translation",
+            "min_score",
+            "interpolation",
+            "padding_mode",
+            "fill_value",
+        )
+        return {name: getattr(self, name) for name in named if not isinstance(getattr(self, name), nn.Module)}
+
+
+def _part(tensor: Tensor | None, part: slice, frames: int, dim: int) -> Tensor | None:
+    """A block of frames of what has a frame axis; what is shared is passed on whole."""
+    if tensor is None or tensor.ndim < -dim or tensor.shape[dim] == 1 or tensor.shape[dim] != frames:
+        return tensor
+    return tensor.narrow(dim, part.start, min(part.stop, frames) - part.start)
+
+
+def _check_channel(channel: object) -> None:
+    """An index or a name; the number of bands is known only when a cube comes."""
+    if isinstance(channel, str):
+        from torchalign.functional.channels import ChannelName
+
+        check_option("channel", channel, ChannelName)
+        return
+    if not hasattr(channel, "__index__") or isinstance(channel, bool):
+        raise TypeError(
+            message("channel", "a band index, a name or a callable", f"{channel!r} ({type(channel).__name__})", "see the docstring")
+        )

@@ -1,0 +1,572 @@
+r"""Masked, band-limited, sub-pixel phase correlation of whole stacks.
+
+The chain, each link a function that works alone:
+
+1. :func:`band_limit`: beyond about a quarter of the sampling rate a real sensor's spectrum is mostly folded
+   (aliased), and folded frequencies pull every estimate towards whole pixels. The frames are resampled, in the
+   spectral domain, onto the coarser grid that holds just the band that is kept: nothing that counts is lost,
+   and all that follows costs a quarter.
+2. :func:`local_contrast`: high-passed and divided by its local standard deviation, so that bright clouds,
+   shadows and gains weigh no more than fields and roads.
+3. :func:`cross_power`, :func:`coarse_peak`: the weighted cross-power spectrum and the peak of its inverse.
+4. :func:`agreement`: where do the two frames, brought together, show the same ground? Both are weighted by it,
+   in the same place of the ground, and correlated again.
+5. :func:`refine_peak`: Newton's ascent on the trigonometric polynomial that the correlation is: no grid, no
+   interpolation, differentiable by the implicit function theorem.
+
+Convention:
+    shift (x, y) in pixels moves the content of the moving frame onto the reference,
+    ``reference(p) = moving(p - shift)``; it is the translation of the warp moving → reference.
+    With :math:`M, R` the spectra, :math:`M^* R\,` has the phase :math:`-2\pi f \cdot shift`.
+
+References:
+    Knapp & Carter 1976, doi:10.1109/TASSP.1976.1162830 (the generalised cross-correlation and its weightings);
+    Kuglin & Hines 1975 (phase correlation); Guizar-Sicairos et al. 2008, doi:10.1364/OL.33.000156 (upsampled
+    DFT); Stone et al. 2001, doi:10.1109/36.957286 (aliasing and sub-pixel phase correlation).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = [
+    "Contrast",
+    "PhaseShift",
+    "Weighting",
+    "agreement",
+    "band_limit",
+    "coarse_peak",
+    "cross_power",
+    "local_contrast",
+    "phase_correlation",
+    "refine_peak",
+    "working_size",
+]
+
+Weighting = Literal["ramp", "sqrt", "phase", "none"]
+Contrast = Literal["local", "none"]
+
+# Share of the kept band, from its outer edge, over which the low-pass rolls off: a sharp edge would ring.
+_ROLL_OFF = 0.2
+# Pixels over which the frame's border fades before the band limit, whose Fourier series takes it for periodic.
+_BORDER = 4
+# A peak must stand out of its correlation surface by this many standard deviations to be one. Maxima of
+# unrelated scenes stay below 4.6 (a Gumbel law); see benchmarks/README.md.
+_MIN_SIGNIFICANCE = 5.0
+# A peak beyond the limit must exceed the one within by this factor to be believed.
+_OUTSIDE_MARGIN = 1.2
+_NEWTON_STEPS = 5
+# The last Newton step of an estimate that has converged is shorter than this, in pixels (float32 stalls at 1e-5).
+_NEWTON_TOLERANCE = 1e-2
+# Frames with less than this share of usable pixels are not worth a guess.
+_MIN_USABLE = 1 / 64
+
+
+class PhaseShift(NamedTuple):
+    """What :func:`phase_correlation` finds, one row a frame.
+
+    Attributes:
+        shift: (..., 2), (x, y) in pixels.
+        sigma: (...,), predicted 1-σ error per axis, in pixels.
+        significance: (...,), height of the coarse peak in standard deviations of the correlation surface.
+        flat: (...,) bool, no texture or too few usable pixels in frame or reference.
+        outside: (...,) bool, a clearly higher peak lies beyond ``max_translation``.
+        converged: (...,) bool, the peak is significant and Newton's ascent arrived near it.
+        inliers: (..., h, w), weights in [0, 1] on the grid of the reference (coarser than the frames by the
+            band limit): where both show the same ground. ``None`` if not asked for (``robust=False``).
+    """
+
+    shift: Tensor
+    sigma: Tensor
+    significance: Tensor
+    flat: Tensor
+    outside: Tensor
+    converged: Tensor
+    inliers: Tensor | None
+
+
+def phase_correlation(
+    moving: Tensor,
+    reference: Tensor,
+    moving_mask: Tensor | None = None,
+    reference_mask: Tensor | None = None,
+    *,
+    max_translation: float = 5.0,
+    max_frequency: float = 0.25,
+    contrast: Contrast = "local",
+    weighting: Weighting = "ramp",
+    taper: float = 0.15,
+    robust: bool = True,
+    upsample_factor: int | None = None,
+    start: Tensor | None = None,
+) -> PhaseShift:
+    """The translation that brings every moving frame onto the reference. See the module's docstring.
+
+    Args:
+        moving: (..., H, W), float32 or float64, finite.
+        reference: (..., H, W), broadcastable; what is shared is computed once.
+        moving_mask: bool, broadcastable to ``moving``, True = usable; ``None`` if all of it is.
+        reference_mask: the same for ``reference``.
+        max_translation: limit of the length of the shift, in pixels.
+        max_frequency: the band that is kept, in cycles per pixel; 0.5 is everything.
+        contrast: ``"local"`` for :func:`local_contrast`, ``"none"`` for the mean removed.
+        weighting: of the cross-power spectrum, see :func:`cross_power`.
+        taper: share of each axis over which the window falls off (Tukey), in [0, 1].
+        robust: weight by :func:`agreement` and correlate a second time.
+        upsample_factor: ``None`` for Newton; n for the best of a grid of 1/n pixel (not differentiable).
+        start: (..., 2), a shift to refine; skips the coarse search.
+
+    Returns:
+        :class:`PhaseShift`. Never NaN, whatever the data.
+
+    Example:
+        >>> grid = torch.arange(64.0)
+        >>> scene = lambda x, y: torch.sin(0.5 * x) * torch.cos(0.4 * y) + torch.sin(0.31 * x - 0.77 * y)
+        >>> reference = scene(grid, grid[:, None])
+        >>> moving = scene(grid + 1.3, grid[:, None] - 0.6)
+        >>> phase_correlation(moving, reference).shift.round(decimals=2)
+        tensor([ 1.3000, -0.6000])
+    """
+    height, width = moving.shape[-2:]
+    size = working_size((height, width), max_frequency)
+    grid = _Grid.of((height, width), size, max_frequency, moving)
+
+    field, usable, moving_flat = _field(moving, moving_mask, grid, contrast)
+    reference_field, reference_usable, reference_flat = _field(reference, reference_mask, grid, contrast)
+    flat = moving_flat | reference_flat
+
+    window = grid.window(taper)
+    spectrum = torch.fft.rfft2(field * window)  # (..., h, w//2+1)
+    reference_spectrum = torch.fft.rfft2(reference_field * window)
+    power = cross_power(spectrum, reference_spectrum, grid.radius, max_frequency, weighting)
+    surface = torch.fft.irfft2(power, s=size)
+    peak = coarse_peak(surface, (height, width), max_translation)
+    shift = peak.shift if start is None else start
+    outside = peak.outside if start is None else torch.zeros_like(peak.outside)
+
+    inliers = None
+    effective = window.square()
+    if robust:
+        ground = torch.fft.irfft2(grid.translate(spectrum, shift), s=size)  # the moving frame over the reference
+        inliers = agreement(ground, reference_field * window)
+        if reference_usable is not None:
+            inliers = inliers * reference_usable
+        # each frame gets the window, and the weights, of the ground that both see
+        tapered = grid.window(taper, -shift) * torch.fft.irfft2(
+            grid.translate(torch.fft.rfft2(inliers), -shift), s=size
+        )
+        reference_tapered = grid.window(taper, shift) * inliers
+        spectrum = torch.fft.rfft2(field * tapered)
+        reference_spectrum = torch.fft.rfft2(reference_field * reference_tapered)
+        power = cross_power(spectrum, reference_spectrum, grid.radius, max_frequency, weighting)
+        effective = reference_tapered.square()
+
+    if upsample_factor is None:
+        refined, step, curved = refine_peak(power, grid.frequencies, shift)
+    else:
+        refined = _upsampled_peak(power, grid.frequencies, shift, upsample_factor)
+        step, curved = torch.zeros_like(shift), torch.ones_like(outside)
+    sigma = _sigma(power, grid.frequencies, refined, effective)
+    near = (refined - shift).norm(dim=-1) <= 2 * max(height / size[0], width / size[1])
+    converged = curved & near & (step.norm(dim=-1) < _NEWTON_TOLERANCE) & torch.isfinite(sigma)
+    if start is None:
+        converged = converged & (peak.significance >= _MIN_SIGNIFICANCE)
+    return PhaseShift(refined, sigma, peak.significance, flat, outside, converged, inliers)
+
+
+def working_size(size: tuple[int, int], max_frequency: float) -> tuple[int, int]:
+    """The coarsest grid (h, w), in multiples of 8, that holds the band; never finer than the frame's.
+
+    >>> working_size((256, 101), 0.25), working_size((256, 101), 0.5)
+    ((128, 56), (256, 101))
+    """
+    height, width = (min(length, 8 * math.ceil(2 * max_frequency * length / 8)) for length in size)
+    return height, width
+
+
+def band_limit(image: Tensor, size: tuple[int, int], max_frequency: float = 0.25) -> Tensor:
+    """Keep the frequencies below ``max_frequency`` and resample to ``size``, in the spectral domain.
+
+    Sample (i, j) of the result lies at pixel (i·H/h, j·W/w) of the image: the origins coincide. The mean is
+    removed and the border faded over four pixels, since the Fourier series wraps around.
+
+    Args:
+        image: (..., H, W).
+        size: (h, w), at most (H, W), see :func:`working_size`.
+        max_frequency: in cycles per pixel of the image; the outer fifth of the band rolls off as a cosine.
+
+    Returns:
+        (..., h, w).
+    """
+    height, width = image.shape[-2:]
+    centred = image - image.mean((-2, -1), keepdim=True)
+    return _band_limit(centred, _Grid.of((height, width), size, max_frequency, image))
+
+
+def local_contrast(image: Tensor, usable: Tensor | None = None) -> Tensor:
+    r"""High-passed and normalised by the local standard deviation.
+
+    .. math:: \frac{x - g * x}{\sqrt{g * (x - g * x)^2 + c}}
+
+    with g a triangle of 7 × 7 samples and c the frame's median of the local variance, which keeps noise on flat
+    ground from being blown up. Invariant to gain and offset.
+
+    Args:
+        image: (..., H, W).
+        usable: bool, broadcastable; the median is taken over usable samples, the rest comes back 0.
+
+    Returns:
+        (..., H, W), about [−3, 3].
+    """
+    detail = image - _triangle(image, 2)
+    variance = _triangle(detail.square(), 2)
+    # a sixteenth of the samples tells the median as well, and sorting is what costs
+    sampled = variance[..., ::4, ::4].detach()
+    if usable is not None:
+        sampled = sampled.masked_fill(~usable[..., ::4, ::4], torch.nan)
+    typical = sampled.flatten(-2).nanmedian(-1).values.nan_to_num(0.0)[..., None, None]
+    tiny = torch.finfo(image.dtype).tiny ** 0.5
+    contrast = detail * torch.rsqrt(variance + typical + tiny)
+    return contrast if usable is None else contrast * usable
+
+
+def cross_power(
+    moving: Tensor, reference: Tensor, radius: Tensor, max_frequency: float = 0.5, weighting: Weighting = "ramp"
+) -> Tensor:
+    r"""The weighted cross-power spectrum :math:`\psi(f)\, M^*(f) R(f)`, 0 from ``max_frequency`` on.
+
+    * ``"ramp"``: :math:`\psi = |f|`, which evens out the 1/f spectrum of natural scenes without dividing;
+    * ``"sqrt"``: :math:`\psi = |M^* R|^{-1/2}`;
+    * ``"phase"``: :math:`\psi = |M^* R|^{-1}`, Kuglin & Hines' phase correlation;
+    * ``"none"``: :math:`\psi = 1`, plain cross-correlation.
+
+    Args:
+        moving: (..., H, W//2+1), an ``rfft2``.
+        reference: the same, broadcastable.
+        radius: (H, W//2+1), :math:`|f|` in cycles per pixel.
+        max_frequency: in cycles per pixel.
+        weighting: see above.
+
+    Returns:
+        (..., H, W//2+1), complex.
+    """
+    band = radius < max_frequency
+    power = moving.conj() * reference
+    if weighting == "ramp":
+        return power * (radius * band)
+    if weighting == "none":
+        return power * band
+    # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype can tell, stands in
+    squared = power.real.square() + power.imag.square()
+    floor = torch.finfo(squared.dtype).eps ** 2 * squared.amax((-2, -1), keepdim=True).detach()
+    magnitude = (squared + floor + torch.finfo(squared.dtype).tiny).sqrt()
+    return power * (band / (magnitude if weighting == "phase" else magnitude.sqrt()))
+
+
+class _Peak(NamedTuple):
+    shift: Tensor  # (..., 2), pixels
+    significance: Tensor
+    outside: Tensor
+
+
+def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) -> _Peak:
+    """The highest sample of a correlation surface within the limit, and a parabola through its neighbours.
+
+    The surface is periodic; its samples stand for shifts in ± half of the frame, so nothing wraps unseen: a
+    higher peak beyond the limit is reported as ``outside``.
+
+    Args:
+        surface: (..., h, w), over shifts of the frame of ``size``.
+        size: (H, W) of the frame; one sample is H/h by W/w pixels.
+        max_translation: in pixels.
+
+    Returns:
+        shift (..., 2) in pixels, significance (...,) in standard deviations, outside (...,) bool.
+    """
+    rows, columns = surface.shape[-2:]
+    step_y, step_x = size[0] / rows, size[1] / columns
+    y = torch.fft.fftfreq(rows, 1 / rows, device=surface.device, dtype=surface.dtype) * step_y
+    x = torch.fft.fftfreq(columns, 1 / columns, device=surface.device, dtype=surface.dtype) * step_x
+    # a shift between two samples may have its highest sample half a diagonal beyond the limit
+    reach = max_translation + 0.5 * math.hypot(step_x, step_y)
+    within = torch.hypot(x, y[:, None]) <= reach
+    values = surface.detach()
+    inside, index = values.masked_fill(~within, -torch.inf).flatten(-2).max(-1)
+    spread = values.flatten(-2).std(-1, correction=0)
+    tiny = torch.finfo(surface.dtype).tiny
+    significance = inside.clamp(min=0) / (spread + tiny)
+    highest = values.flatten(-2).amax(-1)
+    outside = (highest > _OUTSIDE_MARGIN * inside.clamp(min=0)) & (highest >= _MIN_SIGNIFICANCE * spread)
+
+    row, column = index // columns, index % columns
+    samples = surface.flatten(-2)
+
+    def value(dy: int, dx: int) -> Tensor:
+        at = (row + dy) % rows * columns + (column + dx) % columns
+        return samples.gather(-1, at[..., None])[..., 0]
+
+    centre = value(0, 0)
+    delta_x = _parabola(value(0, -1), centre, value(0, 1))
+    delta_y = _parabola(value(-1, 0), centre, value(1, 0))
+    shift = torch.stack([x[column] + step_x * delta_x, y[row] + step_y * delta_y], dim=-1)
+    return _Peak(shift, significance, outside)
+
+
+def agreement(moving: Tensor, reference: Tensor) -> Tensor:
+    r"""Weights in [0, 1]: how much two frames, brought together, show the same ground.
+
+    The squared local correlation coefficient, squared again, over a triangle of 15 × 15 samples,
+
+    .. math:: \left( \frac{(g * ab)_+^2}{(g * a^2)\,(g * b^2)} \right)^2
+
+    near 1 on common ground, near 0 under a cloud, on a changed field, and where one of them is empty.
+
+    Args:
+        moving: (..., H, W), over the reference.
+        reference: (..., H, W), broadcastable.
+
+    Returns:
+        (..., H, W).
+    """
+    common = _triangle(moving * reference, 3).clamp(min=0)
+    energy = _triangle(moving.square(), 3) * _triangle(reference.square(), 3)
+    tiny = torch.finfo(moving.dtype).eps ** 2  # the fields are of order 1
+    return _triangle((common.square() / (energy + tiny)).square(), 1).clamp(max=1)
+
+
+def refine_peak(
+    power: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, *, steps: int = _NEWTON_STEPS
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Newton's ascent on the correlation as a function of a continuous shift.
+
+    .. math:: C(t) = \sum_f \mathrm{Re}\, P(f)\, e^{2\pi i f \cdot t}
+
+    Value, gradient and Hessian come from two small matrix products a step. The steps carry no gradient; one
+    last step from the optimum does, :math:`t = t^* - H^{-1} \nabla C`, whose derivative is that of the implicit
+    function theorem, at the cost of one step of memory.
+
+    Args:
+        power: (..., H, W//2+1), half of a Hermitian cross-power spectrum.
+        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
+        start: (..., 2), (x, y) in pixels, within the peak's basin.
+        steps: number of steps, at most half a pixel per axis each.
+
+    Returns:
+        shift (..., 2); the last step (..., 2); and whether the Hessian is negative definite there (...,).
+    """
+    shift = start.detach()
+    fixed = power.detach()
+    for _ in range(steps):
+        step, _ = _newton_step(fixed, frequencies, shift)
+        shift = shift + step
+    last, curved = _newton_step(power, frequencies, shift)
+    return shift + last, last.detach(), curved
+
+
+def _newton_step(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> tuple[Tensor, Tensor]:
+    derivatives = _derivatives(power, frequencies, shift)  # (..., 3, 3): [order in y, order in x]
+    gx, gy = derivatives[..., 0, 1], derivatives[..., 1, 0]
+    hxx, hyy, hxy = derivatives[..., 0, 2], derivatives[..., 2, 0], derivatives[..., 1, 1]
+    determinant = hxx * hyy - hxy.square()
+    curved = (hxx < 0) & (determinant > torch.finfo(hxx.dtype).eps * hxx * hyy)
+    safe = torch.where(curved, determinant, 1.0)
+    step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1) / safe[..., None]
+    return torch.where(curved[..., None], step, 0.0).clamp(-0.5, 0.5), curved
+
+
+def _derivatives(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> Tensor:
+    """(..., 3, 3): the correlation's derivatives of order 0, 1, 2 in y (rows) and x (columns) at ``shift``."""
+    waves_y = _waves(frequencies[0], shift[..., 1])  # (..., 3, H)
+    waves_x = _waves(frequencies[1], shift[..., 0])  # (..., 3, W//2+1)
+    # the other half of the spectrum is the conjugate: count every column twice but the first
+    twice = torch.where(frequencies[1] > 0, 2.0, 1.0)
+    return torch.matmul(torch.matmul(waves_y, power), (waves_x * twice).mT).real
+
+
+def _waves(frequency: Tensor, shift: Tensor) -> Tensor:
+    """(..., 3, N): e^{iωt} and its first two derivatives in t, ω = 2πf in radians per pixel."""
+    omega = 2 * math.pi * frequency
+    angle = shift[..., None] * omega
+    wave = torch.complex(angle.cos(), angle.sin())
+    return torch.stack([wave, 1j * omega * wave, -omega.square() * wave], dim=-2)
+
+
+def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, factor: int) -> Tensor:
+    """The best point of a grid of 1/factor pixel, 1.5 pixels around the start (Guizar-Sicairos et al. 2008)."""
+    half = math.ceil(0.75 * factor)
+    centre = (start.detach() * factor).round()
+    offsets = torch.arange(-half, half + 1, device=start.device, dtype=start.dtype)
+    candidates = (centre[..., None] + offsets) / factor  # (..., 2, n), x then y
+    omega_y, omega_x = (2 * math.pi * frequency for frequency in frequencies)
+    angle_y = candidates[..., 1, :, None] * omega_y
+    angle_x = candidates[..., 0, :, None] * omega_x
+    waves_y = torch.complex(angle_y.cos(), angle_y.sin())  # (..., n, H)
+    waves_x = torch.complex(angle_x.cos(), angle_x.sin()) * torch.where(frequencies[1] > 0, 2.0, 1.0)
+    values = torch.matmul(torch.matmul(waves_y, power.detach()), waves_x.mT).real  # (..., n, n)
+    best = values.flatten(-2).argmax(-1)
+    count = offsets.shape[0]
+    return torch.stack([centre[..., 0] + offsets[best % count], centre[..., 1] + offsets[best // count]], -1) / factor
+
+
+def _sigma(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, effective: Tensor) -> Tensor:
+    r"""Predicted 1-σ error per axis: the sandwich :math:`H^{-1} G H^{-1}`, G the scatter of the gradient.
+
+    At the optimum every frequency pulls by :math:`-\omega\, \mathrm{Im}\,P e^{i\omega t}`; the pulls sum to zero,
+    and the sum of their squares is the variance of that sum, times the number of bins that the window's
+    spectrum correlates, :math:`N \sum u^2 / (\sum u)^2` for a window whose square is u.
+    """
+    power = power.detach()
+    shift = shift.detach()
+    derivatives = _derivatives(power, frequencies, shift)
+    hxx, hyy, hxy = derivatives[..., 0, 2], derivatives[..., 2, 0], derivatives[..., 1, 1]
+    omega_y, omega_x = (2 * math.pi * frequency for frequency in frequencies)
+    angle = shift[..., 1, None, None] * omega_y[:, None] + shift[..., 0, None, None] * omega_x
+    pull = power.imag * angle.cos() + power.real * angle.sin()  # (..., H, W//2+1)
+    # a bin and its conjugate pull alike: together (2·pull)², hence 4 where two are counted
+    square = pull.square() * torch.where(frequencies[1] > 0, 4.0, 1.0)
+    by_row, by_column = square.sum(-1), square.sum(-2)
+    gxx, gyy = (by_column * omega_x.square()).sum(-1), (by_row * omega_y.square()).sum(-1)
+    gxy = (torch.matmul(square, omega_x) * omega_y).sum(-1)
+    determinant = hxx * hyy - hxy.square()
+    safe = torch.where(determinant > 0, determinant, 1.0)
+    variance_x = (hyy.square() * gxx - 2 * hyy * hxy * gxy + hxy.square() * gyy) / safe.square()
+    variance_y = (hxx.square() * gyy - 2 * hxx * hxy * gxy + hxy.square() * gxx) / safe.square()
+    effective = effective.detach()
+    area = effective.sum((-2, -1))
+    correlated = effective[..., 0, 0].numel() and (
+        effective.shape[-2] * effective.shape[-1] * effective.square().sum((-2, -1))
+        / (area.square() + torch.finfo(area.dtype).tiny)
+    )
+    sigma = (0.5 * (variance_x + variance_y) * correlated).clamp(min=0).sqrt()
+    return torch.where(determinant > 0, sigma, torch.inf)
+
+
+class _Grid(NamedTuple):
+    """The working grid of h × w samples over a frame of H × W pixels; all in pixels of the frame."""
+
+    frame: tuple[int, int]
+    size: tuple[int, int]
+    max_frequency: float
+    frequencies: tuple[Tensor, Tensor]  # (h,), (w//2+1,), cycles per pixel
+    radius: Tensor  # (h, w//2+1), |f|
+
+    @classmethod
+    def of(cls, frame: tuple[int, int], size: tuple[int, int], max_frequency: float, like: Tensor) -> _Grid:
+        kind = {"device": like.device, "dtype": like.dtype}
+        # bin k is k cycles per frame, on either grid
+        y = torch.fft.fftfreq(size[0], frame[0] / size[0], **kind)
+        x = torch.fft.rfftfreq(size[1], frame[1] / size[1], **kind)
+        return cls(frame, size, max_frequency, (y, x), torch.hypot(x, y[:, None]))
+
+    def roll_off(self) -> Tensor:
+        """(h, w//2+1): 1 in the band, falling to 0 at its edge as a cosine."""
+        edge = (self.max_frequency - self.radius) / (_ROLL_OFF * self.max_frequency)
+        return 0.5 - 0.5 * torch.cos(math.pi * edge.clamp(0, 1))
+
+    def window(self, taper: float, shift: Tensor | None = None) -> Tensor:
+        """(..., h, w): a Tukey window; given a shift, the ground that a frame so shifted has in common with it."""
+        profiles = []
+        for axis, (length, samples) in enumerate(zip(self.frame, self.size, strict=True)):
+            position = torch.arange(samples, device=self.radius.device, dtype=self.radius.dtype) * (length / samples)
+            profile = _tukey(position, length, taper)
+            if shift is not None:
+                moved = _tukey(position - shift[..., 1 - axis, None], length, taper)
+                profile = torch.minimum(profile, moved)
+            profiles.append(profile)
+        return profiles[0][..., :, None] * profiles[1][..., None, :]
+
+    def translate(self, spectrum: Tensor, shift: Tensor) -> Tensor:
+        """The spectrum of the content moved by ``shift`` (..., 2)."""
+        y, x = self.frequencies
+        angle_y, angle_x = shift[..., 1, None] * (-2 * math.pi * y), shift[..., 0, None] * (-2 * math.pi * x)
+        wave_y = torch.complex(angle_y.cos(), angle_y.sin())
+        wave_x = torch.complex(angle_x.cos(), angle_x.sin())
+        return spectrum * wave_y[..., :, None] * wave_x[..., None, :]
+
+
+def _field(
+    image: Tensor, mask: Tensor | None, grid: _Grid, contrast: Contrast
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What is correlated, (..., h, w); where it can be used; and whether there is nothing in it."""
+    height, width = grid.frame
+    if mask is None:
+        mean = image.mean((-2, -1), keepdim=True)
+        centred = image - mean
+        share = torch.ones_like(mean[..., 0, 0])
+        usable = None
+    else:
+        share = mask.to(image.dtype).mean((-2, -1)).expand(image.shape[:-2])
+        filled = torch.where(mask, image, 0.0)
+        mean = filled.mean((-2, -1), keepdim=True) / share[..., None, None].clamp(min=1 / (height * width))
+        # unusable pixels take the frame's mean: less of a step at their edge than any constant
+        centred = torch.where(mask, image - mean, 0.0)
+        usable = _usable(mask, grid)
+    limited = _band_limit(centred, grid)
+    scale = limited.square().mean((-2, -1)).sqrt()
+    # a frame whose deviation is the rounding error of its mean is flat
+    noise = 32 * torch.finfo(image.dtype).eps * mean[..., 0, 0].abs()
+    flat = (scale <= noise) | (share < _MIN_USABLE) | ~torch.isfinite(scale)
+    normal = limited / torch.where(flat, 1.0, scale)[..., None, None]
+    field = local_contrast(normal, usable) if contrast == "local" else normal
+    return torch.where(flat[..., None, None], 0.0, field), usable, flat
+
+
+def _usable(mask: Tensor, grid: _Grid) -> Tensor:
+    """(..., h, w) bool: samples whose surroundings, as far as the filters reach, are usable."""
+    height, width = grid.size
+    flat = mask.reshape(-1, 1, *mask.shape[-2:]).to(grid.radius.dtype)
+    flat = flat.expand(-1, -1, *grid.frame)
+    coverage = F.interpolate(flat, size=(height, width), mode="area").reshape(*mask.shape[:-2], height, width)
+    return _triangle(coverage, 2) > 0.9
+
+
+def _band_limit(centred: Tensor, grid: _Grid) -> Tensor:
+    height, width = grid.frame
+    rows, columns = grid.size
+    kind = {"device": centred.device, "dtype": centred.dtype}
+    faded = (
+        centred
+        * _tukey(torch.arange(height, **kind), height, 2 * min(_BORDER / height, 0.1))[:, None]
+        * _tukey(torch.arange(width, **kind), width, 2 * min(_BORDER / width, 0.1))
+    )
+    spectrum = torch.fft.fft(torch.fft.rfft(faded)[..., : columns // 2 + 1], dim=-2)
+    if rows < height:
+        spectrum = torch.cat([spectrum[..., : rows - rows // 2, :], spectrum[..., height - rows // 2 :, :]], dim=-2)
+    gain = rows * columns / (height * width)
+    return torch.fft.irfft2(spectrum * (grid.roll_off() * gain), s=(rows, columns))
+
+
+def _tukey(position: Tensor, length: int, taper: float) -> Tensor:
+    """The Tukey window of ``length`` pixels at (fractional) pixel positions: 0 beyond the frame's outer edge."""
+    if taper <= 0:
+        return ((position > -0.5) & (position < length - 0.5)).to(position.dtype)
+    from_edge = torch.minimum(position + 0.5, length - 0.5 - position)  # pixels
+    return 0.5 - 0.5 * torch.cos(math.pi * (from_edge / (0.5 * taper * length)).clamp(0, 1))
+
+
+def _triangle(image: Tensor, order: int) -> Tensor:
+    """Mean with triangular weights over 2·2ⁿ − 1 samples a side: two boxes of 2ⁿ by repeated doubling.
+
+    A chain of 2n additions an axis: much faster than a convolution or a pooling on the CPU.
+    """
+    length = 2**order
+    flat = image.reshape(-1, 1, *image.shape[-2:])
+    result = F.pad(flat, (length - 1,) * 4, mode="replicate")
+    for dim in (-1, -2):
+        for _ in range(2):
+            for power in range(order):
+                count = result.shape[dim] - 2**power
+                result = result.narrow(dim, 0, count) + result.narrow(dim, 2**power, count)
+    return (result * (1 / length**4)).reshape(image.shape)
+
+
+def _parabola(before: Tensor, centre: Tensor, after: Tensor) -> Tensor:
+    """Where the parabola through three equidistant samples, the middle one highest, has its vertex."""
+    curvature = before - 2 * centre + after
+    safe = torch.where(curvature < 0, curvature, -1.0)
+    return torch.where(curvature < 0, 0.5 * (before - after) / safe, 0.0).clamp(-0.5, 0.5)

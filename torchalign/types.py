@@ -1,0 +1,57 @@
+"""What every aligner returns: an :class:`Alignment` of the aligned cube and its :class:`Estimate`."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Alignment", "Estimate", "Status"]
+
+
+class Status(IntEnum):
+    """Why a frame was aligned (``OK``) or left as it came (anything else).
+
+    >>> Status.OK == 0, Status(5).name
+    (True, 'NOT_BETTER')
+    """
+
+    OK = 0
+    TOO_FAR = 1  # the displacement of the frame's centre exceeds `max_translation`
+    NOT_CONVERGED = 2  # no stable, distinct optimum was found
+    NO_TEXTURE = 3  # flat, empty or (almost) wholly masked
+    TOO_FEW_MATCHES = 4  # local features: not enough agreeing matches
+    NOT_BETTER = 5  # the score did not improve on the identity
+    LOW_SCORE = 6  # the score stayed below `min_score`
+
+
+class Estimate(NamedTuple):
+    """One row a frame; a NamedTuple of tensors, so compile, vmap, export and collate keep it.
+
+    Attributes:
+        warp: (..., T, 2, 3), or (..., T, 3, 3) for a homography; moving → reference,
+            ``p_ref = A · p_mov + t`` in pixels (x, y); the exact identity where ``status != 0``.
+        score: (..., T), zero-normalised cross-correlation with the reference after alignment.
+        score_before: (..., T), the same with the identity.
+        sigma: (..., T), predicted 1-σ error of the translation per axis, in pixels.
+        status: (..., T) int64, a :class:`Status` for every frame.
+    """
+
+    warp: Tensor
+    score: Tensor
+    score_before: Tensor
+    sigma: Tensor
+    status: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """(..., T) bool: the frames that were aligned, ``status == Status.OK``."""
+        return self.status == 0
+
+
+class Alignment(NamedTuple):
+    """The aligned cube, (..., T, C, H, W), and the :class:`Estimate` it was made with."""
+
+    aligned: Tensor
+    estimate: Estimate
