@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "check_bands",
     "check_crop",
     "check_cube",
     "check_mask",
@@ -59,7 +60,9 @@ def check_number(
     """
     if value is None and optional:
         return
-    bounds = f"a number {'≥' if inclusive else '>'} {minimum:g} and ≤ {maximum:g}" + (" or None" if optional else "")
+    bounds = f"a number {'≥' if inclusive else '>'} {minimum:g} and ≤ {maximum:g}" + (
+        " or None" if optional else ""
+    )
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(message(name, bounds, f"{value!r} ({type(value).__name__})", "give a plain number"))
     number = float(value)
@@ -78,11 +81,21 @@ def check_cube(cube: Tensor) -> None:
     _check_floating("cube", cube)
     if cube.ndim < 4:
         raise ValueError(
-            message("cube", "shape (..., T, C, H, W)", tuple(cube.shape), "add the missing dimensions, e.g. cube[:, None]")
+            message(
+                "cube",
+                "shape (..., T, C, H, W)",
+                tuple(cube.shape),
+                "add the missing dimensions, e.g. cube[:, None]",
+            )
         )
     if min(cube.shape[-3:]) < 1:
         raise ValueError(
-            message("cube", "at least one band and one pixel", tuple(cube.shape), "drop the empty dimension's source")
+            message(
+                "cube",
+                "at least one band and one pixel",
+                tuple(cube.shape),
+                "drop the empty dimension's source",
+            )
         )
 
 
@@ -99,7 +112,12 @@ def check_reference(reference: Tensor, cube: Tensor) -> Tensor:
     _check_floating("reference", reference)
     if reference.dtype != cube.dtype:
         raise TypeError(
-            message("reference", f"the cube's dtype {cube.dtype}", reference.dtype, "convert it: reference.to(cube.dtype)")
+            message(
+                "reference",
+                f"the cube's dtype {cube.dtype}",
+                reference.dtype,
+                "convert it: reference.to(cube.dtype)",
+            )
         )
     _check_device("reference", reference, cube)
     one = (*cube.shape[:-4], *cube.shape[-3:])
@@ -111,7 +129,12 @@ def check_reference(reference: Tensor, cube: Tensor) -> Tensor:
     if shape == tuple(cube.shape[-3:]):  # one reference for every series of a batch
         return reference.reshape(*(1,) * (cube.ndim - 3), *shape)
     raise ValueError(
-        message("reference", f"shape {one}, or {tuple(cube.shape)} for one per frame", shape, "same bands, same grid as the cube")
+        message(
+            "reference",
+            f"shape {one}, or {tuple(cube.shape)} for one per frame",
+            shape,
+            "same bands, same grid as the cube",
+        )
     )
 
 
@@ -127,7 +150,12 @@ def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], like: Tenso
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
-            message(name, "a bool tensor, True = usable", kind, "a cloud mask with 1 = cloud becomes `clouds == 0`")
+            message(
+                name,
+                "a bool tensor, True = usable",
+                kind,
+                "a cloud mask with 1 = cloud becomes `clouds == 0`",
+            )
         )
     _check_device(name, mask, like)
     fits = mask.ndim <= len(shape) and all(
@@ -135,7 +163,12 @@ def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], like: Tenso
     )
     if not fits:
         raise ValueError(
-            message(name, f"a shape that broadcasts to {tuple(shape)}", tuple(mask.shape), "one value per frame and pixel, no band axis")
+            message(
+                name,
+                f"a shape that broadcasts to {tuple(shape)}",
+                tuple(mask.shape),
+                "one value per frame and pixel, no band axis",
+            )
         )
     return mask
 
@@ -151,11 +184,16 @@ def check_warp(name: str, warp: Tensor, batch: Sequence[int], like: Tensor) -> N
     _check_device(name, warp, like)
     if tuple(warp.shape) not in ((*batch, 2, 3), (*batch, 3, 3)):
         raise ValueError(
-            message(name, f"shape {(*batch, 2, 3)} or {(*batch, 3, 3)}", tuple(warp.shape), "one matrix per frame, moving → reference")
+            message(
+                name,
+                f"shape {(*batch, 2, 3)} or {(*batch, 3, 3)}",
+                tuple(warp.shape),
+                "one matrix per frame, moving → reference",
+            )
         )
 
 
-def check_crop(crop_center: object) -> tuple[int, int] | None:
+def check_crop(crop_center: Any) -> tuple[int, int] | None:
     """``None``, an int, or (h, w), each ≥ 1; returned as (h, w).
 
     Raises:
@@ -166,29 +204,62 @@ def check_crop(crop_center: object) -> tuple[int, int] | None:
         return None
     values = tuple(crop_center) if isinstance(crop_center, Sequence) else (crop_center, crop_center)
     try:
-        sizes = tuple(operator.index(value) for value in values)
+        sizes = tuple(operator.index(None if isinstance(value, bool) else value) for value in values)
     except TypeError:
         raise TypeError(
             message("crop_center", "an int or (h, w)", repr(crop_center), "give whole pixels")
         ) from None
     if len(sizes) != 2 or min(sizes) < 1:
-        raise ValueError(message("crop_center", "an int ≥ 1, or two (h, w)", repr(crop_center), "give whole pixels"))
+        raise ValueError(
+            message("crop_center", "an int ≥ 1, or two (h, w)", repr(crop_center), "give whole pixels")
+        )
     return sizes[0], sizes[1]
+
+
+def check_bands(rgb_bands: object) -> tuple[int, int, int]:
+    """Three band indices, returned as ints.
+
+    Raises:
+        TypeError: not a sequence of integers.
+        ValueError: not three of them.
+    """
+    expected, cure = "three band indices (R, G, B)", "name three bands, e.g. (3, 2, 1)"
+    if isinstance(rgb_bands, str) or not isinstance(rgb_bands, Iterable):
+        raise TypeError(message("rgb_bands", expected, repr(rgb_bands), cure))
+    try:
+        bands = tuple(operator.index(band) for band in rgb_bands)
+    except TypeError:
+        raise TypeError(message("rgb_bands", expected, repr(rgb_bands), cure)) from None
+    if len(bands) != 3:
+        raise ValueError(message("rgb_bands", expected, repr(rgb_bands), cure))
+    return bands[0], bands[1], bands[2]
 
 
 def _check_floating(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(
-            message(name, "a torch.Tensor", type(tensor).__name__, "wrap it with torch.as_tensor, or use ta.align for xarray")
+            message(
+                name,
+                "a torch.Tensor",
+                type(tensor).__name__,
+                "wrap it with torch.as_tensor, or use ta.align for xarray",
+            )
         )
     if not tensor.is_floating_point():
         raise TypeError(
-            message(name, "a floating dtype", tensor.dtype, "convert it (`.float()`), or use ta.align, which restores the dtype")
+            message(
+                name,
+                "a floating dtype",
+                tensor.dtype,
+                "convert it (`.float()`), or use ta.align, which restores the dtype",
+            )
         )
 
 
 def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(
-            message(name, f"the cube's device {like.device}", tensor.device, f"move it: {name}.to(cube.device)")
+            message(
+                name, f"the cube's device {like.device}", tensor.device, f"move it: {name}.to(cube.device)"
+            )
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchalign._check import (
+    check_bands,
     check_crop,
     check_cube,
     check_mask,
@@ -22,8 +23,7 @@ from torchalign._check import (
 from torchalign.functional.affine import change_origin
 from torchalign.functional.channels import Channel, center_crop, extract_channel
 from torchalign.functional.quality import gate
-from torchalign.functional.warp import Interpolation, PaddingMode, resample
-from torchalign.functional.warp import _is_on_host
+from torchalign.functional.warp import Interpolation, PaddingMode, _is_on_host, resample
 from torchalign.types import Alignment, Estimate
 
 __all__ = ["Aligner", "Motion"]
@@ -55,7 +55,8 @@ class Aligner(nn.Module, ABC):
 
     Args:
         channel: what of the bands the estimate sees: a band index, ``"mean"``, ``"luminance"``, ``"rgb_mean"``,
-            ``"gradients"``, or a callable or Module (..., C, H, W) → (..., H, W). All bands are warped.
+            ``"gradients"``, or a callable or Module (..., C, H, W) → (..., H, W), which sees what lies under a
+            mask. All bands are warped.
         rgb_bands: the indices of R, G, B.
         crop_center: estimate from the central int or (h, w) pixels only; the whole frame is warped.
         max_translation: limit of the displacement of the frame's centre, in pixels.
@@ -88,10 +89,10 @@ class Aligner(nn.Module, ABC):
         check_option("padding_mode", padding_mode, PaddingMode)
         if isinstance(channel, str) or not callable(channel):
             _check_channel(channel)
-        if len(tuple(rgb_bands)) != 3:
-            raise ValueError(message("rgb_bands", "three band indices (R, G, B)", tuple(rgb_bands), "name three bands"))
+        if fill_value is None or fill_value == fill_value:  # NaN is a fill value like any other
+            check_number("fill_value", fill_value, optional=True)
         self.channel = channel
-        self.rgb_bands = tuple(rgb_bands)
+        self.rgb_bands = check_bands(rgb_bands)
         self.crop_center = check_crop(crop_center)
         self.max_translation = float(max_translation)
         self.min_score = None if min_score is None else float(min_score)
@@ -166,19 +167,19 @@ class Aligner(nn.Module, ABC):
         with torch.autocast(device_type=cube.device.type, enabled=False):
             frames = batch[-1]
             block = max(1, _BLOCK_PIXELS // (size[0] * size[1]))
-            seen = self._see(reference, reference_mask)
+            seen, seen_usable = self._see(reference, reference_mask)
             if frames <= block or not _is_on_host(cube):
-                return self._estimate(cube, mask, *seen, init)
+                return self._estimate(cube, mask, seen, seen_usable, init)
             parts = []
             for first in range(0, frames, block):
                 part = slice(first, first + block)
                 parts.append(
                     self._estimate(
                         cube[..., part, :, :, :],
-                        _part(mask, part, frames, -3),
-                        _part(seen[0], part, frames, -3),
-                        _part(seen[1], part, frames, -3),
-                        _part(init, part, frames, -3),
+                        None if mask is None else _frames(mask, part, -3),
+                        _frames(seen, part, -3),
+                        None if seen_usable is None else _frames(seen_usable, part, -3),
+                        None if init is None else _frames(init, part, -3),
                     )
                 )
             time = len(batch) - 1
@@ -241,6 +242,10 @@ class Aligner(nn.Module, ABC):
         window, _ = center_crop(cube, self.crop_center)
         if window.dtype.itemsize < 4 and not callable(self.channel):
             window = window.float()
+        if mask is not None:
+            mask = center_crop(mask.expand(*mask.shape[:-2], *cube.shape[-2:]), self.crop_center)[0]
+            if self.channel == "gradients":  # a masked value must not be seen from next door either
+                window = torch.where(mask.unsqueeze(-3), window, torch.nan)
         seen = extract_channel(window, self.channel, rgb_bands=self.rgb_bands)
         if seen.dtype.itemsize < 4:
             seen = seen.float()
@@ -248,8 +253,7 @@ class Aligner(nn.Module, ABC):
             return seen, None  # one read tells that all is finite, where reading costs no synchronisation
         usable = seen.isfinite()
         if mask is not None:
-            mask = mask.expand(*mask.shape[:-2], *cube.shape[-2:]) if mask.ndim > 1 else mask
-            usable = usable & center_crop(mask.expand(*mask.shape[:-2], *cube.shape[-2:]), self.crop_center)[0]
+            usable = usable & mask
         return torch.where(usable, seen, 0.0), usable
 
     def extra_repr(self) -> str:
@@ -270,11 +274,11 @@ class Aligner(nn.Module, ABC):
         return {name: getattr(self, name) for name in named if not isinstance(getattr(self, name), nn.Module)}
 
 
-def _part(tensor: Tensor | None, part: slice, frames: int, dim: int) -> Tensor | None:
-    """A block of frames of what has a frame axis; what is shared is passed on whole."""
-    if tensor is None or tensor.ndim < -dim or tensor.shape[dim] == 1 or tensor.shape[dim] != frames:
+def _frames(tensor: Tensor, part: slice, dim: int) -> Tensor:
+    """A block of frames of what has a frame axis at ``dim``; what all frames share is passed on whole."""
+    if tensor.ndim < -dim or tensor.shape[dim] == 1:
         return tensor
-    return tensor.narrow(dim, part.start, min(part.stop, frames) - part.start)
+    return tensor.narrow(dim, part.start, min(part.stop, tensor.shape[dim]) - part.start)
 
 
 def _check_channel(channel: object) -> None:
@@ -286,5 +290,10 @@ def _check_channel(channel: object) -> None:
         return
     if not hasattr(channel, "__index__") or isinstance(channel, bool):
         raise TypeError(
-            message("channel", "a band index, a name or a callable", f"{channel!r} ({type(channel).__name__})", "see the docstring")
+            message(
+                "channel",
+                "a band index, a name or a callable",
+                f"{channel!r} ({type(channel).__name__})",
+                "see the docstring",
+            )
         )

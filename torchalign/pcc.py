@@ -38,7 +38,8 @@ class PCC(Aligner):
         weighting: ψ: ``"ramp"`` (|f|), ``"sqrt"``, ``"phase"`` (classic), ``"none"``; see
             :func:`~torchalign.functional.phase.cross_power`.
         contrast: ``"local"`` or ``"none"``.
-        taper: share of each axis over which the window falls off, in [0, 1].
+        taper: share of each axis over which the window falls off, in [0, 1]; unless it is 0, at least 8 pixels on
+            each side, or a quarter of a small frame.
         robust: weight by agreement and correlate a second time.
         upsample_factor: ``None`` for Newton, or n for the best of a grid of 1/n pixel, as scikit-image and
             satalign do; not differentiable.

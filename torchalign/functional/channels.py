@@ -22,7 +22,9 @@ Channel = SupportsIndex | ChannelName | Callable[[Tensor], Tensor]
 _LUMINANCE = (0.299, 0.587, 0.114)
 
 
-def extract_channel(cube: Tensor, channel: Channel = "mean", *, rgb_bands: Sequence[int] = (3, 2, 1)) -> Tensor:
+def extract_channel(
+    cube: Tensor, channel: Channel = "mean", *, rgb_bands: Sequence[int] = (3, 2, 1)
+) -> Tensor:
     r"""Reduce the bands of every frame to the one image that is registered.
 
     * an integer of any type (Python, NumPy, a 0-d integer tensor): that band; negative counts from the end;
@@ -57,7 +59,12 @@ def extract_channel(cube: Tensor, channel: Channel = "mean", *, rgb_bands: Seque
     if isinstance(channel, str):
         if channel not in get_args(ChannelName):
             raise ValueError(
-                message("channel", f"a band index, one of {get_args(ChannelName)}, or a callable", repr(channel), "choose one")
+                message(
+                    "channel",
+                    f"a band index, one of {get_args(ChannelName)}, or a callable",
+                    repr(channel),
+                    "choose one",
+                )
             )
         if channel == "mean":
             return _mean(cube)
@@ -136,8 +143,12 @@ def _rgb(cube: Tensor, rgb_bands: Sequence[int]) -> Tensor:
     if cube.shape[-3] <= 3:
         return cube
     if len(rgb_bands) != 3:
-        raise ValueError(message("rgb_bands", "three band indices (R, G, B)", tuple(rgb_bands), "name three bands"))
-    return torch.stack([cube[..., _band("rgb_bands", band, cube.shape[-3]), :, :] for band in rgb_bands], dim=-3)
+        raise ValueError(
+            message("rgb_bands", "three band indices (R, G, B)", tuple(rgb_bands), "name three bands")
+        )
+    return torch.stack(
+        [cube[..., _band("rgb_bands", band, cube.shape[-3]), :, :] for band in rgb_bands], dim=-3
+    )
 
 
 def _band(name: str, band: SupportsIndex, bands: int) -> int:
@@ -145,10 +156,17 @@ def _band(name: str, band: SupportsIndex, bands: int) -> int:
         index = operator.index(band)
     except TypeError:
         raise TypeError(
-            message(name, "a band index, a name or a callable", f"{band!r} ({type(band).__name__})", "give an integer")
+            message(
+                name,
+                "a band index, a name or a callable",
+                f"{band!r} ({type(band).__name__})",
+                "give an integer",
+            )
         ) from None
     if not -bands <= index < bands:
-        raise ValueError(message(name, f"a band index in [{-bands}, {bands - 1}]", index, f"the cube has {bands} bands"))
+        raise ValueError(
+            message(name, f"a band index in [{-bands}, {bands - 1}]", index, f"the cube has {bands} bands")
+        )
     return index
 
 
@@ -158,6 +176,11 @@ def _checked(channel: Tensor, cube: Tensor) -> Tensor:
         raise TypeError(message("channel(cube)", "a tensor", type(channel).__name__, "return (..., H, W)"))
     if tuple(channel.shape) != tuple(expected) or not channel.is_floating_point():
         raise ValueError(
-            message("channel(cube)", f"a floating tensor {tuple(expected)}", f"{channel.dtype} {tuple(channel.shape)}", "reduce the band axis, dim=-3")
+            message(
+                "channel(cube)",
+                f"a floating tensor {tuple(expected)}",
+                f"{channel.dtype} {tuple(channel.shape)}",
+                "reduce the band axis, dim=-3",
+            )
         )
     return channel

@@ -22,7 +22,8 @@ Convention:
 References:
     Knapp & Carter 1976, doi:10.1109/TASSP.1976.1162830 (the generalised cross-correlation and its weightings);
     Kuglin & Hines 1975 (phase correlation); Guizar-Sicairos et al. 2008, doi:10.1364/OL.33.000156 (upsampled
-    DFT); Stone et al. 2001, doi:10.1109/36.957286 (aliasing and sub-pixel phase correlation).
+    DFT); Stone et al. 2001, doi:10.1109/36.957286 (aliasing and sub-pixel phase correlation); Moisan 2011,
+    doi:10.1007/s10851-010-0227-1 (the periodic component of an image).
 """
 
 from __future__ import annotations
@@ -53,16 +54,20 @@ Contrast = Literal["local", "none"]
 
 # Share of the kept band, from its outer edge, over which the low-pass rolls off: a sharp edge would ring.
 _ROLL_OFF = 0.2
-# Pixels over which the frame's border fades before the band limit, whose Fourier series takes it for periodic.
-_BORDER = 4
 # A peak must stand out of its correlation surface by this many standard deviations to be one. Maxima of
 # unrelated scenes stay below 4.6 (a Gumbel law); see benchmarks/README.md.
 _MIN_SIGNIFICANCE = 5.0
 # A peak beyond the limit must exceed the one within by this factor to be believed.
 _OUTSIDE_MARGIN = 1.2
-_NEWTON_STEPS = 5
+_NEWTON_STEPS = 3
 # The last Newton step of an estimate that has converged is shorter than this, in pixels (float32 stalls at 1e-5).
 _NEWTON_TOLERANCE = 1e-2
+# Share of usable pixels around a sample (in 7 × 7 samples) from which the sample counts.
+_LEAST_COVERAGE = 0.6
+# A hole is filled from neighbours of at least this (triangular) weight in all; further in it fades to the mean.
+_LEAST_WEIGHT = 0.05
+# The window falls off over at least this many pixels on each side, where the frame allows it.
+_LEAST_RAMP = 8
 # Frames with less than this share of usable pixels are not worth a guess.
 _MIN_USABLE = 1 / 64
 
@@ -116,7 +121,8 @@ def phase_correlation(
         max_frequency: the band that is kept, in cycles per pixel; 0.5 is everything.
         contrast: ``"local"`` for :func:`local_contrast`, ``"none"`` for the mean removed.
         weighting: of the cross-power spectrum, see :func:`cross_power`.
-        taper: share of each axis over which the window falls off (Tukey), in [0, 1].
+        taper: share of each axis over which the window falls off (Tukey), in [0, 1]; unless it is 0, at least 8
+            pixels on each side, or a quarter of a small frame.
         robust: weight by :func:`agreement` and correlate a second time.
         upsample_factor: ``None`` for Newton; n for the best of a grid of 1/n pixel (not differentiable).
         start: (..., 2), a shift to refine; skips the coarse search.
@@ -125,8 +131,10 @@ def phase_correlation(
         :class:`PhaseShift`. Never NaN, whatever the data.
 
     Example:
-        >>> grid = torch.arange(64.0)
-        >>> scene = lambda x, y: torch.sin(0.5 * x) * torch.cos(0.4 * y) + torch.sin(0.31 * x - 0.77 * y)
+        >>> grid = torch.arange(96.0)
+        >>> def scene(x, y):
+        ...     waves = torch.tensor([[0.5, 0.4], [0.31, -0.77], [-0.9, 0.1], [0.2, 0.9], [0.7, 0.6]])
+        ...     return sum(torch.sin(a * x + b * y + 7 * a) for a, b in waves)
         >>> reference = scene(grid, grid[:, None])
         >>> moving = scene(grid + 1.3, grid[:, None] - 0.6)
         >>> phase_correlation(moving, reference).shift.round(decimals=2)
@@ -136,7 +144,7 @@ def phase_correlation(
     size = working_size((height, width), max_frequency)
     grid = _Grid.of((height, width), size, max_frequency, moving)
 
-    field, usable, moving_flat = _field(moving, moving_mask, grid, contrast)
+    field, _, moving_flat = _field(moving, moving_mask, grid, contrast)
     reference_field, reference_usable, reference_flat = _field(reference, reference_mask, grid, contrast)
     flat = moving_flat | reference_flat
 
@@ -152,13 +160,15 @@ def phase_correlation(
     inliers = None
     effective = window.square()
     if robust:
-        ground = torch.fft.irfft2(grid.translate(spectrum, shift), s=size)  # the moving frame over the reference
+        ground = torch.fft.irfft2(
+            _turn(spectrum, grid.frequencies, -shift), s=size
+        )  # the moving frame over the reference
         inliers = agreement(ground, reference_field * window)
         if reference_usable is not None:
             inliers = inliers * reference_usable
         # each frame gets the window, and the weights, of the ground that both see
         tapered = grid.window(taper, -shift) * torch.fft.irfft2(
-            grid.translate(torch.fft.rfft2(inliers), -shift), s=size
+            _turn(torch.fft.rfft2(inliers), grid.frequencies, shift), s=size
         )
         reference_tapered = grid.window(taper, shift) * inliers
         spectrum = torch.fft.rfft2(field * tapered)
@@ -193,7 +203,8 @@ def band_limit(image: Tensor, size: tuple[int, int], max_frequency: float = 0.25
     """Keep the frequencies below ``max_frequency`` and resample to ``size``, in the spectral domain.
 
     Sample (i, j) of the result lies at pixel (i·H/h, j·W/w) of the image: the origins coincide. The mean is
-    removed and the border faded over four pixels, since the Fourier series wraps around.
+    removed, and so is the smooth image that accounts for the jumps between opposite borders, which the Fourier
+    series would take for edges (Moisan 2011).
 
     Args:
         image: (..., H, W).
@@ -230,13 +241,16 @@ def local_contrast(image: Tensor, usable: Tensor | None = None) -> Tensor:
     if usable is not None:
         sampled = sampled.masked_fill(~usable[..., ::4, ::4], torch.nan)
     typical = sampled.flatten(-2).nanmedian(-1).values.nan_to_num(0.0)[..., None, None]
-    tiny = torch.finfo(image.dtype).tiny ** 0.5
-    contrast = detail * torch.rsqrt(variance + typical + tiny)
+    contrast = detail * torch.rsqrt(variance + (typical + torch.finfo(image.dtype).tiny))
     return contrast if usable is None else contrast * usable
 
 
 def cross_power(
-    moving: Tensor, reference: Tensor, radius: Tensor, max_frequency: float = 0.5, weighting: Weighting = "ramp"
+    moving: Tensor,
+    reference: Tensor,
+    radius: Tensor,
+    max_frequency: float = 0.5,
+    weighting: Weighting = "ramp",
 ) -> Tensor:
     r"""The weighted cross-power spectrum :math:`\psi(f)\, M^*(f) R(f)`, 0 from ``max_frequency`` on.
 
@@ -290,31 +304,37 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     """
     rows, columns = surface.shape[-2:]
     step_y, step_x = size[0] / rows, size[1] / columns
-    y = torch.fft.fftfreq(rows, 1 / rows, device=surface.device, dtype=surface.dtype) * step_y
-    x = torch.fft.fftfreq(columns, 1 / columns, device=surface.device, dtype=surface.dtype) * step_x
     # a shift between two samples may have its highest sample half a diagonal beyond the limit
     reach = max_translation + 0.5 * math.hypot(step_x, step_y)
-    within = torch.hypot(x, y[:, None]) <= reach
+    near_y = _lags(rows, reach / step_y, surface)
+    near_x = _lags(columns, reach / step_x, surface)
     values = surface.detach()
-    inside, index = values.masked_fill(~within, -torch.inf).flatten(-2).max(-1)
-    spread = values.flatten(-2).std(-1, correction=0)
-    tiny = torch.finfo(surface.dtype).tiny
-    significance = inside.clamp(min=0) / (spread + tiny)
-    highest = values.flatten(-2).amax(-1)
+    near = values.index_select(-2, near_y % rows).index_select(-1, near_x % columns)
+    within = torch.hypot(near_x * step_x, near_y[:, None] * step_y) <= reach
+    inside, index = near.masked_fill(~within, -torch.inf).flatten(-2).max(-1)
+    samples = rows * columns
+    power = torch.linalg.vector_norm(values, dim=(-2, -1)).square() / samples
+    spread = (power - values.mean((-2, -1)).square()).clamp(min=0).sqrt()
+    significance = inside.clamp(min=0) / (spread + torch.finfo(surface.dtype).tiny)
+    highest = values.amax((-2, -1))
     outside = (highest > _OUTSIDE_MARGIN * inside.clamp(min=0)) & (highest >= _MIN_SIGNIFICANCE * spread)
 
-    row, column = index // columns, index % columns
-    samples = surface.flatten(-2)
-
-    def value(dy: int, dx: int) -> Tensor:
-        at = (row + dy) % rows * columns + (column + dx) % columns
-        return samples.gather(-1, at[..., None])[..., 0]
-
-    centre = value(0, 0)
-    delta_x = _parabola(value(0, -1), centre, value(0, 1))
-    delta_y = _parabola(value(-1, 0), centre, value(1, 0))
-    shift = torch.stack([x[column] + step_x * delta_x, y[row] + step_y * delta_y], dim=-1)
+    row, column = near_y[index // near_x.shape[0]], near_x[index % near_x.shape[0]]
+    flat = surface.flatten(-2)
+    # the highest sample, its neighbours left and right, above and below: one gather
+    dy = torch.tensor([0, 0, 0, -1, 1], device=surface.device)
+    dx = torch.tensor([0, -1, 1, 0, 0], device=surface.device)
+    at = (row[..., None] + dy) % rows * columns + (column[..., None] + dx) % columns
+    centre, left, right, above, below = flat.gather(-1, at).unbind(-1)
+    delta_x, delta_y = _parabola(left, centre, right), _parabola(above, centre, below)
+    shift = torch.stack([step_x * (column + delta_x), step_y * (row + delta_y)], dim=-1)
     return _Peak(shift, significance, outside)
+
+
+def _lags(samples: int, reach: float, like: Tensor) -> Tensor:
+    """The whole lags within ``reach`` samples that a surface of ``samples`` can tell apart."""
+    lowest, highest = max(-math.floor(reach), -(samples // 2)), min(math.floor(reach), (samples - 1) // 2)
+    return torch.arange(lowest, highest + 1, device=like.device)
 
 
 def agreement(moving: Tensor, reference: Tensor) -> Tensor:
@@ -365,7 +385,10 @@ def refine_peak(
         step, _ = _newton_step(fixed, frequencies, shift)
         shift = shift + step
     last, curved = _newton_step(power, frequencies, shift)
-    return shift + last, last.detach(), curved
+    shift = shift + last
+    # identical frames are at exactly 0: what rounding leaves there is taken off, and its gradient kept
+    none = shift.detach().abs() < 64 * torch.finfo(shift.dtype).eps
+    return torch.where(none, shift - shift.detach(), shift), last.detach(), curved
 
 
 def _newton_step(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -391,9 +414,20 @@ def _derivatives(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tenso
 def _waves(frequency: Tensor, shift: Tensor) -> Tensor:
     """(..., 3, N): e^{iωt} and its first two derivatives in t, ω = 2πf in radians per pixel."""
     omega = 2 * math.pi * frequency
-    angle = shift[..., None] * omega
-    wave = torch.complex(angle.cos(), angle.sin())
+    wave = _wave(frequency, shift)
     return torch.stack([wave, 1j * omega * wave, -omega.square() * wave], dim=-2)
+
+
+def _turn(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> Tensor:
+    """The spectrum times e^{iω·t}: its content moved by −t."""
+    wave_y, wave_x = (_wave(frequency, shift[..., 1 - axis]) for axis, frequency in enumerate(frequencies))
+    return spectrum * wave_y[..., :, None] * wave_x[..., None, :]
+
+
+def _wave(frequency: Tensor, shift: Tensor) -> Tensor:
+    """(..., N): e^{iωt}, ω = 2πf in radians per pixel."""
+    angle = shift[..., None] * (2 * math.pi * frequency)
+    return torch.complex(angle.cos(), angle.sin())
 
 
 def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, factor: int) -> Tensor:
@@ -402,15 +436,15 @@ def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Te
     centre = (start.detach() * factor).round()
     offsets = torch.arange(-half, half + 1, device=start.device, dtype=start.dtype)
     candidates = (centre[..., None] + offsets) / factor  # (..., 2, n), x then y
-    omega_y, omega_x = (2 * math.pi * frequency for frequency in frequencies)
-    angle_y = candidates[..., 1, :, None] * omega_y
-    angle_x = candidates[..., 0, :, None] * omega_x
-    waves_y = torch.complex(angle_y.cos(), angle_y.sin())  # (..., n, H)
-    waves_x = torch.complex(angle_x.cos(), angle_x.sin()) * torch.where(frequencies[1] > 0, 2.0, 1.0)
+    waves_y = _wave(frequencies[0], candidates[..., 1, :])  # (..., n, H)
+    waves_x = _wave(frequencies[1], candidates[..., 0, :]) * torch.where(frequencies[1] > 0, 2.0, 1.0)
     values = torch.matmul(torch.matmul(waves_y, power.detach()), waves_x.mT).real  # (..., n, n)
     best = values.flatten(-2).argmax(-1)
     count = offsets.shape[0]
-    return torch.stack([centre[..., 0] + offsets[best % count], centre[..., 1] + offsets[best // count]], -1) / factor
+    return (
+        torch.stack([centre[..., 0] + offsets[best % count], centre[..., 1] + offsets[best // count]], -1)
+        / factor
+    )
 
 
 def _sigma(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, effective: Tensor) -> Tensor:
@@ -425,8 +459,7 @@ def _sigma(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, eff
     derivatives = _derivatives(power, frequencies, shift)
     hxx, hyy, hxy = derivatives[..., 0, 2], derivatives[..., 2, 0], derivatives[..., 1, 1]
     omega_y, omega_x = (2 * math.pi * frequency for frequency in frequencies)
-    angle = shift[..., 1, None, None] * omega_y[:, None] + shift[..., 0, None, None] * omega_x
-    pull = power.imag * angle.cos() + power.real * angle.sin()  # (..., H, W//2+1)
+    pull = _turn(power, frequencies, shift).imag  # (..., H, W//2+1)
     # a bin and its conjugate pull alike: together (2·pull)², hence 4 where two are counted
     square = pull.square() * torch.where(frequencies[1] > 0, 4.0, 1.0)
     by_row, by_column = square.sum(-1), square.sum(-2)
@@ -438,10 +471,8 @@ def _sigma(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, eff
     variance_y = (hxx.square() * gyy - 2 * hxx * hxy * gxy + hxy.square() * gxx) / safe.square()
     effective = effective.detach()
     area = effective.sum((-2, -1))
-    correlated = effective[..., 0, 0].numel() and (
-        effective.shape[-2] * effective.shape[-1] * effective.square().sum((-2, -1))
-        / (area.square() + torch.finfo(area.dtype).tiny)
-    )
+    samples = effective.shape[-2] * effective.shape[-1]
+    correlated = samples * effective.square().sum((-2, -1)) / (area.square() + torch.finfo(area.dtype).tiny)
     sigma = (0.5 * (variance_x + variance_y) * correlated).clamp(min=0).sqrt()
     return torch.where(determinant > 0, sigma, torch.inf)
 
@@ -472,21 +503,15 @@ class _Grid(NamedTuple):
         """(..., h, w): a Tukey window; given a shift, the ground that a frame so shifted has in common with it."""
         profiles = []
         for axis, (length, samples) in enumerate(zip(self.frame, self.size, strict=True)):
-            position = torch.arange(samples, device=self.radius.device, dtype=self.radius.dtype) * (length / samples)
+            position = torch.arange(samples, device=self.radius.device, dtype=self.radius.dtype) * (
+                length / samples
+            )
             profile = _tukey(position, length, taper)
             if shift is not None:
                 moved = _tukey(position - shift[..., 1 - axis, None], length, taper)
                 profile = torch.minimum(profile, moved)
             profiles.append(profile)
         return profiles[0][..., :, None] * profiles[1][..., None, :]
-
-    def translate(self, spectrum: Tensor, shift: Tensor) -> Tensor:
-        """The spectrum of the content moved by ``shift`` (..., 2)."""
-        y, x = self.frequencies
-        angle_y, angle_x = shift[..., 1, None] * (-2 * math.pi * y), shift[..., 0, None] * (-2 * math.pi * x)
-        wave_y = torch.complex(angle_y.cos(), angle_y.sin())
-        wave_x = torch.complex(angle_x.cos(), angle_x.sin())
-        return spectrum * wave_y[..., :, None] * wave_x[..., None, :]
 
 
 def _field(
@@ -497,56 +522,83 @@ def _field(
     if mask is None:
         mean = image.mean((-2, -1), keepdim=True)
         centred = image - mean
-        share = torch.ones_like(mean[..., 0, 0])
+        empty = torch.zeros_like(mean[..., 0, 0], dtype=torch.bool)
         usable = None
     else:
-        share = mask.to(image.dtype).mean((-2, -1)).expand(image.shape[:-2])
-        filled = torch.where(mask, image, 0.0)
-        mean = filled.mean((-2, -1), keepdim=True) / share[..., None, None].clamp(min=1 / (height * width))
-        # unusable pixels take the frame's mean: less of a step at their edge than any constant
-        centred = torch.where(mask, image - mean, 0.0)
+        share = mask.to(image.dtype).mean((-2, -1), keepdim=True)
+        mean = torch.where(mask, image, 0.0).mean((-2, -1), keepdim=True) / share.clamp(
+            min=1 / (height * width)
+        )
+        centred = _fill_holes(torch.where(mask, image - mean, 0.0), mask)
+        empty = share[..., 0, 0] < _MIN_USABLE
         usable = _usable(mask, grid)
     limited = _band_limit(centred, grid)
-    scale = limited.square().mean((-2, -1)).sqrt()
+    scale = torch.linalg.vector_norm(limited.detach(), dim=(-2, -1)) / math.sqrt(
+        limited.shape[-2] * limited.shape[-1]
+    )
     # a frame whose deviation is the rounding error of its mean is flat
     noise = 32 * torch.finfo(image.dtype).eps * mean[..., 0, 0].abs()
-    flat = (scale <= noise) | (share < _MIN_USABLE) | ~torch.isfinite(scale)
+    flat = (scale <= noise) | empty | ~torch.isfinite(scale)
+    if contrast == "local":
+        return local_contrast(limited, usable), usable, flat
     normal = limited / torch.where(flat, 1.0, scale)[..., None, None]
-    field = local_contrast(normal, usable) if contrast == "local" else normal
-    return torch.where(flat[..., None, None], 0.0, field), usable, flat
+    return (normal if usable is None else normal * usable), usable, flat
+
+
+def _fill_holes(centred: Tensor, mask: Tensor) -> Tensor:
+    """Unusable pixels take the mean of their usable neighbours (7 × 7, triangular), or else that of the frame.
+
+    Narrow holes all but vanish; wide ones keep a soft edge instead of a step, which would ring.
+    """
+    weight = _triangle(mask.to(centred.dtype), 2)
+    local = _triangle(centred, 2) / weight.clamp(min=_LEAST_WEIGHT)
+    return torch.where(mask, centred, local)
 
 
 def _usable(mask: Tensor, grid: _Grid) -> Tensor:
-    """(..., h, w) bool: samples whose surroundings, as far as the filters reach, are usable."""
+    """(..., h, w) bool: samples that usable pixels made, for the most part of what the filters reach."""
     height, width = grid.size
-    flat = mask.reshape(-1, 1, *mask.shape[-2:]).to(grid.radius.dtype)
-    flat = flat.expand(-1, -1, *grid.frame)
-    coverage = F.interpolate(flat, size=(height, width), mode="area").reshape(*mask.shape[:-2], height, width)
-    return _triangle(coverage, 2) > 0.9
+    shape = mask.shape[:-2]
+    share = mask.expand(*shape, *grid.frame).reshape(-1, 1, *grid.frame).to(grid.radius.dtype)
+    coverage = F.interpolate(share, size=(height, width), mode="area").reshape(*shape, height, width)
+    return (coverage > 0.5) & (_triangle(coverage, 2) > _LEAST_COVERAGE)
 
 
-def _band_limit(centred: Tensor, grid: _Grid) -> Tensor:
+def _band_limit(image: Tensor, grid: _Grid) -> Tensor:
+    """See :func:`band_limit`."""
     height, width = grid.frame
     rows, columns = grid.size
-    kind = {"device": centred.device, "dtype": centred.dtype}
-    faded = (
-        centred
-        * _tukey(torch.arange(height, **kind), height, 2 * min(_BORDER / height, 0.1))[:, None]
-        * _tukey(torch.arange(width, **kind), width, 2 * min(_BORDER / width, 0.1))
+    # columns beyond the band are dropped before they are transformed
+    spectrum = _keep_rows(torch.fft.fft(torch.fft.rfft(image)[..., : columns // 2 + 1], dim=-2), rows)
+    # Moisan's periodic component: what jumps between opposite borders has the Laplacian of a smooth image
+    jump_y = torch.fft.rfft(image[..., -1, :] - image[..., 0, :])[..., None, : columns // 2 + 1]
+    jump_x = _keep_rows(torch.fft.fft(image[..., :, -1] - image[..., :, 0]).unsqueeze(-1), rows)
+    angle_y, angle_x = 2 * math.pi * grid.frequencies[0][:, None], 2 * math.pi * grid.frequencies[1]
+    laplacian = 2 * angle_y.cos() + 2 * angle_x.cos() - 4
+    laplacian = torch.where(laplacian == 0, 1.0, laplacian)  # at frequency 0, where the jumps vanish
+    turn_y, turn_x = (
+        torch.complex(1 - angle.cos(), -angle.sin()) / laplacian for angle in (angle_y, angle_x)
     )
-    spectrum = torch.fft.fft(torch.fft.rfft(faded)[..., : columns // 2 + 1], dim=-2)
-    if rows < height:
-        spectrum = torch.cat([spectrum[..., : rows - rows // 2, :], spectrum[..., height - rows // 2 :, :]], dim=-2)
+    periodic = spectrum - jump_y * turn_y - jump_x * turn_x
     gain = rows * columns / (height * width)
-    return torch.fft.irfft2(spectrum * (grid.roll_off() * gain), s=(rows, columns))
+    return torch.fft.irfft2(periodic * (grid.roll_off() * gain), s=(rows, columns))
+
+
+def _keep_rows(spectrum: Tensor, rows: int) -> Tensor:
+    """The rows (dim −2) of the lowest frequencies of either sign, in the order of a transform of that length."""
+    height = spectrum.shape[-2]
+    if rows == height:
+        return spectrum
+    return torch.cat([spectrum[..., : rows - rows // 2, :], spectrum[..., height - rows // 2 :, :]], dim=-2)
 
 
 def _tukey(position: Tensor, length: int, taper: float) -> Tensor:
     """The Tukey window of ``length`` pixels at (fractional) pixel positions: 0 beyond the frame's outer edge."""
     if taper <= 0:
         return ((position > -0.5) & (position < length - 0.5)).to(position.dtype)
-    from_edge = torch.minimum(position + 0.5, length - 0.5 - position)  # pixels
-    return 0.5 - 0.5 * torch.cos(math.pi * (from_edge / (0.5 * taper * length)).clamp(0, 1))
+    ramp = max(0.5 * taper * length, min(_LEAST_RAMP, 0.25 * length))  # pixels
+    from_edge = torch.minimum(position + 0.5, length - 0.5 - position)
+    return 0.5 - 0.5 * torch.cos(math.pi * (from_edge / ramp).clamp(0, 1))
 
 
 def _triangle(image: Tensor, order: int) -> Tensor:

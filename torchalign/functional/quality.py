@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from torchalign.functional.affine import center_displacement, identity_warp
 from torchalign.functional.warp import resample
@@ -12,12 +11,10 @@ from torchalign.types import Estimate, Status
 
 __all__ = ["gate", "normalized_cross_correlation"]
 
-# A frame whose score does not gain by a move this small (in σ, in pixels) was in place; a larger move without a
-# gain is a mistake. Below a twentieth of a pixel what the interpolation smooths outweighs what the move gains.
+# A frame whose score does not gain by a move this small (in σ, in pixels) is left in place; a larger move without
+# a gain is a mistake. Below a quarter of a pixel the seasons change a score more than the move does.
 _IN_PLACE_SIGMAS = 3.0
-_IN_PLACE_PIXELS = 0.05
-# Inlier weights above this count as common ground.
-_COMMON = 0.01
+_IN_PLACE_PIXELS = 0.25
 
 
 def normalized_cross_correlation(first: Tensor, second: Tensor, usable: Tensor | None = None) -> Tensor:
@@ -38,22 +35,32 @@ def normalized_cross_correlation(first: Tensor, second: Tensor, usable: Tensor |
         >>> normalized_cross_correlation(ramp, 5 - 2 * ramp)
         tensor(-1.)
     """
-    axes = (-2, -1)
-    # the mean of all pixels first: sums of squares of raw reflectances would cancel
-    if usable is None:
-        first = first - first.mean(axes, keepdim=True)
-        second = second - second.mean(axes, keepdim=True)
-    else:
-        weight = usable.to(first.dtype)
-        count = weight.sum(axes, keepdim=True).clamp(min=1)
+    if usable is not None:
         first, second = torch.where(usable, first, 0.0), torch.where(usable, second, 0.0)
-        first = (first - first.sum(axes, keepdim=True) / count) * weight
-        second = (second - second.sum(axes, keepdim=True) / count) * weight
-    product = (first * second).sum(axes)
+    first, second = torch.broadcast_tensors(first, second)  # type: ignore[no-untyped-call]  # torch has no types for it
+    weight = torch.ones_like(first) if usable is None else usable.to(first.dtype)
+    return _correlate(first, second, weight)
+
+
+def _correlate(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    """The same for finite images and weights ≥ 0: inner products, without temporaries of image size."""
+    # sums of squares of raw reflectances would cancel: some constant near the mean is taken off first
+    first = (first - first.mean((-2, -1), keepdim=True)).flatten(-2)
+    second = (second - second.mean((-2, -1), keepdim=True)).flatten(-2)
+    weight = weight.flatten(-2)
+    weighted = first * weight
+    count = weight.sum(-1) + torch.finfo(weight.dtype).tiny
+    mean_first, mean_second = weighted.sum(-1) / count, torch.linalg.vecdot(weight, second) / count
+    product = torch.linalg.vecdot(weighted, second) - count * mean_first * mean_second
+    square_first = torch.linalg.vecdot(weighted, first)
+    square_second = torch.linalg.vecdot(weight, second.square())
+    norm_first = square_first - count * mean_first.square()
+    norm_second = square_second - count * mean_second.square()
+    # what is left of an image of one value is rounding
+    rounding = 16 * torch.finfo(first.dtype).eps
+    flat = (norm_first <= rounding * square_first) | (norm_second <= rounding * square_second)
     # two roots, not the root of a product: squares of raw digital numbers overflow together
-    first_norm, second_norm = first.square().sum(axes), second.square().sum(axes)
-    flat = (first_norm <= 0) | (second_norm <= 0)
-    norm = torch.where(flat, 1.0, first_norm).sqrt() * torch.where(flat, 1.0, second_norm).sqrt()
+    norm = torch.where(flat, 1.0, norm_first).sqrt() * torch.where(flat, 1.0, norm_second).sqrt()
     return torch.where(flat, 0.0, product / norm).clamp(-1, 1)
 
 
@@ -74,8 +81,11 @@ def gate(
 
     In this order, a frame keeps the first verdict: the method's own ``status``; ``TOO_FAR`` if its centre moves
     by more than ``max_translation``; ``NOT_BETTER`` if its score does not gain, unless the move is within 3 σ
-    or 0.05 px of none: such a frame was in place, stays as it is, and is ``OK``; ``LOW_SCORE`` below
-    ``min_score``. Every accepted frame therefore has ``score >= score_before``.
+    or 0.25 px of none: such a frame is in place as far as the score can tell, stays as it is, and is ``OK``, the
+    move that was not made part of its ``sigma``; ``LOW_SCORE`` below ``min_score``. Every accepted frame
+    therefore has ``score >= score_before``.
+
+    Both scores are taken over the same ground: usable in both, inside the frame, and an inlier.
 
     Args:
         warp: (..., T, 2, 3) or (..., T, 3, 3), in the coordinates of ``moving``.
@@ -85,8 +95,8 @@ def gate(
         reference: (..., 1 or T, H, W).
         moving_usable: bool, broadcastable to ``moving``; ``None`` if all is.
         reference_usable: bool, broadcastable to ``moving``.
-        inliers: (..., T, h, w), weights over the reference's frame on any grid: what the method found to be
-            no common ground (clouds, changed fields) is left out of both scores.
+        inliers: (..., T, h, w), weights in [0, 1] over the reference's frame, on any grid: what the method found
+            to be no common ground (clouds, changed fields) counts little in both scores.
         max_translation: in pixels.
         min_score: or ``None``.
 
@@ -94,20 +104,27 @@ def gate(
         :class:`~torchalign.types.Estimate`.
     """
     height, width = moving.shape[-2:]
-    identity = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype).expand(warp.shape)
+    identity = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype).expand(
+        warp.shape
+    )
     displacement = center_displacement(warp, (height, width)).norm(dim=-1)
     finite = warp.isfinite().flatten(-2).all(-1) & sigma.isfinite()
     status = torch.where((status == 0) & ~finite, int(Status.NOT_CONVERGED), status)
     status = torch.where((status == 0) & ~(displacement <= max_translation), int(Status.TOO_FAR), status)
     warp = torch.where((status == 0)[..., None, None], warp, identity)
 
-    common = reference_usable
+    # bilinear interpolation smooths, which a score would take for misregistration
+    aligned, overlap = resample(moving.unsqueeze(-3), warp, interpolation="bicubic", mask=moving_usable)
+    if moving_usable is not None:
+        overlap = overlap & moving_usable
+    if reference_usable is not None:
+        overlap = overlap & reference_usable
+    # both scores over the same ground; the root of an inlier weight is the squared local correlation
+    weight = overlap.to(moving.dtype)
     if inliers is not None:
-        ground = _resize(inliers, (height, width)) > _COMMON
-        common = ground if common is None else common & ground
-    aligned, overlap = resample(moving.unsqueeze(-3), warp, mask=moving_usable)
-    score = normalized_cross_correlation(aligned.squeeze(-3), reference, _both(overlap, common))
-    score_before = normalized_cross_correlation(moving, reference, _both(moving_usable, common))
+        weight = weight * _enlarge(inliers.detach().sqrt(), (height, width))
+    score = _correlate(aligned.squeeze(-3), reference, weight)
+    score_before = _correlate(moving, reference, weight)
 
     gained = score >= score_before
     in_place = ~gained & (displacement <= (_IN_PLACE_SIGMAS * sigma).clamp(min=_IN_PLACE_PIXELS))
@@ -119,16 +136,15 @@ def gate(
         status = torch.where((status == 0) & (score < min_score), int(Status.LOW_SCORE), status)
         warp = torch.where((status == 0)[..., None, None], warp, identity)
         score = torch.where(status == 0, score, score_before)
+    sigma = torch.where(in_place, (sigma.square() + 0.5 * displacement.square()).sqrt(), sigma)
     sigma = torch.where(status == 0, sigma, torch.inf)
     return Estimate(warp, score, score_before, sigma, status)
 
 
-def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first & second
-
-
-def _resize(weights: Tensor, size: tuple[int, int]) -> Tensor:
-    flat = weights.detach().reshape(-1, 1, *weights.shape[-2:])
-    return F.interpolate(flat, size=size, mode="nearest").reshape(*weights.shape[:-2], *size)
+def _enlarge(weights: Tensor, size: tuple[int, int]) -> Tensor:
+    """(..., h, w) → (..., H, W): every pixel takes the sample at or before it."""
+    height, width = size
+    rows, columns = weights.shape[-2:]
+    row = torch.arange(height, device=weights.device) * rows // height
+    column = torch.arange(width, device=weights.device) * columns // width
+    return weights.index_select(-1, column).index_select(-2, row)
