@@ -122,7 +122,7 @@ def check_reference(reference: Tensor, cube: Tensor) -> Tensor:
     _check_device("reference", reference, cube)
     one = (*cube.shape[:-4], *cube.shape[-3:])
     shape = tuple(reference.shape)
-    if shape == tuple(cube.shape):
+    if len(shape) == cube.ndim and shape == tuple(cube.shape):  # ndim first, or export pins T where T == C
         return reference
     if shape == one:
         return reference.unsqueeze(-4)
@@ -203,12 +203,9 @@ def check_crop(crop_center: Any) -> tuple[int, int] | None:
     if crop_center is None:
         return None
     values = tuple(crop_center) if isinstance(crop_center, Sequence) else (crop_center, crop_center)
-    try:
-        sizes = tuple(operator.index(None if isinstance(value, bool) else value) for value in values)
-    except TypeError:
-        raise TypeError(
-            message("crop_center", "an int or (h, w)", repr(crop_center), "give whole pixels")
-        ) from None
+    if any(isinstance(value, bool) or not hasattr(value, "__index__") for value in values):
+        raise TypeError(message("crop_center", "an int or (h, w)", repr(crop_center), "give whole pixels"))
+    sizes = tuple(operator.index(value) for value in values)
     if len(sizes) != 2 or min(sizes) < 1:
         raise ValueError(
             message("crop_center", "an int ≥ 1, or two (h, w)", repr(crop_center), "give whole pixels")

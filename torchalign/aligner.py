@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,16 +21,17 @@ from torchalign._check import (
     check_warp,
     message,
 )
+from torchalign._host import empty_on_host, is_on_host, map_on_host
 from torchalign.functional.affine import change_origin
 from torchalign.functional.channels import Channel, center_crop, extract_channel
 from torchalign.functional.quality import gate
-from torchalign.functional.warp import Interpolation, PaddingMode, _is_on_host, resample
+from torchalign.functional.warp import Interpolation, PaddingMode, resample, resample_into
 from torchalign.types import Alignment, Estimate
 
 __all__ = ["Aligner", "Motion"]
 
-# Eager CPU: pixels of one block of frames, so that the temporaries of an estimate stay in the cache.
-_BLOCK_PIXELS = 2**19
+# Eager CPU: pixels of one block of frames. Fewer cost calls, more leave the cache.
+_BLOCK_PIXELS = 2**20
 
 
 class Motion(NamedTuple):
@@ -115,21 +117,26 @@ class Aligner(nn.Module, ABC):
             ``Alignment(aligned, estimate)``: all bands resampled once, in the cube's dtype; frames that were not
             accepted come back bit for bit.
         """
-        estimate = self.estimate(cube, reference, mask, reference_mask, init=init)
-        if mask is not None:
-            mask = mask.expand(*cube.shape[:-3], *cube.shape[-2:])
-        aligned = resample(
-            cube,
-            estimate.warp,
-            interpolation=self.interpolation,
-            padding_mode=self.padding_mode,
-            fill_value=self.fill_value,
-            mask=mask,
-        ).values
-        if self.fill_value is not None:
-            # the fill is for what a warp leaves empty; a frame without a warp stays as it came
-            aligned = torch.where(estimate.valid[..., None, None, None], aligned, cube)
-        return Alignment(aligned, estimate)
+        job = self._check(cube, reference, mask, reference_mask, init)
+        blocks = self._blocks(job)
+        if len(blocks) == 1 or cube.ndim > 4:
+            estimate = self._estimate_all(job, blocks)
+            aligned = resample(cube, estimate.warp, mask=job.mask, **self._resampling()).values
+            return Alignment(self._keep_rejected(aligned, cube, estimate), estimate)
+
+        # a block that was just estimated is still in the cache
+        aligned = empty_on_host(cube.shape, cube.dtype)
+
+        def align(part: slice) -> Estimate:
+            block = job.part(part)
+            estimate = self._estimate(block)
+            out = aligned[part]
+            resample_into(out, block.cube, estimate.warp, mask=block.mask, **self._resampling())
+            if self.fill_value is not None:
+                out.copy_(self._keep_rejected(out, block.cube, estimate))
+            return estimate
+
+        return Alignment(aligned, _concatenate(map_on_host(align, blocks)))
 
     def estimate(
         self,
@@ -155,6 +162,50 @@ class Aligner(nn.Module, ABC):
             TypeError: a dtype does not fit.
             ValueError: a shape or a device does not fit.
         """
+        job = self._check(cube, reference, mask, reference_mask, init)
+        return self._estimate_all(job, self._blocks(job))
+
+    def prepare_reference(self, image: Tensor, usable: Tensor | None) -> Any:
+        """What the method needs of the reference, made once for all frames that share it.
+
+        Args:
+            image: (..., 1 or T, H, W), finite: unusable pixels hold 0.
+            usable: (..., 1 or T, H, W) bool, or ``None`` if all of it is.
+
+        Returns:
+            Anything; by default nothing.
+        """
+        return None
+
+    @abstractmethod
+    def estimate_motion(
+        self,
+        moving: Tensor,
+        moving_usable: Tensor | None,
+        reference: Tensor,
+        reference_usable: Tensor | None,
+        prepared: Any,
+        init: Tensor | None,
+    ) -> Motion:
+        """The method: the warp of every frame, before the gate.
+
+        Args:
+            moving: (..., T, H, W), finite: unusable pixels hold 0.
+            moving_usable: (..., T, H, W) bool, or ``None`` if all of it is.
+            reference: (..., 1 or T, H, W), likewise.
+            reference_usable: (..., 1 or T, H, W) bool, or ``None``.
+            prepared: what :meth:`prepare_reference` made of the two.
+            init: (..., T, 2 or 3, 3) in the coordinates of ``moving``, or ``None``.
+        """
+
+    def _check(
+        self,
+        cube: Tensor,
+        reference: Tensor,
+        mask: Tensor | None,
+        reference_mask: Tensor | None,
+        init: Tensor | None,
+    ) -> _Job:
         check_cube(cube)
         reference = check_reference(reference, cube)
         batch, size = cube.shape[:-3], cube.shape[-2:]
@@ -162,80 +213,73 @@ class Aligner(nn.Module, ABC):
         reference_mask = check_mask("reference_mask", reference_mask, (*batch, *size), cube)
         if init is not None:
             check_warp("init", init, batch, cube)
+        if mask is not None:
+            mask = mask.expand(*batch, *size)
+        with _full_precision(cube):
+            seen, usable = self._see(reference, reference_mask)
+            # what all frames share is prepared once, what each has for itself with its block
+            shared = seen.shape[-3] == 1 and (usable is None or usable.shape[-3] == 1)
+            prepared = _Prepared(self.prepare_reference(seen, usable)) if shared else None
+        return _Job(cube, mask, seen, usable, prepared, init)
 
-        # FFTs and sampling positions need float32, whatever the network around uses
-        with torch.autocast(device_type=cube.device.type, enabled=False):
-            frames = batch[-1]
-            block = max(1, _BLOCK_PIXELS // (size[0] * size[1]))
-            seen, seen_usable = self._see(reference, reference_mask)
-            if frames <= block or not _is_on_host(cube):
-                return self._estimate(cube, mask, seen, seen_usable, init)
-            parts = []
-            for first in range(0, frames, block):
-                part = slice(first, first + block)
-                parts.append(
-                    self._estimate(
-                        cube[..., part, :, :, :],
-                        None if mask is None else _frames(mask, part, -3),
-                        _frames(seen, part, -3),
-                        None if seen_usable is None else _frames(seen_usable, part, -3),
-                        None if init is None else _frames(init, part, -3),
-                    )
-                )
-            time = len(batch) - 1
-            return Estimate(*(torch.cat(fields, dim=time) for fields in zip(*parts, strict=True)))
+    def _blocks(self, job: _Job) -> list[slice]:
+        """The frames that are estimated together: all of them, but for the eager CPU."""
+        # first of all the host: under a trace, the number of frames must not be looked at
+        if not all(map(is_on_host, [*job.tensors(), *self.parameters()])):
+            return [slice(None)]
+        *_, frames, _, height, width = job.cube.shape
+        block = max(1, _BLOCK_PIXELS // (height * width))
+        if frames <= block:
+            return [slice(None)]
+        return [slice(first, min(first + block, frames)) for first in range(0, frames, block)]
 
-    @abstractmethod
-    def estimate_motion(
-        self,
-        moving: Tensor,
-        reference: Tensor,
-        moving_usable: Tensor | None,
-        reference_usable: Tensor | None,
-        init: Tensor | None,
-    ) -> Motion:
-        """The method: the warp of every frame, before the gate.
+    def _estimate_all(self, job: _Job, blocks: list[slice]) -> Estimate:
+        if len(blocks) == 1:
+            return self._estimate(job)
+        return _concatenate(map_on_host(lambda part: self._estimate(job.part(part)), blocks))
 
-        Args:
-            moving: (..., T, H, W), finite: unusable pixels hold 0.
-            reference: (..., 1 or T, H, W), likewise.
-            moving_usable: (..., T, H, W) bool, or ``None`` if all of it is.
-            reference_usable: (..., 1 or T, H, W) bool, or ``None``.
-            init: (..., T, 2 or 3, 3) in the coordinates of ``moving``, or ``None``.
-        """
+    def _estimate(self, job: _Job) -> Estimate:
+        with _full_precision(job.cube):
+            moving, moving_usable = self._see(job.cube, job.mask)
+            _, origin = center_crop(job.cube, self.crop_center)
+            moved = origin != (0, 0)
+            init = None if job.init is None else job.init.to(moving.dtype)
+            if init is not None and moved:
+                init = change_origin(init, origin)
+            prepared = job.prepared or _Prepared(self.prepare_reference(job.reference, job.usable))
+            motion = self.estimate_motion(
+                moving, moving_usable, job.reference, job.usable, prepared.value, init
+            )
+            estimate = gate(
+                motion.warp,
+                motion.sigma,
+                motion.status,
+                moving,
+                job.reference,
+                moving_usable=moving_usable,
+                reference_usable=job.usable,
+                inliers=motion.inliers,
+                max_translation=self.max_translation,
+                min_score=self.min_score,
+            )
+            if not moved:
+                return estimate
+            back = change_origin(estimate.warp, (-origin[0], -origin[1]))
+            # the conjugate of an identity is one but for rounding; a rejected frame's must be exact
+            return estimate._replace(warp=torch.where(estimate.valid[..., None, None], back, estimate.warp))
 
-    def _estimate(
-        self,
-        cube: Tensor,
-        mask: Tensor | None,
-        reference: Tensor,
-        reference_usable: Tensor | None,
-        init: Tensor | None,
-    ) -> Estimate:
-        moving, moving_usable = self._see(cube, mask)
-        _, origin = center_crop(cube, self.crop_center)
-        moved = origin != (0, 0)
-        if init is not None:
-            init = init.to(moving.dtype)
-            init = change_origin(init, origin) if moved else init
-        motion = self.estimate_motion(moving, reference, moving_usable, reference_usable, init)
-        estimate = gate(
-            motion.warp,
-            motion.sigma,
-            motion.status,
-            moving,
-            reference,
-            moving_usable=moving_usable,
-            reference_usable=reference_usable,
-            inliers=motion.inliers,
-            max_translation=self.max_translation,
-            min_score=self.min_score,
-        )
-        if not moved:
-            return estimate
-        back = change_origin(estimate.warp, (-origin[0], -origin[1]))
-        # the conjugate of an identity is one but for rounding; a rejected frame's must be exact
-        return estimate._replace(warp=torch.where(estimate.valid[..., None, None], back, estimate.warp))
+    def _resampling(self) -> dict[str, Any]:
+        return {
+            "interpolation": self.interpolation,
+            "padding_mode": self.padding_mode,
+            "fill_value": self.fill_value,
+        }
+
+    def _keep_rejected(self, aligned: Tensor, cube: Tensor, estimate: Estimate) -> Tensor:
+        """The fill is for what a warp leaves empty; a frame without a warp stays as it came."""
+        if self.fill_value is None:
+            return aligned
+        return torch.where(estimate.valid[..., None, None, None], aligned, cube)
 
     def _see(self, cube: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The channel in float32 or float64, cropped, 0 where unusable; and where it is usable."""
@@ -249,7 +293,7 @@ class Aligner(nn.Module, ABC):
         seen = extract_channel(window, self.channel, rgb_bands=self.rgb_bands)
         if seen.dtype.itemsize < 4:
             seen = seen.float()
-        if mask is None and _is_on_host(seen) and bool(seen.sum().isfinite()):
+        if mask is None and is_on_host(seen) and math.isfinite(float(seen.sum())):
             return seen, None  # one read tells that all is finite, where reading costs no synchronisation
         usable = seen.isfinite()
         if mask is not None:
@@ -274,11 +318,45 @@ class Aligner(nn.Module, ABC):
         return {name: getattr(self, name) for name in named if not isinstance(getattr(self, name), nn.Module)}
 
 
-def _frames(tensor: Tensor, part: slice, dim: int) -> Tensor:
-    """A block of frames of what has a frame axis at ``dim``; what all frames share is passed on whole."""
-    if tensor.ndim < -dim or tensor.shape[dim] == 1:
-        return tensor
-    return tensor.narrow(dim, part.start, min(part.stop, tensor.shape[dim]) - part.start)
+class _Prepared(NamedTuple):
+    value: Any
+
+
+class _Job(NamedTuple):
+    """A checked call: what is estimated from, or a block of its frames."""
+
+    cube: Tensor  # (..., T, C, H, W)
+    mask: Tensor | None  # (..., T, H, W)
+    reference: Tensor  # (..., 1 or T, h, w), the channel, cropped
+    usable: Tensor | None  # (..., 1 or T, h, w), of the reference
+    prepared: _Prepared | None  # of a reference that all frames share
+    init: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in self if isinstance(tensor, Tensor)]
+
+    def part(self, frames: slice) -> _Job:
+        return _Job(
+            self.cube[..., frames, :, :, :],
+            None if self.mask is None else self.mask[..., frames, :, :],
+            self.reference if self.reference.shape[-3] == 1 else self.reference[..., frames, :, :],
+            self.usable
+            if self.usable is None or self.usable.shape[-3] == 1
+            else self.usable[..., frames, :, :],
+            self.prepared,
+            None if self.init is None else self.init[..., frames, :, :],
+        )
+
+
+def _concatenate(parts: list[Estimate]) -> Estimate:
+    """Blocks of frames in a row; the frame axis is the last of ``status``."""
+    time = parts[0].status.ndim - 1
+    return Estimate(*(torch.cat(fields, dim=time) for fields in zip(*parts, strict=True)))
+
+
+def _full_precision(cube: Tensor) -> torch.autocast:
+    """FFTs and sampling positions need float32, whatever the network around uses."""
+    return torch.autocast(device_type=cube.device.type, enabled=False)
 
 
 def _check_channel(channel: object) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from torchalign._check import check_number, check_option, message
 from torchalign.aligner import Aligner, Motion
-from torchalign.functional.affine import compose_warps, translation_warp
+from torchalign.functional.affine import center_displacement, compose_warps, translation_warp
 from torchalign.functional.channels import Channel
-from torchalign.functional.phase import Contrast, Weighting, phase_correlation
+from torchalign.functional.phase import Contrast, Texture, Weighting, extract_texture, phase_correlation
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.types import Status
 
@@ -43,12 +43,13 @@ class PCC(Aligner):
         robust: weight by agreement and correlate a second time.
         upsample_factor: ``None`` for Newton, or n for the best of a grid of 1/n pixel, as scikit-image and
             satalign do; not differentiable.
+        max_sigma: frames whose predicted error is larger, in pixels, count as ``NOT_CONVERGED``.
         channel, rgb_bands, crop_center, max_translation, min_score, interpolation, padding_mode, fill_value: see
             :class:`~torchalign.aligner.Aligner`.
 
     Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``TOO_FAR`` where a clearly higher peak lies
     beyond ``max_translation``; ``NOT_CONVERGED`` where no peak stands out of the correlation surface by 5
-    standard deviations; then what the gate says.
+    standard deviations, or σ exceeds ``max_sigma``; then what the gate says.
 
     References:
         Knapp & Carter 1976, doi:10.1109/TASSP.1976.1162830; Stone et al. 2001, doi:10.1109/36.957286;
@@ -73,6 +74,7 @@ class PCC(Aligner):
         taper: float = 0.15,
         robust: bool = True,
         upsample_factor: int | None = None,
+        max_sigma: float = 0.15,
         channel: Channel = "mean",
         rgb_bands: Sequence[int] = (3, 2, 1),
         crop_center: int | Sequence[int] | None = None,
@@ -96,6 +98,7 @@ class PCC(Aligner):
         check_option("weighting", weighting, Weighting)
         check_option("contrast", contrast, Contrast)
         check_number("taper", taper, minimum=0, maximum=1)
+        check_number("max_sigma", max_sigma, minimum=0, inclusive=False)
         check_number("upsample_factor", upsample_factor, minimum=1, maximum=1000, optional=True)
         if not isinstance(robust, bool):
             raise TypeError(message("robust", "True or False", repr(robust), "give a bool"))
@@ -106,14 +109,20 @@ class PCC(Aligner):
         self.contrast = contrast
         self.taper = float(taper)
         self.robust = robust
+        self.max_sigma = float(max_sigma)
         self.upsample_factor = None if upsample_factor is None else int(upsample_factor)
+
+    def prepare_reference(self, image: Tensor, usable: Tensor | None) -> Texture:
+        """The reference's texture, see :meth:`Aligner.prepare_reference`."""
+        return extract_texture(image, usable, max_frequency=self.max_frequency, contrast=self.contrast)
 
     def estimate_motion(
         self,
         moving: Tensor,
-        reference: Tensor,
         moving_usable: Tensor | None,
+        reference: Tensor,
         reference_usable: Tensor | None,
+        prepared: Texture,
         init: Tensor | None,
     ) -> Motion:
         """See :meth:`Aligner.estimate_motion`.
@@ -128,9 +137,8 @@ class PCC(Aligner):
             moving, moving_usable = turned.values.squeeze(-3), turned.validity
         found = phase_correlation(
             moving,
-            reference,
+            prepared,
             moving_usable,
-            reference_usable,
             max_translation=self.max_translation,
             max_frequency=self.max_frequency,
             contrast=self.contrast,
@@ -144,20 +152,19 @@ class PCC(Aligner):
         if turn is not None:
             warp = compose_warps(turn, warp)
         status = torch.zeros_like(found.flat, dtype=torch.int64)
-        status = torch.where(found.converged, status, int(Status.NOT_CONVERGED))
+        sure = found.converged & (found.sigma <= self.max_sigma)
+        status = torch.where(sure, status, int(Status.NOT_CONVERGED))
         status = torch.where(found.outside, int(Status.TOO_FAR), status)
         status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
         return Motion(warp, found.sigma, status, found.inliers)
 
     def _options(self) -> dict[str, Any]:
-        named = ("max_frequency", "weighting", "contrast", "taper", "robust", "upsample_factor")
+        named = ("max_frequency", "weighting", "contrast", "taper", "robust", "upsample_factor", "max_sigma")
         return {name: getattr(self, name) for name in named} | super()._options()
 
 
 def _split(warp: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """A warp as ``turn``, which leaves the frame's centre in place, then a translation: (translation, turn)."""
-    from torchalign.functional.affine import center_displacement
-
     translation = center_displacement(warp, size)
     turn = compose_warps(warp, translation_warp(-translation))
     # for a pure translation the two cancel to the last bit only if told so

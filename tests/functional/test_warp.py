@@ -55,7 +55,7 @@ def tensor_path(monkeypatch: pytest.MonkeyPatch):
 
     def run(*args, function=resample, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(implementation, "_is_on_host", lambda tensor: False)
+            patch.setattr(implementation, "is_on_host", lambda tensor: False)
             return function(*args, **options)
 
     return run
@@ -65,7 +65,7 @@ def tensor_path(monkeypatch: pytest.MonkeyPatch):
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test on both implementations, and let even tiny frames be sliced on the host."""
     if request.param == "tensor":
-        monkeypatch.setattr(implementation, "_is_on_host", lambda tensor: False)
+        monkeypatch.setattr(implementation, "is_on_host", lambda tensor: False)
     monkeypatch.setattr(implementation, "_SMALLEST_SLICED", 1)
     return request.param
 
@@ -282,7 +282,7 @@ def test_strided_cube_and_large_result() -> None:
     cube = noise(150, 150, 40, 3).permute(2, 3, 0, 1)
     warps = shifts(*((0.1 * t, -0.05 * t) for t in range(40)))
     values = warp(cube, warps)
-    assert values.numel() * 4 >= implementation._HUGE_RESULT
+    assert values.numel() * 4 >= _host._HUGE_RESULT
     assert same(values[17:18], warp(cube[17:18].contiguous(), warps[17:18]))
 
 

@@ -38,11 +38,13 @@ from torch.nn import functional as F
 __all__ = [
     "Contrast",
     "PhaseShift",
+    "Texture",
     "Weighting",
     "agreement",
     "band_limit",
     "coarse_peak",
     "cross_power",
+    "extract_texture",
     "local_contrast",
     "phase_correlation",
     "refine_peak",
@@ -62,8 +64,11 @@ _OUTSIDE_MARGIN = 1.2
 _NEWTON_STEPS = 3
 # The last Newton step of an estimate that has converged is shorter than this, in pixels (float32 stalls at 1e-5).
 _NEWTON_TOLERANCE = 1e-2
-# Share of usable pixels around a sample (in 7 × 7 samples) from which the sample counts.
-_LEAST_COVERAGE = 0.6
+# Share of usable pixels around a sample (in 15 × 15 samples) at which its weight is 0, and from which it is 1.
+# A soft weight as wide as a hole leaves no pattern of its own to be correlated.
+_COVERAGE = (0.3, 0.9)
+# Errors on simulated frames of all kinds are larger than the sandwich predicts by this factor (benchmarks/accuracy.py).
+_SIGMA_CALIBRATION = 1.07
 # A hole is filled from neighbours of at least this (triangular) weight in all; further in it fades to the mean.
 _LEAST_WEIGHT = 0.05
 # The window falls off over at least this many pixels on each side, where the frame allows it.
@@ -95,9 +100,23 @@ class PhaseShift(NamedTuple):
     inliers: Tensor | None
 
 
+class Texture(NamedTuple):
+    """What of an image is correlated, see :func:`extract_texture`.
+
+    Attributes:
+        field: (..., h, w), band-limited and locally normalised.
+        weights: (..., h, w) in [0, 1], small where little is usable; ``None`` if all is.
+        flat: (...,) bool, nothing to see: no texture, or too few usable pixels.
+    """
+
+    field: Tensor
+    weights: Tensor | None
+    flat: Tensor
+
+
 def phase_correlation(
     moving: Tensor,
-    reference: Tensor,
+    reference: Tensor | Texture,
     moving_mask: Tensor | None = None,
     reference_mask: Tensor | None = None,
     *,
@@ -114,7 +133,8 @@ def phase_correlation(
 
     Args:
         moving: (..., H, W), float32 or float64, finite.
-        reference: (..., H, W), broadcastable; what is shared is computed once.
+        reference: (..., H, W), broadcastable; or its :func:`extract_texture` with the same options, to compute
+            it once for many calls.
         moving_mask: bool, broadcastable to ``moving``, True = usable; ``None`` if all of it is.
         reference_mask: the same for ``reference``.
         max_translation: limit of the length of the shift, in pixels.
@@ -144,8 +164,10 @@ def phase_correlation(
     size = working_size((height, width), max_frequency)
     grid = _Grid.of((height, width), size, max_frequency, moving)
 
-    field, _, moving_flat = _field(moving, moving_mask, grid, contrast)
-    reference_field, reference_usable, reference_flat = _field(reference, reference_mask, grid, contrast)
+    field, weights, moving_flat = _texture(moving, moving_mask, grid, contrast)
+    if not isinstance(reference, Texture):
+        reference = _texture(reference, reference_mask, grid, contrast)
+    reference_field, reference_weights, reference_flat = reference
     flat = moving_flat | reference_flat
 
     window = grid.window(taper)
@@ -164,8 +186,12 @@ def phase_correlation(
             _turn(spectrum, grid.frequencies, -shift), s=size
         )  # the moving frame over the reference
         inliers = agreement(ground, reference_field * window)
-        if reference_usable is not None:
-            inliers = inliers * reference_usable
+        # holes too must lie on the same ground in both, or their pattern is what is correlated
+        if reference_weights is not None:
+            inliers = inliers * reference_weights
+        if weights is not None:
+            moved = torch.fft.irfft2(_turn(torch.fft.rfft2(weights), grid.frequencies, -shift), s=size)
+            inliers = inliers * moved.clamp(0, 1)
         # each frame gets the window, and the weights, of the ground that both see
         tapered = grid.window(taper, -shift) * torch.fft.irfft2(
             _turn(torch.fft.rfft2(inliers), grid.frequencies, shift), s=size
@@ -187,6 +213,25 @@ def phase_correlation(
     if start is None:
         converged = converged & (peak.significance >= _MIN_SIGNIFICANCE)
     return PhaseShift(refined, sigma, peak.significance, flat, outside, converged, inliers)
+
+
+def extract_texture(
+    image: Tensor, mask: Tensor | None = None, *, max_frequency: float = 0.25, contrast: Contrast = "local"
+) -> Texture:
+    """The first two links of the chain: fill holes, limit the band, normalise the contrast.
+
+    Args:
+        image: (..., H, W), finite.
+        mask: bool, broadcastable, True = usable.
+        max_frequency: in cycles per pixel.
+        contrast: ``"local"`` or ``"none"``.
+
+    Returns:
+        :class:`Texture` on the grid of :func:`working_size`.
+    """
+    height, width = image.shape[-2:]
+    size = working_size((height, width), max_frequency)
+    return _texture(image, mask, _Grid.of((height, width), size, max_frequency, image), contrast)
 
 
 def working_size(size: tuple[int, int], max_frequency: float) -> tuple[int, int]:
@@ -219,7 +264,7 @@ def band_limit(image: Tensor, size: tuple[int, int], max_frequency: float = 0.25
     return _band_limit(centred, _Grid.of((height, width), size, max_frequency, image))
 
 
-def local_contrast(image: Tensor, usable: Tensor | None = None) -> Tensor:
+def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
     r"""High-passed and normalised by the local standard deviation.
 
     .. math:: \frac{x - g * x}{\sqrt{g * (x - g * x)^2 + c}}
@@ -229,7 +274,8 @@ def local_contrast(image: Tensor, usable: Tensor | None = None) -> Tensor:
 
     Args:
         image: (..., H, W).
-        usable: bool, broadcastable; the median is taken over usable samples, the rest comes back 0.
+        weights: in [0, 1], broadcastable; the median is taken where they exceed one half, and the result is
+            multiplied by them.
 
     Returns:
         (..., H, W), about [−3, 3].
@@ -237,12 +283,14 @@ def local_contrast(image: Tensor, usable: Tensor | None = None) -> Tensor:
     detail = image - _triangle(image, 2)
     variance = _triangle(detail.square(), 2)
     # a sixteenth of the samples tells the median as well, and sorting is what costs
-    sampled = variance[..., ::4, ::4].detach()
-    if usable is not None:
-        sampled = sampled.masked_fill(~usable[..., ::4, ::4], torch.nan)
+    sampled = variance[..., ::4, ::4]
+    if weights is not None:
+        sampled = sampled.masked_fill(weights[..., ::4, ::4] < 0.5, torch.nan)
     typical = sampled.flatten(-2).nanmedian(-1).values.nan_to_num(0.0)[..., None, None]
-    contrast = detail * torch.rsqrt(variance + (typical + torch.finfo(image.dtype).tiny))
-    return contrast if usable is None else contrast * usable
+    total = variance + typical
+    flat = total <= torch.finfo(image.dtype).tiny ** 0.5  # below it the derivative of the root overflows
+    contrast = torch.where(flat, 0.0, detail * torch.rsqrt(torch.where(flat, 1.0, total)))
+    return contrast if weights is None else contrast * weights
 
 
 def cross_power(
@@ -404,18 +452,20 @@ def _newton_step(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tenso
 
 def _derivatives(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> Tensor:
     """(..., 3, 3): the correlation's derivatives of order 0, 1, 2 in y (rows) and x (columns) at ``shift``."""
-    waves_y = _waves(frequencies[0], shift[..., 1])  # (..., 3, H)
-    waves_x = _waves(frequencies[1], shift[..., 0])  # (..., 3, W//2+1)
+    waves_y = _wave(frequencies[0], shift[..., 1])[..., None, :] * _orders(frequencies[0])  # (..., 3, H)
+    waves_x = _wave(frequencies[1], shift[..., 0])[..., None, :] * _orders(frequencies[1])  # (..., 3, W//2+1)
     # the other half of the spectrum is the conjugate: count every column twice but the first
     twice = torch.where(frequencies[1] > 0, 2.0, 1.0)
     return torch.matmul(torch.matmul(waves_y, power), (waves_x * twice).mT).real
 
 
-def _waves(frequency: Tensor, shift: Tensor) -> Tensor:
-    """(..., 3, N): e^{iωt} and its first two derivatives in t, ω = 2πf in radians per pixel."""
+def _orders(frequency: Tensor) -> Tensor:
+    """(3, N): what the derivatives of order 0, 1, 2 of e^{iωt} multiply it by: 1, iω, −ω²."""
     omega = 2 * math.pi * frequency
-    wave = _wave(frequency, shift)
-    return torch.stack([wave, 1j * omega * wave, -omega.square() * wave], dim=-2)
+    zero = torch.zeros_like(omega)
+    return torch.complex(
+        torch.stack([torch.ones_like(omega), zero, -omega.square()]), torch.stack([zero, omega, zero])
+    )
 
 
 def _turn(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> Tensor:
@@ -473,7 +523,7 @@ def _sigma(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, eff
     area = effective.sum((-2, -1))
     samples = effective.shape[-2] * effective.shape[-1]
     correlated = samples * effective.square().sum((-2, -1)) / (area.square() + torch.finfo(area.dtype).tiny)
-    sigma = (0.5 * (variance_x + variance_y) * correlated).clamp(min=0).sqrt()
+    sigma = _SIGMA_CALIBRATION * (0.5 * (variance_x + variance_y) * correlated).clamp(min=0).sqrt()
     return torch.where(determinant > 0, sigma, torch.inf)
 
 
@@ -514,16 +564,14 @@ class _Grid(NamedTuple):
         return profiles[0][..., :, None] * profiles[1][..., None, :]
 
 
-def _field(
-    image: Tensor, mask: Tensor | None, grid: _Grid, contrast: Contrast
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What is correlated, (..., h, w); where it can be used; and whether there is nothing in it."""
+def _texture(image: Tensor, mask: Tensor | None, grid: _Grid, contrast: Contrast) -> Texture:
+    """See :func:`extract_texture`."""
     height, width = grid.frame
     if mask is None:
         mean = image.mean((-2, -1), keepdim=True)
         centred = image - mean
         empty = torch.zeros_like(mean[..., 0, 0], dtype=torch.bool)
-        usable = None
+        weights = None
     else:
         share = mask.to(image.dtype).mean((-2, -1), keepdim=True)
         mean = torch.where(mask, image, 0.0).mean((-2, -1), keepdim=True) / share.clamp(
@@ -531,7 +579,7 @@ def _field(
         )
         centred = _fill_holes(torch.where(mask, image - mean, 0.0), mask)
         empty = share[..., 0, 0] < _MIN_USABLE
-        usable = _usable(mask, grid)
+        weights = _weights(mask, grid)
     limited = _band_limit(centred, grid)
     scale = torch.linalg.vector_norm(limited.detach(), dim=(-2, -1)) / math.sqrt(
         limited.shape[-2] * limited.shape[-1]
@@ -540,9 +588,9 @@ def _field(
     noise = 32 * torch.finfo(image.dtype).eps * mean[..., 0, 0].abs()
     flat = (scale <= noise) | empty | ~torch.isfinite(scale)
     if contrast == "local":
-        return local_contrast(limited, usable), usable, flat
+        return Texture(local_contrast(limited, weights), weights, flat)
     normal = limited / torch.where(flat, 1.0, scale)[..., None, None]
-    return (normal if usable is None else normal * usable), usable, flat
+    return Texture(normal if weights is None else normal * weights, weights, flat)
 
 
 def _fill_holes(centred: Tensor, mask: Tensor) -> Tensor:
@@ -555,13 +603,14 @@ def _fill_holes(centred: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, centred, local)
 
 
-def _usable(mask: Tensor, grid: _Grid) -> Tensor:
-    """(..., h, w) bool: samples that usable pixels made, for the most part of what the filters reach."""
+def _weights(mask: Tensor, grid: _Grid) -> Tensor:
+    """(..., h, w) in [0, 1]: how much of what lies around a sample is usable."""
     height, width = grid.size
     shape = mask.shape[:-2]
     share = mask.expand(*shape, *grid.frame).reshape(-1, 1, *grid.frame).to(grid.radius.dtype)
     coverage = F.interpolate(share, size=(height, width), mode="area").reshape(*shape, height, width)
-    return (coverage > 0.5) & (_triangle(coverage, 2) > _LEAST_COVERAGE)
+    lowest, highest = _COVERAGE
+    return ((_triangle(coverage, 3) - lowest) / (highest - lowest)).clamp(0, 1)
 
 
 def _band_limit(image: Tensor, grid: _Grid) -> Tensor:

@@ -38,7 +38,7 @@ def normalized_cross_correlation(first: Tensor, second: Tensor, usable: Tensor |
     if usable is not None:
         first, second = torch.where(usable, first, 0.0), torch.where(usable, second, 0.0)
     first, second = torch.broadcast_tensors(first, second)  # type: ignore[no-untyped-call]  # torch has no types for it
-    weight = torch.ones_like(first) if usable is None else usable.to(first.dtype)
+    weight = torch.ones_like(first) if usable is None else usable.to(first.dtype).expand(first.shape)
     return _correlate(first, second, weight)
 
 
@@ -126,8 +126,13 @@ def gate(
     score = _correlate(aligned.squeeze(-3), reference, weight)
     score_before = _correlate(moving, reference, weight)
 
-    gained = score >= score_before
-    in_place = ~gained & (displacement <= (_IN_PLACE_SIGMAS * sigma).clamp(min=_IN_PLACE_PIXELS))
+    # without a positive correlation there is no common ground to be better on
+    gained = (score >= score_before) & (score > 0)
+    in_place = (
+        ~gained
+        & (score_before > 0)
+        & (displacement <= (_IN_PLACE_SIGMAS * sigma).clamp(min=_IN_PLACE_PIXELS))
+    )
     status = torch.where((status == 0) & ~gained & ~in_place, int(Status.NOT_BETTER), status)
     moved = (status == 0) & ~in_place
     warp = torch.where(moved[..., None, None], warp, identity)

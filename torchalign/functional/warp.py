@@ -20,15 +20,14 @@ costs nothing, blocks that fit into the cache are walked, and translations are s
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from torchalign._host import empty_on_host, is_on_host
 
 __all__ = ["Interpolation", "PaddingMode", "Resampled", "resample", "translate", "warp"]
 
@@ -43,8 +42,6 @@ _CUBIC_A = -0.5
 _FARTHEST = 2.0**22
 # Eager CPU: output samples (bands × pixels) of one block, so that its temporaries stay in the cache.
 _BLOCK_SAMPLES = 2**18
-# Eager CPU: a result from this many bytes on is put into huge pages.
-_HUGE_RESULT = 2**23
 # Eager CPU: slicing a frame costs some 30 µs of calls; smaller frames are gathered, many at a time.
 _SMALLEST_SLICED = 2**12
 
@@ -154,6 +151,20 @@ def warp(
     return resample(
         cube, warp, interpolation=interpolation, padding_mode=padding_mode, fill_value=fill_value, mask=mask
     ).values
+
+
+def resample_into(
+    out: Tensor,
+    cube: Tensor,
+    warp: Tensor,
+    *,
+    interpolation: Interpolation = "bilinear",
+    padding_mode: PaddingMode = "border",
+    fill_value: float | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """:func:`resample` for blocks of frames on the eager CPU, into a part of a larger, contiguous result."""
+    _resample(cube, warp, interpolation, padding_mode, fill_value, mask, out)
 
 
 def translate(
@@ -554,8 +565,9 @@ def _resample(
     padding_mode: PaddingMode,
     fill_value: float | None,
     mask: Tensor | None,
+    out: Tensor | None = None,
 ) -> Resampled:
-    """``motion`` is a shift (..., T, 2) or a warp (..., T, 2|3, 3)."""
+    """``motion`` is a shift (..., T, 2) or a warp (..., T, 2|3, 3); ``out`` may take the values on the host."""
     _check_options(cube, interpolation, padding_mode, fill_value, mask)
     lead, size = cube.shape[:-3], (cube.shape[-2], cube.shape[-1])
     ending = motion.shape[-1:] if motion.shape[-1] == 2 else motion.shape[-2:]
@@ -563,9 +575,9 @@ def _resample(
     if mask is not None:
         mask = mask.expand(*lead, *size).unsqueeze(-3)  # (..., T, 1, H, W)
     options = _Options(interpolation, padding_mode, fill_value)
-    on_host = _is_on_host(cube) and _is_on_host(motion) and (mask is None or _is_on_host(mask))
+    on_host = is_on_host(cube) and is_on_host(motion) and (mask is None or is_on_host(mask))
     if on_host:
-        return _resample_on_host(cube, motion, mask, options)
+        return _resample_on_host(cube, motion, mask, options, out)
     positions = _positions(motion, size, (0, size[0]), _compute_dtype(cube.dtype))
     return _combine(_prepare(cube, mask, options), _Gather(positions, size, padding_mode), options)
 
@@ -671,27 +683,16 @@ def _keep_where(condition: Tensor, values: Tensor, otherwise: float) -> Tensor:
 # ------------------------------------------------------------------------------------------ eager, on the CPU
 
 
-def _is_on_host(tensor: Tensor) -> bool:
-    """Whether its numbers may be read: a plain CPU tensor that nobody traces, maps or differentiates."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if type(tensor) is not Tensor or tensor.device.type != "cpu":
-        return False
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return False
-    return _unpack_dual(tensor).tangent is None
-
-
-def _resample_on_host(cube: Tensor, motion: Tensor, mask: Tensor | None, options: _Options) -> Resampled:
+def _resample_on_host(
+    cube: Tensor, motion: Tensor, mask: Tensor | None, options: _Options, out: Tensor | None = None
+) -> Resampled:
     """Block by block: frame by frame if it is large, many frames at once if they are small."""
     lead, (bands, height, width) = cube.shape[:-3], cube.shape[-3:]
     count = math.prod(lead)
     frames = cube.reshape(count, bands, height, width)
     motion = motion.reshape(count, *motion.shape[len(lead) :])
     masks = None if mask is None else mask.reshape(count, 1, height, width)
-    values = _empty_on_host(frames.shape, cube.dtype)
+    values = empty_on_host(frames.shape, cube.dtype) if out is None else out.view(frames.shape)
     validity = torch.empty((count, height, width), dtype=torch.bool)
 
     samples = bands * height * width
@@ -732,21 +733,6 @@ def _resample_on_host(cube: Tensor, motion: Tensor, mask: Tensor | None, options
     return Resampled(values.reshape(cube.shape), validity.reshape(*lead, height, width))
 
 
-def _empty_on_host(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """``torch.empty`` in pages of 2 MiB where the system has them.
-
-    A result of many megabytes is fresh memory. Touching it in pages of 4 KiB for the first time costs more
-    than computing it: 0.5 ms for each frame of 1 MiB against 0.28 ms, measured on a virtual machine.
-    """
-    size = shape.numel() * dtype.itemsize
-    if size < _HUGE_RESULT or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel built without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).reshape(shape)  # the tensor keeps the mapping alive
-
-
 def _host_shifts(motion: Tensor) -> list[tuple[float, float] | None]:
     """Each frame's shift (x, y), from (N, 2) or (N, 2|3, 3); None where it is more than one, or no number."""
     shifts: list[tuple[float, float] | None] = []
@@ -764,6 +750,5 @@ def _host_shifts(motion: Tensor) -> list[tuple[float, float] | None]:
     return shifts
 
 
-_unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual  # torch leaves it without types
 _PLAIN = _Options("bilinear", "border", None)
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}

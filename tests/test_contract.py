@@ -1,0 +1,37 @@
+"""The contract, run on every aligner. A new method is one line of ALIGNERS."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from contract import Behaviour, Case, Results
+
+import torchalign as ta
+
+old = {"weighting": "phase", "contrast": "none", "robust": False, "max_frequency": 0.3}
+
+ALIGNERS = {
+    "PCC": Case(ta.PCC),
+}
+OPTIONS = {
+    "PCC once": Case(partial(ta.PCC, robust=False), accuracy=0.1, steadiness=0.05),
+    "PCC classic": Case(partial(ta.PCC, **old), accuracy=0.2, steadiness=0.12),
+    "PCC plain": Case(partial(ta.PCC, weighting="none", contrast="none", taper=0.5), steadiness=0.07),
+    "PCC grid": Case(partial(ta.PCC, weighting="sqrt", upsample_factor=50), steadiness=0.05, grid=0.02),
+    "PCC gradients": Case(partial(ta.PCC, channel="gradients"), accuracy=0.1, steadiness=0.05),
+}
+
+
+def each(cases: dict[str, Case]):
+    return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
+
+
+@each(ALIGNERS | OPTIONS)
+class TestResults(Results):
+    pass
+
+
+@each(ALIGNERS)
+class TestBehaviour(Behaviour):
+    pass

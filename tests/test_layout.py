@@ -1,0 +1,149 @@
+"""Imports point down only, as design has it, and importing the package imports nothing that is optional."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchalign
+
+ROOT = Path(torchalign.__file__).parent
+
+# what may import what: a layer sees the layers below its own
+LAYERS = [
+    {"types", "_check", "_host"},
+    {"functional.affine", "functional.warp", "functional.channels", "functional.phase", "functional.ecc",
+     "functional.matching", "functional.quality", "functional"},
+    {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
+    {"aligner"},
+    {"pcc", "ecc", "lgm"},
+    {"cascade"},
+    {"training"},
+    {"xr", "io", "datasets"},
+    {"cli", "plot"},
+]  # fmt: skip
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# within functional: affine and warp are the ground of the others
+WITHIN = {"functional.quality", "functional.matching", "functional.ecc"}
+# what a layer may use besides torch and the standard library
+FOREIGN = {
+    **dict.fromkeys(["types", "_check", "_host", "functional", "aligner", "pcc", "ecc", "lgm", "cascade"], set()),
+    "training": {"kornia"},
+    "models": {"kornia", "torchvision"},
+    "xr": {"numpy", "xarray", "dask", "tqdm", "rioxarray", "pandas"},
+    "io": {"numpy", "xarray", "dask", "rasterio", "rioxarray", "pandas", "zarr", "h5netcdf", "tqdm"},
+    "datasets": {"numpy", "xarray", "kornia", "spyndex"},
+    "plot": {"numpy", "xarray", "matplotlib", "PIL"},
+    "cli": {"numpy", "xarray", "typer", "click", "tqdm", "rich", "dask", "zarr", "rioxarray", "h5netcdf"},
+}
+
+
+def modules():
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted(ROOT.rglob("*.py"))
+        if path.relative_to(ROOT) != Path("__init__.py")
+    }
+
+
+def imports(path: Path, *, top: bool = False):
+    """Names of the modules that a file imports: anywhere but under TYPE_CHECKING; or at its top only."""
+    tree = ast.parse(path.read_text())
+    nodes = list(tree.body) if top else []
+    if not top:
+        todo = [tree]
+        while todo:
+            node = todo.pop()
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                continue
+            nodes.append(node)
+            todo += ast.iter_child_nodes(node)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative imports hide their direction"
+            if node.module == "torchalign":
+                yield from (f"torchalign.{alias.name}" for alias in node.names)
+            else:
+                yield node.module or ""
+                # `from torchalign.functional import warp` may name a module
+                if f"{node.module}".startswith("torchalign"):
+                    yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name])
+def test_imports_point_down(name):
+    assert name in LEVEL, f"{name}: give it a layer here, and in design.md"
+    for imported in imports(modules()[name]):
+        own = imported.removeprefix("torchalign.")
+        if imported == own or own not in LEVEL or own == name:
+            continue
+        below = LEVEL[own] < LEVEL[name]
+        beside = name.split(".")[0] == own.split(".")[0] or name in ("cli", "xr", "io")
+        assert below or beside, f"{name} imports {own}, which is above or beside it"
+        if name.startswith("functional.") and own.startswith("functional."):
+            assert own in ("functional.affine", "functional.warp") or name in WITHIN, f"{name} imports {own}"
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name])
+def test_foreign_packages_stay_where_they_belong(name):
+    allowed = FOREIGN[name.split(".")[0]]
+    for imported in imports(modules()[name]):
+        package = imported.split(".")[0]
+        if package in ("torch", "torchalign") or package in sys.stdlib_module_names:
+            continue
+        assert package in allowed, f"{name} imports {imported}"
+
+
+def test_functional_is_pure():
+    # no Module, no numpy, no input or output, no state
+    for name, path in modules().items():
+        if not name.startswith("functional."):
+            continue
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            assert not isinstance(node, ast.Global), name
+            if isinstance(node, ast.ClassDef):
+                assert not any("Module" in ast.unparse(base) for base in node.bases), f"{name}.{node.name}"
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in ("open", "print"), name
+                assert not ast.unparse(node.func).endswith(".numpy"), name
+
+
+def test_importing_imports_nothing_optional():
+    optional = ["xarray", "matplotlib", "rasterio", "rioxarray", "cv2", "dask", "kornia", "torchvision", "typer",
+                "PIL.Image", "scipy", "skimage", "pandas", "spyndex"]  # fmt: skip
+    code = (
+        "import sys, torch; before = set(sys.modules); import torchalign; torchalign.PCC();"
+        f"print([name for name in {optional} if name in sys.modules and name not in before])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert done.stdout.strip() == "[]"
+    assert done.stderr == ""
+
+
+def test_names_of_the_package():
+    assert set(torchalign.__all__) <= set(dir(torchalign))
+    for name in torchalign.__all__:
+        assert getattr(torchalign, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = torchalign.nothing
+    assert torchalign.align.__module__ == "torchalign.xr"
+
+
+def test_every_public_function_is_documented():
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree) or not tree.body, name
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{name}.{node.name}"
+
+
+def test_typed():
+    assert (ROOT / "py.typed").is_file()

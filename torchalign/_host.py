@@ -1,0 +1,73 @@
+"""The eager CPU: where reading a number costs nothing, caches are small, and fresh memory is slow."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["empty_on_host", "is_on_host", "map_on_host"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# A result of this many bytes and more is put into huge pages.
+_HUGE_RESULT = 2**23
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether its numbers may be read: a plain CPU tensor that nobody traces, maps or differentiates."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return _unpack_dual(tensor).tangent is None
+
+
+def empty_on_host(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``torch.empty`` in pages of 2 MiB where the system has them.
+
+    A result of many megabytes is fresh memory. Touching it in pages of 4 KiB for the first time costs more
+    than computing it: 0.5 ms for each frame of 1 MiB against 0.28 ms, measured on a virtual machine.
+    """
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if size < _HUGE_RESULT or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).reshape(shape)  # the tensor keeps the mapping alive
+
+
+def map_on_host(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """``[function(item) for item in items]``, on as many threads as torch has, one core each.
+
+    A chain of small operations gains little when each is split among all cores and waits for the slowest;
+    whole blocks of frames do not wait for each other.
+    """
+    workers = min(torch.get_num_threads(), len(items))
+    if workers <= 1:
+        return [function(item) for item in items]
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def run(item: Item) -> Result:
+        # these modes belong to the thread; a worker starts without the caller's
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            return function(item)
+
+    # the number of threads set here is the worker's own, not the process's
+    with ThreadPoolExecutor(workers, "torchalign", torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(run, items))
+
+
+_unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual  # torch leaves it without types
