@@ -26,7 +26,7 @@ from torchalign.functional.affine import change_origin
 from torchalign.functional.channels import Channel, center_crop, extract_channel
 from torchalign.functional.quality import gate
 from torchalign.functional.warp import Interpolation, PaddingMode, resample, resample_into
-from torchalign.types import Alignment, Estimate
+from torchalign.types import Alignment, Estimate, Status
 
 __all__ = ["Aligner", "Motion"]
 
@@ -243,7 +243,7 @@ class Aligner(nn.Module, ABC):
             moving, moving_usable = self._see(job.cube, job.mask)
             _, origin = center_crop(job.cube, self.crop_center)
             moved = origin != (0, 0)
-            init = None if job.init is None else job.init.to(moving.dtype)
+            init, lost = (None, None) if job.init is None else _readable(job.init.to(moving.dtype))
             if init is not None and moved:
                 init = change_origin(init, origin)
             prepared = job.prepared or _Prepared(self.prepare_reference(job.reference, job.usable))
@@ -253,7 +253,9 @@ class Aligner(nn.Module, ABC):
             estimate = gate(
                 motion.warp,
                 motion.sigma,
-                motion.status,
+                motion.status
+                if lost is None
+                else torch.where(lost, int(Status.NOT_CONVERGED), motion.status),
                 moving,
                 job.reference,
                 moving_usable=moving_usable,
@@ -346,6 +348,13 @@ class _Job(NamedTuple):
             self.prepared,
             None if self.init is None else self.init[..., frames, :, :],
         )
+
+
+def _readable(init: Tensor) -> tuple[Tensor, Tensor]:
+    """Warps that are no numbers are replaced by the identity; and where (..., T)."""
+    lost = ~init.isfinite().flatten(-2).all(-1)
+    identity = torch.eye(init.shape[-2], 3, dtype=init.dtype, device=init.device)
+    return torch.where(lost[..., None, None], identity, init), lost
 
 
 def _concatenate(parts: list[Estimate]) -> Estimate:

@@ -67,7 +67,7 @@ _NEWTON_TOLERANCE = 1e-2
 # Share of usable pixels around a sample (in 15 × 15 samples) at which its weight is 0, and from which it is 1.
 # A soft weight as wide as a hole leaves no pattern of its own to be correlated.
 _COVERAGE = (0.3, 0.9)
-# Errors on simulated frames of all kinds are larger than the sandwich predicts by this factor (benchmarks/accuracy.py).
+# Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor (benchmarks/accuracy.py).
 _SIGMA_CALIBRATION = 1.07
 # A hole is filled from neighbours of at least this (triangular) weight in all; further in it fades to the mean.
 _LEAST_WEIGHT = 0.05

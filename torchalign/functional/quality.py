@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torchalign.functional.affine import center_displacement, identity_warp
 from torchalign.functional.warp import resample
@@ -39,29 +40,36 @@ def normalized_cross_correlation(first: Tensor, second: Tensor, usable: Tensor |
         first, second = torch.where(usable, first, 0.0), torch.where(usable, second, 0.0)
     first, second = torch.broadcast_tensors(first, second)  # type: ignore[no-untyped-call]  # torch has no types for it
     weight = torch.ones_like(first) if usable is None else usable.to(first.dtype).expand(first.shape)
-    return _correlate(first, second, weight)
+    return _correlate(second, weight, first)[0]
 
 
-def _correlate(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
-    """The same for finite images and weights ≥ 0: inner products, without temporaries of image size."""
+def _correlate(reference: Tensor, weight: Tensor, *images: Tensor) -> list[Tensor]:
+    """The same for finite images and weights ≥ 0: inner products, with few temporaries of image size."""
     # sums of squares of raw reflectances would cancel: some constant near the mean is taken off first
-    first = (first - first.mean((-2, -1), keepdim=True)).flatten(-2)
-    second = (second - second.mean((-2, -1), keepdim=True)).flatten(-2)
+    reference = (reference - reference.mean((-2, -1), keepdim=True)).flatten(-2)
     weight = weight.flatten(-2)
-    weighted = first * weight
     count = weight.sum(-1) + torch.finfo(weight.dtype).tiny
-    mean_first, mean_second = weighted.sum(-1) / count, torch.linalg.vecdot(weight, second) / count
-    product = torch.linalg.vecdot(weighted, second) - count * mean_first * mean_second
-    square_first = torch.linalg.vecdot(weighted, first)
-    square_second = torch.linalg.vecdot(weight, second.square())
-    norm_first = square_first - count * mean_first.square()
-    norm_second = square_second - count * mean_second.square()
-    # what is left of an image of one value is rounding
-    rounding = 16 * torch.finfo(first.dtype).eps
-    flat = (norm_first <= rounding * square_first) | (norm_second <= rounding * square_second)
-    # two roots, not the root of a product: squares of raw digital numbers overflow together
-    norm = torch.where(flat, 1.0, norm_first).sqrt() * torch.where(flat, 1.0, norm_second).sqrt()
-    return torch.where(flat, 0.0, product / norm).clamp(-1, 1)
+    mean = torch.linalg.vecdot(weight, reference) / count
+    square = torch.linalg.vecdot(weight, reference.square())
+    norm, flat = _deviation(square, count * mean.square())
+    correlations = []
+    for image in images:
+        centred = (image - image.mean((-2, -1), keepdim=True)).flatten(-2)
+        weighted = centred * weight
+        total = weighted.sum(-1)
+        product = torch.linalg.vecdot(weighted, reference) - total * mean
+        image_norm, image_flat = _deviation(torch.linalg.vecdot(weighted, centred), total.square() / count)
+        # two roots, not the root of a product: squares of raw digital numbers overflow together
+        correlation = torch.where(flat | image_flat, 0.0, product / (norm * image_norm))
+        correlations.append(correlation.clamp(-1, 1))
+    return correlations
+
+
+def _deviation(square: Tensor, square_of_mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The root of the difference, 1 where it is no more than rounding; and where that is."""
+    variance = square - square_of_mean
+    flat = variance <= 16 * torch.finfo(square.dtype).eps * square
+    return torch.where(flat, 1.0, variance).sqrt(), flat
 
 
 def gate(
@@ -122,9 +130,8 @@ def gate(
     # both scores over the same ground; the root of an inlier weight is the squared local correlation
     weight = overlap.to(moving.dtype)
     if inliers is not None:
-        weight = weight * _enlarge(inliers.detach().sqrt(), (height, width))
-    score = _correlate(aligned.squeeze(-3), reference, weight)
-    score_before = _correlate(moving, reference, weight)
+        weight = weight * _enlarge(inliers.detach().nan_to_num(0.0).sqrt(), (height, width))
+    score, score_before = _correlate(reference, weight, aligned.squeeze(-3), moving)
 
     # without a positive correlation there is no common ground to be better on
     gained = (score >= score_before) & (score > 0)
@@ -148,8 +155,5 @@ def gate(
 
 def _enlarge(weights: Tensor, size: tuple[int, int]) -> Tensor:
     """(..., h, w) → (..., H, W): every pixel takes the sample at or before it."""
-    height, width = size
-    rows, columns = weights.shape[-2:]
-    row = torch.arange(height, device=weights.device) * rows // height
-    column = torch.arange(width, device=weights.device) * columns // width
-    return weights.index_select(-1, column).index_select(-2, row)
+    flat = weights.reshape(-1, 1, *weights.shape[-2:])
+    return F.interpolate(flat, size=size, mode="nearest").reshape(*weights.shape[:-2], *size)
