@@ -68,7 +68,20 @@ def spoil(cube: Tensor, kind: str, frame: int = BAD) -> Tensor:
     return cube
 
 
-BAD_KINDS = ["nan", "inf", "-inf", "0", "0.3", "10000", "1e-30", "3e38", "-9999", "alternating", "one pixel", "one band"]
+BAD_KINDS = [
+    "nan",
+    "inf",
+    "-inf",
+    "0",
+    "0.3",
+    "10000",
+    "1e-30",
+    "3e38",
+    "-9999",
+    "alternating",
+    "one pixel",
+    "one band",
+]
 
 
 def without(values: Tensor, frame: int) -> Tensor:
@@ -93,7 +106,9 @@ def assert_sound(estimate: ta.Estimate, limit: float) -> None:
     assert estimate.score_before.abs().le(1).all()
     assert (estimate.score >= estimate.score_before)[estimate.valid].all()
     rejected = estimate.warp[~estimate.valid]
-    assert torch.equal(rejected, identity_warp(homography=rejected.shape[-2] == 3, dtype=rejected.dtype).expand_as(rejected))
+    assert torch.equal(
+        rejected, identity_warp(homography=rejected.shape[-2] == 3, dtype=rejected.dtype).expand_as(rejected)
+    )
     # the centre of any frame: the translation itself if the motion is one
     moved = center_displacement(estimate.warp, SIZE).norm(dim=-1)
     assert (moved <= limit + 1e-4).all()
@@ -108,8 +123,10 @@ def assert_same(case: Case, first: ta.Estimate, second: ta.Estimate, tolerance: 
 
 def equal(first: Tensor, second: Tensor) -> bool:
     """Bit for bit, NaN and all."""
-    return first.dtype == second.dtype and torch.equal(first.nan_to_num(12345.0), second.nan_to_num(12345.0)) and torch.equal(
-        first.isnan(), second.isnan()
+    return (
+        first.dtype == second.dtype
+        and torch.equal(first.nan_to_num(12345.0), second.nan_to_num(12345.0))
+        and torch.equal(first.isnan(), second.isnan())
     )
 
 
@@ -124,7 +141,9 @@ class Results:
         assert aligned.shape == data.cube.shape
         assert aligned.device.type == estimate.warp.device.type == device.type
         assert estimate.valid.all()
-        assert_sound(estimate._replace(**{name: field.cpu() for name, field in estimate._asdict().items()}), 5.0)
+        assert_sound(
+            estimate._replace(**{name: field.cpu() for name, field in estimate._asdict().items()}), 5.0
+        )
         assert shift_errors(estimate, data.shift).max() < case.accuracy
 
     def test_forward_is_estimate_then_warp(self, case):
@@ -176,7 +195,9 @@ class Results:
         expected = torch.float64 if dtype == torch.float64 else torch.float32
         assert {field.dtype for field in estimate[:4]} == {expected}
         assert estimate.valid.all()
-        coarse = {torch.float16: 0.01, torch.bfloat16: 0.05}.get(dtype, 0.0)  # of the rounded image, not the method
+        coarse = {torch.float16: 0.01, torch.bfloat16: 0.05}.get(
+            dtype, 0.0
+        )  # of the rounded image, not the method
         assert shift_errors(estimate, data.shift).max() < case.accuracy + coarse
 
     def test_order_of_frames(self, case):
@@ -197,7 +218,13 @@ class Results:
             parts = [
                 aligner(cube[i : i + chunk], data.reference, mask[i : i + chunk]) for i in range(0, 64, chunk)
             ]
-            assert_same(case, ta.Estimate(*(torch.cat(fields) for fields in zip(*(p.estimate for p in parts), strict=True))), estimate)
+            assert_same(
+                case,
+                ta.Estimate(
+                    *(torch.cat(fields) for fields in zip(*(p.estimate for p in parts), strict=True))
+                ),
+                estimate,
+            )
             joined = torch.cat([part.aligned for part in parts])
             torch.testing.assert_close(joined, aligned, atol=2e-3, rtol=0, equal_nan=True)
 
@@ -215,7 +242,11 @@ class Results:
             for t in (0, 5, 71):
                 row = slice(t, t + 1)
                 one = aligner.estimate(
-                    cube[row], reference[row], mask[row], mask.flip(0)[row], None if given is None else given[row]
+                    cube[row],
+                    reference[row],
+                    mask[row],
+                    mask.flip(0)[row],
+                    None if given is None else given[row],
                 )
                 assert_same(case, one, ta.Estimate(*(field[row] for field in whole)))
 
@@ -295,7 +326,9 @@ class Results:
         estimate = case.make().estimate(data.cube, data.reference, None, torch.zeros(SIZE, dtype=torch.bool))
         assert (estimate.status == ta.Status.NO_TEXTURE).all()
 
-    @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (2, 2), (3, 3), (5, 7), (8, 200), (17, 16)], ids=str)
+    @pytest.mark.parametrize(
+        "size", [(1, 1), (1, 40), (40, 1), (2, 2), (3, 3), (5, 7), (8, 200), (17, 16)], ids=str
+    )
     def test_tiny_images(self, case, size):
         for content in (torch.rand(3, 2, *size), torch.zeros(3, 2, *size), torch.full((3, 2, *size), NAN)):
             for crop in (None, 3):
@@ -366,7 +399,9 @@ class Results:
             assert_same(case, aligner(data.cube, data.reference, mask, mask).estimate, plain)
         mask = torch.ones(FRAMES, 1, 1, dtype=torch.bool)
         mask[BAD] = False
-        assert (aligner.estimate(data.cube, data.reference, mask).status != 0).tolist() == [t == BAD for t in range(FRAMES)]
+        assert (aligner.estimate(data.cube, data.reference, mask).status != 0).tolist() == [
+            t == BAD for t in range(FRAMES)
+        ]
 
     # ------------------------------------------------------------------------------------------- invariances
 
@@ -392,7 +427,9 @@ class Results:
         assert_same(case, case.make().estimate((10000 * cube).round(), reference), plain, 2e-3)
 
     def test_the_limit_is_kept(self, case):
-        truth = torch.tensor([[4.9, 0.0], [0.0, -5.3], [4.0, 4.0], [-9.0, 0.0], [12.5, -14.0], [0.4, 24.0], [1.0, -2.0]])
+        truth = torch.tensor(
+            [[4.9, 0.0], [0.0, -5.3], [4.0, 4.0], [-9.0, 0.0], [12.5, -14.0], [0.4, 24.0], [1.0, -2.0]]
+        )
         data = pairs(truth, (128, 120), bands=2, longest=24.0, seed=5)
         estimate = case.make(max_translation=5.0).estimate(data.cube, data.reference)
         moved = estimate.warp[..., :2, 2].norm(dim=-1)
@@ -418,7 +455,9 @@ class Results:
         assert torch.equal(aligned[BAD], cube[BAD])
         assert without(estimate.valid, BAD).all()
 
-    @pytest.mark.parametrize("crop", [96, 95, 81, 80, 97, 1000, (80, 104), (96, 79), [72, 90], np.int64(88)], ids=str)
+    @pytest.mark.parametrize(
+        "crop", [96, 95, 81, 80, 97, 1000, (80, 104), (96, 79), [72, 90], np.int64(88)], ids=str
+    )
     def test_crop_center(self, case, crop):
         data = stack()
         aligned, estimate = case.make(crop_center=crop)(data.cube, data.reference)
@@ -523,7 +562,12 @@ class Behaviour:
             estimate = other.estimate(data.cube, data.reference)
             assert all(torch.equal(one, two) for one, two in zip(estimate, expected, strict=True))
         # a module's dtype is not the cube's
-        assert_same(case, case.make(max_translation=4.5).double().half().estimate(data.cube, data.reference), expected, 1e-4)
+        assert_same(
+            case,
+            case.make(max_translation=4.5).double().half().estimate(data.cube, data.reference),
+            expected,
+            1e-4,
+        )
 
     def test_no_state(self, case):
         data, other = stack(), stack(clouds=0.3)

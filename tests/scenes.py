@@ -18,7 +18,17 @@ from torch import Tensor
 from torchalign.datasets import SimulatedStack, simulate_stack
 from torchalign.functional.affine import invert_warp, transform_points, translation_warp
 
-__all__ = ["Pairs", "Waves", "assert_derivative", "centre_errors", "fractal", "fractal_stack", "pairs", "shift_errors", "shifts_of"]
+__all__ = [
+    "Pairs",
+    "Waves",
+    "assert_derivative",
+    "centre_errors",
+    "fractal",
+    "fractal_stack",
+    "pairs",
+    "shift_errors",
+    "shifts_of",
+]
 
 
 class Pairs(NamedTuple):
@@ -89,7 +99,9 @@ def pairs(
     return Pairs(cube.to(dtype), reference.to(dtype), warps)
 
 
-def fractal(size: tuple[int, int] = (1320, 1320), *, bands: int = 3, slope: float = 1.6, seed: int = 0) -> Tensor:
+def fractal(
+    size: tuple[int, int] = (1320, 1320), *, bands: int = 3, slope: float = 1.6, seed: int = 0
+) -> Tensor:
     """(C, H, W) float32 in [0, 1]: amplitude ∝ frequency^-slope, bands alike but not the same, and hard edges.
 
     The edges (fields: a second field, cut into levels) give it the aliasing of a real scene.
@@ -159,4 +171,6 @@ def assert_derivative(
             found = (slope * direction).sum()
             # against the size of a typical such product, for one may be 0 by chance
             size = slope.norm() + 1e-30
-            assert abs(float((found - expected) / size)) < tolerance, f"input {i}: {found:.8g}, not {expected:.8g}"
+            assert abs(float((found - expected) / size)) < tolerance, (
+                f"input {i}: {found:.8g}, not {expected:.8g}"
+            )

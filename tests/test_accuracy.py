@@ -53,7 +53,9 @@ def test_errors_on_landsat(simulate, clouds, masked, median, tail):
     assert found[1] <= tail
 
 
-@pytest.mark.parametrize(("clouds", "median", "tail"), [(0.0, 0.002, 0.004), (0.2, 0.006, 0.015), (0.5, 0.012, 0.03)])
+@pytest.mark.parametrize(
+    ("clouds", "median", "tail"), [(0.0, 0.002, 0.004), (0.2, 0.006, 0.015), (0.5, 0.012, 0.03)]
+)
 def test_errors_on_the_fractal_scene(clouds, median, tail):
     # the same on a synthetic scene, which needs no data
     data = fractal_stack(32, cloud_fraction=clouds)
@@ -78,7 +80,9 @@ def peak_locking(simulate, aligner):
     data = simulate(frames=64, seed=2)
     error = shifts_of(aligner.estimate(data.cube, data.reference)) - data.shift
     fraction = (data.shift * 5).round().remainder(5)
-    return torch.stack([error[..., axis][fraction[..., axis] == k].mean() for axis in (0, 1) for k in range(5)])
+    return torch.stack(
+        [error[..., axis][fraction[..., axis] == k].mean() for axis in (0, 1) for k in range(5)]
+    )
 
 
 @pytest.mark.parametrize(("blur", "worst"), [(0.0, 0.05), (3.0, 0.1)])
@@ -170,9 +174,13 @@ def test_agrees_with_scikit_image_where_both_are_exact(size):
         aligner = ta.PCC(**options, upsample_factor=factor, max_translation=12.0)
         estimate = aligner.estimate(cube, reference[None])
         for t, frame in enumerate(cube[:, 0].numpy()):
-            row, column = registration.phase_cross_correlation(reference.numpy(), frame, upsample_factor=factor)[0]
+            row, column = registration.phase_cross_correlation(
+                reference.numpy(), frame, upsample_factor=factor
+            )[0]
             assert (column, row) == truth[t]
-            assert estimate.warp[t, :, 2].tolist() == pytest.approx([column, row], abs=0.051 if factor > 1 else 1e-9)
+            assert estimate.warp[t, :, 2].tolist() == pytest.approx(
+                [column, row], abs=0.051 if factor > 1 else 1e-9
+            )
 
 
 # -------------------------------------------------------------------------------------------------- footprints
@@ -239,7 +247,9 @@ def test_triangles_close(simulate):
 def test_bands_agree(simulate):
     # each band alone finds what all of them find
     data = simulate(frames=8, seed=8)
-    found = torch.stack([shifts_of(ta.PCC(channel=band).estimate(data.cube, data.reference)) for band in range(3)])
+    found = torch.stack(
+        [shifts_of(ta.PCC(channel=band).estimate(data.cube, data.reference)) for band in range(3)]
+    )
     assert found.std(0).max() < 0.015
 
 
@@ -333,4 +343,6 @@ def test_a_stack_gets_sharper(simulate):
 
     before, after = detail(data.cube.mean(0)), detail(aligned.mean(0))
     assert after > 1.3 * before
-    assert (aligned - data.reference)[..., 8:-8, 8:-8].square().mean() < 0.1 * (data.cube - data.reference).square().mean()
+    assert (aligned - data.reference)[..., 8:-8, 8:-8].square().mean() < 0.1 * (
+        data.cube - data.reference
+    ).square().mean()

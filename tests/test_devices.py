@@ -192,7 +192,9 @@ class Plain(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"robust": False, "upsample_factor": 10, "channel": "gradients", "crop_center": 50}], ids=str
+    "options",
+    [{}, {"robust": False, "upsample_factor": 10, "channel": "gradients", "crop_center": 50}],
+    ids=str,
 )
 def test_export_with_any_number_of_frames(quiet, options):
     cube, reference = real(6)
@@ -222,7 +224,9 @@ def test_export_without_a_mask(quiet):
     torch.testing.assert_close(aligned, expected.aligned, atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["wide, phase, plain", "grid", "rgb, crop, fill", "gradients, bicubic", "module"])
+@pytest.mark.parametrize(
+    "name", ["wide, phase, plain", "grid", "rgb, crop, fill", "gradients, bicubic", "module"]
+)
 def test_compile_is_one_graph(quiet, name):
     # tracing takes its time: every option once, in few combinations
     cube, reference = real()
@@ -248,7 +252,9 @@ def test_compile_with_masks_and_gradients(quiet):
     torch.testing.assert_close(*slopes, atol=1e-3 * float(slopes[1].abs().max()), rtol=1e-2)
 
 
-@pytest.mark.skipif("TORCHALIGN_INDUCTOR" not in os.environ, reason="takes a minute: set TORCHALIGN_INDUCTOR to run")
+@pytest.mark.skipif(
+    "TORCHALIGN_INDUCTOR" not in os.environ, reason="takes a minute: set TORCHALIGN_INDUCTOR to run"
+)
 def test_inductor(quiet):
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("no C++ compiler for torch.compile's inductor")
@@ -258,7 +264,9 @@ def test_inductor(quiet):
     assert_same(found, aligner.estimate(cube, reference))
 
 
-@pytest.mark.parametrize("options", [{}, {"robust": False, "weighting": "phase"}, {"upsample_factor": 20}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"robust": False, "weighting": "phase"}, {"upsample_factor": 20}], ids=str
+)
 def test_vmap_over_series(quiet, options):
     cube, reference = real(6)
     cube = cube.reshape(2, 3, *cube.shape[1:])

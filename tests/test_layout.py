@@ -31,7 +31,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 WITHIN = {"functional.quality", "functional.matching", "functional.ecc"}
 # what a layer may use besides torch and the standard library
 FOREIGN = {
-    **dict.fromkeys(["types", "_check", "_host", "functional", "aligner", "pcc", "ecc", "lgm", "cascade"], set()),
+    **dict.fromkeys(
+        ["types", "_check", "_host", "functional", "aligner", "pcc", "ecc", "lgm", "cascade"], set()
+    ),
     "training": {"kornia"},
     "models": {"kornia", "torchvision"},
     "xr": {"numpy", "xarray", "dask", "tqdm", "rioxarray", "pandas"},
@@ -122,7 +124,9 @@ def test_importing_imports_nothing_optional():
         "import sys, torch; before = set(sys.modules); import torchalign; torchalign.PCC();"
         f"print([name for name in {optional} if name in sys.modules and name not in before])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""
 

@@ -206,7 +206,10 @@ def test_found_or_flagged_at_any_limit(limit, options):
 
 
 def test_unrelated_frames_are_not_aligned():
-    first, second = fractal_stack(16, size=(96, 96), bands=1, seed=1), fractal_stack(16, size=(96, 96), bands=1, seed=2)
+    first, second = (
+        fractal_stack(16, size=(96, 96), bands=1, seed=1),
+        fractal_stack(16, size=(96, 96), bands=1, seed=2),
+    )
     other = second.reference.flip(-1, -2)  # another place
     estimate = ta.PCC().estimate(first.cube, other)
     assert not estimate.valid.any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 __all__ = ["Alignment", "Estimate", "Status"]
@@ -55,3 +56,9 @@ class Alignment(NamedTuple):
 
     aligned: Tensor
     estimate: Estimate
+
+
+# an exported program that returns these can then be saved and loaded; torch has no public name for it yet
+if hasattr(pytree, "_register_namedtuple"):
+    for _kind in (Estimate, Alignment):
+        pytree._register_namedtuple(_kind, serialized_type_name=f"torchalign.types.{_kind.__name__}")

@@ -18,7 +18,19 @@ def cube():
 
 
 @pytest.mark.parametrize(
-    "index", [0, 2, 5, -1, -6, np.int64(2), np.int8(-6), np.uint16(5), torch.tensor(3), torch.tensor(1, dtype=torch.uint8)]
+    "index",
+    [
+        0,
+        2,
+        5,
+        -1,
+        -6,
+        np.int64(2),
+        np.int8(-6),
+        np.uint16(5),
+        torch.tensor(3),
+        torch.tensor(1, dtype=torch.uint8),
+    ],
 )
 def test_band_index_of_any_integer_type(cube, index):
     assert torch.equal(extract_channel(cube, index), cube[:, :, int(index)])

@@ -136,7 +136,11 @@ def test_a_flat_frame_is_flat(value):
     for robust in (True, False):
         found = phase_correlation(torch.full_like(moving, value), reference, robust=robust)
         assert found.flat.all()
-        assert all(field.isfinite().all() for field in (found.shift, found.significance, found.inliers) if field is not None)
+        assert all(
+            field.isfinite().all()
+            for field in (found.shift, found.significance, found.inliers)
+            if field is not None
+        )
         assert not found.sigma.isnan().any()
         assert phase_correlation(moving, torch.full_like(reference, value), robust=robust).flat.all()
 
@@ -269,7 +273,12 @@ def test_cross_power_is_its_definition():
     radius = torch.hypot(fx, fy)
     plain = one.conj() * two
     magnitude = plain.abs()
-    expected = {"ramp": plain * radius, "none": plain, "phase": plain / magnitude, "sqrt": plain / magnitude.sqrt()}
+    expected = {
+        "ramp": plain * radius,
+        "none": plain,
+        "phase": plain / magnitude,
+        "sqrt": plain / magnitude.sqrt(),
+    }
     for weighting, value in expected.items():
         for limit in (0.5, 0.3):
             found = cross_power(one, two, radius, limit, weighting)
@@ -320,7 +329,9 @@ def test_refine_peak_finds_the_top_of_the_polynomial(size):
     fy = torch.fft.fftfreq(rows, dtype=torch.float64)
     fx = torch.fft.rfftfreq(columns, dtype=torch.float64)
     radius = torch.hypot(fx, fy[:, None])
-    spectrum = torch.fft.rfft2(torch.randn(4, rows, columns, generator=random, dtype=torch.float64)) * (radius < 0.4)
+    spectrum = torch.fft.rfft2(torch.randn(4, rows, columns, generator=random, dtype=torch.float64)) * (
+        radius < 0.4
+    )
     truth = torch.tensor([[0.3, -0.2], [1.45, 2.6], [-3.0, 0.0], [0.5, -0.5]], dtype=torch.float64)
     angle = -2 * math.pi * (truth[:, 0, None, None] * fx + truth[:, 1, None, None] * fy[:, None])
     power = spectrum.conj() * spectrum * torch.polar(torch.ones_like(angle), angle)

@@ -50,7 +50,9 @@ def test_score_of_an_image_with_itself_is_one(scale):
     for usable in (None, torch.ones(30, dtype=torch.bool)):
         score = normalized_cross_correlation(image, image, usable)
         torch.testing.assert_close(score, torch.ones(4), atol=1e-6, rtol=0)
-        torch.testing.assert_close(normalized_cross_correlation(image, -image, usable), -torch.ones(4), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            normalized_cross_correlation(image, -image, usable), -torch.ones(4), atol=1e-6, rtol=0
+        )
 
 
 def test_score_of_raw_digital_numbers_keeps_its_digits():
@@ -145,7 +147,9 @@ def test_gate_measures_the_centre(scene):
     # half a turn about the centre does not move it, though its last column is (W−1, H−1)
     _, moving, reference = scene
     turn = torch.tensor([[[-1.0, 0.0, 47.0], [0.0, -1.0, 39.0]]])
-    estimate = gate(turn, torch.zeros(1), torch.zeros(1, dtype=torch.long), moving[1:2].flip(-1, -2), reference)
+    estimate = gate(
+        turn, torch.zeros(1), torch.zeros(1, dtype=torch.long), moving[1:2].flip(-1, -2), reference
+    )
     assert estimate.status == 0
     torch.testing.assert_close(estimate.score, torch.ones(1), atol=1e-4, rtol=0)
 
@@ -216,7 +220,14 @@ def test_gate_handles_frames_one_by_one(scene):
         assert all(torch.equal(a, b[row]) for a, b in zip(one, whole, strict=True))
     spoilt = moving.clone()
     spoilt[1] = NAN
-    other = gate(warp, sigma, torch.tensor([0, 3, 0]), torch.where(spoilt.isnan(), 0.0, spoilt), reference, moving_usable=~spoilt.isnan())
+    other = gate(
+        warp,
+        sigma,
+        torch.tensor([0, 3, 0]),
+        torch.where(spoilt.isnan(), 0.0, spoilt),
+        reference,
+        moving_usable=~spoilt.isnan(),
+    )
     for field, expected in zip(other, whole, strict=True):
         torch.testing.assert_close(field[::2], expected[::2], atol=1e-5, rtol=0)
     homographies = torch.cat([warp, torch.tensor([0.0, 0.0, 1.0]).expand(3, 1, 3)], -2)
