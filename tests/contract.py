@@ -32,7 +32,8 @@ FRAMES = 6
 BAD = 2  # the frame that is spoilt
 
 COMMON_OPTIONS = {
-    "channel", "rgb_bands", "crop_center", "max_translation", "min_score", "interpolation", "padding_mode", "fill_value",
+    "channel", "rgb_bands", "crop_center", "max_translation", "min_score",
+    "interpolation", "padding_mode", "fill_value",
 }  # fmt: skip
 
 
@@ -200,6 +201,15 @@ class Results:
         )  # of the rounded image, not the method
         assert shift_errors(estimate, data.shift).max() < case.accuracy + coarse
 
+    def test_half_precision_does_not_overflow(self, case):
+        # digital numbers up to 50000 fit into float16; the sum of four bands does not
+        data = stack()
+        cube, reference = ((50000 * image.clamp(0, 1)).half() for image in (data.cube, data.reference))
+        aligned, estimate = case.make()(cube, reference)
+        assert estimate.valid.all()
+        assert aligned.isfinite().all()
+        assert shift_errors(estimate, data.shift).max() < case.accuracy + 0.01
+
     def test_order_of_frames(self, case):
         data = stack(clouds=0.3)
         cube = spoil(data.cube, "nan")
@@ -231,7 +241,7 @@ class Results:
     def test_chunks_of_a_long_series_of_references_and_inits(self, case):
         # more pixels than any block of the estimate: what has a frame axis must be cut with the frames
         data = stack()
-        repeats = 12
+        repeats = 24
         cube, reference = data.cube.repeat(repeats, 1, 1, 1), data.cube.roll(1, 0).repeat(repeats, 1, 1, 1)
         mask = torch.ones(len(cube), *SIZE, dtype=torch.bool)
         mask[::5, :20] = False
@@ -239,7 +249,7 @@ class Results:
         aligner = case.make(max_translation=9.0)
         for given in (None, init):
             whole = aligner.estimate(cube, reference, mask, mask.flip(0), given)
-            for t in (0, 5, 71):
+            for t in (0, 5, 71, 143):
                 row = slice(t, t + 1)
                 one = aligner.estimate(
                     cube[row],
@@ -355,7 +365,7 @@ class Results:
     def test_missing_pixels_do_not_pull(self, case, where):
         data = stack()
         # holes all over the frame leave little that is whole in an image as small as this
-        allowed = case.steadiness * {"stripes": 3, "many scattered": 4}.get(where, 1)
+        allowed = case.steadiness * {"stripes": 1.5, "many scattered": 2}.get(where, 1)
         rows, columns = torch.arange(SIZE[0])[:, None], torch.arange(SIZE[1])
         missing = {
             "corner": (rows < 40) & (columns < 40),
@@ -572,12 +582,12 @@ class Behaviour:
     def test_no_state(self, case):
         data, other = stack(), stack(clouds=0.3)
         aligner = case.make()
-        before = {name: value for name, value in vars(aligner).items()}
+        before = dict(vars(aligner))
         first = aligner.estimate(data.cube, data.reference)
         aligner(spoil(other.cube, "nan"), other.reference)
         again = aligner.estimate(data.cube, data.reference)
         assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
-        assert {name: value for name, value in vars(aligner).items()} == before
+        assert dict(vars(aligner)) == before
 
     def test_inputs_are_not_written(self, case):
         data = stack(clouds=0.3)
@@ -617,7 +627,7 @@ class Behaviour:
         data = stack()
         cube = spoil(data.cube, "nan").requires_grad_()
         reference = data.reference.clone().requires_grad_()
-        aligned, estimate = case.make()(cube, reference)
+        aligned, _ = case.make()(cube, reference)
         without(aligned, BAD).square().mean().backward()
         keep = [t for t in range(FRAMES) if t != BAD]
         assert cube.grad[keep].isfinite().all()
@@ -672,12 +682,18 @@ class Behaviour:
             case.make(**options)
         assert_helpful(error, *options)
 
-    @pytest.mark.parametrize("what", sorted(["cube list", "cube numpy", "cube integer", "cube complex", "cube 3-D",
-        "cube 0-D", "cube no bands", "cube no pixels", "reference numpy", "reference dtype", "reference bands",
-        "reference size", "reference frames", "reference device", "mask float", "mask numpy", "mask size", "mask bands",
-        "mask frames", "mask device", "reference_mask integer", "reference_mask size", "init list", "init integer",
-        "init one", "init shape", "init frames", "init device", "channel index", "channel -5", "rgb_bands index",
-        "channel shape", "channel type", "channel integer"]))  # fmt: skip
+    @pytest.mark.parametrize(
+        "what",
+        [
+            *("cube list", "cube numpy", "cube integer", "cube complex", "cube 3-D", "cube 0-D"),
+            *("cube no bands", "cube no pixels", "reference numpy", "reference dtype", "reference bands"),
+            *("reference size", "reference frames", "reference device", "mask float", "mask numpy"),
+            *("mask size", "mask bands", "mask frames", "mask device", "reference_mask integer"),
+            *("reference_mask size", "init list", "init integer", "init one", "init shape", "init frames"),
+            *("init device", "channel index", "channel -5", "rgb_bands index", "channel shape"),
+            *("channel type", "channel integer"),
+        ],
+    )
     def test_bad_arguments(self, case, what):
         cube, reference = torch.rand(3, 4, 32, 40), torch.rand(4, 32, 40)
         mask, init = torch.ones(3, 32, 40, dtype=torch.bool), identity_warp(3)

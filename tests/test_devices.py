@@ -179,18 +179,6 @@ def quiet():
     torch._dynamo.reset()
 
 
-class Plain(torch.nn.Module):
-    """Returns a plain tuple: torch.export.save knows no NamedTuple."""
-
-    def __init__(self, aligner):
-        super().__init__()
-        self.aligner = aligner
-
-    def forward(self, cube, reference, mask):
-        aligned, estimate = self.aligner(cube, reference, mask)
-        return aligned, *estimate
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"robust": False, "upsample_factor": 10, "channel": "gradients", "crop_center": 50}],
@@ -201,27 +189,21 @@ def test_export_with_any_number_of_frames(quiet, options):
     mask = torch.rand(6, *SIZE) > 0.02
     aligner = ta.PCC(**options).eval()
     frames = torch.export.Dim("frames", min=2, max=4096)
-    shapes = ({0: frames}, None, {0: frames})
-    program = torch.export.export(Plain(aligner), (cube[:4], reference, mask[:4]), dynamic_shapes=shapes)
+    masks = () if options else (mask,)
+    # traced with as many frames as there are bands, which must not be taken for the same number
+    given = (cube[:4], reference, *(part[:4] for part in masks))
+    shapes = ({0: frames}, None, *({0: frames} for _ in masks))
+    program = torch.export.export(aligner, given, dynamic_shapes=shapes)
     saved = io.BytesIO()
     torch.export.save(program, saved)
     saved.seek(0)
     module = torch.export.load(saved).module()
     for count in (2, 4, 6):
-        aligned, *estimate = module(cube[:count], reference, mask[:count])
-        expected = aligner(cube[:count], reference, mask[:count])
-        assert_same(ta.Estimate(*estimate), expected.estimate, 2e-3)
+        given = (cube[:count], reference, *(part[:count] for part in masks))
+        aligned, estimate = module(*given)
+        expected = aligner(*given)
+        assert_same(estimate, expected.estimate, 2e-3)
         torch.testing.assert_close(aligned, expected.aligned, atol=5e-3, rtol=0)
-
-
-def test_export_without_a_mask(quiet):
-    cube, reference = real(6)
-    frames = torch.export.Dim("frames", min=2, max=4096)
-    program = torch.export.export(ta.PCC().eval(), (cube[:3], reference), dynamic_shapes=({0: frames}, None))
-    aligned, estimate = program.module()(cube, reference)
-    expected = ta.PCC()(cube, reference)
-    assert_same(ta.Estimate(*estimate), expected.estimate)
-    torch.testing.assert_close(aligned, expected.aligned, atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize(

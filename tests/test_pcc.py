@@ -40,6 +40,9 @@ Status = ta.Status
         ({"upsample_factor": -10}, ValueError),
         ({"upsample_factor": True}, TypeError),
         ({"upsample_factor": "50"}, TypeError),
+        ({"max_sigma": 0.0}, ValueError),
+        ({"max_sigma": NAN}, ValueError),
+        ({"max_sigma": "0.15"}, TypeError),
     ],
     ids=str,
 )
@@ -51,9 +54,14 @@ def test_bad_options(options, kind):
 
 def test_options_of_numpy_are_numbers():
     aligner = ta.PCC(
-        max_frequency=np.float32(0.25), taper=np.float64(0.2), upsample_factor=np.int64(10), max_translation=np.int32(4),
-        min_score=np.float64(0.1), channel=np.int64(1), crop_center=(np.int64(60), np.int32(50)),
-    )  # fmt: skip
+        max_frequency=np.float32(0.25),
+        taper=np.float64(0.2),
+        upsample_factor=np.int64(10),
+        max_translation=np.int32(4),
+        min_score=np.float64(0.1),
+        channel=np.int64(1),
+        crop_center=(np.int64(60), np.int32(50)),
+    )
     data = fractal_stack(2, size=(64, 72), bands=2)
     assert aligner.estimate(data.cube, data.reference).status.shape == (2,)
     assert "upsample_factor=10" in repr(aligner)
@@ -203,6 +211,15 @@ def test_found_or_flagged_at_any_limit(limit, options):
     assert not estimate.valid[truth > limit + 0.3].any()
     near = truth < min(limit - 0.3, 10.0)
     assert estimate.valid[near].all()
+
+
+def test_max_sigma_flags_what_is_uncertain():
+    data = fractal_stack(8, size=(96, 96), bands=1, noise=0.02, seed=4)
+    free = ta.PCC(max_sigma=10.0).estimate(data.cube, data.reference)
+    assert free.valid.all()
+    level = float(free.sigma.median())
+    strict = ta.PCC(max_sigma=level).estimate(data.cube, data.reference)
+    assert torch.equal(strict.status, torch.where(free.sigma <= level, 0, int(Status.NOT_CONVERGED)))
 
 
 def test_unrelated_frames_are_not_aligned():

@@ -242,7 +242,7 @@ def _check_floating(name: str, tensor: object) -> None:
                 "wrap it with torch.as_tensor, or use ta.align for xarray",
             )
         )
-    if not tensor.is_floating_point():
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(
             message(
                 name,

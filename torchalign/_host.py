@@ -23,7 +23,7 @@ _HUGE_RESULT = 2**23
 
 def is_on_host(tensor: Tensor) -> bool:
     """Whether its numbers may be read: a plain CPU tensor that nobody traces, maps or differentiates."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
         return False
@@ -42,7 +42,7 @@ def empty_on_host(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     size = torch.Size(shape).numel() * dtype.itemsize
     if size < _HUGE_RESULT or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel built without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -65,9 +65,13 @@ def map_on_host(function: Callable[[Item], Result], items: Sequence[Item]) -> li
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             return function(item)
 
-    # the number of threads set here is the worker's own, not the process's
-    with ThreadPoolExecutor(workers, "torchalign", torch.set_num_threads, (1,)) as pool:
-        return list(pool.map(run, items))
+    # a worker's own number of threads is also what threads born later start with: it is put back
+    total = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, "torchalign", torch.set_num_threads, (1,)) as pool:
+            return list(pool.map(run, items))
+    finally:
+        torch.set_num_threads(total)
 
 
 _unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual  # torch leaves it without types

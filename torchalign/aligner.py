@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -119,8 +120,8 @@ class Aligner(nn.Module, ABC):
         """
         job = self._check(cube, reference, mask, reference_mask, init)
         blocks = self._blocks(job)
-        if len(blocks) == 1 or cube.ndim > 4:
-            estimate = self._estimate_all(job, blocks)
+        if len(blocks) == 1:
+            estimate = self._estimate(job)
             aligned = resample(cube, estimate.warp, mask=job.mask, **self._resampling()).values
             return Alignment(self._keep_rejected(aligned, cube, estimate), estimate)
 
@@ -136,7 +137,7 @@ class Aligner(nn.Module, ABC):
                 out.copy_(self._keep_rejected(out, block.cube, estimate))
             return estimate
 
-        return Alignment(aligned, _concatenate(map_on_host(align, blocks)))
+        return Alignment(aligned, _concatenate(self._map(align, blocks)))
 
     def estimate(
         self,
@@ -217,26 +218,30 @@ class Aligner(nn.Module, ABC):
             mask = mask.expand(*batch, *size)
         with _full_precision(cube):
             seen, usable = self._see(reference, reference_mask)
-            # what all frames share is prepared once, what each has for itself with its block
-            shared = seen.shape[-3] == 1 and (usable is None or usable.shape[-3] == 1)
+            # what all blocks share is prepared once, the rest with its block
+            shared = seen.shape[0] == 1 and (usable is None or usable.shape[0] == 1)
             prepared = _Prepared(self.prepare_reference(seen, usable)) if shared else None
         return _Job(cube, mask, seen, usable, prepared, init)
 
     def _blocks(self, job: _Job) -> list[slice]:
-        """The frames that are estimated together: all of them, but for the eager CPU."""
+        """What is estimated together, along the first axis: everything, but for the eager CPU."""
         # first of all the host: under a trace, the number of frames must not be looked at
         if not all(map(is_on_host, [*job.tensors(), *self.parameters()])):
             return [slice(None)]
-        *_, frames, _, height, width = job.cube.shape
-        block = max(1, _BLOCK_PIXELS // (height * width))
-        if frames <= block:
+        rows, pixels = job.cube.shape[0], math.prod(job.cube.shape[1:-3]) * math.prod(job.cube.shape[-2:])
+        block = max(1, _BLOCK_PIXELS // max(1, pixels))
+        if rows <= block:
             return [slice(None)]
-        return [slice(first, min(first + block, frames)) for first in range(0, frames, block)]
+        return [slice(first, min(first + block, rows)) for first in range(0, rows, block)]
 
     def _estimate_all(self, job: _Job, blocks: list[slice]) -> Estimate:
         if len(blocks) == 1:
             return self._estimate(job)
-        return _concatenate(map_on_host(lambda part: self._estimate(job.part(part)), blocks))
+        return _concatenate(self._map(lambda part: self._estimate(job.part(part)), blocks))
+
+    def _map(self, function: Callable[[slice], Estimate], blocks: list[slice]) -> list[Estimate]:
+        """Side by side, unless a user's channel might mind."""
+        return list(map(function, blocks)) if callable(self.channel) else map_on_host(function, blocks)
 
     def _estimate(self, job: _Job) -> Estimate:
         with _full_precision(job.cube):
@@ -325,28 +330,29 @@ class _Prepared(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A checked call: what is estimated from, or a block of its frames."""
+    """A checked call: what is estimated from, or a block of it along the first axis."""
 
     cube: Tensor  # (..., T, C, H, W)
     mask: Tensor | None  # (..., T, H, W)
     reference: Tensor  # (..., 1 or T, h, w), the channel, cropped
     usable: Tensor | None  # (..., 1 or T, h, w), of the reference
-    prepared: _Prepared | None  # of a reference that all frames share
+    prepared: _Prepared | None  # of a reference that all blocks share
     init: Tensor | None
 
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in self if isinstance(tensor, Tensor)]
 
-    def part(self, frames: slice) -> _Job:
+    def part(self, rows: slice) -> _Job:
+        def shared_or_part(tensor: Tensor) -> Tensor:
+            return tensor if tensor.shape[0] == 1 else tensor[rows]
+
         return _Job(
-            self.cube[..., frames, :, :, :],
-            None if self.mask is None else self.mask[..., frames, :, :],
-            self.reference if self.reference.shape[-3] == 1 else self.reference[..., frames, :, :],
-            self.usable
-            if self.usable is None or self.usable.shape[-3] == 1
-            else self.usable[..., frames, :, :],
+            self.cube[rows],
+            None if self.mask is None else self.mask[rows],
+            shared_or_part(self.reference),
+            None if self.usable is None else shared_or_part(self.usable),
             self.prepared,
-            None if self.init is None else self.init[..., frames, :, :],
+            None if self.init is None else self.init[rows],
         )
 
 
@@ -358,9 +364,7 @@ def _readable(init: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _concatenate(parts: list[Estimate]) -> Estimate:
-    """Blocks of frames in a row; the frame axis is the last of ``status``."""
-    time = parts[0].status.ndim - 1
-    return Estimate(*(torch.cat(fields, dim=time) for fields in zip(*parts, strict=True)))
+    return Estimate(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
 def _full_precision(cube: Tensor) -> torch.autocast:
@@ -375,12 +379,18 @@ def _check_channel(channel: object) -> None:
 
         check_option("channel", channel, ChannelName)
         return
-    if not hasattr(channel, "__index__") or isinstance(channel, bool):
-        raise TypeError(
-            message(
-                "channel",
-                "a band index, a name or a callable",
-                f"{channel!r} ({type(channel).__name__})",
-                "see the docstring",
-            )
+    if not isinstance(channel, bool) and hasattr(channel, "__index__"):
+        try:
+            operator.index(channel)
+        except TypeError:  # a tensor with a fraction has the method too
+            pass
+        else:
+            return
+    raise TypeError(
+        message(
+            "channel",
+            "a band index, a name or a callable",
+            f"{channel!r} ({type(channel).__name__})",
+            "see the docstring",
         )
+    )

@@ -35,7 +35,7 @@ class Estimate(NamedTuple):
             ``p_ref = A · p_mov + t`` in pixels (x, y); the exact identity where ``status != 0``.
         score: (..., T), zero-normalised cross-correlation with the reference after alignment.
         score_before: (..., T), the same with the identity.
-        sigma: (..., T), predicted 1-σ error of the translation per axis, in pixels.
+        sigma: (..., T), predicted 1-σ error of the translation per axis, in pixels; inf where ``status != 0``.
         status: (..., T) int64, a :class:`Status` for every frame.
     """
 

@@ -84,7 +84,7 @@ def test_both_ways():
 
 
 def test_the_dft_grid_finds_what_newton_finds():
-    moving, reference, truth = decimated()
+    moving, reference, _ = decimated()
     newton = phase_correlation(moving, reference)
     for factor in (1, 2, 10, 100):
         grid = phase_correlation(moving, reference, upsample_factor=factor)
@@ -94,15 +94,20 @@ def test_the_dft_grid_finds_what_newton_finds():
         assert grid.converged.all()
 
 
-def test_a_start_is_refined_without_a_search():
+def test_a_start_is_taken_where_it_is_better():
     moving, reference = waves()
     plain = phase_correlation(moving, reference)
-    started = phase_correlation(moving, reference, start=TRUTH + torch.tensor([0.4, -0.4]))
-    torch.testing.assert_close(started.shift, plain.shift, atol=0.01, rtol=0)
-    assert started.converged.all()
-    # it is believed: a start elsewhere stays elsewhere, and does not pass for a result of that quality
-    away = phase_correlation(moving, reference, start=TRUTH + 9.0)
-    assert (errors(away) > 3).all()
+    for away in (0.4, 2.0, 9.0):  # a poor start does no harm: the coarse peak is higher
+        started = phase_correlation(moving, reference, start=TRUTH + away)
+        torch.testing.assert_close(started.shift, plain.shift, atol=0.01, rtol=0)
+        assert started.converged.all()
+    # a start beyond the limit of the search is found there, and the search is not
+    kept = phase_correlation(moving, reference, start=TRUTH + 0.1, max_translation=0.5)
+    far = (TRUTH.abs() > 2).any(-1)
+    assert far.any()
+    assert (errors(kept)[far] < 0.02).all()
+    lost = phase_correlation(moving, reference, max_translation=0.5)
+    assert (errors(lost)[far] > 0.5).all()
 
 
 def test_masks_are_broadcast_and_heeded():
@@ -192,7 +197,7 @@ def test_flat_frames_have_finite_gradients(value):
 
 
 def test_sigma_follows_the_noise():
-    moving, reference, truth = decimated()
+    moving, reference, _ = decimated()
     levels = []
     for noise in (0.01, 0.03, 0.1):
         random = torch.Generator().manual_seed(7)

@@ -84,7 +84,8 @@ def gradient_magnitude(image: Tensor) -> Tensor:
     r"""Magnitude of the Sobel gradient, :math:`\sqrt{g_x^2 + g_y^2}`, in image units per pixel.
 
     It sees edges of every direction. (satalign's ``"gradients"`` is the mixed derivative
-    :math:`\partial_x\partial_y`, which is 0 on a road that runs north.) Borders are replicated.
+    :math:`\partial_x\partial_y`, which is 0 on a road that runs north.) Borders are replicated; what touches an
+    unusable pixel is NaN.
 
     Args:
         image: (..., H, W).
@@ -96,7 +97,10 @@ def gradient_magnitude(image: Tensor) -> Tensor:
         >>> gradient_magnitude(torch.arange(5.0).expand(3, 5))[1]
         tensor([0.5000, 1.0000, 1.0000, 1.0000, 0.5000])
     """
-    padded = F.pad(image.reshape(-1, 1, *image.shape[-2:]), (1, 1, 1, 1), mode="replicate")
+    flat_image = image.reshape(-1, 1, *image.shape[-2:])
+    # computed without the unusable pixels, not only masked afterwards: 0 · NaN would be NaN in the gradient
+    unusable = ~flat_image.isfinite()
+    padded = F.pad(torch.where(unusable, 0.0, flat_image), (1, 1, 1, 1), mode="replicate")
     smooth_y = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
     smooth_x = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
     gx = (smooth_y[..., 2:] - smooth_y[..., :-2]) / 8
@@ -105,7 +109,8 @@ def gradient_magnitude(image: Tensor) -> Tensor:
     # the root has no derivative at 0: flat ground gets the gradient 0 instead of NaN
     flat = square == 0
     magnitude = torch.where(flat, 0.0, torch.where(flat, 1.0, square).sqrt())
-    return magnitude.reshape(image.shape)
+    met = F.max_pool2d(unusable.to(image.dtype), 3, 1, 1) > 0
+    return torch.where(met, torch.nan, magnitude).reshape(image.shape)
 
 
 def center_crop(image: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:

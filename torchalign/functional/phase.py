@@ -145,7 +145,7 @@ def phase_correlation(
             pixels on each side, or a quarter of a small frame.
         robust: weight by :func:`agreement` and correlate a second time.
         upsample_factor: ``None`` for Newton; n for the best of a grid of 1/n pixel (not differentiable).
-        start: (..., 2), a shift to refine; skips the coarse search.
+        start: (..., 2), a shift to refine, where it correlates better than the coarse peak does.
 
     Returns:
         :class:`PhaseShift`. Never NaN, whatever the data.
@@ -176,8 +176,9 @@ def phase_correlation(
     power = cross_power(spectrum, reference_spectrum, grid.radius, max_frequency, weighting)
     surface = torch.fft.irfft2(power, s=size)
     peak = coarse_peak(surface, (height, width), max_translation)
-    shift = peak.shift if start is None else start
-    outside = peak.outside if start is None else torch.zeros_like(peak.outside)
+    if start is not None:
+        peak = _higher_of(peak, start, power, grid)
+    shift, outside = peak.shift, peak.outside
 
     inliers = None
     effective = window.square()
@@ -210,8 +211,7 @@ def phase_correlation(
     sigma = _sigma(power, grid.frequencies, refined, effective)
     near = (refined - shift).norm(dim=-1) <= 2 * max(height / size[0], width / size[1])
     converged = curved & near & (step.norm(dim=-1) < _NEWTON_TOLERANCE) & torch.isfinite(sigma)
-    if start is None:
-        converged = converged & (peak.significance >= _MIN_SIGNIFICANCE)
+    converged = converged & (peak.significance >= _MIN_SIGNIFICANCE)
     return PhaseShift(refined, sigma, peak.significance, flat, outside, converged, inliers)
 
 
@@ -334,6 +334,8 @@ class _Peak(NamedTuple):
     shift: Tensor  # (..., 2), pixels
     significance: Tensor
     outside: Tensor
+    height: Tensor  # of the highest sample within the limit
+    spread: Tensor  # standard deviation of the surface
 
 
 def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) -> _Peak:
@@ -376,7 +378,22 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     centre, left, right, above, below = flat.gather(-1, at).unbind(-1)
     delta_x, delta_y = _parabola(left, centre, right), _parabola(above, centre, below)
     shift = torch.stack([step_x * (column + delta_x), step_y * (row + delta_y)], dim=-1)
-    return _Peak(shift, significance, outside)
+    return _Peak(shift, significance, outside, inside, spread)
+
+
+def _higher_of(peak: _Peak, start: Tensor, power: Tensor, grid: _Grid) -> _Peak:
+    """A given shift instead of the coarse peak, where the correlation is higher there."""
+    samples = grid.size[0] * grid.size[1]
+    height = _derivatives(power.detach(), grid.frequencies, start.detach())[..., 0, 0] / samples
+    better = height >= peak.height
+    significance = height.clamp(min=0) / (peak.spread + torch.finfo(height.dtype).tiny)
+    return _Peak(
+        torch.where(better[..., None], start, peak.shift),
+        torch.where(better, significance, peak.significance),
+        peak.outside & ~better,
+        torch.where(better, height, peak.height),
+        peak.spread,
+    )
 
 
 def _lags(samples: int, reach: float, like: Tensor) -> Tensor:
@@ -454,9 +471,13 @@ def _derivatives(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tenso
     """(..., 3, 3): the correlation's derivatives of order 0, 1, 2 in y (rows) and x (columns) at ``shift``."""
     waves_y = _wave(frequencies[0], shift[..., 1])[..., None, :] * _orders(frequencies[0])  # (..., 3, H)
     waves_x = _wave(frequencies[1], shift[..., 0])[..., None, :] * _orders(frequencies[1])  # (..., 3, W//2+1)
-    # the other half of the spectrum is the conjugate: count every column twice but the first
-    twice = torch.where(frequencies[1] > 0, 2.0, 1.0)
-    return torch.matmul(torch.matmul(waves_y, power), (waves_x * twice).mT).real
+    # (10-bit mantissas, as in TF32, would move the peak by less than 1e-4 px)
+    return torch.matmul(torch.matmul(waves_y, power), (waves_x * _multiplicity(frequencies[1])).mT).real
+
+
+def _multiplicity(frequency: Tensor) -> Tensor:
+    """(W//2+1,): how often a column stands in the whole spectrum, whose other half is the conjugate."""
+    return 1 + (frequency > 0).to(frequency.dtype)
 
 
 def _orders(frequency: Tensor) -> Tensor:
@@ -487,7 +508,7 @@ def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Te
     offsets = torch.arange(-half, half + 1, device=start.device, dtype=start.dtype)
     candidates = (centre[..., None] + offsets) / factor  # (..., 2, n), x then y
     waves_y = _wave(frequencies[0], candidates[..., 1, :])  # (..., n, H)
-    waves_x = _wave(frequencies[1], candidates[..., 0, :]) * torch.where(frequencies[1] > 0, 2.0, 1.0)
+    waves_x = _wave(frequencies[1], candidates[..., 0, :]) * _multiplicity(frequencies[1])
     values = torch.matmul(torch.matmul(waves_y, power.detach()), waves_x.mT).real  # (..., n, n)
     best = values.flatten(-2).argmax(-1)
     count = offsets.shape[0]
@@ -511,7 +532,7 @@ def _sigma(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, eff
     omega_y, omega_x = (2 * math.pi * frequency for frequency in frequencies)
     pull = _turn(power, frequencies, shift).imag  # (..., H, W//2+1)
     # a bin and its conjugate pull alike: together (2·pull)², hence 4 where two are counted
-    square = pull.square() * torch.where(frequencies[1] > 0, 4.0, 1.0)
+    square = pull.square() * _multiplicity(frequencies[1]).square()
     by_row, by_column = square.sum(-1), square.sum(-2)
     gxx, gyy = (by_column * omega_x.square()).sum(-1), (by_row * omega_y.square()).sum(-1)
     gxy = (torch.matmul(square, omega_x) * omega_y).sum(-1)
@@ -587,9 +608,10 @@ def _texture(image: Tensor, mask: Tensor | None, grid: _Grid, contrast: Contrast
     # a frame whose deviation is the rounding error of its mean is flat
     noise = 32 * torch.finfo(image.dtype).eps * mean[..., 0, 0].abs()
     flat = (scale <= noise) | empty | ~torch.isfinite(scale)
-    if contrast == "local":
-        return Texture(local_contrast(limited, weights), weights, flat)
+    # units of any size: squares of what follows neither vanish nor overflow
     normal = limited / torch.where(flat, 1.0, scale)[..., None, None]
+    if contrast == "local":
+        return Texture(local_contrast(normal, weights), weights, flat)
     return Texture(normal if weights is None else normal * weights, weights, flat)
 
 

@@ -45,24 +45,32 @@ def normalized_cross_correlation(first: Tensor, second: Tensor, usable: Tensor |
 
 def _correlate(reference: Tensor, weight: Tensor, *images: Tensor) -> list[Tensor]:
     """The same for finite images and weights ≥ 0: inner products, with few temporaries of image size."""
-    # sums of squares of raw reflectances would cancel: some constant near the mean is taken off first
-    reference = (reference - reference.mean((-2, -1), keepdim=True)).flatten(-2)
     weight = weight.flatten(-2)
     count = weight.sum(-1) + torch.finfo(weight.dtype).tiny
+    reference = _standardize(reference.flatten(-2), weight, count)
     mean = torch.linalg.vecdot(weight, reference) / count
-    square = torch.linalg.vecdot(weight, reference.square())
-    norm, flat = _deviation(square, count * mean.square())
+    norm, flat = _deviation(torch.linalg.vecdot(weight, reference.square()), count * mean.square())
     correlations = []
     for image in images:
-        centred = (image - image.mean((-2, -1), keepdim=True)).flatten(-2)
+        centred = _standardize(image.flatten(-2), weight, count)
         weighted = centred * weight
         total = weighted.sum(-1)
         product = torch.linalg.vecdot(weighted, reference) - total * mean
         image_norm, image_flat = _deviation(torch.linalg.vecdot(weighted, centred), total.square() / count)
-        # two roots, not the root of a product: squares of raw digital numbers overflow together
         correlation = torch.where(flat | image_flat, 0.0, product / (norm * image_norm))
         correlations.append(correlation.clamp(-1, 1))
     return correlations
+
+
+def _standardize(image: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+    """Less its weighted mean and by its largest value: sums of squares then neither cancel nor overflow.
+
+    What is taken off and divided by are constants to the correlation, so they carry no gradient.
+    """
+    mean = torch.linalg.vecdot(weight, image.detach()) / count
+    centred = image - mean[..., None]
+    largest = (centred.detach() * weight).abs().amax(-1, keepdim=True)
+    return centred / torch.where(largest > 0, largest, 1.0)
 
 
 def _deviation(square: Tensor, square_of_mean: Tensor) -> tuple[Tensor, Tensor]:

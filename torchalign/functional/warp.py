@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from torchalign._host import empty_on_host, is_on_host
 
 __all__ = ["Interpolation", "PaddingMode", "Resampled", "resample", "translate", "warp"]
 
+Scalar = TypeVar("Scalar", Tensor, float)
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 PaddingMode = Literal["border", "zeros", "reflection"]
 
@@ -364,7 +365,7 @@ def _displacement(warp: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------- kernels and samplers
 
 
-def _cubic_weights(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cubic_weights(fraction: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
     """Keys' weights of the pixels at −1, 0, 1, 2 from ⌊x⌋; exactly (0, 1, 0, 0) at fraction 0."""
     a, rest = _CUBIC_A, 1 - fraction
     return (
@@ -473,8 +474,8 @@ class _Slices:
         first_x, last_x = (min(max(edge - column, 0), width) for edge in (0, source_width))
         first_y, last_y = (min(max(edge - row, 0), height) for edge in (0, source_height))
         if first_y >= last_y or first_x >= last_x:  # wholly outside on an axis: rare, so simply and slowly
-            columns = (torch.arange(width) + column).clamp(0, source_width - 1)
-            rows = (torch.arange(height) + row).clamp(0, source_height - 1)
+            columns = (torch.arange(width, device="cpu") + column).clamp(0, source_width - 1)
+            rows = (torch.arange(height, device="cpu") + row).clamp(0, source_height - 1)
             return planes[..., rows[:, None], columns]
         body = planes[..., first_y + row : last_y + row, :]
         strip = out[..., first_y:last_y, :]
@@ -528,10 +529,10 @@ class _Slices:
     def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
         height, width = self.size
         padded = self._copy(planes, self.column - 1, self.row - 1, height + 3, width + 3)
-        x_weights, y_weights = (
-            self._weights(self.x_fraction, planes, magnitudes),
-            self._weights(self.y_fraction, planes, magnitudes),
-        )
+        weights = [list(_cubic_weights(fraction)) for fraction in (self.x_fraction, self.y_fraction)]
+        if magnitudes:
+            weights = [[abs(weight) for weight in axis] for axis in weights]
+        x_weights, y_weights = weights
         lines = padded[..., :width] * x_weights[0]  # (..., H + 3, W)
         for step in (1, 2, 3):
             lines.add_(padded[..., step : step + width], alpha=x_weights[step])
@@ -540,17 +541,12 @@ class _Slices:
             total.add_(lines[..., step : step + height, :], alpha=y_weights[step])
         return total
 
-    @staticmethod
-    def _weights(fraction: float, planes: Tensor, magnitudes: bool) -> list[float]:
-        weights = [float(weight) for weight in _cubic_weights(planes.new_tensor(fraction))]
-        return [abs(weight) for weight in weights] if magnitudes else weights
-
     def inside(self) -> Tensor:
         height, width = self.size
         column, row = self._nearest_offset()
         first_x, last_x = self._run(column, width, 1)
         first_y, last_y = self._run(row, height, 1)
-        inside = torch.zeros(height, width, dtype=torch.bool)
+        inside = torch.zeros(height, width, dtype=torch.bool, device="cpu")
         inside[first_y:last_y, first_x:last_x] = True
         return inside
 
@@ -579,7 +575,10 @@ def _resample(
     if on_host:
         return _resample_on_host(cube, motion, mask, options, out)
     positions = _positions(motion, size, (0, size[0]), _compute_dtype(cube.dtype))
-    return _combine(_prepare(cube, mask, options), _Gather(positions, size, padding_mode), options)
+    result = _combine(_prepare(cube, mask, options), _Gather(positions, size, padding_mode), options)
+    if out is not None:
+        out.copy_(result.values)
+    return result
 
 
 class _Options(NamedTuple):
@@ -693,7 +692,7 @@ def _resample_on_host(
     motion = motion.reshape(count, *motion.shape[len(lead) :])
     masks = None if mask is None else mask.reshape(count, 1, height, width)
     values = empty_on_host(frames.shape, cube.dtype) if out is None else out.view(frames.shape)
-    validity = torch.empty((count, height, width), dtype=torch.bool)
+    validity = torch.empty((count, height, width), dtype=torch.bool, device="cpu")
 
     samples = bands * height * width
     shifts: list[tuple[float, float] | None] = [None] * count
