@@ -25,21 +25,24 @@ LAYERS = [
     {"training"},
     {"xr", "io", "datasets"},
     {"cli", "plot"},
+    {"__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # within functional: affine and warp are the ground of the others
 WITHIN = {"functional.quality", "functional.matching", "functional.ecc"}
 # what a layer may use besides torch and the standard library
 FOREIGN = {
-    **dict.fromkeys(
-        ["types", "_check", "_host", "functional", "aligner", "pcc", "ecc", "lgm", "cascade"], set()
-    ),
+    **{
+        name: set()
+        for name in ("types", "_check", "_host", "functional", "aligner", "pcc", "ecc", "lgm", "cascade")
+    },
     "training": {"kornia"},
     "models": {"kornia", "torchvision"},
     "xr": {"numpy", "xarray", "dask", "tqdm", "rioxarray", "pandas"},
     "io": {"numpy", "xarray", "dask", "rasterio", "rioxarray", "pandas", "zarr", "h5netcdf", "tqdm"},
     "datasets": {"numpy", "xarray", "kornia", "spyndex"},
     "plot": {"numpy", "xarray", "matplotlib", "PIL"},
+    "__main__": set(),
     "cli": {"numpy", "xarray", "typer", "click", "tqdm", "rich", "dask", "zarr", "rioxarray", "h5netcdf"},
 }
 

@@ -226,6 +226,14 @@ def test_animate(stack, tmp_path):
         assert gif.size == (2 * 64 + 6, 64 + 26)
 
 
+def test_animate_makes_the_folder_and_a_file_that_others_can_read(stack, tmp_path):
+    cube, aligned, *_ = stack
+    path = plot.animate(cube, aligned, tmp_path / "new" / "folder" / "a.gif", panel=64)
+    assert [item.name for item in path.parent.iterdir()] == ["a.gif"]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_animate_leaves_nothing_half_written(stack, tmp_path, monkeypatch):
     cube, aligned, *_ = stack
     path = tmp_path / "a.gif"

@@ -8,10 +8,12 @@ said in one line on stderr.
 
 import csv
 import io
+import json
 import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
 __all__ = ["build_app", "main"]
 
 _NETCDF = (".nc", ".nc4", ".netcdf", ".h5")
+_STORE_MARKS = (".zgroup", "zarr.json", ".zmetadata")  # one of these is in every Zarr store
+# what every format can keep of how a variable was stored; chunks and codecs are the format's own
+_PORTABLE = {
+    *("dtype", "_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned"),
+    *("units", "calendar", "grid_mapping", "coordinates"),
+}
+_COMPRESSION = {"zlib", "complevel", "shuffle", "compression", "compression_opts"}  # from netCDF to netCDF
 _DEMO_TOLERANCE = 0.3  # pixels; every frame that the demo accepts is nearer to the truth than this
 
 
@@ -84,7 +93,6 @@ def build_app() -> "typer.Typer":
         pass
 
     device_option = typer.Option(help="Where to compute: cpu, cuda, cuda:1. Default: CUDA if there is any.")
-    overwrite_option = typer.Option("--overwrite", help="Replace files that exist.")
 
     @app.command()
     def demo(
@@ -94,14 +102,13 @@ def build_app() -> "typer.Typer":
         frames: Annotated[int, typer.Option(min=4, help="Number of frames.")] = 16,
         device: Annotated[str | None, device_option] = None,
         seed: Annotated[int, typer.Option(min=0, help="Of shifts, clouds and noise.")] = 0,
-        overwrite: Annotated[bool, overwrite_option] = False,
     ) -> int:
         """Shift a real Sentinel-2 chip by known sub-pixel amounts, cloud it, and find the shifts again.
 
         Prints true against found for every frame, and writes summary.png, animation.gif, report.csv and
-        report.nc. Exit code 1 if a shift was not found.
+        report.nc, in the place of those of an earlier run. Exit code 1 if a shift was not found.
         """
-        return _demo(out, frames, device, seed, overwrite)
+        return _demo(out, frames, device, seed)
 
     @app.command()
     def align(
@@ -117,7 +124,9 @@ def build_app() -> "typer.Typer":
         ] = None,
         channel: Annotated[
             str | None,
-            typer.Option(help="What the estimate sees: mean, luminance, gradients, … or a band's position."),
+            typer.Option(
+                help="What the estimate sees: mean, luminance, gradients, …, or one band, as B04 or -1."
+            ),
         ] = None,
         crop_center: Annotated[
             int | None, typer.Option(help="Estimate on so many pixels in the frame's middle.")
@@ -145,7 +154,7 @@ def build_app() -> "typer.Typer":
         report: Annotated[
             Path | None, typer.Option(help="Where the report goes, one row a frame: NAME.csv or NAME.nc.")
         ] = None,
-        overwrite: Annotated[bool, overwrite_option] = False,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     ) -> int:
         """Bring every frame of a cube onto one reference.
 
@@ -205,7 +214,7 @@ def _require(extra: str, *packages: str) -> None:
 # --- demo ---
 
 
-def _demo(out: Path, frames: int, device: str | None, seed: int, overwrite: bool) -> int:
+def _demo(out: Path, frames: int, device: str | None, seed: int) -> int:
     _require("demo", "spyndex", "matplotlib", "PIL", "h5netcdf", "h5py")
     import numpy as np
 
@@ -214,7 +223,7 @@ def _demo(out: Path, frames: int, device: str | None, seed: int, overwrite: bool
     from torchalign.datasets import demo_stack
 
     names = ("summary.png", "animation.gif", "report.csv", "report.nc")
-    summary, animation, table, dataset = (_check_output(out / name, overwrite, names=()) for name in names)
+    summary, animation, table, dataset = (_check_output(out / name, True, names=()) for name in names)
     stack = demo_stack(frames=frames, seed=seed)
     aligned, report = torchalign.align(stack.cube, "first", device=device)
     truth = stack.shift.values.copy()
@@ -331,10 +340,7 @@ def _align(
     import torchalign
 
     outputs = [path for path in (out, report_path) if path is not None]
-    if any(path.resolve() == source.resolve() for path in outputs) or out == report_path:
-        raise ValueError(
-            _wrong("output", "new names", [str(path) for path in outputs], "name each file once")
-        )
+    _check_apart([source, *([] if mask is None else [Path(mask)])], outputs)
     _check_output(out, overwrite, names=(*_NETCDF, ".zarr"))
     if report_path is not None:
         _check_output(report_path, overwrite, names=(".csv", *_NETCDF))
@@ -343,15 +349,17 @@ def _align(
             _require("io", *(("zarr",) if path.suffix.lower() == ".zarr" else ("h5netcdf", "h5py")))
     if invert_mask and mask is None:
         raise ValueError(_wrong("--invert-mask", "a mask to invert", "none", "add --mask"))
-    module = _find_aligner(aligner, aligner_options)
     with _open_cube(source) as dataset:
         cube = _find_variable(dataset, variable, source, skip=mask)
         cube = cube if bands is None else _select_bands(cube, bands)
+        module = _find_aligner(aligner, aligner_options, cube)
+        cube = _make_portable(cube, out)
+        attributes = _portable_attributes(dataset.attrs, out)
         usable = None if mask is None else _open_mask(mask, dataset, invert_mask)
         aligned, report = torchalign.align(
             cube, reference, module, mask=usable, device=device, batch_size=batch_size
         )
-        _write_cube(aligned, out)
+        _write_cube(aligned, out, attributes)
     if report_path is not None:
         _write_report(report, report_path)
     counts = report.attrs
@@ -360,16 +368,43 @@ def _align(
     return 0
 
 
-def _find_aligner(name: str, options: dict[str, Any]) -> Any:
+def _find_aligner(name: str, options: dict[str, Any], cube: "xr.DataArray") -> Any:
     """A name for ``torchalign.align``, or the module of that name where there are options."""
     from torchalign.xr import _ALIGNERS
 
     if not options or name not in _ALIGNERS:
         return name  # align knows how to complain of the name
-    channel = options.get("channel")
-    if isinstance(channel, str) and channel.isdigit():
-        options = {**options, "channel": int(channel)}
+    if "channel" in options:
+        options = {**options, "channel": _find_channel(options["channel"], cube)}
     return _ALIGNERS[name](**options)
+
+
+def _find_channel(wanted: str, cube: "xr.DataArray") -> int | str:
+    """A channel's name as it is; the label or the index of a band as an index."""
+    from typing import get_args
+
+    from torchalign.functional.channels import ChannelName
+
+    if wanted in get_args(ChannelName):
+        return wanted
+    labels, count = _find_bands(cube)
+    if wanted in labels:
+        return labels.index(wanted)
+    if wanted.removeprefix("-").isdecimal() and -count <= int(wanted) < count:
+        return int(wanted)
+    listed = f", a label of {labels}" if labels else ", a label where bands have any"
+    expected = f"an index in [{-count}, {count}){listed}, or a name of {list(get_args(ChannelName))}"
+    raise ValueError(_wrong("--channel", expected, repr(wanted), "choose one"))
+
+
+def _find_bands(cube: "xr.DataArray") -> tuple[list[str], int]:
+    """The labels, none where there are none, and the number of the bands."""
+    from torchalign.xr import _find_dims
+
+    band = _find_dims(cube.dims, dict.fromkeys(("time", "band", "y", "x"))).get("band")
+    if band is None:
+        return [], 1
+    return [str(label) for label in cube[band].values] if band in cube.coords else [], cube.sizes[band]
 
 
 def _wrong(name: str, expected: str, got: object, cure: str) -> str:
@@ -388,10 +423,7 @@ def _open_cube(path: Path) -> "Iterator[xr.Dataset]":
             _wrong("INPUT", "a netCDF file or a Zarr store", f"{path}, which is not there", "check the path")
         )
     options: dict[str, Any] = {"decode_coords": "all"}  # grid mappings (the CRS) travel with the cube
-    is_zarr = path.suffix.lower() == ".zarr" or any(
-        (path / name).exists() for name in (".zgroup", "zarr.json")
-    )
-    if is_zarr:
+    if path.suffix.lower() == ".zarr" or _is_store(path):
         options |= {"engine": "zarr", "chunks": None}
     elif path.is_dir() or path.suffix.lower() not in _NETCDF:
         kind = "a folder" if path.is_dir() else f"a {path.suffix or 'nameless'} file"
@@ -401,13 +433,47 @@ def _open_cube(path: Path) -> "Iterator[xr.Dataset]":
         )
         raise ValueError(_wrong("INPUT", f"a netCDF file ({', '.join(_NETCDF)}) or a Zarr store", kind, cure))
     try:
-        dataset = xr.open_dataset(path, **options)
+        with warnings.catch_warnings():  # a store without consolidated metadata is slower to open, no more
+            warnings.filterwarnings("ignore", "Failed to open Zarr store with consolidated", RuntimeWarning)
+            dataset = xr.open_dataset(path, **options)
     except Exception as error:  # each engine raises its own kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         cure = f'check the file; pip install "torchalign[io]" brings the readers ({reason})'
         raise ValueError(_wrong("INPUT", "a readable netCDF file or Zarr store", path, cure)) from error
     with dataset:
         yield dataset
+
+
+def _is_store(path: Path) -> bool:
+    return any((path / name).exists() for name in _STORE_MARKS)
+
+
+def _make_portable(cube: "xr.DataArray", out: Path) -> "xr.DataArray":
+    """The cube without the attributes and the encoding that the format of ``out`` cannot take."""
+    keys = _PORTABLE if out.suffix.lower() == ".zarr" else _PORTABLE | _COMPRESSION
+    cleaned = cube.copy(deep=False)
+    for variable in (cleaned.variable, *(array.variable for array in cleaned.coords.values())):
+        is_text = variable.dtype.kind not in "biufcmM"  # each format has one way to store it
+        dropped = {"dtype", "_FillValue", *_COMPRESSION} if is_text else set()
+        variable.encoding = {key: variable.encoding[key] for key in (keys - dropped) & {*variable.encoding}}
+        variable.attrs = _portable_attributes(variable.attrs, out)
+    return cleaned
+
+
+def _portable_attributes(attributes: dict[Any, Any], out: Path) -> dict[Any, Any]:
+    """Of JSON, netCDF has numbers, text and lists of them; the rest is written as its text."""
+    if out.suffix.lower() == ".zarr":
+        return dict(attributes)
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            kinds = {type(item) for item in value}
+            return len(kinds) == 1 and kinds <= {int, float, str}
+        return value is not None and not isinstance(value, (dict, bool))
+
+    return {
+        key: value if is_plain(value) else json.dumps(value, default=str) for key, value in attributes.items()
+    }
 
 
 def _find_variable(dataset: "xr.Dataset", name: str | None, source: Path, skip: str | None) -> "xr.DataArray":
@@ -445,15 +511,15 @@ def _select_bands(cube: "xr.DataArray", bands: str) -> "xr.DataArray":
     dims = _find_dims(cube.dims, dict.fromkeys(("time", "band", "y", "x")))
     if "band" not in dims:
         raise ValueError(_wrong("--bands", "a cube with bands", f"one with {cube.dims}", "leave --bands out"))
-    labels = [str(label) for label in cube[dims["band"]].values] if dims["band"] in cube.coords else []
+    labels, count = _find_bands(cube)
     numbers = []
     for wanted in (word.strip() for word in bands.split(",")):
         if wanted in labels:
             numbers.append(labels.index(wanted))
-        elif wanted.isdigit() and int(wanted) < cube.sizes[dims["band"]]:
+        elif wanted.isdecimal() and int(wanted) < count:
             numbers.append(int(wanted))
         else:
-            expected = f"some of {labels}" if labels else f"numbers below {cube.sizes[dims['band']]}"
+            expected = f"some of {labels}" if labels else f"numbers below {count}"
             raise ValueError(_wrong("--bands", expected, repr(wanted), "separate them by commas"))
     return cube.isel({dims["band"]: numbers})
 
@@ -495,29 +561,64 @@ def _check_output(path: Path, overwrite: bool, *, names: Sequence[str]) -> Path:
         raise ValueError(
             _wrong("output", "a new file", f"{path}, which exists", "add --overwrite or choose a name")
         )
+    _check_replaceable(path, path.suffix.lower() == ".zarr")
     return path
+
+
+def _check_replaceable(path: Path, by_folder: bool) -> None:
+    """A file may take the place of a file, and a Zarr store that of a Zarr store; nothing else is deleted."""
+    if not path.exists() or (path.is_file() and not by_folder) or (by_folder and _is_store(path)):
+        return
+    expected = "no file or a Zarr store" if by_folder else "no file or a file to replace"
+    kind = "a folder" if path.is_dir() else "a file"
+    raise ValueError(_wrong("output", expected, f"{path}, {kind}", "remove it or choose another name"))
+
+
+def _check_apart(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """No output is, holds or lies in an input or another output."""
+
+    def is_same(one: Path, other: Path) -> bool:
+        return one == other or (one.exists() and other.exists() and one.samefile(other))
+
+    def is_within(one: Path, other: Path) -> bool:
+        return any(is_same(part, other) for part in (one, *one.parents))
+
+    resolved = [path.resolve() for path in (*inputs, *outputs)]
+    for number in range(len(inputs), len(resolved)):
+        for other in resolved[:number]:
+            if is_within(resolved[number], other) or is_within(other, resolved[number]):
+                got = f"{resolved[number]} beside {other}"
+                cure = "name each file once, none inside another"
+                raise ValueError(_wrong("output", "new names, apart from every input", got, cure))
 
 
 @contextmanager
 def _atomic(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write a file or a folder to, which then takes the place of ``path``.
 
-    Whatever happens before the end, nothing is ever seen at ``path`` that is not complete.
+    Whatever happens before the end, nothing is ever seen at ``path`` that is not complete, and what was there
+    is there again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     workshop = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    written, old = workshop / path.name, workshop / f"{path.name}.old"
     try:
-        written = workshop / path.name
         yield written
-        if path.is_dir():  # a folder cannot be replaced in one step: out of the way first
-            os.replace(path, workshop / "old")
-        os.replace(written, path)
+        _check_replaceable(path, written.is_dir())
+        try:
+            if path.is_dir():  # a folder cannot be replaced in one step: out of the way first
+                os.replace(path, old)
+            os.replace(written, path)
+        finally:
+            if os.path.lexists(old) and not os.path.lexists(path):
+                os.replace(old, path)
     finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+        if os.path.lexists(path) or not os.path.lexists(old):  # else it keeps the only copy
+            shutil.rmtree(workshop, ignore_errors=True)
 
 
-def _write_cube(cube: "xr.DataArray", path: Path) -> None:
-    dataset = cube.to_dataset(name=cube.name if cube.name is not None else "aligned")
+def _write_cube(cube: "xr.DataArray", path: Path, attributes: dict[Any, Any]) -> None:
+    dataset = cube.to_dataset(name=cube.name if cube.name is not None else "aligned").assign_attrs(attributes)
     with _atomic(path) as partial:
         if path.suffix.lower() == ".zarr":
             _to_zarr(dataset, partial)

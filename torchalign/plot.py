@@ -395,7 +395,7 @@ def animate(
     Args:
         cube: what was aligned.
         aligned: what came back.
-        path: of the GIF; an existing file is replaced.
+        path: of the GIF; an existing file is replaced, a missing folder is made.
         report: to frame flagged frames in the colour of their status and to write it.
         bands: as in :func:`before_after`.
         stretch: percentiles of the temporal median after, band by band, that become black and white; what is
@@ -561,22 +561,14 @@ def _write_gif(pictures: list[Image.Image], path: Path, milliseconds: int) -> No
         image = Image.fromarray(numbers)
         image.putpalette(palette.getpalette() or [])
         coded.append(image)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            options = {"duration": milliseconds, "loop": 0, "optimize": False}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"duration": milliseconds, "loop": 0, "optimize": False}
+    # a folder of its own, and not a temporary file, which only its owner could read
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as workshop:
+        written = Path(workshop) / path.name
+        with written.open("wb") as file:
             coded[0].save(file, format="GIF", save_all=True, append_images=coded[1:], **options)
-        Path(temporary).chmod(0o666 & ~_umask())  # mkstemp makes it readable by its owner only
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        os.replace(written, path)
 
 
 # --- the cube as pictures ---

@@ -1,0 +1,138 @@
+"""The eager CPU's blocks and threads leave no trace: neither in the result nor in the process."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import torchalign as ta
+from torchalign import _host, aligner
+
+
+@pytest.fixture
+def stack() -> tuple[torch.Tensor, torch.Tensor]:
+    """24 frames of 64 × 72, whole-pixel shifts of one scene, and its reference."""
+    generator = torch.Generator().manual_seed(3)
+    scene = F.avg_pool2d(torch.rand(1, 1, 90, 98, generator=generator), 5, 1, 2)[0, 0]
+    frames = [scene[10 + t % 5 : 74 + t % 5, 8 + t % 3 : 80 + t % 3] for t in range(24)]
+    return torch.stack(frames)[:, None], scene[None, 12:76, 9:81]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(aligner, "_BLOCK_PIXELS", 3 * 64 * 72)
+
+
+def run_in_a_thread(function):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_map_keeps_order_modes_and_errors(two_threads):
+    with torch.inference_mode():
+        modes = _host.map_on_host(lambda item: (item, torch.is_inference_mode_enabled()), range(5))
+    assert modes == [(item, True) for item in range(5)]
+    with torch.no_grad():
+        assert _host.map_on_host(lambda _: torch.is_grad_enabled(), range(3)) == [False] * 3
+    assert _host.map_on_host(lambda _: torch.get_num_threads(), range(4)) == [1] * 4
+    with pytest.raises(ZeroDivisionError):
+        _host.map_on_host(lambda item: 1 / item, [1, 0])
+
+
+def test_threads_are_put_back(stack, small_blocks, two_threads):
+    ta.PCC()(*stack)
+    assert torch.get_num_threads() == 2
+    assert run_in_a_thread(torch.get_num_threads) == 2
+
+
+def test_blocks_give_what_the_whole_gives(stack, small_blocks, two_threads, monkeypatch):
+    blocks = ta.PCC()(*stack)
+    monkeypatch.setattr(aligner, "_BLOCK_PIXELS", 2**30)
+    whole = ta.PCC()(*stack)
+    torch.testing.assert_close(blocks.estimate.warp, whole.estimate.warp, atol=1e-5, rtol=0)
+    torch.testing.assert_close(blocks.aligned, whole.aligned, atol=1e-5, rtol=0)
+    assert torch.equal(blocks.estimate.status, whole.estimate.status)
+    assert (blocks.estimate.status == 0).all()
+
+
+@pytest.mark.parametrize("batch", [(24, 1), (6, 4), (2, 12), (2, 3, 4)])
+def test_series_in_a_batch_are_cut_into_blocks_too(stack, small_blocks, batch):
+    cube, reference = stack
+    single = ta.PCC()(cube, reference)
+    series = cube.reshape(*batch, *cube.shape[1:])
+    shared = ta.PCC()(series, reference)
+    own = ta.PCC()(series, reference.expand(*batch[:-1], *reference.shape))
+    for result in (shared, own):
+        torch.testing.assert_close(result.aligned.reshape(cube.shape), single.aligned, atol=1e-5, rtol=0)
+        warp = result.estimate.warp.reshape(-1, 2, 3)
+        torch.testing.assert_close(warp, single.estimate.warp, atol=1e-5, rtol=0)
+
+
+def test_a_users_channel_is_called_from_one_thread(stack, small_blocks, two_threads):
+    callers = set()
+
+    def channel(cube):
+        callers.add(threading.get_ident())
+        return cube.mean(-3)
+
+    ta.PCC(channel=channel)(*stack)
+    assert callers == {threading.get_ident()}
+
+
+def test_default_dtype_and_device_do_not_matter(stack):
+    cube, reference = stack
+    expected = ta.PCC()(cube[:3], reference)
+    try:
+        torch.set_default_dtype(torch.float64)
+        wide = ta.PCC()(cube[:3], reference)
+        ta.PCC(upsample_factor=10).estimate(cube[:3], reference)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    try:
+        torch.set_default_device("meta")
+        elsewhere = ta.PCC()(cube[:3], reference)
+    finally:
+        torch.set_default_device(None)
+    for result in (wide, elsewhere):
+        assert result.estimate.warp.dtype == torch.float32
+        assert torch.equal(result.estimate.warp, expected.estimate.warp)
+        assert torch.equal(result.aligned, expected.aligned)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(0.1, 290.0), (1e-9, 0.0), (1e4, 0.0)])
+@pytest.mark.parametrize("which", ["frames", "reference"])
+def test_units_do_not_matter_under_a_mask(stack, scale, offset, which):
+    cube, reference = stack
+    half = torch.ones(64, 72, dtype=torch.bool)
+    half[:, :30] = False
+    masks = (half, None) if which == "frames" else (None, half)
+    plain = ta.PCC().estimate(cube, reference, *masks)
+    scaled = ta.PCC().estimate(cube * scale + offset, reference * scale + offset, *masks)
+    assert (plain.status == 0).all()
+    assert torch.equal(scaled.status, plain.status)
+    torch.testing.assert_close(scaled.warp, plain.warp, atol=5e-3, rtol=0)
+    torch.testing.assert_close(scaled.score, plain.score, atol=5e-3, rtol=0)
+
+
+def test_gradients_channel_has_gradients_beside_nan(stack):
+    cube, reference = stack[0][:2].clone(), stack[1]
+    cube[0, 0, 30, 30] = torch.nan
+    cube.requires_grad_()
+    estimate = ta.PCC(channel="gradients").estimate(cube, reference)
+    (gradient,) = torch.autograd.grad(estimate.warp.sum() + estimate.score.sum(), cube)
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0
