@@ -899,6 +899,47 @@ def beyond(protocol: Protocol) -> dict[str, Any]:
     return {"frames": int(chosen.sum()), "status": _counts(estimate.status), "identity": int(identity.sum())}
 
 
+HEADLINE = {
+    "clean": "clean",
+    "20 % cloud": "20 % under opaque cloud",
+    "50 % cloud": "50 % under opaque cloud",
+    "50 % cloud, mask given": "the same with the mask given",
+    "smooth, blur σ 1.5 px": "smooth (blurred by 1.5 px)",
+    "noise × 5 (0.05)": "noisy (5 ×)",
+    "contrast × 0.1, same noise": "a tenth of the contrast",
+    "another season (gain field, ⅓ of fields changed)": "another season (gain field, ⅓ of the fields changed)",
+    "shifts ± 20 px": "shifts of ± 20 px, `max_translation=32`",
+}
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """The few numbers of the project's README."""
+
+    def cell(entry: Mapping[str, Any]) -> str:
+        return f"{entry['median']:.2g} / {entry['p95']:.2g}"
+
+    rows = [
+        [
+            words,
+            f"**{cell(results['conditions'][name]['PCC()'])}**",
+            cell(results["conditions"][name]["satalign"]),
+        ]
+        for name, words in HEADLINE.items()
+    ]
+    worst = {
+        method: max(abs(value) for axis in results["bias"]["bias"][method].values() for value in axis)
+        for method in ("PCC()", "satalign")
+    }
+    frames = results["conditions"]["clean"]["PCC()"]["frames"]
+    return "\n\n".join(
+        [
+            table([f"{frames} frames of 256²", "torchalign `PCC()`", "satalign `PCC`"], rows),
+            f"The worst bias at any fraction of a pixel is {worst['PCC()']:.2g} px, "
+            f"satalign's {worst['satalign']:.2g} px (peak locking).",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -911,7 +952,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="of torch")
     add_readme_options(parser)
     arguments = parser.parse_args()
-    if readme_or_run(arguments, NAME, report):
+    if readme_or_run(arguments, NAME, report, headline):
         return
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -95,31 +95,42 @@ def read_results(name: str) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
-def update_readme(name: str, text: str, *, check: bool = False) -> None:
+def update_readme(name: str, text: str, *, check: bool = False, path: Path = README) -> None:
     """Put the text between the markers of that name, or (check) exit if it is not what stands there."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    readme = README.read_text()
+    readme = path.read_text()
     if readme.count(begin) != 1 or readme.count(end) != 1:
-        raise SystemExit(f"{README} needs the markers {begin} and {end}, once each")
+        raise SystemExit(f"{path} needs the markers {begin} and {end}, once each")
     before, rest = readme.split(begin)
     after = rest.split(end)[1]
     updated = f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}"
     if updated == readme:
-        print(f"{README.name}: the tables of {name} are those of results/{name}.json")
+        print(f"{path.parent.name}/{path.name}: the figures of {name} are those of results/{name}.json")
     elif check:
         raise SystemExit(
-            f"{README.name} and results/{name}.json differ; run benchmarks/{name}.py --update-readme"
+            f"{path.parent.name}/{path.name} and results/{name}.json differ: "
+            f"run benchmarks/{name}.py --update-readme"
         )
     else:
-        README.write_text(updated)
-        print(f"{README.name}: the tables of {name} were updated")
+        path.write_text(updated)
+        print(f"{path.parent.name}/{path.name}: the tables of {name} were updated")
 
 
-def readme_or_run(arguments: Any, name: str, report: Callable[[Mapping[str, Any]], str]) -> bool:
-    """Handle --update-readme and --check-readme, which measure nothing; whether one was given."""
+def readme_or_run(
+    arguments: Any,
+    name: str,
+    report: Callable[[Mapping[str, Any]], str],
+    headline: Callable[[Mapping[str, Any]], str],
+) -> bool:
+    """Handle --update-readme and --check-readme, which measure nothing; whether one was given.
+
+    The report goes to the README of the benchmarks, the headline to that of the project.
+    """
     if not (arguments.update_readme or arguments.check_readme):
         return False
-    update_readme(name, report(read_results(name)), check=arguments.check_readme)
+    results = read_results(name)
+    update_readme(name, report(results), check=arguments.check_readme)
+    update_readme(name, headline(results), check=arguments.check_readme, path=HERE.parent / "README.md")
     return True
 
 

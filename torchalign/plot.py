@@ -494,7 +494,7 @@ def _draw_frames(
     bands: Sequence[Hashable] | None,
     stretch: tuple[float, float],
 ) -> None:
-    """Thumbnails of the first frames, each in the colour of its status."""
+    """Thumbnails of frames from first to last, each in the colour of its status."""
     frames = _frames(cube, "cube", bands)
     status = _status_of(report, len(frames.values))
     shown = min(len(status), 2 * _STRIP)
@@ -502,11 +502,13 @@ def _draw_frames(
     grid = figure.subplots(max(1, -(-shown // columns)), columns, squeeze=False)
     good = frames.values[status == Status.OK]
     low, high = _limits(_over_time(good if len(good) else frames.values, "median"), stretch)
-    for number, ax in enumerate(grid.ravel()):
+    chosen = np.linspace(0, len(status) - 1, shown).round().astype(int)
+    for place, ax in enumerate(grid.ravel()):
         ax.set(xticks=[], yticks=[])
-        if number >= shown:
+        if place >= shown:
             ax.set_axis_off()
             continue
+        number = chosen[place]
         code = Status(status[number])
         ax.imshow(_to_rgb(frames.values[number], low, high, clouds=True))
         for spine in ax.spines.values():
@@ -515,8 +517,8 @@ def _draw_frames(
         words = f"{report['sigma'].values[number]:.3f} px" if code == Status.OK else code.name
         colour, weight = (_INK, "normal") if code == Status.OK else (_dark(code), "bold")
         ax.set_xlabel(words, fontsize=8, color=colour, fontweight=weight, labelpad=3)
-    rest = f"; the first {shown} of {len(status)}" if shown < len(status) else ""
-    figure.suptitle(f"Every frame as it came, with its σ or the reason why it was left{rest}", fontsize=11)
+    which = f"{shown} of {len(status)} frames as they" if shown < len(status) else "Every frame as it"
+    figure.suptitle(f"{which} came, with its σ or the reason why it was left", fontsize=11)
 
 
 def _gif_frame(panels: list[Array], scale: int, label: str, code: int) -> Image.Image:

@@ -41,6 +41,7 @@ _NAMES = {
 }
 _CUBE = ("time", "band", "y", "x")  # (T, C, H, W)
 _MASK = ("time", "y", "x")  # (T, H, W)
+_PACKING = ("scale_factor", "add_offset")  # of an encoding; 1 and 0 where there are none
 _GRID_TOLERANCE = 1e-3  # pixels; coordinates that agree to this are the same grid
 _CPU_BATCH_BYTES, _CUDA_BATCH_BYTES = 2**26, 2**30
 _REFERENCE_BYTES = 2**27  # of pixels held at once for a temporal median or mean
@@ -67,11 +68,14 @@ def align(
     """Bring every frame of a cube onto one reference, and report per frame how far it can be trusted.
 
     Dimensions are found by name, in any order: time (or t, date), band (bands, channel, wavelength,
-    variable; may be missing), y (lat, latitude, northing, row), x (lon, longitude, easting, col). Memory is
-    set by ``batch_size``, not by T, and the result does not depend on it. A lazy cube (dask, or a file) is
-    read batch by batch, for ``"median"`` and ``"mean"`` by blocks of rows; the result is in memory.
+    variable; may be missing), y (lat, latitude, northing, row), x (lon, longitude, easting, col). A lazy cube
+    (dask, or a file) is read batch by batch, for ``"median"`` and ``"mean"`` by blocks of rows. The result is
+    in memory, as large as the whole cube; what is needed beside it is set by ``batch_size``, not by T.
+    Batches of another size give the same result to rounding, since sums are taken in another order: about
+    1e-7 of a float32, and now and then a step of 1 in an integer.
 
-    Integers are computed in float32 (float64 where values exceed 2²⁴) and come back rounded and clamped.
+    Integers are computed in float32 (float64 where values exceed 2²⁴) and come back rounded and clamped;
+    floats that ``encoding`` packs into integers come back clamped to what these hold.
     Nodata (``_FillValue``, ``missing_value``, ``nodata`` in attrs or encoding, ``rio.nodata``) and NaN are
     not used and stay what they are; a valid pixel that would round to nodata takes the value beside it. (A
     float band with both NaN and nodata gets the latter for both.) An aligner's ``fill_value`` is for what
@@ -104,10 +108,11 @@ def align(
 
     Returns:
         The aligned cube, with the same dims, coords, attrs, name, dtype and encoding. And the report along
-        time: ``warp`` (T, 2, 3) or (T, 3, 3), moving → reference in pixels; ``shift_x`` and ``shift_y``,
-        the displacement of the frame's centre in pixels, right and down; ``shift_x_metres`` and
-        ``shift_y_metres``, the same along the map's axes (north is positive) where the grid is regular and
-        has a unit of length; ``score``, ``score_before``, ``sigma`` (pixels), and ``status``, a
+        time, with the coords that the cube has along it: ``warp`` (T, 2, 3) or (T, 3, 3), moving → reference
+        in pixels; ``shift_x`` and ``shift_y``, the displacement of the frame's centre in pixels, right and
+        down; ``shift_x_metres`` and ``shift_y_metres``, the same along the map's axes (north is positive)
+        where the grid is regular and has a unit of length; ``score``, ``score_before``, ``sigma`` (pixels),
+        and ``status``, a
         :class:`~torchalign.Status`.
 
     Raises:
@@ -140,7 +145,7 @@ def align(
     out = np.empty(datacube.shape, datacube.dtype)
     estimates: list[Estimate] = []
     with torch.no_grad(), _progress_bar(progress, cube.sizes["time"]) as advance:
-        reference_of = _find_reference(reference, cube, pixels, usable, where)
+        reference_of, reference_name = _find_reference(reference, cube, pixels, usable, where)
         for start in range(0, max(cube.sizes["time"], 1), step):  # an empty cube is one empty batch
             batch = slice(start, start + step)
             raw = _load(cube.variable, _CUBE, time=batch)
@@ -158,7 +163,7 @@ def align(
             cube.view(out)[batch] = np.where(kept, pixels.encode(aligned, raw), raw)
             advance(len(raw))
     estimate = Estimate(*(torch.cat(field) for field in zip(*estimates, strict=True)))
-    return datacube.copy(data=out), _report(cube, estimate, module, reference)
+    return datacube.copy(data=out), _report(cube, estimate, module, reference_name)
 
 
 # --- the cube: dims and pixels ---
@@ -199,18 +204,84 @@ class _Cube:
 
 
 @dataclass(frozen=True)
+class _Packing:
+    """How a file would hold floats as integers, ``code * scale + offset``."""
+
+    scale: float
+    offset: float
+    low: float  # of the values; what lies beyond these two would wrap when written
+    high: float
+    fills: tuple[int, ...]  # codes that are read as NaN
+    dtype: np.dtype[Any]  # of the codes
+
+    @classmethod
+    def of(cls, array: xr.DataArray) -> _Packing | None:
+        """As ``array.encoding`` has it; None where it packs nothing."""
+        encoding = array.encoding
+        with suppress(TypeError, ValueError, OverflowError):  # no number; the write will complain
+            dtype = np.dtype(encoding.get("dtype"))
+            if array.dtype.kind == "f" and dtype.kind in "iu" and "dtype" in encoding:
+                sign = {"true": "u", "false": "i"}.get(str(encoding.get("_Unsigned")).lower(), dtype.kind)
+                dtype = np.dtype(f"{sign}{dtype.itemsize}")
+                scale, offset = (float(encoding.get(key, 1 - i)) for i, key in enumerate(_PACKING))
+                declared = [encoding.get("_FillValue"), encoding.get("missing_value")]
+                given = [float(value) for entry in declared if entry is not None for value in np.ravel(entry)]
+                fills = tuple(int(np.array(int(fill)).astype(dtype)) for fill in given if np.isfinite(fill))
+                if scale != 0 and np.isfinite([scale, offset]).all():
+                    return cls(
+                        scale, offset, *_packed_range(array.dtype, dtype, scale, offset, fills), fills, dtype
+                    )
+        return None
+
+    def holds(self, value: float) -> bool:
+        return bool(np.isnan(value)) or self.low <= value <= self.high
+
+    def fit(self, values: Array) -> Array:
+        """The values that a write keeps: within the range, and beside the codes that are read as NaN."""
+        fitted = np.clip(values, self.low, self.high)
+        for fill in self.fills:
+            if self.low < fill * self.scale + self.offset < self.high:  # the ends are without it already
+                code = np.rint((fitted.astype(np.float64) - self.offset) / self.scale)
+                fitted[code == fill] = (fill + 1) * self.scale + self.offset
+        return fitted
+
+
+def _packed_range(
+    dtype: np.dtype[Any], codes: np.dtype[Any], scale: float, offset: float, fills: tuple[int, ...]
+) -> tuple[float, float]:
+    """The least and the greatest value, floats of dtype, that the codes hold beside the fills."""
+    bottom, top = int(np.iinfo(codes).min), int(np.iinfo(codes).max)
+    while bottom in fills:
+        bottom += 1
+    while top in fills:
+        top -= 1
+    # large codes, or a large offset, are not exact in short floats: stay clear of the ends by the rounding
+    limits = np.finfo(dtype)
+    slack = 4 * float(limits.eps) * max(-bottom, top, abs(offset / scale))
+    slack = slack if slack > 0.25 else 0.0  # less does not change a rounded code
+    ends = sorted(end * scale + offset for end in (bottom + slack, top - slack))
+    return max(ends[0], float(limits.min)), min(ends[1], float(limits.max))
+
+
+@dataclass(frozen=True)
 class _Pixels:
     """How raw pixels become what an aligner takes, floats with NaN for nodata, and how they come back."""
 
     dtype: np.dtype[Any]
     compute: torch.dtype
     nodata: tuple[Any, ...]  # values of dtype; the first is the one written
+    packing: _Packing | None = None  # of floats
 
     @classmethod
     def of(cls, cube: _Cube, aligner: nn.Module) -> _Pixels:
         nodata = _find_nodata(cube.array)
-        pixels = cls(cube.array.dtype, _find_compute_dtype(cube, nodata), nodata)
+        packing = _Packing.of(cube.array)
+        pixels = cls(cube.array.dtype, _find_compute_dtype(cube, nodata), nodata, packing)
         fill_value = getattr(aligner, "fill_value", None)
+        if fill_value is not None and packing is not None and not packing.holds(fill_value):
+            expected = f"what the packed {packing.dtype} holds, {packing.low} … {packing.high}, or NaN"
+            cure = "choose such a value, or pass datacube.drop_encoding()"
+            raise ValueError(message("aligner.fill_value", expected, fill_value, cure))
         if fill_value is not None and pixels.dtype.kind != "f" and not (np.isnan(fill_value) and nodata):
             limits = np.iinfo(pixels.dtype)
             if not limits.min <= fill_value <= limits.max:
@@ -242,6 +313,8 @@ class _Pixels:
         """Back to the dtype of raw; NaN to nodata, in floats only in those bands of raw that had nodata."""
         if self.dtype.kind == "f":
             encoded = values.cpu().numpy().astype(self.dtype)
+            if self.packing is not None:
+                encoded = self.packing.fit(encoded)
             if self.nodata:
                 had_nodata = np.isin(raw, self.nodata).any((-2, -1), keepdims=True)
                 encoded[np.isnan(encoded) & had_nodata] = self.nodata[0]
@@ -312,7 +385,7 @@ def _find_nodata(array: xr.DataArray) -> tuple[Any, ...]:
     """The declared nodata values that pixels of this dtype can have; NaN needs no declaring."""
     attrs, encoding = array.attrs, array.encoding
     declared = [attrs.get(key) for key in ("_FillValue", "missing_value", "nodata", "nodatavals")]
-    unpacked = array.dtype.kind == "f" and {"scale_factor", "add_offset"} & set(encoding)
+    unpacked = array.dtype.kind == "f" and set(_PACKING) & set(encoding)
     if not unpacked:  # else what is encoded is that of the packed integers
         declared += [encoding.get("_FillValue"), encoding.get("missing_value")]
     if hasattr(array, "rio") and "_FillValue" not in encoding:  # with it, rio.nodata is NaN, or made up
@@ -511,21 +584,25 @@ def _progress_bar(progress: bool | None, total: int) -> Iterator[Callable[[int],
 
 def _find_reference(
     reference: Any, cube: _Cube, pixels: _Pixels, usable: xr.Variable | None, device: torch.device
-) -> Callable[[slice], Tensor]:
-    """A function from a batch of frames to their reference on the device, (C, H, W) or (t, C, H, W)."""
-    shape = tuple(cube.sizes[role] for role in _CUBE[1:])
+) -> tuple[Callable[[slice], Tensor], str]:
+    """A function from a batch of frames to their reference on the device, (C, H, W) or (t, C, H, W); its name."""
+    shape, name = tuple(cube.sizes[role] for role in _CUBE[1:]), type(reference).__name__
     if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim == 0:
         reference = getattr(reference, "values", reference)[()]  # a label, `cube.time[3]`
     if isinstance(reference, (str, np.generic, datetime.date, int, float)) and not isinstance(
         reference, bool
     ):
-        if reference in ("median", "mean"):
-            fixed = _over_time(str(reference), cube, pixels, usable, device)
+        name = str(reference)
+        if name in ("median", "mean"):
+            fixed = _over_time(name, cube, pixels, usable, device)
         else:
-            number = 0 if reference == "first" else _frame_number(reference, cube)
+            number = 0
+            if name != "first":
+                number = _frame_number(reference, cube)
+                name = _label_text(cube.array[cube.dims["time"]].values[number])
             frame = _visible(cube, pixels, usable, device, time=slice(number, number + 1))
             fixed = frame[0] if len(frame) else frame.new_full(shape, torch.nan)
-        return lambda batch: fixed
+        return lambda batch: fixed, name
     labelled = _label(reference, "reference", cube, _CUBE)
     if labelled.dtype.kind not in "iuf":
         raise TypeError(
@@ -534,9 +611,9 @@ def _find_reference(
     source = _match(labelled, "reference", cube, _CUBE)
     given = _Pixels(labelled.dtype, pixels.compute, _find_nodata(labelled) or pixels.nodata)
     if "time" in source.dims:
-        return lambda batch: given.decode(_load(source, _CUBE, time=batch), device).expand(-1, *shape)
+        return lambda batch: given.decode(_load(source, _CUBE, time=batch), device).expand(-1, *shape), name
     fixed = given.decode(_load(source, _CUBE[1:]), device).expand(shape)
-    return lambda batch: fixed
+    return lambda batch: fixed, name
 
 
 def _visible(
@@ -596,10 +673,15 @@ def _frame_number(label: Any, cube: _Cube) -> int:
     return matches[0]
 
 
+def _label_text(label: Any) -> str:
+    """A time coordinate's entry as text; a date in ISO 8601, as short as it can be."""
+    return str(np.datetime_as_string(label, unit="auto") if isinstance(label, np.datetime64) else label)
+
+
 # --- the report ---
 
 
-def _report(cube: _Cube, estimate: Estimate, aligner: nn.Module, reference: object) -> xr.Dataset:
+def _report(cube: _Cube, estimate: Estimate, aligner: nn.Module, reference: str) -> xr.Dataset:
     time, status = cube.dims["time"], estimate.status.numpy()
     shift = center_displacement(estimate.warp, (cube.sizes["y"], cube.sizes["x"])).numpy()  # (T, 2), (x, y)
 
@@ -637,12 +719,15 @@ def _report(cube: _Cube, estimate: Estimate, aligner: nn.Module, reference: obje
         "title": "How each frame was aligned, and how far to trust it",
         "torchalign_version": version,
         "aligner": repr(aligner),
-        "reference": type(reference).__name__ if hasattr(reference, "shape") else str(reference),
+        "reference": reference,
         "frames": len(status),
         "frames_aligned": counts["OK"],
         "status_counts": ", ".join(f"{name}: {count}" for name, count in counts.items() if count),
     }
-    return xr.Dataset(fields, {time: cube.array[time]} if time in cube.array.coords else {}, attrs)
+    along = cube.array[time]
+    taken = {"row", "col", *fields} - {time}  # names that the report itself uses
+    others = [name for name, coord in along.coords.items() if coord.dims != (time,) or name in taken]
+    return xr.Dataset(fields, along.drop_vars(others).compute().coords, attrs)
 
 
 def _metres_per_pixel(array: xr.DataArray, dim: Hashable) -> float | None:
