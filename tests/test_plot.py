@@ -207,7 +207,8 @@ def test_summary_when_nothing_was_aligned(stack):
     report = report.copy()
     report["status"] = report.status * 0 + 3
     report["score"] = report.score * 0
-    rendered(plot.summary(cube, cube, report))
+    image = rendered(plot.summary(cube, cube, report))
+    assert len(np.unique(image.reshape(-1, 4), axis=0)) > 1000  # a picture, not a blank page
 
 
 def test_animate(stack, tmp_path):
@@ -289,7 +290,8 @@ def test_no_global_state():
         "torchalign.plot.shift_scatter(xr.Dataset(dict.fromkeys(names.split(), z)))\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_figure_shows_itself_in_a_notebook(stack):
