@@ -14,6 +14,7 @@ __all__ = [
     "check_bands",
     "check_crop",
     "check_cube",
+    "check_floating",
     "check_mask",
     "check_number",
     "check_option",
@@ -30,6 +31,20 @@ def message(name: str, expected: str, got: object, cure: str) -> str:
     'max_translation: expected a number > 0, got -1; give pixels'
     """
     return f"{name}: expected {expected}, got {got}; {cure}"
+
+
+def check_floating(name: str, tensor: object, shape: str) -> None:
+    """``tensor`` must be a tensor of a floating dtype; ``shape`` says in words what it should look like.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            message(name, f"a torch.Tensor {shape}", type(tensor).__name__, "wrap it with torch.as_tensor")
+        )
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(message(name, "a floating dtype", tensor.dtype, "convert it with .float()"))
 
 
 def check_option(name: str, value: object, choices: Any) -> None:

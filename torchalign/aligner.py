@@ -23,8 +23,8 @@ from torchalign._check import (
     message,
 )
 from torchalign._host import empty_on_host, is_on_host, map_on_host
-from torchalign.functional.affine import change_origin
-from torchalign.functional.channels import Channel, center_crop, extract_channel
+from torchalign.functional.affine import change_origin, identity_warp
+from torchalign.functional.channels import Channel, ChannelName, center_crop, extract_channel
 from torchalign.functional.quality import gate
 from torchalign.functional.warp import Interpolation, PaddingMode, resample, resample_into
 from torchalign.types import Alignment, Estimate, Status
@@ -359,7 +359,7 @@ class _Job(NamedTuple):
 def _readable(init: Tensor) -> tuple[Tensor, Tensor]:
     """Warps that are no numbers are replaced by the identity; and where (..., T)."""
     lost = ~init.isfinite().flatten(-2).all(-1)
-    identity = torch.eye(init.shape[-2], 3, dtype=init.dtype, device=init.device)
+    identity = identity_warp(homography=init.shape[-2] == 3, device=init.device, dtype=init.dtype)
     return torch.where(lost[..., None, None], identity, init), lost
 
 
@@ -375,8 +375,6 @@ def _full_precision(cube: Tensor) -> torch.autocast:
 def _check_channel(channel: object) -> None:
     """An index or a name; the number of bands is known only when a cube comes."""
     if isinstance(channel, str):
-        from torchalign.functional.channels import ChannelName
-
         check_option("channel", channel, ChannelName)
         return
     if not isinstance(channel, bool) and hasattr(channel, "__index__"):

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from torchalign._check import check_number, check_option, message
 from torchalign.aligner import Aligner, Motion
-from torchalign.functional.affine import center_displacement, compose_warps, translation_warp
+from torchalign.functional.affine import (
+    center_displacement,
+    compose_warps,
+    identity_warp,
+    translation_warp,
+)
 from torchalign.functional.channels import Channel
 from torchalign.functional.phase import Contrast, Texture, Weighting, extract_texture, phase_correlation
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
@@ -173,5 +178,5 @@ def _split(warp: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     plain = (linear == eye).flatten(-2).all(-1)
     if warp.shape[-2] == 3:
         plain = plain & (warp[..., 2, :2] == 0).all(-1)
-    identity = torch.eye(turn.shape[-2], 3, dtype=warp.dtype, device=warp.device)
+    identity = identity_warp(homography=turn.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
     return translation, torch.where(plain[..., None, None], identity, turn)

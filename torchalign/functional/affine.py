@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchalign._check import check_floating
+
 __all__ = [
     "center_displacement",
     "change_origin",
@@ -34,13 +36,7 @@ __all__ = [
 
 
 def _check_warp(warp: Tensor, name: str = "warp") -> None:
-    if not isinstance(warp, Tensor):
-        raise TypeError(
-            f"{name}: expected a torch.Tensor (..., 2, 3) or (..., 3, 3), got {type(warp).__name__}; "
-            f"wrap it with torch.as_tensor"
-        )
-    if not warp.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {warp.dtype}; convert it with .float()")
+    check_floating(name, warp, "(..., 2, 3) or (..., 3, 3)")
     if warp.ndim < 2 or tuple(warp.shape[-2:]) not in ((2, 3), (3, 3)):
         raise ValueError(
             f"{name}: expected shape (..., 2, 3) or (..., 3, 3), got {tuple(warp.shape)}; "
@@ -49,13 +45,7 @@ def _check_warp(warp: Tensor, name: str = "warp") -> None:
 
 
 def _check_pair(tensor: Tensor, name: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(
-            f"{name}: expected a torch.Tensor (..., 2) in (x, y) order, got {type(tensor).__name__}; "
-            f"wrap it with torch.as_tensor"
-        )
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}; convert it with .float()")
+    check_floating(name, tensor, "(..., 2) in (x, y) order")
     if tensor.ndim < 1 or tensor.shape[-1] != 2:
         raise ValueError(f"{name}: expected shape (..., 2) in (x, y) order, got {tuple(tensor.shape)}")
 

@@ -170,10 +170,14 @@ def phase_correlation(
     reference_field, reference_weights, reference_flat = reference
     flat = moving_flat | reference_flat
 
+    def correlate(own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """The moving frame's spectrum under its window, and the cross-power: (..., h, w//2+1)."""
+        spectrum = torch.fft.rfft2(field * own)
+        reference_spectrum = torch.fft.rfft2(reference_field * other)
+        return spectrum, cross_power(spectrum, reference_spectrum, grid.radius, max_frequency, weighting)
+
     window = grid.window(taper)
-    spectrum = torch.fft.rfft2(field * window)  # (..., h, w//2+1)
-    reference_spectrum = torch.fft.rfft2(reference_field * window)
-    power = cross_power(spectrum, reference_spectrum, grid.radius, max_frequency, weighting)
+    spectrum, power = correlate(window, window)
     surface = torch.fft.irfft2(power, s=size)
     peak = coarse_peak(surface, (height, width), max_translation)
     if start is not None:
@@ -183,24 +187,16 @@ def phase_correlation(
     inliers = None
     effective = window.square()
     if robust:
-        ground = torch.fft.irfft2(
-            _turn(spectrum, grid.frequencies, -shift), s=size
-        )  # the moving frame over the reference
-        inliers = agreement(ground, reference_field * window)
+        inliers = agreement(grid.move(spectrum, shift), reference_field * window)
         # holes too must lie on the same ground in both, or their pattern is what is correlated
         if reference_weights is not None:
             inliers = inliers * reference_weights
         if weights is not None:
-            moved = torch.fft.irfft2(_turn(torch.fft.rfft2(weights), grid.frequencies, -shift), s=size)
-            inliers = inliers * moved.clamp(0, 1)
+            inliers = inliers * grid.move(torch.fft.rfft2(weights), shift).clamp(0, 1)
         # each frame gets the window, and the weights, of the ground that both see
-        tapered = grid.window(taper, -shift) * torch.fft.irfft2(
-            _turn(torch.fft.rfft2(inliers), grid.frequencies, shift), s=size
-        )
+        tapered = grid.window(taper, -shift) * grid.move(torch.fft.rfft2(inliers), -shift)
         reference_tapered = grid.window(taper, shift) * inliers
-        spectrum = torch.fft.rfft2(field * tapered)
-        reference_spectrum = torch.fft.rfft2(reference_field * reference_tapered)
-        power = cross_power(spectrum, reference_spectrum, grid.radius, max_frequency, weighting)
+        _, power = correlate(tapered, reference_tapered)
         effective = reference_tapered.square()
 
     if upsample_factor is None:
@@ -583,6 +579,10 @@ class _Grid(NamedTuple):
                 profile = torch.minimum(profile, moved)
             profiles.append(profile)
         return profiles[0][..., :, None] * profiles[1][..., None, :]
+
+    def move(self, spectrum: Tensor, shift: Tensor) -> Tensor:
+        """(..., h, w): the field of a spectrum with its content moved by ``shift`` (..., 2)."""
+        return torch.fft.irfft2(_turn(spectrum, self.frequencies, -shift), s=self.size)
 
 
 def _texture(image: Tensor, mask: Tensor | None, grid: _Grid, contrast: Contrast) -> Texture:

@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from torchalign._check import check_floating
 from torchalign._host import empty_on_host, is_on_host
 
 __all__ = ["Interpolation", "PaddingMode", "Resampled", "resample", "translate", "warp"]
@@ -228,13 +229,7 @@ def _check_cube(cube: Tensor) -> None:
 
 def _check_motion(motion: Tensor, cube: Tensor, name: str, endings: tuple[tuple[int, ...], ...]) -> None:
     expected = " or ".join("(..., T, " + ", ".join(map(str, ending)) + ")" for ending in endings)
-    if not isinstance(motion, Tensor):
-        raise TypeError(
-            f"{name}: expected a torch.Tensor {expected}, got {type(motion).__name__}; "
-            f"wrap it with torch.as_tensor"
-        )
-    if not motion.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {motion.dtype}; convert it with .float()")
+    check_floating(name, motion, expected)
     if motion.device != cube.device:
         raise ValueError(
             f"{name}: expected the cube's device, {cube.device}, got {motion.device}; "
