@@ -15,6 +15,7 @@ scene.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from torchalign._check import check_floating
 
 __all__ = [
+    "MotionModel",
     "center_displacement",
     "change_origin",
     "compose_warps",
@@ -33,6 +35,9 @@ __all__ = [
     "transform_points",
     "translation_warp",
 ]
+
+# What a warp may do: 2, 3, 4, 6 and 8 degrees of freedom.
+MotionModel = Literal["translation", "euclidean", "similarity", "affine", "homography"]
 
 
 def _check_warp(warp: Tensor, name: str = "warp") -> None:
