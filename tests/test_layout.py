@@ -16,8 +16,8 @@ ROOT = Path(torchalign.__file__).parent
 # what may import what: a layer sees the layers below its own
 LAYERS = [
     {"types", "_check", "_host"},
-    {"functional.affine", "functional.warp", "functional.channels", "functional.phase", "functional.ecc",
-     "functional.matching", "functional.quality", "functional"},
+    {"functional.affine", "functional.warp", "functional.channels", "functional.fourier", "functional.texture",
+     "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
     {"pcc", "ecc", "lgm"},
@@ -29,7 +29,7 @@ LAYERS = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # within functional: affine and warp are the ground of the others
-WITHIN = {"functional.quality", "functional.matching", "functional.ecc"}
+WITHIN = {"functional.texture", "functional.phase", "functional.quality", "functional.matching", "functional.ecc"}
 # what a layer may use besides torch and the standard library
 FOREIGN = {
     **{

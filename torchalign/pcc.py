@@ -17,7 +17,8 @@ from torchalign.functional.affine import (
     translation_warp,
 )
 from torchalign.functional.channels import Channel
-from torchalign.functional.phase import Contrast, Texture, Weighting, extract_texture, phase_correlation
+from torchalign.functional.phase import Weighting, phase_correlation
+from torchalign.functional.texture import Contrast, Texture, extract_texture
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.types import Status
 
@@ -30,7 +31,7 @@ class PCC(Aligner):
     .. math:: \hat t = \arg\max_t \sum_{|f| < f_{max}} \psi(f)\, \mathrm{Re}\, M^*(f) R(f)\, e^{2\pi i f \cdot t}
 
     with M, R the spectra of frame and reference after :func:`local contrast normalisation
-    <torchalign.functional.phase.local_contrast>`, correlated twice: the second time weighted by where the two
+    <torchalign.functional.texture.local_contrast>`, correlated twice: the second time weighted by where the two
     show the same ground, so that clouds without a mask and changed fields do not pull. The maximum is found by
     Newton's method, without a grid, and is differentiable with respect to cube and reference.
 

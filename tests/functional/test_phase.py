@@ -10,16 +10,8 @@ import pytest
 import torch
 from scenes import Waves, assert_derivative, fractal_stack, pairs
 
-from torchalign.functional.phase import (
-    agreement,
-    band_limit,
-    coarse_peak,
-    cross_power,
-    local_contrast,
-    phase_correlation,
-    refine_peak,
-    working_size,
-)
+from torchalign.functional.phase import coarse_peak, cross_power, phase_correlation, refine_peak
+from torchalign.functional.texture import agreement, band_limit, local_contrast, working_size
 
 NAN, INF = float("nan"), float("inf")
 TRUTH = torch.tensor([[1.3, -0.6], [0.0, 0.0], [-2.25, 3.1], [0.5, 0.5], [-0.02, 0.03]])

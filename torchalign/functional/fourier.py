@@ -1,0 +1,65 @@
+"""Fourier transforms of stacks of images, and what moves them.
+
+Convention:
+    Frequencies f are in cycles per pixel, angular ones ω = 2πf in radians per pixel; a real image's spectrum is
+    the half (..., H, W//2+1) that :func:`torch.fft.rfft2` gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["fft", "irfft2", "rfft", "rfft2", "turn_spectrum", "wave"]
+
+
+def fft(signal: Tensor, dim: int = -1) -> Tensor:
+    """:func:`torch.fft.fft`, of empty batches too."""
+    return _or_empty(lambda values: torch.fft.fft(values, dim=dim), signal)
+
+
+def rfft(signal: Tensor) -> Tensor:
+    """:func:`torch.fft.rfft` of the last dimension, of empty batches too."""
+    return _or_empty(torch.fft.rfft, signal)
+
+
+def rfft2(image: Tensor) -> Tensor:
+    """:func:`torch.fft.rfft2`: (..., H, W) → (..., H, W//2+1), of empty batches too."""
+    return _or_empty(torch.fft.rfft2, image)
+
+
+def irfft2(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
+    """:func:`torch.fft.irfft2`: (..., H, W//2+1) → (..., H, W), of empty batches too."""
+    return _or_empty(lambda values: torch.fft.irfft2(values, s=size), spectrum)
+
+
+def turn_spectrum(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> Tensor:
+    """The spectrum times e^{iω·t}: its content moved by −t.
+
+    Args:
+        spectrum: (..., H, W//2+1), an ``rfft2``.
+        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
+        shift: (..., 2), t = (x, y) in pixels.
+
+    Returns:
+        (..., H, W//2+1).
+    """
+    wave_y, wave_x = (wave(frequency, shift[..., 1 - axis]) for axis, frequency in enumerate(frequencies))
+    return spectrum * wave_y[..., :, None] * wave_x[..., None, :]
+
+
+def wave(frequency: Tensor, shift: Tensor) -> Tensor:
+    """(..., N): e^{iωt}, ω = 2πf in radians per pixel."""
+    angle = shift[..., None] * (2 * math.pi * frequency)
+    return torch.complex(angle.cos(), angle.sin())
+
+
+def _or_empty(transform: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """Some builds of MKL refuse a batch of nothing: transform one blank, and take none of it."""
+    if values.numel() > 0:
+        return transform(values)
+    blank = transform(values.new_zeros([max(1, length) for length in values.shape]))
+    return blank.new_empty((*values.shape[:-2], *blank.shape[-2:]))

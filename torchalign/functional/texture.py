@@ -1,0 +1,359 @@
+r"""What of an image is registered: band-limited, locally normalised, on the coarsest grid that holds the band.
+
+The links, each a function that works alone, which every method shares:
+
+* :func:`band_limit`: beyond about a quarter of the sampling rate a real sensor's spectrum is mostly folded
+  (aliased), and folded frequencies pull every estimate towards whole pixels. The frames are resampled, in the
+  spectral domain, onto the coarser grid that holds just the band that is kept: nothing that counts is lost,
+  and all that follows costs a quarter.
+* :func:`local_contrast`: high-passed and divided by its local standard deviation, so that bright clouds,
+  shadows and gains weigh no more than fields and roads.
+* :func:`agreement`: where do two frames, brought together, show the same ground?
+
+:func:`extract_texture` is the chain of the first two, :func:`extract_pyramid` the same for several bands.
+
+References:
+    Moisan 2011, doi:10.1007/s10851-010-0227-1 (the periodic component of an image).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchalign.functional.fourier import fft, irfft2, rfft, turn_spectrum
+
+__all__ = [
+    "Contrast",
+    "Grid",
+    "Texture",
+    "agreement",
+    "band_limit",
+    "extract_pyramid",
+    "extract_texture",
+    "local_contrast",
+    "working_size",
+]
+
+Contrast = Literal["local", "none"]
+
+# Share of the kept band, from its outer edge, over which the low-pass rolls off: a sharp edge would ring.
+_ROLL_OFF = 0.2
+# Share of usable pixels around a sample (in 15 × 15 samples) at which its weight is 0, and from which it is 1.
+# A soft weight as wide as a hole leaves no pattern of its own to be correlated.
+_COVERAGE = (0.3, 0.9)
+# A hole is filled from neighbours of at least this (triangular) weight in all; further in it fades to the mean.
+_LEAST_WEIGHT = 0.05
+# The window falls off over at least this many pixels on each side, where the frame allows it.
+_LEAST_RAMP = 8
+# Frames with less than this share of usable pixels are not worth a guess.
+_MIN_USABLE = 1 / 64
+
+
+class Texture(NamedTuple):
+    """What of an image is correlated, see :func:`extract_texture`.
+
+    Attributes:
+        field: (..., h, w), band-limited and locally normalised.
+        weights: (..., h, w) in [0, 1], small where little is usable; ``None`` if all is.
+        flat: (...,) bool, nothing to see: no texture, or too few usable pixels.
+    """
+
+    field: Tensor
+    weights: Tensor | None
+    flat: Tensor
+
+
+class Grid(NamedTuple):
+    """The working grid of h × w samples over a frame of H × W pixels; all in pixels of the frame."""
+
+    frame: tuple[int, int]
+    size: tuple[int, int]
+    max_frequency: float
+    frequencies: tuple[Tensor, Tensor]  # (h,), (w//2+1,), cycles per pixel
+    radius: Tensor  # (h, w//2+1), |f|
+
+    @classmethod
+    def of(cls, frame: tuple[int, int], size: tuple[int, int], max_frequency: float, like: Tensor) -> Grid:
+        """The grid of ``size`` over frames of ``frame``; tensors on the device and in the dtype of ``like``."""
+        kind = {"device": like.device, "dtype": like.dtype}
+        # bin k is k cycles per frame, on either grid
+        y = torch.fft.fftfreq(size[0], frame[0] / size[0], **kind)
+        x = torch.fft.rfftfreq(size[1], frame[1] / size[1], **kind)
+        return cls(frame, size, max_frequency, (y, x), torch.hypot(x, y[:, None]))
+
+    def roll_off(self) -> Tensor:
+        """(h, w//2+1): 1 in the band, falling to 0 at its edge as a cosine."""
+        edge = (self.max_frequency - self.radius) / (_ROLL_OFF * self.max_frequency)
+        return 0.5 - 0.5 * torch.cos(math.pi * edge.clamp(0, 1))
+
+    def window(self, taper: float, shift: Tensor | None = None) -> Tensor:
+        """(..., h, w): a Tukey window; given a shift, the ground that a frame so shifted has in common with it."""
+        profiles = []
+        for axis, (length, samples) in enumerate(zip(self.frame, self.size, strict=True)):
+            position = torch.arange(samples, device=self.radius.device, dtype=self.radius.dtype) * (
+                length / samples
+            )
+            profile = _tukey(position, length, taper)
+            if shift is not None:
+                moved = _tukey(position - shift[..., 1 - axis, None], length, taper)
+                profile = torch.minimum(profile, moved)
+            profiles.append(profile)
+        return profiles[0][..., :, None] * profiles[1][..., None, :]
+
+    def move(self, spectrum: Tensor, shift: Tensor) -> Tensor:
+        """(..., h, w): the field of a spectrum with its content moved by ``shift`` (..., 2)."""
+        return irfft2(turn_spectrum(spectrum, self.frequencies, -shift), self.size)
+
+
+def extract_texture(
+    image: Tensor,
+    mask: Tensor | None = None,
+    *,
+    max_frequency: float = 0.25,
+    contrast: Contrast = "local",
+    blur: float = 0.0,
+) -> Texture:
+    """Fill holes, limit the band, normalise the contrast.
+
+    Args:
+        image: (..., H, W), finite.
+        mask: bool, broadcastable, True = usable.
+        max_frequency: in cycles per pixel.
+        contrast: ``"local"`` or ``"none"``.
+        blur: σ of a Gaussian in pixels, applied with the band limit, in the spectral domain.
+
+    Returns:
+        :class:`Texture` on the grid of :func:`working_size`.
+    """
+    return extract_pyramid(image, mask, max_frequencies=(max_frequency,), contrast=contrast, blur=blur)[0]
+
+
+def extract_pyramid(
+    image: Tensor,
+    mask: Tensor | None = None,
+    *,
+    max_frequencies: Sequence[float],
+    contrast: Contrast = "local",
+    blur: float = 0.0,
+) -> list[Texture]:
+    """:func:`extract_texture` for several bands, from one transform of the image.
+
+    The first sample of every level lies on the first pixel, whatever the level's sampling: there is no half pixel
+    to be kept in mind between them.
+
+    Args:
+        image: (..., H, W), finite.
+        mask: bool, broadcastable, True = usable.
+        max_frequencies: in cycles per pixel; the first one is the highest.
+        contrast: ``"local"`` or ``"none"``.
+        blur: σ of a Gaussian in pixels.
+
+    Returns:
+        One :class:`Texture` a frequency, each on the grid of :func:`working_size`.
+    """
+    frame = (image.shape[-2], image.shape[-1])
+    grids = [Grid.of(frame, working_size(frame, highest), highest, image) for highest in max_frequencies]
+    mean, centred, empty = _centre(image, mask)
+    spectrum = _periodic_spectrum(centred, grids[0])
+    # a frame whose deviation is the rounding error of its mean is flat
+    noise = 32 * torch.finfo(image.dtype).eps * mean[..., 0, 0].abs()
+    textures = []
+    for grid in grids:
+        limited = _limit(spectrum, grid, blur)
+        weights = None if mask is None else _weights(mask, grid)
+        textures.append(_normalize(limited, weights, noise, empty, contrast))
+    return textures
+
+
+def working_size(size: tuple[int, int], max_frequency: float) -> tuple[int, int]:
+    """The coarsest grid (h, w), in multiples of 8, that holds the band; never finer than the frame's.
+
+    >>> working_size((256, 101), 0.25), working_size((256, 101), 0.5)
+    ((128, 56), (256, 101))
+    """
+    height, width = (min(length, 8 * math.ceil(2 * max_frequency * length / 8)) for length in size)
+    return height, width
+
+
+def band_limit(image: Tensor, size: tuple[int, int], max_frequency: float = 0.25) -> Tensor:
+    """Keep the frequencies below ``max_frequency`` and resample to ``size``, in the spectral domain.
+
+    Sample (i, j) of the result lies at pixel (i·H/h, j·W/w) of the image: the origins coincide. The mean is
+    removed, and so is the smooth image that accounts for the jumps between opposite borders, which the Fourier
+    series would take for edges (Moisan 2011).
+
+    Args:
+        image: (..., H, W).
+        size: (h, w), at most (H, W), see :func:`working_size`.
+        max_frequency: in cycles per pixel of the image; the outer fifth of the band rolls off as a cosine.
+
+    Returns:
+        (..., h, w).
+    """
+    height, width = image.shape[-2:]
+    centred = image - image.mean((-2, -1), keepdim=True)
+    grid = Grid.of((height, width), size, max_frequency, image)
+    return _limit(_periodic_spectrum(centred, grid), grid, 0.0)
+
+
+def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
+    r"""High-passed and normalised by the local standard deviation.
+
+    .. math:: \frac{x - g * x}{\sqrt{g * (x - g * x)^2 + c}}
+
+    with g a triangle of 7 × 7 samples and c the frame's median of the local variance, which keeps noise on flat
+    ground from being blown up. Invariant to gain and offset.
+
+    Args:
+        image: (..., H, W).
+        weights: in [0, 1], broadcastable; the median is taken where they exceed one half, and the result is
+            multiplied by them.
+
+    Returns:
+        (..., H, W), about [−3, 3].
+    """
+    detail = image - _triangle(image, 2)
+    variance = _triangle(detail.square(), 2)
+    # a sixteenth of the samples tells the median as well, and sorting is what costs
+    sampled = variance[..., ::4, ::4]
+    if weights is not None:
+        sampled = sampled.masked_fill(weights[..., ::4, ::4] < 0.5, torch.nan)
+    typical = sampled.flatten(-2).nanmedian(-1).values.nan_to_num(0.0)[..., None, None]
+    total = variance + typical
+    flat = total <= torch.finfo(image.dtype).tiny ** 0.5  # below it the derivative of the root overflows
+    contrast = torch.where(flat, 0.0, detail * torch.rsqrt(torch.where(flat, 1.0, total)))
+    return contrast if weights is None else contrast * weights
+
+
+def agreement(moving: Tensor, reference: Tensor) -> Tensor:
+    r"""Weights in [0, 1]: how much two frames, brought together, show the same ground.
+
+    The squared local correlation coefficient, squared again, over a triangle of 15 × 15 samples,
+
+    .. math:: \left( \frac{(g * ab)_+^2}{(g * a^2)\,(g * b^2)} \right)^2
+
+    near 1 on common ground, near 0 under a cloud, on a changed field, and where one of them is empty.
+
+    Args:
+        moving: (..., H, W), over the reference.
+        reference: (..., H, W), broadcastable.
+
+    Returns:
+        (..., H, W).
+    """
+    common = _triangle(moving * reference, 3).clamp(min=0)
+    energy = _triangle(moving.square(), 3) * _triangle(reference.square(), 3)
+    tiny = torch.finfo(moving.dtype).eps ** 2  # the fields are of order 1
+    return _triangle((common.square() / (energy + tiny)).square(), 1).clamp(max=1)
+
+
+def _centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean of what is usable (..., 1, 1), the image less it with its holes filled, and whether it is empty."""
+    if mask is None:
+        mean = image.mean((-2, -1), keepdim=True)
+        return mean, image - mean, torch.zeros_like(mean[..., 0, 0], dtype=torch.bool)
+    share = mask.to(image.dtype).mean((-2, -1), keepdim=True)
+    one_pixel = 1 / (image.shape[-2] * image.shape[-1])
+    mean = torch.where(mask, image, 0.0).mean((-2, -1), keepdim=True) / share.clamp(min=one_pixel)
+    centred = _fill_holes(torch.where(mask, image - mean, 0.0), mask)
+    return mean, centred, share[..., 0, 0] < _MIN_USABLE
+
+
+def _normalize(
+    limited: Tensor, weights: Tensor | None, noise: Tensor, empty: Tensor, contrast: Contrast
+) -> Texture:
+    """Units of any size become 1; then the local contrast."""
+    samples = limited.shape[-2] * limited.shape[-1]
+    scale = torch.linalg.vector_norm(limited.detach(), dim=(-2, -1)) / math.sqrt(samples)
+    flat = (scale <= noise) | empty | ~torch.isfinite(scale)
+    # squares of what follows neither vanish nor overflow
+    normal = limited / torch.where(flat, 1.0, scale)[..., None, None]
+    if contrast == "local":
+        return Texture(local_contrast(normal, weights), weights, flat)
+    return Texture(normal if weights is None else normal * weights, weights, flat)
+
+
+def _fill_holes(centred: Tensor, mask: Tensor) -> Tensor:
+    """Unusable pixels take the mean of their usable neighbours (7 × 7, triangular), or else that of the frame.
+
+    Narrow holes all but vanish; wide ones keep a soft edge instead of a step, which would ring.
+    """
+    weight = _triangle(mask.to(centred.dtype), 2)
+    local = _triangle(centred, 2) / weight.clamp(min=_LEAST_WEIGHT)
+    return torch.where(mask, centred, local)
+
+
+def _weights(mask: Tensor, grid: Grid) -> Tensor:
+    """(..., h, w) in [0, 1]: how much of what lies around a sample is usable."""
+    height, width = grid.size
+    shape = mask.shape[:-2]
+    share = mask.expand(*shape, *grid.frame).reshape(-1, 1, *grid.frame).to(grid.radius.dtype)
+    coverage = F.interpolate(share, size=(height, width), mode="area").reshape(*shape, height, width)
+    lowest, highest = _COVERAGE
+    return ((_triangle(coverage, 3) - lowest) / (highest - lowest)).clamp(0, 1)
+
+
+def _periodic_spectrum(image: Tensor, grid: Grid) -> Tensor:
+    """(..., h, w//2+1): the spectrum of Moisan's periodic component, cut to the grid's frequencies."""
+    rows, columns = grid.size
+    # columns beyond the band are dropped before they are transformed
+    spectrum = _keep_rows(fft(rfft(image)[..., : columns // 2 + 1], dim=-2), rows)
+    # what jumps between opposite borders has the Laplacian of a smooth image
+    jump_y = rfft(image[..., -1, :] - image[..., 0, :])[..., None, : columns // 2 + 1]
+    jump_x = _keep_rows(fft(image[..., :, -1] - image[..., :, 0]).unsqueeze(-1), rows)
+    angle_y, angle_x = 2 * math.pi * grid.frequencies[0][:, None], 2 * math.pi * grid.frequencies[1]
+    laplacian = 2 * angle_y.cos() + 2 * angle_x.cos() - 4
+    laplacian = torch.where(laplacian == 0, 1.0, laplacian)  # at frequency 0, where the jumps vanish
+    turn_y, turn_x = (
+        torch.complex(1 - angle.cos(), -angle.sin()) / laplacian for angle in (angle_y, angle_x)
+    )
+    return spectrum - jump_y * turn_y - jump_x * turn_x
+
+
+def _limit(spectrum: Tensor, grid: Grid, blur: float) -> Tensor:
+    """(..., h, w): the field of those frequencies of a spectrum that the grid holds, rolled off and blurred."""
+    rows, columns = grid.size
+    response = grid.roll_off() * (rows * columns / (grid.frame[0] * grid.frame[1]))
+    if blur:
+        response = response * torch.exp(-2 * (math.pi * blur * grid.radius).square())
+    kept = _keep_rows(spectrum, rows)[..., : columns // 2 + 1]
+    return irfft2(kept * response, (rows, columns))
+
+
+def _keep_rows(spectrum: Tensor, rows: int) -> Tensor:
+    """The rows (dim −2) of the lowest frequencies of either sign, in the order of a transform of that length."""
+    height = spectrum.shape[-2]
+    if rows == height:
+        return spectrum
+    return torch.cat([spectrum[..., : rows - rows // 2, :], spectrum[..., height - rows // 2 :, :]], dim=-2)
+
+
+def _tukey(position: Tensor, length: int, taper: float) -> Tensor:
+    """The Tukey window of ``length`` pixels at (fractional) pixel positions: 0 beyond the frame's outer edge."""
+    if taper <= 0:
+        return ((position > -0.5) & (position < length - 0.5)).to(position.dtype)
+    ramp = max(0.5 * taper * length, min(_LEAST_RAMP, 0.25 * length))  # pixels
+    from_edge = torch.minimum(position + 0.5, length - 0.5 - position)
+    return 0.5 - 0.5 * torch.cos(math.pi * (from_edge / ramp).clamp(0, 1))
+
+
+def _triangle(image: Tensor, order: int) -> Tensor:
+    """Mean with triangular weights over 2·2ⁿ − 1 samples a side: two boxes of 2ⁿ by repeated doubling.
+
+    A chain of 2n additions an axis: much faster than a convolution or a pooling on the CPU.
+    """
+    length = 2**order
+    flat = image.reshape(-1, 1, *image.shape[-2:])
+    result = F.pad(flat, (length - 1,) * 4, mode="replicate")
+    for dim in (-1, -2):
+        for _ in range(2):
+            for power in range(order):
+                count = result.shape[dim] - 2**power
+                result = result.narrow(dim, 0, count) + result.narrow(dim, 2**power, count)
+    return (result * (1 / length**4)).reshape(image.shape)
