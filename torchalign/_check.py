@@ -20,6 +20,7 @@ __all__ = [
     "check_option",
     "check_reference",
     "check_warp",
+    "check_whole",
     "message",
 ]
 
@@ -84,6 +85,22 @@ def check_number(
     above = number >= minimum if inclusive else number > minimum
     if not (above and number <= maximum):
         raise ValueError(message(name, bounds, value, "give a number within these bounds"))
+
+
+def check_whole(name: str, value: object, *, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
+    """``value`` must be a whole number within bounds; returned as an int.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: out of bounds.
+    """
+    expected = f"a whole number from {minimum} to {maximum}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(message(name, expected, f"{value!r} ({type(value).__name__})", "give an int"))
+    number = operator.index(value)
+    if not minimum <= number <= maximum:
+        raise ValueError(message(name, expected, number, "give a number within these bounds"))
+    return number
 
 
 def check_cube(cube: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["empty_on_host", "is_on_host", "map_on_host"]
+__all__ = ["carries_gradient", "empty_on_host", "is_on_host", "map_on_host"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,11 +27,19 @@ def is_on_host(tensor: Tensor) -> bool:
         return False
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
         return False
-    if torch.is_grad_enabled() and tensor.requires_grad:
+    return not carries_gradient(tensor)
+
+
+def carries_gradient(*tensors: Tensor) -> bool:
+    """Whether a derivative by one of them may be asked for: by autograd, in forward mode, or by torch.func."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    if torch.compiler.is_compiling():
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return False
-    return _unpack_dual(tensor).tangent is None
+    return any(
+        torch._C._functorch.is_functorch_wrapped_tensor(tensor) or _unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+    )
 
 
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

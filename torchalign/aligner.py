@@ -23,38 +23,22 @@ from torchalign._check import (
     message,
 )
 from torchalign._host import empty_on_host, is_on_host, map_on_host
-from torchalign.functional.affine import change_origin, identity_warp
+from torchalign.functional.affine import MotionModel, change_origin, identity_warp
 from torchalign.functional.channels import Channel, ChannelName, center_crop, extract_channel
-from torchalign.functional.quality import gate
+from torchalign.functional.quality import gate_stages
 from torchalign.functional.warp import Interpolation, PaddingMode, resample, resample_into
-from torchalign.types import Alignment, Estimate, Status
+from torchalign.types import Alignment, Estimate, Motion, Status
 
-__all__ = ["Aligner", "Motion"]
+__all__ = ["Aligner", "Job", "Motion", "full_precision"]
 
 # Eager CPU: pixels of one block of frames. Fewer cost calls, more leave the cache.
 _BLOCK_PIXELS = 2**20
 
 
-class Motion(NamedTuple):
-    """What a method hands to the gate, one row a frame.
-
-    Attributes:
-        warp: (..., T, 2, 3) or (..., T, 3, 3), in the coordinates of the images it was given.
-        sigma: (..., T), in pixels.
-        status: (..., T) int64; 0 where the method trusts its result.
-        inliers: (..., T, h, w) weights of common ground over the reference, or ``None``.
-    """
-
-    warp: Tensor
-    sigma: Tensor
-    status: Tensor
-    inliers: Tensor | None = None
-
-
 class Aligner(nn.Module, ABC):
     """Options that every method shares, and the way from a cube to an alignment.
 
-    A method implements :meth:`estimate_motion`.
+    A method implements :meth:`estimate_motion`, and says in ``motion`` what it can move.
 
     Args:
         channel: what of the bands the estimate sees: a band index, ``"mean"``, ``"luminance"``, ``"rgb_mean"``,
@@ -72,6 +56,8 @@ class Aligner(nn.Module, ABC):
         TypeError: an option has the wrong type.
         ValueError: an option is out of range or unknown.
     """
+
+    motion: MotionModel = "translation"
 
     def __init__(
         self,
@@ -196,7 +182,8 @@ class Aligner(nn.Module, ABC):
             reference: (..., 1 or T, H, W), likewise.
             reference_usable: (..., 1 or T, H, W) bool, or ``None``.
             prepared: what :meth:`prepare_reference` made of the two.
-            init: (..., T, 2 or 3, 3) in the coordinates of ``moving``, or ``None``.
+            init: (..., T, 2 or 3, 3) in the coordinates of ``moving``; or (..., T, 2), a shift (x, y) in pixels; or
+                ``None``.
         """
 
     def _check(
@@ -206,7 +193,7 @@ class Aligner(nn.Module, ABC):
         mask: Tensor | None,
         reference_mask: Tensor | None,
         init: Tensor | None,
-    ) -> _Job:
+    ) -> Any:
         check_cube(cube)
         reference = check_reference(reference, cube)
         batch, size = cube.shape[:-3], cube.shape[-2:]
@@ -216,25 +203,28 @@ class Aligner(nn.Module, ABC):
             check_warp("init", init, batch, cube)
         if mask is not None:
             mask = mask.expand(*batch, *size)
-        with _full_precision(cube):
+        with full_precision(cube):
             seen, usable = self._see(reference, reference_mask)
             # what all blocks share is prepared once, the rest with its block
             shared = seen.shape[0] == 1 and (usable is None or usable.shape[0] == 1)
             prepared = _Prepared(self.prepare_reference(seen, usable)) if shared else None
-        return _Job(cube, mask, seen, usable, prepared, init)
+        return Job(cube, mask, seen, usable, prepared, init)
 
-    def _blocks(self, job: _Job) -> list[slice]:
+    def _blocks(self, job: Any) -> list[slice]:
         """What is estimated together, along the first axis: everything, but for the eager CPU."""
         # first of all the host: under a trace, the number of frames must not be looked at
         if not all(map(is_on_host, [*job.tensors(), *self.parameters()])):
             return [slice(None)]
         rows, pixels = job.cube.shape[0], math.prod(job.cube.shape[1:-3]) * math.prod(job.cube.shape[-2:])
-        block = max(1, _BLOCK_PIXELS // max(1, pixels))
+        block = max(1, self._block_pixels() // max(1, pixels))
         if rows <= block:
             return [slice(None)]
         return [slice(first, min(first + block, rows)) for first in range(0, rows, block)]
 
-    def _estimate_all(self, job: _Job, blocks: list[slice]) -> Estimate:
+    def _block_pixels(self) -> int:
+        return _BLOCK_PIXELS
+
+    def _estimate_all(self, job: Any, blocks: list[slice]) -> Estimate:
         if len(blocks) == 1:
             return self._estimate(job)
         return _concatenate(self._map(lambda part: self._estimate(job.part(part)), blocks))
@@ -243,37 +233,49 @@ class Aligner(nn.Module, ABC):
         """Side by side, unless a user's channel might mind."""
         return list(map(function, blocks)) if callable(self.channel) else map_on_host(function, blocks)
 
-    def _estimate(self, job: _Job) -> Estimate:
-        with _full_precision(job.cube):
-            moving, moving_usable = self._see(job.cube, job.mask)
-            _, origin = center_crop(job.cube, self.crop_center)
-            moved = origin != (0, 0)
-            init, lost = (None, None) if job.init is None else _readable(job.init.to(moving.dtype))
-            if init is not None and moved:
-                init = change_origin(init, origin)
-            prepared = job.prepared or _Prepared(self.prepare_reference(job.reference, job.usable))
-            motion = self.estimate_motion(
-                moving, moving_usable, job.reference, job.usable, prepared.value, init
-            )
-            estimate = gate(
-                motion.warp,
-                motion.sigma,
-                motion.status
-                if lost is None
-                else torch.where(lost, int(Status.NOT_CONVERGED), motion.status),
-                moving,
-                job.reference,
-                moving_usable=moving_usable,
-                reference_usable=job.usable,
-                inliers=motion.inliers,
-                max_translation=self.max_translation,
-                min_score=self.min_score,
-            )
-            if not moved:
-                return estimate
-            back = change_origin(estimate.warp, (-origin[0], -origin[1]))
-            # the conjugate of an identity is one but for rounding; a rejected frame's must be exact
-            return estimate._replace(warp=torch.where(estimate.valid[..., None, None], back, estimate.warp))
+    def _estimate(self, job: Any) -> Estimate:
+        with full_precision(job.cube):
+            seen = self._see_block(job)
+            motion = self._find_motion(job, seen)
+            return self._judge([motion], [self.max_translation], job, seen)
+
+    def _see_block(self, job: Job) -> _Seen:
+        """What a method is given of a block: the channel, cropped, and an init in its coordinates."""
+        moving, usable = self._see(job.cube, job.mask)
+        _, origin = center_crop(job.cube, self.crop_center)
+        init, lost = (None, None) if job.init is None else _readable(job.init.to(moving.dtype))
+        if init is not None and origin != (0, 0):
+            init = change_origin(init, origin)
+        prepared = job.prepared or _Prepared(self.prepare_reference(job.reference, job.usable))
+        return _Seen(moving, usable, prepared.value, init, lost, origin)
+
+    def _find_motion(self, job: Job, seen: _Seen) -> Motion:
+        """The method's own word; a frame whose init was no number has not converged."""
+        motion = self.estimate_motion(
+            seen.moving, seen.usable, job.reference, job.usable, seen.prepared, seen.init
+        )
+        if seen.lost is None:
+            return motion
+        return motion._replace(status=torch.where(seen.lost, int(Status.NOT_CONVERGED), motion.status))
+
+    def _judge(
+        self, motions: Sequence[Motion], max_translations: Sequence[float], job: Job, seen: _Seen
+    ) -> Estimate:
+        """The gate's word, in the coordinates of the whole frame."""
+        estimate = gate_stages(
+            motions,
+            seen.moving,
+            job.reference,
+            moving_usable=seen.usable,
+            reference_usable=job.usable,
+            max_translations=max_translations,
+            min_score=self.min_score,
+        )
+        if seen.origin == (0, 0):
+            return estimate
+        back = change_origin(estimate.warp, (-seen.origin[0], -seen.origin[1]))
+        # the conjugate of an identity is one but for rounding; a rejected frame's must be exact
+        return estimate._replace(warp=torch.where(estimate.valid[..., None, None], back, estimate.warp))
 
     def _resampling(self) -> dict[str, Any]:
         return {
@@ -329,7 +331,7 @@ class _Prepared(NamedTuple):
     value: Any
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """A checked call: what is estimated from, or a block of it along the first axis."""
 
     cube: Tensor  # (..., T, C, H, W)
@@ -340,13 +342,16 @@ class _Job(NamedTuple):
     init: Tensor | None
 
     def tensors(self) -> list[Tensor]:
+        """Those that are there."""
         return [tensor for tensor in self if isinstance(tensor, Tensor)]
 
-    def part(self, rows: slice) -> _Job:
+    def part(self, rows: slice) -> Job:
+        """The job of some of the frames."""
+
         def shared_or_part(tensor: Tensor) -> Tensor:
             return tensor if tensor.shape[0] == 1 else tensor[rows]
 
-        return _Job(
+        return Job(
             self.cube[rows],
             None if self.mask is None else self.mask[rows],
             shared_or_part(self.reference),
@@ -354,6 +359,17 @@ class _Job(NamedTuple):
             self.prepared,
             None if self.init is None else self.init[rows],
         )
+
+
+class _Seen(NamedTuple):
+    """What of a block a method is given."""
+
+    moving: Tensor  # (..., T, h, w), the channel, cropped
+    usable: Tensor | None
+    prepared: Any
+    init: Tensor | None  # in the coordinates of the crop
+    lost: Tensor | None  # (..., T), where an init was no number
+    origin: tuple[int, int]  # (x, y) of the crop
 
 
 def _readable(init: Tensor) -> tuple[Tensor, Tensor]:
@@ -367,7 +383,7 @@ def _concatenate(parts: list[Estimate]) -> Estimate:
     return Estimate(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
-def _full_precision(cube: Tensor) -> torch.autocast:
+def full_precision(cube: Tensor) -> torch.autocast:
     """FFTs and sampling positions need float32, whatever the network around uses."""
     return torch.autocast(device_type=cube.device.type, enabled=False)
 

@@ -137,7 +137,9 @@ class PCC(Aligner):
         nothing for a translation), and its translation, from which the peak is refined.
         """
         start, turn = None, None
-        if init is not None:
+        if init is not None and init.shape[-1] == 2:
+            start = init
+        elif init is not None:
             start, turn = _split(init, (moving.shape[-2], moving.shape[-1]))
             turned = resample(moving.unsqueeze(-3), turn, interpolation="bicubic", mask=moving_usable)
             moving, moving_usable = turned.values.squeeze(-3), turned.validity

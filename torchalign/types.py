@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-__all__ = ["Alignment", "Estimate", "Status"]
+__all__ = ["Alignment", "Estimate", "Motion", "Status"]
 
 
 class Status(IntEnum):
@@ -49,6 +49,22 @@ class Estimate(NamedTuple):
     def valid(self) -> Tensor:
         """(..., T) bool: the frames that were aligned, ``status == Status.OK``."""
         return self.status == 0
+
+
+class Motion(NamedTuple):
+    """What a method hands to the gate, one row a frame.
+
+    Attributes:
+        warp: (..., T, 2, 3) or (..., T, 3, 3), in the coordinates of the images it was given.
+        sigma: (..., T), in pixels.
+        status: (..., T) int64; 0 where the method trusts its result.
+        inliers: (..., T, h, w) weights of common ground over the reference, or ``None``.
+    """
+
+    warp: Tensor
+    sigma: Tensor
+    status: Tensor
+    inliers: Tensor | None = None
 
 
 class Alignment(NamedTuple):

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from torchalign._check import message
+from torchalign.cascade import Cascade
+from torchalign.ecc import ECC
 from torchalign.functional.affine import center_displacement
 from torchalign.functional.warp import warp as resample_frames
 from torchalign.pcc import PCC
@@ -30,8 +32,12 @@ from torchalign.types import Estimate, Status
 
 __all__ = ["align"]
 
-# What `aligner=` knows by name. "auto" becomes Cascade(PCC(), ECC()) when those exist: change it here only.
-_ALIGNERS: dict[str, Callable[[], nn.Module]] = {"auto": PCC, "pcc": PCC}
+# What `aligner=` knows by name.
+_ALIGNERS: dict[str, Callable[[], nn.Module]] = {
+    "auto": lambda: Cascade(PCC(), ECC()),
+    "pcc": PCC,
+    "ecc": ECC,
+}
 
 _NAMES = {
     "time": ("time", "t", "date"),

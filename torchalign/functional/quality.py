@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign.functional.affine import center_displacement, identity_warp
+from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
 from torchalign.functional.warp import resample
-from torchalign.types import Estimate, Status
+from torchalign.types import Estimate, Motion, Status
 
-__all__ = ["gate", "normalized_cross_correlation"]
+__all__ = ["gate", "gate_stages", "normalized_cross_correlation"]
 
 # A frame whose score does not gain by a move this small (in σ, in pixels) is left in place; a larger move without
 # a gain is a mistake. Below a quarter of a pixel the seasons change a score more than the move does.
 _IN_PLACE_SIGMAS = 3.0
 _IN_PLACE_PIXELS = 0.25
+# A later stage moves a frame by hundredths of a pixel, which a score feels less than this.
+_WORSE = 1e-3
 
 
 def normalized_cross_correlation(first: Tensor, second: Tensor, usable: Tensor | None = None) -> Tensor:
@@ -119,28 +123,111 @@ def gate(
     Returns:
         :class:`~torchalign.types.Estimate`.
     """
-    height, width = moving.shape[-2:]
-    identity = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype).expand(
-        warp.shape
+    return gate_stages(
+        [Motion(warp, sigma, status, inliers)],
+        moving,
+        reference,
+        moving_usable=moving_usable,
+        reference_usable=reference_usable,
+        max_translations=[max_translation],
+        min_score=min_score,
     )
-    displacement = center_displacement(warp, (height, width)).norm(dim=-1)
-    finite = warp.isfinite().flatten(-2).all(-1) & sigma.isfinite()
-    status = torch.where((status == 0) & ~finite, int(Status.NOT_CONVERGED), status)
-    status = torch.where((status == 0) & ~(displacement <= max_translation), int(Status.TOO_FAR), status)
-    warp = torch.where((status == 0)[..., None, None], warp, identity)
 
-    # bilinear interpolation smooths, which a score would take for misregistration
-    aligned, overlap = resample(moving.unsqueeze(-3), warp, interpolation="bicubic", mask=moving_usable)
-    if moving_usable is not None:
-        overlap = overlap & moving_usable
+
+def gate_stages(
+    stages: Sequence[Motion],
+    moving: Tensor,
+    reference: Tensor,
+    *,
+    max_translations: Sequence[float],
+    moving_usable: Tensor | None = None,
+    reference_usable: Tensor | None = None,
+    min_score: float | None = None,
+) -> Estimate:
+    """:func:`gate` for several motions of one stack, each found from the one before.
+
+    A frame keeps its last acceptable motion; a later one that lowers the score by more than 0.001 is undone. Where
+    none is acceptable, the verdict is that on the first. All scores are taken over the same ground: what lies
+    inside the frame, and is an inlier, for the last stage that was trusted.
+
+    Args:
+        stages: at least one :class:`~torchalign.types.Motion`.
+        moving: (..., T, H, W), the channel seen.
+        reference: (..., 1 or T, H, W).
+        max_translations: in pixels, one a stage.
+        moving_usable: bool, broadcastable to ``moving``; ``None`` if all is.
+        reference_usable: bool, broadcastable to ``moving``.
+        min_score: or ``None``.
+
+    Returns:
+        :class:`~torchalign.types.Estimate`.
+    """
+    size = (moving.shape[-2], moving.shape[-1])
+    homography = any(stage.warp.shape[-2] == 3 for stage in stages)
+    if homography:
+        stages = [stage._replace(warp=to_homogeneous(stage.warp)) for stage in stages]
+    identity = identity_warp(homography=homography, device=moving.device, dtype=stages[0].warp.dtype)
+
+    weight: Tensor | None = None
+    warps, displacements, verdicts, images = [], [], [], []
+    overlap = None if moving_usable is None else moving_usable
     if reference_usable is not None:
-        overlap = overlap & reference_usable
-    # both scores over the same ground; the root of an inlier weight is the squared local correlation
-    weight = overlap.to(moving.dtype)
-    if inliers is not None:
-        weight = weight * _enlarge(inliers.detach().nan_to_num(0.0).sqrt(), (height, width))
-    score, score_before = _correlate(reference, weight, aligned.squeeze(-3), moving)
+        overlap = reference_usable if overlap is None else overlap & reference_usable
+    for (warp, sigma, status, inliers), limit in zip(stages, max_translations, strict=True):
+        displacement = center_displacement(warp, size).norm(dim=-1)
+        finite = warp.isfinite().flatten(-2).all(-1) & sigma.isfinite()
+        status = torch.where((status == 0) & ~finite, int(Status.NOT_CONVERGED), status)
+        status = torch.where((status == 0) & ~(displacement <= limit), int(Status.TOO_FAR), status)
+        trusted = status == 0
+        warp = torch.where(trusted[..., None, None], warp, identity)
+        # bilinear interpolation smooths, which a score would take for misregistration
+        aligned, inside = resample(moving.unsqueeze(-3), warp, interpolation="bicubic", mask=moving_usable)
+        overlap = inside if overlap is None else overlap & inside
+        if inliers is not None:
+            # the root of an inlier weight is the squared local correlation
+            found = _enlarge(inliers.detach().nan_to_num(0.0).sqrt(), size)
+            weight = found if weight is None else torch.where(trusted[..., None, None], found, weight)
+        warps.append(warp)
+        displacements.append(displacement)
+        verdicts.append(status)
+        images.append(aligned.squeeze(-3))
+    assert overlap is not None  # there is at least one stage
+    ground = overlap.to(moving.dtype)
+    *scores, score_before = _correlate(
+        reference, ground if weight is None else ground * weight, *images, moving
+    )
 
+    result: Estimate | None = None
+    for warp, displacement, verdict, score, stage in zip(
+        warps, displacements, verdicts, scores, stages, strict=True
+    ):
+        judged = _judge(warp, stage.sigma, verdict, displacement, score, score_before, identity)
+        if result is None:
+            result = judged
+            continue
+        worse = result.valid & (judged.score < result.score - _WORSE)
+        result = _choose(judged.valid & ~worse, judged, result)
+    assert result is not None
+    if min_score is None:
+        return result
+    low = result.valid & (result.score < min_score)
+    left = torch.full_like(result.status, int(Status.LOW_SCORE))
+    none = torch.full_like(result.sigma, torch.inf)
+    return _choose(
+        low, Estimate(identity.expand_as(result.warp), score_before, score_before, none, left), result
+    )
+
+
+def _judge(
+    warp: Tensor,
+    sigma: Tensor,
+    status: Tensor,
+    displacement: Tensor,
+    score: Tensor,
+    score_before: Tensor,
+    identity: Tensor,
+) -> Estimate:
+    """One motion against none, see :func:`gate`."""
     # without a positive correlation there is no common ground to be better on
     gained = (score >= score_before) & (score > 0)
     in_place = (
@@ -150,15 +237,22 @@ def gate(
     )
     status = torch.where((status == 0) & ~gained & ~in_place, int(Status.NOT_BETTER), status)
     moved = (status == 0) & ~in_place
-    warp = torch.where(moved[..., None, None], warp, identity)
-    score = torch.where(moved, score, score_before)
-    if min_score is not None:
-        status = torch.where((status == 0) & (score < min_score), int(Status.LOW_SCORE), status)
-        warp = torch.where((status == 0)[..., None, None], warp, identity)
-        score = torch.where(status == 0, score, score_before)
     sigma = torch.where(in_place, (sigma.square() + 0.5 * displacement.square()).sqrt(), sigma)
-    sigma = torch.where(status == 0, sigma, torch.inf)
-    return Estimate(warp, score, score_before, sigma, status)
+    return Estimate(
+        torch.where(moved[..., None, None], warp, identity),
+        torch.where(moved, score, score_before),
+        score_before,
+        torch.where(status == 0, sigma, torch.inf),
+        status,
+    )
+
+
+def _choose(condition: Tensor, first: Estimate, second: Estimate) -> Estimate:
+    """Row by row."""
+    return Estimate(
+        torch.where(condition[..., None, None], first.warp, second.warp),
+        *(torch.where(condition, one, other) for one, other in zip(first[1:], second[1:], strict=True)),
+    )
 
 
 def _enlarge(weights: Tensor, size: tuple[int, int]) -> Tensor:

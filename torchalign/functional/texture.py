@@ -37,6 +37,7 @@ __all__ = [
     "extract_pyramid",
     "extract_texture",
     "local_contrast",
+    "tukey",
     "working_size",
 ]
 
@@ -99,9 +100,9 @@ class Grid(NamedTuple):
             position = torch.arange(samples, device=self.radius.device, dtype=self.radius.dtype) * (
                 length / samples
             )
-            profile = _tukey(position, length, taper)
+            profile = tukey(position, length, taper)
             if shift is not None:
-                moved = _tukey(position - shift[..., 1 - axis, None], length, taper)
+                moved = tukey(position - shift[..., 1 - axis, None], length, taper)
                 profile = torch.minimum(profile, moved)
             profiles.append(profile)
         return profiles[0][..., :, None] * profiles[1][..., None, :]
@@ -234,7 +235,8 @@ def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
 def agreement(moving: Tensor, reference: Tensor) -> Tensor:
     r"""Weights in [0, 1]: how much two frames, brought together, show the same ground.
 
-    The squared local correlation coefficient, squared again, over a triangle of 15 × 15 samples,
+    The squared local correlation coefficient, squared again, over about 15 × 15 samples: blocks of 4 × 4, with
+    triangular weights over 3 × 3 of them, interpolated between,
 
     .. math:: \left( \frac{(g * ab)_+^2}{(g * a^2)\,(g * b^2)} \right)^2
 
@@ -247,10 +249,18 @@ def agreement(moving: Tensor, reference: Tensor) -> Tensor:
     Returns:
         (..., H, W).
     """
-    common = _triangle(moving * reference, 3).clamp(min=0)
-    energy = _triangle(moving.square(), 3) * _triangle(reference.square(), 3)
+    size = (moving.shape[-2], moving.shape[-1])
+    products = torch.broadcast_tensors(moving * reference, moving.square(), reference.square())  # type: ignore[no-untyped-call]
+    common, own, other = _triangle(_pool(torch.stack(products), 2), 1).unbind()
     tiny = torch.finfo(moving.dtype).eps ** 2  # the fields are of order 1
-    return _triangle((common.square() / (energy + tiny)).square(), 1).clamp(max=1)
+    share = common.clamp(min=0).square() / (own * other + tiny)
+    smooth = F.interpolate(
+        share.square().reshape(-1, 1, *share.shape[-2:]),
+        scale_factor=4.0,
+        mode="bilinear",
+        align_corners=False,
+    )
+    return smooth.reshape(*share.shape[:-2], *smooth.shape[-2:])[..., : size[0], : size[1]].clamp(max=1)
 
 
 def _centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,8 +344,18 @@ def _keep_rows(spectrum: Tensor, rows: int) -> Tensor:
     return torch.cat([spectrum[..., : rows - rows // 2, :], spectrum[..., height - rows // 2 :, :]], dim=-2)
 
 
-def _tukey(position: Tensor, length: int, taper: float) -> Tensor:
-    """The Tukey window of ``length`` pixels at (fractional) pixel positions: 0 beyond the frame's outer edge."""
+def tukey(position: Tensor, length: int, taper: float) -> Tensor:
+    """The Tukey window of ``length`` pixels at (fractional) pixel positions: 0 beyond the frame's outer edge.
+
+    Args:
+        position: any shape, in pixels.
+        length: of the frame along this axis.
+        taper: share of the axis over which the window falls off; unless it is 0, at least 8 pixels on each side,
+            or a quarter of a small frame.
+
+    Returns:
+        In [0, 1], in the shape of ``position``.
+    """
     if taper <= 0:
         return ((position > -0.5) & (position < length - 0.5)).to(position.dtype)
     ramp = max(0.5 * taper * length, min(_LEAST_RAMP, 0.25 * length))  # pixels
@@ -357,3 +377,16 @@ def _triangle(image: Tensor, order: int) -> Tensor:
                 count = result.shape[dim] - 2**power
                 result = result.narrow(dim, 0, count) + result.narrow(dim, 2**power, count)
     return (result * (1 / length**4)).reshape(image.shape)
+
+
+def _pool(image: Tensor, times: int) -> Tensor:
+    """Sums over blocks of 2ⁿ × 2ⁿ; what is missing of the last ones is 0."""
+    block = 2**times
+    missing = [-length % block for length in image.shape[-2:]]
+    if any(missing):
+        image = F.pad(image, (0, missing[1], 0, missing[0]))
+    # halving by slices: much faster than a pooling on the CPU
+    for _ in range(times):
+        image = image[..., ::2, :] + image[..., 1::2, :]
+        image = image[..., ::2] + image[..., 1::2]
+    return image

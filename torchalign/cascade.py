@@ -1,0 +1,218 @@
+"""Cascade: one method after the other, each from where the last one arrived; one resampling at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchalign._check import message
+from torchalign.aligner import Aligner, Job, full_precision
+from torchalign.functional.affine import (
+    center_displacement,
+    change_origin,
+    identity_warp,
+    to_homogeneous,
+    translation_warp,
+)
+from torchalign.types import Estimate, Motion
+
+__all__ = ["Cascade"]
+
+
+class Cascade(Aligner):
+    """Aligners in sequence: what one finds is the next one's ``init``.
+
+    A method with a long reach first, then one that is precise or has a richer motion model:
+    ``Cascade(PCC(max_translation=32), ECC(motion="affine"))``. Every stage sees the cube as it came, through its
+    own channel and crop, and is judged by its own ``max_translation``; the cube is resampled once, at the end.
+
+    For every frame the last stage counts that was accepted: one that fails, or lowers the score, is undone for that
+    frame. Where none was accepted, the status is that of the first. Scores are those of the last stage's channel
+    and crop, and so are ``min_score``, ``interpolation``, ``padding_mode`` and ``fill_value``.
+
+    Args:
+        *stages: aligners, at least one.
+
+    Raises:
+        TypeError: a stage is no :class:`~torchalign.aligner.Aligner`.
+        ValueError: there is none.
+
+    Example:
+        >>> import torchalign as ta
+        >>> scene = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+        >>> scene = torch.nn.functional.avg_pool2d(scene, 9, 1, 4)
+        >>> reference, cube = scene[0, :, 16:144, 16:144], scene[:, :, 29:157, 3:131]
+        >>> estimate = ta.Cascade(ta.PCC(max_translation=32), ta.ECC(max_translation=32)).estimate(cube, reference)
+        >>> estimate.warp[0, :, 2].round(decimals=2)
+        tensor([-13.,  13.])
+    """
+
+    stages: nn.ModuleList
+
+    def __init__(self, *stages: Aligner) -> None:
+        if not stages:
+            raise ValueError(message("stages", "at least one aligner", "none", "give e.g. PCC(), ECC()"))
+        for stage in stages:
+            if not isinstance(stage, Aligner):
+                raise TypeError(
+                    message(
+                        "stages",
+                        "aligners",
+                        type(stage).__name__,
+                        "give them one by one: Cascade(PCC(), ECC())",
+                    )
+                )
+        last = stages[-1]
+        super().__init__(
+            max_translation=last.max_translation,
+            min_score=last.min_score,
+            interpolation=last.interpolation,
+            padding_mode=last.padding_mode,
+            fill_value=last.fill_value,
+        )
+        # a cascade in a cascade is its stages
+        flat = [
+            part for stage in stages for part in (stage.stages if isinstance(stage, Cascade) else [stage])
+        ]
+        self.stages = nn.ModuleList(flat)
+        self.motion = last.motion
+
+    def prepare_reference(self, image: Tensor, usable: Tensor | None) -> list[Any]:
+        """What every stage needs of one image, see :meth:`Aligner.prepare_reference`."""
+        return [stage.prepare_reference(image, usable) for stage in self._stages()]
+
+    def estimate_motion(
+        self,
+        moving: Tensor,
+        moving_usable: Tensor | None,
+        reference: Tensor,
+        reference_usable: Tensor | None,
+        prepared: list[Any],
+        init: Tensor | None,
+    ) -> Motion:
+        """The stages' chain on one image that all of them are given, see :meth:`Aligner.estimate_motion`."""
+        size = (moving.shape[-2], moving.shape[-1])
+        found: Motion | None = None
+        for stage, ready in zip(self._stages(), prepared, strict=True):
+            motion = stage.estimate_motion(moving, moving_usable, reference, reference_usable, ready, init)
+            init = _next_init(init, motion, stage, size)
+            found = motion if found is None else _last_trusted(found, motion)
+        assert found is not None  # there is at least one stage
+        return found
+
+    def _stages(self) -> list[Aligner]:
+        return list(self.stages)  # type: ignore[arg-type]  # a ModuleList of aligners
+
+    def _check(
+        self,
+        cube: Tensor,
+        reference: Tensor,
+        mask: Tensor | None,
+        reference_mask: Tensor | None,
+        init: Tensor | None,
+    ) -> _Jobs:
+        """One job a stage, for each has its own channel and crop."""
+        return _Jobs(
+            tuple(stage._check(cube, reference, mask, reference_mask, init) for stage in self._stages())
+        )
+
+    def _estimate(self, jobs: _Jobs) -> Estimate:
+        with full_precision(jobs.cube):
+            whole = (jobs.cube.shape[-2], jobs.cube.shape[-1])
+            motions, init = [], None
+            for stage, job in zip(self._stages(), jobs.jobs, strict=True):
+                seen = stage._see_block(job)
+                if init is not None:
+                    seen = seen._replace(init=_change_origin(init, seen.origin), lost=None)
+                motion = stage._find_motion(job, seen)
+                back = (-seen.origin[0], -seen.origin[1])
+                view = (seen.origin, seen.moving.shape[-2:])
+                motion = motion._replace(warp=_change_origin(motion.warp, back))
+                start = job.init.to(motion.warp.dtype) if init is None and job.init is not None else init
+                init = _next_init(start, motion, stage, whole)
+                motions.append((motion, view))
+            # what the last stage sees decides; inliers over another view would be in the wrong place
+            judged = [
+                motion._replace(
+                    warp=_change_origin(motion.warp, seen.origin),
+                    inliers=motion.inliers if own == view else None,
+                )
+                for motion, own in motions
+            ]
+            limits = [stage.max_translation for stage in self._stages()]
+            return self._judge(judged, limits, job, seen)
+
+    def _map(self, function: Callable[[slice], Estimate], blocks: list[slice]) -> list[Estimate]:
+        stateful = any(callable(stage.channel) for stage in self._stages())
+        return list(map(function, blocks)) if stateful else super()._map(function, blocks)
+
+    def _block_pixels(self) -> int:
+        return min(stage._block_pixels() for stage in self._stages())
+
+    def _options(self) -> dict[str, Any]:
+        return {}  # the stages show theirs
+
+
+class _Jobs(NamedTuple):
+    """A checked call: one job a stage."""
+
+    jobs: tuple[Job, ...]
+
+    @property
+    def cube(self) -> Tensor:
+        return self.jobs[0].cube
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.jobs[0].mask
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for job in self.jobs for tensor in job.tensors()]
+
+    def part(self, rows: slice) -> _Jobs:
+        return _Jobs(tuple(job.part(rows) for job in self.jobs))
+
+
+def _next_init(init: Tensor | None, motion: Motion, stage: Aligner, size: tuple[int, int]) -> Tensor:
+    """Where the next stage starts: what this one found, if it is to be trusted, or where this one started.
+
+    As long as all that was found are translations it stays (..., T, 2), so that the next stage knows.
+    """
+    near = center_displacement(motion.warp, size).norm(dim=-1) <= stage.max_translation
+    trusted = (motion.status == 0) & near & motion.warp.isfinite().flatten(-2).all(-1)
+    if stage.motion == "translation" and motion.warp.shape[-2] == 2 and (init is None or init.shape[-1] == 2):
+        shift = motion.warp[..., 2]
+        return torch.where(trusted[..., None], shift, 0.0 if init is None else init)
+    warp = motion.warp
+    if init is None:
+        init = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
+    elif init.shape[-1] == 2:
+        init = translation_warp(init)
+    if init.shape[-2] != warp.shape[-2]:
+        init, warp = to_homogeneous(init), to_homogeneous(warp)
+    usable = init.isfinite().flatten(-2).all(-1)
+    identity = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
+    init = torch.where(usable[..., None, None], init, identity)
+    return torch.where(trusted[..., None, None], warp, init)
+
+
+def _last_trusted(first: Motion, second: Motion) -> Motion:
+    """Row by row the second, where it is trusted, or else the first; inliers are the second's."""
+    warps = first.warp, second.warp
+    if warps[0].shape[-2] != warps[1].shape[-2]:
+        warps = to_homogeneous(warps[0]), to_homogeneous(warps[1])
+    trusted = second.status == 0
+    return Motion(
+        torch.where(trusted[..., None, None], warps[1], warps[0]),
+        torch.where(trusted, second.sigma, first.sigma),
+        torch.where(trusted, second.status, first.status),
+        second.inliers,
+    )
+
+
+def _change_origin(warp: Tensor, origin: tuple[int, int]) -> Tensor:
+    """:func:`change_origin`; a shift (..., T, 2) is the same everywhere."""
+    return warp if warp.shape[-1] == 2 or origin == (0, 0) else change_origin(warp, origin)

@@ -1,0 +1,222 @@
+"""ECC: enhanced correlation coefficient maximisation, five motion models, the whole stack in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchalign._check import check_number, check_option, check_whole, message
+from torchalign.aligner import Aligner, Motion
+from torchalign.functional.affine import MotionModel
+from torchalign.functional.channels import Channel
+from torchalign.functional.ecc import (
+    Gradients,
+    Level,
+    Robust,
+    enhanced_correlation,
+    prepare_levels,
+)
+from torchalign.functional.texture import Contrast
+from torchalign.functional.warp import Interpolation, PaddingMode
+from torchalign.types import Status
+
+__all__ = ["ECC"]
+
+# Eager CPU: pixels of one block of frames, whose samples and their splines should stay in the cache.
+_BLOCK_PIXELS = 2**19
+
+
+class ECC(Aligner):
+    r"""Any warp from a translation to a homography, by maximising the enhanced correlation coefficient.
+
+    .. math:: \hat W = \arg\max_W \frac{\sum w\, \bar m(W^{-1} p)\, \bar r(p)}{\|\bar m\|_w\, \|\bar r\|_w}
+
+    with m, r the textures of frame and reference (band-limited, of normalised local contrast), and weights w that
+    are small where the two do not show the same ground: clouds without a mask and changed fields do not pull. From
+    coarse to fine; every step is the closed form of Evangelidis & Psarakis for a linearised reference. What is
+    estimated is the warp of this library, moving → reference: the *inverse* of what ``cv2.findTransformECC``
+    returns.
+
+    It climbs from where it starts: from the identity, translations of some 10 px, rotations of 10° and scales of
+    10 % are within reach on frames of 256² (clouds halve that); beyond, give an ``init``, or let
+    ``Cascade(PCC(max_translation=…), ECC(…))`` find one.
+
+    Bias: at every fraction of a pixel below 0.01 px (``benchmarks/README.md``), since frequencies beyond
+    ``max_frequency``, which aliasing folds, are not seen, and what lies between two samples is a cubic B-spline
+    through twice as many samples as the band needs.
+
+    Gradients of the warp reach the cube, the reference and what made them. With ``gradients="implicit"`` they are
+    those of the implicit function theorem at the optimum (the weights held fixed), at the memory of one step; that
+    by ``init`` is 0, for the optimum does not depend on it. With ``"unrolled"`` they are those of the iterations.
+
+    Args:
+        motion: ``"translation"``, ``"euclidean"``, ``"similarity"``, ``"affine"`` or ``"homography"``.
+        levels: of the pyramid, each of half the resolution; ``None`` for as many as leave 24 samples of 2 pixels
+            along the shorter side.
+        max_iterations: on each level, and for each set of weights.
+        tolerance: a frame has converged when a step moves no point of it by more, in pixels.
+        gauss_kernel_size: size in pixels, odd, of a Gaussian that both images are blurred with, as OpenCV and
+            satalign have it: σ = 0.3 ((size − 1) / 2 − 1) + 0.8. The band limit makes it needless but for noise.
+        sigma_blur: or its σ in pixels.
+        max_frequency: the band that is used, in cycles per pixel, in (0, 0.5].
+        contrast: ``"local"`` or ``"none"``.
+        taper: share of each axis over which the window falls off, in [0, 1].
+        robust: ``"agreement"``: samples are weighted by the local correlation of the two frames around them;
+            ``"residual"``: by Tukey's biweight of their difference; ``"none"``: alike. The first wins by far under
+            clouds, and costs nothing on clear frames (``benchmarks/README.md``).
+        gradients: ``"implicit"`` or ``"unrolled"``.
+        max_sigma: frames whose predicted error is larger, in pixels, count as ``NOT_CONVERGED``.
+        channel, rgb_bands, crop_center, max_translation, min_score, interpolation, padding_mode, fill_value: see
+            :class:`~torchalign.aligner.Aligner`.
+
+    Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``NOT_CONVERGED`` where the last step was longer
+    than ``tolerance``, the correlation is no more than that of unrelated scenes (5 standard deviations), or σ
+    exceeds ``max_sigma``; then what the gate says.
+
+    References:
+        Evangelidis & Psarakis 2008, doi:10.1109/TPAMI.2008.113; Baker & Matthews 2004,
+        doi:10.1023/B:VISI.0000011205.11775.fd.
+
+    Example:
+        >>> import torchalign as ta
+        >>> scene = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+        >>> scene = torch.nn.functional.avg_pool2d(scene, 9, 1, 4)
+        >>> truth = torch.tensor([[[0.9998, -0.0175, 3.0], [0.0175, 0.9998, -2.0]]])  # 1°
+        >>> cube = ta.warp(scene, ta.functional.affine.invert_warp(truth), interpolation="bicubic")
+        >>> estimate = ta.ECC(motion="euclidean").estimate(cube, scene[0])
+        >>> bool((estimate.warp - truth).abs().max() < 0.01), ta.Status(int(estimate.status[0])).name
+        (True, 'OK')
+    """
+
+    def __init__(
+        self,
+        *,
+        motion: MotionModel = "translation",
+        levels: int | None = None,
+        max_iterations: int = 4,
+        tolerance: float = 0.01,
+        gauss_kernel_size: int | None = None,
+        sigma_blur: float | None = None,
+        max_frequency: float = 0.25,
+        contrast: Contrast = "local",
+        taper: float = 0.15,
+        robust: Robust = "agreement",
+        gradients: Gradients = "implicit",
+        max_sigma: float = 0.1,
+        channel: Channel = "mean",
+        rgb_bands: Sequence[int] = (3, 2, 1),
+        crop_center: int | Sequence[int] | None = None,
+        max_translation: float = 5.0,
+        min_score: float | None = None,
+        interpolation: Interpolation = "bilinear",
+        padding_mode: PaddingMode = "border",
+        fill_value: float | None = None,
+    ) -> None:
+        super().__init__(
+            channel=channel,
+            rgb_bands=rgb_bands,
+            crop_center=crop_center,
+            max_translation=max_translation,
+            min_score=min_score,
+            interpolation=interpolation,
+            padding_mode=padding_mode,
+            fill_value=fill_value,
+        )
+        check_option("motion", motion, MotionModel)
+        check_option("contrast", contrast, Contrast)
+        check_option("robust", robust, Robust)
+        check_option("gradients", gradients, Gradients)
+        check_number("tolerance", tolerance, minimum=0, inclusive=False)
+        check_number("sigma_blur", sigma_blur, minimum=0, maximum=100, optional=True)
+        check_number("max_frequency", max_frequency, minimum=0, inclusive=False, maximum=0.5)
+        check_number("taper", taper, minimum=0, maximum=1)
+        check_number("max_sigma", max_sigma, minimum=0, inclusive=False)
+        if gauss_kernel_size is not None and sigma_blur is not None:
+            raise ValueError(
+                message("sigma_blur", "None beside gauss_kernel_size", sigma_blur, "give one of the two")
+            )
+        self.motion = motion
+        self.levels = None if levels is None else check_whole("levels", levels, maximum=16)
+        self.max_iterations = check_whole("max_iterations", max_iterations, maximum=10_000)
+        self.tolerance = float(tolerance)
+        self.gauss_kernel_size = (
+            None if gauss_kernel_size is None else check_whole("gauss_kernel_size", gauss_kernel_size)
+        )
+        if self.gauss_kernel_size is not None and self.gauss_kernel_size % 2 == 0:
+            raise ValueError(
+                message("gauss_kernel_size", "an odd size", gauss_kernel_size, "add or take off one pixel")
+            )
+        self.sigma_blur = None if sigma_blur is None else float(sigma_blur)
+        self.max_frequency = float(max_frequency)
+        self.contrast = contrast
+        self.taper = float(taper)
+        self.robust = robust
+        self.gradients = gradients
+        self.max_sigma = float(max_sigma)
+
+    def prepare_reference(self, image: Tensor, usable: Tensor | None) -> list[Level]:
+        """The reference's pyramid, its gradients and their products, see :meth:`Aligner.prepare_reference`."""
+        return prepare_levels(image, usable, motion=self.motion, taper=self.taper, **self._seen_as())
+
+    def estimate_motion(
+        self,
+        moving: Tensor,
+        moving_usable: Tensor | None,
+        reference: Tensor,
+        reference_usable: Tensor | None,
+        prepared: list[Level],
+        init: Tensor | None,
+    ) -> Motion:
+        """See :meth:`Aligner.estimate_motion`."""
+        found = enhanced_correlation(
+            moving,
+            prepared,
+            moving_usable,
+            motion=self.motion,
+            init=init,
+            max_iterations=self.max_iterations,
+            tolerance=self.tolerance,
+            taper=self.taper,
+            robust=self.robust,
+            gradients=self.gradients,
+            **self._seen_as(),
+        )
+        sure = found.converged & (found.sigma <= self.max_sigma)
+        status = torch.where(sure, int(Status.OK), int(Status.NOT_CONVERGED))
+        status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
+        return Motion(found.warp, found.sigma, status, found.inliers)
+
+    def _seen_as(self) -> dict[str, Any]:
+        """What of an image is registered."""
+        blur = self.sigma_blur or 0.0
+        if self.gauss_kernel_size is not None and self.gauss_kernel_size > 1:
+            blur = 0.3 * ((self.gauss_kernel_size - 1) / 2 - 1) + 0.8
+        return {
+            "levels": self.levels,
+            "max_frequency": self.max_frequency,
+            "contrast": self.contrast,
+            "sigma_blur": blur,
+        }
+
+    def _block_pixels(self) -> int:
+        return _BLOCK_PIXELS
+
+    def _options(self) -> dict[str, Any]:
+        named = (
+            "motion",
+            "levels",
+            "max_iterations",
+            "tolerance",
+            "gauss_kernel_size",
+            "sigma_blur",
+            "max_frequency",
+            "contrast",
+            "taper",
+            "robust",
+            "gradients",
+            "max_sigma",
+        )
+        return {name: getattr(self, name) for name in named} | super()._options()

@@ -1,0 +1,968 @@
+r"""Enhanced correlation coefficient maximisation of whole stacks: masked, robust, differentiable.
+
+The criterion is the enhanced correlation coefficient of Evangelidis & Psarakis: with :math:`\bar m, \bar r` the
+warped moving frame and the reference, less their (weighted) means,
+
+.. math:: \rho(W) = \frac{\sum w\, \bar m(W^{-1} p)\, \bar r(p)}{\|\bar m\|_w\, \|\bar r\|_w}
+
+which no gain or offset changes. It is climbed in the inverse compositional way (Baker & Matthews): the *reference*
+is linearised, so its gradients, and their products, are made once for all frames and all iterations. What a step
+costs is one sampling of the moving frame and a handful of inner products. In this library's convention the
+increment is composed on the left of the warp moving → reference: :math:`W \leftarrow \Delta W \circ W`.
+
+The chain, each link a function:
+
+1. :func:`~torchalign.functional.texture.extract_pyramid`: what is correlated, from coarse to fine. All levels share
+   one system of coordinates (the frame's centre is 0, its longer half is 1), so none has a half pixel of its own.
+2. :func:`prepare_level`: gradients of the reference and what follows from them.
+3. On each level weights, then steps; on the finest twice. A level that leads astray is undone.
+4. σ: the sandwich estimate from the scatter of the pulls of small blocks.
+5. :func:`implicit_step`: one last step that carries the gradient of the implicit function theorem.
+
+A frame that is only shifted is shifted in the spectral domain, which needs no kernel. Under other warps it is a
+cubic B-spline through twice as many samples as the band needs: on a grid that just holds the band, a spline
+displaces by
+0.05 px, a bilinear or Keys' kernel by 0.13 px; on this one a spline by less than 0.003 px.
+
+References:
+    Evangelidis & Psarakis 2008, doi:10.1109/TPAMI.2008.113; Baker & Matthews 2004,
+    doi:10.1023/B:VISI.0000011205.11775.fd; Unser 1999, doi:10.1109/79.799930 (B-splines); Sigg & Hadwiger 2005, in
+    GPU Gems 2, chapter 20 (their taps two by two).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchalign._host import carries_gradient, is_on_host
+from torchalign.functional.affine import (
+    MotionModel,
+    change_origin,
+    from_homogeneous,
+    invert_warp,
+    to_homogeneous,
+    translation_warp,
+)
+from torchalign.functional.fourier import irfft2, rfft2, turn_spectrum
+from torchalign.functional.texture import (
+    Contrast,
+    Grid,
+    Texture,
+    agreement,
+    extract_pyramid,
+    tukey,
+    working_size,
+)
+
+__all__ = [
+    "EnhancedCorrelation",
+    "Gradients",
+    "Level",
+    "Robust",
+    "enhanced_correlation",
+    "level_frequencies",
+    "prepare_level",
+    "prepare_levels",
+]
+
+Robust = Literal["agreement", "residual", "none"]
+Gradients = Literal["implicit", "unrolled"]
+Parts = TypeVar("Parts", bound=tuple[Any, ...])
+
+# The coarsest level still has this many samples along the frame's shorter side.
+_COARSEST = 24
+# Samples of the spline for each sample of the level: at the band's edge four a period.
+_OVERSAMPLING = 2
+# The product of two textures is weighted by |f|, as in phase correlation: each gets the root.
+_RAMP = 0.5
+# Where the steps of the first round on the finest level end, in pixels: what a bilinear sampling can tell.
+_NEAR = 0.1
+# One step moves no point of the frame further than this many samples of its level.
+_LONGEST_STEP = 2.0
+# A correlation must stand this many standard deviations out of that of unrelated scenes.
+_MIN_SIGNIFICANCE = 5.0
+# Share of a level's samples that are independent.
+_INDEPENDENT = 0.35
+# Blocks of this many samples a side, whose pulls are taken to be independent.
+_BLOCK = 8
+# Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor.
+_SIGMA_CALIBRATION = 1.1
+# A point farther out than this, in halves of the frame, is nowhere.
+_NOWHERE = 1e4
+# Relative to its trace: what keeps a Hessian with a blind direction from having an inverse without bounds.
+_RIDGE = 1e-6
+
+
+class EnhancedCorrelation(NamedTuple):
+    """What :func:`enhanced_correlation` finds, one row a frame.
+
+    Attributes:
+        warp: (..., T, 2, 3), or (..., T, 3, 3) for a homography (or where ``init`` was one).
+        sigma: (..., T), predicted 1-σ error per axis of the displacement of the frame's centre, in pixels.
+        significance: (..., T), the correlation in standard deviations of that of unrelated scenes.
+        flat: (..., T) bool, no texture or too few usable pixels in frame or reference.
+        converged: (..., T) bool, the last step was short, the Hessian has an inverse, the correlation is
+            significant.
+        inliers: (..., T, h, w), weights in [0, 1] over the reference: where both show the same ground. ``None``
+            if not asked for (``robust="none"``).
+    """
+
+    warp: Tensor
+    sigma: Tensor
+    significance: Tensor
+    flat: Tensor
+    converged: Tensor
+    inliers: Tensor | None
+
+
+class Level(NamedTuple):
+    """What a level of the pyramid keeps of the reference, see :func:`prepare_level`.
+
+    Attributes:
+        grid: the samples, n = h · w of them.
+        field: (..., 1 or T, h, w), the reference's texture.
+        regressors: (..., 1 or T, n, 2 + P): 1, the texture, and its derivatives by the P parameters.
+        products: (..., 1 or T, n, P (P + 1) / 2), of the derivatives with each other.
+        weights: (..., 1 or T, n) in [0, 1]: the window, and what is usable.
+        flat: (..., 1 or T) bool.
+        x: (n,), where the samples are, in halves of the frame from its centre.
+        y: (n,), likewise.
+        corners: (8, P), how each parameter displaces the frame's corners, x of the four and then y, in pixels.
+    """
+
+    grid: Grid
+    field: Tensor
+    regressors: Tensor
+    products: Tensor
+    weights: Tensor
+    flat: Tensor
+    x: Tensor
+    y: Tensor
+    corners: Tensor
+
+
+def enhanced_correlation(
+    moving: Tensor,
+    reference: Tensor | Sequence[Level],
+    moving_mask: Tensor | None = None,
+    reference_mask: Tensor | None = None,
+    *,
+    motion: MotionModel = "affine",
+    init: Tensor | None = None,
+    levels: int | None = None,
+    max_iterations: int = 4,
+    tolerance: float = 0.01,
+    max_frequency: float = 0.25,
+    contrast: Contrast = "local",
+    sigma_blur: float = 0.0,
+    taper: float = 0.15,
+    robust: Robust = "agreement",
+    gradients: Gradients = "implicit",
+) -> EnhancedCorrelation:
+    """The warp that brings every moving frame onto the reference. See the module's docstring.
+
+    Args:
+        moving: (..., T, H, W), float32 or float64, finite.
+        reference: (..., 1 or T, H, W); or its :func:`prepare_levels` with the same options.
+        moving_mask: bool, broadcastable to ``moving``, True = usable; ``None`` if all of it is.
+        reference_mask: the same for ``reference``.
+        motion: what is estimated; see :data:`~torchalign.functional.affine.MotionModel`.
+        init: (..., T, 2 or 3, 3), a warp moving → reference to start from, or (..., T, 2), a shift (x, y) in
+            pixels; ``None`` for none. What the motion model lacks (the rotation of an init, for a translation)
+            is kept as it is.
+        levels: of the pyramid; ``None`` for as many as leave 24 samples along the shorter side.
+        max_iterations: on each level, and for each set of weights.
+        tolerance: a frame has converged when a step moves no point of it by more, in pixels.
+        max_frequency: the band that is used on the finest level, in cycles per pixel.
+        contrast: ``"local"`` or ``"none"``, see :func:`~torchalign.functional.texture.local_contrast`.
+        sigma_blur: σ in pixels of a Gaussian that both images are blurred with.
+        taper: share of each axis over which the window falls off, in [0, 1].
+        robust: ``"agreement"`` weights samples by the local correlation of the two frames around them,
+            ``"residual"`` by Tukey's biweight of their difference, ``"none"`` alike.
+        gradients: ``"implicit"`` by the implicit function theorem at the optimum, ``"unrolled"`` through all
+            iterations.
+
+    Returns:
+        :class:`EnhancedCorrelation`. Never NaN, whatever the data.
+
+    Example:
+        >>> grid = torch.arange(96.0)
+        >>> def scene(x, y):
+        ...     waves = torch.tensor([[0.5, 0.4], [0.31, -0.77], [-0.9, 0.1], [0.2, 0.9], [0.7, 0.6]])
+        ...     return sum(torch.sin(a * x + b * y + 7 * a) for a, b in waves)
+        >>> reference = scene(grid, grid[:, None])[None]
+        >>> moving = scene(1.01 * grid + 0.8, 1.01 * grid[:, None] - 0.6)[None]
+        >>> enhanced_correlation(moving, reference, motion="similarity").warp.round(decimals=2)
+        tensor([[[ 1.0100, -0.0000,  0.8000],
+                 [ 0.0000,  1.0100, -0.6000]]])
+    """
+    frame = (moving.shape[-2], moving.shape[-1])
+    frequencies = level_frequencies(frame, max_frequency, levels)
+    if isinstance(reference, Tensor):
+        reference = prepare_levels(
+            reference,
+            reference_mask,
+            motion=motion,
+            max_frequency=max_frequency,
+            levels=levels,
+            contrast=contrast,
+            sigma_blur=sigma_blur,
+            taper=taper,
+        )
+    textures = extract_pyramid(
+        moving, moving_mask, max_frequencies=frequencies, contrast=contrast, blur=sigma_blur
+    )
+    shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
+    only_shifted = motion == "translation" and (init is None or init.shape[-1] == 2)
+    if init is None:
+        init = moving.new_zeros((*shape, 2))
+    start = translation_warp(init) if init.shape[-1] == 2 else init
+    homography = motion == "homography" or start.shape[-2] == 3
+    start = _normalize(to_homogeneous(start), frame).expand(*shape, 3, 3)
+    pyramid: list[_Shifted | _Warped] = [
+        _Shifted.of(texture, level.grid, taper)
+        if only_shifted
+        else _Warped.of(texture, level.grid, taper, homography)
+        for texture, level in zip(textures, reference, strict=True)
+    ]
+
+    search = _Search(motion, robust, max_iterations, tolerance)
+    unroll = gradients == "unrolled"
+    warp, state = start, None
+    with torch.set_grad_enabled(torch.is_grad_enabled() and unroll):
+        for level, frames in zip(reversed(reference), reversed(pyramid), strict=True):
+            if not unroll:
+                level, warp = _detach(level), warp.detach()
+            seen = frames if unroll else frames.detach()
+            if state is not None:
+                warp = _better_of(start, warp, level, seen)
+            state = search.maximize(warp, level, seen, finest=frames is pyramid[0])
+            warp = state.warp
+    assert state is not None  # there is at least one level
+    finest, frames = reference[0], pyramid[0]
+    if not unroll and carries_gradient(finest.field, frames[0]):
+        warp = implicit_step(state, finest, frames, motion)
+    if not unroll and carries_gradient(start):
+        # the optimum does not move with where the search began: the derivative is exactly 0
+        warp = warp + 0.0 * (start - start.detach())
+    with torch.no_grad():
+        quality = _assess(state, _detach(finest), tolerance)
+    found = _denormalize(_settle(warp), frame)
+    flat = finest.flat | frames.flat
+    return EnhancedCorrelation(
+        found if homography else from_homogeneous(found),
+        quality.sigma,
+        quality.significance,
+        flat.expand(shape),
+        quality.converged,
+        state.inliers,
+    )
+
+
+def level_frequencies(
+    frame: tuple[int, int], max_frequency: float = 0.25, levels: int | None = None
+) -> tuple[float, ...]:
+    """The highest frequency of every level, finest first, each half of the one before.
+
+    Args:
+        frame: (H, W) in pixels.
+        max_frequency: of the finest level, in cycles per pixel.
+        levels: how many; ``None`` for as many as leave 24 samples along the shorter side.
+
+    >>> level_frequencies((256, 300)), level_frequencies((256, 300), levels=1)
+    ((0.25, 0.125, 0.0625), (0.25,))
+    """
+    if levels is None:
+        shortest = min(working_size(frame, max_frequency))
+        levels = 1 + max(0, math.floor(math.log2(max(1, shortest / _COARSEST))))
+    return tuple(max_frequency / 2**level for level in range(levels))
+
+
+def prepare_levels(
+    reference: Tensor,
+    mask: Tensor | None = None,
+    *,
+    motion: MotionModel = "affine",
+    max_frequency: float = 0.25,
+    levels: int | None = None,
+    contrast: Contrast = "local",
+    sigma_blur: float = 0.0,
+    taper: float = 0.15,
+) -> list[Level]:
+    """Every level of the reference, finest first; options as in :func:`enhanced_correlation`.
+
+    Args:
+        reference: (..., 1 or T, H, W), finite.
+        mask: bool, broadcastable, True = usable.
+        motion: what will be estimated.
+        max_frequency: of the finest level.
+        levels: how many.
+        contrast: ``"local"`` or ``"none"``.
+        sigma_blur: in pixels.
+        taper: share of each axis.
+    """
+    frame = (reference.shape[-2], reference.shape[-1])
+    frequencies = level_frequencies(frame, max_frequency, levels)
+    textures = extract_pyramid(
+        reference, mask, max_frequencies=frequencies, contrast=contrast, blur=sigma_blur
+    )
+    grids = [Grid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies]
+    return [
+        prepare_level(texture, grid, motion, taper) for texture, grid in zip(textures, grids, strict=True)
+    ]
+
+
+def prepare_level(texture: Texture, grid: Grid, motion: MotionModel, taper: float = 0.15) -> Level:
+    r"""The reference's derivatives by the parameters, :math:`\nabla r \cdot \partial W / \partial p`.
+
+    Args:
+        texture: of the reference.
+        grid: it is sampled on.
+        motion: what will be estimated.
+        taper: share of each axis over which the window falls off.
+    """
+    spectrum = rfft2(texture.field) * _response(grid)
+    field = irfft2(spectrum, grid.size)
+    slope_x, slope_y = _differentiate(spectrum, grid)
+    x, y = _coordinates(grid)
+    basis_x, basis_y = _basis(motion, x, y)  # (n, P)
+    derivatives = slope_x[..., None] * basis_x + slope_y[..., None] * basis_y  # (..., n, P)
+    values = field.flatten(-2)
+    regressors = torch.cat([torch.ones_like(values)[..., None], values[..., None], derivatives], dim=-1)
+    row, column = torch.triu_indices(basis_x.shape[-1], basis_x.shape[-1], device=values.device)
+    products = derivatives[..., row] * derivatives[..., column]
+    weights = grid.window(taper).flatten(-2).expand(values.shape)
+    if texture.weights is not None:
+        weights = weights * texture.weights.flatten(-2)
+    corners = _corners(grid, motion)
+    return Level(grid, field, regressors, products, weights, texture.flat, x, y, corners)
+
+
+class _Shifted(NamedTuple):
+    """Moving frames that are only shifted: a phase in the spectral domain, without kernel or bias; borders wrap."""
+
+    spectrum: Tensor  # (..., T, h, w//2+1)
+    weights: Tensor | None  # (..., T, h, w//2+1), spectrum of what is usable
+    flat: Tensor  # (..., T) bool
+    taper: float
+
+    @classmethod
+    def of(cls, texture: Texture, grid: Grid, taper: float) -> _Shifted:
+        weights = None if texture.weights is None else rfft2(texture.weights)
+        return cls(rfft2(texture.field) * _response(grid), weights, texture.flat, taper)
+
+    def detach(self) -> _Shifted:
+        return _detach(self)
+
+    def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
+        """(..., T, n), the frames over the reference, precise at any price."""
+        return level.grid.move(self.spectrum, _shift_of(warp, level.grid)).flatten(-2)
+
+    def ground(self, warp: Tensor, level: Level) -> Tensor:
+        """(..., T, n) in [0, 1]: the windows, and what is usable, of both."""
+        shift = _shift_of(warp, level.grid)
+        common = level.weights * level.grid.window(self.taper, shift).flatten(-2)
+        if self.weights is not None:
+            common = common * level.grid.move(self.weights, shift).clamp(0, 1).flatten(-2)
+        return common
+
+    def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
+        """The values, and their derivatives by x and y of the reference."""
+        grid = level.grid
+        turned = turn_spectrum(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
+        by_x, by_y = _differentiate(turned, grid)
+        return irfft2(turned, grid.size).flatten(-2), by_x, by_y
+
+
+class _Warped(NamedTuple):
+    """Moving frames under any warp: a cubic B-spline through twice as many samples as the band needs."""
+
+    spline: Tensor  # (..., T, 2h, 2w), its coefficients
+    weights: Tensor | None  # (..., T, h, w), what is usable
+    flat: Tensor  # (..., T) bool
+    taper: float
+    projective: bool
+
+    @classmethod
+    def of(cls, texture: Texture, grid: Grid, taper: float, projective: bool) -> _Warped:
+        rows, columns = grid.size
+        size = (_OVERSAMPLING * rows, _OVERSAMPLING * columns)
+        spectrum = rfft2(texture.field) * _response(grid)
+        # zeros between the positive and the negative frequencies; those of the columns are appended by irfft2
+        middle = spectrum.new_zeros((*spectrum.shape[:-2], size[0] - rows, spectrum.shape[-1]))
+        positive = rows - rows // 2
+        padded = torch.cat([spectrum[..., :positive, :], middle, spectrum[..., positive:, :]], dim=-2)
+        gain = size[0] * size[1] / (rows * columns)
+        kind = {"device": spectrum.device, "dtype": grid.radius.dtype}
+        y, x = torch.fft.fftfreq(size[0], **kind), torch.fft.rfftfreq(size[1], **kind)[: spectrum.shape[-1]]
+        response = _spline_response(y)[:, None] * _spline_response(x)
+        return cls(irfft2(padded * (gain / response), size), texture.weights, texture.flat, taper, projective)
+
+    def detach(self) -> _Warped:
+        return _detach(self)
+
+    def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
+        """(..., T, n), the frames over the reference; else bilinear, for a fifth of the price."""
+        x, y = self._sources(warp, level)
+        return _sample(self.spline, x, y, level.grid.frame, spline=precise)
+
+    def ground(self, warp: Tensor, level: Level) -> Tensor:
+        """(..., T, n) in [0, 1]: the windows, and what is usable, of both."""
+        x, y = self._sources(warp, level)
+        half, (height, width) = _half(level.grid.frame), level.grid.frame
+        own = tukey(x * half + (width - 1) / 2, width, self.taper)
+        own = own * tukey(y * half + (height - 1) / 2, height, self.taper)
+        if self.weights is not None:
+            own = own * _sample(self.weights, x, y, level.grid.frame, spline=False)
+        return torch.minimum(level.weights, own)
+
+    def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
+        """The values, and their derivatives by x and y of the reference."""
+        x, y = self._sources(warp, level)
+        values, slope_x, slope_y = _sample_with_slopes(self.spline, x, y, level.grid.frame)
+        (a, b, _), (d, e, _), (g, h, i) = (row.unbind(-2) for row in invert_warp(warp)[..., None].unbind(-3))
+        depth = g * level.x + h * level.y + i
+        by_x = (slope_x * (a - x * g) + slope_y * (d - y * g)) / depth
+        by_y = (slope_x * (b - x * h) + slope_y * (e - y * h)) / depth
+        return values, by_x, by_y
+
+    def _sources(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """(..., T, n) x and y: where the samples come from, in halves of the frame from its centre."""
+        rows = torch.linalg.inv_ex(warp).inverse[..., None].unbind(-3)
+        # not as a matrix product: TF32 would misplace the far end of a frame
+        points = [
+            torch.addcmul(torch.addcmul(row[..., 2, :], row[..., 0, :], level.x), row[..., 1, :], level.y)
+            for row in (rows if self.projective else rows[:2])
+        ]
+        if self.projective:
+            # beyond its horizon a homography shows nothing
+            depth = torch.where(points[2] > 0, points[2], torch.nan)
+            points = [point / depth for point in points[:2]]
+        x, y = (point.nan_to_num(_NOWHERE).clamp(-_NOWHERE, _NOWHERE) for point in points)
+        return x, y
+
+
+class _System(NamedTuple):
+    """The normal equations of one set of weights, as far as the moving frame has no part in them."""
+
+    weights: Tensor  # (..., T, n)
+    mean: Tensor  # (..., T, 2 + P), weighted, of the regressors
+    inverse: Tensor  # (..., T, P, P), of the Hessian
+    solved: Tensor  # (..., T, P), H⁻¹ Gᵀ r̄
+    rest: Tensor  # (..., T), ‖r̄‖² − r̄ᵀ P_G r̄: what of the reference its derivatives do not explain
+    sound: Tensor  # (..., T) bool, the Hessian has an inverse
+
+
+class _State(NamedTuple):
+    """Where the search stands."""
+
+    warp: Tensor  # (..., T, 3, 3), normalised
+    reach: Tensor  # (..., T), of the last step, in pixels
+    values: Tensor  # (..., T, n), the moving frame there
+    common: Tensor  # (..., T, n) in [0, 1], the ground that both have
+    system: _System
+    inliers: Tensor | None  # (..., T, h, w)
+
+
+class _Search(NamedTuple):
+    """The options of the search."""
+
+    motion: MotionModel
+    robust: Robust
+    max_iterations: int
+    tolerance: float  # pixels
+
+    def maximize(self, warp: Tensor, level: Level, moving: _Shifted | _Warped, *, finest: bool) -> _State:
+        """Weights, then steps; on the finest level once more, from near the optimum.
+
+        A frame that has converged stays as it is, whatever the others do. On the eager CPU, where a look costs
+        nothing, the steps end when all have.
+        """
+        if not finest:
+            spacing = max(length / samples for length, samples in zip(*level.grid[:2], strict=True))
+            return self._climb(warp, level, moving, _NEAR * spacing, precise=False)
+        near = self._climb(warp, level, moving, max(_NEAR, self.tolerance), precise=False)
+        return self._climb(near.warp, level, moving, self.tolerance, precise=True)
+
+    def _climb(
+        self, warp: Tensor, level: Level, moving: _Shifted | _Warped, tolerance: float, *, precise: bool
+    ) -> _State:
+        on_host = is_on_host(warp) and is_on_host(moving[0])
+        moves = (level.flat | moving.flat).logical_not()
+        reach = torch.zeros_like(warp[..., 0, 0])
+        system: _System | None = None
+        values: Tensor | None = None
+        for _ in range(self.max_iterations):
+            found = moving.values(warp, level, precise=precise)
+            # what is said of a frame must not depend on how long the others take
+            values = found if values is None else torch.where(moves[..., None], found, values)
+            if system is None:
+                common = moving.ground(warp, level)
+                inliers = self._inliers(values, common, level)
+                weights = common if inliers is None else common * inliers.flatten(-2)
+                system = _solve(weights.square(), level)
+            increment, last = _shorten(_increment(values, level, system), level)
+            stepped = _multiply(_warp_of(increment, self.motion), warp)
+            stepped = stepped / stepped[..., 2:, 2:]
+            warp = torch.where(moves[..., None, None], stepped, warp)
+            reach = torch.where(moves, last, reach)
+            moves = moves & (last > tolerance)
+            if on_host and not bool(moves.any()):
+                break
+        assert system is not None and values is not None  # there is at least one iteration  # noqa: PT018
+        return _State(warp, reach, values, common, system, inliers)
+
+    def _inliers(self, values: Tensor, common: Tensor, level: Level) -> Tensor | None:
+        """(..., T, h, w), how much a sample shows the same in both."""
+        if self.robust == "none":
+            return None
+        size = level.grid.size
+        if self.robust == "residual":
+            return _unflatten(_biweight(values, common, level), -1, size)
+        ours, theirs = values * common, level.field * _unflatten(level.weights, -1, size)
+        return agreement(_unflatten(ours, -1, size), theirs)
+
+
+def _better_of(start: Tensor, warp: Tensor, level: Level, moving: _Shifted | _Warped) -> Tensor:
+    """Where a coarser level led astray (clouds have more contrast there than the ground), the start is better."""
+    scores = []
+    for candidate in (start, warp):
+        values, ground = moving.values(candidate, level, precise=False), moving.ground(candidate, level)
+        weighted = ground * values
+        norm = (weighted * values).sum(-1) * (ground * level.regressors[..., 1].square()).sum(-1)
+        scores.append(
+            (weighted * level.regressors[..., 1]).sum(-1) * torch.rsqrt(norm + torch.finfo(norm.dtype).tiny)
+        )
+    return torch.where((scores[0] > scores[1])[..., None, None], start, warp)
+
+
+def _biweight(values: Tensor, common: Tensor, level: Level) -> Tensor:
+    """Tukey's biweight of the difference of the two textures, in units of its median."""
+    difference = values - level.field.flatten(-2)
+    # a quarter of the samples tells the median as well, and sorting is what costs
+    known = difference.detach().abs().masked_fill(common < 0.5, torch.nan)[..., ::4]
+    spread = known.nanmedian(-1, keepdim=True).values.nan_to_num(1.0) / 0.6745
+    ratio = difference / (4.685 * spread + torch.finfo(values.dtype).tiny)
+    return (1 - ratio.square()).clamp(min=0).square()
+
+
+def _solve(weights: Tensor, level: Level) -> _System:
+    """The normal equations of these weights."""
+    parameters = level.regressors.shape[-1] - 2
+    sums = _inner(weights, level.regressors)  # (..., T, 2 + P)
+    mean = sums / sums[..., :1].clamp(min=torch.finfo(weights.dtype).tiny)
+    hessian = _inner(weights, level.products)[..., _places(parameters, weights.device)]
+    hessian = hessian - sums[..., 2:, None] * mean[..., None, 2:]  # (..., T, P, P)
+    ridge = _RIDGE * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ridge = torch.where(ridge > 0, ridge, 1.0)
+    eye = torch.eye(parameters, dtype=weights.dtype, device=weights.device)
+    inverse = torch.linalg.inv_ex(hessian + ridge[..., None, None] * eye).inverse
+    sound = inverse.isfinite().flatten(-2).all(-1) & (inverse.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+    inverse = torch.where(sound[..., None, None], inverse, 0.0)
+    against = _inner(weights * level.regressors[..., 1], level.regressors) - sums[..., 1:2] * mean
+    solved = (inverse * against[..., None, 2:]).sum(-1)
+    rest = against[..., 1] - (against[..., 2:] * solved).sum(-1)
+    return _System(weights, mean, inverse, solved, rest, sound)
+
+
+def _increment(values: Tensor, level: Level, system: _System) -> Tensor:
+    r"""The step, (..., T, P), that maximises the coefficient of the linearised reference.
+
+    .. math:: \Delta = H^{-1} G^T (\lambda \bar m - \bar r), \qquad
+              \lambda = \frac{\|\bar r\|^2 - \bar r^T P_G \bar r}{\bar m^T \bar r - \bar m^T P_G \bar r}
+
+    with :math:`P_G` the projection on the derivatives (Evangelidis & Psarakis 2008, theorem 1). Where the
+    denominator is not positive, the two are far from each other, and λ = 1 makes it a least-squares step.
+    """
+    moments = _centred(system.weights * values, level, system)
+    gain, _ = _gain(moments, system)
+    return gain[..., None] * (system.inverse * moments[..., None, 2:]).sum(-1) - system.solved
+
+
+def _centred(weighted: Tensor, level: Level, system: _System) -> Tensor:
+    """(..., T, 2 + P): inner products with the regressors less their means."""
+    moments = _inner(weighted, level.regressors)
+    return torch.addcmul(moments, moments[..., :1], system.mean, value=-1)
+
+
+def _gain(moments: Tensor, system: _System) -> tuple[Tensor, Tensor]:
+    """λ of the theorem, and its denominator; 1 and infinity where they are not positive."""
+    along = moments[..., 1] - (moments[..., 2:] * system.solved).sum(-1)
+    good = (along > 0) & (system.rest > 0)
+    along = torch.where(good, along, torch.inf)
+    return torch.where(good, system.rest / along, 1.0), along
+
+
+def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+    """No step is longer than a few samples of its level; and how far it moves the farthest corner, in pixels."""
+    (height, width), (rows, columns) = level.grid.frame, level.grid.size
+    moved = (increment.detach()[..., None, :] * level.corners).sum(-1)  # (..., T, 8)
+    reach = torch.hypot(moved[..., :4], moved[..., 4:]).amax(-1)
+    longest = _LONGEST_STEP * max(height / rows, width / columns)
+    shorter = longest / reach.clamp(min=longest)
+    return increment * shorter[..., None], reach * shorter
+
+
+class _Quality(NamedTuple):
+    sigma: Tensor  # (..., T)
+    significance: Tensor  # (..., T)
+    converged: Tensor  # (..., T) bool
+
+
+def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
+    r"""How far the optimum can be trusted.
+
+    σ is the sandwich estimate: at the optimum every sample pulls, by :math:`w\,(\alpha \bar m - \bar r)\,\bar G`,
+    and the pulls sum to zero; those of neighbours are alike, so their sums over blocks are taken to be independent,
+
+    .. math:: \mathrm{Cov} = H^{-1} \Big( \sum_b s_b s_b^T \Big) H^{-1}
+
+    of which the displacement of the frame's centre is told. Noise makes H larger than the curvature that it stands
+    for, and the weights favour samples whose noise happens to agree: divided by the fourth power of the
+    correlation, σ fits what simulated frames of all kinds err (``benchmarks/accuracy.py``). The significance is
+    the correlation over the whole common ground, inliers or not, in units of its standard deviation between
+    unrelated scenes.
+    """
+    system, values, reference = state.system, state.values, level.regressors[..., 1]
+    ours, theirs, agreed = _standardize(values, reference, system.weights)
+    residual = agreed[..., None] * ours - theirs  # in standard deviations of the reference
+    # what every sample does to the two translations
+    leverage = torch.matmul(level.regressors[..., 2:] - system.mean[..., None, 2:], system.inverse[..., :2])
+    unit = _deviation(reference, system.weights)
+    pulls = (system.weights * residual * unit[..., None])[..., None] * leverage  # (..., T, n, 2)
+    size = level.grid.size
+    block = max(1, min(_BLOCK, min(size) // _BLOCK))
+    sums = _block_sums(_unflatten(pulls.mT, -1, size), block)  # (..., T, 2, h / b, w / b)
+    blocks = sums.shape[-2] * sums.shape[-1]
+    freedom = blocks / max(1, blocks - level.regressors.shape[-1])
+    variance = freedom * sums.square().sum((-2, -1)).mean(-1)
+    sigma = _SIGMA_CALIBRATION * _half(level.grid.frame) * variance.sqrt() / agreed.square().square()
+
+    ground = state.common.square()
+    *_, correlation = _standardize(values, reference, ground)
+    tiny = torch.finfo(values.dtype).tiny
+    samples = _INDEPENDENT * ground.sum(-1).square() / ground.square().sum(-1).clamp(min=tiny)
+    significance = correlation * samples.sqrt()
+
+    sound = system.sound & sigma.isfinite() & state.warp.isfinite().flatten(-2).all(-1)
+    converged = sound & (state.reach <= tolerance) & (significance >= _MIN_SIGNIFICANCE)
+    return _Quality(torch.where(sound, sigma, torch.inf), significance, converged)
+
+
+def _standardize(first: Tensor, second: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both with weighted mean 0 and variance 1; and their correlation (...,), 0 where one is flat."""
+    one, other = (
+        (values - _mean(values, weights)[..., None]) / _deviation(values, weights)[..., None]
+        for values in (first, second)
+    )
+    return one, other, _mean(one * other, weights)
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (weights * values).sum(-1) / weights.sum(-1).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def _deviation(values: Tensor, weights: Tensor) -> Tensor:
+    """The weighted standard deviation, 1 where it vanishes."""
+    variance = _mean((values - _mean(values, weights)[..., None]).square(), weights)
+    return torch.where(variance > torch.finfo(weights.dtype).eps ** 2, variance, 1.0).sqrt()
+
+
+def _block_sums(image: Tensor, block: int) -> Tensor:
+    """(..., h, w) → sums over blocks; the last ones may lack some."""
+    rows, columns = image.shape[-2:]
+    padded = F.pad(image, (0, -columns % block, 0, -rows % block))
+    strips = _unflatten(padded, -2, (-1, block)).sum(-2)
+    return _unflatten(strips, -1, (-1, block)).sum(-1)
+
+
+def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motion: MotionModel) -> Tensor:
+    r"""The warp of a search, (..., T, 3, 3), with the derivative of the implicit function theorem.
+
+    At the optimum the increment vanishes, :math:`\Delta(p^*, \theta) = 0` for images θ, hence
+
+    .. math:: \frac{dp^*}{d\theta} = -\Big(\frac{\partial \Delta}{\partial p}\Big)^{-1}
+              \frac{\partial \Delta}{\partial \theta}
+
+    with the weights held where they are. Its memory is that of one step, however many the search took, and the
+    value is that of the search, to the last bit.
+    """
+    warp = state.warp.detach()
+    system = _solve(state.system.weights.detach(), level)
+    values, by_x, by_y = moving.slopes(warp, level)
+    moments = _centred(system.weights * values, level, system)
+    gain, along = _gain(moments, system)
+    direction = (system.inverse * moments[..., None, 2:]).sum(-1)
+    increment = gain[..., None] * direction - system.solved
+
+    with torch.no_grad():
+        # a small increment k composed to the warp shifts the frame on the reference by −(its displacement)
+        basis_x, basis_y = _basis(motion, level.x, level.y)
+        moved = -(by_x[..., None] * basis_x + by_y[..., None] * basis_y)  # (..., T, n, P)
+        change = torch.matmul((system.weights[..., None] * moved).mT, level.regressors)  # (..., T, P, 2 + P)
+        change = change - change[..., :1] * system.mean[..., None, :]
+        gain_by = (
+            -gain[..., None]
+            / along[..., None]
+            * (change[..., 1] - (change[..., 2:] * system.solved[..., None, :]).sum(-1))
+        )
+        jacobian = gain_by[..., None, :] * direction[..., :, None] + gain[..., None, None] * (
+            system.inverse @ change[..., 2:].mT
+        )
+        inverse = torch.linalg.inv_ex(jacobian).inverse
+        sound = inverse.isfinite().flatten(-2).all(-1)
+        inverse = torch.where(sound[..., None, None], inverse, 0.0)
+    step = -(inverse * increment[..., None, :]).sum(-1)
+    return _multiply(_warp_of(step - step.detach(), motion), warp)
+
+
+# ------------------------------------------------------------------------------------------------- coordinates
+
+
+def _half(frame: tuple[int, int]) -> float:
+    """The unit of length of normalised coordinates, in pixels."""
+    return max(frame) / 2
+
+
+def _coordinates(grid: Grid) -> tuple[Tensor, Tensor]:
+    """(n,) x and y of the samples, in halves of the frame from its centre."""
+    (height, width), half = grid.frame, _half(grid.frame)
+    kind: dict[str, Any] = {"device": grid.radius.device, "dtype": grid.radius.dtype}
+    x = (torch.arange(grid.size[1], **kind) * (width / grid.size[1]) - (width - 1) / 2) / half
+    y = (torch.arange(grid.size[0], **kind) * (height / grid.size[0]) - (height - 1) / 2) / half
+    shape = (grid.size[0], grid.size[1])
+    return x.expand(shape).flatten(), y[:, None].expand(shape).flatten()
+
+
+def _corners(grid: Grid, motion: MotionModel) -> Tensor:
+    """(8, P), see :class:`Level`."""
+    (height, width), half = grid.frame, _half(grid.frame)
+    sign = 2 * torch.arange(4, device=grid.radius.device) - 3  # −3, −1, 1, 3: left, left, right, right
+    x = sign.sign().to(grid.radius.dtype) * ((width - 1) / 2 / half)
+    y = (sign % 4 - 2).to(grid.radius.dtype) * ((height - 1) / 2 / half)  # up and down in turns
+    return half * torch.cat(_basis(motion, x, y))
+
+
+def _normalize(warp: Tensor, frame: tuple[int, int]) -> Tensor:
+    """(..., 3, 3) in pixels → in halves of the frame from its centre."""
+    return _scale(change_origin(warp, ((frame[1] - 1) / 2, (frame[0] - 1) / 2)), 1 / _half(frame))
+
+
+def _denormalize(warp: Tensor, frame: tuple[int, int]) -> Tensor:
+    """The way back."""
+    return change_origin(_scale(warp, _half(frame)), (-(frame[1] - 1) / 2, -(frame[0] - 1) / 2))
+
+
+def _scale(warp: Tensor, factor: float) -> Tensor:
+    """The same motion in units that are 1 / factor as long: S W S⁻¹; and the last entry 1."""
+    up = torch.cat([warp[..., :2, :2], warp[..., :2, 2:] * factor], dim=-1)
+    down = torch.cat([warp[..., 2:, :2] / factor, warp[..., 2:, 2:]], dim=-1)
+    return torch.cat([up, down], dim=-2) / warp[..., 2:, 2:]
+
+
+def _settle(warp: Tensor) -> Tensor:
+    """What rounding leaves of an identity is taken off, and its gradient kept."""
+    identity = torch.eye(3, dtype=warp.dtype, device=warp.device)
+    fixed = warp.detach()
+    fixed = torch.where(fixed.isfinite().flatten(-2).all(-1)[..., None, None], fixed, identity)
+    none = (fixed - identity).abs().flatten(-2).amax(-1) < 64 * torch.finfo(warp.dtype).eps
+    settled = torch.where(none[..., None, None], identity, fixed)
+    return settled + (warp - warp.detach()).nan_to_num(0.0)
+
+
+# ---------------------------------------------------------------------------------------------- motion models
+
+
+def _basis(motion: MotionModel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, P) twice: how each parameter displaces the points, in x and in y, at the identity."""
+    one, none = torch.ones_like(x), torch.zeros_like(x)
+    columns = [(one, none), (none, one)]
+    if motion in ("euclidean", "similarity"):
+        columns.append((-y, x))
+    if motion == "similarity":
+        columns.append((x, y))
+    if motion in ("affine", "homography"):
+        columns += [(x, none), (y, none), (none, x), (none, y)]
+    if motion == "homography":
+        columns += [(x * x, x * y), (x * y, y * y)]
+    by_x, by_y = zip(*columns, strict=True)
+    return torch.stack(by_x, dim=-1), torch.stack(by_y, dim=-1)
+
+
+def _warp_of(parameters: Tensor, motion: MotionModel) -> Tensor:
+    """(..., P) → (..., 3, 3), a member of the motion model, which for small parameters moves as its basis says."""
+    x, y, *rest = parameters.unbind(-1)
+    one, none = torch.ones_like(x), torch.zeros_like(x)
+    linear = (one, none, none, one)
+    down = (none, none)
+    if motion == "euclidean":
+        cosine, sine = rest[0].cos(), rest[0].sin()
+        linear = (cosine, -sine, sine, cosine)
+    elif motion == "similarity":
+        linear = (1 + rest[1], -rest[0], rest[0], 1 + rest[1])
+    elif motion in ("affine", "homography"):
+        linear = (1 + rest[0], rest[1], rest[2], 1 + rest[3])
+    if motion == "homography":
+        down = (-rest[4], -rest[5])
+    a, b, c, d = linear
+    return _unflatten(torch.stack([a, b, x, c, d, y, *down, one], dim=-1), -1, (3, 3))
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Product of (..., 3, 3) and (..., 3, 3), in the operands' own precision (no TF32)."""
+    return (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
+
+
+def _places(parameters: int, device: torch.device) -> Tensor:
+    """(P, P): where in the packed upper triangle of a symmetric matrix its entries are."""
+    index = torch.arange(parameters, device=device)
+    low, high = torch.minimum(index[:, None], index), torch.maximum(index[:, None], index)
+    return low * parameters - low * (low - 1) // 2 + high - low
+
+
+# --------------------------------------------------------------------------------------------------- sampling
+
+
+def _response(grid: Grid) -> Tensor:
+    """(h, w//2+1): the root of the ramp |f|, within the band."""
+    share = grid.radius / grid.max_frequency
+    return share.sqrt() * (share < 1)
+
+
+def _differentiate(spectrum: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(..., n) twice, the derivatives of a field by x and y, per half of the frame."""
+    omega_y, omega_x = (2 * math.pi * _half(grid.frame) * frequency for frequency in grid.frequencies)
+    by_x, by_y = (
+        irfft2(torch.complex(-spectrum.imag * omega, spectrum.real * omega), grid.size).flatten(-2)
+        for omega in (omega_x, omega_y[:, None])
+    )
+    return by_x, by_y
+
+
+def _shift_of(warp: Tensor, grid: Grid) -> Tensor:
+    """(..., 2), the translation (x, y) of a normalised warp, in pixels."""
+    return warp[..., :2, 2] * _half(grid.frame)
+
+
+def _spline_response(frequency: Tensor) -> Tensor:
+    """Of the samples of a cubic B-spline, (1, 4, 1) / 6; frequencies in cycles per sample."""
+    return (2 + (2 * math.pi * frequency).cos()) / 3
+
+
+def _samples_of(x: Tensor, y: Tensor, frame: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Column and row, among ``size`` samples of a frame, of normalised positions."""
+    half, (height, width) = _half(frame), frame
+    return (
+        (x * half + (width - 1) / 2) * (size[1] / width),
+        (y * half + (height - 1) / 2) * (size[0] / height),
+    )
+
+
+def _sample(field: Tensor, x: Tensor, y: Tensor, frame: tuple[int, int], *, spline: bool) -> Tensor:
+    """(..., T, n) of fields (..., T, h, w) at normalised positions (..., T, n): a cubic B-spline, or bilinear."""
+    column, row = _samples_of(x, y, frame, (field.shape[-2], field.shape[-1]))
+    if not spline:
+        return _look_up(field, column, row)
+    # four taps an axis are two look-ups between two of them each (Sigg & Hadwiger 2005)
+    (left, right, along), (top, bottom, down) = _pairs(column), _pairs(row)
+    above = torch.lerp(_look_up(field, left, top), _look_up(field, right, top), along)
+    below = torch.lerp(_look_up(field, left, bottom), _look_up(field, right, bottom), along)
+    return torch.lerp(above, below, down)
+
+
+def _pairs(position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where to look up the two left and the two right taps of a cubic B-spline; the weight of the right ones."""
+    whole = position.floor()
+    first, second, _, last = _taps(position - whole)
+    left = first + second
+    right = 1 - left
+    return whole - 1 + second / left, whole + 1 + last / right, right
+
+
+def _taps(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights of the coefficients at −1, 0, 1, 2 from ⌊x⌋."""
+    rest = 1 - fraction
+    return (
+        rest**3 / 6,
+        (4 - 6 * fraction**2 + 3 * fraction**3) / 6,
+        (4 - 6 * rest**2 + 3 * rest**3) / 6,
+        fraction**3 / 6,
+    )
+
+
+def _tap_slopes(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Their derivatives."""
+    rest = 1 - fraction
+    return (
+        -(rest**2) / 2,
+        -2 * fraction + 1.5 * fraction**2,
+        2 * rest - 1.5 * rest**2,
+        fraction**2 / 2,
+    )
+
+
+def _look_up(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    """Bilinear, (..., T, n); beyond the border stands the border."""
+    height, width = field.shape[-2:]
+    # pixel centres to torch's corners, spelled out: align_corners=False
+    at = torch.stack([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1], dim=-1)
+    shape = _broadcast(field.shape[:-2], column.shape[:-1])
+    flat = field.expand(*shape, height, width).reshape(-1, 1, height, width)
+    at = at.expand(*shape, -1, 2).reshape(-1, 1, column.shape[-1], 2)
+    found = F.grid_sample(flat, at, mode="bilinear", padding_mode="border", align_corners=False)
+    return found.reshape(*shape, column.shape[-1])
+
+
+def _sample_with_slopes(
+    field: Tensor, x: Tensor, y: Tensor, frame: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cubic B-spline, and its derivatives by normalised x and y, tap by tap: differentiable in every mode."""
+    height, width = field.shape[-2:]
+    column, row = _samples_of(x, y, frame, (height, width))
+    first_column, first_row = column.floor(), row.floor()
+    across = [_taps(column - first_column), _tap_slopes(column - first_column)]
+    down = [_taps(row - first_row), _tap_slopes(row - first_row)]
+    columns = [(first_column.to(torch.int64) + step).clamp(0, width - 1) for step in (-1, 0, 1, 2)]
+    rows = [(first_row.to(torch.int64) + step).clamp(0, height - 1) * width for step in (-1, 0, 1, 2)]
+    shape = _broadcast(field.shape[:-2], column.shape[:-1])
+    flat = field.expand(*shape, height, width).flatten(-2)
+    value = slope_x = slope_y = torch.zeros_like(column)
+    for j, at_row in enumerate(rows):
+        line = line_slope = torch.zeros_like(column)
+        for i, at_column in enumerate(columns):
+            tap = flat.gather(-1, (at_row + at_column).expand(*shape, -1))
+            line = line + across[0][i] * tap
+            line_slope = line_slope + across[1][i] * tap
+        value = value + down[0][j] * line
+        slope_x = slope_x + down[0][j] * line_slope
+        slope_y = slope_y + down[1][j] * line
+    half = _half(frame)
+    return value, slope_x * (half * width / frame[1]), slope_y * (half * height / frame[0])
+
+
+def _broadcast(*shapes: Sequence[int]) -> torch.Size:
+    return torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]  # torch has no types for it
+
+
+def _unflatten(values: Tensor, dim: int, size: tuple[int, ...]) -> Tensor:
+    return values.unflatten(dim, size)  # type: ignore[no-untyped-call]  # nor for this
+
+
+def _inner(weighted: Tensor, columns: Tensor) -> Tensor:
+    """(..., T, n) by (..., 1 or T, n, K): (..., T, K)."""
+    if weighted.ndim > 2 and columns.shape[-3] == 1:
+        return torch.matmul(weighted, columns.squeeze(-3))
+    # frame by frame: its sums do not depend, not even in the last bit, on how many others there are
+    return torch.matmul(weighted.unsqueeze(-2), columns).squeeze(-2)
+
+
+def _detach(parts: Parts) -> Parts:
+    """A NamedTuple of tensors and other things, its tensors detached."""
+    kind = cast(Any, type(parts))
+    return kind(*(part.detach() if isinstance(part, Tensor) else part for part in parts))
