@@ -12,14 +12,13 @@ import torchalign as ta
 old = {"weighting": "phase", "contrast": "none", "robust": False, "max_frequency": 0.3}
 
 
-
 def cascade(**options):
     return ta.Cascade(ta.PCC(**options), ta.ECC(**options))
 
 
 ALIGNERS = {
     "PCC": Case(ta.PCC),
-    "ECC": Case(ta.ECC),
+    "ECC": Case(ta.ECC, global_search=False),
     "Cascade": Case(cascade),
 }
 OPTIONS = {
@@ -28,8 +27,13 @@ OPTIONS = {
     "PCC plain": Case(partial(ta.PCC, weighting="none", contrast="none", taper=0.5), steadiness=0.07),
     "PCC grid": Case(partial(ta.PCC, weighting="sqrt", upsample_factor=50), steadiness=0.05, grid=0.02),
     "PCC gradients": Case(partial(ta.PCC, channel="gradients"), accuracy=0.1, steadiness=0.05),
-    "ECC affine": Case(partial(ta.ECC, motion="affine"), accuracy=0.1, steadiness=0.05),
-    "ECC homography": Case(partial(ta.ECC, motion="homography", robust="none"), accuracy=0.1, steadiness=0.05),
+    "ECC affine": Case(partial(ta.ECC, motion="affine"), accuracy=0.1, steadiness=0.05, global_search=False),
+    "ECC homography": Case(
+        partial(ta.ECC, motion="homography", robust="none"),
+        accuracy=0.1,
+        steadiness=0.05,
+        global_search=False,
+    ),
 }
 
 

@@ -29,7 +29,13 @@ LAYERS = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # within functional: affine and warp are the ground of the others
-WITHIN = {"functional.texture", "functional.phase", "functional.quality", "functional.matching", "functional.ecc"}
+WITHIN = {
+    "functional.texture",
+    "functional.phase",
+    "functional.quality",
+    "functional.matching",
+    "functional.ecc",
+}
 # what a layer may use besides torch and the standard library
 FOREIGN = {
     **{

@@ -54,7 +54,7 @@ class ECC(Aligner):
 
     Args:
         motion: ``"translation"``, ``"euclidean"``, ``"similarity"``, ``"affine"`` or ``"homography"``.
-        levels: of the pyramid, each of half the resolution; ``None`` for as many as leave 24 samples of 2 pixels
+        levels: of the pyramid, each of half the resolution; ``None`` for as many as leave 20 samples of 2 pixels
             along the shorter side.
         max_iterations: on each level, and for each set of weights.
         tolerance: a frame has converged when a step moves no point of it by more, in pixels.

@@ -76,7 +76,7 @@ Gradients = Literal["implicit", "unrolled"]
 Parts = TypeVar("Parts", bound=tuple[Any, ...])
 
 # The coarsest level still has this many samples along the frame's shorter side.
-_COARSEST = 24
+_COARSEST = 20
 # Samples of the spline for each sample of the level: at the band's edge four a period.
 _OVERSAMPLING = 2
 # The product of two textures is weighted by |f|, as in phase correlation: each gets the root.
@@ -97,6 +97,8 @@ _SIGMA_CALIBRATION = 1.1
 _NOWHERE = 1e4
 # Relative to its trace: what keeps a Hessian with a blind direction from having an inverse without bounds.
 _RIDGE = 1e-6
+# A direction is blind whose curvature is less than this many ridges, inverted.
+_BLIND = 1e-2
 
 
 class EnhancedCorrelation(NamedTuple):
@@ -176,7 +178,7 @@ def enhanced_correlation(
         init: (..., T, 2 or 3, 3), a warp moving → reference to start from, or (..., T, 2), a shift (x, y) in
             pixels; ``None`` for none. What the motion model lacks (the rotation of an init, for a translation)
             is kept as it is.
-        levels: of the pyramid; ``None`` for as many as leave 24 samples along the shorter side.
+        levels: of the pyramid; ``None`` for as many as leave 20 samples along the shorter side.
         max_iterations: on each level, and for each set of weights.
         tolerance: a frame has converged when a step moves no point of it by more, in pixels.
         max_frequency: the band that is used on the finest level, in cycles per pixel.
@@ -273,7 +275,7 @@ def level_frequencies(
     Args:
         frame: (H, W) in pixels.
         max_frequency: of the finest level, in cycles per pixel.
-        levels: how many; ``None`` for as many as leave 24 samples along the shorter side.
+        levels: how many; ``None`` for as many as leave 20 samples along the shorter side.
 
     >>> level_frequencies((256, 300)), level_frequencies((256, 300), levels=1)
     ((0.25, 0.125, 0.0625), (0.25,))
@@ -419,7 +421,9 @@ class _Warped(NamedTuple):
         own = tukey(x * half + (width - 1) / 2, width, self.taper)
         own = own * tukey(y * half + (height - 1) / 2, height, self.taper)
         if self.weights is not None:
-            own = own * _sample(self.weights, x, y, level.grid.frame, spline=False)
+            usable = _sample(self.weights, x, y, level.grid.frame, spline=False)
+            # between two ones lies a one, but for rounding
+            own = own * torch.where(usable > 1 - 1e-5, 1.0, usable)
         return torch.minimum(level.weights, own)
 
     def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
@@ -563,7 +567,9 @@ def _solve(weights: Tensor, level: Level) -> _System:
     ridge = torch.where(ridge > 0, ridge, 1.0)
     eye = torch.eye(parameters, dtype=weights.dtype, device=weights.device)
     inverse = torch.linalg.inv_ex(hessian + ridge[..., None, None] * eye).inverse
-    sound = inverse.isfinite().flatten(-2).all(-1) & (inverse.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+    # in a direction in which nothing changes the ridge is all there is
+    spread = inverse.diagonal(dim1=-2, dim2=-1) * ridge[..., None]
+    sound = inverse.isfinite().flatten(-2).all(-1) & ((spread > 0) & (spread < _BLIND)).all(-1)
     inverse = torch.where(sound[..., None, None], inverse, 0.0)
     against = _inner(weights * level.regressors[..., 1], level.regressors) - sums[..., 1:2] * mean
     solved = (inverse * against[..., None, 2:]).sum(-1)

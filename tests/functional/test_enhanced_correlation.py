@@ -1,0 +1,336 @@
+"""Enhanced correlation link by link, on scenes whose warp is analytic, and its derivatives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scenes import Waves, assert_derivative, fractal_stack, pairs
+
+from torchalign.functional import ecc
+from torchalign.functional.affine import (
+    center_displacement,
+    identity_warp,
+    to_homogeneous,
+    transform_points,
+    translation_warp,
+)
+from torchalign.functional.ecc import enhanced_correlation, level_frequencies, prepare_levels
+from torchalign.functional.fourier import fft, irfft2, rfft, rfft2
+
+MOTIONS = ("translation", "euclidean", "similarity", "affine", "homography")
+SIZE = (120, 136)
+
+
+def about_centre(matrix, size=SIZE):
+    """A warp given about the frame's centre → about the first pixel."""
+    matrix = torch.as_tensor(matrix, dtype=torch.float64)
+    centre = torch.eye(3, dtype=torch.float64)
+    centre[:2, 2] = torch.tensor([(size[1] - 1) / 2, (size[0] - 1) / 2])
+    warp = centre @ to_homogeneous(matrix) @ torch.linalg.inv(centre)
+    return warp / warp[..., 2:, 2:]
+
+
+def truth(motion, size=SIZE):
+    cosine, sine = math.cos(0.04), math.sin(0.04)
+    linear = {
+        "translation": [[1, 0], [0, 1]],
+        "euclidean": [[cosine, -sine], [sine, cosine]],
+        "similarity": [[1.03 * cosine, -1.03 * sine], [1.03 * sine, 1.03 * cosine]],
+        "affine": [[1.03, 0.03], [-0.02, 0.98]],
+        "homography": [[1.02, 0.02], [-0.03, 0.98]],
+    }[motion]
+    matrix = torch.eye(3, dtype=torch.float64)
+    matrix[:2, :2] = torch.tensor(linear, dtype=torch.float64)
+    matrix[:2, 2] = torch.tensor([1.7, -1.2])
+    if motion == "homography":
+        matrix[2, :2] = torch.tensor([2e-4, -1.5e-4])
+    return about_centre(matrix, size)
+
+
+def frames(warp, size=SIZE, **waves):
+    """(1, H, W) moving, (1, H, W) reference, float64, of an analytic scene under any warp (3, 3)."""
+    scene = Waves(1, **({"longest": 30.0, "shortest": 5.0} | waves))
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in size), indexing="ij")
+    points = torch.stack((x, y), -1)
+    moved = transform_points(warp, points.reshape(-1, 2)).reshape(points.shape)
+    return scene.at(moved), scene.at(points)
+
+
+def corner_error(found, expected, size=SIZE):
+    """How far apart two warps put the corner that they disagree most on, in pixels."""
+    corners = torch.tensor([[0, 0], [size[1] - 1, 0], [0, size[0] - 1], [size[1] - 1, size[0] - 1]]).double()
+    apart = transform_points(to_homogeneous(found.double()), corners) - transform_points(expected, corners)
+    return apart.norm(dim=-1).amax(-1)
+
+
+# ------------------------------------------------------------------------------------------------------- results
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_finds_every_motion_from_the_identity(motion):
+    expected = truth(motion)
+    moving, reference = frames(expected)
+    found = enhanced_correlation(moving, reference, motion=motion)
+    assert found.converged.all()
+    assert found.warp.shape == (1, 3 if motion == "homography" else 2, 3)
+    assert corner_error(found.warp, expected).max() < 0.03
+    # what it was given is moving → reference: the other way round is the inverse
+    back = enhanced_correlation(reference, moving, motion=motion)
+    assert corner_error(torch.linalg.inv(to_homogeneous(back.warp)), expected).max() < 0.03
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_a_motion_stays_in_its_model(motion):
+    # a similarity under a model that lacks its rotation or its scale
+    moving, reference = frames(truth("similarity"))
+    warp = enhanced_correlation(moving, reference, motion=motion).warp[0]
+    linear = warp[:2, :2]
+    if motion == "translation":
+        assert torch.equal(linear, torch.eye(2, dtype=torch.float64))
+    elif motion == "euclidean":
+        torch.testing.assert_close(linear @ linear.T, torch.eye(2, dtype=torch.float64), atol=1e-9, rtol=0)
+    elif motion == "similarity":
+        square = linear @ linear.T
+        torch.testing.assert_close(
+            square, square[0, 0] * torch.eye(2, dtype=torch.float64), atol=1e-9, rtol=0
+        )
+
+
+@pytest.mark.parametrize("blur", [0.0, 1.1], ids=["no filter", "OpenCV's 5 × 5"])
+def test_the_filter_does_not_bias_the_scale(blur):
+    size = (256, 256)
+    expected = about_centre([[1.02, 0.01, 1.0], [-0.01, 1.02, 0.5]], size)
+    moving, reference = frames(expected, size, shortest=6.0, longest=40.0, seed=5)
+    found = enhanced_correlation(
+        moving, reference, motion="similarity", sigma_blur=blur, tolerance=1e-6, max_iterations=20
+    )
+    torch.testing.assert_close(found.warp[0, :2, :2], expected[:2, :2], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("gain", [1e-4, 1e4])
+def test_gain_and_offset_do_not_matter(gain):
+    moving, reference = (image.float() for image in frames(truth("affine")))
+    plain = enhanced_correlation(moving, reference, motion="affine")
+    for other in (gain * moving + 3 * gain, moving + 5.0):
+        found = enhanced_correlation(other, reference, motion="affine")
+        assert found.converged.all()
+        assert corner_error(found.warp, to_homogeneous(plain.warp[0].double())).max() < 2e-3
+
+
+def test_levels_share_their_coordinates():
+    # odd sizes, where half pixels would show; the coarse level alone, then all
+    size = (131, 157)
+    expected = about_centre([[1.0, 0.0, 2.3], [0.0, 1.0, -1.6]], size)
+    moving, reference = frames(expected, size, shortest=12.0, longest=60.0)
+    for frequency in (0.25, 0.125, 0.0625):
+        found = enhanced_correlation(
+            moving, reference, motion="translation", max_frequency=frequency, levels=1
+        )
+        # half a pixel of the level would be 0.5, 1, 2 pixels
+        assert corner_error(found.warp, expected, size).max() < 0.05, frequency
+    assert level_frequencies(size, levels=3) == (0.25, 0.125, 0.0625)
+    assert len(level_frequencies((16, 16))) == 1
+
+
+def test_masks_of_both_act():
+    warp = about_centre([[1.0, 0.0, 1.4], [0.0, 1.0, -0.7]])
+    moving, reference = frames(warp)
+    generator = torch.Generator().manual_seed(1)
+    block = torch.randn(40, 40, generator=generator, dtype=torch.float64) * 0.3 + 0.5
+    spoilt, spoilt_reference = moving.clone(), reference.clone()
+    spoilt[:, 30:70, 20:60] = block
+    spoilt_reference[:, 33:73, 28:68] = block  # the same object elsewhere: it pulls as hard as it can
+    mask, reference_mask = torch.ones(2, 1, *SIZE, dtype=torch.bool)
+    mask[:, 28:72, 18:62] = False
+    reference_mask[:, 31:75, 26:70] = False
+
+    def error(robust, *masks):
+        found = enhanced_correlation(spoilt, spoilt_reference, *masks, motion="translation", robust=robust)
+        return corner_error(found.warp, warp).max()
+
+    for robust in ("agreement", "residual", "none"):
+        assert error(robust, mask, reference_mask) < 0.01, robust
+    assert error("none") > 0.05  # the test would see it
+
+
+def test_robust_weights_spare_what_changed():
+    data = fractal_stack(8, size=(128, 128), cloud_fraction=0.3)
+    moving, reference = data.cube.mean(1), data.reference.mean(0, keepdim=True)
+    errors = {}
+    for robust in ("agreement", "residual", "none"):
+        found = enhanced_correlation(moving, reference, motion="translation", init=data.shift, robust=robust)
+        errors[robust] = (found.warp[..., 2] - data.shift).norm(dim=-1).median()
+        assert (found.inliers is None) == (robust == "none")
+    assert errors["agreement"] < 0.6 * errors["none"]
+    assert errors["agreement"] < errors["residual"] < errors["none"]
+    found = enhanced_correlation(moving, reference, motion="translation", init=data.shift)
+    # the inliers are where there are no clouds, seen on the reference's grid
+    clear = torch.nn.functional.interpolate(
+        data.clear[:, None].float(), size=found.inliers.shape[-2:], mode="area"
+    )
+    inliers = found.inliers[:, 8:-8, 8:-8]
+    assert inliers[clear[:, 0, 8:-8, 8:-8] == 1].mean() > 3 * inliers[clear[:, 0, 8:-8, 8:-8] == 0].mean()
+
+
+def test_a_coarse_level_that_leads_astray_is_undone():
+    data = fractal_stack(12, size=(256, 256), cloud_fraction=0.5, seed=4)
+    moving, reference = data.cube.mean(1), data.reference.mean(0, keepdim=True)
+    found = enhanced_correlation(moving, reference, motion="translation", init=data.shift, levels=4)
+    assert (found.warp[..., 2] - data.shift).norm(dim=-1).max() < 0.1
+
+
+def test_init_as_shift_and_as_warp():
+    truth_shift = torch.tensor([[20.3, -9.2], [0.4, 0.3]])
+    data = pairs(truth_shift, SIZE, longest=24.0, seed=2)
+    near = truth_shift + 0.4
+    shifted = enhanced_correlation(data.cube[:, 0], data.reference, motion="translation", init=near)
+    warped = enhanced_correlation(
+        data.cube[:, 0], data.reference, motion="translation", init=translation_warp(near)
+    )
+    for found in (shifted, warped):
+        assert found.converged.all()
+        assert (center_displacement(found.warp, SIZE) - truth_shift).norm(dim=-1).max() < 0.02
+    # a shift in the spectral domain and a spline say the same
+    torch.testing.assert_close(shifted.warp, warped.warp, atol=5e-3, rtol=0)
+    assert enhanced_correlation(
+        data.cube[:, 0], data.reference, motion="translation", init=to_homogeneous(translation_warp(near))
+    ).warp.shape == (2, 3, 3)
+
+
+def test_prepared_levels_are_the_same():
+    moving, reference = frames(truth("affine"))
+    levels = prepare_levels(reference, motion="affine")
+    direct = enhanced_correlation(moving, reference, motion="affine")
+    prepared = enhanced_correlation(moving, levels, motion="affine")
+    assert torch.equal(direct.warp, prepared.warp)
+    assert torch.equal(direct.sigma, prepared.sigma)
+
+
+def test_leading_dimensions():
+    data = fractal_stack(6, size=(64, 72), bands=1)
+    moving, reference = data.cube[:, 0], data.reference
+    plain = enhanced_correlation(moving, reference, motion="affine")
+    deep = enhanced_correlation(moving.reshape(2, 3, 64, 72), reference.expand(2, 1, 64, 72), motion="affine")
+    torch.testing.assert_close(deep.warp.reshape(6, 2, 3), plain.warp, atol=1e-3, rtol=0)
+    assert deep.sigma.shape == deep.flat.shape == deep.converged.shape == (2, 3)
+    assert enhanced_correlation(moving[:0], reference, motion="affine").warp.shape == (0, 2, 3)
+
+
+def test_unrelated_scenes_do_not_converge():
+    one = fractal_stack(24, size=(96, 96), bands=1, seed=1)
+    other = fractal_stack(1, size=(96, 96), bands=1, seed=9).reference.flip(-1)
+    for motion in ("translation", "affine"):
+        found = enhanced_correlation(one.cube[:, 0], other, motion=motion)
+        assert not found.converged.any(), motion
+        assert found.significance.max() < 5
+
+
+def test_one_direction_only_is_no_motion():
+    x = torch.arange(128.0)
+    stripes = (0.5 + 0.2 * torch.sin(0.5 * x) + 0.1 * torch.sin(0.21 * x)).expand(1, 128, 128)
+    found = enhanced_correlation(stripes.roll(2, -1), stripes, motion="translation")
+    assert found.warp.isfinite().all()
+    assert not found.converged.any()
+
+
+# --------------------------------------------------------------------------------------------------- derivatives
+
+
+def noisy_pair(size=(40, 44)):
+    data = pairs([[0.6, -0.4]], size, dtype=torch.float64, longest=16.0, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        image + 0.02 * torch.randn(image.shape, generator=generator, dtype=torch.float64)
+        for image in (data.cube[:, 0], data.reference)
+    )
+
+
+EXACT = {"levels": 1, "max_iterations": 60, "tolerance": 1e-13, "robust": "none", "taper": 0.0}
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_implicit_derivatives(motion):
+    # with weights that do not move the theorem is exact
+    assert_derivative(
+        lambda moving, reference: enhanced_correlation(moving, reference, motion=motion, **EXACT).warp,
+        noisy_pair(),
+        directions=3,
+    )
+
+
+@pytest.mark.parametrize("motion", ["translation", "affine"])
+def test_implicit_derivatives_with_weights_held(motion):
+    # the weights are held fixed, so the derivative is that of re-weighted least squares: near, not equal
+    options = {"levels": 1, "max_iterations": 60, "tolerance": 1e-13}
+    assert_derivative(
+        lambda moving, reference: enhanced_correlation(moving, reference, motion=motion, **options).warp,
+        noisy_pair(),
+        tolerance=0.05,
+    )
+
+
+def test_implicit_and_unrolled_derivatives_agree():
+    moving, reference = noisy_pair()
+    slopes = []
+    for gradients in ("implicit", "unrolled"):
+        leaf = moving.clone().requires_grad_()
+        options = EXACT | {"max_iterations": 12}
+        warp = enhanced_correlation(leaf, reference, motion="affine", gradients=gradients, **options).warp
+        warp[..., 2].sum().backward()
+        slopes.append(leaf.grad)
+    torch.testing.assert_close(*slopes, atol=1e-4 * float(slopes[0].abs().max()), rtol=1e-3)
+
+
+def test_the_optimum_does_not_depend_on_the_init():
+    moving, reference = noisy_pair()
+    init = identity_warp(1, dtype=torch.float64).requires_grad_()
+    enhanced_correlation(moving, reference, motion="affine", init=init).warp.sum().backward()
+    assert torch.equal(init.grad, torch.zeros_like(init))
+    short = identity_warp(1, dtype=torch.float64).requires_grad_()
+    enhanced_correlation(
+        moving, reference, motion="affine", init=short, gradients="unrolled", max_iterations=1, levels=1
+    ).warp.sum().backward()
+    assert short.grad.abs().max() > 0  # one step does
+
+
+def test_values_do_not_depend_on_whether_gradients_are_wanted():
+    moving, reference = noisy_pair()
+    plain = enhanced_correlation(moving, reference, motion="affine")
+    with_gradient = enhanced_correlation(moving.requires_grad_(), reference, motion="affine")
+    torch.testing.assert_close(with_gradient.warp.detach(), plain.warp, atol=1e-3, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------------- parts
+
+
+def test_the_spline_interpolates():
+    generator = torch.Generator().manual_seed(0)
+    field = torch.randn(1, 24, 32, generator=generator, dtype=torch.float64)
+    spectrum = rfft2(field)
+    y, x = torch.fft.fftfreq(24, dtype=torch.float64), torch.fft.rfftfreq(32, dtype=torch.float64)
+    coefficients = irfft2(spectrum / (ecc._spline_response(y)[:, None] * ecc._spline_response(x)), (24, 32))
+    # normalised positions of the samples of a frame of the same size
+    at = torch.arange(4, 20, dtype=torch.float64)
+    frame = (24, 32)
+    px, py = (at - 15.5) / 16, (at - 11.5) / 16
+    values = ecc._sample(coefficients, px[None], py[None], frame, spline=True)
+    torch.testing.assert_close(values[0], field[0, at.long(), at.long()], atol=1e-10, rtol=0)
+    # tap by tap and two by two are the same, and the slopes are those of the values
+    px, py = (px + 0.017).requires_grad_(), (py - 0.011).requires_grad_()
+    pairwise = ecc._sample(coefficients, px[None], py[None], frame, spline=True)
+    by_tap, slope_x, slope_y = ecc._sample_with_slopes(coefficients, px[None], py[None], frame)
+    torch.testing.assert_close(pairwise, by_tap, atol=1e-10, rtol=0)
+    expected = torch.autograd.grad(by_tap.sum(), (px, py))
+    torch.testing.assert_close(slope_x[0], expected[0], atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(slope_y[0], expected[1], atol=1e-10, rtol=1e-8)
+
+
+def test_transforms_of_nothing():
+    none = torch.zeros(0, 12, 16)
+    assert rfft2(none).shape == (0, 12, 9)
+    assert irfft2(rfft2(none), (12, 16)).shape == (0, 12, 16)
+    assert fft(rfft(none), dim=-2).shape == (0, 12, 9)
+    image = torch.rand(2, 12, 16)
+    torch.testing.assert_close(irfft2(rfft2(image), (12, 16)), image)
