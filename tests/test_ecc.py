@@ -120,7 +120,7 @@ def test_corners_on_landsat(landsat, motion, median):
 
 @pytest.mark.parametrize(("blur", "worst"), [(0.5, 0.03), (1.5, 0.05), (3.0, 0.06)])
 def test_cascade_on_shifts_of_20_pixels(landsat, blur, worst):
-    # sharp to very smooth scenes; at σ = 3 pixels little is left of the band, and 1 frame in 50 errs by 0.05 … 0.06 px
+    # sharp to very smooth scenes; at σ = 3 px little is left of the band: 1 frame in 50 errs by 0.05 … 0.06 px
     cascade = ta.Cascade(ta.PCC(max_translation=32), ta.ECC(max_translation=32))
     noise = 0.01 if blur < 2 else 0.002
     data = simulate_stack(landsat, frames=24, max_shift=20 / math.sqrt(2), blur=blur, noise=noise, seed=3)

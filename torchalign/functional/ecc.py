@@ -237,15 +237,14 @@ def enhanced_correlation(
     search = _Search(motion, robust, max_iterations, tolerance)
     unroll = gradients == "unrolled"
     warp, state = start, None
-    with torch.set_grad_enabled(torch.is_grad_enabled() and unroll):
-        for level, frames in zip(reversed(reference), reversed(pyramid), strict=True):
-            if not unroll:
-                level, warp = _detach(level), warp.detach()
-            seen = frames if unroll else frames.detach()
-            if state is not None:
-                warp = _better_of(start, warp, level, seen)
-            state = search.maximize(warp, level, seen, finest=frames is pyramid[0])
-            warp = state.warp
+    for level, frames in zip(reversed(reference), reversed(pyramid), strict=True):
+        if not unroll:
+            level, warp = _detach(level), warp.detach()
+        seen = frames if unroll else frames.detach()
+        if state is not None:
+            warp = _better_of(start if unroll else start.detach(), warp, level, seen)
+        state = search.maximize(warp, level, seen, finest=frames is pyramid[0])
+        warp = state.warp
     assert state is not None  # there is at least one level
     finest, frames = reference[0], pyramid[0]
     if not unroll and carries_gradient(finest.field, frames[0]):
@@ -253,8 +252,7 @@ def enhanced_correlation(
     if not unroll and carries_gradient(start):
         # the optimum does not move with where the search began: the derivative is exactly 0
         warp = warp + 0.0 * (start - start.detach())
-    with torch.no_grad():
-        quality = _assess(state, _detach(finest), tolerance)
+    quality = _detach(_assess(state, _detach(finest), tolerance))
     found = _denormalize(_settle(warp), frame)
     flat = finest.flat | frames.flat
     return EnhancedCorrelation(
@@ -707,23 +705,25 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
     direction = (system.inverse * moments[..., None, 2:]).sum(-1)
     increment = gain[..., None] * direction - system.solved
 
-    with torch.no_grad():
-        # a small increment k composed to the warp shifts the frame on the reference by −(its displacement)
-        basis_x, basis_y = _basis(motion, level.x, level.y)
-        moved = -(by_x[..., None] * basis_x + by_y[..., None] * basis_y)  # (..., T, n, P)
-        change = torch.matmul((system.weights[..., None] * moved).mT, level.regressors)  # (..., T, P, 2 + P)
-        change = change - change[..., :1] * system.mean[..., None, :]
-        gain_by = (
-            -gain[..., None]
-            / along[..., None]
-            * (change[..., 1] - (change[..., 2:] * system.solved[..., None, :]).sum(-1))
-        )
-        jacobian = gain_by[..., None, :] * direction[..., :, None] + gain[..., None, None] * (
-            system.inverse @ change[..., 2:].mT
-        )
-        inverse = torch.linalg.inv_ex(jacobian).inverse
-        sound = inverse.isfinite().flatten(-2).all(-1)
-        inverse = torch.where(sound[..., None, None], inverse, 0.0)
+    # the matrix of the theorem has no derivative of its own
+    system, gain, along, direction = _detach(system), gain.detach(), along.detach(), direction.detach()
+    level, by_x, by_y = _detach(level), by_x.detach(), by_y.detach()
+    # a small increment k composed to the warp shifts the frame on the reference by −(its displacement)
+    basis_x, basis_y = _basis(motion, level.x, level.y)
+    moved = -(by_x[..., None] * basis_x + by_y[..., None] * basis_y)  # (..., T, n, P)
+    change = torch.matmul((system.weights[..., None] * moved).mT, level.regressors)  # (..., T, P, 2 + P)
+    change = change - change[..., :1] * system.mean[..., None, :]
+    gain_by = (
+        -gain[..., None]
+        / along[..., None]
+        * (change[..., 1] - (change[..., 2:] * system.solved[..., None, :]).sum(-1))
+    )
+    jacobian = gain_by[..., None, :] * direction[..., :, None] + gain[..., None, None] * (
+        system.inverse @ change[..., 2:].mT
+    )
+    inverse = torch.linalg.inv_ex(jacobian).inverse
+    sound = inverse.isfinite().flatten(-2).all(-1)
+    inverse = torch.where(sound[..., None, None], inverse, 0.0)
     step = -(inverse * increment[..., None, :]).sum(-1)
     return _multiply(_warp_of(step - step.detach(), motion), warp)
 
