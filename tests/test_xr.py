@@ -14,6 +14,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+import torchalign._reference
 import torchalign.xr
 from torchalign.functional.affine import translation_warp
 from torchalign.functional.warp import warp
@@ -542,7 +543,7 @@ def test_coordinates_that_differ_by_rounding_are_the_same():
 @pytest.mark.parametrize("frames", [1, 4, 5])
 @pytest.mark.parametrize("block", [1, 2000, 2**27])
 def test_references_over_time_are_masked(word, dtype, frames, block, monkeypatch):
-    monkeypatch.setattr(torchalign.xr, "_REFERENCE_BYTES", block)
+    monkeypatch.setattr(torchalign._reference, "_REFERENCE_BYTES", block)
     cube = make_cube(dtype, frames=frames).assign_attrs(_FillValue=-5)
     rng = np.random.default_rng(2)
     hidden = rng.random(cube.shape) < 0.2
@@ -779,9 +780,12 @@ def test_the_default_device(monkeypatch):
     align(make_cube(), "first", aligner)
     assert aligner.calls[0][0].device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch, "empty", lambda *size, device: torch.zeros(0, device="meta" if device == "cuda" else device)
-    )
+    empty = torch.empty
+
+    def empty_on_meta(*size, device, **options):
+        return empty(*size, device="meta" if device == "cuda" else device, **options)
+
+    monkeypatch.setattr(torch, "empty", empty_on_meta)
     assert torchalign.xr._find_device(None, aligner).type == "meta"  # what stands for CUDA here
     aligner.register_buffer("table", torch.zeros(1, device="meta"))
     assert torchalign.xr._find_device(None, aligner).type == "meta"
@@ -847,7 +851,7 @@ def test_the_default_batch_is_bounded_by_bytes(monkeypatch):
 @pytest.mark.parametrize("reference", ["first", "median"])
 def test_memory_is_set_by_the_batch_size(reference, monkeypatch):
     """Beside the result itself; tracemalloc sees numpy's memory, where every batch enters and leaves."""
-    monkeypatch.setattr(torchalign.xr, "_REFERENCE_BYTES", 2**18)
+    monkeypatch.setattr(torchalign._reference, "_REFERENCE_BYTES", 2**18)
     extra = {}
     for frames in (32, 256):
         cube = make_cube("uint8", frames=frames, bands=1, height=64, width=64)

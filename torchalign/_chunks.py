@@ -1,0 +1,129 @@
+"""Lazy cubes: dask's chunks along time, each worked on by one task. Only who has such cubes needs dask."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from torchalign._labelled import CUBE, Array, Cube
+
+__all__ = ["chunk_sizes", "is_lazy", "map_chunks", "parts_along_time", "share", "undisturbed"]
+
+_device_lock = threading.Lock()
+_threads_lock = threading.Lock()
+_threads_held: list[int] = []  # the number of threads before the first of those who now have one each
+
+
+def is_lazy(variable: xr.Variable | xr.DataArray) -> bool:
+    """Whether it is made of dask's chunks."""
+    return variable.chunks is not None
+
+
+def chunk_sizes(cube: Cube, batch_size: int | None) -> tuple[int, ...]:
+    """Frames of every chunk: as the cube has it, or ``batch_size`` each."""
+    frames = cube.sizes["time"]
+    if batch_size is None:
+        chunks = cube.array.chunksizes[cube.dims["time"]]
+        return tuple(int(size) for size in chunks) or (0,)
+    sizes = [batch_size] * (frames // batch_size) + [frames % batch_size] * (frames % batch_size > 0)
+    return tuple(sizes) or (0,)
+
+
+def share(value: Any) -> Any:
+    """One task that hands out a value, so that it travels to each worker once."""
+    from dask.delayed import delayed
+
+    return delayed(value, pure=False, traverse=False)
+
+
+def parts_along_time(
+    variable: xr.Variable | None, roles: Sequence[str], chunks: tuple[int, ...]
+) -> list[Any]:
+    """Per chunk the part of ``variable`` that belongs to it, with an axis for each role; the same without time."""
+    if variable is None:
+        return [None] * len(chunks)
+    present = [role for role in roles if role in variable.dims]
+    ordered = variable.transpose(*present)
+    expand = tuple(slice(None) if role in present else None for role in roles)
+    in_time = "time" in present
+    if is_lazy(ordered):
+        whole = dict.fromkeys(range(ordered.ndim), -1) | ({present.index("time"): chunks} if in_time else {})
+        data = ordered.data.rechunk(whole)[expand]
+        # not optimised here: what a mask and the cube have in common is read once
+        parts = list(data.to_delayed(optimize_graph=False).ravel())
+        return parts if in_time else parts * len(chunks)
+    values = ordered.to_numpy()
+    if not in_time:
+        return [share(values[expand])] * len(chunks)
+    edges = np.cumsum((0, *chunks))
+    return [share(values[first:last][expand]) for first, last in itertools.pairwise(edges)]
+
+
+def map_chunks(
+    function: Callable[..., tuple[Array, Array]],
+    shared: Any,
+    cube: Cube,
+    chunks: tuple[int, ...],
+    parts: Sequence[Sequence[Any]],
+    columns: int,
+) -> tuple[Any, Any]:
+    """One task a chunk, which is run once for both of what it makes.
+
+    Args:
+        function: ``(shared, raw (t, C, H, W), *parts) → pixels of the shape and dtype of raw, table (t, columns)``.
+        shared: what all tasks are given.
+        cube: the frames.
+        chunks: of time.
+        parts: of :func:`parts_along_time`, for each further argument.
+        columns: of the table of float64; 0 if the function makes none.
+
+    Returns:
+        A dask array in the order of the cube's own dims, and one (T, columns).
+    """
+    import dask.array
+    from dask.delayed import delayed
+
+    da: Any = dask.array  # which has no types
+
+    task = delayed(function, pure=False, nout=2)
+    everyone = share(shared)
+    size, dtype = tuple(cube.sizes[role] for role in CUBE[1:]), cube.array.dtype
+    pixels, tables = [], []
+    for frames, raw, *own in zip(chunks, parts_along_time(cube.variable, CUBE, chunks), *parts, strict=True):
+        made = task(everyone, raw, *own)
+        pixels.append(da.from_delayed(made[0], (frames, *size), dtype=dtype))
+        tables.append(da.from_delayed(made[1], (frames, columns), dtype=np.float64))
+    present = [role for role in CUBE if role in cube.dims]
+    whole = xr.Variable(CUBE, da.concatenate(pixels))
+    whole = whole if "band" in present else whole.isel(band=0)
+    own_order = sorted(present, key=lambda role: cube.array.get_axis_num(cube.dims[role]))
+    return whole.transpose(*own_order).data, da.concatenate(tables)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Within a task: one thread on the CPU, as dask has one task per core; on CUDA, one task at a time.
+
+    With one thread sums are taken in one order, wherever the task runs: results agree to the last bit.
+    """
+    if device.type != "cpu":
+        with _device_lock:
+            yield
+        return
+    # torch's number of threads is each thread's own, and what threads born later start with
+    with _threads_lock:
+        before = torch.get_num_threads()
+        _threads_held.append(max(before, *_threads_held) if _threads_held else before)
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _threads_lock:
+            torch.set_num_threads(_threads_held.pop())
