@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,44 +67,51 @@ def parts_along_time(
 
 
 def map_chunks(
-    function: Callable[..., tuple[Array, Array]],
+    function: Callable[..., tuple[Array, Mapping[str, Array]]],
     shared: Any,
     cube: Cube,
     chunks: tuple[int, ...],
     parts: Sequence[Sequence[Any]],
-    columns: int,
-) -> tuple[Any, Any]:
-    """One task a chunk, which is run once for both of what it makes.
+    fields: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
+) -> tuple[Any, dict[str, Any]]:
+    """One task a chunk, which is run once for all that it makes.
 
     Args:
-        function: ``(shared, raw (t, C, H, W), *parts) → pixels of the shape and dtype of raw, table (t, columns)``.
+        function: ``(shared, raw (t, C, H, W), *parts) → pixels of the shape and dtype of raw, name → (t, …)``.
         shared: what all tasks are given.
         cube: the frames.
         chunks: of time.
         parts: of :func:`parts_along_time`, for each further argument.
-        columns: of the table of float64; 0 if the function makes none.
+        fields: name → the shape of one frame's, and the dtype.
 
     Returns:
-        A dask array in the order of the cube's own dims, and one (T, columns).
+        A dask array in the order of the cube's own dims; and one (T, …) for each field.
     """
     import dask.array
     from dask.delayed import delayed
 
     da: Any = dask.array  # which has no types
-
     task = delayed(function, pure=False, nout=2)
     everyone = share(shared)
     size, dtype = tuple(cube.sizes[role] for role in CUBE[1:]), cube.array.dtype
-    pixels, tables = [], []
-    for frames, raw, *own in zip(chunks, parts_along_time(cube.variable, CUBE, chunks), *parts, strict=True):
-        made = task(everyone, raw, *own)
-        pixels.append(da.from_delayed(made[0], (frames, *size), dtype=dtype))
-        tables.append(da.from_delayed(made[1], (frames, columns), dtype=np.float64))
+    made = [
+        (frames, task(everyone, raw, *own))
+        for frames, raw, *own in zip(
+            chunks, parts_along_time(cube.variable, CUBE, chunks), *parts, strict=True
+        )
+    ]
+    pixels = [da.from_delayed(done[0], (frames, *size), dtype=dtype) for frames, done in made]
+    tables = {
+        name: da.concatenate(
+            [da.from_delayed(done[1][name], (frames, *of_one), dtype=kind) for frames, done in made]
+        )
+        for name, (of_one, kind) in fields.items()
+    }
     present = [role for role in CUBE if role in cube.dims]
     whole = xr.Variable(CUBE, da.concatenate(pixels))
     whole = whole if "band" in present else whole.isel(band=0)
     own_order = sorted(present, key=lambda role: cube.array.get_axis_num(cube.dims[role]))
-    return whole.transpose(*own_order).data, da.concatenate(tables)
+    return whole.transpose(*own_order).data, tables
 
 
 @contextmanager

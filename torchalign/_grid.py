@@ -68,7 +68,7 @@ def find_grid(cube: Cube) -> Grid | None:
     attrs = _mapping_attrs(array)
     exact = None
     with suppress(ValueError, AttributeError):
-        exact = Grid.from_gdal(attrs["GeoTransform"], size) if "GeoTransform" in attrs else None
+        exact = Grid.from_gdal(str(attrs["GeoTransform"]), size) if "GeoTransform" in attrs else None
     crs = _find_crs(array)
     labelled = {role: cube.dims[role] in array.coords for role in ("y", "x")}
     if not any(labelled.values()):
@@ -121,16 +121,24 @@ def regular_step(values: np.ndarray) -> float | None:
     return float(step)
 
 
-def metres_per_pixel(array: xr.DataArray, dim: Hashable) -> float | None:
-    """Signed: negative along y of a north-up grid. None for an irregular grid, or one without such a unit."""
-    step = regular_step(array[dim].values) if dim in array.coords else None
-    if step is None:
-        return None
-    units = str(array[dim].attrs.get("units", "")).lower()
-    metres = _UNITS_IN_METRES.get(units)
-    if metres is None and not units.startswith("deg"):
-        metres = _metres_of_crs(array)
-    return None if metres is None else float(step * metres)
+def metres_per_pixel(cube: Cube) -> dict[str, float]:
+    """Along "x" and "y"; signed: negative along y of a north-up grid.
+
+    Without those where the grid is irregular, or has no such unit.
+    """
+    found = {}
+    for role in ("x", "y"):
+        array, dim = cube.array, cube.dims[role]
+        step = regular_step(array[dim].values) if dim in array.coords else None
+        if step is None:
+            continue
+        units = str(array[dim].attrs.get("units", "")).lower()
+        metres = _UNITS_IN_METRES.get(units)
+        if metres is None and not units.startswith("deg"):
+            metres = _metres_of_crs(array)
+        if metres is not None:
+            found[role] = step * metres
+    return found
 
 
 def _mapping_attrs(array: xr.DataArray) -> dict[Hashable, object]:

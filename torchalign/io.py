@@ -373,7 +373,7 @@ def _read_times(
     return times
 
 
-def _to_datetime64(value: Any) -> np.datetime64:
+def _to_datetime64(value: Any) -> Any:
     return np.array(value, "datetime64[ns]")[()]  # pandas' and cftime's dates, text, what numpy takes
 
 

@@ -38,6 +38,8 @@ _FIELDS = {
     "residual_y": ("pixel", "displacement left after alignment, measured again, downwards"),
     "shift_x_metres": ("m", "displacement of the frame's centre, towards greater x"),
     "shift_y_metres": ("m", "displacement of the frame's centre, towards greater y"),
+    "residual_x_metres": ("m", "displacement left after alignment, towards greater x"),
+    "residual_y_metres": ("m", "displacement left after alignment, towards greater y"),
 }
 _GRID_COLUMNS = ("grid_height", "grid_width", *(f"grid_transform_{letter}" for letter in "abcdef"))
 
@@ -155,20 +157,26 @@ def summarize(report: xr.Dataset) -> Summary:
 # --- made ---
 
 
-def measure(estimate: Estimate, residual: Tensor | None, size: tuple[int, int]) -> dict[str, Array]:
+def measure(
+    estimate: Estimate, residual: Tensor | None, size: tuple[int, int], metres: Mapping[str, float]
+) -> dict[str, Array]:
     """The fields of a report that come with a batch of frames, on the host.
 
     Args:
         estimate: of (T,) frames.
         residual: (T, 2), (x, y) in pixels.
         size: (H, W) of the frames.
+        metres: in a pixel along ``"x"`` and ``"y"``, signed; without those that are not known.
     """
     shift = center_displacement(estimate.warp, size)  # (T, 2), (x, y)
     fields = {"warp": estimate.warp, "shift_x": shift[:, 0], "shift_y": shift[:, 1], "score": estimate.score}
     fields |= {"score_before": estimate.score_before, "sigma": estimate.sigma, "status": estimate.status}
     if residual is not None:
         fields |= {"residual_x": residual[:, 0], "residual_y": residual[:, 1]}
-    return {name: np.asarray(tensor.detach().cpu().numpy()) for name, tensor in fields.items()}
+    for name in [name for name in fields if name.startswith(("shift", "residual")) and name[-1] in metres]:
+        fields[f"{name}_metres"] = fields[name] * metres[name[-1]]
+    found = {name: np.asarray(tensor.detach().cpu().numpy()) for name, tensor in fields.items()}
+    return found | {"status": found["status"].astype(np.int8)}
 
 
 def build_report(
@@ -184,8 +192,7 @@ def build_report(
     """
     if cube is not None:
         time = cube.dims["time"]
-        fields = dict(fields) | _in_metres(fields, cube)
-    variables = {name: _variable(name, fields[name], time) for name in (*_FIELDS, *fields) if name in fields}
+    variables = {name: _variable(name, fields[name], time) for name in _FIELDS if name in fields}
     report = xr.Dataset(variables, _time_coords(cube, variables, time), _general_attrs() | dict(attrs))
     grid = None if cube is None else find_grid(cube)
     if grid is not None:
@@ -217,25 +224,14 @@ def as_report(estimate: Estimate, like: xr.DataArray | None = None) -> xr.Datase
         got = f"{len(estimate.warp)} frames for a cube of {cube.sizes['time']}"
         raise ValueError(message("estimate", "one warp for each frame", got, "give the cube it was made on"))
     size = (1, 1) if cube is None else (cube.sizes["y"], cube.sizes["x"])
-    fields = measure(estimate, None, size)
+    fields = measure(estimate, None, size, {} if cube is None else metres_per_pixel(cube))
     return build_report(fields, cube, {"aligner": "unknown", "reference": "unknown"})
 
 
-def _in_metres(fields: Mapping[str, Any], cube: Cube) -> dict[str, Any]:
-    found = {}
-    for role in ("x", "y"):
-        metres = metres_per_pixel(cube.array, cube.dims[role])
-        for name in (f"shift_{role}", f"residual_{role}"):
-            if metres is not None and name in fields:
-                found[f"{name}_metres"] = fields[name] * metres
-    return found
-
-
 def _variable(name: str, values: Any, time: Hashable) -> xr.Variable:
-    units, long_name = _FIELDS.get(name, ("m", f"{name.removesuffix('_metres')} in metres"))
+    units, long_name = _FIELDS[name]
     attrs: dict[str, Any] = {"units": units, "long_name": long_name}
     if name == "status":
-        values = values.astype(np.int8)
         attrs |= {
             "flag_values": np.array(list(Status), np.int8),
             "flag_meanings": " ".join(code.name for code in Status),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from torchalign._check import check_option, message
 from torchalign._chunks import chunk_sizes, is_lazy, map_chunks, parts_along_time, undisturbed
-from torchalign._grid import Grid, find_grid, regrid_warp
+from torchalign._grid import Grid, find_grid, metres_per_pixel, regrid_warp
 from torchalign._labelled import (
     CUBE,
     MASK,
@@ -179,7 +179,15 @@ def align(
     if not is_lazy(datacube):  # else each chunk chooses for itself, on the machine that computes it
         device, module = where, _find_aligner(module, where)
     job = _Job(
-        _Recipe(module, pixels, device, _check_batch(batch_size), verify, _count_rows(module)),
+        _Recipe(
+            module,
+            pixels,
+            device,
+            _check_batch(batch_size),
+            verify,
+            _count_rows(module),
+            metres_per_pixel(cube),
+        ),
         cube,
         find_mask(mask, "mask", cube),
         find_mask(reference_mask, "reference_mask", cube),
@@ -285,7 +293,7 @@ def apply(
         if is_lazy(cube.array):
             chunks = chunk_sizes(cube, recipe.batch_size)
             parts = [parts_along_time(usable, _mask_roles(usable), chunks), warps.parts(chunks)]
-            values = map_chunks(_apply_chunk, (recipe, warps.regridding), cube, chunks, parts, 0)[0]
+            values = map_chunks(_apply_chunk, (recipe, warps.regridding), cube, chunks, parts, {})[0]
         else:
             values = np.empty(cube.array.shape, cube.array.dtype)
             where, loaded = _find_device(device, None), warps.load()
@@ -313,12 +321,17 @@ class _Recipe:
     batch_size: int | None
     verify: bool
     rows: int  # of the warps
+    metres: dict[str, float]  # of a pixel
 
-    def fields(self, *, resampled: bool) -> dict[str, tuple[int, ...]]:
-        """What there is of every frame, and its shape."""
-        names = ["shift_x", "shift_y", "score", "score_before", "sigma", "status"]
-        names += ["residual_x", "residual_y"] if self.verify and resampled else []
-        return {"warp": (self.rows, 3), **dict.fromkeys(names, ())}
+    def fields(self, *, resampled: bool) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """What there is of every frame: the shape and the dtype of one."""
+        axes = [f"shift_{axis}" for axis in "xy"]
+        axes += [f"residual_{axis}" for axis in "xy"] if self.verify and resampled else []
+        names = [*axes, *(f"{name}_metres" for name in axes if name[-1] in self.metres)]
+        number = self.pixels.compute_dtype
+        fields: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {"warp": ((self.rows, 3), number)}
+        fields |= dict.fromkeys((*names, "score", "score_before", "sigma"), ((), number))
+        return fields | {"status": ((), np.dtype(np.int8))}
 
     def run(
         self,
@@ -339,7 +352,7 @@ class _Recipe:
         if not resampled:
             only = getattr(module, "estimate", None)
             found = only(frames, reference, **options) if only else module(frames, reference, **options)[1]
-            return raw, measure(found, None, size)
+            return raw, measure(found, None, size, self.metres)
         aligned, found = module(frames, reference, **options)
         if getattr(module, "fill_value", None) is not None:
             aligned = keep_nodata(aligned, frames, found.warp)
@@ -347,7 +360,9 @@ class _Recipe:
         if self.verify:
             residual = _residual(module, aligned, usable, found, reference, reference_usable)
         kept = found.valid.cpu().numpy()[:, None, None, None]
-        return np.where(kept, self.pixels.encode(aligned, raw), raw), measure(found, residual, size)
+        return np.where(kept, self.pixels.encode(aligned, raw), raw), measure(
+            found, residual, size, self.metres
+        )
 
 
 @dataclass(frozen=True)
@@ -408,9 +423,7 @@ class _Job:
         chunks = chunk_sizes(cube, recipe.batch_size)
         regridding = None if self.init is None else self.init.regridding
         shape = tuple(cube.sizes[role] for role in CUBE[1:])
-        fields = recipe.fields(resampled=resampled)
-        columns = {name: math.prod(of_one) for name, of_one in fields.items()}
-        values, table = map_chunks(
+        values, fields = map_chunks(
             _align_chunk,
             (recipe, source.pixels, shape, regridding, resampled),
             cube,
@@ -421,16 +434,13 @@ class _Job:
                 parts_along_time(self.reference_usable, _mask_roles(self.reference_usable), chunks),
                 [None] * len(chunks) if self.init is None else self.init.parts(chunks),
             ],
-            sum(columns.values()),
+            recipe.fields(resampled=resampled),
         )
-        if not resampled:  # wanted now, and without the pixels
-            values, table = None, table.compute()
-        split, first = {}, 0
-        for name, of_one in fields.items():
-            part = table[:, first : first + columns[name]].reshape(len(table), *of_one)
-            split[name] = part.astype(np.int64 if name == "status" else recipe.pixels.compute_dtype)
-            first += columns[name]
-        return values, split
+        if resampled:
+            return values, fields
+        import dask  # wanted now, and without the pixels
+
+        return None, dask.compute(fields)[0]
 
 
 def _align_chunk(
@@ -440,8 +450,8 @@ def _align_chunk(
     usable: Array | None,
     reference_usable: Array | None,
     init: Array | None,
-) -> tuple[Array, Array]:
-    """A task: the pixels of a chunk, (t, C, H, W), and its rows of the report side by side."""
+) -> tuple[Array, dict[str, Array]]:
+    """A task: the pixels of a chunk, (t, C, H, W), and its rows of the report."""
     recipe, reference_pixels, shape, regridding, resampled = shared
     where = _find_device(recipe.device, recipe.aligner)
     with undisturbed(where), torch.no_grad():
@@ -460,25 +470,20 @@ def _align_chunk(
                 None if init is None or regridding is None else regridding(init[batch]),
                 resampled=resampled,
             )
-            rows.append(_side_by_side(fields, recipe.rows))
-    return out, np.concatenate(rows)
+            rows.append(fields | {"warp": _with_rows(fields["warp"], recipe.rows)})
+    return out, {name: np.concatenate([fields[name] for fields in rows]) for name in rows[0]}
 
 
-def _side_by_side(fields: dict[str, Array], rows: int) -> Array:
-    """(t, columns) float64, which holds all of them exactly."""
-    warp = fields["warp"]
-    if warp.shape[1] == 2 and rows == 3:
-        warp = to_homogeneous(torch.from_numpy(warp)).numpy()
-    if warp.shape[1] == 3 and rows == 2:
+def _with_rows(warp: Array, rows: int) -> Array:
+    """Warps of the shape that was promised when nothing had been computed."""
+    if warp.shape[1] < rows:
+        return to_homogeneous(torch.from_numpy(warp)).numpy()
+    if warp.shape[1] > rows:
         if not (warp[:, 2] == (0, 0, 1)).all():
             cure = 'give its class an attribute motion = "homography", so that it is known beforehand'
             raise ValueError(message("aligner", "warps (T, 2, 3)", f"homographies {warp.shape}", cure))
-        warp = warp[:, :2]
-    columns = [
-        warp.reshape(len(warp), 3 * rows),
-        *(fields[name][:, None] for name in fields if name != "warp"),
-    ]
-    return np.concatenate([column.astype(np.float64) for column in columns], 1)
+        return warp[:, :2]
+    return warp
 
 
 def _part(values: Array | None, batch: slice, device: torch.device) -> Tensor | None:
@@ -660,15 +665,15 @@ class _Resampling:
 
 def _apply_chunk(
     shared: tuple[_Resampling, _Regridding], raw: Array, usable: Array | None, warps: Array
-) -> tuple[Array, Array]:
-    """A task: the pixels of a chunk, (t, C, H, W), and no table."""
+) -> tuple[Array, dict[str, Array]]:
+    """A task: the pixels of a chunk, (t, C, H, W), and nothing else."""
     recipe, regridding = shared
     where, sizes = _find_device(recipe.device, None), dict(zip(CUBE, raw.shape, strict=True))
     out = np.empty_like(raw)
     with undisturbed(where), torch.no_grad():
         for batch in _batches(len(raw), _frames_at_a_time(recipe.batch_size, sizes, recipe.pixels, where)):
             out[batch] = recipe.run(raw[batch], _part(usable, batch, where), regridding, warps[batch], where)
-    return out, np.empty((len(raw), 0))
+    return out, {}
 
 
 def _frame_transforms(warps: _Warps, cube: Cube) -> Array:
