@@ -14,7 +14,7 @@ import xarray as xr
 
 from torchalign._labelled import CUBE, Array, Cube
 
-__all__ = ["chunk_sizes", "is_lazy", "map_chunks", "parts_along_time", "share", "undisturbed"]
+__all__ = ["chunk_sizes", "compute_together", "is_lazy", "map_chunks", "parts_along_time", "share", "undisturbed"]
 
 _device_lock = threading.Lock()
 _threads_lock = threading.Lock()
@@ -112,6 +112,14 @@ def map_chunks(
     whole = whole if "band" in present else whole.isel(band=0)
     own_order = sorted(present, key=lambda role: cube.array.get_axis_num(cube.dims[role]))
     return whole.transpose(*own_order).data, tables
+
+
+def compute_together(values: Any) -> Any:
+    """What lazy arrays hold, with tasks that they share run once."""
+    import dask.base
+
+    compute: Any = dask.base.compute  # which has no types
+    return compute(values)[0]
 
 
 @contextmanager

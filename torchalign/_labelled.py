@@ -195,7 +195,7 @@ class Pixels:
             host = host.pin_memory()
         values = host.to(device, non_blocking=True).to(self.compute)
         for value in self.nodata:
-            values = values.masked_fill(values == float(value), torch.nan)
+            values.masked_fill_(values == float(value), torch.nan)  # of our own copy
         return values
 
     def encode(self, values: Tensor, raw: Array) -> Array:
@@ -211,12 +211,12 @@ class Pixels:
         limits, number = np.iinfo(self.dtype), np.float64 if self.compute == torch.float64 else np.float32
         top = number(limits.max)  # may have been rounded up, beyond what the integers hold
         top = top if int(top) <= limits.max else np.nextafter(top, number(0))
-        rounded = values.round().clamp(float(limits.min), float(top))
+        rounded = values.round().clamp_(float(limits.min), float(top))
         for value in map(int, self.nodata):  # a valid pixel must not become nodata by rounding or clamping
             beside = value + 1 if value < limits.max else value - 1
-            rounded = rounded.masked_fill((rounded == float(value)) & (values != float(value)), float(beside))
+            rounded.masked_fill_((rounded == float(value)) & (values != float(value)), float(beside))
         integer = torch.from_numpy(np.empty(0, self.native)).dtype
-        encoded = rounded.nan_to_num().to(integer).cpu().numpy()
+        encoded = rounded.nan_to_num_().to(integer).cpu().numpy()
         if self.nodata:
             encoded[values.isnan().cpu().numpy()] = self.nodata[0]
         return encoded

@@ -30,6 +30,7 @@ from torchalign.functional.affine import (
     center_displacement,
     change_origin,
     compose_warps,
+    identity_warp,
     invert_warp,
     transform_points,
 )
@@ -44,6 +45,10 @@ ReferenceName = Literal["median", "mean", "first", "clearest", "iterative"]
 _READ_BYTES = 2**28  # of raw pixels of a lazy cube held at once, all its frames of a block of rows
 _REFERENCE_BYTES = 2**27  # of computed pixels held at once for a temporal median or mean
 _MOST_ROUNDS = 8  # of "iterative"; two or three are the rule
+_ENOUGH = (
+    0.5  # of the frames aligned with their median, or "iterative" tries to start from the clearest frame
+)
+_FEWEST = 3  # frames that make a median
 _STILL = 0.005  # pixels; "iterative" stops when the frames move by less, in the root mean square
 
 
@@ -129,8 +134,9 @@ def _make_reference(
     if name in ("median", "mean"):
         return source(name, over_time(name, cube, pixels, usable, device))
     if name == "iterative":
-        start = source("median", over_time("median", cube, pixels, usable, device))
-        warps, rounds = _settle(start, cube, pixels, usable, device, estimate, source)
+        if not cube.sizes["time"]:
+            return source(name, over_time("median", cube, pixels, usable, device))
+        warps, rounds = _settle(cube, pixels, usable, device, estimate, source)
         values = over_time("median", cube, pixels, usable, device, warps)
         return source(f"iterative (median of the aligned stack, {rounds} rounds)", values)
     number = 0
@@ -256,7 +262,6 @@ def _align_rows(values: Tensor, found: Found, top: int) -> Tensor:
 
 
 def _settle(
-    start: ReferenceSource,
     cube: Cube,
     pixels: Pixels,
     usable: xr.Variable | None,
@@ -265,22 +270,33 @@ def _settle(
     source: Callable[[str, Tensor], ReferenceSource],
 ) -> tuple[Found, int]:
     """Estimate against the median of what was aligned before, until the frames stop moving."""
-    size = (cube.sizes["y"], cube.sizes["x"])
-    reference, previous = start, None
-    for number in range(1, _MOST_ROUNDS + 1):
-        found = _anchor(estimate(reference))
-        if not bool(found.valid.any()):  # nothing to take a median of: all frames as they are
-            return found._replace(valid=torch.ones_like(found.valid)), number
-        place = center_displacement(found.warp.double(), size)
-        if previous is not None:
-            both = found.valid & previous[1]
-            moved = (place - previous[0])[both].square().mean().sqrt()
-            if bool(both.any()) and bool(moved <= _STILL) and bool((found.valid == previous[1]).all()):
-                break
-        previous = (place, found.valid)
-        if number < _MOST_ROUNDS:
-            reference = source("median", over_time("median", cube, pixels, usable, device, found))
-    return found, number
+    size, frames = (cube.sizes["y"], cube.sizes["x"]), cube.sizes["time"]
+    found = estimate(source("median", over_time("median", cube, pixels, usable, device)))
+    if (
+        int(found.valid.sum()) < _ENOUGH * frames
+    ):  # displaced or clouded so much that their median shows nothing
+        number = _clearest(cube, pixels, usable, device)
+        frame = visible(cube, pixels, usable, device, time=slice(number, number + 1))[0]
+        found = max((found, estimate(source("clearest", frame))), key=lambda one: int(one.valid.sum()))
+    rounds, previous = 0, found
+    while rounds < _MOST_ROUNDS:
+        rounds, found = rounds + 1, _anchor(found)
+        if int(found.valid.sum()) < min(_FEWEST, frames):  # too few for a median: all frames as they are
+            everything = torch.ones_like(found.valid)
+            return Found(identity_warp(frames, dtype=found.warp.dtype), everything), rounds
+        if rounds > 1 and _is_still(found, previous, size):
+            break
+        previous = found
+        reference = source("median", over_time("median", cube, pixels, usable, device, found))
+        found = estimate(reference)
+    return previous, rounds
+
+
+def _is_still(found: Found, previous: Found, size: tuple[int, int]) -> bool:
+    if not bool((found.valid == previous.valid).all()):
+        return False
+    steps = [center_displacement(one.warp[one.valid].double(), size) for one in (found, previous)]
+    return bool((steps[0] - steps[1]).square().mean().sqrt() <= _STILL)
 
 
 def _anchor(found: Found) -> Found:

@@ -7,7 +7,6 @@ Frames stream through the device in batches, or wait in dask's chunks until some
 from __future__ import annotations
 
 import copy
-import math
 import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from torchalign._check import check_option, message
-from torchalign._chunks import chunk_sizes, is_lazy, map_chunks, parts_along_time, undisturbed
+from torchalign._chunks import chunk_sizes, compute_together, is_lazy, map_chunks, parts_along_time, undisturbed
 from torchalign._grid import Grid, find_grid, metres_per_pixel, regrid_warp
 from torchalign._labelled import (
     CUBE,
@@ -58,6 +57,7 @@ _ALIGNERS: dict[str, Callable[[], nn.Module]] = {
 ApplyMode = Literal["resample", "shift-coords"]
 
 _CPU_BATCH_BYTES, _CUDA_BATCH_BYTES = 2**26, 2**30
+_TASK_BATCH_BYTES = 2**24  # of each of dask's tasks on the CPU, several of which run side by side
 _WARP = ("time", "row", "col")
 _TRANSFORM = "geotransform"  # the coordinate of "shift-coords"
 
@@ -438,9 +438,7 @@ class _Job:
         )
         if resampled:
             return values, fields
-        import dask  # wanted now, and without the pixels
-
-        return None, dask.compute(fields)[0]
+        return None, compute_together(fields)  # wanted now, and without the pixels
 
 
 def _align_chunk(
@@ -459,7 +457,9 @@ def _align_chunk(
         one = decode_reference(reference_pixels, reference, shape, where) if reference.ndim == 3 else None
         sizes = dict(zip(CUBE, raw.shape, strict=True))
         out, rows = np.empty_like(raw), []
-        for batch in _batches(len(raw), _frames_at_a_time(recipe.batch_size, sizes, recipe.pixels, where)):
+        for batch in _batches(
+            len(raw), _frames_at_a_time(recipe.batch_size, sizes, recipe.pixels, where, _TASK_BATCH_BYTES)
+        ):
             own = decode_reference(reference_pixels, reference[batch], shape, where) if one is None else one
             out[batch], fields = recipe.run(
                 module,
@@ -671,7 +671,9 @@ def _apply_chunk(
     where, sizes = _find_device(recipe.device, None), dict(zip(CUBE, raw.shape, strict=True))
     out = np.empty_like(raw)
     with undisturbed(where), torch.no_grad():
-        for batch in _batches(len(raw), _frames_at_a_time(recipe.batch_size, sizes, recipe.pixels, where)):
+        for batch in _batches(
+            len(raw), _frames_at_a_time(recipe.batch_size, sizes, recipe.pixels, where, _TASK_BATCH_BYTES)
+        ):
             out[batch] = recipe.run(raw[batch], _part(usable, batch, where), regridding, warps[batch], where)
     return out, {}
 
@@ -763,12 +765,17 @@ def _check_batch(size: int | None) -> int | None:
 
 
 def _frames_at_a_time(
-    size: int | None, sizes: Mapping[str, int], pixels: Pixels, device: torch.device
+    size: int | None,
+    sizes: Mapping[str, int],
+    pixels: Pixels,
+    device: torch.device,
+    budget: int | None = None,
 ) -> int:
+    """``size``, or what fits the budget: in bytes, of the CPU."""
     if size is not None:
         return size
     frame_bytes = pixels.compute.itemsize * sizes["band"] * sizes["y"] * sizes["x"]
-    budget = _CPU_BATCH_BYTES
+    budget = _CPU_BATCH_BYTES if budget is None else budget
     if device.type == "cuda":
         budget = min(_CUDA_BATCH_BYTES, torch.cuda.mem_get_info(device)[0] // 16)
     return max(1, budget // max(1, frame_bytes))
