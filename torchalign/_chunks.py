@@ -14,7 +14,15 @@ import xarray as xr
 
 from torchalign._labelled import CUBE, Array, Cube
 
-__all__ = ["chunk_sizes", "compute_together", "is_lazy", "map_chunks", "parts_along_time", "share", "undisturbed"]
+__all__ = [
+    "chunk_sizes",
+    "compute_together",
+    "is_lazy",
+    "map_chunks",
+    "parts_along_time",
+    "share",
+    "undisturbed",
+]
 
 _device_lock = threading.Lock()
 _threads_lock = threading.Lock()

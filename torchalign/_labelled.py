@@ -61,6 +61,12 @@ class Cube:
 
     @classmethod
     def of(cls, array: object, given: Mapping[str, Hashable | None]) -> Cube:
+        """Find the dims, but for those that are given by role.
+
+        Raises:
+            TypeError: no DataArray of numbers.
+            ValueError: dims that cannot be told.
+        """
         if not isinstance(array, xr.DataArray):
             cure = "align tensors with aligner(cube, reference), or give the array dims with xarray.DataArray"
             if isinstance(array, xr.Dataset):
@@ -73,10 +79,12 @@ class Cube:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Role → length; 1 for a band dim that is not there."""
         return {role: self.array.sizes[self.dims[role]] if role in self.dims else 1 for role in CUBE}
 
     @property
     def variable(self) -> xr.Variable:
+        """With the roles as dims."""
         return rename_dims(self.array, {dim: role for role, dim in self.dims.items()})
 
     def view(self, values: Array) -> Array:
@@ -404,6 +412,7 @@ def _same_coordinate(first: xr.DataArray, dim: Hashable, second: xr.DataArray, o
 
 
 def describe(array: xr.DataArray, dim: Hashable) -> str:
+    """How many labels there are along a dim, and some of them."""
     labels = array[dim].values.astype(str) if dim in array.coords else np.empty(0, str)
     shown = ", ".join(labels if len(labels) < 5 else (labels[0], labels[1], "…", labels[-1]))
     return f"{array.sizes[dim]} of them ({shown or 'without labels'})"

@@ -511,14 +511,16 @@ def _label(
         "band": [str(name) for name in names] if unique else list(numbers),
         _FILE: ("time", np.array([raster.path.name for raster in rasters], dtype=np.str_)),
     }
-    if not b and not d:
+    georeferenced = bool(first.grid.crs) or first.grid.transform != (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    if georeferenced and not b and not d:
         coords["y"] = ("y", f + e * (np.arange(height) + 0.5), {"axis": "Y", "long_name": "pixel centres"})
         coords["x"] = ("x", c + a * (np.arange(width) + 0.5), {"axis": "X", "long_name": "pixel centres"})
-    mapping = {"GeoTransform": first.grid.to_gdal()}
+    mapping = {"GeoTransform": first.grid.to_gdal()} if georeferenced else {}
     if first.grid.crs:
         mapping |= {"crs_wkt": first.grid.crs, "spatial_ref": first.grid.crs}
         mapping |= _cf_attributes(first.grid.crs)
-    coords["spatial_ref"] = ((), 0, mapping)
+    if georeferenced:
+        coords["spatial_ref"] = ((), 0, mapping)
     attrs: dict[str, Any] = {}
     if first.nodata is not None:
         dtype = np.dtype(values.dtype)
@@ -532,7 +534,9 @@ def _label(
         elif len(set(own)) > 1:
             attrs[plural] = tuple(own)
     cube = xr.DataArray(values, coords, ("time", "band", "y", "x"), attrs=attrs)
-    cube.encoding["grid_mapping"] = "spatial_ref"
+    cube.name = None  # a lazy one is else called after its graph
+    if georeferenced:
+        cube.encoding["grid_mapping"] = "spatial_ref"
     return cube
 
 
@@ -646,8 +650,8 @@ def _profiles(cube: Cube, driver: str, compression: Compression) -> list[dict[st
         "scales": _per_band(array, "scales", "scale_factor", 1.0, bands),
         "offsets": _per_band(array, "offsets", "add_offset", 0.0, bands),
     }
+    profile["compress"] = compression  # "none" must be said, too: a COG is else LZW
     if compression != "none":
-        profile["compress"] = compression
         predictor = 3 if array.dtype.kind == "f" else 2
         profile |= {
             "predictor": ("FLOATING_POINT" if predictor == 3 else "STANDARD")

@@ -20,7 +20,14 @@ import xarray as xr
 from torch import Tensor, nn
 
 from torchalign._check import check_option, message
-from torchalign._chunks import chunk_sizes, compute_together, is_lazy, map_chunks, parts_along_time, undisturbed
+from torchalign._chunks import (
+    chunk_sizes,
+    compute_together,
+    is_lazy,
+    map_chunks,
+    parts_along_time,
+    undisturbed,
+)
 from torchalign._grid import Grid, find_grid, metres_per_pixel, regrid_warp
 from torchalign._labelled import (
     CUBE,
