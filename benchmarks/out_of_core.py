@@ -88,17 +88,11 @@ def align(store: Path, out: Path, reference: str, workers: int) -> dict[str, obj
     import torchalign as ta
     from torchalign.io import write_cube
 
-    def run() -> xr.Dataset:
-        cube = xr.open_zarr(store)["reflectance"]
-        aligned, report = ta.align(cube, reference)
-        before = time.perf_counter()
-        _, report = dask.compute(write_cube(aligned, out, compute=False), report)
-        print(f"lazy part {time.perf_counter() - before:.0f} s", file=sys.stderr)
-        return report
-
     start = time.perf_counter()
     with dask.config.set(scheduler="threads", num_workers=workers):
-        report = run()
+        cube = xr.open_zarr(store)["reflectance"]
+        aligned, report = ta.align(cube, reference)
+        _, report = write_cube(aligned, out, report=report)
     seconds = time.perf_counter() - start
     found = np.stack([report.shift_x, report.shift_y], -1)
     error = found - offsets(len(found))

@@ -54,7 +54,7 @@ FOREIGN = {
     "_reference": {"numpy", "xarray"},
     "report": {"numpy", "xarray"},
     "xr": {"numpy", "xarray", "tqdm"},
-    "io": {"numpy", "xarray", "dask", "rasterio", "pyproj", "zarr"},
+    "io": {"numpy", "xarray", "dask", "rasterio", "pyproj", "zarr", "h5netcdf"},
     "datasets": {"numpy", "xarray", "kornia", "spyndex"},
     "plot": {"numpy", "xarray", "matplotlib", "PIL"},
     "__main__": set(),

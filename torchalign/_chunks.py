@@ -122,6 +122,35 @@ def map_chunks(
     return whole.transpose(*own_order).data, tables
 
 
+def rows_after(report: xr.Dataset, jobs: Sequence[Any], chunks: tuple[int, ...]) -> xr.Dataset:
+    """A lazy report whose rows come once the job of their chunk is done.
+
+    Dask would else make all of a report first, and keep every chunk of pixels for the jobs that come later.
+    """
+    import dask.array
+    from dask.delayed import delayed
+
+    da: Any = dask.array  # which has no types
+    wait = delayed(_first_of, pure=False)
+    time = report["status"].dims[0]
+    changed = {}
+    for name, array in report.data_vars.items():
+        if is_lazy(array):
+            data = array.transpose(time, ...).data.rechunk({0: chunks})
+            parts = data.to_delayed(optimize_graph=False).ravel()
+            shapes = [(frames, *data.shape[1:]) for frames in chunks]
+            blocks = [
+                da.from_delayed(wait(part, job), shape, dtype=data.dtype)
+                for part, job, shape in zip(parts, jobs, shapes, strict=True)
+            ]
+            changed[name] = (array.dims, da.concatenate(blocks), array.attrs)
+    return report.assign(changed)
+
+
+def _first_of(value: Any, job: Any) -> Any:
+    return value
+
+
 def compute_together(values: Any) -> Any:
     """What lazy arrays hold, with tasks that they share run once."""
     import dask.base

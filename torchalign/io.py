@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,10 +22,17 @@ import numpy as np
 import xarray as xr
 
 from torchalign._check import check_option, message
-from torchalign._chunks import is_lazy
+from torchalign._chunks import (
+    chunk_sizes,
+    compute_together,
+    is_lazy,
+    parts_along_time,
+    rows_after,
+    share,
+)
 from torchalign._files import atomic, check_free, discard, put_in_place, workshop_beside
 from torchalign._grid import Grid, find_grid
-from torchalign._labelled import Array, Cube, find_nodata
+from torchalign._labelled import CUBE, Array, Cube, find_nodata
 
 __all__ = ["Compression", "OnError", "open_stack", "parse_time", "write_cube", "write_stack"]
 
@@ -190,6 +197,7 @@ def write_stack(
     driver: Literal["GTiff", "COG"] = "COG",
     compression: Compression = "deflate",
     overwrite: bool = False,
+    report: xr.Dataset | None = None,
     compute: bool = True,
 ) -> Any:
     """Write a cube as GeoTIFFs, one a frame, each whole or not at all.
@@ -208,11 +216,12 @@ def write_stack(
         driver: ``"COG"``, a GeoTIFF in tiles with overviews, or plain ``"GTiff"``.
         compression: lossless, all of them.
         overwrite: replace files that are there.
-        compute: False gives a dask ``Delayed``, to be computed together with the report, which aligns once:
-            ``paths, report = dask.compute(write_stack(aligned, folder, compute=False), report)``.
+        report: of the same :func:`torchalign.align`, to be computed in the same pass.
+        compute: False leaves a lazy cube and its report to ``dask.compute``.
 
     Returns:
-        The paths in the order of time, or a ``Delayed`` of them.
+        The paths in the order of time. With ``report``, these and the report in memory. With ``compute=False``, a
+        ``Delayed`` of the paths, and a report that waits for the pixels, chunk by chunk.
 
     Raises:
         TypeError, ValueError: no cube; names that are not unique; a dtype that GeoTIFF has not.
@@ -230,66 +239,98 @@ def write_stack(
         check_free(path, overwrite)
     Path(folder).mkdir(parents=True, exist_ok=True)
     profiles = _profiles(seen, driver, compression)
-    parts = _frame_parts(seen)
     if not is_lazy(cube):
-        for path, profile, part in zip(paths, profiles, parts, strict=True):
+        for path, profile, part in zip(paths, profiles, _frame_parts(seen), strict=True):
             _write_raster(part.to_numpy(), [path], [profile])
-        return paths
+        return paths if report is None else (paths, report.compute())
     from dask.delayed import delayed
 
-    edges = np.cumsum((0, *cube.chunksizes[seen.dims["time"]]))
-    frames = _stack_variable(seen)
-    jobs = []
-    for first, last in itertools.pairwise(edges):
-        whole = frames[first:last].data.rechunk(-1).to_delayed(optimize_graph=False).ravel()[0]
-        job = delayed(_write_raster, pure=False)
-        jobs.append(job(whole, paths[first:last], delayed(profiles[first:last], traverse=False)))
-    done = delayed(_all_paths, pure=False)(jobs)
-    return done.compute() if compute else done
+    chunks = chunk_sizes(seen, None)
+    write, edges = delayed(_write_raster, pure=False), itertools.pairwise(np.cumsum((0, *chunks)))
+    jobs = [
+        write(pixels, paths[first:last], share(profiles[first:last]))
+        for pixels, (first, last) in zip(parts_along_time(seen.variable, CUBE, chunks), edges, strict=True)
+    ]
+    return _complete(delayed(_all_paths, pure=False)(jobs), jobs, chunks, report, compute)
 
 
 def write_cube(
-    cube: xr.DataArray | xr.Dataset,
+    cube: xr.DataArray,
     path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    report: xr.Dataset | None = None,
     compute: bool = True,
 ) -> Any:
     """Write a cube with xarray to a Zarr store or a netCDF file that is never seen half-written.
 
     It is written beside ``path`` under another name (``.NAME.….partial``), and put into its place when it is
-    complete; a run that is killed leaves only the other name. Chunks of a lazy cube go through one by one.
+    complete; a run that is killed leaves only the other name. A lazy cube goes through chunk by chunk.
 
     Args:
-        cube: a DataArray, or a Dataset.
+        cube: time, y, x and maybe band.
         path: ending in ``.zarr`` or ``.nc``.
         overwrite: replace what is there.
-        compute: False gives a dask ``Delayed``, to be computed together with the report:
-            ``path, report = dask.compute(write_cube(aligned, "aligned.zarr", compute=False), report)``.
+        report: of the same :func:`torchalign.align`, to be computed in the same pass.
+        compute: False leaves a lazy cube and its report to ``dask.compute``.
 
     Returns:
-        The path, or a ``Delayed`` of it.
+        The path. With ``report``, that and the report in memory. With ``compute=False``, a ``Delayed`` of the path,
+        and a report that waits for the pixels, chunk by chunk.
 
     Raises:
-        ValueError: another ending.
+        TypeError, ValueError: no cube; another ending; chunks that differ in length, for Zarr.
         FileExistsError: the path is there.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in (".zarr", ".nc", ".nc4"):
         raise ValueError(message("path", "a name ending in .zarr or .nc", path.name, "rename it"))
+    seen = Cube.of(cube, dict.fromkeys(CUBE))
     check_free(path, overwrite)
-    dataset = cube.to_dataset(name=cube.name or "cube") if isinstance(cube, xr.DataArray) else cube
-    dataset = _storable(dataset, suffix)
-    if compute:
+    name = str(cube.name or "cube")
+    dataset = _storable(cube.to_dataset(name=name))
+    if not is_lazy(cube):
         with atomic(path) as partial:
-            _store(dataset, partial, suffix, True)
-        return path
+            _store(dataset, partial, suffix)
+        return path if report is None else (path, report.compute())
     from dask.delayed import delayed
 
+    chunks, time = chunk_sizes(seen, None), seen.dims["time"]
     workshop = workshop_beside(path)
-    stored = _store(dataset, workshop / path.name, suffix, False)
-    return delayed(_finish, pure=False)(stored, workshop, path)
+    partial = workshop / path.name
+    try:
+        _store(dataset, partial, suffix)  # all but the pixels
+        frame = share(
+            dataset[name]
+            .isel({time: slice(0)})
+            .variable.copy(data=np.empty(_without(cube, time), cube.dtype))
+        )
+        write = delayed(_write_zarr if suffix == ".zarr" else _write_netcdf, pure=False)
+        jobs: list[Any] = []
+        edges = itertools.pairwise(np.cumsum((0, *chunks)))
+        roles = tuple(str(dim) for dim in cube.dims)
+        own = xr.Variable(roles, cube.data)
+        for first, last in edges:
+            part = own.isel({str(time): slice(int(first), int(last))}).data.rechunk(-1)
+            pixels = part.to_delayed(optimize_graph=False).ravel()[0]
+            # a netCDF file is written by one after the other
+            before = jobs[-1] if jobs and suffix != ".zarr" else None
+            jobs.append(write(pixels, partial, name, frame, time, int(first), before))
+        done = delayed(_finish, pure=False)(jobs, workshop, path)
+        return _complete(done, jobs, chunks, report, compute)
+    except BaseException:
+        discard(workshop, path)
+        raise
+
+
+def _complete(
+    done: Any, jobs: Sequence[Any], chunks: tuple[int, ...], report: xr.Dataset | None, compute: bool
+) -> Any:
+    if report is None:
+        return done.compute() if compute else done
+    both = (done, rows_after(report, jobs, chunks))
+    return compute_together(both) if compute else both
 
 
 # --- files and their names ---
@@ -708,7 +749,7 @@ def _all_paths(parts: Sequence[Sequence[Path]]) -> list[Path]:
     return [path for part in parts for path in part]
 
 
-def _storable(dataset: xr.Dataset, suffix: str) -> xr.Dataset:
+def _storable(dataset: xr.Dataset) -> xr.Dataset:
     """Without the encodings of another format, which xarray would stumble over; chunks are the cube's own."""
     keep = {
         "dtype",
@@ -731,18 +772,45 @@ def _storable(dataset: xr.Dataset, suffix: str) -> xr.Dataset:
     return cleaned
 
 
-def _store(dataset: xr.Dataset, path: Path, suffix: str, compute: bool) -> Any:
+def _store(dataset: xr.Dataset, path: Path, suffix: str) -> None:
+    """Everything, but for what is lazy."""
     if suffix == ".zarr":
         import zarr
 
         # version 2 is what every reader knows, and the only one with settled rules for strings
-        options: dict[str, Any] = {"consolidated": True, "compute": compute}
+        options: dict[str, Any] = {"consolidated": True, "compute": False}
         options |= {"zarr_format": 2} if int(zarr.__version__.split(".")[0]) >= 3 else {}
-        return dataset.to_zarr(path, **options)
-    return dataset.to_netcdf(path, engine="h5netcdf", compute=compute)
+        dataset.to_zarr(path, **options)
+    else:
+        dataset.to_netcdf(path, engine="h5netcdf", compute=False)
 
 
-def _finish(stored: Any, workshop: Path, path: Path) -> Path:
+def _without(cube: xr.DataArray, time: Hashable) -> tuple[int, ...]:
+    return tuple(0 if dim == time else length for dim, length in cube.sizes.items())
+
+
+def _write_zarr(
+    pixels: Array, path: Path, name: str, empty: xr.Variable, time: Hashable, first: int, before: Any
+) -> None:
+    """Frames of one chunk into a store that has all but pixels; xarray encodes them as the store says."""
+    part = xr.Dataset({name: (empty.dims, pixels)})
+    part.to_zarr(path, region={str(time): slice(first, first + part.sizes[time])}, consolidated=True)
+
+
+def _write_netcdf(
+    pixels: Array, path: Path, name: str, empty: xr.Variable, time: Hashable, first: int, before: Any
+) -> None:
+    """The same for a netCDF file."""
+    import h5netcdf
+
+    variable = xr.conventions.encode_cf_variable(xr.Variable(empty.dims, pixels, empty.attrs, empty.encoding))
+    last = first + variable.sizes[time]
+    where = tuple(slice(first, last) if dim == time else slice(None) for dim in empty.dims)
+    with h5netcdf.File(path, "a") as file:
+        file[name][where] = variable.to_numpy()
+
+
+def _finish(jobs: Sequence[Any], workshop: Path, path: Path) -> Path:
     put_in_place(workshop / path.name, path)
     discard(workshop, path)
     return path

@@ -93,10 +93,11 @@ def align(
 
     A cube in memory, or in a file, goes through the device batch by batch; the result is in memory, as large as
     the cube, and what is needed beside it is set by ``batch_size``, not by T. A cube of dask chunks stays lazy:
-    each chunk along time is one task, which is run once if the cube and the report are computed together
-    (``dask.compute``, or the writers of :mod:`torchalign.io`), needs the memory of a few chunks, and gives the
-    same bits on a cluster as on one machine. Only a reference that is made from the cube's own frames is
-    computed at once, in blocks of rows. Batches of another size give the same result to rounding, since sums are
+    each chunk along time is one task, which gives the same bits on a cluster as on one machine. Write a cube
+    larger than memory, and get its report, in one pass with ``report=`` of :func:`torchalign.write_stack` or
+    :func:`torchalign.io.write_cube`: they need the memory of a few chunks. (``dask.compute(aligned, report)``
+    runs each task once, too; beside a writer of another kind, dask holds all pixels until the report is done.)
+    Only a reference that is made from the cube's own frames is computed at once, in blocks of rows. Batches of another size give the same result to rounding, since sums are
     taken in another order: about 1e-7 of a float32, and now and then a step of 1 in an integer.
 
     Integers are computed in float32 (float64 where values exceed 2²⁴, and for all 32- and 64-bit integers of a
