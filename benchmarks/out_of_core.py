@@ -91,7 +91,7 @@ def align(store: Path, out: Path, reference: str, workers: int) -> dict[str, obj
     start = time.perf_counter()
     with dask.config.set(scheduler="threads", num_workers=workers):
         cube = xr.open_zarr(store)["reflectance"]
-        aligned, report = ta.align(cube, reference)
+        aligned, report = ta.align(cube, reference, ta.PCC(crop_center=512))
         _, report = write_cube(aligned, out, report=report)
     seconds = time.perf_counter() - start
     found = np.stack([report.shift_x, report.shift_y], -1)

@@ -196,9 +196,12 @@ class Pixels:
 
     def decode(self, raw: Array, device: torch.device) -> Tensor:
         """Floats on the device, NaN for nodata."""
-        host = torch.from_numpy(
-            np.array(raw, dtype=self.native, order="C")
-        )  # a copy, never the caller's memory
+        # a copy, never the caller's memory; the conversion makes one where the dtype changes
+        converted = self.native != self.compute_dtype and raw.flags.writeable
+        native = (
+            np.asarray(raw, self.native, order="C") if converted else np.array(raw, self.native, order="C")
+        )
+        host = torch.from_numpy(native)
         if device.type == "cuda":
             host = host.pin_memory()
         values = host.to(device, non_blocking=True).to(self.compute)

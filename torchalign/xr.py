@@ -97,8 +97,10 @@ def align(
     larger than memory, and get its report, in one pass with ``report=`` of :func:`torchalign.write_stack` or
     :func:`torchalign.io.write_cube`: they need the memory of a few chunks. (``dask.compute(aligned, report)``
     runs each task once, too; beside a writer of another kind, dask holds all pixels until the report is done.)
-    Only a reference that is made from the cube's own frames is computed at once, in blocks of rows. Batches of another size give the same result to rounding, since sums are
-    taken in another order: about 1e-7 of a float32, and now and then a step of 1 in an integer.
+    Only a reference that is made from the cube's own frames is computed at once, in blocks of rows.
+
+    Batches of another size give the same result to rounding, since sums are taken in another order: about 1e-7
+    of a float32, and now and then a step of 1 in an integer.
 
     Integers are computed in float32 (float64 where values exceed 2²⁴, and for all 32- and 64-bit integers of a
     lazy cube, which nobody has looked at) and come back rounded and clamped; floats that ``encoding`` packs into
@@ -367,10 +369,11 @@ class _Recipe:
         residual = None
         if self.verify:
             residual = _residual(module, aligned, usable, found, reference, reference_usable)
-        kept = found.valid.cpu().numpy()[:, None, None, None]
-        return np.where(kept, self.pixels.encode(aligned, raw), raw), measure(
-            found, residual, size, self.metres
-        )
+        del frames  # what is large is given back before more of it is made
+        encoded = self.pixels.encode(aligned, raw)
+        left = ~found.valid.cpu().numpy()
+        encoded[left] = raw[left]
+        return encoded, measure(found, residual, size, self.metres)
 
 
 @dataclass(frozen=True)
@@ -464,12 +467,11 @@ def _align_chunk(
         module = _find_aligner(recipe.aligner, where)
         one = decode_reference(reference_pixels, reference, shape, where) if reference.ndim == 3 else None
         sizes = dict(zip(CUBE, raw.shape, strict=True))
-        out, rows = np.empty_like(raw), []
-        for batch in _batches(
-            len(raw), _frames_at_a_time(recipe.batch_size, sizes, recipe.pixels, where, _TASK_BATCH_BYTES)
-        ):
+        pixels, rows = [], []
+        step = _frames_at_a_time(recipe.batch_size, sizes, recipe.pixels, where, _TASK_BATCH_BYTES)
+        for batch in _batches(len(raw), step):
             own = decode_reference(reference_pixels, reference[batch], shape, where) if one is None else one
-            out[batch], fields = recipe.run(
+            values, fields = recipe.run(
                 module,
                 raw[batch],
                 own,
@@ -478,8 +480,10 @@ def _align_chunk(
                 None if init is None or regridding is None else regridding(init[batch]),
                 resampled=resampled,
             )
+            pixels.append(values)
             rows.append(fields | {"warp": _with_rows(fields["warp"], recipe.rows)})
-    return out, {name: np.concatenate([fields[name] for fields in rows]) for name in rows[0]}
+    whole = np.concatenate(pixels) if len(pixels) > 1 else pixels[0]
+    return whole, {name: np.concatenate([fields[name] for fields in rows]) for name in rows[0]}
 
 
 def _with_rows(warp: Array, rows: int) -> Array:
