@@ -264,8 +264,13 @@ def test_grids_of_any_size_origin_and_direction(homography):
     if homography:
         warp = torch.cat((warp, torch.tensor([[1e-4, -2e-4, 1.0]])))
     points = torch.tensor([[3.0, 5.0], [70.25, 11.5], [99.0, 110.0]], dtype=torch.float64)
-    for transform in ((20.0, 0, 499_980.0, 0, -20.0, 5_000_040.0), (60.0, 0, 499_020.0, 0, -60.0, 5_000_940.0),
-                      (2.5, 0, 500_003.7, 0, 2.5, 4_999_001.3), (-10.0, 0, 501_000.0, 0, -5.0, 5_000_000.0)):  # fmt: skip
+    transforms = [
+        (20.0, 0, 499_980.0, 0, -20.0, 5_000_040.0),
+        (60.0, 0, 499_020.0, 0, -60.0, 5_000_940.0),
+        (2.5, 0, 500_003.7, 0, 2.5, 4_999_001.3),  # south-up
+        (-10.0, 0, 501_000.0, 0, -5.0, 5_000_000.0),  # mirrored
+    ]
+    for transform in transforms:
         target = Grid(transform, (50, 40), UTM)
 
         def on_map(pixels, grid):

@@ -169,9 +169,9 @@ def parse_time(name: str) -> np.datetime64 | None:
 
     Example:
         >>> parse_time("20160608T064632_20160608T070007_T39PVM.tif")
-        np.datetime64('2016-06-08T06:46:32','ns')
+        np.datetime64('2016-06-08T06:46:32.000000000')
         >>> parse_time("LC08_L1TP_123032_20200131_20200205_02_T1_B4.TIF")
-        np.datetime64('2020-01-31T00:00:00','ns')
+        np.datetime64('2020-01-31T00:00:00.000000000')
     """
     for pattern in _TIMES:
         for found in pattern.finditer(name):
@@ -246,9 +246,10 @@ def write_stack(
     from dask.delayed import delayed
 
     chunks = chunk_sizes(seen, None)
-    write, edges = delayed(_write_raster, pure=False), itertools.pairwise(np.cumsum((0, *chunks)))
+    everything = share((paths, profiles))  # in one task: dask would keep many small ones, and pixels, waiting
+    write, edges = delayed(_write_part, pure=False), itertools.pairwise(np.cumsum((0, *chunks)))
     jobs = [
-        write(pixels, paths[first:last], share(profiles[first:last]))
+        write(pixels, everything, int(first), int(last))
         for pixels, (first, last) in zip(parts_along_time(seen.variable, CUBE, chunks), edges, strict=True)
     ]
     return _complete(delayed(_all_paths, pure=False)(jobs), jobs, chunks, report, compute)
@@ -743,6 +744,13 @@ def _write_raster(frames: Array, paths: Sequence[Path], profiles: Sequence[dict[
                 if set(named["scales"]) != {1.0} or set(named["offsets"]) != {0.0}:
                     file.scales, file.offsets = named["scales"], named["offsets"]
     return list(paths)
+
+
+def _write_part(
+    frames: Array, everything: tuple[list[Path], list[dict[str, Any]]], first: int, last: int
+) -> list[Path]:
+    paths, profiles = everything
+    return _write_raster(frames, paths[first:last], profiles[first:last])
 
 
 def _all_paths(parts: Sequence[Sequence[Path]]) -> list[Path]:

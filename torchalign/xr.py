@@ -136,9 +136,9 @@ def align(
         init: an earlier solution to start from: a report (of other bands or another pixel size, too), the path of
             one, an ``Estimate``, or warps (T, 2, 3) or (T, 3, 3). Frames are matched by their labels.
         verify: measure what is left after alignment, once more and for every aligner in the same way: by phase
-            correlation of the aligned frame with the reference. Adds about VERIFYCOST to the time that ``PCC``
-            takes. It tells of a warp that went wrong and of what the aligner left behind; it does not tell of an
-            error that the reference itself has.
+            correlation of the aligned frame with the reference. ``PCC`` takes half as long again; slower aligners
+            hardly notice. It tells of a warp that went wrong and of what the aligner left behind; it does not
+            tell of an error that the reference itself has.
         device: where to compute. Default: where the aligner's parameters are if that is not the CPU, else
             CUDA if there is any, else the CPU; for a lazy cube, of the machine that computes the chunk.
         batch_size: frames on the device at a time. Default: what fits 64 MiB on the CPU, and 1 GiB (or 1/16
