@@ -28,6 +28,11 @@ from dask.callbacks import Callback  # noqa: E402
 CALLS: list[int] = []  # frames of every call of Counting, wherever in this process
 
 
+def align(cube, reference, aligner="pcc", **options):
+    """The fast one: what is tested here is not the estimate."""
+    return ta.align(cube, reference, aligner, **options)
+
+
 class Counting(nn.Module):
     """Moves by 1.5 pixels; counts its calls."""
 
@@ -74,15 +79,20 @@ def assert_same(lazy, eager):
 def test_lazy_equals_eager_bit_for_bit(series, reference):
     given = {"given": series.reference, "per frame": series.cube.copy()}.get(reference, reference)
     options = {"mask": series.clear, "reference_mask": series.clear[0]}
-    eager = ta.align(series.cube, given, batch_size=3, **options)
-    lazy = ta.align(series.cube.chunk({"time": 3}), given, **options)
+    eager = align(series.cube, given, batch_size=3, **options)
+    lazy = align(series.cube.chunk({"time": 3}), given, **options)
     assert lazy[0].chunksizes["time"] == (3, 3, 1)
     assert all(array.chunks for array in lazy[1].data_vars.values())
     assert_same(lazy, eager)
-    assert_same(ta.align(series.cube.chunk({"time": 7}), given, batch_size=3, **options), eager)
+    assert_same(align(series.cube.chunk({"time": 7}), given, batch_size=3, **options), eager)
     masks = {name: mask.chunk({"y": 10}) for name, mask in options.items()}
     chunked = given.chunk({"y": 7}) if isinstance(given, xr.DataArray) else given
-    assert_same(ta.align(series.cube.chunk({"time": 3, "y": 20, "band": 1}), chunked, **masks), eager)
+    assert_same(align(series.cube.chunk({"time": 3, "y": 20, "band": 1}), chunked, **masks), eager)
+
+
+def test_the_default_aligner_is_shipped_to_the_tasks(series):
+    eager = ta.align(series.cube[:4], series.reference, batch_size=2)
+    assert_same(ta.align(series.cube[:4].chunk({"time": 2}), series.reference), eager)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "float64", "float32"])
@@ -94,36 +104,36 @@ def test_dims_in_any_order_and_every_dtype(dtype, dims):
     if dtype == "int64":
         cube = cube.copy()
         cube[{"time": 0}] += 2**30  # so that the eager one is computed in float64 as well
-    eager = ta.align(cube, series.cube[0], batch_size=2, **options)
-    lazy = ta.align(cube.chunk({"time": 2}), series.cube[0], **options)
+    eager = align(cube, series.cube[0], batch_size=2, **options)
+    lazy = align(cube.chunk({"time": 2}), series.cube[0], **options)
     assert lazy[0].dims == dims
     assert lazy[0].dtype == dtype
     assert_same(lazy, eager)
     assert_same(
-        ta.align(cube.isel(band=0).chunk({"time": 2}), series.cube[0, 0]),
-        ta.align(cube.isel(band=0), series.cube[0, 0], batch_size=2),
+        align(cube.isel(band=0).chunk({"time": 2}), series.cube[0, 0]),
+        align(cube.isel(band=0), series.cube[0, 0], batch_size=2),
     )
 
 
 def test_nothing_is_read_before_it_is_needed(series):
     reads: list[int] = []
     lazy = counted(series.cube, (2, -1, -1, -1), reads)
-    aligned, _ = ta.align(lazy, series.reference, Counting(), mask=lazy.isel(band=0) > 0)
+    aligned, _ = align(lazy, series.reference, Counting(), mask=lazy.isel(band=0) > 0)
     assert (reads, CALLS) == ([], [])
     aligned.isel(time=[2, 3]).compute()
     assert CALLS == [2]
     assert set(reads) == {1}
     reads.clear()
-    assert ta.align(lazy, "first", Counting())[1].attrs["reference"] == "first"
+    assert align(lazy, "first", Counting())[1].attrs["reference"] == "first"
     assert set(reads) == {0}  # of the reference, what it takes
     reads.clear()
-    ta.align(lazy, "median", Counting())
+    align(lazy, "median", Counting())
     assert sorted(reads) == [0, 1, 2, 3]  # once: all rows fit
 
 
 def test_each_chunk_is_aligned_once(series, tmp_path):
     lazy = series.cube.chunk({"time": 2})
-    aligned, report = ta.align(lazy, series.reference, Counting())
+    aligned, report = align(lazy, series.reference, Counting())
     dask.compute(aligned, report)
     assert sorted(CALLS) == [1, 2, 2, 2]
     for write, name in ((write_stack, "folder"), (write_cube, "cube.zarr"), (write_cube, "cube.nc")):
@@ -142,8 +152,8 @@ def test_each_chunk_is_aligned_once(series, tmp_path):
 
 @pytest.mark.parametrize("name", ["folder", "cube.zarr", "cube.nc"])
 def test_what_is_written_chunk_by_chunk_is_the_same(series, tmp_path, name):
-    eager, expected = ta.align(series.cube, series.reference, batch_size=2)
-    aligned, report = ta.align(series.cube.chunk({"time": 2}), series.reference)
+    eager, expected = align(series.cube, series.reference, batch_size=2)
+    aligned, report = align(series.cube.chunk({"time": 2}), series.reference)
     write = write_stack if name == "folder" else write_cube
     _, found = write(aligned, tmp_path / name, report=report)
     xr.testing.assert_identical(found.assign_attrs(expected.attrs), expected)
@@ -178,7 +188,7 @@ def test_pixels_leave_memory_before_the_next_come(tmp_path, name):
         cube = xr.DataArray(
             da.full((frames, 1, 32, 32), 7, chunks=(1, 1, 32, 32)), dims=("time", "band", "y", "x")
         )
-        aligned, report = ta.align(cube, np.zeros((1, 32, 32)), Counting(), verify=False)
+        aligned, report = align(cube, np.zeros((1, 32, 32)), Counting(), verify=False)
         write = write_stack if name == "folder" else write_cube
         waiting = write(aligned, tmp_path / str(frames) / name, report=report, compute=False)
 
@@ -209,8 +219,8 @@ def walk(value):
 
 
 def test_a_lazy_report_is_summed_up_and_saved_when_it_is_known(series, tmp_path):
-    _, eager = ta.align(series.cube, series.reference, batch_size=2)
-    _, lazy = ta.align(series.cube.chunk({"time": 2}), series.reference)
+    _, eager = align(series.cube, series.reference, batch_size=2)
+    _, lazy = align(series.cube.chunk({"time": 2}), series.reference)
     assert "status_counts" not in lazy.attrs
     assert ta.summarize(lazy) == ta.summarize(eager)
     again = ta.load_report(ta.save_report(lazy, tmp_path / "report.csv"))
@@ -220,12 +230,12 @@ def test_a_lazy_report_is_summed_up_and_saved_when_it_is_known(series, tmp_path)
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
 @pytest.mark.parametrize("lazy_report", [False, True])
 def test_applying_stays_lazy(series, interpolation, lazy_report):
-    _, report = ta.align(series.cube, series.reference, verify=False)
+    _, report = align(series.cube, series.reference, verify=False)
     coarse = series.cube.coarsen(y=2, x=2).mean().astype("uint16")
     mask = series.clear.coarsen(y=2, x=2).min().astype(bool)
     expected = ta.apply(coarse, report, interpolation=interpolation, mask=mask, batch_size=3)
     given = (
-        ta.align(series.cube.chunk({"time": 3}), series.reference, verify=False)[1] if lazy_report else report
+        align(series.cube.chunk({"time": 3}), series.reference, verify=False)[1] if lazy_report else report
     )
     applied = ta.apply(coarse.chunk({"time": 3, "y": 5}), given, interpolation=interpolation, mask=mask)
     assert applied.chunks
@@ -240,7 +250,7 @@ def test_applying_stays_lazy(series, interpolation, lazy_report):
 def test_georeferences_are_corrected_without_reading_pixels(series):
     reads: list[int] = []
     lazy = counted(series.cube, (2, -1, -1, -1), reads)
-    _, report = ta.align(series.cube, series.reference, verify=False)
+    _, report = align(series.cube, series.reference, verify=False)
     corrected = ta.apply(lazy, report, mode="shift-coords")
     assert (corrected.chunks, reads) == (lazy.chunks, [])
     assert corrected.geotransform.dtype.kind == "U"
@@ -249,7 +259,7 @@ def test_georeferences_are_corrected_without_reading_pixels(series):
 def test_an_empty_lazy_cube():
     cube = make_series(2, 32).cube
     empty = cube.chunk({"time": 1}).isel(time=[])
-    aligned, report = dask.compute(*ta.align(empty, cube[0]))
+    aligned, report = dask.compute(*align(empty, cube[0]))
     assert (aligned.sizes["time"], report.sizes["time"], aligned.dtype) == (0, 0, cube.dtype)
 
 
@@ -290,14 +300,14 @@ def test_tasks_compute_with_one_thread_and_leave_the_number_as_it_was():
 def test_distributed_equals_local_bit_for_bit(series, tmp_path, processes):
     distributed = pytest.importorskip("distributed", reason='pip install "torchalign[dask]"')
     lazy = series.cube.chunk({"time": 2})
-    local = dask.compute(*ta.align(lazy, "first", mask=series.clear))
+    local = dask.compute(*align(lazy, "first", mask=series.clear))
     with (
         distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, processes=processes, dashboard_address=None
         ) as cluster,
         distributed.Client(cluster),
     ):
-        aligned, report = ta.align(lazy, "first", mask=series.clear)
+        aligned, report = align(lazy, "first", mask=series.clear)
         for one, other in zip(dask.compute(aligned, report), local, strict=True):
             xr.testing.assert_identical(one, other)
         path, found = write_cube(aligned, tmp_path / "cube.zarr", report=report)
