@@ -661,7 +661,7 @@ def test_sixty_geotiffs(tmp_path):
     truth = stack.shift.numpy()
     assert (report.status == 0).all()
     off = np.hypot(*(shifts(report) - truth).T)
-    assert np.median(off) < 0.02
+    assert off.max() < 0.02
     np.testing.assert_allclose(report.shift_x_metres, 10 * shifts(report)[:, 0], rtol=1e-5)
     np.testing.assert_allclose(report.shift_y_metres, -10 * shifts(report)[:, 1], rtol=1e-5)
     for before in written:
