@@ -196,11 +196,16 @@ def test_the_residual_tells_of_a_wrong_warp():
     )
     np.testing.assert_allclose(report.residual_x, -0.5, atol=0.04)
     np.testing.assert_allclose(report.residual_y, 0.25, atol=0.04)
+    # a pattern that does not move, on frames and reference, masked on the frames: its mask moves with the frame
+    pattern = make_series(1, 96, bands=1, dtype="float32", nodata=None, seed=9).cube.values[0] * 4
     mask = np.ones((4, 96, 96), bool)
-    mask[:, 30:60, 30:60] = False
-    spoilt = series.cube.where(xr.DataArray(mask, dims=("time", "y", "x")), 3.0)
-    _, report = align(spoilt, series.reference, Fixed(translation_warp(truth)), mask=mask)
-    assert np.abs(report.residual_x).max() < 0.05  # the mask has moved with its frame
+    mask[:, 20:76, 20:76] = False
+    spoilt = series.cube.copy(data=np.where(mask[:, None], series.cube, pattern))
+    reference = series.reference.copy(data=np.where(mask[0], series.reference, pattern))
+    _, report = align(spoilt, reference, Fixed(translation_warp(truth)), mask=mask)
+    assert np.abs(report.residual_x).max() < 0.1
+    _, report = align(spoilt, reference, Fixed(translation_warp(truth)))
+    assert np.nanmax(np.abs(report.residual_x)) > 0.5
 
 
 def test_the_summary_in_numbers_and_words():
@@ -382,7 +387,7 @@ def test_nodata_is_never_blended_and_does_not_grow_beyond_the_kernel(interpolati
 def test_frames_that_were_not_aligned_come_back_bit_for_bit():
     series = make_series(3, 24, bands=1)
     _, report = align(series.cube, series.cube[0], Fixed(translation_warp(torch.ones(3, 2) * 1.5), flagged=1))
-    for options in ({}, {"fill_value": 7}, {"mask": np.zeros((3, 24, 24), bool)}):
+    for options in ({}, {"fill_value": 7}, {"mask": np.zeros((3, 24, 24), bool), "fill_value": 7}):
         applied = ta.apply(series.cube, report, **options)
         np.testing.assert_array_equal(applied[2], series.cube[2])
         assert not (applied[0] == series.cube[0]).all()

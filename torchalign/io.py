@@ -266,7 +266,8 @@ def write_cube(
     """Write a cube with xarray to a Zarr store or a netCDF file that is never seen half-written.
 
     It is written beside ``path`` under another name (``.NAME.….partial``), and put into its place when it is
-    complete; a run that is killed leaves only the other name. A lazy cube goes through chunk by chunk.
+    complete; a run that is killed leaves only the other name. A lazy cube goes through chunk by chunk. (On Linux,
+    glibc holds on to freed memory, thread by thread: ``MALLOC_ARENA_MAX=1`` in the environment keeps it small.)
 
     Args:
         cube: time, y, x and maybe band.
