@@ -16,6 +16,8 @@ from torch import nn
 
 import torchalign._reference
 import torchalign.xr
+from torchalign.cascade import Cascade
+from torchalign.ecc import ECC
 from torchalign.functional.affine import translation_warp
 from torchalign.functional.warp import warp
 from torchalign.pcc import PCC
@@ -736,19 +738,19 @@ def test_options_are_keyword_only_and_start_as_designed():
     assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[3:])
 
 
-@pytest.mark.parametrize("name", ["auto", "pcc"])
-def test_aligners_by_name(name):
+@pytest.mark.parametrize(("name", "make"), [("auto", lambda: Cascade(PCC(), ECC())), ("pcc", PCC), ("ecc", ECC)])
+def test_aligners_by_name(name, make):
     cube, _ = make_series()
     aligned, report = align(cube, "first", name)
-    expected, _ = align(cube, "first", PCC())
+    expected, _ = align(cube, "first", make())
     xr.testing.assert_identical(aligned, expected)
-    assert report.attrs["aligner"] == repr(PCC())
+    assert report.attrs["aligner"] == repr(make())
 
 
 @pytest.mark.parametrize(
     ("aligner", "error", "pattern"),
     [
-        ("ecc", ValueError, r"in this release one of 'auto', 'pcc', got 'ecc'"),
+        ("orb", ValueError, r"in this release one of 'auto', 'pcc', .*got 'orb'"),
         ("lgm", ValueError, r"got 'lgm'"),
         ("PCC ", ValueError, r"got 'PCC '"),
         (PCC, TypeError, r"make an instance"),
