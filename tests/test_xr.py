@@ -738,7 +738,9 @@ def test_options_are_keyword_only_and_start_as_designed():
     assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[3:])
 
 
-@pytest.mark.parametrize(("name", "make"), [("auto", lambda: Cascade(PCC(), ECC())), ("pcc", PCC), ("ecc", ECC)])
+@pytest.mark.parametrize(
+    ("name", "make"), [("auto", lambda: Cascade(PCC(), ECC())), ("pcc", PCC), ("ecc", ECC)]
+)
 def test_aligners_by_name(name, make):
     cube, _ = make_series()
     aligned, report = align(cube, "first", name)
