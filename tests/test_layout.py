@@ -23,7 +23,10 @@ LAYERS = [
     {"pcc", "ecc", "lgm"},
     {"cascade"},
     {"training"},
-    {"xr", "io", "datasets"},
+    {"_files", "_labelled"},
+    {"_chunks", "_grid"},
+    {"_reference", "report"},
+    {"datasets", "io", "xr"},
     {"cli", "plot"},
     {"__main__"},
 ]  # fmt: skip
@@ -44,8 +47,14 @@ FOREIGN = {
     },
     "training": {"kornia"},
     "models": {"kornia", "torchvision"},
-    "xr": {"numpy", "xarray", "dask", "tqdm", "rioxarray", "pandas"},
-    "io": {"numpy", "xarray", "dask", "rasterio", "rioxarray", "pandas", "zarr", "h5netcdf", "tqdm"},
+    "_files": set(),
+    "_labelled": {"numpy", "xarray"},
+    "_chunks": {"numpy", "xarray", "dask"},
+    "_grid": {"numpy", "xarray", "rasterio"},
+    "_reference": {"numpy", "xarray"},
+    "report": {"numpy", "xarray"},
+    "xr": {"numpy", "xarray", "tqdm"},
+    "io": {"numpy", "xarray", "dask", "rasterio", "pyproj", "zarr", "h5netcdf"},
     "datasets": {"numpy", "xarray", "kornia", "spyndex"},
     "plot": {"numpy", "xarray", "matplotlib", "PIL"},
     "__main__": set(),
@@ -95,7 +104,7 @@ def test_imports_point_down(name):
         if imported == own or own not in LEVEL or own == name:
             continue
         below = LEVEL[own] < LEVEL[name]
-        beside = name.split(".")[0] == own.split(".")[0] or name in ("cli", "xr", "io")
+        beside = name.split(".")[0] == own.split(".")[0] or name == "cli"
         assert below or beside, f"{name} imports {own}, which is above or beside it"
         if name.startswith("functional.") and own.startswith("functional."):
             assert own in ("functional.affine", "functional.warp") or name in WITHIN, f"{name} imports {own}"
@@ -147,6 +156,8 @@ def test_names_of_the_package():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = torchalign.nothing
     assert torchalign.align.__module__ == "torchalign.xr"
+    assert torchalign.open_stack.__module__ == "torchalign.io"
+    assert torchalign.load_report.__module__ == "torchalign.report"
 
 
 def test_every_public_function_is_documented():

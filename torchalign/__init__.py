@@ -22,13 +22,39 @@ from torchalign.pcc import PCC
 from torchalign.types import Alignment, Estimate, Status
 
 if TYPE_CHECKING:
+    from torchalign.io import open_stack as open_stack
+    from torchalign.io import write_stack as write_stack
+    from torchalign.report import load_report as load_report
+    from torchalign.report import save_report as save_report
+    from torchalign.report import summarize as summarize
     from torchalign.xr import align as align
+    from torchalign.xr import apply as apply
 
 __version__ = "0.1.0"
-__all__ = ["ECC", "PCC", "Aligner", "Alignment", "Cascade", "Estimate", "Status", "align", "warp"]
+__all__ = [
+    "ECC",
+    "PCC",
+    "Aligner",
+    "Alignment",
+    "Cascade",
+    "Estimate",
+    "Status",
+    "align",
+    "apply",
+    "load_report",
+    "open_stack",
+    "save_report",
+    "summarize",
+    "warp",
+    "write_stack",
+]
 
 # where the names that need xarray live, imported on first use
-_LAZY = {"align": "torchalign.xr"}
+_LAZY = {
+    **dict.fromkeys(("align", "apply"), "torchalign.xr"),
+    **dict.fromkeys(("load_report", "save_report", "summarize"), "torchalign.report"),
+    **dict.fromkeys(("open_stack", "write_stack"), "torchalign.io"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -399,7 +399,7 @@ def _find_channel(wanted: str, cube: "xr.DataArray") -> int | str:
 
 def _find_bands(cube: "xr.DataArray") -> tuple[list[str], int]:
     """The labels, none where there are none, and the number of the bands."""
-    from torchalign.xr import _find_dims
+    from torchalign._labelled import find_dims as _find_dims
 
     band = _find_dims(cube.dims, dict.fromkeys(("time", "band", "y", "x"))).get("band")
     if band is None:
@@ -477,7 +477,7 @@ def _portable_attributes(attributes: dict[Any, Any], out: Path) -> dict[Any, Any
 
 
 def _find_variable(dataset: "xr.Dataset", name: str | None, source: Path, skip: str | None) -> "xr.DataArray":
-    from torchalign.xr import _find_dims
+    from torchalign._labelled import find_dims as _find_dims
 
     roles = dict.fromkeys(("time", "band", "y", "x"))
     if name is not None:
@@ -506,7 +506,7 @@ def _find_variable(dataset: "xr.Dataset", name: str | None, source: Path, skip: 
 
 
 def _select_bands(cube: "xr.DataArray", bands: str) -> "xr.DataArray":
-    from torchalign.xr import _find_dims
+    from torchalign._labelled import find_dims as _find_dims
 
     dims = _find_dims(cube.dims, dict.fromkeys(("time", "band", "y", "x")))
     if "band" not in dims:

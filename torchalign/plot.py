@@ -22,8 +22,9 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from torchalign._check import check_number, check_option, message
+from torchalign._labelled import find_dims as _find_dims
+from torchalign._labelled import find_nodata as _find_nodata  # the one place that knows the names of dims
 from torchalign.types import Status
-from torchalign.xr import _find_dims, _find_nodata  # the one place that knows the names of dims
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,685 @@
+"""The workflow of a series: references made of its frames, one solution for many cubes, the report that travels."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from scenes import fractal_stack
+from series import UTM, make_series
+from torch import nn
+
+import torchalign as ta
+from torchalign._grid import Grid, find_grid, regrid_warp
+from torchalign._labelled import Cube
+from torchalign.functional.affine import compose_warps, invert_warp, transform_points, translation_warp
+from torchalign.report import as_report, report_grid
+from torchalign.types import Alignment, Estimate, Status
+
+
+def align(cube, reference, aligner="pcc", **options):
+    """The fast one: what is tested here is not the estimate."""
+    return ta.align(cube, reference, aligner, **options)
+
+
+def shifts(report):
+    return np.stack([report.shift_x, report.shift_y], -1).astype(np.float64)
+
+
+def error(report, truth):
+    """Root mean square distance from the truth once a common offset is removed, over all frames."""
+    assert (report.status == 0).all()
+    apart = shifts(report) - truth
+    return np.sqrt(((apart - apart.mean(0)) ** 2).sum(1).mean())
+
+
+class Fixed(nn.Module):
+    """Finds the warps that it was told, whatever it sees; the last frames are flagged."""
+
+    def __init__(self, warp, flagged=0):
+        super().__init__()
+        self.warp, self.flagged, self.inits = warp, flagged, []
+
+    def forward(self, cube, reference, mask=None, reference_mask=None, *, init=None):
+        self.inits.append(init)
+        warp, frames = self.warp.to(cube), len(cube)
+        status = torch.zeros(frames, dtype=torch.int64)
+        status[frames - self.flagged :] = Status.NO_TEXTURE
+        ones = cube.new_ones(frames)
+        identity = torch.eye(warp.shape[-2], 3)
+        warp = torch.where(status[:, None, None] == 0, warp, identity)
+        aligned = ta.warp(cube, warp)
+        return Alignment(aligned, Estimate(warp, ones, 0.5 * ones, 0.1 * ones, status))
+
+
+# --- references ---
+
+
+@pytest.fixture(scope="module")
+def cloudy():
+    """Displaced by more than a pixel, a third of it under clouds that are masked."""
+    return make_series(16, 80, bands=1, dtype="float32", cloud_fraction=0.3, max_shift=3.0, seed=2)
+
+
+def test_iterative_beats_first_and_median(cloudy):
+    found = {
+        name: error(align(cloudy.cube, name, mask=cloudy.clear, verify=False)[1], cloudy.shift)
+        for name in ("first", "median", "iterative")
+    }
+    assert found["iterative"] < 0.7 * found["first"]
+    assert found["iterative"] < 0.5 * found["median"]
+    assert found["iterative"] < 0.06
+
+
+def test_a_common_offset_changes_nothing(cloudy):
+    """All frames displaced by the same whole pixels: cut from one scene, so nothing wraps or is interpolated."""
+    size, results = 64, {}
+    for x, y in ((8, 8), (5, 12)):
+        window = {"y": slice(y, y + size), "x": slice(x, x + size)}
+        cube = cloudy.cube.isel(window)
+        cube = cube.assign_coords(x=np.arange(size), y=np.arange(size))
+        mask = cloudy.clear.isel(window).values
+        results[x] = align(cube, "iterative", mask=mask, verify=False)[1]
+    first, second = results.values()
+    assert (first.status == 0).all()
+    assert (second.status == 0).all()
+    assert np.abs(shifts(first) - shifts(second)).max() < 0.15  # other ground at the borders, no more
+    assert np.abs((shifts(first) - shifts(second)).mean(0)).max() < 0.02
+    # and it is anchored: the median frame stays where it is
+    assert np.abs(np.median(shifts(first), 0)).max() < 0.02
+
+
+def test_iterative_does_not_depend_on_the_order_of_frames(cloudy):
+    cube, mask = cloudy.cube.isel(time=slice(8)), cloudy.clear.isel(time=slice(8))
+    order = [3, 1, 7, 0, 6, 2, 5, 4]
+    aligned, report = align(cube, "iterative", mask=mask)
+    again, other = align(cube.isel(time=order), "iterative", mask=mask.isel(time=order))
+    np.testing.assert_allclose(shifts(other), shifts(report)[order], atol=1e-4)
+    np.testing.assert_allclose(again.values, aligned.values[order], atol=1e-3)
+
+
+def test_iterative_leaves_out_frames_that_show_nothing():
+    series = make_series(8, 64, bands=1, dtype="float32", nodata=None)
+    series.cube[2] = 0.5
+    series.cube[5] = np.random.default_rng(0).random((1, 64, 64)).astype("f4")
+    aligned, report = align(series.cube, "iterative")
+    good = [0, 1, 3, 4, 6, 7]
+    assert report.status.values[good].tolist() == [0] * 6
+    assert report.status.values[2] == Status.NO_TEXTURE
+    assert report.status.values[5] != Status.OK
+    np.testing.assert_array_equal(aligned[2], series.cube[2])
+    assert error(report.isel(time=good), series.shift[good]) < 0.03
+    assert report.attrs["reference"].startswith("iterative (")
+
+
+def test_iterative_on_frames_of_which_none_is_usable():
+    cube = make_series(3, 32, dtype="float32").cube
+    blank = cube.copy(data=np.full(cube.shape, np.nan, "f4"))
+    aligned, report = align(blank, "iterative")
+    xr.testing.assert_identical(aligned, blank)
+    assert (report.status == Status.NO_TEXTURE).all()
+    empty, report = align(cube.isel(time=[]), "iterative")
+    assert (empty.sizes["time"], report.sizes["time"]) == (0, 0)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_the_median_of_aligned_frames_by_blocks_of_rows(rows, monkeypatch):
+    """Against all at once, by hand: translations, an affine motion and a homography, and rows cut anywhere."""
+    from torchalign import _reference
+    from torchalign._labelled import Pixels
+
+    series = make_series(4, 40, bands=1, dtype="float32", nodata=None)
+    cube = Cube.of(series.cube, dict.fromkeys(("time", "band", "y", "x")))
+    warp = torch.eye(3).repeat(4, 1, 1)
+    warp[0, :2, 2] = torch.tensor([2.3, -4.6])
+    warp[1, :2, :2] = torch.tensor([[0.98, 0.2], [-0.2, 1.03]])
+    warp[2, 2, :2] = 1e-3
+    found = _reference.Found(warp, torch.tensor([True, True, True, False]))
+    monkeypatch.setattr(_reference, "_REFERENCE_BYTES", rows * 4 * 40 * 4)
+    monkeypatch.setattr(_reference, "_READ_BYTES", 11 * 4 * 40 * 4)
+    made = _reference.over_time("median", cube, Pixels.of(cube), None, torch.device("cpu"), found)
+    frames = torch.from_numpy(series.cube.values[:3])
+    whole = ta.warp(frames, warp[:3], interpolation="bicubic", fill_value=float("nan"))
+    expected = np.ma.median(np.ma.masked_invalid(whole.numpy()), 0).filled(np.nan)
+    np.testing.assert_allclose(made, expected, atol=2e-6)
+
+
+def test_the_clearest_frame():
+    series = make_series(5, 48, bands=1, dtype="float32", max_shift=0.5, noise=0.0)
+    mask = series.clear.copy(data=np.ones((5, 48, 48), bool))
+    mask[:, :24] = False
+    mask[3] = True
+    _, report = align(series.cube, "clearest", mask=mask)
+    assert report.attrs["reference"] == "clearest (2017-01-20T10:30)"
+    assert shifts(report)[3].tolist() == [0, 0]
+    # clouds that nobody told of
+    clouded = series.cube.copy(deep=True)
+    for frame, (row, column) in {0: (2, 2), 1: (2, 26), 2: (26, 2), 4: (26, 26)}.items():
+        clouded[frame, :, row : row + 20, column : column + 20] = 0.9
+    _, report = align(clouded, "clearest")
+    assert report.attrs["reference"].startswith("clearest (2017-01-20")
+
+
+def test_a_frame_of_another_cube():
+    series = make_series(3, 64)
+    aligned, report = align(series.cube, series.reference)
+    np.testing.assert_allclose(shifts(report), series.shift, atol=0.05)
+    _, report = align(series.cube.isel(time=[1, 2]), aligned.isel(time=0))
+    np.testing.assert_allclose(shifts(report), series.shift[1:], atol=0.08)
+
+
+# --- verify, and the summary ---
+
+
+def test_what_is_left_is_measured_again():
+    series = make_series(6, 64, dtype="float32", nodata=None)
+    series.cube[4] = np.nan
+    _, report = align(series.cube, series.reference)
+    left = np.hypot(report.residual_x, report.residual_y)
+    assert np.isnan(left[4])
+    assert np.nanmax(left) < 0.1
+    np.testing.assert_allclose(report.residual_y_metres, -10 * report.residual_y, rtol=1e-6)
+    _, plain = align(series.cube, series.reference, verify=False)
+    assert not {"residual_x", "residual_y"} & set(plain)
+    xr.testing.assert_identical(plain.warp, report.warp)
+
+
+def test_the_residual_tells_of_a_wrong_warp():
+    """An aligner that is half a pixel off, whatever it claims: the score says nothing, the residual does."""
+    series = make_series(4, 96, bands=1, dtype="float32", nodata=None)
+    truth = torch.from_numpy(series.shift)
+    _, report = align(
+        series.cube, series.reference, Fixed(translation_warp(truth + torch.tensor([0.5, -0.25])))
+    )
+    np.testing.assert_allclose(report.residual_x, -0.5, atol=0.04)
+    np.testing.assert_allclose(report.residual_y, 0.25, atol=0.04)
+    # a pattern that does not move, on frames and reference, masked on the frames: its mask moves with the frame
+    pattern = make_series(1, 96, bands=1, dtype="float32", nodata=None, seed=9).cube.values[0] * 4
+    mask = np.ones((4, 96, 96), bool)
+    mask[:, 20:76, 20:76] = False
+    spoilt = series.cube.copy(data=np.where(mask[:, None], series.cube, pattern))
+    reference = series.reference.copy(data=np.where(mask[0], series.reference, pattern))
+    _, report = align(spoilt, reference, Fixed(translation_warp(truth)), mask=mask)
+    assert np.abs(report.residual_x).max() < 0.1
+    _, report = align(spoilt, reference, Fixed(translation_warp(truth)))
+    assert np.nanmax(np.abs(report.residual_x)) > 0.5
+
+
+def test_the_summary_in_numbers_and_words():
+    series = make_series(10, 64, bands=1, dtype="float32", nodata=None)
+    found = Fixed(
+        translation_warp(torch.tensor([[0.3 * number, 0.4 * number] for number in range(10)])), flagged=2
+    )
+    _, report = align(series.cube, series.cube[0], found)
+    summary = ta.summarize(report)
+    assert (summary.frames, summary.counts) == (10, {"OK": 8, "NO_TEXTURE": 2})
+    assert summary.shift_median == pytest.approx(0.5 * 3.5)
+    assert summary.shift_p95 == pytest.approx(0.5 * np.percentile(np.arange(8), 95))
+    assert summary.shift_median_metres == pytest.approx(5 * 3.5, rel=1e-5)
+    radial = np.hypot(report.residual_x, report.residual_y).values[:8]
+    assert summary.ce90 == pytest.approx(np.nanpercentile(radial, 90))
+    assert summary.ce90_metres == pytest.approx(10 * summary.ce90, rel=1e-5)
+    for name, value in summary.attrs().items():
+        assert report.attrs[name] == value
+    lines = str(summary).splitlines()
+    assert lines[0] == "8 of 10 frames aligned (NO_TEXTURE 2)"
+    assert lines[1] == "shift    median 1.750 px = 17.5 m"
+    assert lines[4].split()[:2] == ["CE90", f"{summary.ce90:.3f}"]
+    _, plain = align(
+        series.cube.drop_vars(["x", "y"]), series.cube[0].drop_vars(["x", "y"]), found, verify=False
+    )
+    assert "m" not in str(ta.summarize(plain)).replace("frames", "").replace("median", "").split()
+    assert "ce90" not in plain.attrs
+
+
+# --- one solution for many cubes ---
+
+
+@pytest.fixture(scope="module")
+def two_resolutions():
+    """The same ground at 10 m and, averaged 2 × 2 as a sensor would, at 20 m."""
+    fine = make_series(6, 160, bands=1, dtype="float32", noise=0.003, max_shift=3.0, nodata=None)
+    coarse = [array.coarsen(y=2, x=2).mean() for array in (fine.cube, fine.reference)]
+    return fine, *coarse
+
+
+def test_a_10_m_solution_on_20_m_bands_equals_the_native_one(two_resolutions):
+    fine, coarse, coarse_reference = two_resolutions
+    _, report = align(fine.cube, fine.reference, verify=False)
+    _, native = align(coarse, coarse_reference, verify=False)
+    grids = [
+        find_grid(Cube.of(array, dict.fromkeys(("time", "band", "y", "x")))) for array in (fine.cube, coarse)
+    ]
+    carried = regrid_warp(torch.from_numpy(report.warp.values), *grids)[:, :2, 2].numpy()
+    assert np.abs(carried - shifts(native)).max() < 0.02
+    assert np.abs(carried - fine.shift / 2).max() < 0.02
+    applied = ta.apply(coarse, report)
+    expected = ta.warp(torch.from_numpy(coarse.values), translation_warp(torch.from_numpy(carried)))
+    np.testing.assert_allclose(applied, expected, atol=1e-6)
+    # and as an image: as near to the reference as what was found at 20 m
+    own = ta.apply(coarse, native)
+    inner = {"y": slice(4, -4), "x": slice(4, -4)}
+    off = [np.abs(array - own).isel(inner).mean() for array in (applied, coarse)]
+    assert off[0] < 0.05 * off[1]
+
+
+@pytest.mark.parametrize("homography", [False, True])
+def test_grids_of_any_size_origin_and_direction(homography):
+    """A point on the map goes to the same place, whichever grid the warp is written on."""
+    source = Grid((10.0, 0.0, 499_980.0, 0.0, -10.0, 5_000_040.0), (120, 100), UTM)
+    warp = torch.tensor([[1.01, 0.02, 1.7], [-0.03, 0.99, -2.2]], dtype=torch.float64)
+    if homography:
+        warp = torch.cat((warp, torch.tensor([[1e-4, -2e-4, 1.0]])))
+    points = torch.tensor([[3.0, 5.0], [70.25, 11.5], [99.0, 110.0]], dtype=torch.float64)
+    transforms = [
+        (20.0, 0, 499_980.0, 0, -20.0, 5_000_040.0),
+        (60.0, 0, 499_020.0, 0, -60.0, 5_000_940.0),
+        (2.5, 0, 500_003.7, 0, 2.5, 4_999_001.3),  # south-up
+        (-10.0, 0, 501_000.0, 0, -5.0, 5_000_000.0),  # mirrored
+    ]
+    for transform in transforms:
+        target = Grid(transform, (50, 40), UTM)
+
+        def on_map(pixels, grid):
+            return (pixels + 0.5).numpy() @ grid.linear.T + grid.corner
+
+        there = np.linalg.solve(target.linear, (on_map(points, source) - target.corner).T).T - 0.5
+        moved = transform_points(regrid_warp(warp, source, target), torch.from_numpy(there))
+        expected = on_map(transform_points(warp, points), source)
+        np.testing.assert_allclose(on_map(moved, target), expected, atol=1e-6)
+    identity = torch.eye(3)[: 3 if homography else 2]
+    assert torch.equal(regrid_warp(identity, source, target), identity)
+    assert regrid_warp(warp, source, source) is warp
+
+
+def test_grids_that_cannot_be_related_raise(two_resolutions):
+    fine, coarse, _ = two_resolutions
+    _, report = align(fine.cube, fine.reference, verify=False)
+    other = coarse.assign_coords(
+        spatial_ref=((), 0, {"crs_wkt": UTM.replace("33", "34").replace('",15]', '",21]')})
+    )
+    with pytest.raises(ValueError, match=r"^grid: expected one CRS, got .*rio\.reproject"):
+        ta.apply(other, report)
+    with pytest.raises(ValueError, match=r"^estimate: expected grids that are known, got \(160, 160\)"):
+        ta.apply(coarse.drop_vars(["x", "y"]), report)
+    with pytest.raises(ValueError, match="grids with the same axes"):
+        regrid_warp(
+            torch.eye(2, 3), Grid((1, 0, 0, 0, -1, 0), (9, 9)), Grid((1, 0.1, 0, -0.1, -1, 0), (9, 9))
+        )
+    # without coordinates, but of the same size: the same pixels
+    plain = fine.cube.drop_vars(["x", "y"])
+    xr.testing.assert_equal(ta.apply(plain, report), ta.apply(fine.cube, report).drop_vars(["x", "y"]))
+
+
+def test_other_bands_and_subsets_of_frames_are_matched_by_date(two_resolutions):
+    fine, *_ = two_resolutions
+    aligned, report = align(fine.cube, fine.reference, verify=False)
+    order = [4, 0, 2]
+    applied = ta.apply(fine.cube.isel(time=order), report)
+    np.testing.assert_array_equal(applied, aligned.isel(time=order))
+    renamed = fine.cube.rename(time="t", band="bands")
+    np.testing.assert_array_equal(ta.apply(renamed, report), aligned)
+    later = fine.cube.isel(time=[0]).assign_coords(time=[np.datetime64("2031-01-01", "ns")])
+    with pytest.raises(
+        ValueError, match=r"^estimate: expected every frame of the cube among .*got none of 2031-01-01"
+    ):
+        ta.apply(later, report)
+    numbered = report.drop_vars("time")
+    np.testing.assert_array_equal(ta.apply(fine.cube, numbered), aligned)
+    with pytest.raises(ValueError, match=r"^estimate: expected one warp for each frame, got 6 for 3 frames"):
+        ta.apply(fine.cube.isel(time=order), numbered)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "uint64", "bool", "float32"])
+def test_classes_stay_classes(dtype):
+    values = np.random.default_rng(3).choice([0, 1, 77, 200], (3, 20, 24))
+    if dtype == "uint64":
+        values = values.astype(dtype) * 2**55 + 1  # beyond what any float holds
+    cube = xr.DataArray(values.astype(dtype), dims=("time", "y", "x"), attrs={"_FillValue": 77})
+    warp = translation_warp(torch.tensor([[1.4, -0.6], [0.0, 0.0], [-2.5, 3.2]]))
+    applied = ta.apply(cube, warp, interpolation="nearest")
+    assert applied.dtype == cube.dtype
+    # output pixel (i, j) shows source pixel (i - dy, j - dx), rounded
+    expected = cube.values.copy()
+    for frame, (dx, dy) in enumerate([(1.4, -0.6), (0, 0), (-2.5, 3.2)]):
+        rows = np.clip(np.floor(np.arange(20) - dy + 0.5).astype(int), 0, 19)
+        columns = np.clip(np.floor(np.arange(24) - dx + 0.5).astype(int), 0, 23)
+        expected[frame] = cube.values[frame][np.ix_(rows, columns)]
+    np.testing.assert_array_equal(applied, expected)
+    filled = ta.apply(cube, warp, interpolation="nearest", fill_value=1)
+    assert (filled.values[0, :, 0] == 1).all()
+    assert set(np.unique(filled)) <= set(np.unique(cube))
+
+
+def test_bool_is_not_interpolated():
+    cube = xr.DataArray(np.ones((1, 8, 8), bool), dims=("time", "y", "x"))
+    with pytest.raises(ValueError, match=r'^datacube: .*interpolation="nearest"'):
+        ta.apply(cube, torch.eye(2, 3)[None])
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
+def test_nodata_is_never_blended_and_does_not_grow_beyond_the_kernel(interpolation, dtype):
+    nodata = {"uint16": 0, "int16": -9999, "float32": -9999.0}[dtype]
+    random = np.random.default_rng(1)
+    values = random.integers(1000, 1100, (2, 40, 40)).astype(dtype)
+    holes = np.zeros((2, 40, 40), bool)
+    holes[:, 12:20, 8:25] = True
+    values[holes] = nodata
+    cube = xr.DataArray(values, dims=("time", "y", "x"), attrs={"_FillValue": np.dtype(dtype).type(nodata)})
+    shift = torch.tensor([[0.37, -0.71], [2.5, 1.25]])
+    applied = ta.apply(cube, translation_warp(shift), interpolation=interpolation).values
+    is_nodata = applied == nodata
+    low, high = (950, 1150) if interpolation == "bicubic" else (1000, 1100)
+    assert ((applied[~is_nodata] >= low) & (applied[~is_nodata] < high)).all()  # a blend would lie between
+    for frame, (dx, dy) in enumerate(shift.tolist()):
+        rows, columns = np.nonzero(is_nodata[frame])
+        assert rows.min() >= 12 + dy - 1
+        assert rows.max() <= 19 + dy + 1
+        assert columns.min() >= 8 + dx - 1
+        assert columns.max() <= 24 + dx + 1
+        assert abs(is_nodata[frame].sum() - 8 * 17) <= 8 + 17
+
+
+def test_frames_that_were_not_aligned_come_back_bit_for_bit():
+    series = make_series(3, 24, bands=1)
+    _, report = align(series.cube, series.cube[0], Fixed(translation_warp(torch.ones(3, 2) * 1.5), flagged=1))
+    for options in ({}, {"fill_value": 7}, {"mask": np.zeros((3, 24, 24), bool), "fill_value": 7}):
+        applied = ta.apply(series.cube, report, **options)
+        np.testing.assert_array_equal(applied[2], series.cube[2])
+        assert not (applied[0] == series.cube[0]).all()
+
+
+@pytest.mark.parametrize("kind", ["Estimate", "tensor", "array"])
+def test_plain_estimates_are_in_pixels_of_the_grid_they_come_with(kind, two_resolutions):
+    fine, coarse, _ = two_resolutions
+    cube, reference = torch.from_numpy(fine.cube.values), torch.from_numpy(fine.reference.values)
+    estimate = ta.PCC().estimate(cube, reference)
+    given = {"Estimate": estimate, "tensor": estimate.warp, "array": estimate.warp.numpy()}[kind]
+    _, report = align(fine.cube, fine.reference, verify=False)
+    expected = ta.apply(coarse, report)
+    np.testing.assert_allclose(ta.apply(coarse, given, grid=fine.cube), expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"^grid: expected None with a report"):
+        ta.apply(coarse, report, grid=fine.cube)
+    with pytest.raises(ValueError, match=r"^estimate: expected one warp for each frame, got 6 warps for 2"):
+        ta.apply(coarse[:2], given)
+    with pytest.raises(TypeError, match=r"^estimate: expected floating warps"):
+        ta.apply(coarse, estimate.warp[0])
+    with pytest.raises(TypeError, match=r"^estimate: expected a report"):
+        ta.apply(coarse, None)
+
+
+# --- only the georeference ---
+
+
+@pytest.mark.parametrize("down", [-1, 1])
+def test_the_georeference_of_each_frame_is_corrected(down):
+    series = make_series(4, 64)
+    cube = series.cube.assign_coords(y=5_000_000 + down * 10.0 * (np.arange(64) + 0.5))
+    reference = series.reference.assign_coords(y=cube.y)
+    _, report = align(cube, reference)
+    corrected = ta.apply(cube, report, mode="shift-coords")
+    np.testing.assert_array_equal(corrected.values, cube.values)
+    assert corrected.data is cube.data or np.shares_memory(corrected.values, cube.values)
+    for text, (dx, dy) in zip(corrected.geotransform.values, shifts(report), strict=True):
+        numbers = [float(number) for number in text.split()]
+        assert numbers[1:3] == [10, 0]
+        assert numbers[4:] == [0, 10 * down]
+        np.testing.assert_allclose(numbers[0], 499_980 + 10 * dx, atol=1e-4)
+        np.testing.assert_allclose(numbers[3], 5_000_000 + down * 10 * dy, atol=1e-4)
+
+
+def test_the_corrected_georeference_says_what_resampling_does():
+    """Affine, too: where a pixel's centre lies on the map is where the warp takes it."""
+    cube = make_series(2, 32).cube
+    warp = torch.tensor(
+        [[[1.01, 0.02, 1.5], [-0.03, 0.98, -0.75]], [[1.0, 0, 0], [0, 1.0, 0]]], dtype=torch.float64
+    )
+    texts = ta.apply(cube, warp, mode="shift-coords").geotransform.values
+    corrected = Grid.from_gdal(texts[0], (32, 32))
+    points = torch.tensor([[0.0, 0.0], [31.0, 4.0], [7.5, 20.25]], dtype=torch.float64)
+    moved = transform_points(warp[0], points).numpy()
+    expected = np.stack([499_980 + 10 * (moved[:, 0] + 0.5), 5_000_040 - 10 * (moved[:, 1] + 0.5)], -1)
+    found = (points.numpy() + 0.5) @ corrected.linear.T + corrected.corner
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    # a frame that was not moved keeps its numbers to the last bit
+    assert texts[1] == find_grid(Cube.of(cube, dict.fromkeys(("time", "band", "y", "x")))).to_gdal()
+
+
+def test_what_a_georeference_cannot_express_raises():
+    cube = make_series(1, 16).cube
+    with pytest.raises(ValueError, match=r"^datacube: expected a georeference to correct"):
+        ta.apply(cube.drop_vars(["x", "y"]), torch.eye(2, 3)[None], mode="shift-coords")
+    homography = torch.eye(3)[None].clone()
+    ta.apply(cube, homography, mode="shift-coords")
+    homography[0, 2, 0] = 1e-3
+    with pytest.raises(ValueError, match=r"^estimate: .*homographies"):
+        ta.apply(cube, homography, mode="shift-coords")
+    with pytest.raises(ValueError, match=r"^mode: expected one of"):
+        ta.apply(cube, homography, mode="guess")
+
+
+# --- homographies, and an earlier solution to start from ---
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_homographies_go_everywhere(lazy, tmp_path):
+    pytest.importorskip("dask") if lazy else None
+    series = make_series(4, 32, bands=1, dtype="float32", nodata=None)
+    warp = torch.eye(3).repeat(4, 1, 1)
+    warp[:, :2, 2], warp[:, 2, 0] = 1.25, 1e-3
+    aligner = Fixed(warp, flagged=1)
+    aligner.motion = "homography"
+    cube = series.cube.chunk({"time": 4}) if lazy else series.cube
+    aligned, report = align(cube, series.cube[0], aligner)
+    report = report.compute()
+    assert report.warp.shape == (4, 3, 3)
+    centre = torch.tensor([[15.5, 15.5]])
+    moved = (transform_points(warp, centre) - centre)[:, 0]
+    np.testing.assert_allclose(shifts(report)[:3], moved[:3], rtol=1e-5)
+    np.testing.assert_array_equal(report.warp[3], np.eye(3))
+    np.testing.assert_allclose(ta.apply(series.cube, report), aligned, atol=1e-6)
+    for suffix in ("nc", "csv", "json"):
+        again = ta.load_report(ta.save_report(report, tmp_path / f"report.{suffix}"))
+        np.testing.assert_array_equal(again.warp, report.warp)
+
+
+def test_homographies_of_a_lazy_cube_must_be_announced():
+    pytest.importorskip("dask")
+    series = make_series(2, 32, bands=1, dtype="float32", nodata=None)
+    warp = torch.eye(3).repeat(2, 1, 1)
+    _, report = align(series.cube.chunk({"time": 2}), series.cube[0], Fixed(warp))
+    assert report.warp.compute().shape == (2, 2, 3)  # the third row says nothing, and may go
+    warp[:, 2, 0] = 1e-3
+    _, report = align(series.cube.chunk({"time": 2}), series.cube[0], Fixed(warp))
+    with pytest.raises(ValueError, match=r'^aligner: .*motion = "homography"'):
+        report.compute()
+
+
+def test_an_earlier_solution_to_start_from(two_resolutions, tmp_path):
+    fine, coarse, coarse_reference = two_resolutions
+    _, report = align(coarse, coarse_reference, verify=False)
+    path = ta.save_report(report, tmp_path / "report.json")
+    expected = 2 * shifts(report)
+    for init in (report, path, str(path)):
+        seen = Fixed(translation_warp(torch.zeros(6, 2)))
+        align(fine.cube, fine.reference, seen, init=init, verify=False)
+        np.testing.assert_allclose(seen.inits[0][:, :2, 2], expected, rtol=1e-6)
+    # farther than PCC looks by itself: 3 px at most, from 20 m pixels
+    near = ta.PCC(max_translation=5.0)
+    _, found = align(fine.cube, fine.reference, near, init=report, verify=False)
+    np.testing.assert_allclose(shifts(found), fine.shift, atol=0.05)
+    with pytest.raises(TypeError, match=r"^init: expected floating warps"):
+        align(fine.cube, fine.reference, init=torch.eye(2, 3))
+
+
+# --- the report travels ---
+
+
+@pytest.mark.parametrize("suffix", ["nc", "csv", "json"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "uint16"])
+def test_reports_written_and_read_give_the_same_bits(suffix, dtype, tmp_path):
+    pytest.importorskip("h5netcdf") if suffix == "nc" else None
+    nodata = 0 if dtype == "uint16" else None
+    series = make_series(5, 64, dtype=dtype, nodata=nodata)
+    series.cube[3] = series.cube.dtype.type(0)
+    aligned, report = align(series.cube, series.reference)
+    path = ta.save_report(report, tmp_path / f"report.{suffix}")
+    again = ta.load_report(path)
+    assert set(again) == set(report)
+    for name in report:
+        np.testing.assert_array_equal(again[name], report[name])
+        assert again[name].dtype == report[name].dtype
+        assert again[name].attrs["units"] == report[name].attrs["units"]
+    np.testing.assert_array_equal(again.time, series.cube.time)
+    assert again.status.values[3] == Status.NO_TEXTURE
+    assert np.isinf(again.sigma[3])
+    assert (
+        report_grid(again).transform == report_grid(report).transform == (10, 0, 499_980, 0, -10, 5_000_040)
+    )
+    assert again.attrs["status_counts"] == "OK: 4, NO_TEXTURE: 1"
+    if suffix != "csv":
+        assert again.attrs["aligner"] == report.attrs["aligner"]
+        assert report_grid(again).crs == report_grid(report).crs
+    for given in (again, path, str(path)):
+        np.testing.assert_array_equal(ta.apply(series.cube, given), ta.apply(series.cube, report))
+    if series.cube.dtype.kind == "f":
+        np.testing.assert_array_equal(ta.apply(series.cube, again), aligned)
+
+
+def test_json_is_json_and_csv_is_a_table(tmp_path):
+    series = make_series(3, 48)
+    series.cube[1] = 0
+    _, report = align(series.cube, series.reference)
+    text = ta.save_report(report, tmp_path / "report.json").read_text()
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    document = json.loads(text, parse_constant=refuse)
+    assert document["frames"][1]["status"] == "NO_TEXTURE"
+    assert document["frames"][0]["time"] == "2017-01-05T10:30:00.000000000"
+    lines = ta.save_report(report, tmp_path / "report.csv").read_text().splitlines()
+    assert lines[0].startswith("time,status,shift_x,shift_y,")
+    assert len(lines) == 4
+    assert len({line.count(",") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("labels", [[3, 1, 2], ["a", "b,c", 'd"e'], None])
+def test_labels_of_other_kinds_survive(labels, tmp_path):
+    cube = make_series(3, 32).cube.drop_vars("time")
+    cube = cube if labels is None else cube.assign_coords(time=labels)
+    _, report = align(cube, cube[0].drop_vars("time", errors="ignore"))
+    for suffix in ("csv", "json"):
+        again = ta.load_report(ta.save_report(report, tmp_path / f"report.{suffix}"))
+        assert ("time" in again.coords) == (labels is not None)
+        if labels is not None:
+            assert again.time.values.tolist() == labels
+
+
+def test_plain_estimates_are_saved_too(tmp_path):
+    series = make_series(3, 64, dtype="float32", nodata=None)
+    cube, reference = torch.from_numpy(series.cube.values), torch.from_numpy(series.reference.values)
+    estimate = ta.PCC().estimate(cube, reference)
+    path = ta.save_report(estimate, tmp_path / "report.csv", like=series.cube)
+    _, report = align(series.cube, series.reference, verify=False)
+    xr.testing.assert_allclose(ta.load_report(path).drop_attrs(), report.drop_attrs(), rtol=1e-5)
+    bare = ta.load_report(ta.save_report(estimate, tmp_path / "bare.json"))
+    np.testing.assert_array_equal(bare.warp, estimate.warp)
+    assert report_grid(bare) is None
+    with pytest.raises(ValueError, match=r"^estimate: expected fields \(T, …\)"):
+        as_report(Estimate(*(field[None] for field in estimate)))
+    with pytest.raises(ValueError, match=r"^estimate: expected one warp for each frame"):
+        as_report(estimate, series.cube[:2])
+
+
+def test_bad_reports_raise_with_a_cure(tmp_path):
+    series = make_series(2, 32)
+    _, report = align(series.cube, series.reference)
+    with pytest.raises(ValueError, match=r"^path: expected a name ending in"):
+        ta.save_report(report, tmp_path / "report.pickle")
+    with pytest.raises(TypeError, match=r"^report: expected an xarray.Dataset"):
+        ta.save_report(series.cube, tmp_path / "report.nc")
+    with pytest.raises(ValueError, match=r"^report: expected the variables warp and status"):
+        ta.save_report(report.drop_vars("warp"), tmp_path / "report.nc")
+    with pytest.raises(FileNotFoundError, match="not there"):
+        ta.load_report(tmp_path / "gone.csv")
+    (tmp_path / "broken.json").write_text('{"frames": 3}')
+    (tmp_path / "broken.csv").write_text("a,b\n1,2\n")
+    for name in ("broken.json", "broken.csv"):
+        with pytest.raises(ValueError, match=r"^path: expected .*save_report wrote"):
+            ta.load_report(tmp_path / name)
+    path = ta.save_report(report, tmp_path / "report.csv")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        ta.save_report(report, path)
+    ta.save_report(report, path, overwrite=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["broken.csv", "broken.json", "report.csv"]
+
+
+def test_aligning_again_finds_nothing():
+    series = make_series(4, 96, dtype="float32", nodata=None)
+    aligned, _ = align(series.cube, series.reference)
+    _, report = align(aligned, series.reference)
+    assert np.abs(shifts(report)).max() < 0.05
+
+
+def test_warp_there_and_back_is_the_identity_on_any_grid():
+    warp = torch.tensor([[1.0, 0.01, 2.0], [0.02, 1.0, -3.0]], dtype=torch.float64)
+    ten, sixty = Grid((10, 0, 0, 0, -10, 0), (60, 60)), Grid((60, 0, 120, 0, -60, -60), (10, 10))
+    there = regrid_warp(warp, ten, sixty)
+    torch.testing.assert_close(regrid_warp(there, sixty, ten), warp)
+    both = compose_warps(there, invert_warp(there))
+    torch.testing.assert_close(both, torch.eye(2, 3, dtype=torch.float64))
+
+
+# --- the whole of it ---
+
+
+def test_sixty_geotiffs(tmp_path):
+    """As fastcubo names them: a folder in, a folder and a report out, as a user would write it."""
+    rasterio = pytest.importorskip("rasterio")
+    stack = fractal_stack(
+        60, size=(64, 64), bands=2, max_shift=2.0, noise=0.002, offset=0.02, gain=(0.9, 1.1)
+    )
+    days = np.datetime64("2016-06-08T06:46:32") + np.arange(60) * np.timedelta64(5, "D")
+    template = "{time:%Y%m%dT%H%M%S}_{time:%Y%m%dT070007}_T39PVM.tif"
+    made = make_series(1, 64).cube
+    values = np.rint(stack.cube.numpy() * 10_000).clip(1).astype("u2")
+    made = xr.DataArray(
+        values,
+        {"time": days.astype("M8[ns]"), **{name: made[name] for name in ("band", "y", "x", "spatial_ref")}},
+        made.dims,
+        attrs=made.attrs | {"scale_factor": 1e-4},
+    )
+    written = ta.write_stack(made, tmp_path / "in", template=template)
+    assert written[0].name == "20160608T064632_20160608T070007_T39PVM.tif"
+    reference = made[0].copy(data=np.rint(stack.reference.numpy() * 10_000).astype("u2"))
+
+    cube = ta.open_stack(tmp_path / "in")
+    aligned, report = align(cube, reference)
+    ta.write_stack(aligned, tmp_path / "out")
+    ta.save_report(report, tmp_path / "report.csv")
+
+    truth = stack.shift.numpy()
+    assert (report.status == 0).all()
+    off = np.hypot(*(shifts(report) - truth).T)
+    assert off.max() < 0.02
+    np.testing.assert_allclose(report.shift_x_metres, 10 * shifts(report)[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(report.shift_y_metres, -10 * shifts(report)[:, 1], rtol=1e-5)
+    for before in written:
+        with rasterio.open(before) as one, rasterio.open(tmp_path / "out" / before.name) as other:
+            for name in (
+                "transform",
+                "crs",
+                "dtypes",
+                "nodata",
+                "descriptions",
+                "scales",
+                "offsets",
+                "shape",
+            ):
+                assert getattr(one, name) == getattr(other, name), name
+    assert len(list((tmp_path / "out").iterdir())) == 60

@@ -1,0 +1,76 @@
+"""Files and folders that are whole or not there at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torchalign._check import message
+
+__all__ = ["atomic", "check_free", "discard", "is_store", "put_in_place", "workshop_beside"]
+
+_STORE_MARKS = (".zgroup", "zarr.json", ".zmetadata")  # one of these is in every Zarr store
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder is a Zarr store."""
+    return any((path / name).exists() for name in _STORE_MARKS)
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Nothing is overwritten that was not meant to be.
+
+    Raises:
+        FileExistsError: ``path`` is there.
+    """
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(
+            message(
+                "path", "a new name", f"{path}, which exists", "pass overwrite=True or choose another name"
+            )
+        )
+    if path.is_dir() and not is_store(path):
+        raise FileExistsError(message("path", "no folder of yours", path, "remove it or choose another name"))
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write a file or a folder to, which then takes the place of ``path``.
+
+    Whatever happens before the end, nothing is ever seen at ``path`` that is not complete, and what was there
+    is there again. Whoever is killed leaves a folder whose name begins with a dot and ends in ``.partial``.
+    """
+    workshop = workshop_beside(path)
+    try:
+        yield workshop / path.name
+        put_in_place(workshop / path.name, path)
+    finally:
+        discard(workshop, path)
+
+
+def workshop_beside(path: Path) -> Path:
+    """A new folder on the same file system."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+
+
+def put_in_place(written: Path, path: Path) -> None:
+    """``written``, in its workshop, takes the place of ``path``."""
+    old = written.with_name(f"{path.name}.old")
+    try:
+        if path.is_dir():  # a folder cannot be replaced in one step: out of the way first
+            os.replace(path, old)
+        os.replace(written, path)
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(path):
+            os.replace(old, path)
+
+
+def discard(workshop: Path, path: Path) -> None:
+    """Remove a workshop, unless it keeps the only copy of what was there."""
+    if os.path.lexists(path) or not os.path.lexists(workshop / f"{path.name}.old"):
+        shutil.rmtree(workshop, ignore_errors=True)

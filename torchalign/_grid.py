@@ -1,0 +1,232 @@
+"""Where the pixels of a labelled cube lie on the map, and how a warp changes from one pixel grid to another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from contextlib import suppress
+from typing import NamedTuple
+
+import numpy as np
+import xarray as xr
+from torch import Tensor
+
+from torchalign._check import message
+from torchalign._labelled import Cube
+from torchalign.functional.affine import change_origin, rescale_warp
+
+__all__ = ["Grid", "find_grid", "metres_per_pixel", "regrid_warp"]
+
+_TOLERANCE = 1e-3  # pixels; coordinates that agree to this are the same grid
+_UNITS_IN_METRES = dict.fromkeys(("m", "metre", "metres", "meter", "meters"), 1.0) | {"km": 1000.0}
+
+
+class Grid(NamedTuple):
+    """A raster's georeference.
+
+    Attributes:
+        transform: (a, b, c, d, e, f), in the order of rasterio's ``Affine``; the corner (column, row) of a pixel,
+            counted from the raster's outer corner, lies at ``(a·column + b·row + c, d·column + e·row + f)``.
+        size: (H, W).
+        crs: as WKT, ``""`` where it is not known.
+    """
+
+    transform: tuple[float, float, float, float, float, float]
+    size: tuple[int, int]
+    crs: str = ""
+
+    @property
+    def linear(self) -> np.ndarray:
+        """(2, 2) float64, the step of one pixel."""
+        a, b, _, d, e, _ = self.transform
+        return np.array([[a, b], [d, e]])
+
+    @property
+    def corner(self) -> np.ndarray:
+        """(2,) float64, the outer corner of the first pixel."""
+        return np.array([self.transform[2], self.transform[5]])
+
+    def to_gdal(self) -> str:
+        """As text in GDAL's order, each number such that it is read back to the last bit."""
+        a, b, c, d, e, f = self.transform
+        return " ".join(repr(float(value)) for value in (c, a, b, f, d, e))
+
+    @classmethod
+    def from_gdal(cls, text: str, size: tuple[int, int], crs: str = "") -> Grid:
+        """The inverse of :meth:`to_gdal`."""
+        c, a, b, f, d, e = (float(value) for value in text.split())
+        return cls((a, b, c, d, e, f), size, crs)
+
+
+def find_grid(cube: Cube) -> Grid | None:
+    """The grid of a cube: from its coordinates, to the last bit from its ``GeoTransform`` where that agrees.
+
+    Returns:
+        ``None`` where there is neither, or the coordinates are not regular.
+    """
+    array, size = cube.array, (cube.sizes["y"], cube.sizes["x"])
+    attrs = _mapping_attrs(array)
+    exact = None
+    with suppress(ValueError, AttributeError):
+        exact = Grid.from_gdal(str(attrs["GeoTransform"]), size) if "GeoTransform" in attrs else None
+    crs = _find_crs(array)
+    labelled = {role: cube.dims[role] in array.coords for role in ("y", "x")}
+    if not any(labelled.values()):
+        return None if exact is None else exact._replace(crs=crs)
+    if not all(labelled.values()):
+        return None
+    centres = {role: array[cube.dims[role]].values for role in ("y", "x")}
+    if any(
+        values.ndim != 1 or values.dtype.kind not in "iuf" or not len(values) for values in centres.values()
+    ):
+        return None
+    if exact is not None and _agrees(exact, centres["x"], centres["y"]):
+        return exact._replace(crs=crs)
+    steps = {role: regular_step(values) for role, values in centres.items()}
+    if exact is not None:  # a crop: the steps are those of the file, the corner moved by whole pixels
+        for role, own in (("x", exact.transform[0]), ("y", exact.transform[4])):
+            count, step = len(centres[role]), steps[role]
+            if own and (
+                count == 1 or (step is not None and abs(step - own) <= _TOLERANCE * abs(own) / count)
+            ):
+                steps[role] = own
+    dx, dy = steps["x"], steps["y"]
+    if dx is None or dy is None:
+        return None
+    corner = float(centres["x"][0]) - 0.5 * dx, float(centres["y"][0]) - 0.5 * dy
+    return Grid((dx, 0.0, corner[0], 0.0, dy, corner[1]), size, crs)
+
+
+def _agrees(grid: Grid, x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether the grid's first and last pixel centres are these, to a thousandth of a pixel."""
+    a, b, c, d, e, f = grid.transform
+    if b or d or not (a and e):
+        return False
+    for step, corner, values in ((a, c, x), (e, f, y)):
+        expected = corner + step * (np.array([0, len(values) - 1]) + 0.5)
+        if not np.abs(expected - values[[0, -1]].astype(np.float64)).max() <= _TOLERANCE * abs(step):
+            return False
+    return True
+
+
+def regular_step(values: np.ndarray) -> float | None:
+    """The step of a regular coordinate; ``None`` if it is irregular, or has a single value."""
+    if len(values) < 2 or values.dtype.kind not in "iuf":
+        return None
+    numbers = values.astype(np.float64)
+    step = (numbers[-1] - numbers[0]) / (len(numbers) - 1)
+    noise = 4 * np.abs(numbers).max() * np.finfo(np.result_type(values.dtype, np.float16)).eps
+    if step == 0 or not np.abs(np.diff(numbers) - step).max() <= _TOLERANCE * abs(step) + noise:
+        return None
+    return float(step)
+
+
+def metres_per_pixel(cube: Cube) -> dict[str, float]:
+    """Along "x" and "y"; signed: negative along y of a north-up grid.
+
+    Without those where the grid is irregular, or has no such unit.
+    """
+    found = {}
+    for role in ("x", "y"):
+        array, dim = cube.array, cube.dims[role]
+        step = regular_step(array[dim].values) if dim in array.coords else None
+        if step is None:
+            continue
+        units = str(array[dim].attrs.get("units", "")).lower()
+        metres = _UNITS_IN_METRES.get(units)
+        if metres is None and not units.startswith("deg"):
+            metres = _metres_of_crs(array)
+        if metres is not None:
+            found[role] = step * metres
+    return found
+
+
+def _mapping_attrs(array: xr.DataArray) -> dict[Hashable, object]:
+    mapping = array.encoding.get("grid_mapping", array.attrs.get("grid_mapping", "spatial_ref"))
+    return array.coords[mapping].attrs if mapping in array.coords else {}
+
+
+def _find_crs(array: xr.DataArray) -> str:
+    """WKT, from the grid mapping, or from rioxarray."""
+    attrs = _mapping_attrs(array)
+    wkt = str(attrs.get("crs_wkt") or attrs.get("spatial_ref") or "")
+    if not wkt and hasattr(array, "rio") and array.rio.crs:
+        wkt = array.rio.crs.to_wkt()
+    return wkt
+
+
+def _metres_of_crs(array: xr.DataArray) -> float | None:
+    """The unit of a projected CRS."""
+    wkt = _find_crs(array)
+    # the projection's unit comes last
+    units = re.findall(r'(?<![A-Z])(?:LENGTH)?UNIT\["[^"]*",\s*([0-9.eE+-]+)', wkt)
+    return float(units[-1]) if units and wkt.startswith(("PROJCS", "PROJCRS")) else None
+
+
+def _is_same_crs(first: str, second: str) -> bool:
+    """Whether two WKT mean the same; unknown ones are given the benefit of the doubt."""
+    if not first or not second or first == second:
+        return True
+    try:
+        from rasterio.crs import CRS
+    except ImportError:
+        return _crs_name(first) == _crs_name(second)
+    return bool(CRS.from_wkt(first) == CRS.from_wkt(second))
+
+
+def _crs_name(wkt: str) -> str:
+    found = re.search(r'"([^"]*)"', wkt)
+    return re.sub(r"\W+", " ", found.group(1)).strip().lower() if found else wkt
+
+
+def is_same_grid(first: Grid, second: Grid) -> bool:
+    """The same pixels, to a thousandth of one."""
+    if first.size != second.size or not _is_same_crs(first.crs, second.crs):
+        return False
+    height, width = first.size
+    corners = np.array([(0, 0), (width, 0), (0, height), (width, height)], np.float64)
+    apart = corners @ (first.linear - second.linear).T + (first.corner - second.corner)
+    return bool(np.abs(np.linalg.solve(first.linear, apart.T)).max() <= _TOLERANCE)
+
+
+def regrid_warp(warp: Tensor, source: Grid, target: Grid) -> Tensor:
+    """The same motion of the ground, from pixels of one grid to pixels of another.
+
+    Pixel sizes may differ, and so may origins, extents and the direction of the axes; both grids must be of one
+    CRS and not turned against each other. An identity stays an exact identity.
+
+    Args:
+        warp: (..., 2, 3) or (..., 3, 3), moving → reference, in pixels of ``source``.
+        source: the grid it was estimated on.
+        target: the grid it is wanted on.
+
+    Returns:
+        In the shape, dtype and device of ``warp``.
+
+    Raises:
+        ValueError: another CRS, or grids turned against each other.
+
+    Example:
+        >>> import torch
+        >>> from torchalign.functional.affine import translation_warp
+        >>> ten = Grid((10.0, 0.0, 0.0, 0.0, -10.0, 0.0), (100, 100))
+        >>> twenty = Grid((20.0, 0.0, 200.0, 0.0, -20.0, -300.0), (20, 30))
+        >>> regrid_warp(translation_warp(torch.tensor([1.0, -2.0])), ten, twenty)
+        tensor([[ 1.0000,  0.0000,  0.5000],
+                [ 0.0000,  1.0000, -1.0000]])
+    """
+    if not _is_same_crs(source.crs, target.crs):
+        got = f"{_crs_name(source.crs)!r} and {_crs_name(target.crs)!r}"
+        raise ValueError(message("grid", "one CRS", got, "reproject one of them with .rio.reproject"))
+    if is_same_grid(source, target):
+        return warp
+    scale = np.linalg.solve(target.linear, source.linear)  # old pixel size / new pixel size
+    height, width = target.size
+    turned = abs(scale[0, 1]) * height + abs(scale[1, 0]) * width
+    if not turned <= _TOLERANCE:
+        cure = "reproject one of them with .rio.reproject_match"
+        raise ValueError(message("grid", "grids with the same axes", f"{source} and {target}", cure))
+    # first the size of the pixels, with the source's corner kept, and then the corner
+    rescaled = rescale_warp(warp.double(), (float(scale[0, 0]), float(scale[1, 1])))
+    origin = np.linalg.solve(target.linear, target.corner - source.corner)
+    return change_origin(rescaled, (float(origin[0]), float(origin[1]))).to(warp.dtype)
