@@ -1,0 +1,16 @@
+"""Matches of local features."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Matches"]
+
+
+class Matches(NamedTuple):
+    """index (B, K) int64 into the second features' keypoints, -1 where there is none; weight (B, K) in [0, 1]."""
+
+    index: Tensor
+    weight: Tensor
