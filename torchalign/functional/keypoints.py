@@ -8,7 +8,6 @@ The chain, each link a function that works alone:
 3. :func:`highest`: the K highest of them, always K rows; what is missing is marked invalid.
 4. :func:`quadratic_offset`: their place between the pixels. Keypoints on whole pixels would lock every estimate of
    a shift to the grid (0.36 px off, measured); the fit costs nothing.
-5. :func:`sample_at`: descriptors there.
 
 No shape depends on the data, so nothing here waits for a GPU, and the chain compiles into one graph.
 
@@ -25,9 +24,9 @@ from torch.nn import functional as F
 __all__ = [
     "erode",
     "highest",
+    "inside",
     "pixel_of",
     "quadratic_offset",
-    "sample_at",
     "stretch_contrast",
     "strict_maxima",
 ]
@@ -50,7 +49,8 @@ def stretch_contrast(
     Args:
         image: (B, H, W), float32 or float64, of any range; NaN and ±inf count as unusable.
         usable: (B, H, W) bool, or ``None``.
-        low, high: the percentiles, as shares in [0, 1]. Beyond them is clamped.
+        low: the percentile that becomes 0, as a share; what is lower is clamped.
+        high: the percentile that becomes 1.
 
     Returns:
         ``(stretched, usable, empty)``: (B, H, W) in [0, 1], never NaN; (B, H, W) bool; (B,) bool, frames that are
@@ -120,7 +120,7 @@ def _largest(maps: list[Tensor]) -> Tensor:
 
 
 def erode(usable: Tensor, radius: int) -> Tensor:
-    """(..., H, W) bool: usable, and so is all within ``radius`` pixels in x and y; beyond the border counts as usable.
+    """(..., H, W) bool: usable, and so is all within ``radius`` pixels in x and y. The border does not count.
 
     Example:
         >>> erode(torch.tensor([[True, True, True, False]]), 1)
@@ -209,20 +209,3 @@ def quadratic_offset(scores: Tensor, index: Tensor) -> Tensor:
     offset = torch.stack((xy * gy - yy * gx, xy * gx - xx * gy), -1) / safe.unsqueeze(-1)
     found = (determinant > 0) & offset.isfinite().all(-1)
     return torch.where(found.unsqueeze(-1), offset, 0.0).clamp(-0.5, 0.5)
-
-
-def sample_at(maps: Tensor, points: Tensor, *, mode: str = "bilinear") -> Tensor:
-    """Read maps (B, C, H, W) at points (B, K, 2), (x, y) in pixels: (B, K, C).
-
-    Beyond the border the nearest edge is read.
-
-    Example:
-        >>> sample_at(torch.tensor([[[[0.0, 10.0], [20.0, 30.0]]]]), torch.tensor([[[0.5, 0.0], [1.0, 0.5]]]))
-        tensor([[[ 5.],
-                 [20.]]])
-    """
-    height, width = maps.shape[-2:]
-    scale = points.new_tensor([2 / width, 2 / height])
-    grid = ((points + 0.5) * scale - 1).unsqueeze(1).to(maps.dtype)
-    read = F.grid_sample(maps, grid, mode=mode, padding_mode="border", align_corners=False)
-    return read.squeeze(2).transpose(1, 2)

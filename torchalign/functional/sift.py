@@ -9,8 +9,9 @@ The chain, each link a function that works alone:
 4. :func:`describe`: 4 × 4 cells of 8 directions each, as the square root of shares (RootSIFT).
 
 Convention:
-    points (x, y) in pixels of the image, integers at pixel centres. Orientations in radians from +x towards +y (down
-    the image). Descriptors in OpenCV's order: cells row by row, in each eight directions from +x towards **-y**.
+    points (x, y) in pixels of the image, integers at pixel centres. Orientations in radians from +x towards +y,
+    down the image. Descriptors in OpenCV's order: cells row by row, in each eight directions from +x towards
+    **-y**.
 
 Bias: blobs are found where their differences of Gaussians peak, not on the grid; on frames decimated from a real
 scene the mode of the displacements has no pull towards whole pixels beyond 0.01 px.
@@ -33,7 +34,15 @@ from torch.nn import functional as F
 from torchalign._host import is_on_host
 from torchalign.functional.keypoints import erode, highest
 
-__all__ = ["Blobs", "ScaleSpace", "describe", "detect_blobs", "dominant_orientation", "scale_space"]
+__all__ = [
+    "Blobs",
+    "ScaleSpace",
+    "describe",
+    "detect_blobs",
+    "dominant_orientation",
+    "patches_at",
+    "scale_space",
+]
 
 _INTERVALS = 3  # scales an octave (Lowe's choice)
 _LEVELS = _INTERVALS + 3
@@ -122,7 +131,7 @@ def scale_space(image: Tensor) -> ScaleSpace:
         sizes.append((first.shape[-2], first.shape[-1]))
         first = levels[_INTERVALS][..., ::2, ::2]
         if min(first.shape[-2:]) < _MIN_SIDE:
-            return ScaleSpace(*(torch.cat(maps, 1) for maps in (differences, along_x, along_y)), sizes)
+            return ScaleSpace(torch.cat(differences, 1), torch.cat(along_x, 1), torch.cat(along_y, 1), sizes)
 
 
 def detect_blobs(
@@ -143,9 +152,9 @@ def detect_blobs(
         max_edge_ratio: the largest ratio of the principal curvatures; beyond is an edge.
     """
     cells, shapes = [], []
-    volumes = space.differences.split([(_LEVELS - 1) * height * width for height, width in space.sizes], 1)
+    volumes = torch.split(space.differences, [(_LEVELS - 1) * h * w for h, w in space.sizes], 1)
     for octave, (volume, size) in enumerate(zip(volumes, space.sizes, strict=True)):
-        volume = volume.unflatten(1, (_LEVELS - 1, *size))
+        volume = volume.view(-1, _LEVELS - 1, *size)
         strength, sub = _extrema(volume, _allowed(usable, octave, size), min_contrast)
         shapes.append((strength.shape[-2], strength.shape[-1]))
         cells.append((strength.flatten(1), sub.flatten(1)))
@@ -221,7 +230,7 @@ def describe(space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Ten
     Args:
         space: as given to :func:`detect_blobs`.
         blobs: the keypoints.
-        orientation: (B, K) radians, or ``None`` for upright descriptors, which tell more where frames are not turned.
+        orientation: (B, K) radians, or ``None`` for upright descriptors, which tell more where nothing is turned.
     """
     reach = (_CELLS + 1) * _CELL_WIDTH  # linear ramps end a cell's width beyond the outermost centres
     x, y = grid = _square(_SAMPLES, reach / _SAMPLES, blobs.points)
@@ -260,7 +269,54 @@ def describe(space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Ten
     return F.normalize(root, dim=-1) * blobs.valid.unsqueeze(-1)
 
 
-# ---------------------------------------------------------------------------------------------- pieces
+def patches_at(
+    image: Tensor, points: Tensor, sigma: Tensor, orientation: Tensor, *, side: int = 32, reach: float = 6.0
+) -> Tensor:
+    """Square patches around keypoints, as large as their scale and turned with them: for descriptors by networks.
+
+    Each is read bilinearly from the image averaged over 1, 2, 4, … pixels, so that its samples are hardly further
+    apart than the pixels they are read from are wide.
+
+    Args:
+        image: (B, H, W).
+        points: (B, K, 2), (x, y) in pixels.
+        sigma: (B, K), scales in pixels.
+        orientation: (B, K), radians: the patch's x axis.
+        side: of a patch, in samples.
+        reach: half its width, in σ.
+
+    Returns:
+        (B, K, side, side).
+
+    Example:
+        >>> ramp = torch.arange(64.0).expand(1, 64, 64)
+        >>> patch = patches_at(
+        ...     ramp, torch.tensor([[[32.0, 32.0]]]), torch.tensor([[1.0]]), torch.zeros(1, 1), side=4
+        ... )
+        >>> patch[0, 0, 0]
+        tensor([27.5000, 30.5000, 33.5000, 36.5000])
+    """
+    levels = [image]
+    while min(levels[-1].shape[-2:]) >= 2 * _MIN_SIDE:
+        levels.append(F.avg_pool2d(levels[-1], 2))
+    sizes = [(level.shape[-2], level.shape[-1]) for level in levels]
+    flat = torch.cat([level.flatten(1) for level in levels], 1)
+    step = 2 * reach * sigma / side  # pixels between samples
+    level = step.clamp(min=1).log2().floor().clamp(max=len(levels) - 1).long()
+    height, width, start = (part.unsqueeze(-1) for part in _layout(sizes, 1, level))
+    x, y = _square(side, 2 * reach / side, points)
+    sigma, cosine, sine = (part.unsqueeze(-1) for part in (sigma, orientation.cos(), orientation.sin()))
+    pixel = torch.exp2(level.to(x)).unsqueeze(-1)
+    # a pixel of level l has its centre among those of the 2^l pixels it is the mean of
+    x, y = (
+        (points[..., axis].unsqueeze(-1) + sigma * turned + 0.5) / pixel - 0.5
+        for axis, turned in enumerate((cosine * x - sine * y, sine * x + cosine * y))
+    )
+    patches = _bilinear((flat,), start, height, width, x, y)[0]
+    return patches.view(*patches.shape[:-1], side, side)
+
+
+# -------------------------------------------------------------------------------------------------- pieces
 
 
 def _blur(image: Tensor, sigma: float) -> Tensor:
@@ -268,14 +324,17 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
     radius = math.ceil(3 * sigma)
     height, width = image.shape[-2:]
     mode = "reflect" if radius < min(height, width) else "replicate"
+
+    if not is_on_host(image):
+        kernel = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
+        kernel = torch.exp(-kernel.square() / (2 * sigma**2))
+        kernel = kernel / kernel.sum()
+        padded = F.pad(image.unsqueeze(1), (radius,) * 4, mode=mode)
+        return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1)).squeeze(1)
+
     weights = [math.exp(-(k**2) / (2 * sigma**2)) for k in range(radius + 1)]
     total = weights[0] + 2 * sum(weights[1:])
     weights = [weight / total for weight in weights]
-
-    if not is_on_host(image):
-        kernel = image.new_tensor(weights[:0:-1] + weights)
-        padded = F.pad(image.unsqueeze(1), (radius,) * 4, mode=mode)
-        return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1)).squeeze(1)
 
     def along(image: Tensor, axis: int, size: int) -> Tensor:
         # sums of shifted views stay in the cache: on a CPU 2 to 3 times as fast as a convolution of one channel
@@ -339,8 +398,8 @@ def _place(
     """Octave, level 0 … 2, y, x of places in the concatenated 2 × 2 cells of all octaves."""
     octave = torch.zeros_like(index)
     bound = 0
-    for height, width in shapes[:-1]:
-        bound += _INTERVALS * height * width
+    for rows, columns in shapes[:-1]:
+        bound += _INTERVALS * rows * columns
         octave = octave + (index >= bound)
     height, width, start = _layout(shapes, _INTERVALS, octave)
     local = index - start
@@ -352,17 +411,19 @@ def _place(
 
 def _layout(shapes: list[tuple[int, int]], levels: int, octave: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Height, width and start of a keypoint's octave in maps of all octaves one after another."""
-    rows, start = [], 0
-    for height, width in shapes:
-        rows.append([height, width, start])
-        start += levels * height * width
-    table = torch.tensor(rows, device=octave.device)
-    height, width, begin = table[octave].unbind(-1)
-    return height, width, begin
+    # (a table to look it up in would have to be sent to the device, which waits for it)
+    height, width, start = (torch.zeros_like(octave) for _ in range(3))
+    begin = 0
+    for number, (rows, columns) in enumerate(shapes):
+        here = octave == number
+        height, width = torch.where(here, rows, height), torch.where(here, columns, width)
+        start = torch.where(here, begin, start)
+        begin += levels * rows * columns
+    return height, width, start
 
 
 def _quadratic(volume: Tensor, centre: Tensor, row: Tensor, plane: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Offset (x, y, scale) of the extremum, the value there, and trace² / determinant of the Hessian in the plane."""
+    """Offset (x, y, scale) of the extremum, the value there, trace² / determinant of the Hessian in the plane."""
 
     def at(dx: int, dy: int, ds: int) -> Tensor:
         return volume.gather(1, centre + dx + dy * row + ds * plane)
@@ -378,7 +439,7 @@ def _quadratic(volume: Tensor, centre: Tensor, row: Tensor, plane: Tensor) -> tu
     a, b, c = yy * ss - ys * ys, xs * ys - xy * ss, xy * ys - xs * yy
     d, e, f = xx * ss - xs * xs, xy * xs - xx * ys, xx * yy - xy * xy
     determinant = xx * a + xy * b + xs * c
-    adjugate = torch.stack((a, b, c, b, d, e, c, e, f), -1).unflatten(-1, (3, 3))
+    adjugate = torch.stack((a, b, c, b, d, e, c, e, f), -1).view(*middle.shape, 3, 3)
     safe = torch.where(determinant != 0, determinant, 1.0)
     offset = -(adjugate @ gradient.unsqueeze(-1)).squeeze(-1) / safe.unsqueeze(-1)
     offset = torch.where((determinant != 0).unsqueeze(-1), offset, torch.inf)
@@ -398,24 +459,31 @@ def _gradients_at(space: ScaleSpace, blobs: Blobs, x: Tensor, y: Tensor) -> tupl
     """Bilinear gradients in x and y, (B, K, S), at offsets (B, K, S) in image pixels from every keypoint."""
     height, width, start = (part.unsqueeze(-1) for part in _layout(space.sizes, _INTERVALS, blobs.octave))
     scale = torch.exp2(1 - blobs.octave.to(x)).unsqueeze(-1)  # octave pixels an image pixel
+    x, y = (x + blobs.points[..., :1]) * scale, (y + blobs.points[..., 1:]) * scale
+    start = start + (blobs.level.unsqueeze(-1) - 1) * height * width
+    along_x, along_y = _bilinear((space.along_x, space.along_y), start, height, width, x, y)
+    return along_x, along_y
+
+
+def _bilinear(
+    maps: tuple[Tensor, ...], start: Tensor, height: Tensor, width: Tensor, x: Tensor, y: Tensor
+) -> list[Tensor]:
+    """Read flattened maps (B, N) at points (B, K, S) of the image that starts there, the nearest edge beyond it."""
     # (the last row and column are read from the pixels before them)
-    x = ((x + blobs.points[..., :1]) * scale).clamp(min=0).minimum((width - 1.001).to(x))
-    y = ((y + blobs.points[..., 1:]) * scale).clamp(min=0).minimum((height - 1.001).to(y))
+    x = x.clamp(min=0).minimum((width - 1.001).to(x))
+    y = y.clamp(min=0).minimum((height - 1.001).to(y))
     left, top = x.long(), y.long()
     right, down = x - left, y - top
-    corner = (start + (blobs.level.unsqueeze(-1) - 1) * height * width) + top * width + left
-    corners = [(corner + step).flatten(1) for step in (0, 1)]
-    corners += [
-        corners[0] + width.expand_as(corner).flatten(1),
-        corners[1] + width.expand_as(corner).flatten(1),
-    ]
+    corner = (start + top * width + left).flatten(1)
+    below = width.expand_as(left).flatten(1)
+    corners = (corner, corner + 1, corner + below, corner + below + 1)
 
-    def read(maps: Tensor) -> Tensor:
-        values = [maps.gather(1, index).view(x.shape) for index in corners]
-        upper, lower = (torch.lerp(*pair, right) for pair in (values[:2], values[2:]))
+    def read(flat: Tensor) -> Tensor:
+        values = [flat.gather(1, index).view(x.shape) for index in corners]
+        upper, lower = torch.lerp(values[0], values[1], right), torch.lerp(values[2], values[3], right)
         return torch.lerp(upper, lower, down)
 
-    return read(space.along_x), read(space.along_y)
+    return [read(flat) for flat in maps]
 
 
 def _norm(x: Tensor, y: Tensor) -> Tensor:
