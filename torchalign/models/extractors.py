@@ -49,6 +49,8 @@ __all__ = [
     "build_extractor",
 ]
 
+# Smaller frames are continued, by what is not usable.
+_LEAST_SIDE = 16
 # Keypoints of networks nearer than this to something unusable, in pixels, are dropped.
 _MASK_REACH = 4
 
@@ -137,6 +139,11 @@ class Extractor(nn.Module, ABC):
             return Features(*fields)
 
     def _extract(self, image: Tensor, usable: Tensor | None) -> Features:
+        height, width = image.shape[-2:]
+        if min(height, width) < _LEAST_SIDE:
+            missing = (0, max(0, _LEAST_SIDE - width), 0, max(0, _LEAST_SIDE - height))
+            usable = torch.ones_like(image, dtype=torch.bool) if usable is None else usable
+            image, usable = F.pad(image, missing), F.pad(usable, missing)
         stretched, seen, empty = stretch_contrast(image, usable)
         # where reading a number costs nothing: with all of it usable there is nothing to stay away from
         whole = is_on_host(image) and bool(seen.all())
