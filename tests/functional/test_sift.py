@@ -136,8 +136,8 @@ def test_the_device_path_blurs_as_the_cpu_path_does(picture, monkeypatch):
     expected = scale_space(picture)
     monkeypatch.setattr(sift, "is_on_host", lambda tensor: False)
     found = scale_space(picture)
-    for field in ("differences", "along_x", "along_y"):
-        torch.testing.assert_close(getattr(found, field), getattr(expected, field), atol=2e-6, rtol=0)
+    assert found.sizes == expected.sizes
+    torch.testing.assert_close(found.levels, expected.levels, atol=2e-6, rtol=0)
 
 
 def test_in_double_precision(picture):

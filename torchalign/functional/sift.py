@@ -23,7 +23,6 @@ References:
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -72,14 +71,11 @@ class ScaleSpace(NamedTuple):
     """Octaves of an image, finest first; octave o has pixels of ``2^(o-1)`` image pixels, aligned at (0, 0).
 
     Attributes:
-        differences: (B, N), the five (h, w) differences of the Gaussian levels of all octaves, one after another.
-        along_x, along_y: (B, M), gradients at levels 1 … 3 of all octaves, doubled, one after another.
+        levels: (B, N), the six (h, w) Gaussian levels of all octaves, one after another.
         sizes: (h, w) of every octave.
     """
 
-    differences: Tensor
-    along_x: Tensor
-    along_y: Tensor
+    levels: Tensor
     sizes: list[tuple[int, int]]
 
 
@@ -118,20 +114,16 @@ def scale_space(image: Tensor) -> ScaleSpace:
     first = _blur(doubled, math.sqrt(_BASE_SIGMA**2 - (2 * _CAMERA_SIGMA) ** 2))
     ratio = 2 ** (1 / _INTERVALS)
     steps = [_BASE_SIGMA * ratio**i * math.sqrt(ratio**2 - 1) for i in range(_LEVELS - 1)]
-    differences, along_x, along_y, sizes = [], [], [], []
+    octaves, sizes = [], []
     while True:
         levels = [first]
         for sigma in steps:
             levels.append(_blur(levels[-1], sigma))
-        differences += [(after - before).flatten(1) for before, after in itertools.pairwise(levels)]
-        for level in levels[1 : 1 + _INTERVALS]:
-            wide = F.pad(level.unsqueeze(1), (1, 1, 1, 1), mode="replicate").squeeze(1)
-            along_x.append((wide[:, 1:-1, 2:] - wide[:, 1:-1, :-2]).flatten(1))
-            along_y.append((wide[:, 2:, 1:-1] - wide[:, :-2, 1:-1]).flatten(1))
+        octaves += [level.flatten(1) for level in levels]
         sizes.append((first.shape[-2], first.shape[-1]))
         first = levels[_INTERVALS][..., ::2, ::2]
         if min(first.shape[-2:]) < _MIN_SIDE:
-            return ScaleSpace(torch.cat(differences, 1), torch.cat(along_x, 1), torch.cat(along_y, 1), sizes)
+            return ScaleSpace(torch.cat(octaves, 1), sizes)
 
 
 def detect_blobs(
@@ -152,36 +144,37 @@ def detect_blobs(
         max_edge_ratio: the largest ratio of the principal curvatures; beyond is an edge.
     """
     cells, shapes = [], []
-    volumes = torch.split(space.differences, [(_LEVELS - 1) * h * w for h, w in space.sizes], 1)
-    for octave, (volume, size) in enumerate(zip(volumes, space.sizes, strict=True)):
-        volume = volume.view(-1, _LEVELS - 1, *size)
-        strength, sub = _extrema(volume, _allowed(usable, octave, size), min_contrast)
+    octaves = torch.split(space.levels, [_LEVELS * height * width for height, width in space.sizes], 1)
+    for number, (levels, size) in enumerate(zip(octaves, space.sizes, strict=True)):
+        strength, sub = _extrema(
+            levels.view(-1, _LEVELS, *size), _allowed(usable, number, size), min_contrast
+        )
         shapes.append((strength.shape[-2], strength.shape[-1]))
         cells.append((strength.flatten(1), sub.flatten(1)))
     strength, sub = (torch.cat(part, 1) for part in zip(*cells, strict=True))
     value, index = highest(strength, strength > 0, _SPARE * count)
-    octaves, level, y, x = _place(index, sub.gather(1, index), shapes)
+    octave, level, y, x = _place(index, sub.gather(1, index), shapes)
     level, y, x = level + 1, y + _BORDER, x + _BORDER
-    height, width, start = _layout(space.sizes, _LEVELS - 1, octaves)
+    height, width, start = _layout(space.sizes, _LEVELS, octave)
     centre = start + (level * height + y) * width + x
     inside = (y < height - 1) & (x < width - 1)  # there is one where the value is not -inf
     centre = torch.where(inside, centre, start + (height + 1) * width + 1)
-    offset, contrast, edge = _quadratic(space.differences, centre, width, height * width)
+    offset, contrast, edge = _quadratic(space.levels, centre, width, height * width)
 
     valid = value.isfinite() & inside & (offset.abs() <= _MAX_OFFSET).all(-1)
     valid = valid & (contrast.abs() >= min_contrast) & (edge < (max_edge_ratio + 1) ** 2 / max_edge_ratio)
     response, order = highest(contrast.abs(), valid, count)
     valid = response.isfinite()
-    octaves, level = octaves.gather(1, order), level.gather(1, order)
+    octave, level = octave.gather(1, order), level.gather(1, order)
     offset = offset.gather(1, order.unsqueeze(-1).expand(-1, -1, 3))
     offset = torch.where(valid.unsqueeze(-1), offset, 0.0)
     place = torch.stack((x, y), -1).gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
-    pixel = torch.exp2(octaves.to(offset) - 1)
+    pixel = torch.exp2(octave.to(offset) - 1)
     return Blobs(
         points=(place.to(offset) + offset[..., :2]) * pixel.unsqueeze(-1),
         sigma=_BASE_SIGMA * torch.exp2((level + offset[..., 2]) / _INTERVALS) * pixel,
         response=torch.where(valid, response, 0.0),
-        octave=octaves,
+        octave=octave,
         level=level,
         valid=valid,
     )
@@ -199,7 +192,9 @@ def dominant_orientation(space: ScaleSpace, blobs: Blobs) -> Tensor:
     """
     grid = _square(_ORIENTATION_SIDE, _ORIENTATION_STEP, blobs.points)
     weight = torch.exp(-grid.square().sum(0) / (2 * _ORIENTATION_SIGMA**2))
-    along_x, along_y = _gradients_at(space, blobs, *(blobs.sigma.unsqueeze(-1) * part for part in grid))
+    along_x, along_y = _gradients_at(
+        space, blobs, *(blobs.sigma.unsqueeze(-1) * part for part in grid), between=True
+    )
     magnitude = _norm(along_x, along_y)
     cosine, sine = along_x / magnitude, along_y / magnitude
     real, imaginary = along_x * weight, along_y * weight
@@ -235,12 +230,13 @@ def describe(space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Ten
     reach = (_CELLS + 1) * _CELL_WIDTH  # linear ramps end a cell's width beyond the outermost centres
     x, y = grid = _square(_SAMPLES, reach / _SAMPLES, blobs.points)
     sigma = blobs.sigma.unsqueeze(-1)
+    # (samples lie 2 pixels apart, in cells 8 pixels wide: half a pixel does not matter, for directions it would)
     if orientation is None:
-        along_x, along_y = _gradients_at(space, blobs, sigma * x, sigma * y)
+        along_x, along_y = _gradients_at(space, blobs, sigma * x, sigma * y, between=False)
     else:
         cosine, sine = orientation.cos().unsqueeze(-1), orientation.sin().unsqueeze(-1)
         turned = sigma * (cosine * x - sine * y), sigma * (sine * x + cosine * y)
-        along_x, along_y = _gradients_at(space, blobs, *turned)
+        along_x, along_y = _gradients_at(space, blobs, *turned, between=False)
         along_x, along_y = (
             torch.addcmul(cosine * along_x, sine, along_y),
             torch.addcmul(cosine * along_y, sine, along_x, value=-1),
@@ -312,7 +308,7 @@ def patches_at(
         (points[..., axis].unsqueeze(-1) + sigma * turned + 0.5) / pixel - 0.5
         for axis, turned in enumerate((cosine * x - sine * y, sine * x + cosine * y))
     )
-    patches = _bilinear((flat,), start, height, width, x, y)[0]
+    patches = _bilinear(flat, start, height, width, x, y)
     return patches.view(*patches.shape[:-1], side, side)
 
 
@@ -360,7 +356,7 @@ def _allowed(usable: Tensor | None, octave: int, size: tuple[int, int]) -> Tenso
     return eroded[..., :: 2 ** (octave - 1), :: 2 ** (octave - 1)][..., : size[0], : size[1]]
 
 
-def _extrema(differences: Tensor, allowed: Tensor | None, min_contrast: float) -> tuple[Tensor, Tensor]:
+def _extrema(levels: Tensor, allowed: Tensor | None, min_contrast: float) -> tuple[Tensor, Tensor]:
     """Absolute value at the extrema, 0 elsewhere, as the largest in every 2 × 2 cell; and which of the four it is.
 
     Two extrema are never neighbours, so a cell holds one at most. An extremum of either sign is a maximum of the
@@ -369,12 +365,13 @@ def _extrema(differences: Tensor, allowed: Tensor | None, min_contrast: float) -
     Returns:
         (B, 3, ⌈(h-10)/2⌉, ⌈(w-10)/2⌉), strength and int64 0 … 3 as 2·dy + dx.
     """
-    height, width = differences.shape[-2:]
+    height, width = levels.shape[-2:]
     rows, columns = height - 2 * _BORDER, width - 2 * _BORDER
     if min(rows, columns) < 1:
-        nothing = differences.new_zeros(differences.shape[0], _INTERVALS, 1, 1)
+        nothing = levels.new_zeros(levels.shape[0], _INTERVALS, 1, 1)
         return nothing, torch.zeros_like(nothing, dtype=torch.int64)
-    size = differences[..., _BORDER - 1 : height - _BORDER + 1, _BORDER - 1 : width - _BORDER + 1].abs()
+    levels = levels[..., _BORDER - 1 : height - _BORDER + 1, _BORDER - 1 : width - _BORDER + 1]
+    size = (levels[:, 1:] - levels[:, :-1]).abs_()
     pair = torch.maximum(size[:, :-1], size[:, 1:])
     around = torch.maximum(pair[:, :-1], pair[:, 1:])
     around = torch.maximum(torch.maximum(around[..., :-2], around[..., 1:-1]), around[..., 2:])
@@ -422,11 +419,12 @@ def _layout(shapes: list[tuple[int, int]], levels: int, octave: Tensor) -> tuple
     return height, width, start
 
 
-def _quadratic(volume: Tensor, centre: Tensor, row: Tensor, plane: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _quadratic(levels: Tensor, centre: Tensor, row: Tensor, plane: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Offset (x, y, scale) of the extremum, the value there, trace² / determinant of the Hessian in the plane."""
 
     def at(dx: int, dy: int, ds: int) -> Tensor:
-        return volume.gather(1, centre + dx + dy * row + ds * plane)
+        index = centre + dx + dy * row + ds * plane
+        return levels.gather(1, index + plane) - levels.gather(1, index)
 
     middle = at(0, 0, 0)
     ends = [(at(*step), at(*(-d for d in step))) for step in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
@@ -455,35 +453,54 @@ def _square(side: int, step: float, like: Tensor) -> Tensor:
     return torch.stack((line.repeat(side), line.repeat_interleave(side)))
 
 
-def _gradients_at(space: ScaleSpace, blobs: Blobs, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Bilinear gradients in x and y, (B, K, S), at offsets (B, K, S) in image pixels from every keypoint."""
-    height, width, start = (part.unsqueeze(-1) for part in _layout(space.sizes, _INTERVALS, blobs.octave))
+def _gradients_at(
+    space: ScaleSpace, blobs: Blobs, x: Tensor, y: Tensor, *, between: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients in x and y, (B, K, S), doubled, at offsets (B, K, S) in image pixels from every keypoint.
+
+    At the nearest pixel, or ``between`` pixels as their bilinear mean.
+    """
+    height, width, start = (part.unsqueeze(-1) for part in _layout(space.sizes, _LEVELS, blobs.octave))
     scale = torch.exp2(1 - blobs.octave.to(x)).unsqueeze(-1)  # octave pixels an image pixel
-    x, y = (x + blobs.points[..., :1]) * scale, (y + blobs.points[..., 1:]) * scale
-    start = start + (blobs.level.unsqueeze(-1) - 1) * height * width
-    along_x, along_y = _bilinear((space.along_x, space.along_y), start, height, width, x, y)
-    return along_x, along_y
+    # every pixel that is read lies inside: the outermost gradients are those one or two pixels from the edge
+    last = 2.001 if between else 2.0
+    x = ((x + blobs.points[..., :1]) * scale).clamp(min=1).minimum((width - last).to(x))
+    y = ((y + blobs.points[..., 1:]) * scale).clamp(min=1).minimum((height - last).to(y))
+    left, top = (x.long(), y.long()) if between else (x.round().long(), y.round().long())
+    start = start + blobs.level.unsqueeze(-1) * height * width
+    corner = (start + top * width + left).flatten(1)
+    row = width.expand_as(left).flatten(1)
+
+    def at(dx: int, dy: int) -> Tensor:
+        return space.levels.gather(1, corner + dx + dy * row).view(x.shape)
+
+    if not between:
+        return at(1, 0) - at(-1, 0), at(0, 1) - at(0, -1)
+    right, down = x - left, y - top
+    first, second = ([at(dx, dy) for dx in (-1, 0, 1, 2)] for dy in (0, 1))
+    above, below = ([at(dx, dy) for dx in (0, 1)] for dy in (-1, 2))
+
+    def mean(corners: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        upper, lower = torch.lerp(corners[0], corners[1], right), torch.lerp(corners[2], corners[3], right)
+        return torch.lerp(upper, lower, down)
+
+    return (
+        mean((first[2] - first[0], first[3] - first[1], second[2] - second[0], second[3] - second[1])),
+        mean((second[1] - above[0], second[2] - above[1], below[0] - first[1], below[1] - first[2])),
+    )
 
 
-def _bilinear(
-    maps: tuple[Tensor, ...], start: Tensor, height: Tensor, width: Tensor, x: Tensor, y: Tensor
-) -> list[Tensor]:
-    """Read flattened maps (B, N) at points (B, K, S) of the image that starts there, the nearest edge beyond it."""
+def _bilinear(flat: Tensor, start: Tensor, height: Tensor, width: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Read images in (B, N) at points (B, K, S) of the one that starts there, the nearest edge beyond it."""
     # (the last row and column are read from the pixels before them)
     x = x.clamp(min=0).minimum((width - 1.001).to(x))
     y = y.clamp(min=0).minimum((height - 1.001).to(y))
     left, top = x.long(), y.long()
-    right, down = x - left, y - top
     corner = (start + top * width + left).flatten(1)
-    below = width.expand_as(left).flatten(1)
-    corners = (corner, corner + 1, corner + below, corner + below + 1)
-
-    def read(flat: Tensor) -> Tensor:
-        values = [flat.gather(1, index).view(x.shape) for index in corners]
-        upper, lower = torch.lerp(values[0], values[1], right), torch.lerp(values[2], values[3], right)
-        return torch.lerp(upper, lower, down)
-
-    return [read(flat) for flat in maps]
+    below = corner + width.expand_as(left).flatten(1)
+    values = [flat.gather(1, index).view(x.shape) for index in (corner, corner + 1, below, below + 1)]
+    upper, lower = torch.lerp(values[0], values[1], x - left), torch.lerp(values[2], values[3], x - left)
+    return torch.lerp(upper, lower, y - top)
 
 
 def _norm(x: Tensor, y: Tensor) -> Tensor:
