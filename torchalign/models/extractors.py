@@ -31,7 +31,14 @@ from torchalign.functional.keypoints import (
     stretch_contrast,
     strict_maxima,
 )
-from torchalign.functional.sift import describe, detect_blobs, dominant_orientation, patches_at, scale_space
+from torchalign.functional.sift import (
+    Blobs,
+    describe,
+    detect_blobs,
+    dominant_orientation,
+    patches_at,
+    scale_space,
+)
 from torchalign.models.superpoint import CELL, SuperPointNet
 from torchalign.models.weights import Weights, load_into, load_weights
 
@@ -149,6 +156,21 @@ class Extractor(nn.Module, ABC):
         whole = is_on_host(image) and bool(seen.all())
         return self.extract(stretched, None if whole else seen, empty)
 
+    def _worth(self, valid: Tensor) -> int:
+        """How many rows may hold a keypoint (they come first): where it costs nothing to know, or else all."""
+        return max(1, int(valid.sum(-1).max())) if is_on_host(valid) else valid.shape[-1]
+
+    def _filled(self, features: Features) -> Features:
+        """As many rows as there have to be."""
+        missing = self.max_num_keypoints - features.valid.shape[-1]
+        if not missing:
+            return features
+        rows: Any = (
+            None if field is None else F.pad(field, (0, 0) * (field.ndim - 2) + (0, missing))
+            for field in features
+        )
+        return Features(*rows)
+
     def train(self, mode: bool = True) -> Extractor:
         """Stays in evaluation mode, whatever the module around does: batch statistics are not to be touched."""
         return super().train(False)
@@ -181,11 +203,13 @@ class SIFT(Extractor):
         """See :meth:`Extractor.extract`."""
         space = scale_space(image)
         blobs = detect_blobs(space, usable, self.max_num_keypoints)
+        blobs = _first(blobs, self._worth(blobs.valid))
         orientation = None if self.upright else dominant_orientation(space, blobs)
         descriptors = describe(space, blobs, orientation)
         if orientation is None:
             orientation = torch.zeros_like(blobs.sigma)
-        return Features(blobs.points, blobs.response, descriptors, blobs.valid, blobs.sigma, orientation)
+        features = Features(blobs.points, blobs.response, descriptors, blobs.valid, blobs.sigma, orientation)
+        return self._filled(features)
 
     def extra_repr(self) -> str:
         """The options."""
@@ -209,12 +233,18 @@ class DoGHardNet(Extractor):
         """See :meth:`Extractor.extract`."""
         space = scale_space(image)
         blobs = detect_blobs(space, usable, self.max_num_keypoints)
+        blobs = _first(blobs, self._worth(blobs.valid))
         orientation = dominant_orientation(space, blobs)
         patches = patches_at(image, blobs.points, blobs.sigma, orientation, side=self.network.patch_size)
         dtype = next(self.network.parameters()).dtype
         seen = self.network(patches.flatten(0, 1).unsqueeze(1).to(dtype)).unflatten(0, patches.shape[:2])
         descriptors = F.normalize(seen.to(image.dtype), dim=-1) * blobs.valid.unsqueeze(-1)
-        return Features(blobs.points, blobs.response, descriptors, blobs.valid, blobs.sigma, orientation)
+        features = Features(blobs.points, blobs.response, descriptors, blobs.valid, blobs.sigma, orientation)
+        return self._filled(features)
+
+
+def _first(blobs: Blobs, count: int) -> Blobs:
+    return Blobs(*(field[:, :count] for field in blobs))
 
 
 class DenseExtractor(Extractor):
@@ -264,10 +294,12 @@ class DenseExtractor(Extractor):
             allowed = allowed & erode(usable, _MASK_REACH)
         value, index = highest(scores.flatten(1), allowed.flatten(1), self.max_num_keypoints)
         valid = value > self.threshold
+        worth = self._worth(valid)
+        value, index, valid = value[:, :worth], index[:, :worth], valid[:, :worth]
         points = pixel_of(index, width) + quadratic_offset(peaks, index)
         descriptors = self.describe(features, points) * valid.unsqueeze(-1)
         value = torch.where(valid, value, 0.0)
-        return Features(points.to(dtype), value.to(dtype), descriptors.to(dtype), valid)
+        return self._filled(Features(points.to(dtype), value.to(dtype), descriptors.to(dtype), valid))
 
     def _padded(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
