@@ -56,7 +56,9 @@ def pairs(frames):
             valid[1, 1:] = False  # one keypoint
             valid[3, ::3] = False
             valid[4] = False
-            made[feature_model] = features._replace(valid=valid), reference
+            fewer = reference.valid.clone()
+            fewer[:, ::5] = False
+            made[feature_model] = features._replace(valid=valid), reference._replace(valid=fewer)
         return made[feature_model]
 
     return of
