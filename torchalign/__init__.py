@@ -18,6 +18,7 @@ from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
 from torchalign.ecc import ECC
 from torchalign.functional.warp import warp
+from torchalign.lgm import LGM
 from torchalign.pcc import PCC
 from torchalign.types import Alignment, Estimate, Status
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from torchalign.xr import align as align
 
 __version__ = "0.1.0"
-__all__ = ["ECC", "PCC", "Aligner", "Alignment", "Cascade", "Estimate", "Status", "align", "warp"]
+__all__ = ["ECC", "LGM", "PCC", "Aligner", "Alignment", "Cascade", "Estimate", "Status", "align", "warp"]
 
 # where the names that need xarray live, imported on first use
 _LAZY = {"align": "torchalign.xr"}

@@ -33,8 +33,8 @@ __all__ = [
 
 # Percentiles are taken over about this many pixels a side: more would not move them.
 _SAMPLED_SIDE = 128
-# A frame whose percentiles lie closer than this, relative to their size, is flat.
-_FLAT = 1e-5
+# A frame whose percentiles lie closer than this many roundings of their size is flat.
+_FLAT = 64
 # Frames with less than this share of usable pixels are not worth a guess.
 _MIN_USABLE = 1 / 64
 
@@ -78,7 +78,8 @@ def stretch_contrast(
     bottom, middle, top = percentile(low), percentile(0.5), percentile(high)
     span = top - bottom
     # not isfinite: without a usable pixel the percentiles are inf
-    empty = ~(span > _FLAT * torch.maximum(top.abs(), bottom.abs())) | ~span.isfinite()
+    rounding = torch.finfo(image.dtype).eps * torch.maximum(top.abs(), bottom.abs())
+    empty = ~(span > _FLAT * rounding) | ~span.isfinite()
     empty = empty | (usable.flatten(1).to(image).mean(-1, keepdim=True) < _MIN_USABLE)
     scale = torch.where(empty, 1.0, span).unsqueeze(-1)
     base, middle = (torch.where(empty, 0.0, value).unsqueeze(-1) for value in (bottom, middle))
