@@ -226,6 +226,18 @@ def test_a_rough_motion_and_then_a_fine_one():
     again = ta.LGM(motion="affine", max_translation=20.0).estimate(data.cube, data.reference, init=rough.warp)
     assert again.valid.all()
     assert corner_errors(again.warp, truth).max() < 0.1
+    cascade = ta.Cascade(
+        ta.LGM(motion="affine", max_num_keypoints=512, max_translation=20.0),
+        ta.ECC(motion="affine", max_translation=20.0),
+    )
+    both = cascade.estimate(data.cube, data.reference)
+    assert both.valid.all()
+    assert corner_errors(both.warp, truth).max() < 0.05
+    after = ta.Cascade(ta.PCC(max_translation=20.0), ta.LGM(max_translation=20.0))
+    shifted = pairs(torch.tensor([[12.3, -7.6]]), SIZE, longest=24.0, seed=3)
+    found = after.estimate(shifted.cube, shifted.reference)
+    assert found.valid.all()
+    assert shift_errors(found, torch.tensor([[12.3, -7.6]])).max() < 0.03
     bent = to_homogeneous(rough.warp)
     again = ta.LGM(motion="homography", max_translation=20.0).estimate(data.cube, data.reference, init=bent)
     assert again.valid.all()
@@ -336,7 +348,7 @@ def fake():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"motion": "homography", "batch_size": 2, "feature_model": Blobs(32)}],
+    [{}, {"motion": "homography", "refine": False, "batch_size": 2, "feature_model": Blobs(32)}],
     ids=["default", "homography, module, in parts"],
 )
 def test_fake_cuda(fake, options):
