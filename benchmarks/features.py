@@ -624,7 +624,8 @@ def report(results: Mapping[str, Any]) -> str:
             lines.append(line)
         parts += [
             "### Other seasons: pairs of clear dates of a real NDVI series of 100²",
-            f"{next(iter(season.values()))['dates']} dates. Accepted of all pairs; there and back, each found for itself, median / 95th percentile in pixels; "
+            f"{next(iter(season.values()))['dates']} dates. Accepted of all pairs; there and back, each found for "
+            "itself, median / 95th percentile in pixels; "
             "closure of triangles a → b → c against a → c.",
             table(["method", *spans, "closure (number)"], lines),
         ]

@@ -224,7 +224,9 @@ class Results:
         frames = case.series
         data = stack(frames, clouds=0.2, seed=7)
         cube = spoil(data.cube, "inf", 5 * frames // 8)
-        mask = data.clear | (torch.arange(frames)[:, None, None] % 2 == 0)  # every other frame's clouds are known
+        mask = data.clear | (
+            torch.arange(frames)[:, None, None] % 2 == 0
+        )  # every other frame's clouds are known
         aligner = case.make()
         aligned, estimate = aligner(cube, data.reference, mask)
         for chunk in (1, 23 * frames // 64):

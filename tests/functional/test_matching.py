@@ -304,6 +304,26 @@ def test_windows_find_a_small_shift():
     assert torch.equal(same.warp, identity_warp(dtype=torch.float64))
 
 
+@pytest.mark.parametrize("motion", ["translation", "affine"])
+def test_sigma_of_windows_is_their_error(motion):
+    # the same ground, each time with other noise; windows that overlap count as what they are
+    _, reference = scene(torch.zeros(1, 2))
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((24, *reference.shape)))
+    points = places(100).expand(24, 100, 2)
+    found = window_ascent(
+        reference + 0.5 * noise,
+        reference,
+        points,
+        torch.ones(24, 100, dtype=torch.float64),
+        SIZE,
+        motion=motion,
+    )
+    assert found.converged.all()
+    errors = transform_points(found.warp, CENTRE[None]).squeeze(-2) - CENTRE
+    ratio = (errors.square().sum(-1) / (2 * found.sigma.square())).mean().sqrt()
+    assert 0.4 < float(ratio) < 1.6  # σ is calibrated on frames, whose errors are larger than their scatter
+
+
 @pytest.mark.parametrize("motion", MOTIONS[1:])
 def test_windows_find_a_small_motion(motion):
     truth = torch.stack([motion_warp(motion, seed, large=0.012) for seed in range(3)])
