@@ -12,7 +12,6 @@ import torchalign as ta
 old = {"weighting": "phase", "contrast": "none", "robust": False, "max_frequency": 0.3}
 
 
-
 def cascade(**options):
     return ta.Cascade(ta.PCC(**options), ta.ECC(**options))
 
@@ -29,7 +28,9 @@ OPTIONS = {
     "PCC grid": Case(partial(ta.PCC, weighting="sqrt", upsample_factor=50), steadiness=0.05, grid=0.02),
     "PCC gradients": Case(partial(ta.PCC, channel="gradients"), accuracy=0.1, steadiness=0.05),
     "ECC affine": Case(partial(ta.ECC, motion="affine"), accuracy=0.1, steadiness=0.05),
-    "ECC homography": Case(partial(ta.ECC, motion="homography", robust="none"), accuracy=0.1, steadiness=0.05),
+    "ECC homography": Case(
+        partial(ta.ECC, motion="homography", robust="none"), accuracy=0.1, steadiness=0.05
+    ),
 }
 
 
