@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scenes import fractal
+from scipy import ndimage
 
 from torchalign.functional.sift import describe, detect_blobs, dominant_orientation, patches_at, scale_space
 from torchalign.models.extractors import SIFT
@@ -130,14 +131,23 @@ def test_upright_descriptors_do_not_turn(picture):
     assert float((upright - describe(space, blobs, torch.full((1, 64), 1.0))).norm(dim=-1).min()) > 0.05
 
 
-def test_the_device_path_blurs_as_the_cpu_path_does(picture, monkeypatch):
-    from torchalign.functional import sift
-
-    expected = scale_space(picture)
-    monkeypatch.setattr(sift, "is_on_host", lambda tensor: False)
-    found = scale_space(picture)
-    assert found.sizes == expected.sizes
-    torch.testing.assert_close(found.levels, expected.levels, atol=2e-6, rtol=0)
+def test_levels_are_gaussian(picture):
+    # against scipy, from the doubled image on: σ = 1.6 · 2^(i/3) in doubled pixels
+    space = scale_space(picture.double())
+    height, width = space.sizes[0]
+    assert (height, width) == (191, 223)
+    levels = space.levels[0, : 6 * height * width].view(6, height, width)
+    doubled = torch.nn.functional.interpolate(
+        picture.double()[None], (191, 223), mode="bilinear", align_corners=True
+    )
+    for i, level in enumerate(levels):
+        # the image is taken to have been blurred by 0.5 px; scipy's "mirror" is the edge's reflection
+        sigma = math.sqrt((1.6 * 2 ** (i / 3)) ** 2 - 1)
+        expected = ndimage.gaussian_filter(doubled[0, 0].numpy(), sigma, mode="mirror", truncate=5)
+        np.testing.assert_allclose(level[12:-12, 12:-12], expected[12:-12, 12:-12], atol=3e-3)
+    # the next octave is every second pixel of level 3
+    second = space.levels[0, 6 * height * width :][: 96 * 112].view(96, 112)
+    torch.testing.assert_close(second, levels[3, ::2, ::2])
 
 
 def test_in_double_precision(picture):
