@@ -17,7 +17,8 @@ ROOT = Path(torchalign.__file__).parent
 LAYERS = [
     {"types", "_check", "_host"},
     {"functional.affine", "functional.warp", "functional.channels", "functional.fourier", "functional.texture",
-     "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional"},
+     "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
+     "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
     {"pcc", "ecc", "lgm"},
@@ -31,14 +32,9 @@ LAYERS = [
     {"__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# within functional: affine and warp are the ground of the others
-WITHIN = {
-    "functional.texture",
-    "functional.phase",
-    "functional.quality",
-    "functional.matching",
-    "functional.ecc",
-}
+# within functional: affine and warp are the ground of the others, keypoints that of sift
+WITHIN = {"functional.texture", "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
+          "functional.sift"}  # fmt: skip
 # what a layer may use besides torch and the standard library
 FOREIGN = {
     **{

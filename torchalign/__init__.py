@@ -18,6 +18,7 @@ from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
 from torchalign.ecc import ECC
 from torchalign.functional.warp import warp
+from torchalign.lgm import LGM
 from torchalign.pcc import PCC
 from torchalign.types import Alignment, Estimate, Status
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ECC",
+    "LGM",
     "PCC",
     "Aligner",
     "Alignment",

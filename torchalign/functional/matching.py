@@ -1,0 +1,683 @@
+r"""From matched points to a motion: mutual matches, robust fits of whole batches, windows that refine them.
+
+The chain, each link a function that works alone:
+
+1. :func:`mutual_matches`: points that are each other's nearest in description, among those that lie near where
+   they are expected (guided) or anywhere.
+2. :func:`consensus`: every hypothesis of a fixed table is drawn from the fewest matches that define the motion, and
+   the one that most matches support wins; for a translation this is the mode of the displacements.
+3. :func:`reweighted_fit`: Gauss–Newton steps with Tukey's weights, at the scale that the residuals themselves tell.
+4. :func:`significance`: how far the number of agreeing matches exceeds what chance would give.
+5. :func:`window_ascent`: small windows around the inliers of both images are correlated, and the sum of their
+   correlations is maximised over the parameters of the motion: keypoints are good to a tenth of a pixel, this to a
+   hundredth.
+
+Nothing here depends on a random generator, and nothing waits for the device: the numbers of hypotheses and of steps
+are fixed, a point without a match has weight 0.
+
+Convention:
+    ``points`` are of the moving frame, ``targets`` of the reference, both (x, y) in pixels; a warp maps
+    moving → reference. A *motion* is changed by a small :math:`\delta` on its left, :math:`W \leftarrow \Delta W`,
+    whose parameters displace the content by so many pixels at the frame's longer edge, seen from its centre.
+
+References:
+    Fischler & Bolles 1981, doi:10.1145/358669.358692 (RANSAC); Torr & Zisserman 2000, doi:10.1006/cviu.1999.0832
+    (scoring by residuals); Chum, Matas & Kittler 2003, doi:10.1007/978-3-540-45243-0_31 (local optimisation);
+    Beaton & Tukey 1974, doi:10.1080/00401706.1974.10489171; Hartley & Zisserman 2004, *Multiple View Geometry*.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchalign.functional.affine import (
+    MotionModel,
+    change_origin,
+    compose_warps,
+    identity_warp,
+    transform_points,
+    translation_warp,
+)
+from torchalign.functional.fourier import rfft2
+from torchalign.functional.phase import _derivatives, _multiplicity, cross_power
+from torchalign.functional.texture import tukey
+
+__all__ = [
+    "DEGREES",
+    "Matches",
+    "MotionFit",
+    "WindowFit",
+    "consensus",
+    "mutual_matches",
+    "reweighted_fit",
+    "significance",
+    "window_ascent",
+]
+
+# Parameters of each motion, and the number of matches that define one.
+DEGREES: dict[MotionModel, int] = {
+    "translation": 2, "euclidean": 3, "similarity": 4, "affine": 6, "homography": 8,
+}  # fmt: skip
+_MINIMAL: dict[MotionModel, int] = {
+    "translation": 1, "euclidean": 2, "similarity": 2, "affine": 3, "homography": 4,
+}  # fmt: skip
+
+# A match this near to where the motion puts it, in pixels, agrees with it.
+INLIER_RADIUS = 1.0
+# Matches that take part in the search for a consensus (the best described); all take part in the fit.
+_SEARCHED = 512
+# Hypotheses of that number of best score are fitted and scored again.
+_OPTIMISED = 4
+# Radius of a hypothesis' support, in pixels: keypoints scatter by half a pixel, and a minimal fit extrapolates.
+_MODE_RADIUS, _SUPPORT_RADIUS = 1.25, 3.0
+# Minimal fits that zoom by more than this, or whose points lie nearer than this share of the frame, are none.
+_LARGEST_ZOOM, _LEAST_BASELINE = 3.0, 0.05
+# Tukey's constant (95 % efficient), and the mean square of normal residuals in the plane under these weights.
+_TUKEY, _TUKEY_VARIANCE = 4.685, 0.8214
+# Limits of the scale σ of residuals, in pixels.
+_LEAST_SCALE, _LARGEST_SCALE = 0.05, 0.6
+# Errors on simulated frames of all kinds exceed what the windows' scatter predicts (benchmarks/features.py).
+_SIGMA_CALIBRATION = 1.3
+# The last step of an ascent that has converged is shorter than this, in pixels.
+_ASCENT_TOLERANCE = 2e-2
+
+
+class Matches(NamedTuple):
+    """Which point of the other image belongs to each point.
+
+    Attributes:
+        index: (..., K) int64, into the other image's points; −1 if none.
+        weight: (..., K), in [0, 1]; 0 if none.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # a tuple has a method of that name
+    weight: Tensor
+
+
+class MotionFit(NamedTuple):
+    """A motion and what supports it, one row a frame.
+
+    Attributes:
+        warp: (..., 2, 3), or (..., 3, 3) for a homography; the identity where there is nothing to fit.
+        weight: (..., K) in [0, 1], Tukey's weight of each match times its own.
+        inliers: (...,), number of matches within :data:`INLIER_RADIUS`.
+        matches: (...,), number of matches.
+        sigma: (...,), predicted 1-σ error of the displacement of the frame's centre, per axis, in pixels; infinite
+            where the matches do not define the motion.
+    """
+
+    warp: Tensor
+    weight: Tensor
+    inliers: Tensor
+    matches: Tensor
+    sigma: Tensor
+
+
+class WindowFit(NamedTuple):
+    """What :func:`window_ascent` finds, one row a frame.
+
+    Attributes:
+        warp: (..., 2, 3) or (..., 3, 3), to be applied after the motion the images were brought together with.
+        sigma: (...,), predicted 1-σ error of the displacement of the frame's centre, per axis, in pixels.
+        converged: (...,) bool.
+    """
+
+    warp: Tensor
+    sigma: Tensor
+    converged: Tensor
+
+
+# ---------------------------------------------------------------------------------------------------- matches
+
+
+def mutual_matches(
+    similarity: Tensor,
+    valid: Tensor,
+    other_valid: Tensor,
+    *,
+    expected: Tensor | None = None,
+    others: Tensor | None = None,
+    radius: float | None = None,
+) -> Matches:
+    """Pairs that are each other's most similar, among the valid, near to where they are expected.
+
+    Args:
+        similarity: (..., K, L), of every point with every other, larger is more similar.
+        valid: (..., K) bool.
+        other_valid: (..., L) bool.
+        expected: (..., K, 2), where each point should lie in the other image; ``None`` for anywhere.
+        others: (..., L, 2), where the others lie.
+        radius: in pixels, around ``expected``.
+
+    Returns:
+        :class:`Matches`, of weight 1 or 0.
+
+    Example:
+        >>> similarity = torch.tensor([[0.9, 0.8, 0.1], [0.7, 0.6, 0.2]])
+        >>> every = torch.ones(3, dtype=torch.bool)
+        >>> mutual_matches(similarity, every[:2], every).index
+        tensor([ 0, -1])
+        >>> line = torch.tensor([[0.0, 0.0], [5.0, 0.0], [9.0, 0.0]])
+        >>> mutual_matches(similarity, every[:2], every, expected=line[:2], others=line, radius=2.0).index
+        tensor([0, 1])
+    """
+    allowed = valid.unsqueeze(-1) & other_valid.unsqueeze(-2)  # (..., K, L)
+    if expected is not None and others is not None and radius is not None:
+        dx, dy = ((expected[..., :, None, axis] - others[..., None, :, axis]) for axis in (0, 1))
+        allowed = allowed & (dx.square() + dy.square() <= radius**2)
+    similarity = similarity.masked_fill(~allowed, -torch.inf)
+    best, index = similarity.max(-1)  # (..., K)
+    back = similarity.argmax(-2)  # (..., L)
+    own = torch.arange(similarity.shape[-2], device=similarity.device)
+    mutual = (back.gather(-1, index) == own) & (best > -torch.inf)
+    return Matches(torch.where(mutual, index, -1), mutual.to(similarity.dtype))
+
+
+# ------------------------------------------------------------------------------------------------------- fits
+
+
+def consensus(
+    points: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    size: tuple[int, int],
+    *,
+    motion: MotionModel = "translation",
+    hypotheses: int = 512,
+) -> Tensor:
+    r"""The motion that most matches agree with.
+
+    Of the matches, best first, a fixed low-discrepancy table draws ``hypotheses`` sets of the fewest that define
+    the motion (1 for a translation, 2, 2, 3, 4; for more than a similarity, as many similarities besides, since
+    two right matches are drawn more often than four). Each is scored by
+
+    .. math:: \sum_i w_i \left(1 - \|W p_i - q_i\|^2 / c^2\right)_+
+
+    For a translation that is a kernel estimate of the density of displacements, at the displacements, with
+    Epanechnikov's kernel, and its maximum the mode. The best few of the others are fitted to their support and
+    scored again.
+
+    Args:
+        points: (..., K, 2) of the moving frame.
+        targets: (..., K, 2), their matches in the reference.
+        weight: (..., K) ≥ 0, 0 for no match.
+        size: (H, W) of the frames.
+        motion: what the frames may do.
+        hypotheses: how many of each kind.
+
+    Returns:
+        (..., 2, 3), or (..., 3, 3) for a homography. Finite; the identity if nothing defines a motion.
+
+    Example:
+        >>> points = torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) * 100
+        >>> targets = points + torch.tensor([3.0, -2.0])
+        >>> targets[::2] = targets[::2].flip(0)  # half of the matches are wrong
+        >>> consensus(points, targets, torch.ones(60), (100, 100))[:, 2]
+        tensor([ 3., -2.])
+    """
+    order = weight.argsort(dim=-1, descending=True, stable=True)[..., :_SEARCHED]  # (..., S)
+    count = (weight > 0).sum(-1, keepdim=True)  # (..., 1)
+    weight = weight.gather(-1, order)
+    points, targets = (
+        tensor.gather(-2, order.unsqueeze(-1).expand(*order.shape, 2)) for tensor in (points, targets)
+    )
+    count = count.clamp(max=order.shape[-1])
+
+    def drawn(number: int) -> tuple[Tensor, Tensor]:
+        """(..., N, number, 2) points and targets, from the fixed table."""
+        table = _table(hypotheses, number, weight)  # (N, number)
+        rank = (table * count[..., None]).long().minimum((count[..., None] - 1).clamp(min=0))
+        flat = rank.flatten(-2).unsqueeze(-1).expand(*rank.shape[:-2], hypotheses * number, 2)
+        shape = (*rank.shape, 2)
+        return points.gather(-2, flat).reshape(shape), targets.gather(-2, flat).reshape(shape)
+
+    if motion == "translation":
+        moved = targets - points
+        sample, sample_target = drawn(1)
+        shifts = (sample_target - sample).squeeze(-2)  # (..., N, 2)
+        dx, dy = (shifts[..., :, None, axis] - moved[..., None, :, axis] for axis in (0, 1))  # (..., N, S)
+        square = dx.square() + dy.square()
+        score = ((1 - square / _MODE_RADIUS**2).clamp(min=0) * weight.unsqueeze(-2)).sum(-1)
+        best = score.argmax(-1)[..., None, None].expand(*score.shape[:-1], 1, 2)
+        shift = shifts.gather(-2, best).squeeze(-2)
+        return translation_warp(torch.where(count > 0, shift, 0.0))
+
+    centre = points.new_tensor(((size[1] - 1) / 2, (size[0] - 1) / 2))
+    longest = max(size)
+    homography = motion == "homography"
+    kinds: list[MotionModel] = [motion] if motion in ("euclidean", "similarity") else ["similarity", motion]
+    warps, fine = [], []
+    for kind in kinds:
+        own, other = drawn(_MINIMAL[kind])
+        warp, sound = _minimal(own - centre, other - centre, kind, longest)
+        if homography and warp.shape[-2] == 2:
+            last = warp.new_tensor((0.0, 0.0, 1.0)).expand(*warp.shape[:-2], 1, 3)
+            warp = torch.cat((warp, last), -2)
+        warps.append(warp)
+        fine.append(sound & (count >= _MINIMAL[kind]))
+    warp, sound = change_origin(torch.cat(warps, -3), -centre), torch.cat(fine, -1)  # (..., N, 2|3, 3)
+    identity = identity_warp(homography=homography, device=warp.device, dtype=warp.dtype)
+    warp = torch.where(sound[..., None, None], warp, identity)
+
+    def support(warp: Tensor) -> Tensor:
+        """(..., n): the score of (..., n, 2|3, 3) warps."""
+        square = _residuals(warp, points.unsqueeze(-3), targets.unsqueeze(-3)).square().sum(-1)
+        return ((1 - square / _SUPPORT_RADIUS**2).clamp(min=0) * weight.unsqueeze(-2)).sum(-1)
+
+    score = support(warp).masked_fill(~sound, -1.0)
+    chosen = score.topk(min(_OPTIMISED, score.shape[-1]), -1).indices[..., None, None]
+    candidates = warp.gather(-3, chosen.expand(*chosen.shape[:-2], *warp.shape[-2:]))
+    # from a support as wide as the errors that a minimal, or too simple, motion makes at the frame's edge
+    grown, sides = candidates, (points.unsqueeze(-3), targets.unsqueeze(-3))
+    for share in (0.03, 0.02, 0.015, 0.01):
+        radius = max(share * longest, _SUPPORT_RADIUS)
+        grown, _ = _step(grown, *sides, weight.unsqueeze(-2), size, motion, radius)
+    candidates = torch.cat((candidates, grown), -3)
+    best = support(candidates).argmax(-1)[..., None, None, None]
+    return candidates.gather(-3, best.expand(*best.shape[:-3], 1, *warp.shape[-2:])).squeeze(-3)
+
+
+def reweighted_fit(
+    warp: Tensor,
+    points: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    size: tuple[int, int],
+    *,
+    motion: MotionModel = "translation",
+    steps: int = 12,
+) -> MotionFit:
+    r"""Least squares with Tukey's weights, from a start that a part of the matches agrees with.
+
+    .. math:: \min_W \sum_i w_i\, \rho\!\left(\|W p_i - q_i\| / 4.685\,\hat\sigma\right)
+
+    by Gauss–Newton steps, :math:`\hat\sigma` measured anew at each from the residuals under its weights.
+
+    Args:
+        warp: (..., 2, 3) or (..., 3, 3), the start.
+        points: (..., K, 2) of the moving frame.
+        targets: (..., K, 2), their matches in the reference.
+        weight: (..., K) ≥ 0, 0 for no match.
+        size: (H, W) of the frames.
+        motion: what the frames may do.
+        steps: number of steps.
+
+    Returns:
+        :class:`MotionFit`.
+
+    Example:
+        >>> points = torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) * 100
+        >>> targets = 1.1 * points + torch.tensor([3.0, -2.0])
+        >>> targets[::3] += 40
+        >>> start = consensus(points, targets, torch.ones(60), (100, 100), motion="similarity")
+        >>> fit = reweighted_fit(start, points, targets, torch.ones(60), (100, 100), motion="similarity")
+        >>> fit.warp[0].round(decimals=3), fit.inliers
+        (tensor([1.1000, 0.0000, 3.0000]), tensor(40.))
+    """
+    matched = weight > 0
+    scale = torch.full_like(weight[..., 0], _LARGEST_SCALE)
+    for _ in range(steps):
+        warp, (inner, square) = _step(warp, points, targets, weight, size, motion, _TUKEY * scale)
+        variance = 0.5 * (inner * square).sum(-1) / inner.sum(-1).clamp(min=torch.finfo(weight.dtype).tiny)
+        scale = (variance / _TUKEY_VARIANCE).sqrt().clamp(_LEAST_SCALE, _LARGEST_SCALE)
+    square = _residuals(warp, points, targets).square().sum(-1)
+    inner = weight * _biweight(square, _TUKEY * scale)
+    near = (matched & (square <= INLIER_RADIUS**2)).to(weight.dtype).sum(-1)
+    normal, _ = _normal_equations(warp, points, targets, inner, size, motion)
+    # of the displacement of the centre, where the other parameters displace nothing
+    covariance = _invert(normal)
+    freedom = inner.sum(-1) - 0.5 * DEGREES[motion]
+    spread = 0.5 * (inner * square).sum(-1) / freedom.clamp(min=0.5) / _TUKEY_VARIANCE
+    determined = (freedom > 0) & covariance.isfinite().flatten(-2).all(-1)
+    variance = torch.where(determined, 0.5 * (covariance[..., 0, 0] + covariance[..., 1, 1]), 0.0)
+    sigma = torch.where(determined, (spread * variance).clamp(min=0).sqrt(), torch.inf)
+    return MotionFit(warp, inner, near, matched.to(weight.dtype).sum(-1), sigma)
+
+
+def significance(
+    inliers: Tensor, matches: Tensor, chance: float | Tensor, *, motion: MotionModel = "translation"
+) -> Tensor:
+    r"""How many standard deviations of a Poisson law the agreeing matches exceed what chance would give.
+
+    .. math:: z = \frac{k - m - E}{\sqrt{E + 1}}, \qquad E = (n - m)\,p
+
+    with k of n matches agreeing, m the matches that any motion of the kind can be made to agree with, and p the
+    chance that a wrong match agrees: the area within :data:`INLIER_RADIUS` over the area where it may lie. Since
+    the motion was chosen for its k, unrelated images reach larger values than a normal variable does.
+
+    Args:
+        inliers: (...,), k.
+        matches: (...,), n.
+        chance: p, in (0, 1].
+        motion: what the frames may do.
+
+    Returns:
+        (...,).
+
+    Example:
+        >>> significance(torch.tensor(25.0), torch.tensor(101.0), 0.15)
+        tensor(2.2500)
+    """
+    fixed = _MINIMAL[motion]
+    expected = (matches - fixed).clamp(min=0) * chance
+    return (inliers - fixed - expected) / (expected + 1) ** 0.5
+
+
+# ---------------------------------------------------------------------------------------------------- windows
+
+
+def window_ascent(
+    moving: Tensor,
+    reference: Tensor,
+    points: Tensor,
+    weight: Tensor,
+    size: tuple[int, int],
+    *,
+    motion: MotionModel = "translation",
+    max_frequency: float = 0.25,
+    windows: int = 128,
+    window_size: int = 32,
+    steps: int = 5,
+) -> WindowFit:
+    r"""The small motion that makes windows of two images, brought together but for it, correlate best.
+
+    .. math:: \max_\delta \sum_w \omega_w\, C_w(J_w \delta), \qquad
+              C_w(t) = \sum_f |f|\, \mathrm{Re}\, M_w^*(f) R_w(f)\, e^{2\pi i f \cdot t}
+
+    with :math:`C_w` the correlation of window w as a function of a continuous shift (see
+    :mod:`torchalign.functional.phase`), :math:`J_w \delta` the displacement of its centre under the motion's
+    parameters, and :math:`\omega_w = \rho_w^2` its squared coefficient of correlation there, 0 if negative.
+    Newton's steps take gradient and Hessian of all windows together, so a window that sees a road tells how far off
+    it is across, and is not asked along it. Differentiable with respect to both images as
+    :func:`~torchalign.functional.phase.refine_peak` is.
+
+    Args:
+        moving: (..., h, w), a :func:`texture <torchalign.functional.texture.extract_texture>` of the moving frame,
+            resampled onto the reference.
+        reference: (..., h, w), that of the reference, broadcastable.
+        points: (..., K, 2), where windows may lie, (x, y) in pixels of the frame.
+        weight: (..., K) ≥ 0; the windows lie at the points of most weight, none where it is 0.
+        size: (H, W) of the frame.
+        motion: what the frames may do.
+        max_frequency: of the textures, in cycles per pixel.
+        windows: how many.
+        window_size: side of a window, in pixels.
+        steps: of Newton's method.
+
+    Returns:
+        :class:`WindowFit`.
+    """
+    rows, columns = moving.shape[-2:]
+    step_y, step_x = size[0] / rows, size[1] / columns  # pixels per sample
+    height, width = (
+        min(max(4, round(window_size / step)), samples)
+        for step, samples in ((step_y, rows), (step_x, columns))
+    )
+    weight, chosen = weight.topk(min(windows, weight.shape[-1]), -1)  # (..., n)
+    points = points.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, 2)).detach()
+    left = (points[..., 0] / step_x - (width - 1) / 2).round().long().clamp(0, columns - width)
+    top = (points[..., 1] / step_y - (height - 1) / 2).round().long().clamp(0, rows - height)
+    inside_y, inside_x = (torch.arange(length, device=moving.device) for length in (height, width))
+    index = (top[..., None, None] + inside_y[:, None]) * columns + left[..., None, None] + inside_x
+    shape = index.shape  # (..., n, height, width)
+    kind = {"device": moving.device, "dtype": moving.dtype}
+    frequencies = torch.fft.fftfreq(height, step_y, **kind), torch.fft.rfftfreq(width, step_x, **kind)
+    radius = torch.hypot(frequencies[1], frequencies[0][:, None])
+    taper = tukey(inside_y.to(moving.dtype), height, 1.0)[:, None] * tukey(
+        inside_x.to(moving.dtype), width, 1.0
+    )
+
+    def spectra(field: Tensor) -> Tensor:
+        """(..., n, height, width//2+1)."""
+        flat = field.flatten(-2).expand(*shape[:-3], rows * columns)
+        return rfft2(flat.gather(-1, index.flatten(-3)).reshape(shape) * taper)
+
+    first, second = spectra(moving), spectra(reference)
+    power = cross_power(first, second, radius, max_frequency)
+    both = (radius * (radius < max_frequency)) * _multiplicity(frequencies[1])
+    norms = [(both * (part.real.square() + part.imag.square())).sum((-2, -1)) for part in (first, second)]
+    energy = (norms[0] * norms[1]).detach().sqrt() + torch.finfo(moving.dtype).tiny
+
+    centres = torch.stack((left + 0.5 * (width - 1), top + 0.5 * (height - 1)), -1).to(moving.dtype)
+    jacobian = _jacobian(centres * centres.new_tensor((step_x, step_y)), size, motion)  # (..., n, 2, P)
+
+    def newton(power: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The step, whether the Hessian is negative definite, its negative, and all windows' pulls and weights."""
+        shift = (jacobian * delta[..., None, None, :]).sum(-1)  # (..., n, 2)
+        derivatives = _derivatives(power, frequencies, shift)  # (..., n, 3, 3)
+        correlation = (derivatives[..., 0, 0].detach() / energy).clamp(0, 1)
+        emphasis = (weight > 0) * correlation.square()  # ω
+        slope = torch.stack((derivatives[..., 0, 1], derivatives[..., 1, 0]), -1)  # (..., n, 2)
+        mixed = derivatives[..., 1, 1]
+        rows = ((derivatives[..., 0, 2], mixed), (mixed, derivatives[..., 2, 0]))
+        curvature = torch.stack([torch.stack(row, -1) for row in rows], -2)  # (..., n, 2, 2)
+        pulls = emphasis[..., None] * (jacobian * slope.unsqueeze(-1)).sum(-2)  # (..., n, P)
+        weighted = emphasis[..., None, None] * torch.matmul(curvature, jacobian)
+        hessian = torch.matmul(jacobian.mT, weighted).sum(-3)  # (..., P, P)
+        step, definite = _solve(-hessian, pulls.sum(-2))
+        return step.clamp(-0.5, 0.5), definite, -hessian, torch.cat((pulls, emphasis.unsqueeze(-1)), -1)
+
+    delta = moving.new_zeros(*shape[:-3], DEGREES[motion])
+    for _ in range(steps):
+        step, *_ = newton(power.detach(), delta)
+        delta = delta + step.detach()
+    step, definite, hessian, pulls = newton(power, delta)
+    delta = delta + step
+    # identical frames are at exactly 0: what rounding leaves there is taken off, and its gradient kept
+    none = (delta.detach().abs() < 64 * torch.finfo(delta.dtype).eps).all(-1, keepdim=True)
+    delta = torch.where(none, delta - delta.detach(), delta)
+
+    pulls, emphasis = pulls[..., :-1].detach(), pulls[..., -1].detach()
+    inverse = _invert(hessian.detach())
+    # windows that overlap err alike (Conley 1999): pulls are paired by the share of ground that they have in common
+    shared = (1 - (left.unsqueeze(-1) - left.unsqueeze(-2)).abs().to(pulls.dtype) / width).clamp(min=0)
+    shared = shared * (1 - (top.unsqueeze(-1) - top.unsqueeze(-2)).abs().to(pulls.dtype) / height).clamp(
+        min=0
+    )
+    scatter = torch.matmul(pulls.mT, torch.matmul(shared, pulls))
+    covariance = torch.matmul(inverse, torch.matmul(scatter, inverse))
+    used = (emphasis > 0).to(pulls.dtype).sum(-1)
+    freedom = used - 0.5 * DEGREES[motion]
+    variance = 0.5 * (covariance[..., 0, 0] + covariance[..., 1, 1]) * used / freedom.clamp(min=0.5)
+    sigma = _SIGMA_CALIBRATION * variance.clamp(min=0).sqrt()
+    converged = definite & (freedom >= 1) & (step.detach().abs().amax(-1) < _ASCENT_TOLERANCE)
+    return WindowFit(_increment(delta, size, motion), sigma, converged & sigma.isfinite())
+
+
+# ----------------------------------------------------------------------------------------- the motions' algebra
+
+
+def _jacobian(points: Tensor, size: tuple[int, int], motion: MotionModel) -> Tensor:
+    """(..., 2, P): displacement of points (..., 2) by each parameter of a motion's increment, at the identity."""
+    scale = 2 / max(size)
+    x = (points[..., 0] - (size[1] - 1) / 2) * scale
+    y = (points[..., 1] - (size[0] - 1) / 2) * scale
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    rows = {
+        "translation": ((one, zero), (zero, one)),
+        "euclidean": ((one, zero, -y), (zero, one, x)),
+        "similarity": ((one, zero, -y, x), (zero, one, x, y)),
+        "affine": ((one, zero, x, y, zero, zero), (zero, one, zero, zero, x, y)),
+        "homography": (
+            (one, zero, x, y, zero, zero, -x * x, -x * y),
+            (zero, one, zero, zero, x, y, -x * y, -y * y),
+        ),
+    }[motion]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def _increment(delta: Tensor, size: tuple[int, int], motion: MotionModel) -> Tensor:
+    """The warp of parameters (..., P), whose derivative at 0 is :func:`_jacobian`."""
+    if motion == "translation":
+        return translation_warp(delta)
+    scale = 2 / max(size)
+    shift, rest = delta[..., :2], delta[..., 2:] * scale
+    one = torch.ones_like(rest[..., 0])
+    if motion == "euclidean":
+        cos, sin = rest[..., 0].cos(), rest[..., 0].sin()
+        linear = (cos, -sin, sin, cos)
+    elif motion == "similarity":
+        linear = (one + rest[..., 1], -rest[..., 0], rest[..., 0], one + rest[..., 1])
+    else:
+        linear = (one + rest[..., 0], rest[..., 1], rest[..., 2], one + rest[..., 3])
+    a, b, c, d = linear
+    values = [a, b, shift[..., 0], c, d, shift[..., 1]]
+    if motion == "homography":
+        values += [rest[..., 4] * scale, rest[..., 5] * scale, one]
+    centred = torch.stack(values, -1).reshape(*delta.shape[:-1], -1, 3)
+    return change_origin(centred, (-(size[1] - 1) / 2, -(size[0] - 1) / 2))
+
+
+def _residuals(warp: Tensor, points: Tensor, targets: Tensor) -> Tensor:
+    """(..., K, 2): what is left between mapped points and targets; far where a point is at infinity."""
+    mapped = transform_points(warp, points)
+    return torch.where(mapped.isfinite(), targets - mapped, 1e6)
+
+
+def _biweight(square: Tensor, radius: Tensor | float) -> Tensor:
+    """Tukey's weights of residuals whose squares are (..., K); 0 from ``radius`` (...,) on."""
+    if isinstance(radius, Tensor):
+        radius = radius.unsqueeze(-1)
+    return (1 - square / radius**2).clamp(min=0).square()
+
+
+def _normal_equations(
+    warp: Tensor, points: Tensor, targets: Tensor, weight: Tensor, size: tuple[int, int], motion: MotionModel
+) -> tuple[Tensor, Tensor]:
+    """(..., P, P) and (..., P), of the increment that least squares asks for."""
+    residual = _residuals(warp, points, targets)  # (..., K, 2)
+    used = weight > 0
+    # the jacobian where the points are mapped to; nowhere far, for 0 · ∞ is no number
+    jacobian = _jacobian(torch.where(used.unsqueeze(-1), targets - residual, 0.0), size, motion)
+    weighted = (jacobian * weight[..., None, None]).flatten(-3, -2)  # (..., 2K, P)
+    jacobian = jacobian.flatten(-3, -2)
+    residual = torch.where(used.unsqueeze(-1), residual, 0.0).flatten(-2)
+    return torch.matmul(weighted.mT, jacobian), torch.matmul(weighted.mT, residual.unsqueeze(-1)).squeeze(-1)
+
+
+def _step(
+    warp: Tensor,
+    points: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    size: tuple[int, int],
+    motion: MotionModel,
+    radius: Tensor | float,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One Gauss–Newton step under Tukey's weights; and these weights, and the squared residuals, before it."""
+    square = _residuals(warp, points, targets).square().sum(-1)
+    inner = weight * _biweight(square, radius)
+    if motion == "translation":  # the weighted mean
+        residual = torch.where((inner > 0).unsqueeze(-1), _residuals(warp, points, targets), 0.0)
+        total = inner.sum(-1, keepdim=True)
+        delta = (inner.unsqueeze(-1) * residual).sum(-2) / torch.where(total > 0, total, 1.0)
+    else:
+        delta, _ = _solve(*_normal_equations(warp, points, targets, inner, size, motion))
+    warp = compose_warps(warp, _increment(delta, size, motion))
+    if motion == "homography":
+        warp = warp / warp[..., 2:, 2:]
+    return warp, (inner, square)
+
+
+def _regular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A symmetric matrix (..., P, P) with a breath of its trace on the diagonal; the unit matrix, and False, where
+    it is not positive definite.
+    """
+    count = matrix.shape[-1]
+    eye = torch.eye(count, device=matrix.device, dtype=matrix.dtype)
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    matrix = matrix + (4 * torch.finfo(matrix.dtype).eps * trace.abs() + torch.finfo(matrix.dtype).tiny) * eye
+    factor, failed = torch.linalg.cholesky_ex(matrix.detach())
+    definite = (failed == 0) & (trace.squeeze((-2, -1)) > 0) & factor.isfinite().flatten(-2).all(-1)
+    return torch.where(definite[..., None, None], matrix, eye), definite
+
+
+def _solve(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """matrix⁻¹ · right, 0 where the matrix is not positive definite; and whether it is."""
+    matrix, definite = _regular(matrix)
+    factor, _ = torch.linalg.cholesky_ex(matrix)
+    solution = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
+    return torch.where(definite.unsqueeze(-1) & solution.isfinite(), solution, 0.0), definite
+
+
+def _invert(matrix: Tensor) -> Tensor:
+    """The inverse; infinite where the matrix is not positive definite."""
+    matrix, definite = _regular(matrix)
+    factor, _ = torch.linalg.cholesky_ex(matrix)
+    return torch.where(definite[..., None, None], torch.cholesky_inverse(factor), torch.inf)
+
+
+def _table(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(rows, columns) in [0, 1): evenly spread (one column), or Roberts' low-discrepancy sequence."""
+    n = torch.arange(rows, device=like.device, dtype=torch.float64)
+    if columns == 1:
+        return ((n + 0.5) / rows).to(like.dtype).unsqueeze(-1)
+    root = 2.0
+    for _ in range(40):
+        root = (1 + root) ** (1 / (columns + 1))
+    steps = torch.tensor([root ** -(j + 1) for j in range(columns)], device=like.device, dtype=torch.float64)
+    return (0.5 + (n[:, None] + 1) * steps).frac().to(like.dtype)
+
+
+def _minimal(points: Tensor, targets: Tensor, motion: MotionModel, longest: int) -> tuple[Tensor, Tensor]:
+    """The motions through (..., m, 2) → (..., m, 2): warps (..., 2|3, 3), and whether they can be meant."""
+    least = _LEAST_BASELINE * longest
+    if motion in ("euclidean", "similarity"):
+        base, image = points[..., 1, :] - points[..., 0, :], targets[..., 1, :] - targets[..., 0, :]
+        length = base.square().sum(-1)
+        safe = torch.where(length > 0, length, 1.0)
+        # as complex numbers, the quotient image / base
+        real = (base * image).sum(-1) / safe
+        imaginary = (base[..., 0] * image[..., 1] - base[..., 1] * image[..., 0]) / safe
+        zoom = torch.hypot(real, imaginary)
+        sound = (length >= least**2) & (zoom <= _LARGEST_ZOOM) & (zoom >= 1 / _LARGEST_ZOOM)
+        if motion == "euclidean":
+            positive = torch.where(zoom > 0, zoom, 1.0)
+            real, imaginary = real / positive, imaginary / positive
+            # a rigid motion keeps lengths
+            sound = sound & ((zoom - 1).abs() * length.sqrt() <= 2 * _SUPPORT_RADIUS)
+        linear = torch.stack((real, -imaginary, imaginary, real), -1).reshape(*real.shape, 2, 2)
+        middle, target = points.mean(-2), targets.mean(-2)
+        offset = target - (linear * middle.unsqueeze(-2)).sum(-1)
+        return torch.cat((linear, offset.unsqueeze(-1)), -1), sound
+    # columns (x, y, 1); with the first three, barycentric coordinates
+    source, image = (torch.cat((side, torch.ones_like(side[..., :1])), -1).mT for side in (points, targets))
+    inverse, area = _adjugate(source[..., :3])
+    safe = torch.where(area == 0, 1.0, area)[..., None, None]
+    _, image_area = _adjugate(image[..., :3])
+    zoom = image_area.abs() / torch.where(area == 0, 1.0, area).abs()
+    sound = (area.abs() >= least**2) & (zoom <= _LARGEST_ZOOM**2) & (zoom >= _LARGEST_ZOOM**-2)
+    # a picture is not mirrored
+    sound = sound & (area * image_area > 0)
+    if motion == "affine":
+        return _product(image, inverse / safe)[..., :2, :], sound
+    # a projective basis: the three points scaled so that their sum is the fourth
+    own = _product(inverse / safe, source[..., 3:])  # (..., 3, 1)
+    image_inverse, _ = _adjugate(image[..., :3])
+    image_safe = torch.where(image_area == 0, 1.0, image_area)[..., None, None]
+    other = _product(image_inverse / image_safe, image[..., 3:])
+    # no three in line, and the same side of the horizon
+    sound = sound & (own.abs().amin((-2, -1)) > 0.1) & (own * other > 0).all(-1).all(-1)
+    ratio = other / torch.where(own == 0, 1.0, own)
+    warp = _product(image[..., :3] * ratio.mT, inverse / safe)
+    corner = warp[..., 2:, 2:]
+    return warp / torch.where(corner == 0, 1.0, corner), sound & (corner.squeeze((-2, -1)) > 0)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product, element by element, in the operands' precision."""
+    return (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
+
+
+def _adjugate(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Adjugate and determinant of (..., 3, 3)."""
+    first, second, third = matrix.unbind(-2)
+    columns = (
+        torch.linalg.cross(second, third),
+        torch.linalg.cross(third, first),
+        torch.linalg.cross(first, second),
+    )
+    return torch.stack(columns, -1), (first * columns[0]).sum(-1)

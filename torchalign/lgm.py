@@ -1,0 +1,525 @@
+"""LGM: local features, matched, fitted and refined, the whole stack in one batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from torchalign._check import check_number, check_option, message
+from torchalign.aligner import Aligner, Job, full_precision
+from torchalign.functional.affine import (
+    MotionModel,
+    compose_warps,
+    identity_warp,
+    invert_warp,
+    split_at_center,
+    transform_points,
+    translation_warp,
+)
+from torchalign.functional.channels import Channel
+from torchalign.functional.fourier import rfft2
+from torchalign.functional.matching import (
+    INLIER_RADIUS,
+    Matches,
+    MotionFit,
+    consensus,
+    mutual_matches,
+    reweighted_fit,
+    significance,
+    window_ascent,
+)
+from torchalign.functional.texture import Grid, Texture, agreement, extract_texture, fill_small_holes
+from torchalign.functional.warp import Interpolation, PaddingMode, resample
+from torchalign.models.extractors import SIFT, FeatureModel, Features, build_extractor
+from torchalign.models.weights import Weights
+from torchalign.types import Motion, Status
+
+__all__ = ["LGM", "MatchedPoints"]
+
+Matcher = Literal["guided", "mnn", "lightglue"]
+
+# A guided match may lie so far, in pixels, beyond what `max_translation` allows: a keypoint is not exact, and what
+# is a little too far should be seen to be.
+_MARGIN = 3.0
+# Radius of the second, guided matching around a first fit of more than a translation.
+_SECOND_RADIUS = 6.0
+_MAX_FREQUENCY = 0.25
+# Frames with a shorter side, in pixels, have no keypoints.
+_LEAST_SIDE = 16
+# Eager CPU: pixels of one block of frames, whose similarities of all points with all are what takes memory.
+_BLOCK_PIXELS = 2**18
+# A translation beyond the limit must have so many times the matches of the one within.
+_OUTSIDE_MARGIN = 1.2
+# Matches must exceed what chance brings about by so much, see `significance`; unrelated scenes stay below.
+_LEAST_EVIDENCE: dict[MotionModel, float] = {
+    "translation": 6.0, "euclidean": 6.0, "similarity": 6.0, "affine": 6.0, "homography": 6.0,
+}  # fmt: skip
+
+
+class MatchedPoints(NamedTuple):
+    """Tie points, one row a frame; see :meth:`LGM.matches`.
+
+    Attributes:
+        points: (..., T, K, 2), (x, y) in pixels of the frame.
+        reference_points: (..., T, K, 2), their matches in the reference.
+        matched: (..., T, K) bool: whether a point has a match. Where not, both points are the frame's.
+        weight: (..., T, K) in [0, 1]: how well the match agrees with the frame's motion; 0 where none was found.
+    """
+
+    points: Tensor
+    reference_points: Tensor
+    matched: Tensor
+    weight: Tensor
+
+
+class LGM(Aligner):
+    r"""Motions of any size from local features: keypoints, matched, robustly fitted, refined by correlation.
+
+    What correlation cannot give: shifts of any length, rotations, changes of scale. In five steps, which are
+    functions of :mod:`torchalign.functional.matching`:
+
+    1. keypoints and their descriptors, a fixed number for every frame (``feature_model``);
+    2. matches (``matcher_model``). ``"guided"``: the mutually most similar among those that ``max_translation``
+       allows; for more than a translation the mutually most similar of all, then once more around the first fit;
+    3. the motion that most matches agree with, then Tukey-weighted least squares;
+    4. a verdict on whether that many could agree by chance;
+    5. correlation of 128 windows of 32² pixels at the matches that agree, all for one motion (``refine``).
+
+    Bias: keypoints scatter by 0.1 to 0.5 px, and pull to the grid where a model does not place them between the
+    pixels. After step 5 the bias is that of :class:`~torchalign.pcc.PCC`, less than 0.01 px; for more than a
+    translation the frame is resampled (bicubic) before it is correlated, which adds about as much. See
+    ``benchmarks/README.md``.
+
+    ``max_translation`` bounds the displacement of the frame's *centre*. A rotation about a corner moves the centre
+    far: raise the limit where frames may be turned or shifted by much, the search costs the same.
+
+    Args:
+        feature_model: a name that :func:`~torchalign.models.extractors.build_extractor` knows, or a Module
+            (image (B, H, W), usable (B, H, W) bool or None) →
+            :class:`~torchalign.models.extractors.Features`. ``"sift"`` needs no weights.
+        matcher_model: ``"guided"``, ``"mnn"`` (mutually most similar, wherever), ``"lightglue"``, or a Module
+            (features, reference features, (H, W)) → :class:`~torchalign.functional.matching.Matches`.
+        max_num_keypoints: of every frame.
+        motion: ``"translation"``, ``"euclidean"``, ``"similarity"``, ``"affine"`` or ``"homography"``.
+        refine: do step 5.
+        batch_size: frames whose features are held at a time; default: all (on the CPU, blocks of a few). Bounds the
+            memory.
+        feature_weights: of a named feature model: a path or a state dict; default: where they are found.
+        matcher_weights: the same of LightGlue.
+        allow_download: fetch missing weights from their official address.
+        channel, rgb_bands, crop_center, max_translation, min_score, interpolation, padding_mode, fill_value: see
+            :class:`~torchalign.aligner.Aligner`.
+
+    Raises:
+        FileNotFoundError: weights that are needed are not here.
+
+    Status: ``NO_TEXTURE`` without keypoints; ``TOO_FAR`` where many more matches agree on a translation beyond
+    ``max_translation``; ``TOO_FEW_MATCHES`` where no more agree than chance could bring about; then what the gate
+    says.
+
+    An ``init`` is undone about the frame's centre before features are looked for, and guided matches are looked for
+    around its translation.
+
+    References:
+        Lowe 2004, doi:10.1023/B:VISI.0000029664.99615.94 (SIFT); Lindenberger et al. 2023, arXiv:2306.13643
+        (LightGlue); for the fit, see :mod:`torchalign.functional.matching`.
+    """
+
+    def __init__(
+        self,
+        *,
+        feature_model: FeatureModel | nn.Module = "sift",
+        matcher_model: Matcher | nn.Module = "guided",
+        max_num_keypoints: int = 1024,
+        motion: MotionModel = "translation",
+        refine: bool = True,
+        batch_size: int | None = None,
+        feature_weights: Weights | None = None,
+        matcher_weights: Weights | None = None,
+        allow_download: bool = False,
+        channel: Channel = "mean",
+        rgb_bands: Sequence[int] = (3, 2, 1),
+        crop_center: int | Sequence[int] | None = None,
+        max_translation: float = 5.0,
+        min_score: float | None = None,
+        interpolation: Interpolation = "bilinear",
+        padding_mode: PaddingMode = "border",
+        fill_value: float | None = None,
+    ) -> None:
+        super().__init__(
+            channel=channel,
+            rgb_bands=rgb_bands,
+            crop_center=crop_center,
+            max_translation=max_translation,
+            min_score=min_score,
+            interpolation=interpolation,
+            padding_mode=padding_mode,
+            fill_value=fill_value,
+        )
+        check_option("motion", motion, MotionModel)
+        _check_whole("max_num_keypoints", max_num_keypoints)
+        if batch_size is not None:
+            _check_whole("batch_size", batch_size)
+        for name, value in (("refine", refine), ("allow_download", allow_download)):
+            if not isinstance(value, bool):
+                raise TypeError(message(name, "True or False", repr(value), "give a bool"))
+        if not isinstance(matcher_model, nn.Module) and matcher_model not in get_args(Matcher):
+            raise ValueError(
+                message(
+                    "matcher_model",
+                    f"one of {get_args(Matcher)} or a Module",
+                    repr(matcher_model),
+                    "choose one",
+                )
+            )
+        self.feature_model = feature_model if isinstance(feature_model, str) else type(feature_model).__name__
+        self.matcher_model = matcher_model if isinstance(matcher_model, str) else type(matcher_model).__name__
+        self.max_num_keypoints = int(max_num_keypoints)
+        self.motion = motion
+        self.refine = refine
+        self.batch_size = None if batch_size is None else int(batch_size)
+        self.feature_weights = _described(feature_weights)
+        self.matcher_weights = _described(matcher_weights)
+        self.allow_download = allow_download
+        if isinstance(feature_model, nn.Module):
+            self.extractor = feature_model
+        elif feature_model == "sift" and feature_weights is None:
+            # frames that are not turned are better described without a guess of how they are
+            self.extractor = SIFT(self.max_num_keypoints, upright=motion == "translation")
+        else:
+            self.extractor = build_extractor(
+                feature_model,
+                max_num_keypoints=self.max_num_keypoints,
+                weights=feature_weights,
+                allow_download=allow_download,
+            )
+        self.matcher: nn.Module | None = None
+        if isinstance(matcher_model, nn.Module):
+            self.matcher = matcher_model
+        elif matcher_model == "lightglue":
+            from torchalign.models.lightglue import build_matcher  # a network, of which most have no need
+
+            self.matcher = build_matcher(
+                self.feature_model, weights=matcher_weights, allow_download=allow_download
+            )
+
+    def prepare_reference(self, image: Tensor, usable: Tensor | None) -> _Reference | None:
+        """The reference's keypoints and texture, see :meth:`Aligner.prepare_reference`."""
+        if _is_nothing(image):
+            return None
+        features = self._extract(image.reshape(-1, *image.shape[-2:]), _flat(usable, image))
+        texture = extract_texture(image, usable, max_frequency=_MAX_FREQUENCY) if self.refine else None
+        return _Reference(features, texture, tuple(image.shape[:-2]))
+
+    def estimate_motion(
+        self,
+        moving: Tensor,
+        moving_usable: Tensor | None,
+        reference: Tensor,
+        reference_usable: Tensor | None,
+        prepared: _Reference | None,
+        init: Tensor | None,
+    ) -> Motion:
+        """See :meth:`Aligner.estimate_motion`."""
+        lead = moving.shape[:-2]
+        if prepared is None or _is_nothing(moving):
+            homography = self.motion == "homography"
+            warp = identity_warp(*lead, homography=homography, device=moving.device, dtype=moving.dtype)
+            status = torch.full(lead, int(Status.NO_TEXTURE), device=moving.device)
+            return Motion(warp, torch.full_like(warp[..., 0, 0], torch.inf), status)
+        parts = [
+            self._refined(part) if self.refine else self._fitted(part)
+            for part in self._parts(moving, moving_usable, prepared, init)
+        ]
+        motion = parts[0] if len(parts) == 1 else _concatenated(parts)
+        reshaped: Motion = _each(motion, lambda field: field.reshape(*lead, *field.shape[1:]))
+        return reshaped
+
+    def matches(
+        self,
+        cube: Tensor,
+        reference: Tensor,
+        mask: Tensor | None = None,
+        reference_mask: Tensor | None = None,
+        init: Tensor | None = None,
+    ) -> MatchedPoints:
+        """The tie points that the estimate is made from, for pictures and for export.
+
+        Args and errors are those of :meth:`estimate`.
+
+        Returns:
+            :class:`MatchedPoints`, in pixels of the whole frame.
+        """
+        job = self._check(cube, reference, mask, reference_mask, init)
+        with full_precision(cube):
+            parts = [self._tie_points(job.part(rows)) for rows in self._blocks(job)]
+        return MatchedPoints(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _block_pixels(self) -> int:
+        return _BLOCK_PIXELS
+
+    def _extract(self, image: Tensor, usable: Tensor | None) -> Features:
+        """Keypoints of (N, H, W), in the dtype of the image."""
+        # keypoints are chosen, not computed: gradients reach the images through the refinement
+        with torch.no_grad():
+            if usable is not None:  # a descriptor is as wide as many pixels: one that is missing spoils none
+                image, usable = fill_small_holes(image, usable)
+            features: Features = self.extractor(image, usable)
+        return features._replace(
+            keypoints=features.keypoints.to(image.dtype), descriptors=features.descriptors.to(image.dtype)
+        )
+
+    def _parts(
+        self, moving: Tensor, usable: Tensor | None, prepared: _Reference, init: Tensor | None
+    ) -> list[_Part]:
+        """The frames (N, H, W), in parts of ``batch_size``, each with what it needs of the reference."""
+        lead, size = moving.shape[:-2], (moving.shape[-2], moving.shape[-1])
+
+        def each(tensor: Tensor) -> Tensor:
+            """(..., 1 or T, a, b), or the same flat, to (N, a, b)."""
+            tensor = tensor.reshape(*prepared.lead, *tensor.shape[tensor.ndim - 2 :])
+            return tensor.expand(*lead, *tensor.shape[-2:]).reshape(-1, *tensor.shape[-2:])
+
+        features, texture, _ = prepared
+        if math.prod(prepared.lead) != 1:  # one for all stays one
+            features = _each(
+                features,
+                lambda field: each(field) if field.ndim == 3 else each(field.unsqueeze(-1)).squeeze(-1),
+            )
+        whole = _Part(
+            moving.reshape(-1, *size),
+            _flat(usable, moving),
+            features,
+            None if texture is None else each(texture.field),
+            None if texture is None or texture.weights is None else each(texture.weights),
+            None if init is None else init.reshape(-1, *init.shape[len(lead) :]),
+        )
+        count = self.batch_size
+        if count is None or whole.moving.shape[0] <= count:
+            return [whole]
+        return [whole.rows(first, count) for first in range(0, whole.moving.shape[0], count)]
+
+    def _correspond(self, part: _Part) -> _Found:
+        """Keypoints, matches, the motion they agree on, and whether to believe it."""
+        moving, usable = part.moving, part.usable
+        size = (moving.shape[-2], moving.shape[-1])
+        start, turn = None, None
+        if part.init is not None and part.init.shape[-1] == 2:
+            start = part.init
+        elif part.init is not None:
+            start, turn = split_at_center(part.init, size)
+            turned = resample(moving.unsqueeze(-3), turn, interpolation="bicubic", mask=usable)
+            moving, usable = turned.values.squeeze(-3).nan_to_num(), turned.validity
+        features, others = self._extract(moving.detach(), usable), part.features
+        everyone = others.keypoints.expand(moving.shape[0], -1, -1)  # (N, K, 2)
+        points, motion = features.keypoints, self.motion
+        area = size[0] * size[1]
+        everywhere = math.pi * INLIER_RADIUS**2 / area
+
+        def fit(
+            matches: Matches, chance: float, warp: Tensor | None = None
+        ) -> tuple[MotionFit, Tensor, Tensor]:
+            targets = everyone.gather(-2, matches.index.clamp(min=0).unsqueeze(-1).expand(points.shape))
+            weight = matches.weight * (matches.index >= 0)
+            if warp is None:
+                warp = consensus(points, targets, weight, size, motion=motion)
+            found = reweighted_fit(warp, points, targets, weight, size, motion=motion)
+            return found, significance(found.inliers, found.matches, min(1.0, chance), motion=motion), targets
+
+        too_far = torch.zeros_like(features.valid[..., 0])
+        if self.matcher is not None:
+            matches: Matches = self.matcher(features, others, size)
+            found, evidence, targets = fit(matches, everywhere)
+        else:
+            similarity = torch.matmul(features.descriptors, others.descriptors.mT)  # (N, K, L)
+            valid = (features.valid, others.valid)
+            limit = self.max_translation + _MARGIN
+            matches = mutual_matches(similarity, *valid)
+            if self.matcher_model == "mnn":
+                found, evidence, targets = fit(matches, everywhere)
+            elif motion == "translation":
+                expected = points if start is None else points + start.unsqueeze(-2)
+                anywhere, far_evidence, _ = fit(matches, everywhere)
+                nearby = {"expected": expected, "others": others.keypoints}
+                matches = mutual_matches(similarity, *valid, **nearby, radius=limit)
+                found, evidence, targets = fit(matches, (INLIER_RADIUS / limit) ** 2)
+                beyond = anywhere.warp[..., 2].norm(dim=-1) > self.max_translation
+                clearly = anywhere.inliers > _OUTSIDE_MARGIN * found.inliers
+                too_far = beyond & clearly & (far_evidence >= _LEAST_EVIDENCE[motion])
+            else:
+                if start is not None:
+                    nearby = {"expected": points + start.unsqueeze(-2), "others": others.keypoints}
+                    matches = mutual_matches(similarity, *valid, **nearby, radius=limit)
+                found, _, _ = fit(matches, everywhere)
+                nearby = {"expected": transform_points(found.warp, points), "others": others.keypoints}
+                matches = mutual_matches(similarity, *valid, **nearby, radius=_SECOND_RADIUS)
+                found, evidence, targets = fit(matches, (INLIER_RADIUS / _SECOND_RADIUS) ** 2, found.warp)
+
+        status = torch.zeros_like(features.valid[..., 0], dtype=torch.int64)
+        status = torch.where(evidence >= _LEAST_EVIDENCE[motion], status, int(Status.TOO_FEW_MATCHES))
+        status = torch.where(too_far, int(Status.TOO_FAR), status)
+        empty = ~(features.valid.any(-1) & others.valid.any(-1))
+        status = torch.where(empty, int(Status.NO_TEXTURE), status)
+        return _Found(points, targets, matches.index >= 0, found, evidence, status, turn)
+
+    def _fitted(self, part: _Part) -> Motion:
+        """What the matches tell."""
+        found = self._correspond(part)
+        warp = found.fit.warp
+        if found.turn is not None:
+            warp = compose_warps(found.turn, warp)
+        return Motion(warp, found.fit.sigma, found.status)
+
+    def _refined(self, part: _Part) -> Motion:
+        """What the windows around the matches tell."""
+        found = self._correspond(part)
+        size = (part.moving.shape[-2], part.moving.shape[-1])
+        assert part.texture is not None
+        warp, sigma = found.fit.warp, found.fit.sigma
+        translation = self.motion == "translation"
+        texture = None
+        for _ in range(2):  # windows that show the same ground do not pull; after the first pass they do
+            rough = warp.detach()
+            if texture is None or not translation:
+                # a translation by whole pixels, the rest in the spectral domain: nothing is interpolated
+                whole = translation_warp(rough[..., 2].round()) if translation else rough
+                path = whole if found.turn is None else compose_warps(found.turn, whole)
+                seen = resample(part.moving.unsqueeze(-3), path, interpolation="bicubic", mask=part.usable)
+                texture = extract_texture(
+                    seen.values.squeeze(-3), seen.validity, max_frequency=_MAX_FREQUENCY
+                )
+                assert texture.weights is not None
+                # holes must lie on the same ground in both, or their pattern is what is correlated
+                field, reference_field = texture.field, part.texture * texture.weights
+                if part.weights is not None:
+                    field = field * part.weights
+            if translation:
+                grid = Grid.of(size, (field.shape[-2], field.shape[-1]), _MAX_FREQUENCY, field)
+                moved = grid.move(rfft2(field), rough[..., 2] - whole[..., 2])
+            else:
+                moved = field
+            refined = window_ascent(
+                moved,
+                reference_field,
+                found.targets,
+                found.fit.weight,
+                size,
+                motion=self.motion,
+                max_frequency=_MAX_FREQUENCY,
+            )
+            better = refined.converged
+            warp = torch.where(better[..., None, None], compose_warps(rough, refined.warp), warp)
+            sigma = torch.where(better, refined.sigma, sigma)
+        inliers = agreement(moved, reference_field)
+        if found.turn is not None:
+            warp = compose_warps(found.turn, warp)
+        return Motion(warp, sigma, found.status, inliers)
+
+    def _tie_points(self, job: Job) -> list[Tensor]:
+        """The fields of :class:`MatchedPoints` of a block."""
+        seen = self._see_block(job)
+        lead = seen.moving.shape[:-2]
+        if seen.prepared is None or _is_nothing(seen.moving):
+            nowhere = seen.moving.new_zeros(*lead, self.max_num_keypoints, 2)
+            return [nowhere, nowhere, torch.zeros_like(nowhere[..., 0], dtype=torch.bool), nowhere[..., 0]]
+        columns: list[list[Tensor]] = [[], [], [], []]
+        for part in self._parts(seen.moving, seen.usable, seen.prepared, seen.init):
+            found = self._correspond(part)
+            points = (
+                found.points
+                if found.turn is None
+                else transform_points(invert_warp(found.turn), found.points)
+            )
+            offset = points.new_tensor(seen.origin)
+            targets = torch.where(found.matched.unsqueeze(-1), found.targets, points)
+            weight = found.fit.weight * (found.status == 0).unsqueeze(-1)
+            for column, field in zip(
+                columns, (points + offset, targets + offset, found.matched, weight), strict=True
+            ):
+                column.append(field)
+        return [torch.cat(column).reshape(*lead, *column[0].shape[1:]) for column in columns]
+
+    def _options(self) -> dict[str, Any]:
+        named = (
+            "feature_model",
+            "matcher_model",
+            "max_num_keypoints",
+            "motion",
+            "refine",
+            "batch_size",
+            "feature_weights",
+            "matcher_weights",
+            "allow_download",
+        )
+        return {name: getattr(self, name) for name in named} | super()._options()
+
+
+class _Reference(NamedTuple):
+    features: Features  # of B frames
+    texture: Texture | None
+    lead: tuple[int, ...]  # the shape of these B
+
+
+class _Part(NamedTuple):
+    """N frames, and what each is compared with."""
+
+    moving: Tensor  # (N, H, W)
+    usable: Tensor | None  # (N, H, W)
+    features: Features  # of the reference, of one row for all or one each
+    texture: Tensor | None  # (N, h, w), of the reference
+    weights: Tensor | None  # (N, h, w)
+    init: Tensor | None  # (N, 2|3, 3), or shifts (N, 2)
+
+    def rows(self, first: int, count: int) -> _Part:
+        def cut(field: Any) -> Any:
+            if isinstance(field, Features):
+                return field if field.keypoints.shape[0] == 1 else _each(field, cut)
+            return field[first : first + count]
+
+        part: _Part = _each(self, cut)
+        return part
+
+
+class _Found(NamedTuple):
+    points: Tensor  # (N, K, 2), in the frame after its turn
+    targets: Tensor  # (N, K, 2)
+    matched: Tensor  # (N, K) bool
+    fit: MotionFit
+    evidence: Tensor  # (N,)
+    status: Tensor  # (N,)
+    turn: Tensor | None
+
+
+def _is_nothing(image: Tensor) -> bool:
+    """No frames, or frames too small for a keypoint and its surroundings."""
+    return min(image.shape[-2:]) < _LEAST_SIDE or 0 in image.shape
+
+
+def _flat(usable: Tensor | None, image: Tensor) -> Tensor | None:
+    return None if usable is None else usable.expand(image.shape).reshape(-1, *image.shape[-2:])
+
+
+def _each(fields: Any, change: Callable[[Any], Any]) -> Any:
+    """A named tuple of the same kind, with every field changed that is not None."""
+    return type(fields)(*(None if field is None else change(field) for field in fields))
+
+
+def _concatenated(parts: list[Motion]) -> Motion:
+    columns: list[Any] = list(zip(*parts, strict=True))
+    motion: Any = Motion
+    return motion(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+
+def _check_whole(name: str, value: object) -> None:
+    check_number(name, value, minimum=1)
+    if int(value) != value:  # type: ignore[call-overload]
+        raise ValueError(message(name, "a whole number", value, "give an int"))
+
+
+def _described(weights: Weights | None) -> str | None:
+    """What a repr can show of weights."""
+    return "a state dict" if isinstance(weights, Mapping) else None if weights is None else str(weights)
