@@ -22,13 +22,49 @@ from torchalign.pcc import PCC
 from torchalign.types import Alignment, Estimate, Status
 
 if TYPE_CHECKING:
+    from torchalign.training import AlignmentCallback as AlignmentCallback
+    from torchalign.training import AlignmentCheck as AlignmentCheck
+    from torchalign.training import AlignmentLoss as AlignmentLoss
+    from torchalign.training import AlignToFirst as AlignToFirst
+    from torchalign.training import RandomMisregistration as RandomMisregistration
+    from torchalign.training import RandomMisregistration2D as RandomMisregistration2D
+    from torchalign.training import RegistrationError as RegistrationError
+    from torchalign.training import stream as stream
     from torchalign.xr import align as align
 
 __version__ = "0.1.0"
-__all__ = ["ECC", "PCC", "Aligner", "Alignment", "Cascade", "Estimate", "Status", "align", "warp"]
+__all__ = [
+    "ECC",
+    "PCC",
+    "AlignToFirst",
+    "Aligner",
+    "Alignment",
+    "AlignmentCallback",
+    "AlignmentCheck",
+    "AlignmentLoss",
+    "Cascade",
+    "Estimate",
+    "RandomMisregistration",
+    "RandomMisregistration2D",
+    "RegistrationError",
+    "Status",
+    "align",
+    "stream",
+    "warp",
+]
 
-# where the names that need xarray live, imported on first use
-_LAZY = {"align": "torchalign.xr"}
+# where the names live that need more than torch, imported on first use
+_LAZY = {
+    "AlignToFirst": "torchalign.training",
+    "AlignmentCallback": "torchalign.training",
+    "AlignmentCheck": "torchalign.training",
+    "AlignmentLoss": "torchalign.training",
+    "RandomMisregistration": "torchalign.training",
+    "RandomMisregistration2D": "torchalign.training",
+    "RegistrationError": "torchalign.training",
+    "align": "torchalign.xr",
+    "stream": "torchalign.training",
+}
 
 
 def __getattr__(name: str) -> Any:
