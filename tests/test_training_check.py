@@ -1,4 +1,4 @@
-"""AlignmentCheck: planted slips are found and named, correct pipelines are left in peace, training is undisturbed."""
+"""AlignmentCheck: planted slips are found and named, correct pipelines cause no alarm, training is undisturbed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def shift(frame, x, y=0.0):
 def resize_with_corners(x, y):
     """The image with align_corners, the label without."""
     size = (2 * SIDE, 2 * SIDE)
-    return F.interpolate(x, size, mode="bilinear", align_corners=True), F.interpolate(y[:, None].float(), size)[:, 0]
+    return F.interpolate(x, size, mode="bilinear", align_corners=True), F.interpolate(
+        y[:, None].float(), size
+    )[:, 0]
 
 
 def resize_two_ways(x, y):
@@ -181,9 +183,15 @@ def correct_pipelines():
     yield "v2 resize up", v2.Resize(2 * SIDE, antialias=True), labelled
     yield "v2 down and up", v2.Compose([v2.Resize(96, antialias=True), v2.Resize(SIDE, antialias=True)]), pair
     yield "v2 resized crop", v2.RandomResizedCrop(128, (0.5, 1.0), antialias=True), pair
-    colours = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.GaussianBlur(5), v2.Normalize([0.5] * 3, [0.2] * 3)])
+    colours = v2.Compose(
+        [v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.GaussianBlur(5), v2.Normalize([0.5] * 3, [0.2] * 3)]
+    )
     yield "v2 colours", colours, labelled
-    yield "v2 all", v2.Compose([v2.RandomCrop(144), v2.RandomVerticalFlip(), v2.RandomRotation(15), colours]), labelled
+    yield (
+        "v2 all",
+        v2.Compose([v2.RandomCrop(144), v2.RandomVerticalFlip(), v2.RandomRotation(15), colours]),
+        labelled,
+    )
     kornia = pytest.importorskip("kornia.augmentation")
 
     def both(*steps):
@@ -200,10 +208,16 @@ def correct_pipelines():
     down, up = (kornia.Resize((s, s), align_corners=False, antialias=True) for s in (96, 2 * SIDE))
     yield "kornia resize down", down, (x,)
     yield "kornia resize up", up, (x,)
-    yield "kornia resized crop", kornia.RandomResizedCrop((128, 128), (0.5, 1.0), p=1.0, align_corners=False), (x,)
+    yield (
+        "kornia resized crop",
+        kornia.RandomResizedCrop((128, 128), (0.5, 1.0), p=1.0, align_corners=False),
+        (x,),
+    )
     # (a label that moves by the nearest pixel is up to half a pixel off, which the check says, rightly)
     yield "kornia misregistration", ta.RandomMisregistration2D(1.5, motion="affine"), (x,)
-    colours = both(kornia.ColorJiggle(0.3, 0.3, 0.3, 0.1, p=1.0), kornia.RandomGaussianBlur((5, 5), (0.5, 1.5), p=1.0))
+    colours = both(
+        kornia.ColorJiggle(0.3, 0.3, 0.3, 0.1, p=1.0), kornia.RandomGaussianBlur((5, 5), (0.5, 1.5), p=1.0)
+    )
     yield "kornia colours", colours, (x, y)
 
 
@@ -238,7 +252,7 @@ def test_names_the_step_of_a_compose():
     pipeline = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.2), v2.Compose([Off(), v2.Pad(2)])])
     check = ta.AlignmentCheck(tolerance=0.2)
     step = check.locate(pipeline, image(), mask())
-    assert (step.index, step.name) == (2, "Off()")
+    assert (step.number, step.name) == (2, "Off()")
     assert step.residual == pytest.approx(1.0, abs=0.1)
     assert [one.slips for one in check.trace(pipeline, image(), mask())] == [False, False, True, False]
     assert check.locate(v2.Compose(pipeline.transforms[:2]), image(), mask()) is None
@@ -247,7 +261,7 @@ def test_names_the_step_of_a_compose():
 def test_names_a_step_that_slips_only_sometimes():
     pipeline = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomApply([Off()], p=0.3)])
     check = ta.AlignmentCheck(tolerance=0.2)
-    assert check.locate(pipeline, image(), mask(), attempts=20).index == 1
+    assert check.locate(pipeline, image(), mask(), attempts=20).number == 1
 
 
 def test_names_the_step_of_kornia():
@@ -258,7 +272,7 @@ def test_names_the_step_of_kornia():
         data_keys=["input", "mask"],
     )  # fmt: skip
     step = ta.AlignmentCheck(tolerance=0.2).locate(pipeline, x, y[:, None].float())
-    assert step.index == 1
+    assert step.number == 1
     assert step.name.startswith("Resize(")
 
 
@@ -381,7 +395,7 @@ def test_residuals_of_pairs():
     other = check(moving, torch.cat((reference, reference[:, :1]), 1))
     assert (other - truth.norm(dim=-1)).abs().max() < 0.1
     summary = check.summary()
-    assert summary.count == 12
+    assert summary.measured == 12
     assert summary.unmatched == 0
     assert summary.worst[0][1] == pytest.approx(float(torch.cat((residual, other)).max()), rel=1e-5)
 
@@ -413,17 +427,17 @@ def test_statistics_against_numpy():
         state = record(state, part, torch.arange(first, first + 100))
     state = record(state, torch.tensor([float("nan")]), torch.tensor([7]))
     summary = summarise(state)
-    assert (summary.count, summary.unmatched) == (1000, 1)
+    assert (summary.measured, summary.unmatched) == (1000, 1)
     assert summary.mean == pytest.approx(values.mean(), rel=1e-6)
     assert summary.median == pytest.approx(np.median(values), rel=0.016)
     assert summary.p95 == pytest.approx(np.quantile(values, 0.95), rel=0.016)
     assert [name for name, _ in summary.worst] == np.argsort(-values)[:3].tolist()
     twice = summarise(merge_residuals(state, state))
-    assert (twice.count, twice.median) == (2000, summary.median)
+    assert (twice.measured, twice.median) == (2000, summary.median)
     infinite = summarise(record(state, torch.full((2000,), float("inf")), torch.arange(2000)))
     assert infinite.median == float("inf")
     empty = summarise(ta.AlignmentCheck()._state())
-    assert empty.count == 0
+    assert empty.measured == 0
     assert math.isnan(empty.median)
     assert empty.worst == ()
 
@@ -489,7 +503,7 @@ def test_a_generator_of_its_own_is_not_used_up():
     expected = ta.RandomMisregistration2D(generator=torch.Generator().manual_seed(5))(x)
     checked = ta.AlignmentCheck().wrap(augment)
     assert torch.equal(checked(x), expected)
-    assert checked.check.summary().count == 4
+    assert checked.check.summary().measured == 4
 
 
 def test_wrap_checks_every_nth_call():
@@ -504,7 +518,7 @@ def test_wrap_checks_every_nth_call():
         augment(x, y)
     with pytest.warns(AlignmentWarning):
         augment(x, y)
-    assert check.summary().count == 8
+    assert check.summary().measured == 8
 
 
 def test_the_module_behaves():
@@ -512,7 +526,11 @@ def test_the_module_behaves():
     check = ta.AlignmentCheck(tolerance=0.3)
     check(moving, reference)
     before = check.summary()
-    for other in (copy.deepcopy(check), pickle.loads(pickle.dumps(check)), copy.deepcopy(check).half().double()):
+    for other in (
+        copy.deepcopy(check),
+        pickle.loads(pickle.dumps(check)),
+        copy.deepcopy(check).half().double(),
+    ):
         assert other.summary() == before
         assert other.histogram.dtype == torch.int64
         assert other.total.dtype == torch.float64
@@ -521,7 +539,7 @@ def test_the_module_behaves():
     assert loaded.summary() == before
     assert "tolerance=0.3" in repr(check)
     check.reset()
-    assert check.summary().count == 0
+    assert check.summary().measured == 0
     model = torch.nn.Sequential(check.wrap(torch.nn.Identity()))
     assert not model.state_dict()
 

@@ -31,7 +31,7 @@ _HOMES = {
     "stream": "streaming",
 }
 
-__all__ = [  # noqa: F822, made on first use
+__all__ = [
     "AlignToFirst",
     "AlignmentCallback",
     "AlignmentCheck",

@@ -33,14 +33,14 @@ class Step(NamedTuple):
     """One step of a pipeline, checked by itself.
 
     Attributes:
-        index: its position.
+        number: its position, from 0.
         name: what it says of itself.
         residual: the misregistration it adds, in pixels; inf if what comes out cannot be matched, NaN if it could
             not be measured.
         slips: whether that is certainly beyond the tolerance.
     """
 
-    index: int
+    number: int
     name: str
     residual: float
     slips: bool
@@ -96,9 +96,11 @@ class AlignmentCheck(nn.Module):
         >>> image = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
         >>> image = torch.nn.functional.avg_pool2d(image, 5, 1, 2)
         >>> residual = check(image.roll(1, -1), image)
-        >>> residual.round(decimals=2), check.summary().count
+        >>> residual.round(decimals=2), check.summary().measured
         (tensor([1., 1.]), 2)
     """
+
+    worst: Tensor
 
     def __init__(
         self,
@@ -115,7 +117,12 @@ class AlignmentCheck(nn.Module):
         super().__init__()
         if aligner is not None and not isinstance(aligner, Aligner):
             raise TypeError(
-                message("aligner", "an aligner such as ta.PCC()", type(aligner).__name__, "or None for the default")
+                message(
+                    "aligner",
+                    "an aligner such as ta.PCC()",
+                    type(aligner).__name__,
+                    "or None for the default",
+                )
             )
         check_number("tolerance", tolerance, minimum=0, inclusive=False)
         check_number("max_unmatched", max_unmatched, minimum=0, maximum=1)
@@ -203,7 +210,9 @@ class AlignmentCheck(nn.Module):
         """
         return CheckedAugmentation(self, augment, matrix)
 
-    def inspect(self, augment: Callable[..., Any], *sample: Any, matrix: Claim | None = None, **named: Any) -> Tensor:
+    def inspect(
+        self, augment: Callable[..., Any], *sample: Any, matrix: Claim | None = None, **named: Any
+    ) -> Tensor:
         """Probe an augmentation now, with samples of this structure, and record what it does.
 
         Returns:
@@ -221,14 +230,14 @@ class AlignmentCheck(nn.Module):
         def why() -> str:
             step = self.locate(augment, *sample, **named)
             return "the augmentation misregisters" + (
-                f"; the step at fault is number {step.index}, {step.name}" if step else ""
+                f"; the step at fault is number {step.number}, {step.name}" if step else ""
             )
 
         self._act(found, why)
         return found.residual
 
     def trace(self, pipeline: Callable[..., Any], *sample: Any, **named: Any) -> list[Step]:
-        """Every step of a pipeline by itself: what misregistration does it add?
+        """The misregistration that every step of a pipeline adds, each looked at by itself.
 
         Args:
             pipeline: ``v2.Compose``, ``nn.Sequential``, kornia's ``AugmentationSequential``, anything called
@@ -308,10 +317,18 @@ class AlignmentCheck(nn.Module):
             [value.to(torch.float64) for value in (seeing, unmatched, slipping, largest)]
         ).tolist()
         if slips:
-            extent = "cannot be matched at all" if worst == float("inf") else f"is off by up to {worst:.2f} px"
-            text = f"{why()}: {slips:.0f} of {seen:.0f} samples: what comes out {extent} (tolerance {self.tolerance:g} px)"
+            extent = (
+                "cannot be matched at all" if worst == float("inf") else f"is off by up to {worst:.2f} px"
+            )
+            text = (
+                f"{why()}: {slips:.0f} of {seen:.0f} samples: "
+                f"what comes out {extent} (tolerance {self.tolerance:g} px)"
+            )
         elif seen > 1 and lost > self.max_unmatched * seen:
-            text = f"{lost:.0f} of {seen:.0f} pairs do not match at all: is one of the two flipped, or another place?"
+            text = (
+                f"{lost:.0f} of {seen:.0f} pairs do not match at all: "
+                "is one of the two flipped, or another place?"
+            )
         else:
             return
         if self.action == "raise":
@@ -347,9 +364,13 @@ class AlignmentCheck(nn.Module):
             for name in ("residual", "excess")
         )
         seeing = torch.stack([one.seeing for one in found]).any(0)
-        return Measured(*(torch.where(seeing, value, torch.nan) for value in (residual, excess)), seeing)
+        return Measured(
+            torch.where(seeing, residual, torch.nan), torch.where(seeing, excess, torch.nan), seeing
+        )
 
-    def _trace(self, pipeline: Callable[..., Any], sample: tuple[Any, ...], named: dict[str, Any]) -> Iterator[Step]:
+    def _trace(
+        self, pipeline: Callable[..., Any], sample: tuple[Any, ...], named: dict[str, Any]
+    ) -> Iterator[Step]:
         for index, (name, step) in enumerate(steps_of(copied(pipeline))):
             found = self._probe(step, sample, named, None, optional=True)
             slips, worst = False, float("nan")
@@ -368,7 +389,7 @@ class AlignmentCheck(nn.Module):
         """The statistics go where the module goes, but keep their dtypes: ``.half()`` must not round counts."""
         kept, self._buffers = self._buffers, {}
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._buffers = kept
         device = fn(torch.empty(0, device=self.worst.device)).device
@@ -385,7 +406,9 @@ class CheckedAugmentation(nn.Module):
     there, use ``action="warn"`` or ``"raise"``.
     """
 
-    def __init__(self, check: AlignmentCheck, augment: Callable[..., Any], matrix: Claim | None = None) -> None:
+    def __init__(
+        self, check: AlignmentCheck, augment: Callable[..., Any], matrix: Claim | None = None
+    ) -> None:
         super().__init__()
         if not callable(augment):
             raise TypeError(message("augment", "a callable", type(augment).__name__, "wrap what is called"))

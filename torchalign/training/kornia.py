@@ -70,7 +70,7 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
             kernel=kernel,
             padding_mode=padding_mode,
         )
-        self._drawing = {
+        self._drawing: dict[str, Any] = {
             "max_translation": float(max_translation),
             "max_deformation": float(max_deformation),
             "motion": motion,
@@ -93,7 +93,9 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
         )
         return {"warp": warp.expand(count, *warp.shape[1:])}
 
-    def compute_transformation(self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any]) -> Tensor:
+    def compute_transformation(
+        self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any]
+    ) -> Tensor:
         """(B, 3, 3), input → output; kornia's hook."""
         return to_homogeneous(invert_warp(params["warp"].to(input.device))).to(input.dtype)
 
@@ -132,5 +134,5 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
 
 
 def _resampling(flags: dict[str, Any]) -> dict[str, Any]:
-    """kornia's containers put more into the flags than belongs here."""
+    """What belongs here; kornia's containers put more into the flags."""
     return {name: flags[name] for name in ("kernel", "padding_mode")}

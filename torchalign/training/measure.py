@@ -84,8 +84,8 @@ def measure(
         if part is not None:
             seeing = seeing & (part.to(torch.float32).mean((-2, -1)) >= _LEAST_USABLE)
     matched = found.valid & seeing
-    displacement, sigma = (value.detach().unflatten(0, (-1, count)) for value in (displacement, found.sigma))
-    matched, seeing = (value.unflatten(0, (-1, count)) for value in (matched, seeing))
+    displacement, sigma = (value.detach().reshape(-1, count) for value in (displacement, found.sigma))
+    matched, seeing = (value.reshape(-1, count) for value in (matched, seeing))
 
     residual = torch.where(matched, displacement, -1.0).amax(-1)
     excess = torch.where(matched, displacement - 2 * sigma, -1.0).amax(-1).clamp(min=0)
@@ -103,7 +103,9 @@ def _comparable(moving: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """(N, C, H, W) both; leading dimensions are one, the bands are as many, the dtype is the wider one."""
     for name, image in (("moving", moving), ("reference", reference)):
         if not isinstance(image, Tensor):
-            raise TypeError(message(name, "a tensor (..., C, H, W)", type(image).__name__, "convert it first"))
+            raise TypeError(
+                message(name, "a tensor (..., C, H, W)", type(image).__name__, "convert it first")
+            )
         if image.ndim < 3:
             raise ValueError(
                 message(name, "shape (..., C, H, W)", tuple(image.shape), "add the band axis: image[None]")
@@ -129,15 +131,15 @@ def _places(size: tuple[int, int], window: int) -> list[tuple[slice, slice]]:
         starts.append((0, full - length, (full - length) // 2))
     (top, bottom, middle), (left, right, centre) = starts
     corners = [(top, left), (top, right), (bottom, left), (bottom, right), (middle, centre)]
-    return [
-        (slice(y, y + lengths[0]), slice(x, x + lengths[1])) for y, x in dict.fromkeys(corners)
-    ]
+    return [(slice(y, y + lengths[0]), slice(x, x + lengths[1])) for y, x in dict.fromkeys(corners)]
 
 
 def _largest_displacement(warp: Tensor, places: list[tuple[slice, slice]]) -> Tensor:
     """How far a warp moves any corner of its window."""
     height, width = (part.stop - part.start for part in places[0])
     corners = torch.tensor(
-        [[0, 0], [width - 1, 0], [0, height - 1], [width - 1, height - 1]], dtype=warp.dtype, device=warp.device
+        [[0, 0], [width - 1, 0], [0, height - 1], [width - 1, height - 1]],
+        dtype=warp.dtype,
+        device=warp.device,
     )
     return (transform_points(warp, corners) - corners).norm(dim=-1).amax(-1)

@@ -105,7 +105,7 @@ def random_warp(
         linear = scale[..., None, None] * _rotation(share / math.sqrt(2) * uniform[..., 0])
     elif motion in ("affine", "homography"):
         part = 0.5 if motion == "affine" else 0.25
-        linear = linear + part * share * uniform[..., :4].unflatten(-1, (2, 2))
+        linear = linear + part * share * uniform[..., :4].reshape(*shape, 2, 2)
     warp = torch.cat((linear, max_translation * _in_disc(draws[..., 4:6])[..., None]), -1)  # (..., 2, 3)
     if motion == "homography":
         perspective = 0.5 * share / half * _in_disc(draws[..., 6:8])
@@ -185,7 +185,7 @@ def _upsample(image: Tensor, dim: int, padding_mode: PaddingMode) -> Tensor:
 
 @functools.cache
 def _half_way(tap: int) -> float:
-    """Weight of a tap of the sinc, 0.5 pixel from the two in the middle, under a Kaiser window; they add up to 1."""
+    """Weight of a tap of the sinc half-way between the middle two, under a Kaiser window; they add up to 1."""
     weights = []
     for k in range(2 * _REACH):
         x = k - _REACH + 0.5
@@ -194,7 +194,7 @@ def _half_way(tap: int) -> float:
     return weights[tap] / sum(weights)
 
 
-class RandomMisregistration(v2.Transform):
+class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision has no types
     """Move frames by random sub-pixel warps and tell the warps: a torchvision v2 transform.
 
     To train and to test against misregistration: of one input of a model against the other, of the dates of a
@@ -297,7 +297,9 @@ class RandomMisregistration(v2.Transform):
             )
         if frames.ndim < 3:
             raise ValueError(
-                message("image", "shape (..., C, H, W)", tuple(frames.shape), "add the band axis: image[None]")
+                message(
+                    "image", "shape (..., C, H, W)", tuple(frames.shape), "add the band axis: image[None]"
+                )
             )
         lead, bands, size = tuple(frames.shape[:-3]), frames.shape[-3], tuple(frames.shape[-2:])
         drawn = lead
@@ -325,10 +327,14 @@ class RandomMisregistration(v2.Transform):
         if _is_image(inpt):
             if tuple(inpt.shape[:-3]) != lead:
                 raise ValueError(
-                    message("images", f"leading dimensions {lead}", tuple(inpt.shape[:-3]), "call once for each")
+                    message(
+                        "images", f"leading dimensions {lead}", tuple(inpt.shape[:-3]), "call once for each"
+                    )
                 )
             warp = self._at_size(params["warp"], size, tuple(inpt.shape[-2:]))
-            return _like(inpt, misregister(_plain(inpt), warp, kernel=self.kernel, padding_mode=self.padding_mode))
+            return _like(
+                inpt, misregister(_plain(inpt), warp, kernel=self.kernel, padding_mode=self.padding_mode)
+            )
         if not self.same_on_bands:
             return inpt
         if isinstance(inpt, tv_tensors.Mask):
@@ -358,12 +364,14 @@ class RandomMisregistration(v2.Transform):
         """The box around a box's moved corners."""
         if boxes.format.value not in ("XYXY", "XYWH", "CXCYWH"):
             raise ValueError(
-                message("boxes", "XYXY, XYWH or CXCYWH", boxes.format.value, "convert them with v2.functional")
+                message(
+                    "boxes", "XYXY, XYWH or CXCYWH", boxes.format.value, "convert them with v2.functional"
+                )
             )
         xyxy = v2.functional.convert_bounding_box_format(boxes, new_format=tv_tensors.BoundingBoxFormat.XYXY)
         way = self._corner_way(params, boxes.canvas_size)
         corners = _plain(xyxy)[..., [[0, 1], [2, 1], [0, 3], [2, 3]]].to(way.dtype)  # (N, 4, 2)
-        moved = transform_points(way, corners.flatten(-3, -2)).unflatten(-2, corners.shape[-3:-1])
+        moved = transform_points(way, corners.flatten(-3, -2)).reshape(corners.shape)
         around = torch.cat((moved.amin(-2), moved.amax(-2)), -1)  # (N, 4)
         if not boxes.is_floating_point():
             around = around.round()
@@ -374,7 +382,9 @@ class RandomMisregistration(v2.Transform):
         """The way of points reference → moving, with (0, 0) the frame's corner, as boxes have it."""
         if params["lead"]:
             raise ValueError(
-                message("boxes", "a sample of one image", f"frames {params['lead']}", "move them frame by frame")
+                message(
+                    "boxes", "a sample of one image", f"frames {params['lead']}", "move them frame by frame"
+                )
             )
         warp = self._at_size(params["warp"], params["size"], tuple(canvas))
         return change_origin(invert_warp(warp), (-0.5, -0.5))
@@ -423,7 +433,9 @@ class Randomness:
         worker = get_worker_info()
         if self.generator is not None and worker is not None and worker.seed != self._worker_seed:
             # an odd constant spreads neighbouring seeds over all 64 bits
-            self.generator.manual_seed((self.generator.initial_seed() * 0x9E3779B97F4A7C15 + worker.seed) % 2**63)
+            self.generator.manual_seed(
+                (self.generator.initial_seed() * 0x9E3779B97F4A7C15 + worker.seed) % 2**63
+            )
             self._worker_seed = worker.seed
         return self.generator
 
@@ -431,7 +443,7 @@ class Randomness:
 def _rotation(angle: Tensor) -> Tensor:
     """(..., 2, 2)."""
     cosine, sine = angle.cos(), angle.sin()
-    return torch.stack((cosine, -sine, sine, cosine), -1).unflatten(-1, (2, 2))
+    return torch.stack((torch.stack((cosine, -sine), -1), torch.stack((sine, cosine), -1)), -2)
 
 
 def _in_disc(draws: Tensor) -> Tensor:

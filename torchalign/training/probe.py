@@ -33,7 +33,7 @@ Claim = Tensor | Callable[[Any], Tensor]
 _LEAST_SIDE = 16
 # The longest wave of the texture, in pixels, and how fast shorter ones fall off.
 _LONGEST, _SLOPE = 48.0, 1.3
-# Where its shortest waves are damped to 1/e, in cycles per pixel; in black and white, what its outlines are made of.
+# Where its shortest waves are damped to 1/e, in cycles per pixel; and those that black and white is cut from.
 _BAND, _SMOOTH_BAND = 0.3, 0.2
 # Side of the boxes, and their places, as shares of the frame, whose motion tells torchvision's geometry.
 _BOX, _BOX_PLACES = 2.0, ((0.3, 0.3), (0.7, 0.3), (0.3, 0.7), (0.7, 0.7))
@@ -83,7 +83,9 @@ def probe(
     slots = {index: slot for index, slot in enumerate(map(_slot_of, flat)) if slot is not None}
     if not slots:
         kinds = [type(item).__name__ for item in flat]
-        raise ValueError(message("sample", "at least one image", kinds, "give the augmentation's own arguments"))
+        raise ValueError(
+            message("sample", "at least one image", kinds, "give the augmentation's own arguments")
+        )
     batch = max((slot.batch or 0 for slot in slots.values()), default=0)
     count = min(batch, samples) if batch else 1
     largest = max((slot.size for slot in slots.values()), key=math.prod)
@@ -110,9 +112,15 @@ def probe(
     if boxes is not None:
         out, moved = out[:-1], out[-1]
 
-    results = [image for image in map(functools.partial(_read, batched=bool(batch)), _images_of(out)) if image is not None]
+    results = [
+        image
+        for image in map(functools.partial(_read, batched=bool(batch)), _images_of(out))
+        if image is not None
+    ]
     if not results:
-        raise ValueError(message("augmentation", "an image", type(out).__name__, "return images as they came in"))
+        raise ValueError(
+            message("augmentation", "an image", type(out).__name__, "return images as they came in")
+        )
     anchor = results[0][:, :1]
     pairs = []
     for result in results:
@@ -181,7 +189,7 @@ def steps_of(pipeline: Any) -> list[tuple[str, Callable[..., Any]]]:
     elif isinstance(pipeline, nn.Sequential):
         inner = list(pipeline.children())
         if keys is not None:  # kornia's, whose steps take one input; the container brings the others along
-            container = type(pipeline)
+            container: Any = type(pipeline)
             return [(_name(step), container(step, data_keys=list(keys))) for step in inner]
     if inner is None:
         return [(_name(pipeline), pipeline)]
@@ -198,7 +206,7 @@ def _name(step: Any) -> str:
 
 
 def _torchvision() -> Any:
-    """torchvision's tv_tensors and transforms, if someone has imported them; else there are none in the sample."""
+    """The modules of tv_tensors and transforms, if someone has imported them; else none are in the sample."""
     return sys.modules.get("torchvision.tv_tensors"), sys.modules.get("torchvision.transforms.v2")
 
 
@@ -242,7 +250,9 @@ def _filled(item: Any, slot: _Slot, ground: Tensor, count: int) -> Any:
             return (single > 0.5).astype(item.dtype)
         scale = 255 if item.dtype.kind in "iu" else 1
         return np.ascontiguousarray(
-            np.broadcast_to((scale * single).astype(item.dtype)[(...,) + (None,) * (item.ndim - 2)], item.shape)
+            np.broadcast_to(
+                (scale * single).astype(item.dtype)[(...,) + (None,) * (item.ndim - 2)], item.shape
+            )
         )
     if slot.batch is None:
         image = image[0, 0]  # (H, W)
@@ -252,7 +262,9 @@ def _filled(item: Any, slot: _Slot, ground: Tensor, count: int) -> Any:
     if slot.is_label:
         values = (image > 0.5).to(item.dtype)
     else:
-        values = image.to(item.dtype) if item.dtype.is_floating_point else (255 * image).round().to(item.dtype)
+        values = (
+            image.to(item.dtype) if item.dtype.is_floating_point else (255 * image).round().to(item.dtype)
+        )
     filled = values.expand(item.shape).clone()
     tv_tensors, _ = _torchvision()
     if tv_tensors is not None and isinstance(item, tv_tensors.TVTensor):
@@ -293,7 +305,9 @@ def _of_one_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         return first, second
     size = min((tuple(image.shape[-2:]) for image in (first, second)), key=math.prod)
     resized = [
-        image if tuple(image.shape[-2:]) == size else F.interpolate(image, size=size, mode="bilinear", antialias=True)
+        image
+        if tuple(image.shape[-2:]) == size
+        else F.interpolate(image, size=size, mode="bilinear", antialias=True)
         for image in (first, second)
     ]
     return resized[0], resized[1]
@@ -306,6 +320,7 @@ def _claimed(
     augment: Any, matrix: Claim | None, boxes: Any, moved: Any, device: torch.device
 ) -> Tensor | None:
     """(1 or n, 2 or 3, 3), points of the input → points of the output; ``None`` if nothing is claimed."""
+    claimed: Any = None
     if matrix is not None:
         claimed = matrix if isinstance(matrix, Tensor) else matrix(augment)
     elif boxes is not None:

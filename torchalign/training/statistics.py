@@ -43,7 +43,7 @@ class Summary(NamedTuple):
     """What is read: plain numbers; lengths in pixels, NaN where nothing was measured.
 
     Attributes:
-        count: samples measured.
+        measured: samples measured.
         unmatched: samples that came and could not be measured (no texture, no match).
         mean: of the residuals.
         median: to 1.5 %.
@@ -51,7 +51,7 @@ class Summary(NamedTuple):
         worst: (sample id, residual), the largest first.
     """
 
-    count: int
+    measured: int
     unmatched: int
     mean: float
     median: float
@@ -61,14 +61,14 @@ class Summary(NamedTuple):
 
 def empty_residuals(worst: int = 16, device: torch.device | str | None = None) -> Residuals:
     """Statistics of nothing."""
-    counts = {"dtype": torch.int64, "device": device}
+    count = torch.zeros((), dtype=torch.int64, device=device)
     return Residuals(
-        torch.zeros((), **counts),  # type: ignore[call-overload]
-        torch.zeros((), **counts),  # type: ignore[call-overload]
-        torch.zeros((), dtype=torch.float64, device=device),
-        torch.zeros(_BINS, **counts),  # type: ignore[call-overload]
-        torch.full((worst,), -1.0, device=device),
-        torch.full((worst,), -1, **counts),  # type: ignore[call-overload]
+        seen=count,
+        unmatched=count.clone(),
+        total=torch.zeros((), dtype=torch.float64, device=device),
+        histogram=torch.zeros(_BINS, dtype=torch.int64, device=device),
+        worst=torch.full((worst,), -1.0, dtype=torch.float32, device=device),
+        worst_ids=torch.full((worst,), -1, dtype=torch.int64, device=device),
     )
 
 
