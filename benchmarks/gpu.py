@@ -227,7 +227,8 @@ def report(results: dict[str, Any]) -> str:
     rows += [[name, f"{rate:,.0f}", ""] for name, rate in results["beside"].items()]
     return "\n\n".join(
         [
-            f"{results['frames']} frames of {BANDS} × {results['size']}² on {where}; a copy moves {results['bandwidth'] / 1e9:,.0f} GB/s.",
+            f"{results['frames']} frames of {BANDS} × {results['size']}² on {where}; "
+            f"a copy moves {results['bandwidth'] / 1e9:,.0f} GB/s.",
             table(["stage", "frames per second", "of the bandwidth"], rows),
             f"Streamed from the host: {stream['frames_per_second']:,.0f} frames per second"
             + (

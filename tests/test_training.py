@@ -563,6 +563,7 @@ def test_align_to_first_with_clouds():
         assert aligned[2].isnan().all()
         assert torch.equal(aligned[3], series[3])
         assert aligned[[0, 1, 4]].isfinite().all()
+        assert not torch.equal(aligned[1], series[1])  # clear frames are aligned beside the others
     mask = torch.ones(5, 96, 96, dtype=torch.bool)
     mask[:, :20] = False
     spoilt = series.clone()

@@ -350,14 +350,24 @@ def test_a_claimed_resize(zoom):
 
 
 def test_torchvision_claims_by_boxes():
-    # a single image: its geometry is what the boxes do
-    class ImageOnly(v2.Transform):
-        def transform(self, inpt, params):
-            return tv.wrap(inpt.roll(1, -1), like=inpt) if isinstance(inpt, tv.Image) else inpt
-
+    # a single image: its geometry is what torchvision does to boxes
     check = ta.AlignmentCheck(tolerance=0.2)
     assert float(check.inspect(v2.RandomAffine(10, (0.1, 0.1), (0.9, 1.1)), image())) < 0.1
-    assert float(check.inspect(ImageOnly(), image())) == pytest.approx(1, abs=0.05)
+    pipeline = v2.Compose([v2.RandomCrop(128), v2.RandomRotation((45, 45), expand=True)])
+    assert float(check.inspect(pipeline, image())) > 0.3
+
+    class ImageOnly(v2.Transform):
+        """One's own steps may not know what a box is, and are not given one."""
+
+        def transform(self, inpt, params):
+            return tv.wrap(F.interpolate(inpt[None], (96, 96))[0], like=inpt)
+
+    with pytest.raises(ValueError, match="claimed matrix"):
+        check.inspect(ImageOnly(), image())
+    assert [step.slips for step in check.trace(v2.Compose([v2.Pad(2), ImageOnly()]), image())] == [
+        False,
+        False,
+    ]
 
 
 def test_frames_of_a_video_and_of_a_series():
@@ -411,6 +421,7 @@ def test_what_cannot_be_measured_is_not():
     residual = check(moving, reference, mask)
     assert residual.isnan().tolist() == [False, True, True, False, True, False]
     assert check.summary().unmatched == 3
+    assert {name for name, _ in check.summary().worst} == {0, 3, 5}
     with pytest.warns(AlignmentWarning, match="do not match"):
         check(pair()[0].flip(-1), reference)
 

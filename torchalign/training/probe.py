@@ -39,6 +39,8 @@ _BAND, _SMOOTH_BAND = 0.3, 0.2
 _BOX, _BOX_PLACES = 2.0, ((0.3, 0.3), (0.7, 0.3), (0.3, 0.7), (0.7, 0.7))
 # Boxes that no affine map fits better, in pixels, tell nothing.
 _LEAST_FIT = 0.02
+# Whose modules they may be.
+_TORCH = ("torchvision.", "torch.")
 
 
 class Pair(NamedTuple):
@@ -338,13 +340,13 @@ def _boxes(augment: Any, size: tuple[int, int], args: Sequence[Any]) -> Any:
     tv_tensors, v2 = _torchvision()
     if tv_tensors is None or v2 is None or not isinstance(augment, v2.Transform):
         return None
-    parts = [module for module in augment.modules() if module is not augment]
-    unknown = (v2.Lambda, *(kind for kind in (getattr(v2, "SanitizeBoundingBoxes", None),) if kind))
-    steps = [step for _, step in steps_of(augment)]
-    if not all(isinstance(step, v2.Transform) and not isinstance(step, unknown) for step in (*steps, *parts)):
+    # a step of one's own may know nothing of boxes, and a filter of boxes may drop them
+    parts = [augment, *augment.modules(), *(step for _, step in steps_of(augment))]
+    names = ("Lambda", "SanitizeBoundingBoxes")
+    if not all(
+        type(part).__module__.startswith(_TORCH) and type(part).__name__ not in names for part in parts
+    ):
         return None
-    if hasattr(augment, "return_warp") or any(hasattr(step, "return_warp") for step in steps):
-        return None  # its output has another structure, and its truth is its own
     tensors = [item for item in tree_flatten(tuple(args))[0] if isinstance(item, Tensor)]
     if any(isinstance(item, tv_tensors.BoundingBoxes) for item in tensors):
         return None
