@@ -60,6 +60,10 @@ ALIGNERS = {
     ),
     "rgb, crop, fill": Proof(partial(ta.PCC, channel="rgb_mean", crop_center=(49, 64), fill_value=-1.0)),
     "module": Proof(lambda: ta.PCC(channel=Channel(), max_translation=20.0)),
+    "ECC": Proof(ta.ECC),
+    "ECC affine": Proof(partial(ta.ECC, motion="affine", robust="none", sigma_blur=1.0)),
+    "ECC homography": Proof(partial(ta.ECC, motion="homography", robust="residual", gradients="unrolled")),
+    "Cascade": Proof(lambda: ta.Cascade(ta.PCC(), ta.ECC(motion="euclidean"))),
 }
 each_aligner = pytest.mark.parametrize("proof", ALIGNERS.values(), ids=ALIGNERS.keys())
 
