@@ -6,6 +6,9 @@ import io
 import os
 import shutil
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import torchalign as ta
+from torchalign.aligner import Aligner
 
 SIZE = (64, 72)
 
@@ -27,20 +31,69 @@ class Channel(torch.nn.Module):
         return (cube * self.weights.to(cube)[:, None, None]).sum(-3)
 
 
-OPTIONS = {
-    "default": {},
-    "once": {"robust": False},
-    "wide, phase, plain": {"max_frequency": 0.5, "weighting": "phase", "contrast": "none", "taper": 0.0},
-    "sqrt": {"weighting": "sqrt", "taper": 1.0},
-    "none": {"weighting": "none", "max_frequency": 0.1},
-    "grid": {"upsample_factor": 20},
-    "band": {"channel": -1, "min_score": 0.2},
-    "luminance, nearest": {"channel": "luminance", "interpolation": "nearest", "padding_mode": "zeros"},
-    "gradients, bicubic": {"channel": "gradients", "interpolation": "bicubic", "padding_mode": "reflection"},
-    "rgb, crop, fill": {"channel": "rgb_mean", "crop_center": (49, 64), "fill_value": -1.0},
-    "module": {"channel": Channel(), "max_translation": 20.0},
+class Proof(NamedTuple):
+    """An aligner, with options, that is to be proved."""
+
+    make: Callable[..., Aligner]
+    forward_mode: bool = True  # derivatives; torch's grid_sample has only those of reverse mode
+
+
+# a new aligner, or option of one, is one line
+ALIGNERS = {
+    "default": Proof(ta.PCC),
+    "once": Proof(partial(ta.PCC, robust=False)),
+    "wide, phase, plain": Proof(
+        partial(ta.PCC, max_frequency=0.5, weighting="phase", contrast="none", taper=0.0)
+    ),
+    "sqrt": Proof(partial(ta.PCC, weighting="sqrt", taper=1.0)),
+    "none": Proof(partial(ta.PCC, weighting="none", max_frequency=0.1)),
+    "grid": Proof(partial(ta.PCC, upsample_factor=20), forward_mode=False),
+    "band": Proof(partial(ta.PCC, channel=-1, min_score=0.2)),
+    "luminance, nearest": Proof(
+        partial(ta.PCC, channel="luminance", interpolation="nearest", padding_mode="zeros"),
+        forward_mode=False,
+    ),
+    "gradients, bicubic": Proof(
+        partial(ta.PCC, channel="gradients", interpolation="bicubic", padding_mode="reflection")
+    ),
+    "rgb, crop, fill": Proof(partial(ta.PCC, channel="rgb_mean", crop_center=(49, 64), fill_value=-1.0)),
+    "module": Proof(lambda: ta.PCC(channel=Channel(), max_translation=20.0)),
+    "ECC": Proof(ta.ECC),
+    "ECC affine": Proof(partial(ta.ECC, motion="affine", robust="none", sigma_blur=1.0)),
+    "ECC homography": Proof(
+        partial(ta.ECC, motion="homography", robust="residual", gradients="unrolled"), forward_mode=False
+    ),
+    "Cascade": Proof(lambda: ta.Cascade(ta.PCC(), ta.ECC(motion="euclidean"))),
 }
-each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+each_aligner = pytest.mark.parametrize("proof", ALIGNERS.values(), ids=ALIGNERS.keys())
+
+
+def layer(**options):
+    return ta.AlignToFirst(ta.PCC(robust=False, contrast="none"), **options)
+
+
+# modules of the training loop: what makes one, and whether it takes one series or pairs of frames
+MODULES = {
+    "AlignToFirst": (layer, "series"),
+    "AlignToFirst, median": (partial(layer, onto="median"), "series"),
+    "AlignmentLoss zncc": (partial(ta.AlignmentLoss, "zncc"), "pairs"),
+    "AlignmentLoss ecc": (partial(ta.AlignmentLoss, "ecc", reduction="none"), "pairs"),
+    "AlignmentLoss shift": (lambda: ta.AlignmentLoss("shift", aligner=ta.PCC(robust=False)), "pairs"),
+    "AlignmentCheck": (ta.AlignmentCheck, "pairs"),
+    # (RegistrationError is AlignmentCheck's measurement and statistics; torchmetrics deep-copies its states, and a
+    # deep copy of a fake tensor breaks the process when it ends)
+    "RandomMisregistration": (lambda: ta.RandomMisregistration(motion="homography", p=0.5), "frames"),
+    "RandomMisregistration by band": (lambda: ta.RandomMisregistration(same_on_bands=False), "frames"),
+    "RandomMisregistration2D": (lambda: ta.RandomMisregistration2D(motion="affine"), "frames"),
+}
+each_module = pytest.mark.parametrize("name", MODULES)
+COMPILED = [
+    "AlignToFirst",
+    "AlignToFirst, median",
+    "AlignmentLoss zncc",
+    "AlignmentLoss ecc",
+    "AlignmentLoss shift",
+]
 
 
 def real(frames=4):
@@ -76,11 +129,11 @@ def on_cuda(*shape, dtype=torch.float32, **options):
     return torch.empty(*shape, dtype=dtype, device="cuda", **options)
 
 
-def pcc_on_cuda(options):
-    aligner = ta.PCC(**options)
-    if isinstance(aligner.channel, torch.nn.Module):
-        aligner.channel = Channel("cuda")
-    return aligner
+def on_gpu(module):
+    """The module on the GPU; ``.to`` cannot move parameters that were made before the mode."""
+    if isinstance(getattr(module, "channel", None), torch.nn.Module):
+        module.channel = Channel("cuda")
+    return module
 
 
 def check(aligned, estimate, cube):
@@ -92,33 +145,36 @@ def check(aligned, estimate, cube):
         assert field.shape[: cube.ndim - 3] == cube.shape[:-3]
 
 
-@each_option
-def test_fake_cuda(fake, options):
-    aligner = pcc_on_cuda(options)
+@each_aligner
+def test_fake_cuda(fake, proof):
+    aligner = on_gpu(proof.make())
     mask = on_cuda(4, *SIZE, dtype=torch.bool)
     init = on_cuda(4, 2, 3)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16) if not options else (torch.float32,):
+    plain = proof is ALIGNERS["default"]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16) if plain else (torch.float32,):
         cube, reference = on_cuda(4, 4, *SIZE, dtype=dtype), on_cuda(4, *SIZE, dtype=dtype)
         check(*aligner(cube, reference), cube)
         check(*aligner(cube, reference, mask, mask[:1]), cube)
     cube, reference = on_cuda(4, 4, *SIZE), on_cuda(4, *SIZE)
     check(*aligner(cube, reference, init=init), cube)
     check(*aligner(cube, cube, mask, mask, init=on_cuda(4, 3, 3)), cube)
-    if options:
-        return
     with torch.autocast("cuda", dtype=torch.bfloat16):
         check(*aligner(cube, reference, mask), cube)
-    # enough frames that the CPU would have cut them into blocks
-    many = on_cuda(1200, 4, *SIZE)
-    check(*aligner(many, reference), many)
+    last = cube.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        check(*aligner(last, reference), last)
+    if plain:
+        # enough frames that the CPU would have cut them into blocks
+        many = on_cuda(1200, 4, *SIZE)
+        check(*aligner(many, reference), many)
 
 
-@each_option
-def test_fake_cuda_gradients(fake, options):
-    if options.get("interpolation") == "nearest" or "upsample_factor" in options:
-        pytest.skip("not differentiable, as documented")
+@each_aligner
+def test_fake_cuda_gradients(fake, proof):
+    if not proof.forward_mode:
+        pytest.skip("not differentiable, as documented, or in reverse mode only")
     # forward mode: autograd's engine wants a driver for its streams
-    aligner = pcc_on_cuda(options)
+    aligner = on_gpu(proof.make())
     for parameter in aligner.parameters():
         parameter.requires_grad_(False)
     cube, reference, mask = on_cuda(4, 4, *SIZE), on_cuda(4, *SIZE), on_cuda(*SIZE, dtype=torch.bool)
@@ -127,6 +183,35 @@ def test_fake_cuda_gradients(fake, options):
         aligned, estimate = aligner(cube, reference, mask, mask)
         for output in (aligned, estimate.warp, estimate.score):
             assert forward_ad.unpack_dual(output).tangent.device.type == "cuda"
+
+
+@each_module
+def test_fake_cuda_in_training(fake, name):
+    make, takes = MODULES[name]
+    module = make()
+    frames, mask = on_cuda(4, 3, *SIZE), on_cuda(4, *SIZE, dtype=torch.bool)
+    for _ in range(2):
+        if takes == "series":
+            outputs = [module(on_cuda(2, 4, 3, *SIZE)), module(frames, mask)]
+        elif takes == "frames":
+            outputs = [module(frames)]
+        elif name.startswith("AlignmentLoss"):
+            outputs = [module(frames, frames), module(frames, frames, on_cuda(4, 2, 3), mask, mask[:1])]
+        else:
+            outputs = [module(frames, on_cuda(4, 2, *SIZE), mask[0]), module(frames, frames)]
+        tensors = torch.utils._pytree.tree_leaves(outputs)
+        assert tensors
+        assert {tensor.device.type for tensor in tensors} == {"cuda"}
+    kept = list(module.buffers())
+    assert {tensor.device.type for tensor in kept} <= {"cuda"}
+    assert len(kept) >= (6 if name == "AlignmentCheck" else 0)
+
+
+def test_fake_cuda_sees_a_check_that_reads(fake):
+    # the teeth of the test above: to warn is to read
+    frames = on_cuda(4, 3, *SIZE)
+    with pytest.raises(Exception, match=r"(?i)data.dependent|item|local_scalar|tolist"):
+        ta.AlignmentCheck(action="warn")(frames, frames)
 
 
 def test_fake_cuda_sees_what_it_should(fake):
@@ -153,18 +238,92 @@ def test_fake_cuda_warp(fake, interpolation):
 # ---------------------------------------------------------------------------------------------------- a real device
 
 
-@each_option
-def test_device_agrees_with_the_cpu(device, options):
+@each_aligner
+def test_device_agrees_with_the_cpu(device, proof):
     cube, reference = real()
     cube[2] = float("nan")
     mask = torch.ones(4, *SIZE, dtype=torch.bool)
     mask[1, :20, :30] = False
-    aligner = ta.PCC(**options)
+    aligner = proof.make()
     expected = aligner(cube, reference, mask)
     found = aligner.to(device)(cube.to(device), reference.to(device), mask.to(device))
-    aligner.to("cpu")
     assert_same(found.estimate, expected.estimate)
     torch.testing.assert_close(found.aligned.cpu(), expected.aligned, atol=5e-3, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_aligner
+def test_autocast_changes_nothing(device, proof, dtype):
+    cube, reference = (image.to(device) for image in real())
+    aligner = proof.make().to(device)
+    expected = aligner(cube, reference)
+    with torch.autocast(device.type, dtype=dtype):
+        found = aligner(cube, reference)
+        # in a network: what comes before is in half precision, and is worth no more
+        half = aligner.estimate(cube.to(dtype), reference.to(dtype))
+    assert found.aligned.dtype == torch.float32
+    assert_same(found.estimate, ta.Estimate(*(field.cpu() for field in expected.estimate)))
+    assert half.warp.dtype == torch.float32
+    coarse = {torch.float16: 0.02, torch.bfloat16: 0.2}[dtype]
+    both = half.valid & expected.estimate.valid
+    moved = half.warp[both] - expected.estimate.warp[both]
+    assert both.any()
+    assert moved.abs().max() < coarse
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_layouts_and_inference_mode_in_training(device, name):
+    make, takes = MODULES[name]
+    module = make().to(device)
+    cube, reference = (image.to(device) for image in real())
+    given = (cube,) if takes == "series" else (cube, reference.expand_as(cube))
+    expected = module(*given)
+    strided = [image.repeat_interleave(2, -1)[..., ::2] for image in given]
+    last = [image.contiguous(memory_format=torch.channels_last) for image in given]
+    for other in (strided, last):
+        torch.testing.assert_close(module(*other), expected, atol=1e-4, rtol=1e-4)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(*given), expected, atol=1e-5, rtol=1e-5)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        torch.testing.assert_close(module(*given), expected, atol=1e-3, rtol=1e-3)
+
+
+@each_aligner
+def test_captured_in_a_cuda_graph(device, proof):
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs want a GPU: pytest --device cuda")
+    cube, reference = (image.to(device) for image in real())
+    aligner = proof.make().to(device)
+    buffer, against = torch.rand_like(cube), reference.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        for _ in range(3):
+            aligner(buffer, against)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        found = aligner(buffer, against)
+    # other data, of another kind, through what was captured
+    for data in (cube, torch.full_like(cube, float("nan")), cube.flip(0)):
+        buffer.copy_(data)
+        graph.replay()
+        expected = aligner(data, reference)
+        assert_same(
+            ta.Estimate(*(field.clone() for field in found.estimate)),
+            ta.Estimate(*(field.cpu() for field in expected.estimate)),
+        )
+        torch.testing.assert_close(found.aligned, expected.aligned, atol=1e-4, rtol=0, equal_nan=True)
+
+
+def test_check_on_a_device(device):
+    cube, reference = (image.to(device) for image in real())
+    check = ta.AlignmentCheck()
+    found = check(cube, reference.expand_as(cube))
+    assert check.worst.device.type == device.type
+    expected = ta.AlignmentCheck()(cube.cpu(), reference.cpu().expand_as(cube.cpu()))
+    torch.testing.assert_close(found.cpu(), expected, atol=2e-3, rtol=0)
+    assert check.summary().measured == 4
 
 
 # ------------------------------------------------------------------------------------------ export, compile, vmap
@@ -212,7 +371,7 @@ def test_export_with_any_number_of_frames(quiet, options):
 def test_compile_is_one_graph(quiet, name):
     # tracing takes its time: every option once, in few combinations
     cube, reference = real()
-    aligner = ta.PCC(**OPTIONS[name])
+    aligner = ALIGNERS[name].make()
     compiled = torch.compile(aligner, fullgraph=True, backend="eager")
     found, expected = compiled(cube, reference), aligner(cube, reference)
     assert_same(found.estimate, expected.estimate)
@@ -260,6 +419,44 @@ def test_vmap_over_series(quiet, options):
         expected = aligner(cube, references, *masks)
         assert_same(found.estimate, expected.estimate)
         torch.testing.assert_close(found.aligned, expected.aligned, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["AlignToFirst, median", "AlignmentLoss zncc"])
+def test_compile_is_one_graph_in_training(quiet, name):
+    make, takes = MODULES[name]
+    module = make()
+    cube, reference = real()
+    given = (cube,) if takes == "series" else (cube, reference.expand_as(cube))
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*given), module(*given), atol=2e-3, rtol=1e-3)
+
+
+def test_vmap_in_training(quiet):
+    cube, reference = real(4)
+    pairs = cube, reference.expand_as(cube)
+    for name in COMPILED:
+        make, takes = MODULES[name]
+        if takes == "series":
+            series = torch.stack((cube, cube.flip(0)))
+            found, expected = torch.vmap(make())(series), make()(series)
+            torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
+        else:
+            module = make()
+            module.reduction = "none"
+            torch.testing.assert_close(torch.vmap(module)(*pairs), module(*pairs), atol=2e-3, rtol=1e-3)
+
+
+def test_export_of_the_layer(quiet):
+    cube, _ = real(6)
+    module = torch.nn.Sequential(layer(), torch.nn.Conv2d(4, 2, 1)).eval()
+    frames = torch.export.Dim("frames", min=2, max=4096)
+    program = torch.export.export(module, (cube[:4],), dynamic_shapes=(({0: frames}),))
+    saved = io.BytesIO()
+    torch.export.save(program, saved)
+    saved.seek(0)
+    loaded = torch.export.load(saved).module()
+    for count in (2, 6):
+        torch.testing.assert_close(loaded(cube[:count]), module(cube[:count]), atol=5e-3, rtol=0)
 
 
 def test_per_sample_gradients(quiet):

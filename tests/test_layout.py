@@ -23,7 +23,9 @@ LAYERS = [
     {"aligner"},
     {"pcc", "ecc", "lgm"},
     {"cascade"},
-    {"training"},
+    {"training", "training.check", "training.embed", "training.kornia", "training.lightning", "training.loss",
+     "training.measure", "training.metric", "training.misregistration", "training.probe", "training.statistics",
+     "training.streaming"},
     {"_files", "_labelled"},
     {"_chunks", "_grid"},
     {"_reference", "report"},
@@ -41,7 +43,7 @@ FOREIGN = {
         name: set()
         for name in ("types", "_check", "_host", "functional", "aligner", "pcc", "ecc", "lgm", "cascade")
     },
-    "training": {"kornia"},
+    "training": {"numpy", "kornia", "torchvision", "torchmetrics", "lightning", "pytorch_lightning"},
     "models": {"kornia", "torchvision"},
     "_files": set(),
     "_labelled": {"numpy", "xarray"},
@@ -133,7 +135,8 @@ def test_functional_is_pure():
 
 def test_importing_imports_nothing_optional():
     optional = ["xarray", "matplotlib", "rasterio", "rioxarray", "cv2", "dask", "kornia", "torchvision", "typer",
-                "PIL.Image", "scipy", "skimage", "pandas", "spyndex"]  # fmt: skip
+                "PIL.Image", "scipy", "skimage", "pandas", "spyndex",
+                "torchmetrics", "lightning", "torchalign.training"]  # fmt: skip
     code = (
         "import sys, torch; before = set(sys.modules); import torchalign; torchalign.PCC();"
         f"print([name for name in {optional} if name in sys.modules and name not in before])"

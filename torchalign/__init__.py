@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from torchalign.report import load_report as load_report
     from torchalign.report import save_report as save_report
     from torchalign.report import summarize as summarize
+    from torchalign.training import AlignmentCallback as AlignmentCallback
+    from torchalign.training import AlignmentCheck as AlignmentCheck
+    from torchalign.training import AlignmentLoss as AlignmentLoss
+    from torchalign.training import AlignToFirst as AlignToFirst
+    from torchalign.training import RandomMisregistration as RandomMisregistration
+    from torchalign.training import RandomMisregistration2D as RandomMisregistration2D
+    from torchalign.training import RegistrationError as RegistrationError
+    from torchalign.training import stream as stream
     from torchalign.xr import align as align
     from torchalign.xr import apply as apply
 
@@ -36,26 +44,47 @@ __all__ = [
     "ECC",
     "LGM",
     "PCC",
+    "AlignToFirst",
     "Aligner",
     "Alignment",
+    "AlignmentCallback",
+    "AlignmentCheck",
+    "AlignmentLoss",
     "Cascade",
     "Estimate",
+    "RandomMisregistration",
+    "RandomMisregistration2D",
+    "RegistrationError",
     "Status",
     "align",
     "apply",
     "load_report",
     "open_stack",
     "save_report",
+    "stream",
     "summarize",
     "warp",
     "write_stack",
 ]
 
-# where the names that need xarray live, imported on first use
+# where the names live that need more than torch, imported on first use
 _LAZY = {
     **dict.fromkeys(("align", "apply"), "torchalign.xr"),
     **dict.fromkeys(("load_report", "save_report", "summarize"), "torchalign.report"),
     **dict.fromkeys(("open_stack", "write_stack"), "torchalign.io"),
+    **dict.fromkeys(
+        (
+            "AlignToFirst",
+            "AlignmentCallback",
+            "AlignmentCheck",
+            "AlignmentLoss",
+            "RandomMisregistration",
+            "RandomMisregistration2D",
+            "RegistrationError",
+            "stream",
+        ),
+        "torchalign.training",
+    ),
 }
 
 

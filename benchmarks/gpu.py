@@ -1,0 +1,270 @@
+"""What does a GPU make of it? Frames per second and the share of the memory bandwidth, stage by stage.
+
+    python benchmarks/gpu.py                       # on the GPU; a minute; writes results/gpu-cuda.json
+    python benchmarks/gpu.py --device cpu --quick  # the same on the CPU, to see that it runs
+
+* **Stages**: channel, estimate, gate, warp, and the whole of `PCC()`; each alone, repeated, timed by CUDA events.
+  The *floor* of a stage is the time that its input, read once, and its output, written once, take at the measured
+  bandwidth of the device (a large copy); the fraction is floor ÷ time: 100 % would be a kernel that does nothing
+  but move memory.
+* **The same in one launch**: the whole captured in a CUDA graph, which is also the proof that no step of it waits
+  for the host or allocates by what it sees.
+* **Streaming**: a cube on the host, larger than a part, through `ta.stream`; against the copies alone and the work
+  alone: what of the shorter one is hidden behind the longer one.
+* **In training**: `AlignmentCheck` on 32 × 4 × 256² against forward and backward of a ResNet-18.
+* **Beside it**: the same `PCC()` on this machine's CPU, and satalign's `PCC` if it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import cores, machine, table, versions, write_results
+from torch import Tensor, nn
+
+import torchalign as ta
+from torchalign.functional.channels import extract_channel
+from torchalign.functional.quality import gate
+from torchalign.training.probe import texture
+
+BANDS = 4
+
+
+def stack(frames: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(T, 4, size, size) and its reference; whole-pixel shifts, which cost what others do."""
+    ground = texture(1, (size + 8, size + 8))[0]
+    places = [(t % 7, (3 * t) % 7) for t in range(min(frames, 49))]
+    cut = torch.stack([ground[y : y + size, x : x + size] for y, x in places])
+    cube = cut[:, None].expand(-1, BANDS, -1, -1).repeat(-(-frames // len(places)), 1, 1, 1)[:frames]
+    return cube.to(device), cube[0].to(device)
+
+
+def seconds(job: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """The median of several runs; the first, which plans and compiles, is not counted."""
+    job()
+    spent = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            job()
+            end.record()
+            torch.cuda.synchronize(device)
+            spent.append(begin.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            job()
+            spent.append(time.perf_counter() - start)
+    return statistics.median(spent)
+
+
+def size_of(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def bandwidth(device: torch.device, rounds: int, quick: bool) -> float:
+    """Bytes per second of a copy, read and written."""
+    source = torch.zeros(2**24 if quick else 2**28, device=device)
+    target = torch.empty_like(source)
+    return 2 * size_of(source) / seconds(lambda: target.copy_(source), device, rounds)
+
+
+def stages(frames: int, size: int, device: torch.device, rounds: int, rate: float) -> dict[str, Any]:
+    cube, reference = stack(frames, size, device)
+    aligner = ta.PCC()
+    seen, seen_reference = (extract_channel(image, aligner.channel) for image in (cube, reference[None]))
+    prepared = aligner.prepare_reference(seen_reference, None)
+
+    def estimate() -> Any:
+        return aligner.estimate_motion(seen, None, seen_reference, None, prepared, None)
+
+    motion = estimate()
+
+    def judge() -> Any:
+        return gate(motion.warp, motion.sigma, motion.status, seen, seen_reference, inliers=motion.inliers)
+
+    warp = judge().warp + 1e-3 * torch.randn(frames, 2, 3, device=device)
+    plane = size_of(seen)
+    jobs: dict[str, tuple[Callable[[], object], int]] = {
+        "channel": (lambda: extract_channel(cube, aligner.channel), size_of(cube) + plane),
+        "estimate": (estimate, plane),
+        "gate": (judge, plane),
+        "warp, bilinear": (lambda: ta.warp(cube, warp), 2 * size_of(cube)),
+        "warp, bicubic": (lambda: ta.warp(cube, warp, interpolation="bicubic"), 2 * size_of(cube)),
+        "whole, `PCC()`": (lambda: aligner(cube, reference), 2 * size_of(cube)),
+    }
+    found = {}
+    for name, (job, moved) in jobs.items():
+        spent = seconds(job, device, rounds)
+        found[name] = {"frames_per_second": frames / spent, "of_bandwidth": moved / rate / spent}
+    if device.type == "cuda":
+        spent = seconds(captured(lambda: aligner(cube, reference)), device, rounds)
+        found["whole, as a CUDA graph"] = {
+            "frames_per_second": frames / spent,
+            "of_bandwidth": 2 * size_of(cube) / rate / spent,
+        }
+    return found
+
+
+def captured(job: Callable[[], object]) -> Callable[[], None]:
+    """The job in one launch."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            job()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        job()
+    return graph.replay
+
+
+def streaming(frames: int, size: int, device: torch.device, rounds: int) -> dict[str, float]:
+    part = max(1, frames // 4)
+    cube, _ = stack(2 * frames, size, torch.device("cpu"))
+    there, reference = stack(part, size, device)
+    aligner = ta.PCC()
+    pinned = cube[:part].pin_memory() if device.type == "cuda" else cube[:part]
+    parts = len(cube) / part
+
+    def copies() -> None:
+        pinned.to(device, non_blocking=True).to("cpu")
+
+    def all_of_it() -> None:
+        for _ in ta.stream(lambda frames: aligner(frames, reference), cube, batch_size=part, device=device):
+            pass
+
+    spent = {
+        "copies": parts * seconds(copies, device, rounds),
+        "work": parts * seconds(lambda: aligner(there, reference), device, rounds),
+        "streamed": seconds(all_of_it, device, max(1, rounds // 2)),
+    }
+    shorter = min(spent["copies"], spent["work"])
+    hidden = (spent["copies"] + spent["work"] - spent["streamed"]) / shorter if shorter else 0.0
+    return spent | {"frames_per_second": len(cube) / spent["streamed"], "hidden": min(1.0, max(0.0, hidden))}
+
+
+def training(size: int, device: torch.device, rounds: int, batch: int = 32) -> dict[str, float]:
+    """The check of a batch against a training step on it, in turns."""
+    from torchvision.models import resnet18
+
+    model = resnet18()
+    model.conv1 = nn.Conv2d(BANDS, 64, 7, stride=2, padding=3, bias=False)
+    model = model.to(device)
+    moving, reference = stack(batch, size, device)
+    reference = reference.expand_as(moving)
+    check = ta.AlignmentCheck()
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(moving).square().mean().backward()
+
+    spent = {
+        "step": seconds(step, device, rounds),
+        "check": seconds(lambda: check(moving, reference), device, rounds),
+    }
+    return spent | {"share": spent["check"] / spent["step"]}
+
+
+def beside(frames: int, size: int, rounds: int) -> dict[str, float]:
+    """Frames per second on this machine's CPU: torchalign's and satalign's."""
+    cube, reference = stack(frames, size, torch.device("cpu"))
+    aligner = ta.PCC()
+    found = {
+        "torchalign, CPU": frames / seconds(lambda: aligner(cube, reference), torch.device("cpu"), rounds)
+    }
+    try:
+        from satalign import PCC
+    except ImportError:
+        return found
+    arrays = cube.numpy(), reference.numpy()
+
+    def theirs() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            PCC(*arrays, num_threads=cores()).run_multicore()
+
+    found["satalign, CPU"] = frames / seconds(theirs, torch.device("cpu"), max(1, rounds // 2))
+    return found
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    device = torch.device(options.device)
+    rate = bandwidth(device, options.rounds, options.quick)
+    with torch.no_grad():
+        results: dict[str, Any] = {
+            "machine": machine(),
+            "versions": versions("torchalign", "torch", "satalign"),
+            "device": options.device,
+            "frames": options.frames,
+            "size": options.size,
+            "bandwidth": rate,
+            "stages": stages(options.frames, options.size, device, options.rounds, rate),
+            "streaming": streaming(options.frames, options.size, device, options.rounds),
+            "beside": beside(min(options.frames, 64), options.size, max(1, options.rounds // 2)),
+        }
+    results["training"] = training(
+        options.size, device, max(1, options.rounds // 2), 4 if options.quick else 32
+    )
+    return results
+
+
+def report(results: dict[str, Any]) -> str:
+    where = results["machine"].get("gpu", "the CPU") if results["device"] == "cuda" else "the CPU"
+    stream, check = results["streaming"], results["training"]
+    rows = [
+        [name, f"{entry['frames_per_second']:,.0f}", f"{100 * entry['of_bandwidth']:.1f} %"]
+        for name, entry in results["stages"].items()
+    ]
+    rows += [[name, f"{rate:,.0f}", ""] for name, rate in results["beside"].items()]
+    return "\n\n".join(
+        [
+            f"{results['frames']} frames of {BANDS} × {results['size']}² on {where}; "
+            f"a copy moves {results['bandwidth'] / 1e9:,.0f} GB/s.",
+            table(["stage", "frames per second", "of the bandwidth"], rows),
+            f"Streamed from the host: {stream['frames_per_second']:,.0f} frames per second"
+            + (
+                f"; {100 * stream['hidden']:.0f} % of the shorter of copies and work is hidden behind the longer."
+                if results["device"] == "cuda"
+                else "; on the CPU there is nothing to hide."
+            ),
+            f"AlignmentCheck of a batch: {1e3 * check['check']:.1f} ms, {100 * check['share']:.1f} % of a training "
+            f"step of a ResNet-18 ({1e3 * check['step']:.0f} ms).",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--frames", type=int, default=256)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument(
+        "--quick", action="store_true", help="8 frames of 64², 1 round, nothing written: does it run?"
+    )
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no GPU here, or a build of torch without CUDA; try --device cpu --quick")
+    if options.quick:
+        options.frames, options.size, options.rounds = 8, 64, 1
+    results = run(options)
+    if not options.quick:
+        path = write_results(f"gpu-{options.device}", results)
+        print(f"written to {path.name}")
+        results = json.loads(path.read_text())
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()

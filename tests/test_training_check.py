@@ -1,0 +1,580 @@
+"""AlignmentCheck: planted slips are found and named, correct pipelines cause no alarm, training is undisturbed."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scenes import fractal_stack
+from torch.nn import functional as F
+
+import torchalign as ta
+from torchalign.functional.affine import translation_warp
+from torchalign.training.check import AlignmentWarning, MisregistrationError
+from torchalign.training.misregistration import misregister
+from torchalign.training.probe import texture, undisturbed
+
+v2 = pytest.importorskip("torchvision.transforms.v2")
+tv = pytest.importorskip("torchvision.tv_tensors")
+
+SIDE = 160
+
+
+def image(bands=3, side=SIDE):
+    return tv.Image(torch.rand(bands, side, side))
+
+
+def mask(side=SIDE):
+    return tv.Mask(torch.randint(0, 4, (side, side)))
+
+
+def batch(number=4, side=SIDE):
+    return torch.rand(number, 3, side, side), torch.randint(0, 4, (number, side, side))
+
+
+def shift(frame, x, y=0.0):
+    return misregister(frame, translation_warp(torch.tensor([-x, -y])), kernel="bicubic")
+
+
+# ----------------------------------------------------------------------------------------------- the planted slips
+
+
+def resize_with_corners(x, y):
+    """The image with align_corners, the label without."""
+    size = (2 * SIDE, 2 * SIDE)
+    return F.interpolate(x, size, mode="bilinear", align_corners=True), F.interpolate(
+        y[:, None].float(), size
+    )[:, 0]
+
+
+def resize_two_ways(x, y):
+    size = (96, 96)
+    return (
+        F.interpolate(x, size, mode="bilinear", align_corners=True, antialias=True),
+        F.interpolate(y, size, mode="bilinear", align_corners=False, antialias=True),
+    )
+
+
+def grid_bug(x, y):
+    """The grid is made for one convention and sampled with the other."""
+    grid = F.affine_grid(torch.eye(2, 3).expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=True, padding_mode="border"), y
+
+
+def half_a_pixel(x, y):
+    return shift(x, 0.5), y
+
+
+def a_quarter_pixel_and_a_bit(x, y):
+    return shift(x, 0.2, 0.2), y
+
+
+def decimated(x, y):
+    """Every second pixel of one, the mean of four of the other."""
+    return x[..., ::2, ::2], F.avg_pool2d(y, 2)
+
+
+def crop_off_by_one(x, y):
+    return x[..., 10:138, 10:138], y[..., 10:138, 11:139]
+
+
+def flip_of_the_image_alone(x, y):
+    return x.flip(-1), y
+
+
+def turned_the_other_way(x, y):
+    return torch.rot90(x, 1, (-2, -1)), torch.rot90(y, 3, (-2, -1))
+
+
+def rows_and_columns_swapped(x, y):
+    top, left = 4, 20
+    return x[..., top : top + 120, left : left + 120], y[..., left : left + 120, top : top + 120]
+
+
+def padded_on_the_other_side(x, y):
+    return F.pad(x, (1, 0, 0, 0)), F.pad(y, (0, 1, 0, 0))
+
+
+def a_tile_a_row_too_low(x, y):
+    """A mosaic of four tiles, one of which was cached with an offset."""
+    wrong = x.clone()
+    wrong[..., SIDE // 2 :, SIDE // 2 :] = x.roll(1, -2)[..., SIDE // 2 :, SIDE // 2 :]
+    return wrong, y
+
+
+def zoomed_about_the_corner(x, y):
+    """1.5 % of zoom on one input only: its centre moves, too little to be seen by eye."""
+    warp = torch.tensor([[1.015, 0.0, 0.0], [0.0, 1.015, 0.0]])
+    return misregister(x, warp.expand(len(x), 2, 3), kernel="bicubic"), y
+
+
+def rotated_about_the_centre(x, y):
+    """By 0.4°: the mean displacement is 0."""
+    angle, middle = math.radians(0.4), (SIDE - 1) / 2
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    centre = torch.full((2,), middle)
+    warp = torch.cat((turn, (centre - turn @ centre)[:, None]), -1)
+    return misregister(x, warp.expand(len(x), 2, 3), kernel="bicubic"), y
+
+
+IMAGES, LABELLED = "two images", "image and label"
+SLIPS = {
+    resize_with_corners: LABELLED, resize_two_ways: IMAGES, grid_bug: LABELLED, half_a_pixel: LABELLED,
+    a_quarter_pixel_and_a_bit: LABELLED, decimated: IMAGES, crop_off_by_one: LABELLED,
+    flip_of_the_image_alone: LABELLED, turned_the_other_way: LABELLED, rows_and_columns_swapped: LABELLED,
+    padded_on_the_other_side: LABELLED, a_tile_a_row_too_low: IMAGES, zoomed_about_the_corner: IMAGES,
+    rotated_about_the_centre: LABELLED,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slip", SLIPS, ids=lambda slip: slip.__name__)
+def test_planted_slips_are_found(slip):
+    x, y = batch()
+    check = ta.AlignmentCheck(tolerance=0.2, action="raise")
+    sample = (x, y) if SLIPS[slip] == LABELLED else (x, x.clone())
+    with pytest.raises(MisregistrationError, match=f"number 0, {slip.__name__}"):
+        check.inspect(slip, *sample)
+    assert check.summary().median > 0.25
+    # and in the data that come out, where they can be compared
+    if SLIPS[slip] == IMAGES:
+        ground = texture(4, (SIDE, SIDE))[:, None]
+        residual = ta.AlignmentCheck(tolerance=0.2)(*slip(ground, ground))
+        assert (residual > 0.2).all()
+
+
+def test_slips_of_the_libraries_themselves():
+    # what users of these call every day: masks are resized by the pixel at or before, images about the centre
+    check = ta.AlignmentCheck(tolerance=0.2)
+    resized = check.inspect(v2.Resize(125), image(), mask())
+    assert 0.4 < float(resized) < 0.9
+    # torchvision moves boxes by the exact size of a rotated frame, and images by the rounded one
+    expanded = check.inspect(v2.RandomRotation((45, 45), expand=True), image())
+    assert 0.3 < float(expanded) < 2
+    kornia = pytest.importorskip("kornia.augmentation")
+    x, y = batch()
+    pipeline = kornia.AugmentationSequential(kornia.Resize((320, 320)), data_keys=["input", "mask"])
+    assert (check.inspect(pipeline, x, y[:, None].float()) > 0.4).all()
+
+
+# ----------------------------------------------------------------------------------------- pipelines that are right
+
+
+def correct_pipelines():
+    bilinear = v2.InterpolationMode.BILINEAR
+    pair, labelled = (image(), image()), (image(), mask())
+    yield "v2 horizontal flip", v2.RandomHorizontalFlip(1.0), labelled
+    yield "v2 vertical flip", v2.RandomVerticalFlip(0.5), labelled
+    yield "v2 quarter turn", v2.RandomRotation((90, 90)), labelled
+    yield "v2 half turn", v2.RandomRotation((180, 180)), labelled
+    yield "v2 crop", v2.RandomCrop(128), labelled
+    yield "v2 centre crop, odd", v2.CenterCrop(131), labelled
+    yield "v2 pad", v2.Pad([3, 5, 8, 1]), labelled
+    yield "v2 rotation", v2.RandomRotation(30, interpolation=bilinear), labelled
+    yield "v2 affine", v2.RandomAffine(10, (0.1, 0.1), (0.9, 1.1), 5, interpolation=bilinear), labelled
+    yield "v2 perspective", v2.RandomPerspective(0.2, p=1.0, interpolation=bilinear), labelled
+    yield "v2 elastic", v2.ElasticTransform(20.0, interpolation=bilinear), labelled
+    yield "v2 resize down", v2.Resize(100, antialias=True), pair
+    yield "v2 resize up", v2.Resize(2 * SIDE, antialias=True), labelled
+    yield "v2 down and up", v2.Compose([v2.Resize(96, antialias=True), v2.Resize(SIDE, antialias=True)]), pair
+    yield "v2 resized crop", v2.RandomResizedCrop(128, (0.5, 1.0), antialias=True), pair
+    colours = v2.Compose(
+        [v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.GaussianBlur(5), v2.Normalize([0.5] * 3, [0.2] * 3)]
+    )
+    yield "v2 colours", colours, labelled
+    yield (
+        "v2 all",
+        v2.Compose([v2.RandomCrop(144), v2.RandomVerticalFlip(), v2.RandomRotation(15), colours]),
+        labelled,
+    )
+    kornia = pytest.importorskip("kornia.augmentation")
+
+    def both(*steps):
+        return kornia.AugmentationSequential(*steps, data_keys=["input", "mask"])
+
+    x, y = batch()
+    y = y[:, None].float()
+    yield "kornia flips", both(kornia.RandomHorizontalFlip(), kornia.RandomVerticalFlip()), (x, y)
+    yield "kornia quarter turns", both(kornia.RandomRotation90((1, 3), p=1.0)), (x, y)
+    yield "kornia crop", both(kornia.RandomCrop((128, 112), p=1.0)), (x, y)
+    yield "kornia affine", both(kornia.RandomAffine(10.0, (0.1, 0.1), (0.9, 1.1), 5.0, p=1.0)), (x, y)
+    yield "kornia rotation", both(kornia.RandomRotation(30.0, p=0.5)), (x, y)
+    yield "kornia perspective", kornia.RandomPerspective(0.2, p=1.0), (x,)
+    down, up = (kornia.Resize((s, s), align_corners=False, antialias=True) for s in (96, 2 * SIDE))
+    yield "kornia resize down", down, (x,)
+    yield "kornia resize up", up, (x,)
+    yield (
+        "kornia resized crop",
+        kornia.RandomResizedCrop((128, 128), (0.5, 1.0), p=1.0, align_corners=False),
+        (x,),
+    )
+    # (a label that moves by the nearest pixel is up to half a pixel off, which the check says, rightly)
+    yield "kornia misregistration", ta.RandomMisregistration2D(1.5, motion="affine"), (x,)
+    colours = both(
+        kornia.ColorJiggle(0.3, 0.3, 0.3, 0.1, p=1.0), kornia.RandomGaussianBlur((5, 5), (0.5, 1.5), p=1.0)
+    )
+    yield "kornia colours", colours, (x, y)
+
+
+def test_correct_pipelines_raise_no_alarm():
+    torch.manual_seed(1)
+    names, worst = [], {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries' own
+        for name, pipeline, sample in correct_pipelines():
+            check = ta.AlignmentCheck(tolerance=0.2, action="raise")
+            for _ in range(2):
+                check.inspect(pipeline, *sample)
+            names.append(name)
+            worst[name] = check.summary().worst[0][1]
+    assert len(names) >= 20
+    assert max(worst.values()) < 0.15, worst
+    assert all(math.isfinite(value) for value in worst.values())
+
+
+# ----------------------------------------------------------------------------------------------- naming the culprit
+
+
+class Off(v2.Transform):
+    """A crop that treats masks with an offset."""
+
+    def transform(self, inpt, params):
+        moved = inpt[..., 8:136, 8:136] if isinstance(inpt, tv.Image) else inpt[..., 8:136, 9:137]
+        return tv.wrap(moved, like=inpt)
+
+
+def test_names_the_step_of_a_compose():
+    pipeline = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.2), v2.Compose([Off(), v2.Pad(2)])])
+    check = ta.AlignmentCheck(tolerance=0.2)
+    step = check.locate(pipeline, image(), mask())
+    assert (step.number, step.name) == (2, "Off()")
+    assert step.residual == pytest.approx(1.0, abs=0.1)
+    assert [one.slips for one in check.trace(pipeline, image(), mask())] == [False, False, True, False]
+    assert check.locate(v2.Compose(pipeline.transforms[:2]), image(), mask()) is None
+
+
+def test_names_a_step_that_slips_only_sometimes():
+    pipeline = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomApply([Off()], p=0.3)])
+    check = ta.AlignmentCheck(tolerance=0.2)
+    assert check.locate(pipeline, image(), mask(), attempts=20).number == 1
+
+
+def test_names_the_step_of_kornia():
+    kornia = pytest.importorskip("kornia.augmentation")
+    x, y = batch()
+    pipeline = kornia.AugmentationSequential(
+        kornia.RandomHorizontalFlip(p=1.0), kornia.Resize((320, 320)), kornia.RandomCrop((128, 128), p=1.0),
+        data_keys=["input", "mask"],
+    )  # fmt: skip
+    step = ta.AlignmentCheck(tolerance=0.2).locate(pipeline, x, y[:, None].float())
+    assert step.number == 1
+    assert step.name.startswith("Resize(")
+
+
+class Albumentations:
+    """A step as albumentations has it: keyword arguments, numpy images (H, W, C), a dict back."""
+
+    def __init__(self, on_image, on_mask):
+        self.on_image, self.on_mask = on_image, on_mask
+
+    def __call__(self, image, mask):
+        return {"image": self.on_image(image), "mask": self.on_mask(mask)}
+
+    def __repr__(self):
+        return f"Albumentations({self.on_image.__name__})"
+
+
+def test_albumentations_like():
+    class Compose:
+        def __init__(self, *transforms):
+            self.transforms = list(transforms)
+
+        def __call__(self, **sample):
+            for step in self.transforms:
+                sample = step(**sample)
+            return sample
+
+    def crop(values):
+        return values[5:133, 5:133]
+
+    def other(values):
+        return values[5:133, 6:134]
+
+    for dtype in (np.uint8, np.float32):
+        sample = {"image": np.zeros((SIDE, SIDE, 3), dtype), "mask": np.zeros((SIDE, SIDE), np.uint8)}
+        check = ta.AlignmentCheck(tolerance=0.2)
+        flip = Albumentations(np.fliplr, np.fliplr)
+        assert float(check.inspect(Compose(flip, Albumentations(crop, crop)), **sample)) < 0.1
+        wrong = Compose(flip, Albumentations(crop, other))
+        assert float(check.inspect(wrong, **sample)) == pytest.approx(1, abs=0.1)
+        assert check.locate(wrong, **sample).name == "Albumentations(crop)"
+
+
+# ------------------------------------------------------------------------------------------------------ claims
+
+
+def test_a_claimed_matrix_of_ones_own():
+    x, _ = batch()
+    half = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, -0.5]])
+
+    def move(frames):
+        return shift(frames, 0.5, -0.5)
+
+    check = ta.AlignmentCheck(tolerance=0.2)
+    assert (check.inspect(move, x, matrix=half) < 0.05).all()
+    assert (check.inspect(move, x, matrix=lambda augment: half.expand(4, 2, 3)) < 0.05).all()
+    assert (check.inspect(move, x, matrix=torch.eye(3)) > 0.6).all()
+    with pytest.raises(ValueError, match="claimed matrix"):
+        check.inspect(move, x)
+
+
+@pytest.mark.parametrize("zoom", [0.4, 1.0, 1.7])
+def test_a_claimed_resize(zoom):
+    x, _ = batch()
+    side = round(zoom * SIDE)
+    s = side / SIDE
+
+    def resize(frames):
+        return F.interpolate(frames, (side, side), mode="bilinear", antialias=True)
+
+    right = torch.tensor([[s, 0, 0.5 * (s - 1)], [0, s, 0.5 * (s - 1)]])  # corners stay in place
+    wrong = torch.tensor([[s, 0, 0.5 * (s - 1) + 0.3], [0, s, 0.5 * (s - 1)]])
+    check = ta.AlignmentCheck()
+    assert (check.inspect(resize, x, matrix=right) < 0.006).all()
+    assert (check.inspect(resize, x, matrix=wrong) > 0.25).all()
+
+
+def test_torchvision_claims_by_boxes():
+    # a single image: its geometry is what torchvision does to boxes
+    check = ta.AlignmentCheck(tolerance=0.2)
+    assert float(check.inspect(v2.RandomAffine(10, (0.1, 0.1), (0.9, 1.1)), image())) < 0.1
+    pipeline = v2.Compose([v2.RandomCrop(128), v2.RandomRotation((45, 45), expand=True)])
+    assert float(check.inspect(pipeline, image())) > 0.3
+
+    class ImageOnly(v2.Transform):
+        """One's own steps may not know what a box is, and are not given one."""
+
+        def transform(self, inpt, params):
+            return tv.wrap(F.interpolate(inpt[None], (96, 96))[0], like=inpt)
+
+    with pytest.raises(ValueError, match="claimed matrix"):
+        check.inspect(ImageOnly(), image())
+    assert [step.slips for step in check.trace(v2.Compose([v2.Pad(2), ImageOnly()]), image())] == [
+        False,
+        False,
+    ]
+
+
+def test_frames_of_a_video_and_of_a_series():
+    class Jitter(v2.Transform):
+        def transform(self, inpt, params):
+            return tv.wrap(torch.stack([frame.roll(t % 2, -1) for t, frame in enumerate(inpt)]), like=inpt)
+
+    video = tv.Video(torch.rand(3, 2, SIDE, SIDE))
+    check = ta.AlignmentCheck(tolerance=0.2)
+    assert float(check.inspect(v2.RandomHorizontalFlip(1.0), video)) < 0.05
+    assert float(check.inspect(Jitter(), video)) == pytest.approx(1, abs=0.05)
+    series = torch.rand(2, 3, 4, SIDE, SIDE)
+    assert (check.inspect(lambda cube: cube.flip(-1), series) < 0.05).all()
+
+    def jitter(cube):
+        return torch.stack([cube[:, 0], cube[:, 1].roll(1, -1), cube[:, 2]], 1)
+
+    assert check.inspect(jitter, series).sub(1).abs().max() < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------ the data
+
+
+def pair(frames=6, **options):
+    data = fractal_stack(frames, size=(128, 128), bands=2, noise=0.003, **options)
+    return data.cube, data.reference.expand_as(data.cube), data.shift
+
+
+def test_residuals_of_pairs():
+    moving, reference, truth = pair()
+    check = ta.AlignmentCheck()
+    residual = check(moving, reference)
+    assert (residual - truth.norm(dim=-1)).abs().max() < 0.06
+    # another sensor: other bands
+    other = check(moving, torch.cat((reference, reference[:, :1]), 1))
+    assert (other - truth.norm(dim=-1)).abs().max() < 0.1
+    summary = check.summary()
+    assert summary.measured == 12
+    assert summary.unmatched == 0
+    assert summary.worst[0][1] == pytest.approx(float(torch.cat((residual, other)).max()), rel=1e-5)
+
+
+def test_what_cannot_be_measured_is_not():
+    moving, reference, _ = pair()
+    moving = moving.clone()
+    moving[1] = float("nan")
+    moving[2] = 0.3
+    mask = torch.ones(6, 128, 128, dtype=torch.bool)
+    mask[4] = False
+    check = ta.AlignmentCheck(action="warn", tolerance=10)
+    residual = check(moving, reference, mask)
+    assert residual.isnan().tolist() == [False, True, True, False, True, False]
+    assert check.summary().unmatched == 3
+    assert {name for name, _ in check.summary().worst} == {0, 3, 5}
+    with pytest.warns(AlignmentWarning, match="do not match"):
+        check(pair()[0].flip(-1), reference)
+
+
+def test_statistics_against_numpy():
+    check = ta.AlignmentCheck(samples=4, worst=3)
+    random = np.random.default_rng(0)
+    values = random.gamma(2.0, 0.1, 1000)
+    from torchalign.training.statistics import merge_residuals, record, summarise
+
+    state = check._state()
+    for first in range(0, 1000, 100):
+        part = torch.tensor(values[first : first + 100])
+        state = record(state, part, torch.arange(first, first + 100))
+    state = record(state, torch.tensor([float("nan")]), torch.tensor([7]))
+    summary = summarise(state)
+    assert (summary.measured, summary.unmatched) == (1000, 1)
+    assert summary.mean == pytest.approx(values.mean(), rel=1e-6)
+    assert summary.median == pytest.approx(np.median(values), rel=0.016)
+    assert summary.p95 == pytest.approx(np.quantile(values, 0.95), rel=0.016)
+    assert [name for name, _ in summary.worst] == np.argsort(-values)[:3].tolist()
+    twice = summarise(merge_residuals(state, state))
+    assert (twice.measured, twice.median) == (2000, summary.median)
+    infinite = summarise(record(state, torch.full((2000,), float("inf")), torch.arange(2000)))
+    assert infinite.median == float("inf")
+    empty = summarise(ta.AlignmentCheck()._state())
+    assert empty.measured == 0
+    assert math.isnan(empty.median)
+    assert empty.worst == ()
+
+
+def test_every_and_samples():
+    moving, reference, truth = pair()
+    check = ta.AlignmentCheck(every=3, samples=4)
+    sizes = [len(check(moving, reference)) for _ in range(7)]
+    assert sizes == [4, 0, 0, 4, 0, 0, 4]
+    # other samples in every turn, and the ids say which
+    check = ta.AlignmentCheck(samples=4)
+    first, second = check(moving, reference), check(moving, reference)
+    assert (first - truth.norm(dim=-1)[:4]).abs().max() < 0.06
+    assert (second - truth.norm(dim=-1)[[4, 5, 0, 1]]).abs().max() < 0.06
+    assert {name for name, _ in check.summary().worst} == {0, 1, 2, 3, 10, 11, 6, 7}
+    check.reset()
+    check(moving, reference, ids=torch.arange(100, 106))
+    assert {name for name, _ in check.summary().worst} == {100, 101, 102, 103}
+
+
+def test_actions():
+    moving, reference, _ = pair()
+    for action, kind in (("raise", MisregistrationError), ("warn", AlignmentWarning)):
+        check = ta.AlignmentCheck(tolerance=0.2, action=action)
+        assert (check(reference, reference) == 0).all()
+        context = pytest.raises(kind) if action == "raise" else pytest.warns(kind)
+        with context as caught:
+            check(moving, reference)
+        text = str(caught.value if action == "raise" else caught[0].message)
+        assert "of 6 samples" in text
+        assert "0.2 px" in text
+    assert ta.AlignmentCheck(tolerance=0.2)(moving, reference).numel() == 6  # recording says nothing
+
+
+# ----------------------------------------------------------------------------------------------- as if it were not
+
+
+def test_training_is_the_same_with_and_without():
+    pipeline = v2.Compose([v2.RandomCrop(128), v2.RandomHorizontalFlip(), v2.ColorJitter(0.3)])
+
+    def noisy(frame, label):
+        random.random()
+        return frame + np.random.rand() * torch.rand(()), label  # noqa: NPY002
+
+    for augment in (pipeline, noisy):
+        results = []
+        for check in (None, ta.AlignmentCheck(tolerance=0.2, action="raise", every=2)):
+            torch.manual_seed(3)
+            np.random.seed(3)  # noqa: NPY002
+            random.seed(3)
+            run = augment if check is None else check.wrap(augment)
+            results.append([run(image(), mask()) for _ in range(4)])
+        for plain, checked in zip(*results, strict=True):
+            assert all(torch.equal(one, two) for one, two in zip(plain, checked, strict=True))
+    with undisturbed():
+        inside = torch.rand(1)
+    assert torch.equal(torch.rand(1), inside)
+
+
+def test_a_generator_of_its_own_is_not_used_up():
+    augment = ta.RandomMisregistration2D(generator=torch.Generator().manual_seed(5))
+    x, _ = batch()
+    expected = ta.RandomMisregistration2D(generator=torch.Generator().manual_seed(5))(x)
+    checked = ta.AlignmentCheck().wrap(augment)
+    assert torch.equal(checked(x), expected)
+    assert checked.check.summary().measured == 4
+
+
+def test_wrap_checks_every_nth_call():
+    x, y = batch()
+    check = ta.AlignmentCheck(tolerance=0.2, action="warn", every=2)
+    augment = check.wrap(crop_off_by_one)
+    with pytest.warns(AlignmentWarning, match="crop_off_by_one"):
+        out = augment(x, y)
+    assert torch.equal(out[0], crop_off_by_one(x, y)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        augment(x, y)
+    with pytest.warns(AlignmentWarning):
+        augment(x, y)
+    assert check.summary().measured == 8
+
+
+def test_the_module_behaves():
+    moving, reference, _ = pair()
+    check = ta.AlignmentCheck(tolerance=0.3)
+    check(moving, reference)
+    before = check.summary()
+    for other in (
+        copy.deepcopy(check),
+        pickle.loads(pickle.dumps(check)),
+        copy.deepcopy(check).half().double(),
+    ):
+        assert other.summary() == before
+        assert other.histogram.dtype == torch.int64
+        assert other.total.dtype == torch.float64
+    loaded = ta.AlignmentCheck(tolerance=0.3)
+    loaded.load_state_dict(check.state_dict())
+    assert loaded.summary() == before
+    assert "tolerance=0.3" in repr(check)
+    check.reset()
+    assert check.summary().measured == 0
+    model = torch.nn.Sequential(check.wrap(torch.nn.Identity()))
+    assert not model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"tolerance": 0}, ValueError), ({"tolerance": "1"}, TypeError), ({"every": 0}, ValueError),
+        ({"every": 1.5}, ValueError), ({"samples": 0}, ValueError), ({"action": "print"}, ValueError),
+        ({"aligner": "pcc"}, TypeError), ({"max_unmatched": 2}, ValueError), ({"worst": 0}, ValueError),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_options(options, kind):
+    with pytest.raises(kind, match=f"{next(iter(options))}: expected .* got .*;"):
+        ta.AlignmentCheck(**options)
+
+
+def test_bad_arguments():
+    check = ta.AlignmentCheck()
+    frames = torch.rand(2, 3, 64, 64)
+    with pytest.raises(ValueError, match="reference"):
+        check(frames, frames[..., 1:])
+    with pytest.raises(TypeError, match="augment"):
+        check.wrap(3)
+    with pytest.raises(ValueError, match="sample"):
+        check.inspect(lambda label: label, 3)

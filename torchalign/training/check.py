@@ -1,0 +1,441 @@
+"""Is what comes out of the augmentation still registered? A check for the training loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchalign._check import check_number, check_option, message
+from torchalign.aligner import Aligner
+from torchalign.pcc import PCC
+from torchalign.training.measure import Measured, measure
+from torchalign.training.probe import Claim, copied, probe, steps_of, undisturbed
+from torchalign.training.statistics import Residuals, Summary, empty_residuals, record, summarise
+
+__all__ = ["Action", "AlignmentCheck", "AlignmentWarning", "MisregistrationError", "Step"]
+
+Action = Literal["record", "warn", "raise"]
+
+
+class AlignmentWarning(UserWarning):
+    """What :class:`AlignmentCheck` warns of."""
+
+
+class MisregistrationError(RuntimeError):
+    """What :class:`AlignmentCheck` raises."""
+
+
+class Step(NamedTuple):
+    """One step of a pipeline, checked by itself.
+
+    Attributes:
+        number: its position, from 0.
+        name: what it says of itself.
+        residual: the misregistration it adds, in pixels; inf if what comes out cannot be matched, NaN if it could
+            not be measured.
+        slips: whether that is certainly beyond the tolerance.
+    """
+
+    number: int
+    name: str
+    residual: float
+    slips: bool
+
+
+class AlignmentCheck(nn.Module):
+    r"""Measure, while training, whether what should be registered is.
+
+    Half-pixel slips in an augmentation (``align_corners``, resize conventions, a crop off by one, a flip of one
+    input alone) cost accuracy for months without a sound. Two ways to hear them:
+
+    **Of the data**, given the pairs that go into the model (two dates, two sensors)::
+
+        check = ta.AlignmentCheck(tolerance=0.25)
+        for image, other in loader:
+            check(image, other)              # no synchronisation
+            ...
+        print(check.summary())
+
+    **Of an augmentation**, whatever the data, by *probes*: every image and mask of the sample is replaced by one
+    and the same artificial texture (a mask gets it in black and white), the augmentation runs on that, and what
+    comes out is compared among itself and with the geometry that the augmentation claims: kornia's
+    ``transform_matrix``, the bounding boxes of torchvision v2, or a ``matrix`` of your own::
+
+        augment = check.wrap(augment)        # use it as before; every n-th call is checked
+        print(check.locate(augment, sample)) # which step of a Compose is at fault
+
+    The probe works on a copy, and the random states of torch, numpy and Python are put back: training with and
+    without the check is the same, bit for bit.
+
+    A sample *slips* if any of five windows (corners and centre) is displaced by more than ``tolerance`` and two
+    standard errors of the estimate. Residuals are recorded in buffers of fixed size, on the device, and wait for
+    nothing until :meth:`summary`. ``"warn"`` and ``"raise"`` have to look: they wait for the device in every call
+    that is checked, so set ``every`` to what that is worth.
+
+    Args:
+        aligner: what measures; ``None``: ``ta.PCC(max_translation=8)``.
+        tolerance: in pixels of what comes out.
+        every: check every n-th call.
+        action: ``"record"``, ``"warn"`` (:class:`AlignmentWarning`) or ``"raise"`` (:class:`MisregistrationError`).
+        samples: at most so many samples of a batch, others in each call.
+        window: side of the windows, in pixels.
+        max_unmatched: pairs without a match (clouds, water) are not measured; but if more than this share of the
+            samples that show something finds no match, that is an alarm too.
+        worst: how many of the worst samples are remembered.
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ValueError: an option is out of range.
+
+    Example:
+        >>> check = ta.AlignmentCheck()
+        >>> image = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+        >>> image = torch.nn.functional.avg_pool2d(image, 5, 1, 2)
+        >>> residual = check(image.roll(1, -1), image)
+        >>> residual.round(decimals=2), check.summary().measured
+        (tensor([1., 1.]), 2)
+    """
+
+    worst: Tensor
+
+    def __init__(
+        self,
+        aligner: Aligner | None = None,
+        *,
+        tolerance: float = 0.25,
+        every: int = 1,
+        action: Action = "record",
+        samples: int = 8,
+        window: int = 96,
+        max_unmatched: float = 0.5,
+        worst: int = 16,
+    ) -> None:
+        super().__init__()
+        if aligner is not None and not isinstance(aligner, Aligner):
+            raise TypeError(
+                message(
+                    "aligner",
+                    "an aligner such as ta.PCC()",
+                    type(aligner).__name__,
+                    "or None for the default",
+                )
+            )
+        check_number("tolerance", tolerance, minimum=0, inclusive=False)
+        check_number("max_unmatched", max_unmatched, minimum=0, maximum=1)
+        for name, value in (("every", every), ("samples", samples), ("window", window), ("worst", worst)):
+            check_number(name, value, minimum=1)
+            if int(value) != value:
+                raise ValueError(message(name, "a whole number", value, "give an int"))
+        check_option("action", action, Action)
+        self.aligner = PCC(max_translation=8.0) if aligner is None else aligner
+        self.tolerance = float(tolerance)
+        self.every = int(every)
+        self.action = action
+        self.samples = int(samples)
+        self.window = int(window)
+        self.max_unmatched = float(max_unmatched)
+        self.calls = 0
+        for name, tensor in empty_residuals(int(worst))._asdict().items():
+            self.register_buffer(name, tensor)
+
+    # ------------------------------------------------------------------------------------------------ of the data
+
+    def forward(
+        self,
+        moving: Tensor,
+        reference: Tensor,
+        mask: Tensor | None = None,
+        reference_mask: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        """Measure a batch of pairs, if it is its turn.
+
+        Args:
+            moving: (..., C, H, W), floating; leading dimensions are samples.
+            reference: (..., C, H, W); another number of bands is fine, another size is not.
+            mask: bool, broadcastable to (..., H, W), True = usable.
+            reference_mask: the same.
+            ids: (...) int64, to recognise the worst samples by; default: a running number.
+
+        Returns:
+            (n,), the residuals of the samples that were looked at, in pixels; NaN where there was no match. Empty
+            where it was not this call's turn.
+
+        Raises:
+            MisregistrationError: a sample slips, and ``action="raise"``.
+            TypeError, ValueError: a dtype or a shape does not fit.
+        """
+        due, call = self._due()
+        if not due:
+            return moving.new_empty(0)
+        count = moving[..., 0, 0, 0].numel()
+        rows = self._rows(count, call)
+        lead = moving.shape[:-3]
+
+        def chosen(usable: Tensor | None) -> Tensor | None:
+            if usable is None:
+                return None
+            return _take(usable.expand(*lead, *moving.shape[-2:]).reshape(count, *moving.shape[-2:]), rows)
+
+        if ids is None:
+            ids = torch.arange(count, device=moving.device) + call * count
+        with torch.no_grad():
+            found = measure(
+                self.aligner,
+                _take(moving.reshape(count, *moving.shape[-3:]), rows),
+                _take(reference.reshape(count, *reference.shape[-3:]), rows),
+                chosen(mask),
+                chosen(reference_mask),
+                window=self.window,
+            )
+        self._record(found, _take(ids.reshape(count), rows))
+        self._act(found, lambda: "the pairs are misregistered")
+        return found.residual
+
+    # ------------------------------------------------------------------------------------------ of an augmentation
+
+    def wrap(self, augment: Callable[..., Any], *, matrix: Claim | None = None) -> CheckedAugmentation:
+        """The augmentation itself, every n-th call of which is checked by a probe.
+
+        Args:
+            augment: any callable on tensors, tv_tensors, numpy images (H, W, C), tuples and dicts of them.
+            matrix: what it claims to do: (3, 3), (2, 3), or one per sample, or a callable that is given the
+                augmentation (after its call) and returns that; points of the input → points of the output.
+                ``None``: kornia's ``transform_matrix`` or torchvision's boxes, where there are any.
+        """
+        return CheckedAugmentation(self, augment, matrix)
+
+    def inspect(
+        self, augment: Callable[..., Any], *sample: Any, matrix: Claim | None = None, **named: Any
+    ) -> Tensor:
+        """Probe an augmentation now, with samples of this structure, and record what it does.
+
+        Returns:
+            (n,), the residuals, in pixels; inf where what comes out cannot be matched.
+
+        Raises:
+            MisregistrationError: it slips, and ``action="raise"``; the step at fault is named.
+            ValueError: nothing to compare: a single image, and no claimed matrix.
+        """
+        found = self._probe(augment, sample, named, matrix)
+        assert found is not None
+        ids = torch.arange(found.residual.shape[0], device=found.residual.device)
+        self._record(found, ids + self.calls * self.samples)
+
+        def why() -> str:
+            step = self.locate(augment, *sample, **named)
+            return "the augmentation misregisters" + (
+                f"; the step at fault is number {step.number}, {step.name}" if step else ""
+            )
+
+        self._act(found, why)
+        return found.residual
+
+    def trace(self, pipeline: Callable[..., Any], *sample: Any, **named: Any) -> list[Step]:
+        """The misregistration that every step of a pipeline adds, each looked at by itself.
+
+        Args:
+            pipeline: ``v2.Compose``, ``nn.Sequential``, kornia's ``AugmentationSequential``, anything called
+                ``Compose`` that has ``transforms``, or a sequence of callables. Anything else is one step.
+            sample: as the pipeline takes it.
+            named: as the pipeline takes it.
+        """
+        with undisturbed(sample, named):
+            return list(self._trace(_bare(pipeline), sample, named))
+
+    def locate(
+        self, pipeline: Callable[..., Any], *sample: Any, attempts: int = 8, **named: Any
+    ) -> Step | None:
+        """The first step of a pipeline that slips, or ``None``.
+
+        Args:
+            pipeline: as in :meth:`trace`.
+            sample: as the pipeline takes it.
+            attempts: how often the pipeline is run, for what happens only sometimes.
+            named: as the pipeline takes it.
+        """
+        with undisturbed(sample, named):
+            for _ in range(attempts):
+                for step in self._trace(_bare(pipeline), sample, named):
+                    if step.slips:
+                        return step
+        return None
+
+    # ------------------------------------------------------------------------------------------------- statistics
+
+    def summary(self) -> Summary:
+        """Read what was recorded: this waits for the device."""
+        return summarise(self._state())
+
+    def reset(self) -> None:
+        """Forget what was recorded."""
+        for name, tensor in empty_residuals(self.worst.shape[0], self.worst.device)._asdict().items():
+            getattr(self, name).copy_(tensor)
+        self.calls = 0
+
+    def extra_repr(self) -> str:
+        """The options."""
+        names = ("tolerance", "every", "action", "samples", "window", "max_unmatched")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    # ----------------------------------------------------------------------------------------------------- inside
+
+    def _due(self) -> tuple[bool, int]:
+        """Whether it is this call's turn, and how many turns there were before."""
+        call = self.calls
+        self.calls += 1
+        return call % self.every == 0, call // self.every
+
+    def _rows(self, count: int, turn: int) -> tuple[int, int]:
+        """The first of the samples to look at, and how many: other ones in every turn."""
+        number = min(count, self.samples)
+        return ((turn * number) % count if count else 0), number
+
+    def _state(self) -> Residuals:
+        return Residuals(*(getattr(self, name) for name in Residuals._fields))
+
+    def _record(self, found: Measured, ids: Tensor) -> None:
+        if self.worst.device != found.residual.device:
+            self.to(found.residual.device)
+        for name, tensor in record(self._state(), found.residual, ids)._asdict().items():
+            getattr(self, name).copy_(tensor)
+
+    def _act(self, found: Measured, why: Callable[[], str]) -> None:
+        """Read, and warn or raise; nothing is read where that is not asked for."""
+        if self.action == "record":
+            return
+        seeing = found.seeing.sum()
+        unmatched = (found.residual.isnan() & found.seeing).sum()
+        slipping = (found.excess > self.tolerance).sum()
+        largest = found.residual.nan_to_num(-1.0, posinf=torch.inf).amax() if len(found.residual) else seeing
+        seen, lost, slips, worst = torch.stack(
+            [value.to(torch.float64) for value in (seeing, unmatched, slipping, largest)]
+        ).tolist()
+        if slips:
+            extent = (
+                "cannot be matched at all" if worst == float("inf") else f"is off by up to {worst:.2f} px"
+            )
+            text = (
+                f"{why()}: {slips:.0f} of {seen:.0f} samples: "
+                f"what comes out {extent} (tolerance {self.tolerance:g} px)"
+            )
+        elif seen > 1 and lost > self.max_unmatched * seen:
+            text = (
+                f"{lost:.0f} of {seen:.0f} pairs do not match at all: "
+                "is one of the two flipped, or another place?"
+            )
+        else:
+            return
+        if self.action == "raise":
+            raise MisregistrationError(text)
+        warnings.warn(text, AlignmentWarning, stacklevel=3)
+
+    def _probe(
+        self,
+        augment: Callable[..., Any],
+        sample: Sequence[Any],
+        named: dict[str, Any],
+        matrix: Claim | None,
+        *,
+        optional: bool = False,
+    ) -> Measured | None:
+        with torch.no_grad(), undisturbed(sample, named):
+            pairs = probe(augment, sample, named, matrix, samples=self.samples)
+            if not pairs and optional:
+                return None
+            if not pairs:
+                raise ValueError(
+                    message("sample", "two images or masks, or a claimed matrix", "a single image",
+                            "give matrix=, or augment the image together with its mask")
+                )  # fmt: skip
+            found = [
+                measure(self.aligner, pair.moving, pair.reference, pair.usable, pair.usable,
+                        window=self.window, same_content=True)
+                for pair in pairs
+            ]  # fmt: skip
+        # the worst pair of every sample; NaN only where no pair could be measured
+        residual, excess = (
+            torch.stack([getattr(one, name).nan_to_num(-1.0, posinf=torch.inf) for one in found]).amax(0)
+            for name in ("residual", "excess")
+        )
+        seeing = torch.stack([one.seeing for one in found]).any(0)
+        return Measured(
+            torch.where(seeing, residual, torch.nan), torch.where(seeing, excess, torch.nan), seeing
+        )
+
+    def _trace(
+        self, pipeline: Callable[..., Any], sample: tuple[Any, ...], named: dict[str, Any]
+    ) -> Iterator[Step]:
+        for index, (name, step) in enumerate(steps_of(copied(pipeline))):
+            found = self._probe(step, sample, named, None, optional=True)
+            slips, worst = False, float("nan")
+            if found is not None and len(found.residual):
+                slips = bool((found.excess > self.tolerance).any())
+                worst = max(found.residual.tolist(), key=lambda value: -1.0 if value != value else value)
+            yield Step(index, name, worst, slips)
+            # the next step sees what this one makes of the sample itself
+            out = step(*sample, **named)
+            if isinstance(out, dict) and not sample:
+                named = out
+            else:
+                sample = tuple(out) if len(sample) > 1 else (out,)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignmentCheck:
+        """The statistics go where the module goes, but keep their dtypes: ``.half()`` must not round counts."""
+        kept, self._buffers = self._buffers, {}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers = kept
+        device = fn(torch.empty(0, device=self.worst.device)).device
+        for name, tensor in kept.items():
+            if tensor is not None:
+                self._buffers[name] = tensor.to(device)
+        return self
+
+
+class CheckedAugmentation(nn.Module):
+    """An augmentation that is checked now and then, see :meth:`AlignmentCheck.wrap`. Its results are its own.
+
+    In the workers of a DataLoader every worker has a copy of the check, whose records stay there:
+    there, use ``action="warn"`` or ``"raise"``.
+    """
+
+    def __init__(
+        self, check: AlignmentCheck, augment: Callable[..., Any], matrix: Claim | None = None
+    ) -> None:
+        super().__init__()
+        if not callable(augment):
+            raise TypeError(message("augment", "a callable", type(augment).__name__, "wrap what is called"))
+        self.augment = augment
+        self.matrix = matrix
+        self._check = (check,)  # not a child: its statistics are no part of a model's state
+
+    @property
+    def check(self) -> AlignmentCheck:
+        """What checks it."""
+        return self._check[0]
+
+    def forward(self, *sample: Any, **named: Any) -> Any:
+        """Check, if it is this call's turn, and augment."""
+        due, _ = self.check._due()
+        if due:
+            self.check.inspect(self.augment, *sample, matrix=self.matrix, **named)
+        return self.augment(*sample, **named)
+
+
+def _bare(pipeline: Any) -> Any:
+    return pipeline.augment if isinstance(pipeline, CheckedAugmentation) else pipeline
+
+
+def _take(tensor: Tensor, rows: tuple[int, int]) -> Tensor:
+    """Some rows from one on, and around the end."""
+    first, number = rows
+    if first + number <= tensor.shape[0]:
+        return tensor[first : first + number]
+    return torch.cat((tensor[first:], tensor[: first + number - tensor.shape[0]]))

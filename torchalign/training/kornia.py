@@ -1,0 +1,138 @@
+"""Synthetic misregistration in the shape of a kornia augmentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from kornia.augmentation import GeometricAugmentationBase2D
+from torch import Tensor
+
+from torchalign.functional.affine import MotionModel, invert_warp, to_homogeneous
+from torchalign.functional.warp import PaddingMode
+from torchalign.training.misregistration import Kernel, Randomness, check_options, misregister, random_warp
+
+__all__ = ["RandomMisregistration2D"]
+
+
+class RandomMisregistration2D(GeometricAugmentationBase2D):
+    """:class:`~torchalign.training.misregistration.RandomMisregistration` for kornia: (B, C, H, W), batched.
+
+    It composes in ``kornia.augmentation.AugmentationSequential`` with masks, boxes and key points.
+
+    Two matrices that are each other's inverse, each in the words of its library:
+    ``transform_matrix`` (B, 3, 3), kornia's, maps the points of the input to those of the output;
+    ``warp`` (B, 3, 3), torchalign's, maps moving (the output) → reference (the input): what an aligner should find.
+
+    Args:
+        max_translation: of the frame's centre, in pixels.
+        max_deformation: how far any pixel may move against the centre, in pixels.
+        motion: ``"translation"``, ``"euclidean"``, ``"similarity"``, ``"affine"`` or ``"homography"``.
+        p: probability that a frame moves.
+        same_on_batch: one warp for the whole batch.
+        kernel: of images, see :func:`~torchalign.training.misregistration.misregister`; masks are always moved by
+            the nearest pixel.
+        padding_mode: what enters from outside the frame.
+        generator: a source of randomness of its own, or ``None`` for torch's default.
+        keepdim: give (C, H, W) back as (C, H, W).
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ValueError: an option is out of range.
+
+    Example:
+        >>> augment = ta.RandomMisregistration2D(max_translation=1.5)
+        >>> moved = augment(torch.rand(4, 3, 64, 64))
+        >>> moved.shape, augment.transform_matrix.shape
+        (torch.Size([4, 3, 64, 64]), torch.Size([4, 3, 3]))
+    """
+
+    def __init__(
+        self,
+        max_translation: float = 1.0,
+        *,
+        max_deformation: float = 1.0,
+        motion: MotionModel = "translation",
+        p: float = 1.0,
+        same_on_batch: bool = False,
+        kernel: Kernel = "sinc",
+        padding_mode: PaddingMode = "reflection",
+        generator: torch.Generator | None = None,
+        keepdim: bool = False,
+    ) -> None:
+        # kornia's own p would move a part of the batch and read how large it is; here, p draws identities
+        super().__init__(p=1.0, same_on_batch=same_on_batch, keepdim=keepdim)
+        check_options(
+            max_translation=max_translation,
+            max_deformation=max_deformation,
+            motion=motion,
+            p=p,
+            kernel=kernel,
+            padding_mode=padding_mode,
+        )
+        self._drawing: dict[str, Any] = {
+            "max_translation": float(max_translation),
+            "max_deformation": float(max_deformation),
+            "motion": motion,
+            "p": float(p),
+        }
+        self.flags = {"kernel": kernel, "padding_mode": padding_mode}
+        self._randomness = Randomness(generator)
+
+    @property
+    def warp(self) -> Tensor:
+        """(B, 3, 3), moving → reference, of the last call."""
+        return to_homogeneous(self._params["warp"])
+
+    def generate_parameters(self, batch_shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The warps of a batch (B, C, H, W); kornia's hook."""
+        count, size = batch_shape[0], (batch_shape[-2], batch_shape[-1])
+        drawn = 1 if self.same_on_batch else count
+        warp = random_warp(
+            (drawn,), size, generator=self._randomness.here(), device=self.device, **self._drawing
+        )
+        return {"warp": warp.expand(count, *warp.shape[1:])}
+
+    def compute_transformation(
+        self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any]
+    ) -> Tensor:
+        """(B, 3, 3), input → output; kornia's hook."""
+        return to_homogeneous(invert_warp(params["warp"].to(input.device))).to(input.dtype)
+
+    def apply_transform(
+        self,
+        input: Tensor,
+        params: dict[str, Tensor],
+        flags: dict[str, Any],
+        transform: Tensor | None = None,
+    ) -> Tensor:
+        """Move the batch; kornia's hook."""
+        # from the parameters, not kornia's matrix, which has the precision of the input
+        return misregister(input, params["warp"].to(input.device), **_resampling(flags))
+
+    def apply_transform_mask(
+        self,
+        input: Tensor,
+        params: dict[str, Tensor],
+        flags: dict[str, Any],
+        transform: Tensor | None = None,
+    ) -> Tensor:
+        """Move labels by the nearest pixel; kornia's hook."""
+        return self.apply_transform(input, params, {**flags, "kernel": "nearest"})
+
+    def inverse_transform(
+        self,
+        input: Tensor,
+        flags: dict[str, Any],
+        transform: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Bring the batch back, by kornia's matrix of the way back; kornia's hook."""
+        if transform is None:
+            raise TypeError("transform: expected the matrix of the way back, got None; call .inverse(output)")
+        return misregister(input, invert_warp(transform.to(input.dtype)), **_resampling(flags))
+
+
+def _resampling(flags: dict[str, Any]) -> dict[str, Any]:
+    """What belongs here; kornia's containers put more into the flags."""
+    return {name: flags[name] for name in ("kernel", "padding_mode")}

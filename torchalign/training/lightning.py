@@ -1,0 +1,69 @@
+"""AlignmentCheck as a callback of Lightning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from torchalign._check import message
+from torchalign.training.check import AlignmentCheck
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ImportError:  # the older name of the same
+    from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
+
+__all__ = ["AlignmentCallback"]
+
+
+class AlignmentCallback(Callback):
+    """Check every training batch, and log the statistics at the end of the epoch.
+
+    Logged are ``registration/median``, ``registration/p95`` and ``registration/unmatched``: what was recorded is
+    read once an epoch.
+
+    Args:
+        check: what checks.
+        pair: takes the batch, returns ``(moving, reference)`` or more of the check's arguments; default: the
+            first two of a batch that is a tuple or list.
+
+    Example:
+        >>> callback = ta.AlignmentCallback(ta.AlignmentCheck(every=10), pair=lambda batch: batch["images"])
+    """
+
+    def __init__(
+        self, check: AlignmentCheck, *, pair: Callable[[Any], tuple[Tensor, ...]] | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(check, AlignmentCheck):
+            raise TypeError(
+                message("check", "an AlignmentCheck", type(check).__name__, "ta.AlignmentCheck()")
+            )
+        self.check = check
+        self.pair = _first_two if pair is None else pair
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Check the batch."""
+        self.check(*self.pair(batch))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what was recorded, and begin anew."""
+        summary = self.check.summary()
+        figures = {"median": summary.median, "p95": summary.p95, "unmatched": float(summary.unmatched)}
+        for name, value in figures.items():
+            if not math.isnan(value):
+                pl_module.log(f"registration/{name}", value)
+        self.check.reset()
+
+
+def _first_two(batch: Any) -> tuple[Tensor, ...]:
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise TypeError(
+            message(
+                "batch", "a tuple whose first two are (moving, reference)", type(batch).__name__, "give pair="
+            )
+        )
+    return batch[0], batch[1]

@@ -1,0 +1,145 @@
+"""How far apart are two batches of images? Per sample, in windows, so that a zoom about the centre shows too."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchalign._check import check_mask, message
+from torchalign.aligner import Aligner
+from torchalign.functional.affine import transform_points
+from torchalign.types import Status
+
+__all__ = ["Measured", "measure"]
+
+# A window of a small frame is at least this long, so that there is something to correlate.
+_LEAST_WINDOW = 48
+# Windows of which less is usable are not asked.
+_LEAST_USABLE = 0.5
+
+
+class Measured(NamedTuple):
+    """One row a sample.
+
+    Attributes:
+        residual: (N,), the largest misregistration of any window, in pixels; NaN where nothing could be measured.
+        excess: (N,), the same less two standard errors of that window's estimate: what is certain of it.
+        seeing: (N,) bool, there was something to match: texture, and enough of it usable.
+    """
+
+    residual: Tensor
+    excess: Tensor
+    seeing: Tensor
+
+
+def measure(
+    aligner: Aligner,
+    moving: Tensor,
+    reference: Tensor,
+    mask: Tensor | None = None,
+    reference_mask: Tensor | None = None,
+    *,
+    window: int = 96,
+    same_content: bool = False,
+) -> Measured:
+    """The residual misregistration of every sample of a batch.
+
+    An aligner of translations cannot see a zoom or a rotation about the centre, nor what half of the frame does
+    against the other. So the four corners and the centre are looked at, each by itself.
+
+    Args:
+        aligner: what measures.
+        moving: (N, C, H, W), floating.
+        reference: (N, C or another number of bands, H, W); where the numbers differ, means are compared.
+        mask: bool, broadcastable to (N, H, W), True = usable.
+        reference_mask: the same.
+        window: length of the windows' sides, in pixels; at most half the frame, but no less than 48.
+        same_content: both are known to show the same: most windows that find no match are then a residual of
+            infinity instead of a question without an answer.
+
+    Returns:
+        :class:`Measured`. No synchronisation.
+    """
+    moving, reference = _comparable(moving, reference)
+    size = moving.shape[-2:]
+    mask = check_mask("mask", mask, (moving.shape[0], *size), moving)
+    reference_mask = check_mask("reference_mask", reference_mask, (moving.shape[0], *size), moving)
+    places = _places((size[0], size[1]), window)
+    count = len(places)
+
+    def windows(image: Tensor) -> Tensor:
+        """(N, ..., H, W) → (N·windows, ..., h, w)."""
+        return torch.stack([image[..., rows, columns] for rows, columns in places], 1).flatten(0, 1)
+
+    def usable(given: Tensor | None) -> Tensor | None:
+        return None if given is None else windows(given.expand(moving.shape[0], *size))
+
+    own, other = usable(mask), usable(reference_mask)
+    found = aligner.estimate(windows(moving), windows(reference), own, other)
+    displacement = _largest_displacement(found.warp, places)  # (N·windows,)
+    seeing = found.status != int(Status.NO_TEXTURE)
+    for part in (own, other):
+        if part is not None:
+            seeing = seeing & (part.to(torch.float32).mean((-2, -1)) >= _LEAST_USABLE)
+    matched = found.valid & seeing
+    displacement, sigma = (value.detach().reshape(-1, count) for value in (displacement, found.sigma))
+    matched, seeing = (value.reshape(-1, count) for value in (matched, seeing))
+
+    residual = torch.where(matched, displacement, -1.0).amax(-1)
+    excess = torch.where(matched, displacement - 2 * sigma, -1.0).amax(-1).clamp(min=0)
+    lost = (2 * matched.sum(-1) < seeing.sum(-1)) if same_content else ~matched.any(-1)
+    nothing = torch.inf if same_content else torch.nan
+    lost_value = torch.where(seeing.any(-1), nothing, torch.nan)
+    return Measured(
+        torch.where(lost | (residual < 0), lost_value, residual),
+        torch.where(lost | (residual < 0), lost_value, excess),
+        seeing.any(-1),
+    )
+
+
+def _comparable(moving: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C, H, W) both; leading dimensions are one, the bands are as many, the dtype is the wider one."""
+    for name, image in (("moving", moving), ("reference", reference)):
+        if not isinstance(image, Tensor):
+            raise TypeError(
+                message(name, "a tensor (..., C, H, W)", type(image).__name__, "convert it first")
+            )
+        if image.ndim < 3:
+            raise ValueError(
+                message(name, "shape (..., C, H, W)", tuple(image.shape), "add the band axis: image[None]")
+            )
+    if moving.shape[:-3] != reference.shape[:-3] or moving.shape[-2:] != reference.shape[-2:]:
+        raise ValueError(
+            message("reference", f"samples and size of moving, {tuple(moving.shape)}", tuple(reference.shape),
+                    "resample one of them; a slip in that is a slip to be found")
+        )  # fmt: skip
+    kind = torch.promote_types(torch.promote_types(moving.dtype, reference.dtype), torch.float32)
+    pair = [image.detach().reshape(-1, *image.shape[-3:]).to(kind) for image in (moving, reference)]
+    if moving.shape[-3] != reference.shape[-3]:
+        pair = [image.mean(-3, keepdim=True) for image in pair]
+    return pair[0], pair[1]
+
+
+def _places(size: tuple[int, int], window: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of the four corners and the centre; of a small frame, all of it."""
+    starts, lengths = [], []
+    for full in size:
+        length = min(full, window, max(_LEAST_WINDOW, full // 2))
+        lengths.append(length)
+        starts.append((0, full - length, (full - length) // 2))
+    (top, bottom, middle), (left, right, centre) = starts
+    corners = [(top, left), (top, right), (bottom, left), (bottom, right), (middle, centre)]
+    return [(slice(y, y + lengths[0]), slice(x, x + lengths[1])) for y, x in dict.fromkeys(corners)]
+
+
+def _largest_displacement(warp: Tensor, places: list[tuple[slice, slice]]) -> Tensor:
+    """How far a warp moves any corner of its window."""
+    height, width = (part.stop - part.start for part in places[0])
+    corners = torch.tensor(
+        [[0, 0], [width - 1, 0], [0, height - 1], [width - 1, height - 1]],
+        dtype=warp.dtype,
+        device=warp.device,
+    )
+    return (transform_points(warp, corners) - corners).norm(dim=-1).amax(-1)

@@ -1,0 +1,402 @@
+"""Run an augmentation on one and the same texture in every slot of a sample, and see what it does to them.
+
+A label mask cannot be correlated with its image, nor one date with another to a hundredth of a pixel under clouds.
+A texture that stands in the place of each of them can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from torchalign._check import message
+from torchalign.functional.affine import change_origin
+from torchalign.functional.warp import resample
+
+__all__ = ["Claim", "Pair", "copied", "probe", "steps_of", "texture", "undisturbed"]
+
+Claim = Tensor | Callable[[Any], Tensor]
+
+# Shorter sides are not images: numbers, boxes, matrices.
+_LEAST_SIDE = 16
+# The longest wave of the texture, in pixels, and how fast shorter ones fall off.
+_LONGEST, _SLOPE = 48.0, 1.3
+# Where its shortest waves are damped to 1/e, in cycles per pixel; and those that black and white is cut from.
+_BAND, _SMOOTH_BAND = 0.3, 0.2
+# Side of the boxes, and their places, as shares of the frame, whose motion tells torchvision's geometry.
+_BOX, _BOX_PLACES = 2.0, ((0.3, 0.3), (0.7, 0.3), (0.3, 0.7), (0.7, 0.7))
+# Boxes that no affine map fits better, in pixels, tell nothing.
+_LEAST_FIT = 0.02
+# Whose modules they may be.
+_TORCH = ("torchvision.", "torch.")
+
+
+class Pair(NamedTuple):
+    """Two images that should lie on each other: (n, 1, H, W) both, and where they may be compared (n, H, W)."""
+
+    moving: Tensor
+    reference: Tensor
+    usable: Tensor | None
+
+
+class _Slot(NamedTuple):
+    """An image, video or mask of a sample, in words."""
+
+    is_label: bool
+    size: tuple[int, int]
+    batch: int | None  # samples, or None where there is one, without a batch axis
+    channels_last: bool  # numpy and PIL
+
+
+def probe(
+    augment: Callable[..., Any],
+    sample: Sequence[Any],
+    named: dict[str, Any],
+    matrix: Claim | None = None,
+    *,
+    samples: int = 8,
+) -> list[Pair]:
+    """What an augmentation makes of a texture, in pairs that should be registered.
+
+    Args:
+        augment: the augmentation; it runs as a copy, if it can be copied.
+        sample: positional arguments that show the structure: which are images, of which size.
+        named: keyword arguments, likewise.
+        matrix: the claimed geometry, see :meth:`~torchalign.training.check.AlignmentCheck.wrap`.
+        samples: at most so many of a batch.
+
+    Returns:
+        The second and every further slot against the first, and the first against the claim. Empty if there is
+        neither.
+    """
+    flat, spec = tree_flatten((tuple(sample), named))
+    slots = {index: slot for index, slot in enumerate(map(_slot_of, flat)) if slot is not None}
+    if not slots:
+        kinds = [type(item).__name__ for item in flat]
+        raise ValueError(
+            message("sample", "at least one image", kinds, "give the augmentation's own arguments")
+        )
+    batch = max((slot.batch or 0 for slot in slots.values()), default=0)
+    count = min(batch, samples) if batch else 1
+    largest = max((slot.size for slot in slots.values()), key=math.prod)
+    first = flat[next(iter(slots))]
+    device = first.device if isinstance(first, Tensor) else torch.device("cpu")
+    # beside a label the image too is black and white: a label can show no greys, and all are to show the same
+    labels = any(slot.is_label for slot in slots.values())
+    ground = texture(count, largest, device, black_and_white=labels)
+
+    probes = []
+    for index, item in enumerate(flat):
+        if index in slots:
+            probes.append(_filled(item, slots[index], ground, count))
+        elif batch and isinstance(item, Tensor) and item.ndim and item.shape[0] == batch:
+            probes.append(item[:count])
+        else:
+            probes.append(item)
+    args, kwargs = tree_unflatten(probes, spec)
+    augment = copied(augment)
+    boxes = _boxes(augment, largest, args) if matrix is None and not batch else None
+    # a transform of torchvision takes any structure, boxes beside the sample too
+    out = augment(*args, boxes) if boxes is not None else augment(*args, **kwargs)
+    moved = None
+    if boxes is not None:
+        out, moved = out[:-1], out[-1]
+
+    results = [
+        image
+        for image in map(functools.partial(_read, batched=bool(batch)), _images_of(out))
+        if image is not None
+    ]
+    if not results:
+        raise ValueError(
+            message("augmentation", "an image", type(out).__name__, "return images as they came in")
+        )
+    anchor = results[0][:, :1]
+    pairs = []
+    for result in results:
+        start = 1 if result is results[0] else 0
+        for frame in range(start, result.shape[1]):
+            pairs.append(Pair(*_of_one_size(result[:, frame : frame + 1], anchor), None))
+    claimed = _claimed(augment, matrix, boxes, moved, device)
+    if claimed is not None:
+        source = F.interpolate(
+            ground[:, None], size=next(iter(slots.values())).size, mode="bilinear", antialias=True
+        )
+        pairs.append(_against_claim(anchor, source, claimed))
+    return pairs
+
+
+def texture(
+    count: int, size: tuple[int, int], device: torch.device | str = "cpu", *, black_and_white: bool = False
+) -> Tensor:
+    """(count, H, W) in [0, 1]: noise with the spectrum of a landscape, the same in every call."""
+    return _texture(count, size, black_and_white).to(device)
+
+
+@functools.lru_cache(maxsize=8)
+def _texture(count: int, size: tuple[int, int], black_and_white: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    noise = torch.randn(count, *size, generator=generator)
+    frequency = torch.hypot(torch.fft.rfftfreq(size[1]), torch.fft.fftfreq(size[0])[:, None])
+    # pixels are averages, the shortest waves are damped; outlines must be smooth, or the nearest pixel frays them
+    damping = torch.exp(-((frequency / (_SMOOTH_BAND if black_and_white else _BAND)) ** 2))
+    amplitude = frequency.clamp(min=1 / _LONGEST) ** -_SLOPE * damping
+    image = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=size)
+    image = (image - image.mean((-2, -1), keepdim=True)) / image.std((-2, -1), keepdim=True)
+    return (image > 0).to(torch.float32) if black_and_white else (0.5 + image / 5).clamp(0, 1)
+
+
+@contextlib.contextmanager
+def undisturbed(*given: Any) -> Iterator[None]:
+    """Put the random states of torch (CPU, and the devices of the tensors given), numpy and Python back."""
+    tensors = [item for item in tree_flatten(given)[0] if isinstance(item, Tensor) and item.is_cuda]
+    devices = sorted({tensor.get_device() for tensor in tensors})
+    python, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpys)  # noqa: NPY002
+
+
+def copied(augment: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy, with generators and parameters of its own; or the thing itself if it cannot be copied."""
+    try:
+        return copy.deepcopy(augment)
+    except (TypeError, RuntimeError, AttributeError):
+        return augment
+
+
+def steps_of(pipeline: Any) -> list[tuple[str, Callable[..., Any]]]:
+    """(name, step) of everything that is called one after the other."""
+    keys = getattr(pipeline, "data_keys", None)
+    inner: Any = None
+    if type(pipeline).__name__ in ("Compose", "Sequential") and hasattr(pipeline, "transforms"):
+        inner = list(pipeline.transforms)
+    elif isinstance(pipeline, (list, tuple)):
+        inner = list(pipeline)
+    elif isinstance(pipeline, nn.Sequential):
+        inner = list(pipeline.children())
+        if keys is not None:  # kornia's, whose steps take one input; the container brings the others along
+            container: Any = type(pipeline)
+            return [(_name(step), container(step, data_keys=list(keys))) for step in inner]
+    if inner is None:
+        return [(_name(pipeline), pipeline)]
+    return [step for part in inner for step in steps_of(part)]
+
+
+def _name(step: Any) -> str:
+    if isinstance(step, nn.Module):
+        return " ".join(repr(step).split())
+    return getattr(step, "__qualname__", None) or " ".join(repr(step).split())
+
+
+# ------------------------------------------------------------------------------------------------------ the sample
+
+
+def _torchvision() -> Any:
+    """The modules of tv_tensors and transforms, if someone has imported them; else none are in the sample."""
+    return sys.modules.get("torchvision.tv_tensors"), sys.modules.get("torchvision.transforms.v2")
+
+
+def _slot_of(item: Any) -> _Slot | None:
+    tv_tensors, _ = _torchvision()
+    if isinstance(item, Tensor):
+        if item.ndim < 2 or min(item.shape[-2:]) < _LEAST_SIDE or item.dtype.is_complex:
+            return None
+        size = (item.shape[-2], item.shape[-1])
+        if tv_tensors is not None and isinstance(item, tv_tensors.TVTensor):
+            if isinstance(item, tv_tensors.Mask):
+                return _Slot(True, size, None, False)
+            if isinstance(item, tv_tensors.Video):
+                return _Slot(False, size, item.shape[0] if item.ndim == 5 else None, False)
+            if isinstance(item, tv_tensors.Image):
+                return _Slot(False, size, item.shape[0] if item.ndim == 4 else None, False)
+            return None
+        is_label = not item.dtype.is_floating_point and item.dtype != torch.uint8
+        is_label = is_label or item.ndim == 2
+        batched = item.ndim >= (3 if is_label else 4)
+        return _Slot(is_label, size, item.shape[0] if batched else None, False)
+    if isinstance(item, np.ndarray):
+        if item.ndim not in (2, 3) or min(item.shape[:2]) < _LEAST_SIDE or item.dtype.kind not in "fiub":
+            return None
+        return _Slot(item.ndim == 2, (item.shape[0], item.shape[1]), None, True)
+    if type(item).__module__.startswith("PIL.") and hasattr(item, "getbands"):
+        return _Slot(False, (item.height, item.width), None, True)
+    return None
+
+
+def _filled(item: Any, slot: _Slot, ground: Tensor, count: int) -> Any:
+    """The item with the texture in it."""
+    image = F.interpolate(ground[:, None], size=slot.size, mode="bilinear", antialias=True)  # (n, 1, H, W)
+    if slot.channels_last:
+        single = image[0, 0].cpu().numpy()
+        if not isinstance(item, np.ndarray):  # PIL
+            filled = np.asarray(item).copy()
+            filled[...] = (255 * single).astype(filled.dtype)[(...,) + (None,) * (filled.ndim - 2)]
+            return sys.modules["PIL.Image"].fromarray(filled)
+        if slot.is_label:
+            return (single > 0.5).astype(item.dtype)
+        scale = 255 if item.dtype.kind in "iu" else 1
+        return np.ascontiguousarray(
+            np.broadcast_to(
+                (scale * single).astype(item.dtype)[(...,) + (None,) * (item.ndim - 2)], item.shape
+            )
+        )
+    if slot.batch is None:
+        image = image[0, 0]  # (H, W)
+    else:
+        item = item[:count]
+        image = image[:, 0].reshape(count, *(1,) * (item.ndim - 3), *slot.size)
+    if slot.is_label:
+        values = (image > 0.5).to(item.dtype)
+    else:
+        values = (
+            image.to(item.dtype) if item.dtype.is_floating_point else (255 * image).round().to(item.dtype)
+        )
+    filled = values.expand(item.shape).clone()
+    tv_tensors, _ = _torchvision()
+    if tv_tensors is not None and isinstance(item, tv_tensors.TVTensor):
+        return tv_tensors.wrap(filled, like=item)
+    return filled
+
+
+def _images_of(out: Any) -> list[Any]:
+    return [item for item in tree_flatten(out)[0] if _slot_of(item) is not None]
+
+
+def _read(item: Any, *, batched: bool) -> Tensor | None:
+    """What came out, as (n, frames, H, W)."""
+    slot = _slot_of(item)
+    if slot is None:
+        return None
+    if slot.channels_last:
+        values = torch.from_numpy(np.array(item, dtype=np.float32))
+        return (values if values.ndim == 2 else values.mean(-1))[None, None]
+    tv_tensors, _ = _torchvision()
+    is_video = tv_tensors is not None and isinstance(item, tv_tensors.Video)
+    values = item.as_subclass(Tensor).to(torch.promote_types(item.dtype, torch.float32)).detach()
+    if not batched:
+        values = values[None]
+    if values.ndim == 3:
+        return values[:, None]  # (n, H, W)
+    if slot.is_label and values.shape[1] > 1:  # one band a class
+        classes = torch.arange(values.shape[1], device=values.device, dtype=values.dtype)
+        return (values * classes[:, None, None]).sum(1, keepdim=True)
+    if values.ndim == 4 and not is_video:
+        return values.mean(1, keepdim=True)
+    return values.mean(-3)  # (n, T, H, W)
+
+
+def _of_one_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The finer one brought to the grid of the coarser; both show the same ground, corner to corner."""
+    if first.shape[-2:] == second.shape[-2:]:
+        return first, second
+    size = min((tuple(image.shape[-2:]) for image in (first, second)), key=math.prod)
+    resized = [
+        image
+        if tuple(image.shape[-2:]) == size
+        else F.interpolate(image, size=size, mode="bilinear", antialias=True)
+        for image in (first, second)
+    ]
+    return resized[0], resized[1]
+
+
+# ------------------------------------------------------------------------------------------------------- the claim
+
+
+def _claimed(
+    augment: Any, matrix: Claim | None, boxes: Any, moved: Any, device: torch.device
+) -> Tensor | None:
+    """(1 or n, 2 or 3, 3), points of the input → points of the output; ``None`` if nothing is claimed."""
+    claimed: Any = None
+    if matrix is not None:
+        claimed = matrix if isinstance(matrix, Tensor) else matrix(augment)
+    elif boxes is not None:
+        claimed = _affine_of_boxes(boxes, moved)
+    else:
+        claimed = getattr(augment, "transform_matrix", None)
+    if not isinstance(claimed, Tensor):
+        return None
+    claimed = claimed.detach().to(device, torch.float32)
+    return claimed if claimed.ndim == 3 else claimed[None]
+
+
+def _boxes(augment: Any, size: tuple[int, int], args: Sequence[Any]) -> Any:
+    """Small boxes beside the sample, if the augmentation is torchvision's through and through."""
+    tv_tensors, v2 = _torchvision()
+    if tv_tensors is None or v2 is None or not isinstance(augment, v2.Transform):
+        return None
+    # a step of one's own may know nothing of boxes, and a filter of boxes may drop them
+    parts = [augment, *augment.modules(), *(step for _, step in steps_of(augment))]
+    names = ("Lambda", "SanitizeBoundingBoxes")
+    if not all(
+        type(part).__module__.startswith(_TORCH) and type(part).__name__ not in names for part in parts
+    ):
+        return None
+    tensors = [item for item in tree_flatten(tuple(args))[0] if isinstance(item, Tensor)]
+    if any(isinstance(item, tv_tensors.BoundingBoxes) for item in tensors):
+        return None
+    centres = torch.tensor([[x * size[1], y * size[0]] for x, y in _BOX_PLACES])
+    values = torch.cat((centres - _BOX / 2, centres + _BOX / 2), -1)
+    options: dict[str, Any] = {"format": "XYXY", "canvas_size": size}
+    with contextlib.suppress(TypeError):  # the mode of clamping is newer than the boxes
+        return tv_tensors.BoundingBoxes(values, clamping_mode=None, **options)
+    return tv_tensors.BoundingBoxes(values, **options)
+
+
+def _affine_of_boxes(before: Any, after: Any) -> Tensor | None:
+    """The affine map between the centres of boxes, in pixels whose centres are integers."""
+    if after is None or after.shape != before.shape:
+        return None
+    old, new = (
+        0.5 * (boxes.as_subclass(Tensor)[:, :2] + boxes.as_subclass(Tensor)[:, 2:]).double()
+        for boxes in (before, after)
+    )
+    homogeneous = torch.cat((old, torch.ones_like(old[:, :1])), -1)
+    solution = torch.linalg.lstsq(homogeneous, new).solution  # (3, 2)
+    if float((homogeneous @ solution - new).abs().max()) > _LEAST_FIT:
+        return None
+    # boxes count from the frame's corner
+    return change_origin(solution.T, (0.5, 0.5))[None]
+
+
+def _against_claim(out: Tensor, source: Tensor, claimed: Tensor) -> Pair:
+    """The output, and what the claimed geometry makes of the input: where that lies inside the input's frame."""
+    count, size, full = out.shape[0], out.shape[-2:], source.shape[-2:]
+    claimed = claimed.expand(count, *claimed.shape[1:])
+    linear = claimed[:, :2, :2]
+    zoom = (linear[:, 0, 0] * linear[:, 1, 1] - linear[:, 0, 1] * linear[:, 1, 0]).abs().sqrt()
+    source = _blur(source, 0.5 * (zoom.clamp(min=1e-3) ** -2 - 1).clamp(min=0).sqrt())
+    padding = [max(0, size[1] - full[1]), max(0, size[0] - full[0])]
+    source = F.pad(source, (0, padding[0], 0, padding[1]))
+    inside = torch.zeros(source.shape[-2:], dtype=torch.bool, device=source.device)
+    inside[: full[0], : full[1]] = True
+    expected, valid = resample(source, claimed.to(source.dtype), interpolation="bicubic", mask=inside)
+    window = (..., slice(size[0]), slice(size[1]))
+    return Pair(out, expected[window], valid[window])
+
+
+def _blur(image: Tensor, sigma: Tensor) -> Tensor:
+    """(n, 1, H, W), each by its own σ (n,), in pixels: what an antialiased reduction does to it."""
+    height, width = image.shape[-2:]
+    fx = torch.fft.rfftfreq(2 * width, device=image.device)
+    fy = torch.fft.fftfreq(2 * height, device=image.device)[:, None]
+    gain = torch.exp(-2 * (math.pi * sigma[:, None, None, None] * torch.hypot(fx, fy)) ** 2)
+    mirrored = torch.cat((image, image.flip(-1)), -1)
+    mirrored = torch.cat((mirrored, mirrored.flip(-2)), -2)
+    blurred = torch.fft.irfft2(torch.fft.rfft2(mirrored) * gain, s=mirrored.shape[-2:])
+    return blurred[..., :height, :width]
