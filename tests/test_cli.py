@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ pytest.importorskip("h5py")
 
 import torchalign as ta
 from torchalign import cli
+from torchalign._files import atomic
 from torchalign.datasets import simulate_stack
 
 
@@ -61,6 +63,7 @@ def test_demo(tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == [
         "animation.gif",
         "report.csv",
+        "report.html",
         "report.nc",
         "summary.png",
     ]
@@ -81,7 +84,7 @@ def test_demo(tmp_path, capsys):
     with xr.open_dataset(out / "report.nc", engine="h5netcdf") as report:
         assert report.sizes["time"] == 6
     assert (out / "notes.txt").read_text() == "mine"
-    assert len(list(out.iterdir())) == 5
+    assert len(list(out.iterdir())) == 6
 
 
 def test_demo_says_when_it_failed(tmp_path, capsys, monkeypatch):
@@ -111,7 +114,7 @@ def test_align_is_what_python_does(source, dataset, tmp_path, capsys, suffix):
     assert "frames aligned" in capsys.readouterr().out
     with xr.open_dataset(source, decode_coords="all", engine="h5netcdf") as opened:
         usable = opened["clouds"] == 0
-        expected, report = ta.align(opened["reflectance"].load(), mask=usable)
+        expected, report = ta.align(opened["reflectance"].load(), mask=usable, batch_size=2)
     with xr.open_dataset(
         out, decode_coords="all", engine="zarr" if suffix == ".zarr" else "h5netcdf"
     ) as result:
@@ -146,6 +149,35 @@ def test_options_reach_the_aligner(source, tmp_path):
         assert out.band.values.tolist() == ["B04", "B03"]
 
 
+def test_options_reach_every_stage_of_a_cascade(source, tmp_path):
+    report = tmp_path / "report.nc"
+    options = (
+        "--max-translation",
+        7,
+        "--channel",
+        "B03",
+        "--option",
+        "interpolation=bicubic",
+        "--option",
+        "taper=0.2",
+    )
+    assert run("align", source, "--out", tmp_path / "out.nc", "--report", report, *options) == 0
+    with xr.open_dataset(report, engine="h5netcdf") as found:
+        said = found.attrs["aligner"]
+        with xr.open_dataset(source, decode_coords="all", engine="h5netcdf") as opened:
+            _, expected = ta.align(
+                opened["reflectance"].load(), "median", ta.PCC(max_translation=7, channel=1)
+            )
+        np.testing.assert_allclose(found.shift_x, expected.shift_x, atol=0.05)
+    for stage in ("PCC(", "ECC("):
+        if stage in said:  # "auto" may be either, or both
+            own = said[said.index(stage) :].partition(")")[0]
+            assert "interpolation='bicubic'" in said
+            assert "taper=0.2" in own
+            assert "max_translation=7.0" in said
+            assert "channel=1" in own
+
+
 def test_mask_in_a_file(source, dataset, tmp_path):
     clear = (dataset["clouds"] == 0).rename("clear")
     clear.to_netcdf(tmp_path / "mask.nc", engine="h5netcdf")
@@ -177,8 +209,26 @@ def test_python_and_command_line_have_the_same_defaults():
     [
         ("align CUBE", "--out"),
         ("align missing.nc --out out.nc", "not there"),
-        ("align FOLDER --out out.nc", "GeoTIFFs come with a later release"),
-        ("align image.tif --out out.nc", "GeoTIFFs come with a later release"),
+        ("align FOLDER --out out.nc", "files like *.tif*"),
+        ("align image.tif --out out.nc", "date"),
+        ("align CUBE image.tif --out out.nc", "one cube, or GeoTIFFs"),
+        ("align table.csv --out out.nc", "a .csv file"),
+        ("align CUBE --out out.tar", "a folder for GeoTIFFs"),
+        ("align CUBE --out image.tif", "a folder for GeoTIFFs"),
+        ("align CUBE --out full", "not empty"),
+        ("align CUBE --out out.nc --template {file}.tif", "--template"),
+        ("align CUBE --out out.nc --aligner pcc --option motion=affine", "max_frequency"),
+        ("align CUBE --out out.nc --option speed=11", "max_frequency"),
+        ("align CUBE --out out.nc --option bicubic", "NAME=VALUE"),
+        ("align CUBE --out out.nc --option interpolation=cubic", "bilinear"),
+        ("align CUBE --out out.nc --init missing.json", "not there"),
+        ("apply CUBE --out out.nc", "--report"),
+        ("apply CUBE --out out.nc --report missing.json", "not there"),
+        ("apply CUBE --out out.nc --report report.txt", "ending in"),
+        ("apply CUBE --out shifted.nc --report missing.json --mode shift-coords", "folder of GeoTIFFs"),
+        ("info missing", "not there"),
+        ("info CUBE --html page.html", "a report to show"),
+        ("info missing.json", "not there"),
         ("align broken.nc --out out.nc", "readable"),
         ("align CUBE --out out.tif", ".zarr"),
         ("align CUBE --out CUBE --overwrite", "new names"),
@@ -190,7 +240,8 @@ def test_python_and_command_line_have_the_same_defaults():
         ("align CUBE --out out.nc --reference 2031", "reference"),
         ("align CUBE --out out.nc --bands B02,B99", "B99"),
         ("align CUBE --out out.nc --mask nothing", "--mask"),
-        ("align CUBE --out out.nc --mask reflectance", "0 and 1"),
+        ("align CUBE --out out.nc --mask reflectance", "one band"),
+        ("align CUBE --out out.nc --mask shares.nc", "0 and 1"),
         ("align CUBE --out out.nc --invert-mask", "--mask"),
         ("align CUBE --out out.nc --device abacus", "device"),
         ("align CUBE --out out.nc --batch-size 0", "batch_size"),
@@ -205,8 +256,13 @@ def test_python_and_command_line_have_the_same_defaults():
 def test_bad_input_is_one_line_and_two(arguments, words, source, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "image.tif").write_bytes(b"II*")
+    (tmp_path / "table.csv").write_text("1")
     (tmp_path / "broken.nc").write_bytes(b"this is no HDF5")
+    shares = xr.DataArray(np.full((5, 64, 64), 0.5), dims=("time", "y", "x"), name="share")
+    shares.to_netcdf(tmp_path / "shares.nc", engine="h5netcdf")
     before = sorted(tmp_path.rglob("*"))
     typed = arguments.replace("CUBE", str(source)).replace("FOLDER", "folder").split()
     assert run(*typed) == 2
@@ -253,20 +309,20 @@ def test_a_failure_half_way_leaves_what_was(name, tmp_path):
     write(path, "old")
 
     def interrupted():
-        with cli._atomic(path) as partial:
+        with atomic(path) as partial:
             write(partial, "half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert (path / "chunk" if path.is_dir() else path).read_text() == "old"
-    with cli._atomic(path) as partial:
+    with atomic(path) as partial:
         write(partial, "new")
     assert (path / "chunk" if path.is_dir() else path).read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 
     def idle():
-        with cli._atomic(path):
+        with atomic(path):
             pass
 
     with pytest.raises((ValueError, OSError)):
@@ -294,7 +350,7 @@ def test_a_store_moved_away_comes_back(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fail)
 
     def overwrite():
-        with cli._atomic(path) as partial:
+        with atomic(path) as partial:
             make_store(partial, "new")
 
     with pytest.raises(OSError, match="full"):
@@ -433,10 +489,11 @@ def test_killed_while_writing(source, tmp_path):
     out = tmp_path / "killed" / "out.nc"
     code = (
         "import sys, time, torchalign.cli as cli\n"
-        "write = cli._to_netcdf\n"
-        "def slow(dataset, path):\n"
-        "    write(dataset, path); print('written', flush=True); time.sleep(60)\n"
-        "cli._to_netcdf = slow\n"
+        "import torchalign.io as io\n"
+        "store = io._store\n"
+        "def slow(*arguments):\n"
+        "    store(*arguments); print('written', flush=True); time.sleep(60)\n"
+        "io._store = slow\n"
         "cli.main(sys.argv[1:])"
     )
     arguments = [sys.executable, "-c", code, "align", str(source), "--out", str(out)]
@@ -506,3 +563,299 @@ def test_two_candidates_are_asked_about(dataset, tmp_path, capsys):
     assert "--variable" in said
     # the mask is no candidate
     assert run("align", path, "--out", tmp_path / "out.nc", "--mask", "clouds", "--invert-mask") == 0
+
+
+# --- folders of GeoTIFFs ---
+
+
+BANDS = ["B2", "B3", "B4", "B8"]
+
+
+def write_frames(folder, values, names, *, descriptions=BANDS, pixel=10.0, nodata=0):
+    """GeoTIFFs on one grid, whose corner is no round number; (T, C, H, W)."""
+    rasterio = pytest.importorskip("rasterio")
+    from rasterio.transform import Affine
+
+    folder.mkdir()
+    transform = Affine(pixel, 0.0, 300_123.456789, 0.0, -pixel, 8_432_198.7654321)
+    for frame, name in zip(values, names, strict=True):
+        count, height, width = frame.shape
+        profile = {"count": count, "height": height, "width": width, "dtype": frame.dtype.name}
+        profile |= {"crs": "EPSG:32718", "transform": transform, "nodata": nodata}
+        with rasterio.open(folder / name, "w", driver="GTiff", **profile) as file:
+            file.write(frame)
+            file.descriptions = descriptions
+    return folder
+
+
+def fastcubo_names(count):
+    """Sentinel-2 products of Earth Engine: sensing and processing time, and the tile."""
+    days = np.datetime64("2016-06-08") + 10 * np.arange(count)
+    stamps = [str(day).replace("-", "") for day in days]
+    return [f"{stamp}T064632_{stamp}T070007_T39PVM.tif" for stamp in stamps]
+
+
+@pytest.fixture(scope="module")
+def series():
+    """60 frames of a scene with known shifts, as uint16 with nodata 0 in a corner; (T, C, H, W), (T, 2)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(3)
+    scene = torch.nn.functional.avg_pool2d(torch.rand(1, 4, 600, 600, generator=generator), 11, 1, 5)[0]
+    options = {"gain": (0.9, 1.1), "offset": 0.02, "noise": 0.001, "seed": 4, "max_shift": 2.0}
+    stack = simulate_stack(scene, frames=60, size=(96, 96), factor=5, **options)
+    values = (stack.cube.numpy() * 8000 + 500).round().clip(1, 65535).astype(np.uint16)
+    values[7, :, :30, :12] = 0
+    return values, stack.shift.numpy()
+
+
+def test_a_folder_of_60_geotiffs(series, tmp_path, capsys):
+    rasterio = pytest.importorskip("rasterio")
+    pytest.importorskip("matplotlib")
+    values, truth = series
+    names = fastcubo_names(60)
+    frames = write_frames(tmp_path / "frames", values, names)
+    out, table, page = tmp_path / "aligned", tmp_path / "report.json", tmp_path / "report.html"
+    reports = ("--report", table, "--report", page, "--report", tmp_path / "report.csv")
+    assert run("align", frames, "--out", out, "--reference", "first", *reports) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("60 of 60 frames aligned")
+    assert "CE90" in printed
+    # the shifts, in pixels and in metres: x grows to the east, y to the north
+    report = ta.load_report(table)
+    expected = truth - truth[0]
+    found = np.stack([report.shift_x, report.shift_y], -1)
+    assert np.abs(found - expected).max() < 0.02
+    np.testing.assert_allclose(report.shift_x_metres, 10 * found[:, 0], atol=1e-4)
+    np.testing.assert_allclose(report.shift_y_metres, -10 * found[:, 1], atol=1e-4)
+    assert str(report.time.values[1]).startswith("2016-06-18T06:46:32")
+    # the files: the same names, and everything beside the pixels bit for bit
+    assert sorted(path.name for path in out.iterdir()) == names
+    for number, name in enumerate(names):
+        with rasterio.open(frames / name) as before, rasterio.open(out / name) as after:
+            for field in ("transform", "crs", "dtypes", "nodata", "descriptions", "shape", "count"):
+                assert getattr(before, field) == getattr(after, field), field
+            pixels = after.read()
+        if number == 0:
+            assert np.array_equal(pixels, values[0])  # the reference
+        elif number == 7:
+            corner = pixels[:, 4:20, 4:8]
+            assert (corner == 0).all()  # nodata stays
+    # python does the same
+    cube = ta.open_stack(frames)
+    aligned, _ = ta.align(cube, "first")
+    assert np.array_equal(ta.open_stack(out).values, aligned.values)
+    assert "60 of 60 frames aligned" in page.read_text("utf-8")
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_gdal_reads_what_is_written(series, tmp_path):
+    if shutil.which("gdalinfo") is None:
+        pytest.skip("no gdalinfo on this machine")
+    frames = write_frames(tmp_path / "frames", series[0][:4], fastcubo_names(4))
+    assert run("align", frames, "-o", tmp_path / "out", "--reference", "first") == 0
+    told = []
+    for folder in (frames, tmp_path / "out"):
+        path = folder / fastcubo_names(4)[2]
+        done = subprocess.run(["gdalinfo", "-json", path], capture_output=True, text=True, check=True)
+        told.append(json.loads(done.stdout))
+    for field in ("size", "geoTransform", "cornerCoordinates"):
+        assert told[0][field] == told[1][field]
+    assert told[0]["coordinateSystem"]["wkt"] == told[1]["coordinateSystem"]["wkt"]
+    for before, after in zip(told[0]["bands"], told[1]["bands"], strict=True):
+        assert [before[key] for key in ("type", "noDataValue", "description")] == [
+            after[key] for key in ("type", "noDataValue", "description")
+        ]
+
+
+def test_files_bands_masks_and_templates(series, tmp_path):
+    values, _ = series
+    names = fastcubo_names(6)
+    frames = write_frames(tmp_path / "frames", values[:6], names)
+    clouds = np.zeros((6, 1, 96, 96), np.uint8)
+    clouds[2, :, :40] = 1
+    values = values[:6].copy()
+    values[2, :, :40] = 9000
+    cloudy = write_frames(tmp_path / "cloudy", values, names)
+    masks = write_frames(tmp_path / "clouds", clouds, names, descriptions=["cloud"], nodata=None)
+    arguments = ("--bands", "B8,B3", "--template", "{file}_aligned.tif", "--mask", masks, "--invert-mask")
+    listed = sorted(cloudy.glob("*.tif"))
+    assert run("align", *listed, "-o", tmp_path / "out", "--reference", "first", *arguments) == 0
+    out = ta.open_stack(tmp_path / "out")
+    assert out.band.values.tolist() == ["B8", "B3"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        name.replace(".tif", "_aligned.tif") for name in names
+    ]
+    cube = ta.open_stack(cloudy, bands=["B8", "B3"])
+    usable = (ta.open_stack(masks, keep_empty=True) == 0).isel(band=0, drop=True)
+    expected, _ = ta.align(cube, "first", mask=usable)
+    assert np.array_equal(out.values, expected.values)
+    # the reference may be a file, and a cube of another format comes of it
+    reference = frames / names[0]
+    assert run("align", cloudy, "-o", tmp_path / "out.nc", "--reference", reference) == 0
+    with xr.open_dataset(tmp_path / "out.nc", engine="h5netcdf", mask_and_scale=False) as found:
+        whole, _ = ta.align(ta.open_stack(cloudy), "first")
+        assert np.array_equal(found["aligned"].values, whole.values)
+        assert found["aligned"].attrs["_FillValue"] == 0
+
+
+def test_bad_files_are_named_or_left_out(series, tmp_path, capsys):
+    frames = write_frames(tmp_path / "frames", series[0][:4], fastcubo_names(4))
+    (frames / "20190101_broken.tif").write_bytes(b"II*")
+    assert run("align", frames, "-o", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "20190101_broken.tif: it cannot be read" in said
+    assert "--skip-bad" in said
+    assert run("info", frames, "--skip-bad") == 0
+    assert "left out: 20190101_broken.tif" in capsys.readouterr().out
+    assert run("align", frames, "-o", tmp_path / "out", "--skip-bad") == 0
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_a_lazy_cube_gives_the_same_and_a_page(series, tmp_path, capsys):
+    pytest.importorskip("dask")
+    pytest.importorskip("matplotlib")
+    frames = write_frames(tmp_path / "frames", series[0][:9], fastcubo_names(9))
+    for name, words in (("memory", ["--in-memory"]), ("lazy", ["--lazy", "--batch-size", 4])):
+        arguments = ("--report", tmp_path / f"{name}.json", "--report", tmp_path / f"{name}.html", *words)
+        assert run("align", frames, "-o", tmp_path / f"{name}.zarr", "--reference", "first", *arguments) == 0
+    memory, lazy = (
+        xr.open_dataset(tmp_path / f"{name}.zarr", engine="zarr", mask_and_scale=False)[
+            "aligned"
+        ].values.astype(int)
+        for name in ("memory", "lazy")
+    )
+    assert np.abs(memory - lazy).max() <= 1
+    reports = [ta.load_report(tmp_path / f"{name}.json") for name in ("memory", "lazy")]
+    xr.testing.assert_allclose(*(report.drop_attrs() for report in reports), atol=1e-5)
+    assert reports[1].attrs["frames_aligned"] == 9
+    page = (tmp_path / "lazy.html").read_text("utf-8")
+    assert "9 of 9 frames aligned" in page
+    assert "median over time of 9 frames (bands B4, B3, B2)" in page
+
+
+# --- apply, info, weights ---
+
+
+def test_apply_to_another_pixel_size_and_to_classes(series, tmp_path, capsys):
+    values, truth = series
+    values, names = values[:5], fastcubo_names(5)
+    frames = write_frames(tmp_path / "frames", values, names)
+    coarse = values.reshape(5, 4, 48, 2, 48, 2).mean((3, 5)).round().astype(np.uint16)
+    coarse_frames = write_frames(tmp_path / "coarse", coarse, names, pixel=20.0)
+    classes = (values[:, :1] // 700).astype(np.uint8)
+    write_frames(tmp_path / "classes", classes, names, descriptions=["scl"], nodata=None)
+    report = tmp_path / "report.csv"
+    assert run("align", frames, "-o", tmp_path / "out", "--reference", "first", "--report", report) == 0
+    capsys.readouterr()
+    for name, options in (("coarse", []), ("classes", ["--interpolation", "nearest"])):
+        assert (
+            run("apply", tmp_path / name, "-o", tmp_path / f"{name}_out", "--report", report, *options) == 0
+        )
+        assert f"{name}_out" in capsys.readouterr().out
+    # the 10 m solution is the 20 m one
+    _, native = ta.align(ta.open_stack(coarse_frames), "first")
+    _, left = ta.align(ta.open_stack(tmp_path / "coarse_out"), "first")
+    assert np.hypot(native.shift_x, native.shift_y).max() > 0.5
+    assert np.hypot(left.shift_x, left.shift_y).max() < 0.05
+    moved = ta.open_stack(tmp_path / "classes_out").values
+    assert set(np.unique(moved)) <= set(np.unique(classes))
+    x, y = (truth[1] - truth[0]).round().astype(int)
+    inside = (slice(10, 80), slice(10, 80))
+    came = classes[1, 0][
+        tuple(slice(part.start - d, part.stop - d) for part, d in zip(inside, (y, x), strict=True))
+    ]
+    assert (moved[1, 0][inside] == came).mean() > 0.99
+
+
+def test_apply_shifts_the_georeference_alone(series, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    values, names = series[0][:3], fastcubo_names(3)
+    frames = write_frames(tmp_path / "frames", values, names)
+    report = tmp_path / "report.json"
+    assert run("align", frames, "-o", tmp_path / "out", "--reference", "first", "--report", report) == 0
+    arguments = ("--report", report, "--mode", "shift-coords")
+    assert run("apply", frames, "-o", tmp_path / "shifted", *arguments) == 0
+    found = ta.load_report(report)
+    for number, name in enumerate(names):
+        with rasterio.open(frames / name) as before, rasterio.open(tmp_path / "shifted" / name) as after:
+            assert np.array_equal(after.read(), values[number])
+            moved = [after.transform.c - before.transform.c, after.transform.f - before.transform.f]
+        metres = [float(found.shift_x_metres[number]), float(found.shift_y_metres[number])]
+        np.testing.assert_allclose(moved, metres, atol=1e-3)
+
+
+def test_info(source, series, tmp_path, capsys):
+    frames = write_frames(tmp_path / "frames", series[0][:4], fastcubo_names(4))
+    assert run("info", frames) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "4 frames, 2016-06-08 to 2016-07-08, every 10 days",
+        "4 bands: B2, B3, B4, B8",
+        "96 rows × 96 columns of 10 × 10 map units, north up, WGS 84 / UTM zone 18S",
+        "uint16, nodata 0, 0.2812 MiB",
+    ):
+        assert words in said
+    assert run("info", source) == 0
+    said = capsys.readouterr().out
+    assert "5 frames, 2020-01-01 to 2020-01-21" in said
+    assert "beside it: clouds" in said
+    report = tmp_path / "report.nc"
+    assert run("align", source, "-o", tmp_path / "out.nc", "--report", report, "--init", "missing.nc") == 2
+    assert run("align", source, "-o", tmp_path / "out.nc", "--report", report) == 0
+    capsys.readouterr()
+    assert run("info", report) == 0
+    said = capsys.readouterr().out
+    assert "5 of 5 frames aligned" in said
+    assert "reference: median" in said
+    pytest.importorskip("matplotlib")
+    assert run("info", report, "--html", tmp_path / "page.html") == 0
+    assert "5 of 5 frames aligned" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_nothing_aligned_is_one(tmp_path, capsys):
+    flat = xr.DataArray(np.ones((3, 32, 32), np.float32), dims=("time", "y", "x"), name="flat")
+    flat.to_netcdf(tmp_path / "flat.nc", engine="h5netcdf")
+    assert run("align", tmp_path / "flat.nc", "-o", tmp_path / "out.nc") == 1
+    said = capsys.readouterr()
+    assert "0 of 3 frames aligned (NO_TEXTURE 3)" in said.out
+    assert "not one frame was aligned" in said.err
+    assert (tmp_path / "out.nc").exists()
+
+
+def test_weights(capsys):
+    weights = pytest.importorskip("torchalign.models.weights")
+    assert run("weights") == 0
+    assert capsys.readouterr().out.rstrip() == weights.weights_table()
+    assert run("weights", "--download", "nothing") == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_progress_bars(series, tmp_path, capfd):
+    pytest.importorskip("tqdm")
+    frames = write_frames(tmp_path / "frames", series[0][:4], fastcubo_names(4))
+    assert run("align", frames, "-o", tmp_path / "a", "--progress") == 0
+    assert "4/4" in capfd.readouterr().err
+    assert run("align", frames, "-o", tmp_path / "b", "--no-progress") == 0
+    assert capfd.readouterr().err == ""
+    pytest.importorskip("dask")
+    assert run("align", frames, "-o", tmp_path / "c", "--progress", "--lazy") == 0
+    assert "100% Completed" in capfd.readouterr().err
+
+
+def test_help_teaches(capsys):
+    for command in ("align", "apply", "info"):
+        assert run(command, "--help") == 0
+        said = capsys.readouterr().out
+        assert "Examples:" in said
+        lines = [
+            line.strip() for line in said.splitlines() if line.strip().startswith(f"torchalign {command}")
+        ]
+        assert len(lines) >= 3
+    assert run("align", "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    from torchalign.xr import _ALIGNERS
+
+    assert f"The method: {', '.join(_ALIGNERS)}." in said  # whatever xr knows
+    for word in ("iterative", "--skip-bad", "[default: median]", "[default: 5]"):
+        assert word in said

@@ -30,7 +30,11 @@ LAYERS = [
     {"_chunks", "_grid"},
     {"_reference", "report"},
     {"datasets", "io", "xr"},
-    {"cli", "plot"},
+    {"_pictures", "_sources"},
+    {"_animation"},
+    {"plot"},
+    {"html"},
+    {"cli"},
     {"__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -41,7 +45,18 @@ WITHIN = {"functional.texture", "functional.phase", "functional.quality", "funct
 FOREIGN = {
     **{
         name: set()
-        for name in ("types", "_check", "_host", "functional", "aligner", "pcc", "ecc", "lgm", "cascade")
+        for name in (
+            "types",
+            "_check",
+            "_host",
+            "_files",
+            "functional",
+            "aligner",
+            "pcc",
+            "ecc",
+            "lgm",
+            "cascade",
+        )
     },
     "training": {"numpy", "kornia", "torchvision", "torchmetrics", "lightning", "pytorch_lightning"},
     "models": {"kornia", "torchvision"},
@@ -54,9 +69,13 @@ FOREIGN = {
     "xr": {"numpy", "xarray", "tqdm"},
     "io": {"numpy", "xarray", "dask", "rasterio", "pyproj", "zarr", "h5netcdf"},
     "datasets": {"numpy", "xarray", "kornia", "spyndex"},
-    "plot": {"numpy", "xarray", "matplotlib", "PIL"},
+    "_pictures": {"numpy", "xarray"},
+    "_animation": {"numpy", "matplotlib", "PIL"},
+    "plot": {"numpy", "xarray", "matplotlib"},
+    "html": {"numpy", "xarray", "matplotlib", "PIL", "jinja2"},
+    "_sources": {"numpy", "xarray"},
     "__main__": set(),
-    "cli": {"numpy", "xarray", "typer", "click", "tqdm", "rich", "dask", "zarr", "rioxarray", "h5netcdf"},
+    "cli": {"numpy", "xarray", "typer", "dask"},
 }
 
 

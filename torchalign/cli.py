@@ -1,39 +1,65 @@
-"""The command line: ``torchalign demo``, ``align`` and ``weights``. It says the same as the Python functions.
+"""The command line: ``torchalign align``, ``apply``, ``info``, ``demo`` and ``weights``. It says what Python says.
 
-Exit codes: 0, all went well; 1, ``demo`` ran but did not find its shifts; 2, bad input or a missing package,
-said in one line on stderr.
+Exit codes: 0, all went well; 1, the command ran, but not one frame was aligned, or ``demo`` did not find its
+shifts; 2, bad input or a missing package, said in one line on stderr.
 """
 # No `from __future__ import annotations` here: typer reads the annotations of functions that are nested in
 # one another, so that importing this module does not need typer.
 
-import csv
+import ast
+import inspect
 import io
-import json
 import os
-import shutil
 import sys
-import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from torchalign._check import message
+from torchalign._files import atomic, is_store
+
 if TYPE_CHECKING:
     import typer
     import xarray as xr
 
+    from torchalign._sources import Source
+
 __all__ = ["build_app", "main"]
 
-_NETCDF = (".nc", ".nc4", ".netcdf", ".h5")
-_STORE_MARKS = (".zgroup", "zarr.json", ".zmetadata")  # one of these is in every Zarr store
-# what every format can keep of how a variable was stored; chunks and codecs are the format's own
-_PORTABLE = {
-    *("dtype", "_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned"),
-    *("units", "calendar", "grid_mapping", "coordinates"),
+_TABLES = (".csv", ".json", ".nc", ".nc4", ".netcdf", ".h5")  # reports to be read again
+_PAGES = (".html", ".htm")
+# after \b a paragraph keeps its lines
+_EXAMPLES = {
+    "align": """\b
+Examples:
+  A folder of GeoTIFFs, their dates in the names, and a report to look at:
+    torchalign align frames/ --out aligned/ --report report.html
+  The reference is sharpened as the frames fall into place; clouds are masked:
+    torchalign align frames/ -o aligned/ --reference iterative --mask clouds/ --invert-mask
+  One band decides, all bands move; the solution is kept for others (see apply):
+    torchalign align cube.nc -o aligned.zarr --channel B08 --report report.json --report report.html
+  Onto a certain date, on a GPU, by up to 20 pixels, bicubic:
+    torchalign align cube.zarr -o out.nc --reference 2020-05-01 --device cuda \\
+      --max-translation 20 --option interpolation=bicubic
+""",
+    "apply": """\b
+Examples:
+  What was found at 10 m, for the bands of 20 m:
+    torchalign apply frames20m/ -o aligned20m/ --report report.json
+  For classes:
+    torchalign apply scl/ -o aligned_scl/ --report report.json --interpolation nearest
+  Correct the georeference only:
+    torchalign apply frames/ -o shifted/ --report report.json --mode shift-coords
+""",
+    "info": """\b
+Examples:
+  torchalign info frames/
+  torchalign info report.json
+  torchalign info report.nc --html report.html
+""",
 }
-_COMPRESSION = {"zlib", "complevel", "shuffle", "compression", "compression_opts"}  # from netCDF to netCDF
 _DEMO_TOLERANCE = 0.3  # pixels; every frame that the demo accepts is nearer to the truth than this
 
 
@@ -68,13 +94,23 @@ def build_app() -> "typer.Typer":
     """
     import typer
 
+    from torchalign.xr import _ALIGNERS
+
     app = typer.Typer(
         name="torchalign",
-        help="Register image time series: a whole stack in one batch, to a hundredth of a pixel.",
-        epilog='Python says the same: torchalign.align(cube, reference="median").',
+        help="""Register image time series: a whole stack in one batch, to a hundredth of a pixel.
+
+        \b
+        torchalign demo                            see it work, on a real Sentinel-2 chip
+        torchalign info frames/                    what is in a folder of GeoTIFFs
+        torchalign align frames/ --out aligned/    bring every frame onto the median
+        torchalign align --help                    more examples
+        """,
+        epilog='Python says the same: aligned, report = torchalign.align(cube, "median").',
         add_completion=False,
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode=None,  # plain text: the examples keep their lines
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
 
     def show_version(wanted: bool) -> None:
@@ -92,39 +128,94 @@ def build_app() -> "typer.Typer":
     ) -> None:
         pass
 
-    device_option = typer.Option(help="Where to compute: cpu, cuda, cuda:1. Default: CUDA if there is any.")
+    # what several commands take
+    sources = Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SRC",
+            help="A folder of GeoTIFFs, one a date; or GeoTIFFs; or a netCDF file; or a Zarr store.",
+            show_default=False,
+        ),
+    ]
+    destination = Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Where the result goes: a folder for GeoTIFFs, NAME.zarr or NAME.nc.",
+            show_default=False,
+        ),
+    ]
+    bands_option = Annotated[
+        str | None, typer.Option(help="Only these bands, as B04,B03,B02: names, or else numbers.")
+    ]
+    variable_option = Annotated[
+        str | None,
+        typer.Option(
+            help="Variable of a netCDF file or Zarr store. Default: the only one with time, y, x (and band)."
+        ),
+    ]
+    pattern_option = Annotated[str, typer.Option(help="Names of the GeoTIFFs in a folder.")]
+    skip_option = Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad", help="Leave out GeoTIFFs that are unreadable, empty, undated or of another grid."
+        ),
+    ]
+    device_option = Annotated[
+        str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1. Default: CUDA if there is any.")
+    ]
+    batch_option = Annotated[
+        int | None, typer.Option(help="Frames on the device at a time. Default: what fits.")
+    ]
+    lazy_option = Annotated[
+        bool | None,
+        typer.Option(
+            "--lazy/--in-memory",
+            help="Stream through dask, chunk by chunk, or take all into memory. Default: lazy above 1 GiB.",
+            show_default=False,
+        ),
+    ]
+    progress_option = Annotated[
+        bool | None,
+        typer.Option("--progress/--no-progress", help="A bar. Default: on a terminal.", show_default=False),
+    ]
+    overwrite_option = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+    template_option = Annotated[
+        str | None,
+        typer.Option(
+            help="Names of GeoTIFFs written, as {file}_aligned.tif or {time:%Y%m%d}.tif. Default: as read."
+        ),
+    ]
 
     @app.command()
     def demo(
-        out: Annotated[Path, typer.Option(help="Folder for the pictures and the report.")] = Path(
-            "torchalign-demo"
-        ),
+        out: Annotated[
+            Path, typer.Option("--out", "-o", help="Folder for the pictures and the report.")
+        ] = Path("torchalign-demo"),
         frames: Annotated[int, typer.Option(min=4, help="Number of frames.")] = 16,
-        device: Annotated[str | None, device_option] = None,
+        device: device_option = None,
         seed: Annotated[int, typer.Option(min=0, help="Of shifts, clouds and noise.")] = 0,
     ) -> int:
         """Shift a real Sentinel-2 chip by known sub-pixel amounts, cloud it, and find the shifts again.
 
-        Prints true against found for every frame, and writes summary.png, animation.gif, report.csv and
-        report.nc, in the place of those of an earlier run. Exit code 1 if a shift was not found.
+        Prints true against found for every frame, and writes summary.png, animation.gif, report.html, report.csv
+        and report.nc, in the place of those of an earlier run. Exit code 1 if a shift was not found.
         """
         return _demo(out, frames, device, seed)
 
-    @app.command()
-    def weights() -> None:
-        """List the weights of the networks: which are here, which are missing, under which licence."""
-        from torchalign.models.weights import weights_table
-
-        typer.echo(weights_table())
-
-    @app.command()
+    @app.command(epilog=_EXAMPLES["align"])
     def align(
-        source: Annotated[Path, typer.Argument(metavar="INPUT", help="A cube: netCDF file or Zarr store.")],
-        out: Annotated[Path, typer.Option(help="Where the aligned cube goes: NAME.nc or NAME.zarr.")],
+        source: sources,
+        out: destination,
         reference: Annotated[
-            str, typer.Option(help="median, mean, first, or the label of one frame, as 2020-05-01.")
+            str,
+            typer.Option(
+                help="median, mean, first, clearest, iterative (the median of the aligned frames), the label "
+                "of one frame, as 2020-05-01, or a file with the picture."
+            ),
         ] = "median",
-        aligner: Annotated[str, typer.Option(help="auto or pcc.")] = "auto",
+        aligner: Annotated[str, typer.Option(help=f"The method: {', '.join(_ALIGNERS)}.")] = "auto",
         max_translation: Annotated[
             float | None,
             typer.Option(help="Largest shift in pixels; frames beyond are flagged. [default: 5]"),
@@ -132,59 +223,179 @@ def build_app() -> "typer.Typer":
         channel: Annotated[
             str | None,
             typer.Option(
-                help="What the estimate sees: mean, luminance, gradients, …, or one band, as B04 or -1."
+                help="What the estimate sees: mean, luminance, gradients, ..., or one band, as B04 or -1. "
+                "What is found is applied to all bands."
             ),
         ] = None,
         crop_center: Annotated[
             int | None, typer.Option(help="Estimate on so many pixels in the frame's middle.")
         ] = None,
-        variable: Annotated[
-            str | None,
-            typer.Option(help="Variable to align. Default: the only one with time, y, x (and band)."),
+        option: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--option",
+                metavar="NAME=VALUE",
+                help="Any other option of the method, as interpolation=bicubic.",
+            ),
         ] = None,
-        bands: Annotated[
-            str | None, typer.Option(help="Align and write only these, as B04,B03,B02 or 2,1,0.")
+        init: Annotated[
+            Path | None, typer.Option(help="An earlier report to start from, of any bands and pixel size.")
         ] = None,
+        verify: Annotated[
+            bool, typer.Option(help="Measure what is left after alignment, once more, for the report.")
+        ] = True,
+        bands: bands_option = None,
         mask: Annotated[
             str | None,
             typer.Option(
-                help="Usable pixels (1 = usable): a variable of INPUT, or a file with one variable."
+                help="Usable pixels (1 = usable): a variable of SRC, a file, or a folder of GeoTIFFs of the "
+                "same dates."
             ),
         ] = None,
         invert_mask: Annotated[
             bool, typer.Option("--invert-mask", help="The mask has 1 = unusable, as cloud masks do.")
         ] = False,
-        device: Annotated[str | None, device_option] = None,
-        batch_size: Annotated[
-            int | None, typer.Option(help="Frames on the device at a time. Default: what fits.")
-        ] = None,
         report: Annotated[
-            Path | None, typer.Option(help="Where the report goes, one row a frame: NAME.csv or NAME.nc.")
+            list[Path] | None,
+            typer.Option(
+                metavar="PATH",
+                help="Where the report goes, one row a frame: NAME.csv, .json or .nc, which apply reads, or "
+                ".html, to look at. May be given more than once.",
+            ),
         ] = None,
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+        variable: variable_option = None,
+        pattern: pattern_option = "*.tif*",
+        skip_bad: skip_option = False,
+        template: template_option = None,
+        device: device_option = None,
+        batch_size: batch_option = None,
+        lazy: lazy_option = None,
+        progress: progress_option = None,
+        overwrite: overwrite_option = False,
     ) -> int:
         """Bring every frame of a cube onto one reference.
 
-        The cube keeps its dims, coordinates, attributes, dtype and encoding. Frames that cannot be trusted
-        are left as they came; the report says which and why.
+        Pixels are resampled once; dtype, nodata, CRS, transform, band names and attributes stay. Frames that
+        cannot be trusted are left as they came, bit for bit; the report says which and why. Exit code 1 if that is
+        every frame.
         """
         given = {"max_translation": max_translation, "channel": channel, "crop_center": crop_center}
-        options = {name: value for name, value in given.items() if value is not None}
+        options = {name: value for name, value in given.items() if value is not None} | _parse_options(option)
         return _align(
             source,
             out,
-            report,
+            list(report or ()),
             reference=reference,
             aligner=aligner,
             aligner_options=options,
-            variable=variable,
-            bands=bands,
+            init=init,
+            verify=verify,
             mask=mask,
             invert_mask=invert_mask,
             device=device,
             batch_size=batch_size,
+            progress=progress,
+            template=template,
             overwrite=overwrite,
+            reading={
+                "variable": variable,
+                "bands": bands,
+                "pattern": pattern,
+                "skip_bad": skip_bad,
+                "lazy": lazy,
+            },
         )
+
+    @app.command(epilog=_EXAMPLES["apply"])
+    def apply(
+        source: sources,
+        out: destination,
+        report: Annotated[
+            Path,
+            typer.Option(help="The report that align wrote: NAME.csv, .json or .nc.", show_default=False),
+        ],
+        mode: Annotated[
+            str,
+            typer.Option(
+                help="resample, or shift-coords: pixels are not touched, each GeoTIFF gets a georeference of "
+                "its own."
+            ),
+        ] = "resample",
+        interpolation: Annotated[
+            str, typer.Option(help="bilinear, bicubic, or nearest, for classes and masks.")
+        ] = "bilinear",
+        bands: bands_option = None,
+        variable: variable_option = None,
+        pattern: pattern_option = "*.tif*",
+        skip_bad: skip_option = False,
+        template: template_option = None,
+        device: device_option = None,
+        batch_size: batch_option = None,
+        lazy: lazy_option = None,
+        progress: progress_option = None,
+        overwrite: overwrite_option = False,
+    ) -> int:
+        """Apply one solution to another cube: other bands, another pixel size, a mask, a classification.
+
+        Frames are matched by their dates, pixels by the two grids.
+        """
+        return _apply(
+            source,
+            out,
+            report,
+            mode=mode,
+            interpolation=interpolation,
+            device=device,
+            batch_size=batch_size,
+            progress=progress,
+            template=template,
+            overwrite=overwrite,
+            reading={
+                "variable": variable,
+                "bands": bands,
+                "pattern": pattern,
+                "skip_bad": skip_bad,
+                "lazy": lazy,
+            },
+        )
+
+    @app.command(epilog=_EXAMPLES["info"])
+    def info(
+        source: Annotated[
+            list[Path],
+            typer.Argument(
+                metavar="SRC",
+                help="What align takes, or a report: .csv, .json or .nc.",
+                show_default=False,
+            ),
+        ],
+        variable: variable_option = None,
+        pattern: pattern_option = "*.tif*",
+        skip_bad: skip_option = False,
+        html: Annotated[
+            Path | None, typer.Option(help="Of a report, make the page to look at: NAME.html.")
+        ] = None,
+        overwrite: overwrite_option = False,
+    ) -> int:
+        """Say what is in a cube, or in a report, without reading the pixels."""
+        return _info(
+            source, html, overwrite, {"variable": variable, "pattern": pattern, "skip_bad": skip_bad}
+        )
+
+    @app.command()
+    def weights(
+        download: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Fetch the weights of this name from their official address. May be given more than once."
+            ),
+        ] = None,
+    ) -> int:
+        """List the weights of the networks: where they are, what is missing, under which licence.
+
+        Nothing is fetched unless --download says so.
+        """
+        return _weights(download or [])
 
     return app
 
@@ -215,7 +426,393 @@ def _require(extra: str, *packages: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         cure = f'pip install "torchalign[{extra}]"'
-        raise ImportError(_wrong("packages", ", ".join(packages), f"no {', '.join(missing)}", cure))
+        raise ImportError(message("packages", ", ".join(packages), f"no {', '.join(missing)}", cure))
+
+
+# --- align and apply ---
+
+
+def _align(
+    source: Sequence[Path],
+    out: Path,
+    reports: Sequence[Path],
+    *,
+    reference: str,
+    aligner: str,
+    aligner_options: Mapping[str, Any],
+    init: Path | None,
+    verify: bool,
+    mask: str | None,
+    invert_mask: bool,
+    device: str | None,
+    batch_size: int | None,
+    progress: bool | None,
+    template: str | None,
+    overwrite: bool,
+    reading: Mapping[str, Any],
+) -> int:
+    import torchalign
+    from torchalign._sources import open_mask, open_reference, open_source
+
+    beside = [Path(path) for path in (mask, reference, init) if path is not None]
+    _check_apart([*source, *beside], [out, *reports])
+    _check_cube_output(out, template, overwrite)
+    for path in reports:
+        _check_report_output(path, overwrite)
+    if invert_mask and mask is None:
+        raise ValueError(message("--invert-mask", "a mask to invert", "none", "add --mask"))
+    with open_source(source, **reading, skip=mask) as opened:
+        cube = opened.cube
+        module = _find_aligner(aligner, aligner_options, cube)
+        usable = None
+        if mask is not None:
+            usable = open_mask(mask, opened, invert=invert_mask, pattern=reading["pattern"])
+        aligned, report = torchalign.align(
+            cube,
+            open_reference(reference, reading["pattern"]),
+            module,
+            mask=usable,
+            init=init,
+            verify=verify,
+            device=device,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        report = _write(aligned, out, opened, report, template, overwrite, progress)
+        for path in reports:
+            if path.suffix.lower() in _PAGES:
+                _write_page(report, path, cube, aligned, out, overwrite)
+            else:
+                torchalign.save_report(report, path, overwrite=overwrite)
+    summary = torchalign.summarize(report)
+    print(summary)
+    _say_written(out, *reports)
+    if summary.frames and not summary.counts.get("OK"):
+        print("torchalign: not one frame was aligned; see the report for the reasons", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _apply(
+    source: Sequence[Path],
+    out: Path,
+    report: Path,
+    *,
+    mode: str,
+    interpolation: str,
+    device: str | None,
+    batch_size: int | None,
+    progress: bool | None,
+    template: str | None,
+    overwrite: bool,
+    reading: Mapping[str, Any],
+) -> int:
+    import torchalign
+    from torchalign._sources import CUBES, open_source
+
+    _check_apart([*source, report], [out])
+    _check_cube_output(out, template, overwrite)
+    if mode == "shift-coords" and out.suffix.lower() in CUBES:
+        cure = "name a folder, or use --mode resample"
+        raise ValueError(message("--out", "a folder of GeoTIFFs for shift-coords", out.name, cure))
+    solution = torchalign.load_report(report)
+    with open_source(source, **reading) as opened:
+        applied = torchalign.apply(
+            opened.cube,
+            solution,
+            mode=mode,  # type: ignore[arg-type]  # checked there
+            interpolation=interpolation,  # type: ignore[arg-type]
+            device=device,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        _write(applied, out, opened, None, template, overwrite, progress)
+    _say_written(out)
+    return 0
+
+
+def _say_written(*paths: Path) -> None:
+    print("wrote " + ", ".join(map(str, paths)))
+
+
+def _write(
+    cube: "xr.DataArray",
+    out: Path,
+    source: "Source",
+    report: "xr.Dataset | None",
+    template: str | None,
+    overwrite: bool,
+    progress: bool | None,
+) -> Any:
+    """The cube, as GeoTIFFs or one file; a lazy one is computed here, once, together with its report."""
+    from torchalign._sources import CUBES, portable, portable_attributes
+    from torchalign.io import write_cube, write_stack
+
+    suffix = out.suffix.lower()
+    with _bar(progress if cube.chunks is not None else False):
+        if suffix in CUBES:
+            attrs = portable_attributes(source.attributes, suffix)
+            done = write_cube(portable(cube, suffix), out, attrs=attrs, report=report, overwrite=overwrite)
+        else:
+            done = write_stack(cube, out, template=template, report=report, overwrite=overwrite)
+    return None if report is None else done[1]
+
+
+@contextmanager
+def _bar(progress: bool | None) -> Iterator[None]:
+    """Dask's, for what is lazy."""
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        yield
+        return
+    from dask.diagnostics.progress import ProgressBar
+
+    with ProgressBar(out=sys.stderr):  # type: ignore[no-untyped-call]
+        yield
+
+
+def _write_page(
+    report: "xr.Dataset",
+    path: Path,
+    cube: "xr.DataArray",
+    aligned: "xr.DataArray",
+    out: Path,
+    overwrite: bool,
+) -> None:
+    from torchalign._sources import open_source
+    from torchalign.html import save_html
+
+    if aligned.chunks is None:
+        save_html(report, path, cube, aligned, overwrite=overwrite)
+        return
+    # what was lazy is read from where it has been written, in place of being computed anew for every picture
+    with open_source([out], lazy=True) as written:
+        save_html(report, path, cube, written.cube, overwrite=overwrite)
+
+
+def _parse_options(words: Sequence[str] | None) -> dict[str, Any]:
+    """NAME=VALUE, the value as Python writes it, or else text."""
+    options = {}
+    for word in words or ():
+        name, equals, text = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name.isidentifier():
+            raise ValueError(message("--option", "NAME=VALUE", word, "write it as interpolation=bicubic"))
+        try:
+            options[name] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            options[name] = text.strip()
+    return options
+
+
+def _find_aligner(name: str, options: Mapping[str, Any], cube: "xr.DataArray") -> Any:
+    """A name for ``torchalign.align``, or the module of that name where there are options."""
+    from torchalign.xr import _ALIGNERS
+
+    if not options or name not in _ALIGNERS:
+        return name  # align knows how to complain of the name
+    options = dict(options)
+    if "channel" in options:
+        options["channel"] = _find_channel(str(options["channel"]), cube)
+    module: Any = _ALIGNERS[name]()
+    stages = getattr(module, "stages", None)  # of a cascade: each gets those options that it knows
+    parts = [module] if stages is None else list(stages)
+    known = [{*inspect.signature(type(part)).parameters} for part in parts]
+    unknown = {*options} - set().union(*known)
+    if unknown:
+        expected = f"options of {name} ({', '.join(sorted(set().union(*known)))})"
+        cure = "choose one of these, or another --aligner"
+        raise ValueError(message("--option", expected, ", ".join(sorted(unknown)), cure))
+    made = []
+    for part, names in zip(parts, known, strict=True):
+        given = {key: value for key, value in options.items() if key in names}
+        made.append(type(part)(**(part._options() | given)))
+    return made[0] if stages is None else type(module)(*made)
+
+
+def _find_channel(wanted: str, cube: "xr.DataArray") -> int | str:
+    """A channel's name as it is; the label or the index of a band as an index."""
+    from typing import get_args
+
+    from torchalign._sources import band_labels
+    from torchalign.functional.channels import ChannelName
+
+    if wanted in get_args(ChannelName):
+        return wanted
+    labels, count = band_labels(cube)
+    if wanted in labels:
+        return labels.index(wanted)
+    if wanted.removeprefix("-").isdecimal() and -count <= int(wanted) < count:
+        return int(wanted)
+    listed = f", a label of {labels}" if labels else ", a label where bands have any"
+    expected = f"an index in [{-count}, {count}){listed}, or a name of {list(get_args(ChannelName))}"
+    raise ValueError(message("--channel", expected, repr(wanted), "choose one"))
+
+
+# --- where results may go ---
+
+
+def _check_cube_output(path: Path, template: str | None, overwrite: bool) -> None:
+    """NAME.zarr, NAME.nc, or a folder for GeoTIFFs."""
+    from torchalign._sources import CUBES
+
+    suffix = path.suffix.lower()
+    if suffix in CUBES:
+        if template is not None:
+            cure = "name a folder, or leave --template out"
+            raise ValueError(message("--template", "GeoTIFFs to name", f"--out {path.name}", cure))
+        _require("io", *(("zarr",) if suffix == ".zarr" else ("h5netcdf", "h5py")))
+        _check_output(path, overwrite)
+        return
+    is_folder = path.is_dir() and not is_store(path)
+    if path.suffix and not is_folder:
+        expected = f"a folder for GeoTIFFs, or a name ending in {', '.join(CUBES)}"
+        cure = "a folder's name has no dot, unless it is there already"
+        raise ValueError(message("--out", expected, path.name, cure))
+    _require("io", "rasterio")
+    if path.exists() and not is_folder:
+        raise ValueError(message("output", "a folder", f"{path}, which is none", "choose another name"))
+    if is_folder and not overwrite and any(path.iterdir()):
+        cure = "add --overwrite, which replaces files of the same names, or choose another folder"
+        raise ValueError(message("output", "a new or empty folder", f"{path}, which is not empty", cure))
+
+
+def _check_report_output(path: Path, overwrite: bool) -> None:
+    suffix = path.suffix.lower()
+    names = (*_TABLES, *_PAGES)
+    if suffix not in names:
+        raise ValueError(message("--report", f"a name ending in {', '.join(names)}", path.name, "rename it"))
+    if suffix in _PAGES:
+        _require("plot", "matplotlib", "PIL")
+    elif suffix not in (".csv", ".json"):
+        _require("io", "h5netcdf", "h5py")
+    _check_output(path, overwrite)
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
+    """A file may take the place of a file, and a Zarr store that of a Zarr store; nothing else is deleted."""
+    if path.exists() and not overwrite:
+        cure = "add --overwrite or choose a name"
+        raise ValueError(message("output", "a new file", f"{path}, which exists", cure))
+    store = path.suffix.lower() == ".zarr"
+    if not path.exists() or (path.is_file() and not store) or (store and is_store(path)):
+        return
+    expected = "no file or a Zarr store" if store else "no file or a file to replace"
+    kind = "a folder" if path.is_dir() else "a file"
+    raise ValueError(message("output", expected, f"{path}, {kind}", "remove it or choose another name"))
+
+
+def _check_apart(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """No output is, holds or lies in an input or another output."""
+
+    def is_same(one: Path, other: Path) -> bool:
+        return one == other or (one.exists() and other.exists() and one.samefile(other))
+
+    def is_within(one: Path, other: Path) -> bool:
+        return any(is_same(part, other) for part in (one, *one.parents))
+
+    resolved = [path.resolve() for path in (*inputs, *outputs)]
+    for number in range(len(inputs), len(resolved)):
+        for other in resolved[:number]:
+            if is_within(resolved[number], other) or is_within(other, resolved[number]):
+                got = f"{resolved[number]} beside {other}"
+                cure = "name each file once, none inside another"
+                raise ValueError(message("output", "new names, apart from every input", got, cure))
+
+
+# --- info and weights ---
+
+
+def _info(source: Sequence[Path], html: Path | None, overwrite: bool, reading: Mapping[str, Any]) -> int:
+    from torchalign._sources import open_source
+
+    if len(source) == 1 and _is_report(source[0]):
+        return _info_report(source[0], html, overwrite)
+    if html is not None:
+        raise ValueError(message("--html", "a report to show", ", ".join(map(str, source)), "give a report"))
+    with open_source(source, **reading, lazy=find_spec("dask") is not None) as opened:
+        for line in _describe(opened.cube):
+            print(line)
+        if opened.others:
+            print("beside it: " + ", ".join(f"{name} {array.dims}" for name, array in opened.others.items()))
+    return 0
+
+
+def _is_report(path: Path) -> bool:
+    if path.suffix.lower() in (".csv", ".json"):
+        return True
+    if path.suffix.lower() not in _TABLES or not path.is_file():
+        return False
+    import xarray as xr
+
+    try:
+        with xr.open_dataset(path, engine="h5netcdf") as dataset:
+            return {"warp", "status"} <= {*dataset.data_vars}
+    except Exception:  # a cube that cannot be read is told of where cubes are
+        return False
+
+
+def _info_report(path: Path, html: Path | None, overwrite: bool) -> int:
+    import torchalign
+
+    if html is not None:
+        _check_apart([path], [html])
+        _check_report_output(html, overwrite)
+    report = torchalign.load_report(path)
+    print(torchalign.summarize(report))
+    for name in ("reference", "aligner"):
+        if name in report.attrs:
+            print(f"{name}: {report.attrs[name]}")
+    if html is not None:
+        from torchalign.html import save_html
+
+        save_html(report, html, overwrite=overwrite)
+        _say_written(html)
+    return 0
+
+
+def _describe(cube: "xr.DataArray") -> Iterator[str]:
+    """Lines about dates, bands, grid and pixels."""
+    import numpy as np
+
+    from torchalign._grid import find_grid
+    from torchalign._labelled import Cube, find_nodata
+    from torchalign._pictures import time_labels
+    from torchalign._sources import band_labels, cube_dims
+
+    dims = cube_dims(cube)
+    time = dims["time"]
+    labels = time_labels(cube, time)
+    span = f", {labels[0]} to {labels[-1]}" if labels else ""
+    if time in cube.coords and cube[time].dtype.kind == "M" and len(labels) > 1:
+        days = np.diff(np.sort(cube[time].values)) / np.timedelta64(1, "D")
+        span += f", every {np.median(days):.3g} days (median), longest gap {days.max():.3g}"
+    yield f"{len(labels)} frames{span}"
+    names, count = band_labels(cube)
+    yield f"{count} band{'s' if count > 1 else ''}{': ' + ', '.join(names) if names else ''}"
+    grid = find_grid(Cube(cube, dims))
+    place = ""
+    if grid is not None:
+        a, b, _, d, e, _ = grid.transform
+        place = f" of {abs(a):g} × {abs(e):g} map units, " + (
+            "north up" if e < 0 and not (b or d) else "not north up"
+        )
+        place += f", {grid.crs.partition(chr(34))[2].partition(chr(34))[0] if grid.crs else 'no CRS'}"
+    yield f"{cube.sizes[dims['y']]} rows × {cube.sizes[dims['x']]} columns{place}"
+    nodata = ", ".join(f"{value:g}" for value in find_nodata(cube)) or (
+        "NaN" if cube.dtype.kind == "f" else "none"
+    )
+    yield f"{cube.dtype}, nodata {nodata}, {cube.nbytes / 2**20:.4g} MiB"
+    for reason in cube.attrs.get("skipped_files", ()):
+        yield f"left out: {reason}"
+
+
+def _weights(download: Sequence[str]) -> int:
+    from torchalign.models.weights import load_weights, weights_table
+
+    for name in download:
+        load_weights(name, allow_download=True)
+    print(weights_table())
+    return 0
 
 
 # --- demo ---
@@ -228,9 +825,12 @@ def _demo(out: Path, frames: int, device: str | None, seed: int) -> int:
     import torchalign
     from torchalign import plot
     from torchalign.datasets import demo_stack
+    from torchalign.html import save_html
 
-    names = ("summary.png", "animation.gif", "report.csv", "report.nc")
-    summary, animation, table, dataset = (_check_output(out / name, True, names=()) for name in names)
+    names = ("summary.png", "animation.gif", "report.html", "report.csv", "report.nc")
+    summary, animation, page, table, dataset = outputs = [out / name for name in names]
+    for path in outputs:
+        _check_output(path, True)
     stack = demo_stack(frames=frames, seed=seed)
     aligned, report = torchalign.align(stack.cube, "first", device=device)
     truth = stack.shift.values.copy()
@@ -253,16 +853,17 @@ def _demo(out: Path, frames: int, device: str | None, seed: int) -> int:
         f"aligned to a median of {median:.4f} px, {int((~accepted).sum())} flagged"
     )
     figure = plot.summary(stack.cube, aligned, report, true_shift=truth, title=title)
-    with _atomic(summary) as path:
+    with atomic(summary) as path:
         figure.savefig(path, dpi=110, format="png")
     zoom = ((height - side) // 2, (width - side) // 2, side)
     plot.animate(stack.cube, aligned, animation, report=report, zoom=zoom)
-    _write_report(report, table)
-    _write_report(report, dataset)
+    for path in (table, dataset):
+        torchalign.save_report(report, path, overwrite=True)
+    save_html(report, page, stack.cube, aligned, title=title, overwrite=True)
     print(
         f"median error {median:.4f} px, worst {worst:.4f} px, over {int(rest.sum())} frames and no cloud mask"
     )
-    print("wrote " + ", ".join(str(path) for path in (summary, animation, table, dataset)))
+    print("wrote " + ", ".join(str(path) for path in outputs))
 
     overcast = stack.clear.mean(("y", "x")).values < 0.01
     problems = [
@@ -323,355 +924,6 @@ def _print_table(header: list[str], rows: list[list[str]], good: list[bool]) -> 
     for row, is_good in zip(rows, good, strict=True):
         line = "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
         print(line if is_good or not colour else f"\033[33m{line}\033[0m")
-
-
-# --- align ---
-
-
-def _align(
-    source: Path,
-    out: Path,
-    report_path: Path | None,
-    *,
-    reference: str,
-    aligner: str,
-    aligner_options: dict[str, Any],
-    variable: str | None,
-    bands: str | None,
-    mask: str | None,
-    invert_mask: bool,
-    device: str | None,
-    batch_size: int | None,
-    overwrite: bool,
-) -> int:
-    import torchalign
-
-    outputs = [path for path in (out, report_path) if path is not None]
-    _check_apart([source, *([] if mask is None else [Path(mask)])], outputs)
-    _check_output(out, overwrite, names=(*_NETCDF, ".zarr"))
-    if report_path is not None:
-        _check_output(report_path, overwrite, names=(".csv", *_NETCDF))
-    for path in outputs:
-        if path.suffix.lower() != ".csv":
-            _require("io", *(("zarr",) if path.suffix.lower() == ".zarr" else ("h5netcdf", "h5py")))
-    if invert_mask and mask is None:
-        raise ValueError(_wrong("--invert-mask", "a mask to invert", "none", "add --mask"))
-    with _open_cube(source) as dataset:
-        cube = _find_variable(dataset, variable, source, skip=mask)
-        cube = cube if bands is None else _select_bands(cube, bands)
-        module = _find_aligner(aligner, aligner_options, cube)
-        cube = _make_portable(cube, out)
-        attributes = _portable_attributes(dataset.attrs, out)
-        usable = None if mask is None else _open_mask(mask, dataset, invert_mask)
-        aligned, report = torchalign.align(
-            cube, reference, module, mask=usable, device=device, batch_size=batch_size
-        )
-        _write_cube(aligned, out, attributes)
-    if report_path is not None:
-        _write_report(report, report_path)
-    counts = report.attrs
-    print(f"{counts['frames_aligned']} of {counts['frames']} frames aligned: {counts['status_counts']}")
-    print("wrote " + ", ".join(map(str, outputs)))
-    return 0
-
-
-def _find_aligner(name: str, options: dict[str, Any], cube: "xr.DataArray") -> Any:
-    """A name for ``torchalign.align``, or the module of that name where there are options."""
-    from torchalign.xr import _ALIGNERS
-
-    if not options or name not in _ALIGNERS:
-        return name  # align knows how to complain of the name
-    if "channel" in options:
-        options = {**options, "channel": _find_channel(options["channel"], cube)}
-    return _ALIGNERS[name](**options)
-
-
-def _find_channel(wanted: str, cube: "xr.DataArray") -> int | str:
-    """A channel's name as it is; the label or the index of a band as an index."""
-    from typing import get_args
-
-    from torchalign.functional.channels import ChannelName
-
-    if wanted in get_args(ChannelName):
-        return wanted
-    labels, count = _find_bands(cube)
-    if wanted in labels:
-        return labels.index(wanted)
-    if wanted.removeprefix("-").isdecimal() and -count <= int(wanted) < count:
-        return int(wanted)
-    listed = f", a label of {labels}" if labels else ", a label where bands have any"
-    expected = f"an index in [{-count}, {count}){listed}, or a name of {list(get_args(ChannelName))}"
-    raise ValueError(_wrong("--channel", expected, repr(wanted), "choose one"))
-
-
-def _find_bands(cube: "xr.DataArray") -> tuple[list[str], int]:
-    """The labels, none where there are none, and the number of the bands."""
-    from torchalign._labelled import find_dims as _find_dims
-
-    band = _find_dims(cube.dims, dict.fromkeys(("time", "band", "y", "x"))).get("band")
-    if band is None:
-        return [], 1
-    return [str(label) for label in cube[band].values] if band in cube.coords else [], cube.sizes[band]
-
-
-def _wrong(name: str, expected: str, got: object, cure: str) -> str:
-    from torchalign._check import message
-
-    return message(name, expected, got, cure)
-
-
-@contextmanager
-def _open_cube(path: Path) -> "Iterator[xr.Dataset]":
-    """The dataset in a file or folder, lazily. Other formats are to be added here, and nowhere else."""
-    import xarray as xr
-
-    if not path.exists():
-        raise ValueError(
-            _wrong("INPUT", "a netCDF file or a Zarr store", f"{path}, which is not there", "check the path")
-        )
-    options: dict[str, Any] = {"decode_coords": "all"}  # grid mappings (the CRS) travel with the cube
-    if path.suffix.lower() == ".zarr" or _is_store(path):
-        options |= {"engine": "zarr", "chunks": None}
-    elif path.is_dir() or path.suffix.lower() not in _NETCDF:
-        kind = "a folder" if path.is_dir() else f"a {path.suffix or 'nameless'} file"
-        cure = (
-            "GeoTIFFs come with a later release; until then stack them with rioxarray and xarray.concat, "
-            "and save with to_netcdf"
-        )
-        raise ValueError(_wrong("INPUT", f"a netCDF file ({', '.join(_NETCDF)}) or a Zarr store", kind, cure))
-    try:
-        with warnings.catch_warnings():  # a store without consolidated metadata is slower to open, no more
-            warnings.filterwarnings("ignore", "Failed to open Zarr store with consolidated", RuntimeWarning)
-            dataset = xr.open_dataset(path, **options)
-    except Exception as error:  # each engine raises its own kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        cure = f'check the file; pip install "torchalign[io]" brings the readers ({reason})'
-        raise ValueError(_wrong("INPUT", "a readable netCDF file or Zarr store", path, cure)) from error
-    with dataset:
-        yield dataset
-
-
-def _is_store(path: Path) -> bool:
-    return any((path / name).exists() for name in _STORE_MARKS)
-
-
-def _make_portable(cube: "xr.DataArray", out: Path) -> "xr.DataArray":
-    """The cube without the attributes and the encoding that the format of ``out`` cannot take."""
-    keys = _PORTABLE if out.suffix.lower() == ".zarr" else _PORTABLE | _COMPRESSION
-    cleaned = cube.copy(deep=False)
-    for variable in (cleaned.variable, *(array.variable for array in cleaned.coords.values())):
-        is_text = variable.dtype.kind not in "biufcmM"  # each format has one way to store it
-        dropped = {"dtype", "_FillValue", *_COMPRESSION} if is_text else set()
-        variable.encoding = {key: variable.encoding[key] for key in (keys - dropped) & {*variable.encoding}}
-        variable.attrs = _portable_attributes(variable.attrs, out)
-    return cleaned
-
-
-def _portable_attributes(attributes: dict[Any, Any], out: Path) -> dict[Any, Any]:
-    """Of JSON, netCDF has numbers, text and lists of them; the rest is written as its text."""
-    if out.suffix.lower() == ".zarr":
-        return dict(attributes)
-
-    def is_plain(value: Any) -> bool:
-        if isinstance(value, (list, tuple)):
-            kinds = {type(item) for item in value}
-            return len(kinds) == 1 and kinds <= {int, float, str}
-        return value is not None and not isinstance(value, (dict, bool))
-
-    return {
-        key: value if is_plain(value) else json.dumps(value, default=str) for key, value in attributes.items()
-    }
-
-
-def _find_variable(dataset: "xr.Dataset", name: str | None, source: Path, skip: str | None) -> "xr.DataArray":
-    from torchalign._labelled import find_dims as _find_dims
-
-    roles = dict.fromkeys(("time", "band", "y", "x"))
-    if name is not None:
-        if name not in dataset:
-            raise ValueError(
-                _wrong("--variable", f"one of {sorted(map(str, dataset.data_vars))}", name, "choose one")
-            )
-        return dataset[name]
-    candidates = []
-    for key, array in dataset.data_vars.items():
-        try:
-            _find_dims(array.dims, roles)
-        except ValueError:
-            continue
-        if array.dtype.kind in "iuf" and key != skip:
-            candidates.append(str(key))
-    # a cube with bands before its masks and angles without
-    most = max((dataset[key].ndim for key in candidates), default=0)
-    candidates = [key for key in candidates if dataset[key].ndim == most]
-    if len(candidates) != 1:
-        listed = {str(key): array.dims for key, array in dataset.data_vars.items()}
-        got = f"{candidates or 'none'} in {source.name} with {listed}"
-        cure = "say which with --variable, or rename its dims to time, band, y, x"
-        raise ValueError(_wrong("INPUT", "one variable with time, y and x", got, cure))
-    return dataset[candidates[0]]
-
-
-def _select_bands(cube: "xr.DataArray", bands: str) -> "xr.DataArray":
-    from torchalign._labelled import find_dims as _find_dims
-
-    dims = _find_dims(cube.dims, dict.fromkeys(("time", "band", "y", "x")))
-    if "band" not in dims:
-        raise ValueError(_wrong("--bands", "a cube with bands", f"one with {cube.dims}", "leave --bands out"))
-    labels, count = _find_bands(cube)
-    numbers = []
-    for wanted in (word.strip() for word in bands.split(",")):
-        if wanted in labels:
-            numbers.append(labels.index(wanted))
-        elif wanted.isdecimal() and int(wanted) < count:
-            numbers.append(int(wanted))
-        else:
-            expected = f"some of {labels}" if labels else f"numbers below {count}"
-            raise ValueError(_wrong("--bands", expected, repr(wanted), "separate them by commas"))
-    return cube.isel({dims["band"]: numbers})
-
-
-def _open_mask(mask: str, dataset: "xr.Dataset", invert: bool) -> "xr.DataArray":
-    """True = usable, from a variable of the input or the only variable of another file."""
-    if mask in dataset:
-        array = dataset[mask].load()
-    else:
-        path = Path(mask)
-        if not path.exists():
-            names = sorted(map(str, dataset.data_vars))
-            raise ValueError(
-                _wrong("--mask", f"a variable of INPUT ({names}) or a file", mask, "check the name")
-            )
-        with _open_cube(path) as other:
-            if len(other.data_vars) != 1:
-                names = sorted(map(str, other.data_vars))
-                raise ValueError(
-                    _wrong("--mask", "a file with one variable", f"{path} with {names}", "drop the others")
-                )
-            array = next(iter(other.data_vars.values())).load()
-    values = array.values
-    if values.dtype.kind == "f":
-        values = values.astype("float64")
-    if values.dtype.kind not in "biuf" or not ((values == 0) | (values == 1)).all():
-        cure = "make it 1 = usable and 0 = not, and save it as int8 without a fill value"
-        raise ValueError(_wrong("--mask", "values 0 and 1", f"{values.dtype} with others", cure))
-    return array.copy(data=(values == 0) if invert else (values == 1))
-
-
-# --- writing: whole or not at all ---
-
-
-def _check_output(path: Path, overwrite: bool, *, names: Sequence[str]) -> Path:
-    if names and path.suffix.lower() not in names:
-        raise ValueError(_wrong("output", f"a name ending in {', '.join(names)}", path.name, "rename it"))
-    if path.exists() and not overwrite:
-        raise ValueError(
-            _wrong("output", "a new file", f"{path}, which exists", "add --overwrite or choose a name")
-        )
-    _check_replaceable(path, path.suffix.lower() == ".zarr")
-    return path
-
-
-def _check_replaceable(path: Path, by_folder: bool) -> None:
-    """A file may take the place of a file, and a Zarr store that of a Zarr store; nothing else is deleted."""
-    if not path.exists() or (path.is_file() and not by_folder) or (by_folder and _is_store(path)):
-        return
-    expected = "no file or a Zarr store" if by_folder else "no file or a file to replace"
-    kind = "a folder" if path.is_dir() else "a file"
-    raise ValueError(_wrong("output", expected, f"{path}, {kind}", "remove it or choose another name"))
-
-
-def _check_apart(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
-    """No output is, holds or lies in an input or another output."""
-
-    def is_same(one: Path, other: Path) -> bool:
-        return one == other or (one.exists() and other.exists() and one.samefile(other))
-
-    def is_within(one: Path, other: Path) -> bool:
-        return any(is_same(part, other) for part in (one, *one.parents))
-
-    resolved = [path.resolve() for path in (*inputs, *outputs)]
-    for number in range(len(inputs), len(resolved)):
-        for other in resolved[:number]:
-            if is_within(resolved[number], other) or is_within(other, resolved[number]):
-                got = f"{resolved[number]} beside {other}"
-                cure = "name each file once, none inside another"
-                raise ValueError(_wrong("output", "new names, apart from every input", got, cure))
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write a file or a folder to, which then takes the place of ``path``.
-
-    Whatever happens before the end, nothing is ever seen at ``path`` that is not complete, and what was there
-    is there again.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    workshop = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    written, old = workshop / path.name, workshop / f"{path.name}.old"
-    try:
-        yield written
-        _check_replaceable(path, written.is_dir())
-        try:
-            if path.is_dir():  # a folder cannot be replaced in one step: out of the way first
-                os.replace(path, old)
-            os.replace(written, path)
-        finally:
-            if os.path.lexists(old) and not os.path.lexists(path):
-                os.replace(old, path)
-    finally:
-        if os.path.lexists(path) or not os.path.lexists(old):  # else it keeps the only copy
-            shutil.rmtree(workshop, ignore_errors=True)
-
-
-def _write_cube(cube: "xr.DataArray", path: Path, attributes: dict[Any, Any]) -> None:
-    dataset = cube.to_dataset(name=cube.name if cube.name is not None else "aligned").assign_attrs(attributes)
-    with _atomic(path) as partial:
-        if path.suffix.lower() == ".zarr":
-            _to_zarr(dataset, partial)
-        else:
-            _to_netcdf(dataset, partial)
-
-
-def _to_netcdf(dataset: "xr.Dataset", path: Path) -> None:
-    dataset.to_netcdf(path, engine="h5netcdf")
-
-
-def _to_zarr(dataset: "xr.Dataset", path: Path) -> None:
-    import zarr
-
-    # version 2 is what every reader knows, and the only one with settled rules for strings
-    options: dict[str, Any] = {"zarr_format": 2} if int(zarr.__version__.split(".")[0]) >= 3 else {}
-    dataset.to_zarr(path, consolidated=True, **options)
-
-
-def _write_report(report: "xr.Dataset", path: Path) -> None:
-    with _atomic(path) as partial:
-        if path.suffix.lower() == ".csv":
-            _to_csv(report, partial)
-        else:
-            _to_netcdf(report, partial)
-
-
-def _to_csv(report: "xr.Dataset", path: Path) -> None:
-    """One row a frame: its label, the status in words, the numbers, and the warp row by row."""
-    from torchalign.types import Status
-
-    time = report["status"].dims[0]
-    numbers = [
-        str(name) for name, array in report.data_vars.items() if array.dims == (time,) and name != "status"
-    ]
-    rows, columns = report["warp"].shape[1:]
-    cells = [(row, column) for row in range(rows) for column in range(columns)]
-    labels = report[time].values.astype(str) if time in report.coords else range(report["status"].size)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([time, "status", *numbers, *(f"warp_{row}{column}" for row, column in cells)])
-        for number, label in enumerate(labels):
-            values = [report[name].values[number] for name in numbers]
-            warp = [report["warp"].values[number, row, column] for row, column in cells]
-            status = Status(int(report["status"].values[number])).name
-            writer.writerow([label, status, *(f"{float(value):.9g}" for value in (*values, *warp))])
 
 
 if __name__ == "__main__":

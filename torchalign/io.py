@@ -81,6 +81,7 @@ def open_stack(
     time: Callable[[Path], Any] | None = None,
     chunks: int | Mapping[Any, Any] | Literal["auto"] | None = None,
     errors: OnError = "raise",
+    keep_empty: bool = False,
 ) -> xr.DataArray:
     """Read a folder of GeoTIFFs, one a date, as a cube (time, band, y, x).
 
@@ -102,6 +103,7 @@ def open_stack(
             before them in the alphabet has. ``"raise"``; or ``"skip"``: they are left out, and
             ``attrs["skipped_files"]`` lists them with the reason. (Of a lazy stack, whether files are empty is not
             looked at.)
+        keep_empty: take empty files as they are: in a folder of cloud masks they are the dates without clouds.
 
     Returns:
         The cube, sorted by time. With band descriptions as labels, else 1, 2, ….
@@ -140,7 +142,7 @@ def open_stack(
     numbers = _find_bands(bands, first)
     if chunks is None:
         values, empty = _read_all(chosen, numbers, first)
-        if empty:
+        if empty and not keep_empty:
             skipped |= {chosen[number]: "it is empty" for number in empty}
             _complain(skipped, errors, len(paths))
             kept = [number for number in range(len(chosen)) if number not in empty]
@@ -259,6 +261,7 @@ def write_cube(
     cube: xr.DataArray,
     path: str | os.PathLike[str],
     *,
+    attrs: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     report: xr.Dataset | None = None,
     compute: bool = True,
@@ -272,6 +275,7 @@ def write_cube(
     Args:
         cube: time, y, x and maybe band.
         path: ending in ``.zarr`` or ``.nc``.
+        attrs: of the file as a whole, beside those of the cube.
         overwrite: replace what is there.
         report: of the same :func:`torchalign.align`, to be computed in the same pass.
         compute: False leaves a lazy cube and its report to ``dask.compute``.
@@ -291,7 +295,7 @@ def write_cube(
     seen = Cube.of(cube, dict.fromkeys(CUBE))
     check_free(path, overwrite)
     name = str(cube.name or "cube")
-    dataset = _storable(cube.to_dataset(name=name))
+    dataset = _storable(cube.to_dataset(name=name), suffix).assign_attrs(attrs or {})
     if not is_lazy(cube):
         with atomic(path) as partial:
             _store(dataset, partial, suffix)
@@ -758,7 +762,7 @@ def _all_paths(parts: Sequence[Sequence[Path]]) -> list[Path]:
     return [path for part in parts for path in part]
 
 
-def _storable(dataset: xr.Dataset) -> xr.Dataset:
+def _storable(dataset: xr.Dataset, suffix: str) -> xr.Dataset:
     """Without the encodings of another format, which xarray would stumble over; chunks are the cube's own."""
     keep = {
         "dtype",
@@ -771,6 +775,8 @@ def _storable(dataset: xr.Dataset) -> xr.Dataset:
         "calendar",
     }
     keep |= {"grid_mapping", "coordinates"}
+    if suffix != ".zarr":  # from netCDF to netCDF
+        keep |= {"zlib", "complevel", "shuffle", "compression", "compression_opts"}
     cleaned = dataset.copy(deep=False)
     for name in cleaned.variables:
         variable = cleaned.variables[name]

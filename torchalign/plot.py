@@ -2,7 +2,9 @@
 
 Every function takes what :func:`torchalign.align` returns and gives back a ``matplotlib.figure.Figure`` that
 belongs to nobody: no window, no global state, any thread, any backend. In a notebook it shows itself as the
-last line of a cell; elsewhere ``figure.savefig("name.png")`` writes it.
+last line of a cell; elsewhere ``figure.savefig("name.png")`` writes it. With ``ax`` it draws into axes of
+yours (several where it has several pictures) and returns their figure. :func:`summary`, a page, and
+:func:`animate`, a file, take none.
 
 Colours are those of Okabe and Ito, told apart with any colour vision; a status differs in its marker too.
 """
@@ -11,29 +13,60 @@ from __future__ import annotations
 
 import functools
 import io
+import operator
 import os
-import tempfile
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
+from torchalign import _animation
 from torchalign._check import check_number, check_option, message
-from torchalign._labelled import find_dims as _find_dims
-from torchalign._labelled import find_nodata as _find_nodata  # the one place that knows the names of dims
+from torchalign._pictures import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    SKY,
+    STATUS_COLOUR,
+    STATUS_MARKER,
+    VERMILLION,
+    Array,
+    Frames,
+    Label,
+    Statistic,
+    Zoom,
+    by_status,
+    check_report,
+    check_same,
+    check_truth,
+    check_zoom,
+    compare,
+    crop,
+    dark,
+    find_dims,
+    limits,
+    load_frames,
+    over_time,
+    shift_of,
+    sigma_of,
+    status_label,
+    status_of,
+    time_of,
+    to_rgb,
+)
 from torchalign.types import Status
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
-    from PIL import Image
 
     from torchalign.lgm import MatchedPoints
 
 __all__ = [
+    "Along",
     "Statistic",
     "Zoom",
     "animate",
@@ -44,53 +77,27 @@ __all__ = [
     "shift_scatter",
     "shifts_over_time",
     "summary",
+    "temporal_profile",
 ]
 
-Statistic = Literal["median", "mean"]
-Zoom = tuple[int, int, int]  # row and column of the top left pixel, and the side, of a square
-Array = NDArray[Any]
+Along = Literal["time", "y", "x"]
 
-_BLUE, _ORANGE, _GREEN, _VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-_PURPLE, _SKY, _YELLOW, _GREY, _INK = "#CC79A7", "#56B4E9", "#F0E442", "#8C8C8C", "#222222"
-
-_STATUS_COLOUR = {
-    Status.OK: _BLUE,
-    Status.TOO_FAR: _ORANGE,
-    Status.NOT_CONVERGED: _PURPLE,
-    Status.NO_TEXTURE: _GREY,
-    Status.TOO_FEW_MATCHES: _YELLOW,
-    Status.NOT_BETTER: _VERMILLION,
-    Status.LOW_SCORE: _SKY,
-}
-_STATUS_MARKER = {
-    Status.OK: "o",
-    Status.TOO_FAR: "^",
-    Status.NOT_CONVERGED: "X",
-    Status.NO_TEXTURE: "s",
-    Status.TOO_FEW_MATCHES: "P",
-    Status.NOT_BETTER: "D",
-    Status.LOW_SCORE: "v",
-}
-_RGB_NAMES = (("B04", "B03", "B02"), ("B4", "B3", "B2"), ("red", "green", "blue"), ("R", "G", "B"))
-_RGB_BANDS = (3, 2, 1)  # Sentinel-2 with all its bands, as everywhere in the library
-_NODATA_GREY = 0.15
-_KNEE = 0.7  # of the display range; above it clouds are compressed instead of cut
-_SHADE = 0.15  # of the display range; so much below black, shadows of clouds still differ
-
-
-class _Frames(NamedTuple):
-    """A cube's display bands, (T, H, W, 3) float32, NaN for nodata, and the labels of its frames."""
-
-    values: Array
-    labels: list[str]
-    bands: str
-
+_STRIP = 16  # thumbnails in a row of the summary
+# frames up to the split, or all, and those after it
+_GROUPS: tuple[dict[str, Any], ...] = (
+    {"marker": "o", "color": BLUE, "ecolor": SKY},
+    {"marker": "s", "color": VERMILLION, "ecolor": "#F2B48C"},
+)
 
 # --- shifts ---
 
 
 def shift_scatter(
-    report: xr.Dataset, *, true_shift: Any = None, ax: Axes | None = None
+    report: xr.Dataset,
+    *,
+    split: Label | None = None,
+    true_shift: Any = None,
+    ax: Axes | None = None,
 ) -> Figure | SubFigure:
     """Where every frame was moved to: shift y against shift x, with 1-σ bars.
 
@@ -98,6 +105,9 @@ def shift_scatter(
 
     Args:
         report: from :func:`torchalign.align`.
+        split: a date, or an entry of another time coordinate: frames up to it (a day: up to its end) and
+            after it get two colours, and each group a cross at its median. A change of the sensor, of its
+            processing baseline or of its reference image shows as two clusters.
         true_shift: (T, 2), x and y in pixels, NaN where it is unknown; drawn as open circles.
         ax: to draw into; default: a new figure.
 
@@ -106,7 +116,8 @@ def shift_scatter(
 
     Raises:
         TypeError: the report is no Dataset.
-        ValueError: it lacks a field, or ``true_shift`` has another shape.
+        ValueError: it lacks a field, ``true_shift`` has another shape, or ``split`` cannot be compared with
+            the time coordinate.
 
     Example:
         >>> zeros = xr.Variable("time", np.zeros(3))
@@ -116,23 +127,33 @@ def shift_scatter(
         'shift x, right (pixels)'
 
     """
-    report = _check_report(report)
-    truth = _check_truth(true_shift, report)
+    report = check_report(report)
+    truth = check_truth(true_shift, report)
+    groups = _groups(report, split)
     figure, ax = _axes(ax, (5.4, 5.2))
-    shift, sigma = _shift(report), _sigma(report)
+    shift, sigma, size = shift_of(report), sigma_of(report), _size(report)
     status = report["status"].values
     moved = (status == Status.OK)[:, None]
     placed = shift if truth is None else np.where(moved | np.isnan(truth), shift, truth)
-    ax.axhline(0, color=_GREY, linewidth=0.6, zorder=0)
-    ax.axvline(0, color=_GREY, linewidth=0.6, zorder=0)
+    ax.axhline(0, color=GREY, linewidth=0.6, zorder=0)
+    ax.axvline(0, color=GREY, linewidth=0.6, zorder=0)
     if truth is not None:
         _circles(ax, truth[:, 0], truth[:, 1], label="truth")
-    for code, chosen in _by_status(status):
-        label = _status_label(code, chosen)
-        if code == Status.OK:
-            _points(ax, placed[chosen], sigma[chosen], f"{label}, with σ")
-        else:
-            ax.scatter(placed[chosen, 0], placed[chosen, 1], s=60, label=label, zorder=4, **_marker(code))
+    for code, chosen in by_status(status):
+        if code != Status.OK:
+            label = status_label(code, chosen)
+            look = {**_marker(code, size), "s": 60 * size**2, "label": label}
+            ax.scatter(placed[chosen, 0], placed[chosen, 1], zorder=4, **look)
+            continue
+        for (words, members), group in zip(groups, _GROUPS, strict=False):
+            drawn = chosen & members
+            label = f"{words} ({drawn.sum()}), with σ"
+            if split is not None and drawn.any():
+                x, y = np.median(placed[drawn], axis=0)
+                label = f"{words} ({drawn.sum()}), median {x:+.2f}, {y:+.2f}"
+                cross: dict[str, Any] = {"marker": "+", "markersize": 18, "markeredgewidth": 2.5}
+                ax.plot(x, y, **cross, linestyle="none", color=group["color"], zorder=5)
+            _points(ax, placed[drawn], sigma[drawn], label, size=size, **group)
     reach = 1.12 * max(float(np.abs(placed).max(initial=0.0)), 0.1)
     ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")  # y down, as in the image
     ax.set(xlabel="shift x, right (pixels)", ylabel="shift y, down (pixels)", title="Shift of each frame")
@@ -158,21 +179,21 @@ def shift_error(report: xr.Dataset, true_shift: Any, *, ax: Axes | None = None) 
         ValueError: it lacks a field, or ``true_shift`` has another shape.
 
     """
-    report = _check_report(report)
-    truth = _check_truth(true_shift, report)
+    report = check_report(report)
+    truth = check_truth(true_shift, report)
     if truth is None:
         raise ValueError(message("true_shift", "an array (T, 2)", None, "use shift_scatter without a truth"))
     figure, ax = _axes(ax, (5.4, 5.2))
-    sigma, status = _sigma(report), report["status"].values
-    error = _shift(report) - truth
+    sigma, status = sigma_of(report), report["status"].values
+    error = shift_of(report) - truth
     accepted = (status == Status.OK) & np.isfinite(error).all(1)
     radius = np.hypot(*error[accepted].T)
     reach = max(0.01, 1.15 * float((np.abs(error[accepted]) + sigma[accepted, None]).max(initial=0.0)))
     _rings(ax, reach)
-    _points(ax, error[accepted], sigma[accepted], f"found − true ± σ ({accepted.sum()})")
-    for code, chosen in _by_status(status):
+    _points(ax, error[accepted], sigma[accepted], f"found − true ± σ ({accepted.sum()})", size=_size(report))
+    for code, chosen in by_status(status):
         if code != Status.OK:
-            ax.scatter([], [], **_marker(code), s=50, label=_status_label(code, chosen))
+            ax.scatter([], [], **_marker(code), s=50, label=status_label(code, chosen))
     ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")
     median = f": median {np.median(radius):.4f} px" if len(radius) else ""
     ax.set(xlabel="error x (pixels)", ylabel="error y (pixels)", title=f"Error{median}")
@@ -198,14 +219,14 @@ def shifts_over_time(
         ValueError: it lacks a field, or ``true_shift`` has another shape.
 
     """
-    report = _check_report(report)
-    truth = _check_truth(true_shift, report)
+    report = check_report(report)
+    truth = check_truth(true_shift, report)
     figure, ax = _axes(ax, (9.0, 3.6))
-    time, is_date = _time(report)
-    shift, sigma, status = _shift(report), _sigma(report), report["status"].values
-    accepted = status == Status.OK
-    ax.axhline(0, color=_GREY, linewidth=0.6, zorder=0)
-    for axis, (name, colour, marker) in enumerate((("x, right", _BLUE, "o"), ("y, down", _ORANGE, "s"))):
+    time, is_date = time_of(report)
+    shift, sigma, status = shift_of(report), sigma_of(report), report["status"].values
+    accepted, size = status == Status.OK, _size(report)
+    ax.axhline(0, color=GREY, linewidth=0.6, zorder=0)
+    for axis, (name, colour, marker) in enumerate((("x, right", BLUE, "o"), ("y, down", ORANGE, "s"))):
         if truth is not None:
             _circles(ax, time, truth[:, axis], marker=marker, label="truth" if axis == 0 else "")
         ax.errorbar(
@@ -214,18 +235,27 @@ def shifts_over_time(
             yerr=sigma[accepted],
             linestyle="none",
             marker=marker,
-            markersize=4.5,
+            markersize=4.5 * size,
+            elinewidth=1.5 * size,
             color=colour,
             label=f"{name} ± σ",
             zorder=3,
         )
-    for code, chosen in _by_status(status):
+    for code, chosen in by_status(status):
         if code != Status.OK:
             along = ax.get_xaxis_transform()
-            ax.vlines(time[chosen], 0, 1, _STATUS_COLOUR[code], "dotted", transform=along, lw=0.8, alpha=0.6)
-            ax.scatter(
-                time[chosen], np.zeros(chosen.sum()), **_marker(code), s=50, label=_status_label(code, chosen)
+            ax.vlines(
+                time[chosen],
+                0,
+                1,
+                STATUS_COLOUR[code],
+                "dotted",
+                transform=along,
+                lw=0.8,
+                alpha=0.6 * size**2,
             )
+            look = {**_marker(code, size), "s": 50 * size**2, "label": status_label(code, chosen)}
+            ax.scatter(time[chosen], np.zeros(chosen.sum()), **look)
     if is_date and len(time):
         _date_axis(ax)
     ax.set(xlabel="" if is_date else "frame", ylabel="shift (pixels)", title="Shifts over time")
@@ -249,20 +279,21 @@ def score_gain(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFig
         ValueError: it lacks a field.
 
     """
-    report = _check_report(report)
+    report = check_report(report)
     figure, ax = _axes(ax, (5.4, 5.2))
     after, before = report["score"].values, report["score_before"].values
     status = report["status"].values
+    size = _size(report)
     order = np.argsort(np.fmax(after, before), kind="stable")
     rank = np.empty(len(order))
     rank[order] = np.arange(len(order))
-    for code, chosen in _by_status(status):
-        colour = _STATUS_COLOUR[code]
-        ax.hlines(rank[chosen], before[chosen], after[chosen], colour, linewidth=1.2, alpha=0.6)
-        ax.scatter(before[chosen], rank[chosen], facecolors="white", edgecolors=colour, s=22, zorder=3)
-        ax.scatter(
-            after[chosen], rank[chosen], **_marker(code), s=26, label=_status_label(code, chosen), zorder=4
-        )
+    for code, chosen in by_status(status):
+        colour = STATUS_COLOUR[code]
+        open_look: dict[str, Any] = {"facecolors": "white", "edgecolors": colour, "linewidths": size}
+        look = {**_marker(code, size), "s": 26 * size**2, "label": status_label(code, chosen)}
+        ax.hlines(rank[chosen], before[chosen], after[chosen], colour, linewidth=1.2 * size, alpha=0.6)
+        ax.scatter(before[chosen], rank[chosen], s=22 * size**2, zorder=3, **open_look)
+        ax.scatter(after[chosen], rank[chosen], zorder=4, **look)
     ax.set(xlabel="correlation, before (open) → after (filled)")
     ax.set(ylabel="frames, ordered by score", yticks=[], title="Score of each frame")
     _finish(ax)
@@ -278,11 +309,13 @@ def before_after(
     *,
     bands: Sequence[Hashable] | None = None,
     statistic: Statistic = "median",
+    frame: Label | None = None,
     report: xr.Dataset | None = None,
     stretch: tuple[float, float] = (1.0, 99.0),
     zoom: Zoom | None = None,
-) -> Figure:
-    """The temporal median or mean of the cube, before and after, whole and magnified.
+    ax: Sequence[Axes] | Array | None = None,
+) -> Figure | SubFigure:
+    """The temporal median or mean of the cube, or one frame, before and after, whole and magnified.
 
     A stack that is registered has a sharp median; one that is not, a blurred one. The gain is written in the
     title: the mean length of the gradient after, over that before, and with a report the mean correlation of
@@ -292,19 +325,23 @@ def before_after(
     Args:
         cube: what was aligned: time, y, x and maybe band, named as :func:`torchalign.align` finds them.
         aligned: what came back.
-        bands: three bands for red, green and blue (or one, for grey): positions, or labels. Default: the
+        bands: three bands for red, green and blue (or one, for grey): labels, or else positions. Default: the
             bands called B04, B03, B02 or red, green, blue; else positions (3, 2, 1), or the first.
         statistic: over time, of the pixels with data.
+        frame: one frame in the statistic's place: its label, or else its position.
         report: to leave flagged frames out of both pictures, so that the same frames are compared.
         stretch: percentiles of the picture after, band by band, that become black and white in both.
         zoom: (row, column, side) in pixels of the part to magnify; default: the most textured one.
+        ax: two axes to draw into, before and after, or four, with the magnified below; default: a new
+            figure of four.
 
     Returns:
-        The figure, of four axes.
+        The figure.
 
     Raises:
         TypeError: a cube is no DataArray.
-        ValueError: the cubes differ in shape; unknown dims, bands or statistic; stretch or zoom out of range.
+        ValueError: the cubes differ in shape; unknown dims, bands, frame or statistic; stretch or zoom out of
+            range; another number of axes.
 
     Example:
         >>> values = np.random.default_rng(0).random((3, 3, 20, 20))
@@ -314,10 +351,91 @@ def before_after(
         4
 
     """
-    figure = _new_figure(9.6, 9.9)
-    axes = figure.subplots(2, 2)
-    drawn = _draw_before_after(axes, cube, aligned, bands, statistic, report, stretch, zoom)
-    figure.suptitle(f"{statistic.capitalize()} over time ({drawn})", fontsize=13, color=_INK)
+    figure, axes = _several_axes(ax, (9.6, 9.9), (2, 2))
+    drawn = _draw_before_after(axes, cube, aligned, bands, statistic, frame, report, stretch, zoom)
+    if ax is None:
+        figure.suptitle(drawn, fontsize=13, color=INK)
+    return figure
+
+
+def temporal_profile(
+    cube: xr.DataArray,
+    aligned: xr.DataArray,
+    *,
+    row: int | None = None,
+    column: int | None = None,
+    bands: Sequence[Hashable] | None = None,
+    report: xr.Dataset | None = None,
+    equalize: bool = True,
+    stretch: tuple[float, float] = (1.0, 99.0),
+    ax: Sequence[Axes] | Array | None = None,
+) -> Figure | SubFigure:
+    """One row and one column of the cube along time, before and after: edges that wiggled run straight.
+
+    A row gives the x–t slice, time down; a column the y–t slice, time to the right; every frame is a stripe
+    of one width, whatever the days between. Only that row and column of the cubes are loaded, except to
+    choose one. The title has the mean correlation of the stripes with their median.
+
+    Args:
+        cube: what was aligned.
+        aligned: what came back.
+        row: of the x–t slice, from 0; negative: from the bottom.
+        column: of the y–t slice, from 0; negative: from the right. Default where neither is given: both,
+            those with most edges.
+        bands: as in :func:`before_after`.
+        report: to leave flagged frames out.
+        equalize: bring every stripe to the brightness and contrast of the median stripe, so that neither
+            season nor light hides the edges.
+        stretch: percentiles of the median stripe after that become black and white; what is brighter,
+            clouds, is compressed.
+        ax: two axes to draw into, before and after, for a row or a column, or four for both: the row's first;
+            default: a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: a cube is no DataArray; the row or column is no whole number.
+        ValueError: the cubes differ in shape; row or column outside; else as in :func:`before_after`.
+
+    Example:
+        >>> values = np.random.default_rng(0).random((5, 20, 30))
+        >>> cube = xr.DataArray(values, dims=("time", "y", "x"))
+        >>> before, after = temporal_profile(cube, cube, row=7).axes
+        >>> before.images[0].get_array().shape  # 5 dates, 30 columns, colours
+        (5, 30, 3)
+
+    """
+    cubes = (cube, aligned)
+    dims = [find_dims(each, name) for each, name in zip(cubes, ("cube", "aligned"), strict=True)]
+    shapes = [
+        tuple(each.sizes[d[role]] for role in ("time", "y", "x")) for each, d in zip(cubes, dims, strict=True)
+    ]
+    if shapes[0] != shapes[1]:
+        expected = f"the cube's frames, rows and columns {shapes[0]}"
+        raise ValueError(message("aligned", expected, shapes[1], "give the pair of one ta.align"))
+    count, height, width = shapes[0]
+    kept = status_of(report, count) == Status.OK
+    if not kept.any():  # better all than none
+        kept[:] = True
+    if row is None and column is None:
+        row, column = _busiest(over_time(load_frames(aligned, "aligned", bands).values[kept], "median"))
+    slices = []
+    for role, index, size in (("y", row, height), ("x", column, width)):
+        if index is not None:
+            number = _check_index("row" if role == "y" else "column", index, size)
+            slices.append((role, number))
+    figure, axes = _several_axes(ax, (10.4, 4.8 * len(slices)), (len(slices), 2))
+    if len(axes) != len(slices):
+        raise ValueError(
+            message("ax", f"{2 * len(slices)} axes", 2 * len(axes), "two for a row, two for a column")
+        )
+    for pair, (role, number) in zip(axes, slices, strict=True):
+        parts = [
+            load_frames(each.isel({d[role]: [number], d["time"]: kept}), name, bands)
+            for each, d, name in zip(cubes, dims, ("cube", "aligned"), strict=True)
+        ]
+        _draw_profile(pair, parts, role, number, stretch, equalize)
     return figure
 
 
@@ -354,8 +472,8 @@ def summary(
         ValueError: the same.
 
     """
-    report = _check_report(report)
-    truth = _check_truth(true_shift, report)
+    report = check_report(report)
+    truth = check_truth(true_shift, report)
     count = report["status"].size
     rows = max(1, -(-min(count, 2 * _STRIP) // _STRIP))
     figure = _new_figure(18.0, 9.9 + 1.6 * rows)
@@ -363,8 +481,8 @@ def summary(
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(9.0, 0.3 + 1.6 * rows))[:, 0]
     axes = top.subplot_mosaic("ABST;abtt", width_ratios=(1.12, 1.12, 1.0, 1.0))
     pictures = np.array([[axes["A"], axes["B"]], [axes["a"], axes["b"]]])
-    drawn = _draw_before_after(pictures, cube, aligned, bands, statistic, report, stretch, zoom)
-    axes["A"].set_title(f"{statistic.capitalize()} before ({drawn})", fontsize=11, color=_INK)
+    drawn = _draw_before_after(pictures, cube, aligned, bands, statistic, None, report, stretch, zoom)
+    axes["A"].set_title(f"Before: {drawn}", fontsize=11, color=INK)
     shift_scatter(report, true_shift=truth, ax=axes["S"])
     if truth is None:
         score_gain(report, ax=axes["T"])
@@ -376,7 +494,7 @@ def summary(
     title = (
         f"torchalign: {done} of {count} frames aligned, {count - done} flagged" if title is None else title
     )
-    figure.suptitle(title, fontsize=17, color=_INK, fontweight="bold")
+    figure.suptitle(title, fontsize=17, color=INK, fontweight="bold")
     return figure
 
 
@@ -385,67 +503,76 @@ def animate(
     aligned: xr.DataArray,
     path: str | os.PathLike[str],
     *,
+    along: Along = "time",
     report: xr.Dataset | None = None,
     bands: Sequence[Hashable] | None = None,
     stretch: tuple[float, float] = (1.0, 99.0),
     zoom: Zoom | None = None,
     frames_per_second: float = 3.0,
+    loop: int = 0,
     panel: int = 400,
 ) -> Path:
-    """Write a GIF: every frame before, beside the same frame after.
+    """Write a GIF, or an MP4 where ffmpeg is installed: the cube before, in motion beside the cube after.
 
     The file appears whole or not at all: it is written beside its place and then moved there.
 
     Args:
         cube: what was aligned.
         aligned: what came back.
-        path: of the GIF; an existing file is replaced, a missing folder is made.
-        report: to frame flagged frames in the colour of their status and to write it.
+        path: NAME.gif or NAME.mp4; an existing file is replaced, a missing folder is made.
+        along: ``"time"``, frame by frame; ``"y"``, the x–t slices of :func:`temporal_profile` from the top row
+            to the bottom; ``"x"``, the y–t slices from left to right.
+        report: to frame flagged frames in the colour of their status and to write it; slices leave them out.
         bands: as in :func:`before_after`.
         stretch: percentiles of the temporal median after, band by band, that become black and white; what is
             brighter, clouds, is compressed.
         zoom: (row, column, side) in pixels of the part to show; default: the whole frame.
         frames_per_second: of the animation.
-        panel: width of each half in the GIF's pixels; frames are magnified by a whole number to come near it.
+        loop: how many times a GIF runs; 0: for ever.
+        panel: width of each half in the file's pixels; frames are magnified by a whole number to come near it.
 
     Returns:
         The path.
 
     Raises:
         TypeError: a cube is no DataArray.
-        ValueError: as in :func:`before_after`; no frames; another suffix than .gif.
+        ValueError: as in :func:`before_after`; no frames; another suffix.
+        ImportError: an MP4 without ffmpeg.
 
     """
     path = Path(path)
-    if path.suffix.lower() != ".gif":
-        raise ValueError(message("path", "a name ending in .gif", path.name, "rename it"))
+    _animation.check_suffix(path)
+    check_option("along", along, Along)
     check_number("frames_per_second", frames_per_second, minimum=0.0, maximum=50.0, inclusive=False)
+    check_number("loop", loop, minimum=0, maximum=65535)
     check_number("panel", panel, minimum=16, maximum=4096)
-    before, after = _frames(cube, "cube", bands), _frames(aligned, "aligned", bands)
-    _check_same(before, after)
-    if not len(before.values):
+    before, after = load_frames(cube, "cube", bands), load_frames(aligned, "aligned", bands)
+    check_same(before, after)
+    if not before.values.size:
         raise ValueError(message("cube", "at least one frame", "none", "nothing to animate"))
-    status = _status_of(report, len(before.values))
+    status = status_of(report, len(before.values))
     pixels = [frames.values for frames in (before, after)]
     if zoom is not None:
-        pixels = [_crop(values, _check_zoom(zoom, values.shape[1:3])) for values in pixels]
-    good = after.values[status == Status.OK]
-    low, high = _limits(_over_time(good if len(good) else after.values, "median"), stretch)
-    scale = max(1, round(panel / pixels[0].shape[2]))
+        pixels = [crop(values, check_zoom(zoom, values.shape[1:3])) for values in pixels]
+    good = status == Status.OK if (status == Status.OK).any() else np.ones(len(status), bool)
+    low, high = limits(over_time(after.values[good], "median"), stretch)
+    labels = before.labels
+    if along != "time":
+        axis, word = (1, "row") if along == "y" else (2, "column")
+        slices = [_equalize(np.moveaxis(values[good], axis, 0)) for values in pixels]  # (N, T, W or H, 3)
+        pixels = slices if along == "y" else [values.swapaxes(1, 2) for values in slices]  # time to the right
+        start = 0 if zoom is None else zoom[axis - 1]
+        labels = [f"{word} {start + number}" for number in range(len(pixels[0]))]
+        status = np.zeros(len(labels), np.int64)
+    size = _panel_size(pixels[0].shape[1:3], panel, along)
     pictures = [
-        _gif_frame(
-            [_to_rgb(values[number], low, high, clouds=True) for values in pixels],
-            scale,
-            before.labels[number],
-            code,
+        _animation.compose(
+            [to_rgb(values[number], low, high, clouds=True) for values in pixels], size, labels[number], code
         )
         for number, code in enumerate(status)
     ]
-    _write_gif(pictures, path, round(1000 / frames_per_second))
+    _animation.write(pictures, path, frames_per_second, int(loop))
     return path
-
-
-_STRIP = 16  # thumbnails in a row of the summary
 
 
 def _draw_before_after(
@@ -454,41 +581,136 @@ def _draw_before_after(
     aligned: xr.DataArray,
     bands: Sequence[Hashable] | None,
     statistic: Statistic,
+    frame: Label | None,
     report: xr.Dataset | None,
     stretch: tuple[float, float],
     zoom: Zoom | None,
 ) -> str:
-    """Into axes (2, 2): whole above, magnified below; returns what was shown, in words."""
+    """Into axes (1 or 2, 2): whole above, magnified below; returns what was shown, in words."""
     check_option("statistic", statistic, Statistic)
-    before, after = _frames(cube, "cube", bands), _frames(aligned, "aligned", bands)
-    _check_same(before, after)
-    kept = _status_of(report, len(before.values)) == Status.OK
-    if not kept.any():  # better all than none
-        kept[:] = True
-    pictures = [_over_time(frames.values[kept], statistic) for frames in (before, after)]
-    low, high = _limits(pictures[1], stretch)
-    height, width = pictures[1].shape[:2]
-    zoom = _find_zoom(pictures[1]) if zoom is None else _check_zoom(zoom, (height, width))
-    sharpness = [_sharpness(picture) for picture in pictures]
-    gains = [f"gradients × {sharpness[1] / sharpness[0]:.2f}"] if sharpness[0] > 0 else []
-    if report is not None:
-        scores = (float(report[field].values[kept].mean()) for field in ("score_before", "score"))
-        gains.insert(0, "correlation {:.2f} → {:.2f}".format(*scores))
-    row, column, side = zoom
-    titles = ("Before", ": ".join(filter(None, ("After", ", ".join(gains)))))
-    for number, (picture, name) in enumerate(zip(pictures, titles, strict=True)):
-        rgb = _to_rgb(picture, low, high)
-        whole, part = axes[0, number], axes[1, number]
+    pair = compare(cube, aligned, bands, statistic, frame, report, stretch, zoom)
+    row, column, side = pair.zoom
+    titles = ("Before", ": ".join(filter(None, ("After", ", ".join(pair.gains)))))
+    for number, (rgb, name) in enumerate(zip(pair.pictures, titles, strict=True)):
+        whole = axes[0, number]
         whole.imshow(rgb, interpolation="nearest")
-        part.imshow(_crop(rgb, zoom), interpolation="nearest")
+        whole.set_title(name, fontsize=11, color=INK)
+        whole.set(xticks=[], yticks=[])
+        if len(axes) == 1:
+            continue
+        part = axes[1, number]
         whole.add_patch(_square(column - 0.5, row - 0.5, side))
-        whole.set_title(name, fontsize=11, color=_INK)
-        for ax in (whole, part):
-            ax.set(xticks=[], yticks=[])
+        part.imshow(crop(rgb, pair.zoom), interpolation="nearest")
+        part.set(xticks=[], yticks=[])
         for spine in part.spines.values():
-            spine.set(edgecolor=_ORANGE, linewidth=2.0)
-    axes[1, 0].set_xlabel(f"{side} × {side} pixels, magnified", fontsize=9)
-    return f"{int(kept.sum())} frames, {before.bands}"
+            spine.set(edgecolor=ORANGE, linewidth=2.0)
+    if len(axes) == 2:
+        axes[1, 0].set_xlabel(f"{side} × {side} pixels, magnified", fontsize=9)
+    return pair.words
+
+
+def _draw_profile(
+    axes: Array,
+    parts: Sequence[Frames],
+    role: str,
+    number: int,
+    stretch: tuple[float, float],
+    equalize: bool,
+) -> None:
+    """Into two axes: the stripes of one row (role "y") or column ("x") along time, before and after."""
+    # (T, 1, W, 3) or (T, H, 1, 3) → (T, N, 3)
+    stripes = [part.values[:, 0] if role == "y" else part.values[:, :, 0] for part in parts]
+    low, high = limits(over_time(stripes[1][:, None], "median"), stretch)
+    title = f"x–t slice of row {number}" if role == "y" else f"y–t slice of column {number}"
+    for ax, values, name in zip(axes, stripes, ("before", "after"), strict=True):
+        rgb = to_rgb(_equalize(values) if equalize else values, low, high, clouds=True)
+        rgb = rgb if role == "y" else rgb.swapaxes(0, 1)  # time down; or time to the right, y down
+        ax.imshow(rgb, interpolation="nearest", aspect="auto")
+        agreement = _agreement(values)
+        words = "" if agreement is None else f", correlation with the median {agreement:.3f}"
+        ax.set_title(f"{title}, {name}{words}", fontsize=10, color=INK)
+        labels = parts[0].labels
+        ticks = np.unique(np.linspace(0, max(len(labels) - 1, 0), min(len(labels), 7)).round())
+        named = [labels[int(tick)] for tick in ticks]
+        if role == "y":
+            ax.set(xlabel="x (pixels)", yticks=ticks, yticklabels=named)
+        else:
+            ax.set(ylabel="y (pixels)", xticks=ticks, xticklabels=named)
+            ax.tick_params("x", rotation=20)
+        ax.tick_params(labelsize=8)
+
+
+def _busiest(picture: Array) -> tuple[int, int]:
+    """(H, W, 3) → the row with most edges along x, the column with most along y."""
+    grey = np.nan_to_num(picture.mean(-1))
+    # the root: many edges before one strong edge
+    rows, columns = (np.sqrt(np.abs(np.diff(grey, axis=axis))).sum(axis) for axis in (1, 0))
+    return int(rows.argmax()), int(columns.argmax())
+
+
+def _equalize(stripes: Array) -> Array:
+    """Stripes (..., T, N, 3), each with the mean and spread, over N, of the median stripe."""
+    blank = ~np.isfinite(stripes).any(-2, keepdims=True)
+    filled = np.where(blank, 0.0, stripes)  # else NumPy warns of empty slices
+    mean, spread = np.nanmean(filled, -2, keepdims=True), np.nanstd(filled, -2, keepdims=True)
+    middle, width = (np.median(each, axis=-3, keepdims=True) for each in (mean, spread))
+    flat = spread <= 1e-6 * np.abs(mean)
+    return (stripes - mean) * np.where(flat, 1.0, width / np.where(flat, 1.0, spread)) + middle
+
+
+def _agreement(stripes: Array) -> float | None:
+    """Mean correlation of each stripe (T, N, 3) with the median stripe; None where there is no contrast."""
+    grey = stripes.mean(-1).astype(np.float64)
+    seen = np.isfinite(grey).all(0)
+    if len(grey) < 3 or seen.sum() < 8:
+        return None
+    centred = grey[:, seen] - grey[:, seen].mean(1, keepdims=True)
+    median = np.median(grey[:, seen], 0)
+    median -= median.mean()
+    length = np.linalg.norm(centred, axis=1) * np.linalg.norm(median)
+    flat = length <= 1e-12 * max(1.0, float(np.abs(grey[:, seen]).max()) ** 2)
+    return None if flat.all() else float((centred @ median)[~flat].dot(1 / length[~flat]) / (~flat).sum())
+
+
+def _panel_size(shape: tuple[int, ...], panel: int, along: Along) -> tuple[int, int]:
+    """(height, width) of a panel in the file; the time axis of a slice is stretched to look at, not to scale."""
+    height, width = shape
+    scale = max(1, round(panel / width))
+    if along == "y":
+        return height * max(1, round(0.75 * panel / height)), width * scale
+    if along == "x":
+        return height * max(1, round(panel / height)), width * scale
+    return height * scale, width * scale
+
+
+def _check_index(name: str, index: object, size: int) -> int:
+    """A whole number within ± size, from 0."""
+    expected, cure = f"a whole number in [{-size}, {size})", "choose one inside the frame"
+    if isinstance(index, bool) or not hasattr(index, "__index__"):
+        raise TypeError(message(name, expected, repr(index), cure))
+    number = operator.index(index)
+    if not -size <= number < size:
+        raise ValueError(message(name, expected, number, cure))
+    return number % size
+
+
+def _groups(report: xr.Dataset, split: Any) -> list[tuple[str, Array]]:
+    """Frames up to ``split`` and after it, as words and masks; without one all frames, in one group."""
+    count = report["status"].size
+    if split is None:
+        return [("OK", np.ones(count, bool))]
+    dim = report["status"].dims[0]
+    times = report[dim].values if dim in report.coords else np.arange(count)
+    try:
+        if times.dtype.kind == "M":
+            moment: Any = np.datetime64(split)
+            after = times.astype(moment.dtype) > moment  # at its resolution: a day is up to its end
+        else:
+            after = times > times.dtype.type(split)
+    except (TypeError, ValueError) as error:
+        expected = f"an entry to compare with {dim!r}, as {times[0] if count else 'a date'}"
+        raise ValueError(message("split", expected, repr(split), "write a date as 2022-01-25")) from error
+    return [(f"to {split}", ~after), (f"after {split}", after)]
 
 
 def _draw_frames(
@@ -499,13 +721,13 @@ def _draw_frames(
     stretch: tuple[float, float],
 ) -> None:
     """Thumbnails of frames from first to last, each in the colour of its status."""
-    frames = _frames(cube, "cube", bands)
-    status = _status_of(report, len(frames.values))
+    frames = load_frames(cube, "cube", bands)
+    status = status_of(report, len(frames.values))
     shown = min(len(status), 2 * _STRIP)
     columns = min(max(shown, 1), _STRIP)
     grid = figure.subplots(max(1, -(-shown // columns)), columns, squeeze=False)
     good = frames.values[status == Status.OK]
-    low, high = _limits(_over_time(good if len(good) else frames.values, "median"), stretch)
+    low, high = limits(over_time(good if len(good) else frames.values, "median"), stretch)
     chosen = np.linspace(0, len(status) - 1, shown).round().astype(int)
     for place, ax in enumerate(grid.ravel()):
         ax.set(xticks=[], yticks=[])
@@ -514,274 +736,15 @@ def _draw_frames(
             continue
         number = chosen[place]
         code = Status(status[number])
-        ax.imshow(_to_rgb(frames.values[number], low, high, clouds=True))
+        ax.imshow(to_rgb(frames.values[number], low, high, clouds=True))
         for spine in ax.spines.values():
-            spine.set(edgecolor=_STATUS_COLOUR[code], linewidth=1.2 if code == Status.OK else 4.0)
-        ax.set_title(frames.labels[number][:10], fontsize=8, color=_INK, pad=3)
+            spine.set(edgecolor=STATUS_COLOUR[code], linewidth=1.2 if code == Status.OK else 4.0)
+        ax.set_title(frames.labels[number][:10], fontsize=8, color=INK, pad=3)
         words = f"{report['sigma'].values[number]:.3f} px" if code == Status.OK else code.name
-        colour, weight = (_INK, "normal") if code == Status.OK else (_dark(code), "bold")
+        colour, weight = (INK, "normal") if code == Status.OK else (dark(code), "bold")
         ax.set_xlabel(words, fontsize=8, color=colour, fontweight=weight, labelpad=3)
     which = f"{shown} of {len(status)} frames as they" if shown < len(status) else "Every frame as it"
     figure.suptitle(f"{which} came, with its σ or the reason why it was left", fontsize=11)
-
-
-def _gif_frame(panels: list[Array], scale: int, label: str, code: int) -> Image.Image:
-    """Two panels (h, w, 3) in 0 … 1 beside each other, under a line of text."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    gap, head, edge = 6, 26, 3
-    height, width = (scale * length for length in panels[0].shape[:2])
-    picture = Image.new("RGB", (2 * width + gap, height + head), "white")
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(14)
-    for number, (panel, name) in enumerate(zip(panels, ("before", "after"), strict=True)):
-        left = number * (width + gap)
-        image = Image.fromarray((panel * 255).round().astype(np.uint8))
-        picture.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, head))
-        draw.text((left + 4, 4), f"{name}  {label}" if number == 0 else name, fill=_INK, font=font)
-    if code != Status.OK:
-        status = Status(code)
-        left = width + gap
-        draw.text((left + 60, 4), f"not moved: {status.name}", fill=_dark(status), font=font)
-        draw.rectangle(
-            (left, head, left + width - 1, head + height - 1), outline=_STATUS_COLOUR[status], width=edge
-        )
-    return picture
-
-
-def _write_gif(pictures: list[Image.Image], path: Path, milliseconds: int) -> None:
-    from PIL import Image
-
-    # one palette for all, so that colours do not flicker: from a montage of some of the frames
-    chosen = pictures[:: max(1, len(pictures) // 8)]
-    montage = Image.new("RGB", (chosen[0].width, chosen[0].height * len(chosen)))
-    for number, picture in enumerate(chosen):
-        montage.paste(picture, (0, number * picture.height))
-    palette = montage.quantize(255, method=Image.Quantize.MEDIANCUT)
-    colours = (palette.getpalette() or [])[: 3 * 255]
-    palette.putpalette([*colours, *[255] * (3 * 256 - len(colours))])  # the last colour is white
-    coded = []
-    for picture in pictures:
-        numbers = np.array(picture.quantize(palette=palette, dither=Image.Dither.NONE))
-        numbers[(np.asarray(picture) == 255).all(-1)] = 255  # Pillow's nearest is a little off: grey paper
-        image = Image.fromarray(numbers)
-        image.putpalette(palette.getpalette() or [])
-        coded.append(image)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"duration": milliseconds, "loop": 0, "optimize": False}
-    # a folder of its own, and not a temporary file, which only its owner could read
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as workshop:
-        written = Path(workshop) / path.name
-        with written.open("wb") as file:
-            coded[0].save(file, format="GIF", save_all=True, append_images=coded[1:], **options)
-        os.replace(written, path)
-
-
-# --- the cube as pictures ---
-
-
-def _frames(cube: object, name: str, bands: Sequence[Hashable] | None) -> _Frames:
-    """The display bands, in memory; three of them, or one three times."""
-    if not isinstance(cube, xr.DataArray):
-        cure = "give what ta.align took and returned"
-        raise TypeError(message(name, "an xarray.DataArray", type(cube).__name__, cure))
-    dims = _find_dims(cube.dims, dict.fromkeys(("time", "band", "y", "x")))
-    chosen, words = cube, "one band"
-    if "band" in dims:
-        numbers = _find_bands(cube, dims["band"], bands)
-        chosen = cube.isel({dims["band"]: numbers})
-        labelled = dims["band"] in cube.coords
-        words = "bands " + ", ".join(map(str, chosen[dims["band"]].values if labelled else numbers))
-    order = [dims[role] for role in ("time", "y", "x", "band") if role in dims]
-    raw = chosen.transpose(*order).to_numpy()
-    values = raw.astype(np.float32)
-    values[np.isin(raw, _find_nodata(cube)) | ~np.isfinite(values)] = np.nan
-    values = values if "band" in dims else values[..., None]
-    if values.shape[-1] == 1:
-        values = values.repeat(3, -1)
-    return _Frames(values, _time_labels(cube, dims["time"]), words)
-
-
-def _find_bands(cube: xr.DataArray, dim: Hashable, bands: Sequence[Hashable] | None) -> list[int]:
-    """Positions of the bands to display."""
-    labels = cube[dim].values.tolist() if dim in cube.coords else []
-    count = cube.sizes[dim]
-    if bands is None:
-        lower = [str(label).lower() for label in labels]
-        for names in _RGB_NAMES:
-            if all(name.lower() in lower for name in names):
-                return [lower.index(name.lower()) for name in names]
-        if count > max(_RGB_BANDS):
-            return list(_RGB_BANDS)
-        return [0, 1, 2] if count == 3 else [0]
-    chosen = []
-    for band in bands:
-        if band in labels:
-            chosen.append(labels.index(band))
-        elif isinstance(band, (int, np.integer)) and 0 <= band < count:
-            chosen.append(int(band))
-        else:
-            expected = f"positions below {count}" + (f" or labels of {labels}" if labels else "")
-            raise ValueError(message("bands", expected, repr(band), "name one or three bands that exist"))
-    if len(chosen) not in (1, 3):
-        cure = "name the bands for red, green and blue"
-        raise ValueError(message("bands", "one or three bands", repr(bands), cure))
-    return chosen
-
-
-def _time_labels(cube: xr.DataArray, dim: Hashable) -> list[str]:
-    if dim not in cube.coords:
-        return [str(number) for number in range(cube.sizes[dim])]
-    values = cube[dim].values
-    if values.dtype.kind == "M":
-        days = np.datetime_as_string(values, unit="D").tolist()
-        # two frames of one day are told apart by the hour
-        return days if len(set(days)) == len(days) else np.datetime_as_string(values, unit="m").tolist()
-    return [str(value) for value in values.tolist()]
-
-
-def _over_time(values: Array, statistic: Statistic) -> Array:
-    """(T, H, W, 3) → (H, W, 3), NaN where there never was data."""
-    seen = np.isfinite(values)
-    filled = np.where(seen.any(0), values, 0.0)  # else NumPy warns of empty slices
-    picture = np.nanmedian(filled, 0) if statistic == "median" else np.nanmean(filled, 0)
-    return np.where(seen.any(0), picture, np.nan)
-
-
-def _limits(values: Array, stretch: tuple[float, float]) -> tuple[Array, Array]:
-    """Black and white of each of the three bands."""
-    if len(stretch) != 2 or not 0 <= stretch[0] < stretch[1] <= 100:
-        cure = "give two percentiles, the smaller first"
-        raise ValueError(message("stretch", "(low, high) in 0 … 100", stretch, cure))
-    pixels = values.reshape(-1, 3)
-    pixels = pixels[:: max(1, len(pixels) // 1_000_000)]  # a percentile needs no more
-    pixels = pixels[np.isfinite(pixels).all(1)]
-    if not len(pixels):
-        return np.zeros(3, np.float32), np.ones(3, np.float32)
-    low, high = np.percentile(pixels, stretch, axis=0).astype(np.float32)
-    return low, np.where(high > low, high, low + 1)
-
-
-def _to_rgb(values: Array, low: Array, high: Array, *, clouds: bool = False) -> Array:
-    """Reflectance to 0 … 1, no data dark grey; with clouds, the bright is compressed instead of cut."""
-    if clouds:
-        low = low - _SHADE * (high - low)
-    linear = (values - low) / (high - low)
-    excess = np.maximum(linear - _KNEE, 0)
-    rgb = np.minimum(linear, _KNEE) + (1 - _KNEE) * excess / (excess + 1) if clouds else linear
-    return np.where(np.isfinite(values), np.clip(rgb, 0, 1), _NODATA_GREY).astype(np.float32)
-
-
-def _gradient_length(picture: Array) -> Array:
-    """(H, W, 3) → (H, W), NaN beside missing pixels."""
-    grey = np.asarray(picture.mean(-1), np.float64)
-    if min(grey.shape) < 2:
-        return np.zeros_like(grey)
-    return np.hypot(*np.gradient(grey))
-
-
-def _sharpness(picture: Array) -> float:
-    length = _gradient_length(picture)
-    return float(np.nanmean(length)) if np.isfinite(length).any() else 0.0
-
-
-def _find_zoom(picture: Array) -> Zoom:
-    """The most textured square of about a quarter of the frame's shorter side."""
-    height, width = picture.shape[:2]
-    side = max(1, min(height, width, max(16, min(height, width) // 4)))
-    energy = np.nan_to_num(_gradient_length(picture)) ** 0.5  # the root: many edges before one strong edge
-    total = np.pad(energy, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
-    inside = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
-    row, column = np.unravel_index(inside.argmax(), inside.shape)
-    return int(row), int(column), side
-
-
-def _check_zoom(zoom: Zoom, size: tuple[int, ...]) -> Zoom:
-    if len(zoom) == 3:
-        row, column, side = zoom
-        if side >= 1 and 0 <= row <= size[0] - side and 0 <= column <= size[1] - side:
-            return int(row), int(column), int(side)
-    cure = "keep the square inside the frame"
-    raise ValueError(message("zoom", f"(row, column, side) within {size[0]} × {size[1]} pixels", zoom, cure))
-
-
-def _crop(values: Array, zoom: Zoom) -> Array:
-    row, column, side = zoom
-    return values[..., row : row + side, column : column + side, :]
-
-
-# --- the report as numbers ---
-
-
-def _check_report(report: object) -> xr.Dataset:
-    if not isinstance(report, xr.Dataset):
-        cure = "give the second thing that ta.align returns"
-        raise TypeError(message("report", "an xarray.Dataset", type(report).__name__, cure))
-    fields = ("shift_x", "shift_y", "score", "score_before", "sigma", "status")
-    missing = [name for name in fields if name not in report]
-    if missing:
-        cure = "give the report of ta.align with all its fields"
-        raise ValueError(message("report", f"the fields {', '.join(fields)}", f"none of {missing}", cure))
-    return report
-
-
-def _check_truth(true_shift: Any, report: xr.Dataset) -> Array | None:
-    if true_shift is None:
-        return None
-    truth = np.asarray(true_shift, dtype=np.float64)
-    expected = (report["status"].size, 2)
-    if truth.shape != expected:
-        cure = "one row (x, y) a frame, in pixels"
-        raise ValueError(message("true_shift", f"shape {expected}", truth.shape, cure))
-    return truth
-
-
-def _check_same(before: _Frames, after: _Frames) -> None:
-    if before.values.shape != after.values.shape:
-        expected = f"the cube's frames, rows and columns {before.values.shape[:3]}"
-        raise ValueError(
-            message("aligned", expected, after.values.shape[:3], "give the pair of one ta.align")
-        )
-
-
-def _status_of(report: xr.Dataset | None, count: int) -> Array:
-    if report is None:
-        return np.zeros(count, np.int64)
-    status = _check_report(report)["status"].values.astype(np.int64)
-    if len(status) != count:
-        raise ValueError(
-            message("report", f"{count} frames as the cube", len(status), "give the report of this cube")
-        )
-    return np.asarray(status)
-
-
-def _shift(report: xr.Dataset) -> Array:
-    """(T, 2), x and y in pixels."""
-    return np.stack([report["shift_x"].values, report["shift_y"].values], -1).astype(np.float64)
-
-
-def _sigma(report: xr.Dataset) -> Array:
-    """(T,), 0 where nothing can be said: no bar is drawn then."""
-    sigma = report["sigma"].values
-    return np.where(np.isfinite(sigma), sigma, 0.0)
-
-
-def _time(report: xr.Dataset) -> tuple[Array, bool]:
-    """Positions along a time axis, and whether they are dates."""
-    dim = report["status"].dims[0]
-    values = report[dim].values if dim in report.coords else np.arange(report["status"].size)
-    if values.dtype.kind == "M":
-        return values.astype("datetime64[ms]").astype(object), True
-    return (values if values.dtype.kind in "iuf" else np.arange(len(values))), False
-
-
-def _by_status(status: Array) -> list[tuple[Status, Array]]:
-    """Each status that occurs, OK first, with its frames as a mask."""
-    return [(code, status == code) for code in Status if (status == code).any()]
-
-
-def _status_label(code: Status, chosen: Array) -> str:
-    return f"{code.name} ({int(chosen.sum())})"
 
 
 # --- style ---
@@ -814,21 +777,45 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure | SubFigur
     return ax.figure, ax
 
 
-def _marker(code: Status) -> dict[str, Any]:
+def _several_axes(
+    ax: Sequence[Axes] | Array | None, size: tuple[float, float], shape: tuple[int, int]
+) -> tuple[Figure | SubFigure, Array]:
+    """New axes of that shape, or those given as (n, 2); pairs are before and after."""
+    if ax is None:
+        figure = _new_figure(*size)
+        return figure, figure.subplots(*shape, squeeze=False)
+    axes = np.array(ax, dtype=object).ravel()
+    if len(axes) not in (2, 4):
+        cure = "give before and after side by side, as figure.subplots(2, 2)"
+        raise ValueError(message("ax", "two or four axes", len(axes), cure))
+    return axes[0].figure, axes.reshape(-1, 2)
+
+
+def _size(report: xr.Dataset) -> float:
+    """Of markers and lines: smaller where there are many frames, so that they do not hide each other."""
+    return float(np.clip(np.sqrt(150 / max(report["status"].size, 1)), 0.45, 1.0))
+
+
+def _marker(code: Status, size: float = 1.0) -> dict[str, Any]:
     return {
-        "marker": _STATUS_MARKER[code],
-        "color": _STATUS_COLOUR[code],
-        "edgecolors": _INK,
-        "linewidths": 0.5,
+        "marker": STATUS_MARKER[code],
+        "color": STATUS_COLOUR[code],
+        "edgecolors": INK,
+        "linewidths": 0.5 * size**2,
     }
 
 
-def _dark(code: Status) -> str:
-    """The status' colour as text: the yellow is unreadable on white."""
-    return "#8A7F00" if code == Status.TOO_FEW_MATCHES else _STATUS_COLOUR[code]
-
-
-def _points(ax: Axes, points: Array, sigma: Array, label: str) -> None:
+def _points(
+    ax: Axes,
+    points: Array,
+    sigma: Array,
+    label: str,
+    *,
+    size: float = 1.0,
+    marker: str = "o",
+    color: str = BLUE,
+    ecolor: str = SKY,
+) -> None:
     """(n, 2) with bars of 1 σ in both axes."""
     ax.errorbar(
         points[:, 0],
@@ -836,11 +823,11 @@ def _points(ax: Axes, points: Array, sigma: Array, label: str) -> None:
         xerr=sigma,
         yerr=sigma,
         linestyle="none",
-        marker="o",
-        markersize=4.5,
-        elinewidth=1.0,
-        color=_BLUE,
-        ecolor=_SKY,
+        marker=marker,
+        markersize=4.5 * size,
+        elinewidth=size,
+        color=color,
+        ecolor=ecolor,
         label=label,
         zorder=3,
     )
@@ -848,7 +835,7 @@ def _points(ax: Axes, points: Array, sigma: Array, label: str) -> None:
 
 def _circles(ax: Axes, x: Array, y: Array, *, marker: str = "o", label: str = "") -> None:
     """The truth: open, so that what was found is seen inside."""
-    look: dict[str, Any] = {"facecolors": "none", "edgecolors": _INK, "linewidths": 0.8, "s": 100}
+    look: dict[str, Any] = {"facecolors": "none", "edgecolors": INK, "linewidths": 0.8, "s": 100}
     ax.scatter(x, y, marker=marker, label=label or None, zorder=2, **look)
 
 
@@ -861,19 +848,19 @@ def _rings(ax: Axes, reach: float) -> None:
     for number in range(1, int(reach / step * 1.42) + 1):
         radius = number * step
         ax.add_patch(
-            Circle((0, 0), radius, fill=False, edgecolor=_GREY, linewidth=0.6, linestyle="--", zorder=1)
+            Circle((0, 0), radius, fill=False, edgecolor=GREY, linewidth=0.6, linestyle="--", zorder=1)
         )
         if radius < reach:
             ax.annotate(
                 f"{radius:.3g} px", (0, -radius), color="#666666", fontsize=7, ha="center", va="bottom"
             )
-    ax.plot(0, 0, marker="+", color=_INK, markersize=9, zorder=2)
+    ax.plot(0, 0, marker="+", color=INK, markersize=9, zorder=2)
 
 
 def _square(left: float, top: float, side: int) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((left, top), side, side, fill=False, edgecolor=_ORANGE, linewidth=2.0)
+    return Rectangle((left, top), side, side, fill=False, edgecolor=ORANGE, linewidth=2.0)
 
 
 def _date_axis(ax: Axes) -> None:
@@ -885,7 +872,7 @@ def _date_axis(ax: Axes) -> None:
 
 
 def _finish(ax: Axes, *, columns: int = 1) -> None:
-    ax.title.set(fontsize=11, color=_INK)
+    ax.title.set(fontsize=11, color=INK)
     ax.grid(True, color="#E6E6E6", linewidth=0.6, zorder=0)
     ax.set_axisbelow(True)
     for side in ("top", "right"):

@@ -1,0 +1,357 @@
+"""What the command line reads: cubes in netCDF, Zarr and GeoTIFFs, with the masks and references beside them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from torchalign._check import message
+from torchalign._files import is_store
+from torchalign._labelled import Array, find_dims
+
+__all__ = [
+    "CUBES",
+    "Source",
+    "band_labels",
+    "cube_dims",
+    "is_raster",
+    "open_mask",
+    "open_reference",
+    "open_source",
+    "portable",
+    "portable_attributes",
+]
+
+CUBES = (".nc", ".nc4", ".zarr")  # names of outputs that are one cube
+_NETCDF = (".nc", ".nc4", ".netcdf", ".h5")
+_RASTERS = (".tif", ".tiff")
+_LAZY_BYTES = 2**30  # a cube above this is not taken into memory whole
+_PORTABLE = {
+    *("dtype", "_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned"),
+    *("units", "calendar", "grid_mapping", "coordinates"),
+}
+_COMPRESSION = {"zlib", "complevel", "shuffle", "compression", "compression_opts"}  # from netCDF to netCDF
+
+
+class Source(NamedTuple):
+    """A cube, lazily opened, and what was beside it.
+
+    Attributes:
+        cube: the variable to align.
+        others: of the same file; empty for GeoTIFFs.
+        attributes: of the whole file.
+
+    """
+
+    cube: xr.DataArray
+    others: Mapping[str, xr.DataArray]
+    attributes: Mapping[str, Any]
+
+
+def is_raster(path: Path) -> bool:
+    """A GeoTIFF, or a folder that is no Zarr store."""
+    return (path.is_dir() and not _is_zarr(path)) or path.suffix.lower() in _RASTERS
+
+
+@contextmanager
+def open_source(
+    paths: Sequence[Path],
+    *,
+    variable: str | None = None,
+    bands: str | None = None,
+    pattern: str = "*.tif*",
+    lazy: bool | None = None,
+    skip_bad: bool = False,
+    skip: str | None = None,
+) -> Iterator[Source]:
+    """The cube in a netCDF file, a Zarr store, a folder of GeoTIFFs or a list of them.
+
+    Args:
+        paths: one file, store or folder; or GeoTIFFs.
+        variable: its name; default: the only one with time, y, x and maybe band.
+        bands: labels or positions, separated by commas.
+        pattern: of names in a folder of GeoTIFFs.
+        lazy: dask's chunks along time, or not; default: above 1 GiB, where dask is installed.
+        skip_bad: leave files out that do not fit the others.
+        skip: a variable that is not the one, for it is the mask.
+
+    Raises:
+        ValueError: nothing there, or nothing that can be read; several variables; unknown bands.
+        ImportError: no reader for it is installed.
+
+    """
+    for path in paths:
+        if not path.exists():
+            expected = "a folder of GeoTIFFs, GeoTIFFs, a netCDF file or a Zarr store"
+            raise ValueError(message("SRC", expected, f"{path}, which is not there", "check the path"))
+    if all(is_raster(path) for path in paths):
+        with _translated(paths):
+            cube = _open_stack(paths, bands, pattern, lazy, skip_bad)
+        yield Source(cube, {}, {})
+        return
+    if len(paths) > 1:
+        got = ", ".join(path.name for path in paths[:4])
+        raise ValueError(message("SRC", "one cube, or GeoTIFFs", got, "give one of them"))
+    with _open_dataset(paths[0]) as dataset:
+        cube = _find_variable(dataset, variable, paths[0], skip)
+        cube = cube if bands is None else _select_bands(cube, bands)
+        if lazy or (lazy is None and cube.nbytes > _LAZY_BYTES and find_spec("dask") is not None):
+            cube = _chunked(cube)
+        others = {str(name): dataset[name] for name in dataset.data_vars if name != cube.name}
+        yield Source(cube, others, dataset.attrs)
+
+
+def cube_dims(cube: xr.DataArray) -> dict[str, Any]:
+    """Role → name of the dim."""
+    return find_dims(cube.dims, dict.fromkeys(("time", "band", "y", "x")))
+
+
+def band_labels(cube: xr.DataArray) -> tuple[list[str], int]:
+    """The labels, none where there are none, and the number of the bands."""
+    band = cube_dims(cube).get("band")
+    if band is None:
+        return [], 1
+    return [str(label) for label in cube[band].values] if band in cube.coords else [], cube.sizes[band]
+
+
+# --- GeoTIFFs ---
+
+
+def _open_stack(
+    paths: Sequence[Path],
+    bands: str | None,
+    pattern: str,
+    lazy: bool | None,
+    skip_bad: bool,
+    *,
+    keep_empty: bool = False,
+) -> xr.DataArray:
+    from torchalign.io import open_stack
+
+    folders = [path for path in paths if path.is_dir()]
+    if folders and len(paths) > 1:
+        got = f"{folders[0]} beside {len(paths) - 1} more"
+        raise ValueError(
+            message("SRC", "one folder, or files", got, "give the files, as the shell lists them")
+        )
+    source: Any = folders[0] if folders else list(paths)
+    chosen = None if bands is None else [int(b) if b.isdecimal() else b for b in _split(bands)]
+    options: dict[str, Any] = {"pattern": pattern, "bands": chosen, "errors": "skip" if skip_bad else "raise"}
+    if lazy is None and find_spec("dask") is not None:
+        lazy = open_stack(source, chunks="auto", **options).nbytes > _LAZY_BYTES
+    return open_stack(source, chunks="auto" if lazy else None, keep_empty=keep_empty, **options)
+
+
+@contextmanager
+def _translated(paths: Sequence[Path]) -> Iterator[None]:
+    """Python's options as those of the command line."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        words = str(error)
+        for python, shell in (
+            ('pass errors="skip" to leave them out', "add --skip-bad to leave them out"),
+            (
+                ", pattern= or a list to choose others, or time= to tell dates",
+                ", or choose others with --pattern",
+            ),
+            ("give pattern=", "give --pattern"),
+        ):
+            words = words.replace(python, shell)
+        raise ValueError(words) from error
+
+
+# --- netCDF and Zarr ---
+
+
+def _is_zarr(path: Path) -> bool:
+    return path.suffix.lower() == ".zarr" or is_store(path)
+
+
+@contextmanager
+def _open_dataset(path: Path) -> Iterator[xr.Dataset]:
+    options: dict[str, Any] = {"decode_coords": "all"}  # grid mappings (the CRS) travel with the cube
+    if _is_zarr(path):
+        options |= {"engine": "zarr", "chunks": None}
+    elif path.suffix.lower() not in _NETCDF:
+        kind = f"a {path.suffix or 'nameless'} file"
+        expected = f"a folder of GeoTIFFs, GeoTIFFs, a netCDF file ({', '.join(_NETCDF)}) or a Zarr store"
+        raise ValueError(message("SRC", expected, kind, "convert it, for example with gdal_translate"))
+    try:
+        with warnings.catch_warnings():  # a store without consolidated metadata is slower to open, no more
+            warnings.filterwarnings("ignore", "Failed to open Zarr store with consolidated", RuntimeWarning)
+            dataset = xr.open_dataset(path, **options)
+    except Exception as error:  # each engine raises its own kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cure = f'check the file; pip install "torchalign[io]" brings the readers ({reason})'
+        raise ValueError(message("SRC", "a readable netCDF file or Zarr store", path, cure)) from error
+    with dataset:
+        yield dataset
+
+
+def _find_variable(dataset: xr.Dataset, name: str | None, source: Path, skip: str | None) -> xr.DataArray:
+    if name is not None:
+        if name not in dataset:
+            known = f"one of {sorted(map(str, dataset.data_vars))}"
+            raise ValueError(message("--variable", known, name, "choose one"))
+        return dataset[name]
+    candidates = []
+    for key, array in dataset.data_vars.items():
+        try:
+            cube_dims(array)
+        except ValueError:
+            continue
+        if array.dtype.kind in "iuf" and key != skip:
+            candidates.append(str(key))
+    # a cube with bands before its masks and angles without
+    most = max((dataset[key].ndim for key in candidates), default=0)
+    candidates = [key for key in candidates if dataset[key].ndim == most]
+    if len(candidates) != 1:
+        listed = {str(key): array.dims for key, array in dataset.data_vars.items()}
+        got = f"{candidates or 'none'} in {source.name} with {listed}"
+        cure = "say which with --variable, or rename its dims to time, band, y, x"
+        raise ValueError(message("SRC", "one variable with time, y and x", got, cure))
+    return dataset[candidates[0]]
+
+
+def _split(bands: str) -> list[str]:
+    return [word.strip() for word in bands.split(",")]
+
+
+def _select_bands(cube: xr.DataArray, bands: str) -> xr.DataArray:
+    dims = cube_dims(cube)
+    if "band" not in dims:
+        raise ValueError(
+            message("--bands", "a cube with bands", f"one with {cube.dims}", "leave --bands out")
+        )
+    labels, count = band_labels(cube)
+    numbers = []
+    for wanted in _split(bands):
+        if wanted in labels:  # a label goes before a position
+            numbers.append(labels.index(wanted))
+        elif wanted.isdecimal() and int(wanted) < count:
+            numbers.append(int(wanted))
+        else:
+            expected = f"some of {labels}" if labels else f"numbers below {count}"
+            raise ValueError(message("--bands", expected, repr(wanted), "separate them by commas"))
+    return cube.isel({dims["band"]: numbers})
+
+
+def _chunked(cube: xr.DataArray) -> xr.DataArray:
+    """As many whole frames a chunk as make 16 MiB: several are held, as floats, at the same time."""
+    time = cube_dims(cube)["time"]
+    frame = max(1, cube.nbytes // max(1, cube.sizes[time]))
+    return cube.chunk({time: max(1, 2**24 // frame), **{dim: -1 for dim in cube.dims if dim != time}})
+
+
+# --- beside the cube ---
+
+
+def open_mask(mask: str, source: Source, *, invert: bool, pattern: str) -> xr.DataArray:
+    """True = usable, from a variable of the input, another file, or GeoTIFFs of one band.
+
+    Raises:
+        ValueError: nothing of that name; several variables or bands; values beside 0 and 1.
+
+    """
+    if mask in source.others:
+        array = source.others[mask]
+    else:
+        array = _open_array(
+            "--mask", mask, pattern, f"a variable of SRC ({sorted(source.others)}), a file or a folder"
+        )
+    dims = cube_dims(array) if array.ndim == 4 else {}
+    if "band" in dims:
+        if array.sizes[dims["band"]] != 1:
+            got = f"{array.sizes[dims['band']]} bands"
+            raise ValueError(message("--mask", "one band", got, "keep the one that says what is usable"))
+        array = array.isel({dims["band"]: 0}, drop=True)
+    usable = xr.apply_ufunc(
+        _usable, array, kwargs={"invert": invert}, dask="parallelized", output_dtypes=[bool], keep_attrs=False
+    )
+    return usable if source.cube.chunks is not None else usable.load()
+
+
+def _usable(values: Array, *, invert: bool) -> Array:
+    if values.dtype.kind not in "biuf" or not ((values == 0) | (values == 1)).all():
+        cure = "make it 1 = usable and 0 = not, and save it as int8 without a fill value"
+        raise ValueError(message("--mask", "values 0 and 1", f"{values.dtype} with others", cure))
+    return np.asarray((values == 0) if invert else (values == 1))
+
+
+def open_reference(reference: str, pattern: str) -> str | xr.DataArray:
+    """A word or a label as it is; of a path that is there the picture, or the pictures, in it.
+
+    Raises:
+        ValueError: nothing that can be read there.
+
+    """
+    path = Path(reference)
+    if not path.exists() or not (is_raster(path) or _is_zarr(path) or path.suffix.lower() in _NETCDF):
+        return reference
+    array = _open_array("--reference", reference, pattern, "a file")
+    dim = cube_dims(array)["time"] if array.ndim == 4 else None
+    return array.isel({dim: 0}, drop=True) if dim is not None and array.sizes[dim] == 1 else array
+
+
+def _open_array(name: str, text: str, pattern: str, expected: str) -> xr.DataArray:
+    path = Path(text)
+    if not path.exists():
+        raise ValueError(message(name, expected, text, "check the name"))
+    if path.is_file() and is_raster(path):  # one picture, whose date, if it has any, does not matter
+        from torchalign.io import open_stack
+
+        return open_stack([path], time=lambda _: "1970-01-01", keep_empty=True).isel(time=0, drop=True)
+    if is_raster(path):
+        with _translated([path]):
+            return _open_stack([path], None, pattern, None, False, keep_empty=True)
+    with _open_dataset(path) as other:
+        if len(other.data_vars) != 1:
+            names = sorted(map(str, other.data_vars))
+            raise ValueError(
+                message(name, "a file with one variable", f"{path} with {names}", "drop the others")
+            )
+        return next(iter(other.data_vars.values())).load()
+
+
+# --- from one format to another ---
+
+
+def portable(cube: xr.DataArray, suffix: str) -> xr.DataArray:
+    """The cube under a name, without the attributes and the encoding that the format of ``suffix`` cannot take."""
+    keys = _PORTABLE if suffix == ".zarr" else _PORTABLE | _COMPRESSION
+    cleaned = cube.copy(deep=False)
+    for variable in (cleaned.variable, *(array.variable for array in cleaned.coords.values())):
+        is_text = variable.dtype.kind not in "biufcmM"  # each format has one way to store it
+        dropped = {"dtype", "_FillValue", *_COMPRESSION} if is_text else set()
+        variable.encoding = {key: variable.encoding[key] for key in (keys - dropped) & {*variable.encoding}}
+        variable.attrs = portable_attributes(variable.attrs, suffix)
+    # a fill value is declared once: by the encoding, where xarray writes it
+    declared = cleaned.attrs.pop("_FillValue", None)
+    if declared is not None:
+        cleaned.encoding.setdefault("_FillValue", declared)
+    return cleaned.rename(cube.name if cube.name is not None else "aligned")
+
+
+def portable_attributes(attributes: Mapping[Any, Any], suffix: str) -> dict[Any, Any]:
+    """Of JSON, netCDF has numbers, text and lists of them; the rest is written as its text."""
+    if suffix == ".zarr":
+        return dict(attributes)
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            kinds = {type(item) for item in value}
+            return len(kinds) == 1 and kinds <= {int, float, str}
+        return value is not None and not isinstance(value, (dict, bool))
+
+    return {
+        key: value if is_plain(value) else json.dumps(value, default=str) for key, value in attributes.items()
+    }

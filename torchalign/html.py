@@ -1,0 +1,488 @@
+"""A report as one HTML file: numbers, pictures, and a table of every frame to sort and to filter.
+
+The file is complete in itself: pictures and script are inside, nothing is fetched, and a content security policy
+forbids it to try. It is read on a phone as on a desk, by keyboard and by screen reader, and printed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import tempfile
+from collections.abc import Hashable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from torchalign import plot
+from torchalign._check import message
+from torchalign._files import atomic, check_free
+from torchalign._pictures import (
+    STATUS_COLOUR,
+    Array,
+    Label,
+    by_status,
+    check_report,
+    compare,
+    dark,
+    find_dims,
+    limits,
+    load_frames,
+    over_time,
+    shift_of,
+    status_of,
+    time_labels,
+    to_rgb,
+)
+from torchalign.report import save_report, summarize
+from torchalign.types import Status
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
+
+__all__ = ["save_html", "to_html"]
+
+_MEANING = {
+    Status.OK: "aligned",
+    Status.TOO_FAR: "the shift that was found is larger than allowed",
+    Status.NOT_CONVERGED: "no stable, distinct optimum was found",
+    Status.NO_TEXTURE: "flat, empty or wholly masked",
+    Status.TOO_FEW_MATCHES: "not enough agreeing matches",
+    Status.NOT_BETTER: "would not correlate better than as it came",
+    Status.LOW_SCORE: "correlates too little with the reference",
+}
+_WINDOW = 512  # pixels: pictures are of at most so many rows and columns, in the frame's middle
+_PICTURED = 6_000_000  # pixels of all frames in the median and the profiles; of 512 × 512, that is 22 frames
+_FEWEST, _MOST = 8, 96  # of these frames
+_THUMBNAILS, _THUMBNAIL = 400, 96  # frames at most that get one, and its longer side in pixels
+_TOO_MANY = f"No pictures of single frames: there are more than {_THUMBNAILS}."
+_MAGNIFIED = 400  # pixels: smaller pictures are drawn with square pixels
+_DOTS = 130  # an inch, of the charts
+
+
+class _Picture(NamedTuple):
+    source: str  # a data URI
+    alt: str
+    caption: str = ""
+    wide: bool = False
+    lazy: bool = False
+
+
+class _Status(NamedTuple):
+    name: str
+    colour: str
+    dark: str
+    meaning: str
+    frames: int
+
+
+class _Tile(NamedTuple):
+    """A number on top of the page."""
+
+    name: str
+    value: str
+    unit: str = ""
+    detail: str = ""
+
+
+class _Parts(NamedTuple):
+    """What the pictures show: of the cubes, in memory, and of the report; in words where that is not all."""
+
+    before: xr.DataArray
+    after: xr.DataArray
+    report: xr.Dataset
+    words: str
+
+
+class _Column(NamedTuple):
+    """Of the table: a heading, what it means, and a number a frame (NaN: none) with its format."""
+
+    heading: str
+    meaning: str
+    values: Array
+    form: str
+
+
+class _Cell(NamedTuple):
+    value: str
+    text: str
+
+
+class _Row(NamedTuple):
+    label: str
+    status: _Status
+    cells: list[_Cell]
+    picture: _Picture | None
+
+
+def save_html(
+    report: xr.Dataset,
+    path: str | Path,
+    cube: xr.DataArray | None = None,
+    aligned: xr.DataArray | None = None,
+    *,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Write :func:`to_html`, whole or not at all.
+
+    Args:
+        report: from :func:`torchalign.align`, or :func:`torchalign.load_report`.
+        path: ending in .html or .htm.
+        cube: what was aligned, for the pictures.
+        aligned: what came back.
+        overwrite: replace a file that is there.
+        options: of :func:`to_html`.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: as :func:`to_html`.
+        ValueError: another suffix; as :func:`to_html`.
+        FileExistsError: the file is there.
+
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(message("path", "a name ending in .html or .htm", path.name, "rename it"))
+    check_free(path, overwrite)
+    page = to_html(report, cube, aligned, **options)
+    with atomic(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return path
+
+
+def to_html(
+    report: xr.Dataset,
+    cube: xr.DataArray | None = None,
+    aligned: xr.DataArray | None = None,
+    *,
+    title: str | None = None,
+    bands: Sequence[Hashable] | None = None,
+    split: Label | None = None,
+    stretch: tuple[float, float] = (1.0, 99.0),
+) -> str:
+    """The page as text; numbers alone, or with a cube also how it looks before and after.
+
+    A large cube is looked at in part: pictures are of at most 512 × 512 pixels in the frame's middle and of 8 to
+    96 of the aligned frames, one loaded after the other. What is shown is said beside it.
+
+    Args:
+        report: from :func:`torchalign.align`, or :func:`torchalign.load_report`.
+        cube: what was aligned; may be lazy.
+        aligned: what came back; may be lazy, but is then computed in part for every picture: write it first.
+        title: of the page; default: how many frames were aligned.
+        bands: as in :func:`torchalign.plot.before_after`.
+        split: as in :func:`torchalign.plot.shift_scatter`.
+        stretch: as in :func:`torchalign.plot.before_after`.
+
+    Returns:
+        HTML.
+
+    Raises:
+        TypeError: the report is no Dataset, a cube no DataArray.
+        ValueError: the report lacks a field; it is another cube's; ``aligned`` without ``cube``, or of another
+            shape.
+
+    Example:
+        >>> zeros = xr.Variable("time", np.zeros(3))
+        >>> fields = ["shift_x", "shift_y", "score", "score_before", "sigma", "status"]
+        >>> warp = xr.Variable(("time", "row", "col"), np.eye(2, 3)[None].repeat(3, 0))
+        >>> page = to_html(xr.Dataset({**dict.fromkeys(fields, zeros), "warp": warp}))
+        >>> "3 of 3 frames aligned" in page, "://" in page
+        (True, False)
+
+    """
+    report = check_report(report).compute()
+    if cube is None and aligned is not None:
+        raise ValueError(message("cube", "what was aligned, beside what came back", None, "give both"))
+    if cube is not None:
+        _check_pair(report, cube, aligned)
+    import jinja2  # comes with torch
+
+    codes = report["status"].values
+    folder = resources.files("torchalign").joinpath("assets")
+    template, style, script = (
+        folder.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
+    )
+    done = int((codes == Status.OK).sum())
+    parts = None if cube is None or aligned is None else _load_parts(report, cube, aligned)
+    pictured = cube is not None and codes.size <= _THUMBNAILS
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
+    return page.render(
+        title=f"{done} of {codes.size} frames aligned" if title is None else title,
+        version=report.attrs.get("torchalign_version", ""),
+        style=style,
+        script=script,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        origin=_origin(report),
+        tiles=_tiles(report),
+        statuses=list(_statuses(report).values()),
+        comparison=None if parts is None else _comparison(parts, bands, stretch),
+        charts=_charts(report, split, parts, bands, stretch),
+        time=report["status"].dims[0],
+        columns=_columns(report),
+        rows=_rows(report, cube if pictured else None, bands, stretch),
+        flagged=codes.size - done,
+        pictured=pictured,
+        note=_TOO_MANY if cube is not None and not pictured else "",
+        csv=_csv(report),
+        attributes={str(name): _text(value) for name, value in report.attrs.items()},
+    )
+
+
+def _check_pair(report: xr.Dataset, cube: xr.DataArray, aligned: xr.DataArray | None) -> None:
+    dims = find_dims(cube)
+    status_of(report, cube.sizes[dims["time"]])
+    if aligned is not None:
+        other = find_dims(aligned, "aligned")
+        shape, got = (
+            [a.sizes[d[role]] for role in ("time", "y", "x")] for a, d in ((cube, dims), (aligned, other))
+        )
+        if shape != got:
+            raise ValueError(
+                message("aligned", f"frames, rows, columns {shape}", got, "give one ta.align's pair")
+            )
+
+
+# --- the numbers on top ---
+
+
+def _labels(report: xr.Dataset) -> list[str]:
+    return time_labels(report["status"], report["status"].dims[0])
+
+
+def _origin(report: xr.Dataset) -> str:
+    labels = _labels(report)
+    words = [f"{labels[0]} to {labels[-1]}"] if labels else []
+    # of the aligner its name; its options are at the end of the page
+    words += [
+        f"{name} {str(report.attrs[name]).partition('(')[0]}"
+        for name in ("reference", "aligner")
+        if name in report.attrs
+    ]
+    return " · ".join(words)
+
+
+def _tiles(report: xr.Dataset) -> list[_Tile]:
+    summary = summarize(report)
+    aligned = report["status"].values == Status.OK
+
+    def median(name: str) -> float:
+        values = report[name].values[aligned]
+        values = values[np.isfinite(values)]
+        return float(np.median(values)) if len(values) else np.nan
+
+    def length(name: str, pixels: float, metres: float = np.nan, detail: str = "") -> _Tile:
+        if not np.isfinite(pixels):
+            return _Tile(name, "–")
+        return _Tile(name, f"{pixels:.3f}", "px", f"{metres:.3g} m" if np.isfinite(metres) else detail)
+
+    count = int(aligned.sum())
+    tiles = [
+        _Tile("frames aligned", str(count), f"of {aligned.size}", f"{count / max(aligned.size, 1):.0%}"),
+        length("median shift", summary.shift_median, summary.shift_median_metres),
+        length("95 % of the shifts are below", summary.shift_p95, summary.shift_p95_metres),
+        length("median σ, the predicted error", median("sigma"), detail="per axis"),
+    ]
+    before, after = median("score_before"), median("score")
+    if np.isfinite([before, after]).all():
+        words = "median correlation with the reference"
+        tiles.append(_Tile(words, f"{before:.3f} → {after:.3f}", detail="before → after"))
+    if np.isfinite(summary.residual_median):
+        tiles.append(length("median residual, measured again", summary.residual_median))
+        tiles.append(length("CE90: 90 % of the residuals are below", summary.ce90, summary.ce90_metres))
+    return tiles
+
+
+def _statuses(report: xr.Dataset) -> dict[Status, _Status]:
+    return {
+        code: _Status(code.name, STATUS_COLOUR[code], dark(code), _MEANING[code], int(chosen.sum()))
+        for code, chosen in by_status(report["status"].values)
+    }
+
+
+# --- pictures ---
+
+
+def _comparison(
+    parts: _Parts, bands: Sequence[Hashable] | None, stretch: tuple[float, float]
+) -> dict[str, Any]:
+    """Two pictures of the median, which the script lays on one another."""
+    pair = compare(parts.before, parts.after, bands, "median", None, parts.report, stretch, None)
+    gains = f" {', '.join(pair.gains).capitalize()}." if pair.gains else ""
+    return {
+        "words": f"The {pair.words}{parts.words}.{gains}",
+        "small": max(pair.pictures[0].shape[:2]) <= _MAGNIFIED,
+        "pictures": [
+            _Picture(_jpeg(picture), f"The {pair.words}, {name} alignment", name.capitalize())
+            for picture, name in zip(pair.pictures, ("before", "after"), strict=True)
+        ],
+    }
+
+
+def _charts(
+    report: xr.Dataset,
+    split: Label | None,
+    parts: _Parts | None,
+    bands: Sequence[Hashable] | None,
+    stretch: tuple[float, float],
+) -> list[_Picture]:
+    ok = report["status"].values == Status.OK
+    shift, score = shift_of(report)[ok], report["score"].values[ok]
+    count, reach, worst = f"{len(shift)} aligned frames", "", ""
+    if len(shift):
+        (left, up), (right, down) = shift.min(0), shift.max(0)
+        reach = f": x from {left:+.2f} to {right:+.2f}, y from {up:+.2f} to {down:+.2f} pixels".replace(
+            "-", "−"
+        )
+        worst = f"; the lowest of an aligned frame is {score.min():.2f} after"
+    charts = [
+        _chart(plot.shift_scatter(report, split=split), f"Shifts of {count}{reach}."),
+        _chart(plot.score_gain(report), f"Correlation with the reference, before and after{worst}."),
+        _chart(
+            plot.shifts_over_time(report), f"Shift x and y of {count} along time, with σ{reach}.", wide=True
+        ),
+    ]
+    if parts is not None and len(shift):
+        options: dict[str, Any] = {"report": parts.report, "bands": bands, "stretch": stretch}
+        figure = plot.temporal_profile(parts.before, parts.after, **options)
+        caption = (
+            f"One row and one column along time{parts.words}: edges that wiggle before run straight after."
+        )
+        charts.append(_chart(figure, caption, wide=True))
+    return charts
+
+
+def _load_parts(report: xr.Dataset, cube: xr.DataArray, aligned: xr.DataArray) -> _Parts:
+    sizes = [cube.sizes[find_dims(cube)[role]] for role in ("y", "x")]
+    height, width = (min(size, _WINDOW) for size in sizes)
+    chosen = _chosen_frames(report, min(max(_PICTURED // max(height * width, 1), _FEWEST), _MOST))
+    words = f", the {height} × {width} pixels in the middle of {sizes[0]} × {sizes[1]}"
+    before, after = (_part(each, chosen, (height, width)) for each in (cube, aligned))
+    few = report.isel({report["status"].dims[0]: chosen})
+    return _Parts(before, after, few, "" if [height, width] == sizes else words)
+
+
+def _part(cube: xr.DataArray, frames: list[int], size: tuple[int, int]) -> xr.DataArray:
+    """Of the frames the (height, width) in the middle, loaded frame by frame."""
+    dims = find_dims(cube)
+    starts = [(cube.sizes[dims[role]] - length) // 2 for role, length in zip(("y", "x"), size, strict=True)]
+    rows, columns = (slice(start, start + length) for start, length in zip(starts, size, strict=True))
+    part = cube.isel({dims["y"]: rows, dims["x"]: columns})
+    return xr.concat([part.isel({dims["time"]: [n]}).load() for n in frames], dims["time"])
+
+
+def _chosen_frames(report: xr.Dataset, most: int = _MOST) -> list[int]:
+    """Positions, evenly spread, of aligned frames; of all where none is."""
+    numbers = np.flatnonzero(report["status"].values == Status.OK)
+    numbers = numbers if len(numbers) else np.arange(report["status"].size)
+    spread = np.linspace(0, len(numbers) - 1, min(len(numbers), most)).round().astype(int)
+    return [int(number) for number in numbers[spread]]
+
+
+def _thumbnails(
+    report: xr.Dataset, cube: xr.DataArray, bands: Sequence[Hashable] | None, stretch: tuple[float, float]
+) -> list[_Picture]:
+    """A small picture of every frame as it came, in the colours of the median of the aligned ones."""
+    dims = find_dims(cube)
+    step = max(1, -(-max(cube.sizes[dims["y"]], cube.sizes[dims["x"]]) // _THUMBNAIL))
+    small = cube.isel({dims["y"]: slice(step // 2, None, step), dims["x"]: slice(step // 2, None, step)})
+    count = cube.sizes[dims["time"]]
+    frames = [load_frames(small.isel({dims["time"]: [n]}), "cube", bands).values[0] for n in range(count)]
+    if not frames:
+        return []
+    low, high = limits(over_time(np.stack([frames[n] for n in _chosen_frames(report)]), "median"), stretch)
+    sources = [_jpeg(to_rgb(frame, low, high, clouds=True), quality=75) for frame in frames]
+    return [_Picture(source, f"Frame {number}", lazy=True) for number, source in enumerate(sources)]
+
+
+def _chart(figure: Figure | SubFigure, caption: str, *, wide: bool = False) -> _Picture:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DOTS)  # type: ignore[union-attr]
+    return _Picture(_data(buffer.getvalue(), "image/png"), caption, caption, wide)
+
+
+def _jpeg(picture: Array, quality: int = 92) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    image = Image.fromarray((picture * 255).round().astype(np.uint8))
+    image.save(buffer, format="JPEG", quality=quality, subsampling=0)
+    return _data(buffer.getvalue(), "image/jpeg")
+
+
+def _data(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+# --- one row a frame ---
+
+
+def _columns(report: xr.Dataset) -> list[_Column]:
+    moved = report["status"].values == Status.OK
+    shift = shift_of(report)
+
+    def of(name: str, *, flagged: bool = False) -> Array:
+        values = report[name].values.astype(np.float64)
+        return np.where(np.isfinite(values) & (moved | flagged), values, np.nan)
+
+    columns = [
+        _Column("shift x", "pixels, to the right", of("shift_x"), "+.3f"),
+        _Column("shift y", "pixels, downwards", of("shift_y"), "+.3f"),
+        _Column("length", "of the shift, in pixels", np.where(moved, np.hypot(*shift.T), np.nan), ".3f"),
+        _Column("σ", "predicted error per axis, in pixels", of("sigma"), ".3f"),
+        _Column("score before", "correlation with the reference", of("score_before", flagged=True), ".3f"),
+        _Column("score after", "correlation with the reference", of("score", flagged=True), ".3f"),
+    ]
+    if "shift_x_metres" in report and "shift_y_metres" in report:
+        columns[2:2] = [
+            _Column("x metres", "shift towards greater x of the map", of("shift_x_metres"), "+.2f"),
+            _Column("y metres", "shift towards greater y of the map", of("shift_y_metres"), "+.2f"),
+        ]
+    if "residual_x" in report and "residual_y" in report:
+        left = np.hypot(of("residual_x"), of("residual_y"))
+        columns.append(_Column("residual", "length of what is left, measured again, in pixels", left, ".3f"))
+    return columns
+
+
+def _rows(
+    report: xr.Dataset,
+    cube: xr.DataArray | None,
+    bands: Sequence[Hashable] | None,
+    stretch: tuple[float, float],
+) -> list[_Row]:
+    columns, statuses = _columns(report), _statuses(report)
+    pictures = None if cube is None else _thumbnails(report, cube, bands, stretch)
+    rows = []
+    for number, (label, code) in enumerate(zip(_labels(report), report["status"].values, strict=True)):
+        cells = [_cell(column.values[number], column.form) for column in columns]
+        picture = None if pictures is None else pictures[number]
+        rows.append(_Row(label, statuses[Status(int(code))], cells, picture))
+    return rows
+
+
+def _cell(value: float, form: str) -> _Cell:
+    """A number to sort by, and as it is read."""
+    if not np.isfinite(value):
+        return _Cell("", "–")
+    text = f"{value:{form}}"
+    if not float(text):
+        text = text.lstrip("+-")  # zero has no sign
+    return _Cell(f"{value:.7g}", text.replace("-", "−"))
+
+
+def _csv(report: xr.Dataset) -> str:
+    """What :func:`torchalign.load_report` reads."""
+    with tempfile.TemporaryDirectory() as folder:
+        content = save_report(report, Path(folder) / "report.csv").read_bytes()
+    return _data(content, "text/csv")
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value.tolist())) if isinstance(value, np.ndarray) and value.ndim else str(value)
