@@ -951,7 +951,7 @@ def matches(
     between = np.ones((pictures[0].shape[0], gap))
     ax.imshow(np.nan_to_num(np.hstack([pictures[0], between, pictures[1]])), cmap="gray", vmin=0, vmax=1)
     agree = matched & (weight > 0)
-    kinds = (("others", matched & ~agree, _VERMILLION, 0.35), ("agree", agree, _SKY, 0.8))
+    kinds = (("others", matched & ~agree, VERMILLION, 0.35), ("agree", agree, SKY, 0.8))
     for label, chosen, colour, alpha in kinds:
         rows = np.flatnonzero(chosen)
         rows = rows[np.linspace(0, len(rows) - 1, min(lines, len(rows))).round().astype(int)]
