@@ -25,9 +25,6 @@ from torchalign.types import Status
 
 __all__ = ["ECC"]
 
-# Eager CPU: pixels of one block of frames, whose samples and their splines should stay in the cache.
-_BLOCK_PIXELS = 2**19
-
 
 class ECC(Aligner):
     r"""Any warp from a translation to a homography, by maximising the enhanced correlation coefficient.
@@ -200,9 +197,6 @@ class ECC(Aligner):
             "contrast": self.contrast,
             "sigma_blur": blur,
         }
-
-    def _block_pixels(self) -> int:
-        return _BLOCK_PIXELS
 
     def _options(self) -> dict[str, Any]:
         named = (

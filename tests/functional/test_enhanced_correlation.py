@@ -311,20 +311,17 @@ def test_the_spline_interpolates():
     spectrum = rfft2(field)
     y, x = torch.fft.fftfreq(24, dtype=torch.float64), torch.fft.rfftfreq(32, dtype=torch.float64)
     coefficients = irfft2(spectrum / (ecc._spline_response(y)[:, None] * ecc._spline_response(x)), (24, 32))
-    # normalised positions of the samples of a frame of the same size
     at = torch.arange(4, 20, dtype=torch.float64)
-    frame = (24, 32)
-    px, py = (at - 15.5) / 16, (at - 11.5) / 16
-    values = ecc._sample(coefficients, px[None], py[None], frame, spline=True)
+    values = ecc._spline(coefficients, at[None], at[None])
     torch.testing.assert_close(values[0], field[0, at.long(), at.long()], atol=1e-10, rtol=0)
     # tap by tap and two by two are the same, and the slopes are those of the values
-    px, py = (px + 0.017).requires_grad_(), (py - 0.011).requires_grad_()
-    pairwise = ecc._sample(coefficients, px[None], py[None], frame, spline=True)
-    by_tap, slope_x, slope_y = ecc._sample_with_slopes(coefficients, px[None], py[None], frame)
+    column, row = (at + 0.27).requires_grad_(), (at - 0.11).requires_grad_()
+    pairwise = ecc._spline(coefficients, column[None], row[None])
+    by_tap, by_column, by_row = ecc._spline_with_slopes(coefficients, column[None], row[None])
     torch.testing.assert_close(pairwise, by_tap, atol=1e-10, rtol=0)
-    expected = torch.autograd.grad(by_tap.sum(), (px, py))
-    torch.testing.assert_close(slope_x[0], expected[0], atol=1e-10, rtol=1e-8)
-    torch.testing.assert_close(slope_y[0], expected[1], atol=1e-10, rtol=1e-8)
+    expected = torch.autograd.grad(by_tap.sum(), (column, row))
+    torch.testing.assert_close(by_column[0], expected[0], atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(by_row[0], expected[1], atol=1e-10, rtol=1e-8)
 
 
 def test_transforms_of_nothing():

@@ -93,8 +93,8 @@ _INDEPENDENT = 0.35
 _BLOCK = 8
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor.
 _SIGMA_CALIBRATION = 1.1
-# A point farther out than this, in halves of the frame, is nowhere.
-_NOWHERE = 1e4
+# A point farther out than this, in samples, is nowhere.
+_NOWHERE = 1e7
 # Relative to its trace: what keeps a Hessian with a blind direction from having an inverse without bounds.
 _RIDGE = 1e-6
 # A direction is blind whose curvature is less than this many ridges, inverted.
@@ -241,9 +241,11 @@ def enhanced_correlation(
         if not unroll:
             level, warp = _detach(level), warp.detach()
         seen = frames if unroll else frames.detach()
-        if state is not None:
-            warp = _better_of(start if unroll else start.detach(), warp, level, seen)
-        state = search.maximize(warp, level, seen, finest=frames is pyramid[0])
+        if state is None:
+            look = _Look.at(warp, level, seen, precise=False)
+        else:
+            look = _better_of(start if unroll else start.detach(), warp, level, seen)
+        state = search.maximize(look, level, seen, finest=frames is pyramid[0])
         warp = state.warp
     assert state is not None  # there is at least one level
     finest, frames = reference[0], pyramid[0]
@@ -409,45 +411,60 @@ class _Warped(NamedTuple):
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference; else bilinear, for a fifth of the price."""
-        x, y = self._sources(warp, level)
-        return _sample(self.spline, x, y, level.grid.frame, spline=precise)
+        column, row = self._sources(warp, level, self.spline.shape[-2:])
+        return _spline(self.spline, column, row) if precise else _bilinear(self.spline, column, row)
 
     def ground(self, warp: Tensor, level: Level) -> Tensor:
         """(..., T, n) in [0, 1]: the windows, and what is usable, of both."""
-        x, y = self._sources(warp, level)
-        half, (height, width) = _half(level.grid.frame), level.grid.frame
-        own = tukey(x * half + (width - 1) / 2, width, self.taper)
-        own = own * tukey(y * half + (height - 1) / 2, height, self.taper)
+        height, width = level.grid.frame
+        x, y = self._sources(warp, level, (height, width))
+        own = tukey(x, width, self.taper) * tukey(y, height, self.taper)
         if self.weights is not None:
-            usable = _sample(self.weights, x, y, level.grid.frame, spline=False)
+            usable = _bilinear(self.weights, *self._sources(warp, level, self.weights.shape[-2:]))
             # between two ones lies a one, but for rounding
             own = own * torch.where(usable > 1 - 1e-5, 1.0, usable)
         return torch.minimum(level.weights, own)
 
     def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
         """The values, and their derivatives by x and y of the reference."""
-        x, y = self._sources(warp, level)
-        values, slope_x, slope_y = _sample_with_slopes(self.spline, x, y, level.grid.frame)
-        (a, b, _), (d, e, _), (g, h, i) = (row.unbind(-2) for row in invert_warp(warp)[..., None].unbind(-3))
+        size = self.spline.shape[-2:]
+        column, row = self._sources(warp, level, size)
+        values, by_column, by_row = _spline_with_slopes(self.spline, column, row)
+        (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-2) for row in invert_warp(warp)[..., None].unbind(-3))
         depth = g * level.x + h * level.y + i
+        x, y = (a * level.x + b * level.y + c) / depth, (d * level.x + e * level.y + f) / depth
+        height, width = level.grid.frame
+        slope_x, slope_y = (
+            slope * (_half(level.grid.frame) * samples / length)
+            for slope, samples, length in ((by_column, size[1], width), (by_row, size[0], height))
+        )
         by_x = (slope_x * (a - x * g) + slope_y * (d - y * g)) / depth
         by_y = (slope_x * (b - x * h) + slope_y * (e - y * h)) / depth
         return values, by_x, by_y
 
-    def _sources(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        """(..., T, n) x and y: where the samples come from, in halves of the frame from its centre."""
-        rows = torch.linalg.inv_ex(warp).inverse[..., None].unbind(-3)
+    def _sources(self, warp: Tensor, level: Level, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(..., T, n) column and row, among ``size`` samples of the frame, that the reference's samples show."""
+        inverse = torch.linalg.inv_ex(warp).inverse
+        x, y, last = inverse.nan_to_num(_NOWHERE, _NOWHERE, -_NOWHERE)[..., None].unbind(-3)
+        half, (height, width) = _half(level.grid.frame), level.grid.frame
+        # the change of units is made on the matrices, which are small
+        rows = [
+            (row * half + last * ((length - 1) / 2)) * (samples / length)
+            for row, samples, length in ((x, size[1], width), (y, size[0], height))
+        ]
+        if self.projective:
+            rows.append(last)
         # not as a matrix product: TF32 would misplace the far end of a frame
         points = [
             torch.addcmul(torch.addcmul(row[..., 2, :], row[..., 0, :], level.x), row[..., 1, :], level.y)
-            for row in (rows if self.projective else rows[:2])
+            for row in rows
         ]
         if self.projective:
             # beyond its horizon a homography shows nothing
-            depth = torch.where(points[2] > 0, points[2], torch.nan)
+            depth = torch.where(points[2] > 0, points[2], 1 / _NOWHERE)
             points = [point / depth for point in points[:2]]
-        x, y = (point.nan_to_num(_NOWHERE).clamp(-_NOWHERE, _NOWHERE) for point in points)
-        return x, y
+        column, row = (point.clamp(-_NOWHERE, _NOWHERE) for point in points)
+        return column, row
 
 
 class _System(NamedTuple):
@@ -480,7 +497,7 @@ class _Search(NamedTuple):
     max_iterations: int
     tolerance: float  # pixels
 
-    def maximize(self, warp: Tensor, level: Level, moving: _Shifted | _Warped, *, finest: bool) -> _State:
+    def maximize(self, look: _Look, level: Level, moving: _Shifted | _Warped, *, finest: bool) -> _State:
         """Weights, then steps; on the finest level once more, from near the optimum.
 
         A frame that has converged stays as it is, whatever the others do. On the eager CPU, where a look costs
@@ -488,27 +505,26 @@ class _Search(NamedTuple):
         """
         if not finest:
             spacing = max(length / samples for length, samples in zip(*level.grid[:2], strict=True))
-            return self._climb(warp, level, moving, _NEAR * spacing, precise=False)
-        near = self._climb(warp, level, moving, max(_NEAR, self.tolerance), precise=False)
-        return self._climb(near.warp, level, moving, self.tolerance, precise=True)
+            return self._climb(look, level, moving, _NEAR * spacing, precise=False)
+        near = self._climb(look, level, moving, max(_NEAR, self.tolerance), precise=False)
+        look = _Look.at(near.warp, level, moving, precise=True)
+        return self._climb(look, level, moving, self.tolerance, precise=True)
 
     def _climb(
-        self, warp: Tensor, level: Level, moving: _Shifted | _Warped, tolerance: float, *, precise: bool
+        self, look: _Look, level: Level, moving: _Shifted | _Warped, tolerance: float, *, precise: bool
     ) -> _State:
+        warp, values, common = look
         on_host = is_on_host(warp) and is_on_host(moving[0])
+        inliers = self._inliers(values, common, level)
+        weights = common if inliers is None else common * inliers.flatten(-2)
+        system = _solve(weights.square(), level)
         moves = (level.flat | moving.flat).logical_not()
         reach = torch.zeros_like(warp[..., 0, 0])
-        system: _System | None = None
-        values: Tensor | None = None
-        for _ in range(self.max_iterations):
-            found = moving.values(warp, level, precise=precise)
-            # what is said of a frame must not depend on how long the others take
-            values = found if values is None else torch.where(moves[..., None], found, values)
-            if system is None:
-                common = moving.ground(warp, level)
-                inliers = self._inliers(values, common, level)
-                weights = common if inliers is None else common * inliers.flatten(-2)
-                system = _solve(weights.square(), level)
+        for iteration in range(self.max_iterations):
+            if iteration > 0:
+                # what is said of a frame must not depend on how long the others take
+                found = moving.values(warp, level, precise=precise)
+                values = torch.where(moves[..., None], found, values)
             increment, last = _shorten(_increment(values, level, system), level)
             stepped = _multiply(_warp_of(increment, self.motion), warp)
             stepped = stepped / stepped[..., 2:, 2:]
@@ -517,7 +533,6 @@ class _Search(NamedTuple):
             moves = moves & (last > tolerance)
             if on_host and not bool(moves.any()):
                 break
-        assert system is not None and values is not None  # there is at least one iteration  # noqa: PT018
         return _State(warp, reach, values, common, system, inliers)
 
     def _inliers(self, values: Tensor, common: Tensor, level: Level) -> Tensor | None:
@@ -531,17 +546,36 @@ class _Search(NamedTuple):
         return agreement(_unflatten(ours, -1, size), theirs)
 
 
-def _better_of(start: Tensor, warp: Tensor, level: Level, moving: _Shifted | _Warped) -> Tensor:
+class _Look(NamedTuple):
+    """The moving frames as a warp shows them."""
+
+    warp: Tensor  # (..., T, 3, 3)
+    values: Tensor  # (..., T, n)
+    common: Tensor  # (..., T, n) in [0, 1], the ground that both have
+
+    @classmethod
+    def at(cls, warp: Tensor, level: Level, moving: _Shifted | _Warped, *, precise: bool) -> _Look:
+        return cls(warp, moving.values(warp, level, precise=precise), moving.ground(warp, level))
+
+
+def _better_of(start: Tensor, warp: Tensor, level: Level, moving: _Shifted | _Warped) -> _Look:
     """Where a coarser level led astray (clouds have more contrast there than the ground), the start is better."""
+    looks = [_Look.at(candidate, level, moving, precise=False) for candidate in (warp, start)]
+    reference = torch.stack([level.regressors[..., 1], level.regressors[..., 1].square()], dim=-1)
     scores = []
-    for candidate in (start, warp):
-        values, ground = moving.values(candidate, level, precise=False), moving.ground(candidate, level)
-        weighted = ground * values
-        norm = (weighted * values).sum(-1) * (ground * level.regressors[..., 1].square()).sum(-1)
-        scores.append(
-            (weighted * level.regressors[..., 1]).sum(-1) * torch.rsqrt(norm + torch.finfo(norm.dtype).tiny)
-        )
-    return torch.where((scores[0] > scores[1])[..., None, None], start, warp)
+    for _, values, common in looks:
+        weighted = common * values
+        product = _inner(weighted, reference)[..., 0]
+        norm = (weighted * values).sum(-1) * _inner(common, reference)[..., 1]
+        scores.append(product * torch.rsqrt(norm + torch.finfo(norm.dtype).tiny))
+    worse = scores[1] > scores[0]
+    return _Look(
+        torch.where(worse[..., None, None], looks[1].warp, looks[0].warp),
+        *(
+            torch.where(worse[..., None], one, other)
+            for one, other in zip(looks[1][1:], looks[0][1:], strict=True)
+        ),
+    )
 
 
 def _biweight(values: Tensor, common: Tensor, level: Level) -> Tensor:
@@ -634,48 +668,57 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     unrelated scenes.
     """
     system, values, reference = state.system, state.values, level.regressors[..., 1]
-    ours, theirs, agreed = _standardize(values, reference, system.weights)
-    residual = agreed[..., None] * ours - theirs  # in standard deviations of the reference
+    seen = _moments(values, reference, system.weights)
+    # α m̄ − r̄, α by least squares
+    slope = seen.covariance / seen.variance
+    residual = (values - seen.mean[..., None]) * slope[..., None] - (reference - seen.other_mean[..., None])
     # what every sample does to the two translations
     leverage = torch.matmul(level.regressors[..., 2:] - system.mean[..., None, 2:], system.inverse[..., :2])
-    unit = _deviation(reference, system.weights)
-    pulls = (system.weights * residual * unit[..., None])[..., None] * leverage  # (..., T, n, 2)
+    pulls = (system.weights * residual)[..., None] * leverage  # (..., T, n, 2)
     size = level.grid.size
     block = max(1, min(_BLOCK, min(size) // _BLOCK))
     sums = _block_sums(_unflatten(pulls.mT, -1, size), block)  # (..., T, 2, h / b, w / b)
     blocks = sums.shape[-2] * sums.shape[-1]
     freedom = blocks / max(1, blocks - level.regressors.shape[-1])
     variance = freedom * sums.square().sum((-2, -1)).mean(-1)
-    sigma = _SIGMA_CALIBRATION * _half(level.grid.frame) * variance.sqrt() / agreed.square().square()
+    sigma = (
+        _SIGMA_CALIBRATION * _half(level.grid.frame) * variance.sqrt() / seen.correlation.square().square()
+    )
 
     ground = state.common.square()
-    *_, correlation = _standardize(values, reference, ground)
     tiny = torch.finfo(values.dtype).tiny
     samples = _INDEPENDENT * ground.sum(-1).square() / ground.square().sum(-1).clamp(min=tiny)
-    significance = correlation * samples.sqrt()
+    significance = _moments(values, reference, ground).correlation * samples.sqrt()
 
     sound = system.sound & sigma.isfinite() & state.warp.isfinite().flatten(-2).all(-1)
     converged = sound & (state.reach <= tolerance) & (significance >= _MIN_SIGNIFICANCE)
     return _Quality(torch.where(sound, sigma, torch.inf), significance, converged)
 
 
-def _standardize(first: Tensor, second: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both with weighted mean 0 and variance 1; and their correlation (...,), 0 where one is flat."""
-    one, other = (
-        (values - _mean(values, weights)[..., None]) / _deviation(values, weights)[..., None]
-        for values in (first, second)
-    )
-    return one, other, _mean(one * other, weights)
+class _Moments(NamedTuple):
+    """Of two textures, weighted; textures are of order 1 and of mean nearly 0, so sums do not cancel."""
+
+    mean: Tensor
+    other_mean: Tensor
+    variance: Tensor  # 1 where it vanishes, and so the correlation is 0
+    covariance: Tensor
+    correlation: Tensor
 
 
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    return (weights * values).sum(-1) / weights.sum(-1).clamp(min=torch.finfo(weights.dtype).tiny)
-
-
-def _deviation(values: Tensor, weights: Tensor) -> Tensor:
-    """The weighted standard deviation, 1 where it vanishes."""
-    variance = _mean((values - _mean(values, weights)[..., None]).square(), weights)
-    return torch.where(variance > torch.finfo(weights.dtype).eps ** 2, variance, 1.0).sqrt()
+def _moments(values: Tensor, reference: Tensor, weights: Tensor) -> _Moments:
+    """(..., T, n) thrice, the reference may be one for all frames; (..., T)."""
+    count = weights.sum(-1).clamp(min=torch.finfo(weights.dtype).tiny)
+    powers = torch.stack([torch.ones_like(reference), reference, reference.square()], dim=-1)
+    _, other, other_square = (_inner(weights, powers) / count[..., None]).unbind(-1)
+    weighted = weights * values
+    mean, product, _ = (_inner(weighted, powers) / count[..., None]).unbind(-1)
+    square = (weighted * values).sum(-1) / count
+    variance, other_variance = square - mean.square(), other_square - other.square()
+    covariance = product - mean * other
+    flat = (variance <= 1e-6) | (other_variance <= 1e-6)
+    variance, other_variance = torch.where(flat, 1.0, variance), torch.where(flat, 1.0, other_variance)
+    covariance = torch.where(flat, 0.0, covariance)
+    return _Moments(mean, other, variance, covariance, covariance * torch.rsqrt(variance * other_variance))
 
 
 def _block_sums(image: Tensor, block: int) -> Tensor:
@@ -861,63 +904,11 @@ def _spline_response(frequency: Tensor) -> Tensor:
     return (2 + (2 * math.pi * frequency).cos()) / 3
 
 
-def _samples_of(x: Tensor, y: Tensor, frame: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Column and row, among ``size`` samples of a frame, of normalised positions."""
-    half, (height, width) = _half(frame), frame
-    return (
-        (x * half + (width - 1) / 2) * (size[1] / width),
-        (y * half + (height - 1) / 2) * (size[0] / height),
-    )
-
-
-def _sample(field: Tensor, x: Tensor, y: Tensor, frame: tuple[int, int], *, spline: bool) -> Tensor:
-    """(..., T, n) of fields (..., T, h, w) at normalised positions (..., T, n): a cubic B-spline, or bilinear."""
-    column, row = _samples_of(x, y, frame, (field.shape[-2], field.shape[-1]))
-    if not spline:
-        return _look_up(field, column, row)
-    # four taps an axis are two look-ups between two of them each (Sigg & Hadwiger 2005)
-    (left, right, along), (top, bottom, down) = _pairs(column), _pairs(row)
-    above = torch.lerp(_look_up(field, left, top), _look_up(field, right, top), along)
-    below = torch.lerp(_look_up(field, left, bottom), _look_up(field, right, bottom), along)
-    return torch.lerp(above, below, down)
-
-
-def _pairs(position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where to look up the two left and the two right taps of a cubic B-spline; the weight of the right ones."""
-    whole = position.floor()
-    first, second, _, last = _taps(position - whole)
-    left = first + second
-    right = 1 - left
-    return whole - 1 + second / left, whole + 1 + last / right, right
-
-
-def _taps(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights of the coefficients at −1, 0, 1, 2 from ⌊x⌋."""
-    rest = 1 - fraction
-    return (
-        rest**3 / 6,
-        (4 - 6 * fraction**2 + 3 * fraction**3) / 6,
-        (4 - 6 * rest**2 + 3 * rest**3) / 6,
-        fraction**3 / 6,
-    )
-
-
-def _tap_slopes(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Their derivatives."""
-    rest = 1 - fraction
-    return (
-        -(rest**2) / 2,
-        -2 * fraction + 1.5 * fraction**2,
-        2 * rest - 1.5 * rest**2,
-        fraction**2 / 2,
-    )
-
-
-def _look_up(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    """Bilinear, (..., T, n); beyond the border stands the border."""
+def _bilinear(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    """(..., T, n) of fields (..., T, h, w) at positions among their samples; beyond the border is the border."""
     height, width = field.shape[-2:]
     # pixel centres to torch's corners, spelled out: align_corners=False
-    at = torch.stack([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1], dim=-1)
+    at = torch.stack([column * (2 / width) + (1 / width - 1), row * (2 / height) + (1 / height - 1)], dim=-1)
     shape = _broadcast(field.shape[:-2], column.shape[:-1])
     flat = field.expand(*shape, height, width).reshape(-1, 1, height, width)
     at = at.expand(*shape, -1, 2).reshape(-1, 1, column.shape[-1], 2)
@@ -925,12 +916,55 @@ def _look_up(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
     return found.reshape(*shape, column.shape[-1])
 
 
-def _sample_with_slopes(
-    field: Tensor, x: Tensor, y: Tensor, frame: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The cubic B-spline, and its derivatives by normalised x and y, tap by tap: differentiable in every mode."""
+def _spline(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    """The same of cubic B-splines, given by their coefficients.
+
+    Four taps an axis are two bilinear look-ups between two of them each (Sigg & Hadwiger 2005).
+    """
+    (left, right, along), (top, bottom, down) = _pairs(column), _pairs(row)
+    above = torch.lerp(_bilinear(field, left, top), _bilinear(field, right, top), along)
+    below = torch.lerp(_bilinear(field, left, bottom), _bilinear(field, right, bottom), along)
+    return torch.lerp(above, below, down)
+
+
+def _pairs(position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where to look up the two left and the two right taps of a cubic B-spline; the weight of the right ones."""
+    whole = position.floor()
+    fraction = position - whole
+    rest = 1 - fraction
+    first, last = rest * rest * rest * (1 / 6), fraction * fraction * fraction * (1 / 6)
+    right = _right_share(fraction)
+    return whole - first / (1 - right), whole + 1 + last / right, right
+
+
+def _taps(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights of the coefficients at −1, 0, 1, 2 from ⌊x⌋."""
+    rest = 1 - fraction
+    first, last = rest * rest * rest * (1 / 6), fraction * fraction * fraction * (1 / 6)
+    # what is left of the two sides, written so that the four sum to 1
+    right = _right_share(fraction)
+    return first, 1 - right - first, right - last, last
+
+
+def _right_share(fraction: Tensor) -> Tensor:
+    """Weight of the two right taps together: 1/6 + (f + f²)/2 − f³/3."""
+    return ((0.5 - fraction * (1 / 3)) * fraction + 0.5) * fraction + (1 / 6)
+
+
+def _tap_slopes(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The derivatives of the weights."""
+    rest = 1 - fraction
+    return (
+        -0.5 * rest * rest,
+        (1.5 * fraction - 2) * fraction,
+        (2 - 1.5 * rest) * rest,
+        0.5 * fraction * fraction,
+    )
+
+
+def _spline_with_slopes(field: Tensor, column: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The cubic B-spline, and its derivatives by column and row, tap by tap: differentiable in every mode."""
     height, width = field.shape[-2:]
-    column, row = _samples_of(x, y, frame, (height, width))
     first_column, first_row = column.floor(), row.floor()
     across = [_taps(column - first_column), _tap_slopes(column - first_column)]
     down = [_taps(row - first_row), _tap_slopes(row - first_row)]
@@ -938,7 +972,7 @@ def _sample_with_slopes(
     rows = [(first_row.to(torch.int64) + step).clamp(0, height - 1) * width for step in (-1, 0, 1, 2)]
     shape = _broadcast(field.shape[:-2], column.shape[:-1])
     flat = field.expand(*shape, height, width).flatten(-2)
-    value = slope_x = slope_y = torch.zeros_like(column)
+    value = by_column = by_row = torch.zeros_like(column)
     for j, at_row in enumerate(rows):
         line = line_slope = torch.zeros_like(column)
         for i, at_column in enumerate(columns):
@@ -946,10 +980,9 @@ def _sample_with_slopes(
             line = line + across[0][i] * tap
             line_slope = line_slope + across[1][i] * tap
         value = value + down[0][j] * line
-        slope_x = slope_x + down[0][j] * line_slope
-        slope_y = slope_y + down[1][j] * line
-    half = _half(frame)
-    return value, slope_x * (half * width / frame[1]), slope_y * (half * height / frame[0])
+        by_column = by_column + down[0][j] * line_slope
+        by_row = by_row + down[1][j] * line
+    return value, by_column, by_row
 
 
 def _broadcast(*shapes: Sequence[int]) -> torch.Size:
