@@ -753,7 +753,7 @@ def test_aligners_by_name(name, make):
     ("aligner", "error", "pattern"),
     [
         ("orb", ValueError, r"in this release one of 'auto', 'pcc', .*got 'orb'"),
-        ("lgm", ValueError, r"got 'lgm'"),
+        ("sift", ValueError, r"got 'sift'"),
         ("PCC ", ValueError, r"got 'PCC '"),
         (PCC, TypeError, r"make an instance"),
         (None, TypeError, r"got None"),
