@@ -703,13 +703,13 @@ def test_files_bands_masks_and_templates(series, tmp_path):
         assert found["aligned"].attrs["_FillValue"] == 0
 
 
-def test_outputs_may_be_called_like_words(dataset, source, tmp_path, monkeypatch):
-    # neither the variable that is the mask nor the reference is a file here
+def test_a_folder_may_be_called_like_a_reference(series, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ("-o", "median", "--mask", "clouds", "--invert-mask")
-    for again in ([], ["--overwrite"]):
-        assert align(source, *arguments, *again) == 0
-    assert len(list((tmp_path / "median").iterdir())) == dataset.sizes["time"]
+    frames = write_frames(tmp_path / "frames", series[0][:4], fastcubo_names(4))
+    expected, _ = ta.align(ta.open_stack(frames), "mean", "pcc")
+    for again in ([], ["--overwrite"]):  # the second time there is a folder of that name
+        assert align(frames, "-o", "mean", "--reference", "mean", *again) == 0
+        assert np.array_equal(ta.open_stack("mean").values, expected.values)
 
 
 def test_bad_files_are_named_or_left_out(series, tmp_path, capsys):
