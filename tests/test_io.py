@@ -401,6 +401,36 @@ def test_compression_is_lossless(tmp_path, compression, dtype):
     assert (found.value.lower() if found else "none") == compression
 
 
+def test_overviews_have_no_classes_of_their_own(tmp_path):
+    classes = np.random.default_rng(0).choice(np.array([1, 200], np.uint8), (1, 1, 1100, 1100))
+    [path] = write_stack(xr.DataArray(classes, dims=("time", "band", "y", "x")), tmp_path)
+    with quiet(), rasterio.open(path) as file:
+        assert file.overviews(1)
+        assert set(np.unique(file.read(out_shape=(1, 550, 550)))) == {1, 200}
+
+
+def test_floats_that_were_packed_have_nan_for_nodata(tmp_path):
+    cube = make_series(1, 16, dtype="float32", nodata=None).cube
+    cube.encoding = {"dtype": "uint16", "_FillValue": 65535, "scale_factor": 1e-4}
+    cube[0, :, 0, 0] = np.nan
+    [path] = write_stack(cube, tmp_path)
+    with rasterio.open(path) as file:
+        assert np.isnan(file.nodata)
+
+
+def test_scales_of_other_bands_raise(tmp_path):
+    make_folder(tmp_path / "in", 1, scales=(1e-4, 2e-4), offsets=(0.0, 1.0))
+    with pytest.raises(ValueError, match="scales of 1 bands"):
+        write_stack(open_stack(tmp_path / "in").isel(band=[0]), tmp_path / "out")
+
+
+@pytest.mark.parametrize("chunks", [0, -1, "all", True])
+def test_chunks_that_mean_nothing_raise(tmp_path, chunks):
+    make_folder(tmp_path / "in", 1)
+    with pytest.raises(ValueError, match="a positive number of frames"):
+        open_stack(tmp_path / "in", chunks=chunks)
+
+
 def test_shifted_georeferences_are_written(tmp_path):
     cube, reference, shift, _ = make_series(3, 64)
     _, report = ta.align(cube, reference)

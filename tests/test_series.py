@@ -609,14 +609,17 @@ def test_bad_reports_raise_with_a_cure(tmp_path):
         ta.load_report(tmp_path / "gone.csv")
     (tmp_path / "broken.json").write_text('{"frames": 3}')
     (tmp_path / "broken.csv").write_text("a,b\n1,2\n")
-    for name in ("broken.json", "broken.csv"):
+    (tmp_path / "status.csv").write_text("time,status,warp_00\n0,FINE,1.0\n")
+    for name in ("broken.json", "broken.csv", "status.csv"):
         with pytest.raises(ValueError, match=r"^path: expected .*save_report wrote"):
             ta.load_report(tmp_path / name)
     path = ta.save_report(report, tmp_path / "report.csv")
     with pytest.raises(FileExistsError, match="overwrite=True"):
         ta.save_report(report, path)
     ta.save_report(report, path, overwrite=True)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["broken.csv", "broken.json", "report.csv"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        *("broken.csv", "broken.json", "report.csv", "status.csv")
+    ]
 
 
 def test_aligning_again_finds_nothing():

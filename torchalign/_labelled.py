@@ -344,7 +344,7 @@ def label_axes(values: object, name: str, cube: Cube, roles: Sequence[str]) -> x
     if not isinstance(values, np.ndarray):
         expected = "a DataArray, an array or a tensor"
         if "band" in roles:  # a reference
-            expected += ", 'median', 'mean', 'first' or a time label"
+            expected += ", 'median', 'mean', 'first', 'clearest', 'iterative' or a time label"
         raise TypeError(message(name, expected, type(values).__name__, "wrap it with numpy.asarray"))
     present = [role for role in roles if role in cube.dims]
     if not 2 <= values.ndim <= len(present):

@@ -1,6 +1,6 @@
 """What a picture of an alignment is made of: a cube's frames as colours, a report's columns as numbers.
 
-Private: :mod:`torchalign.plot` and :mod:`torchalign.report` draw with it. Colours are those of Okabe and Ito,
+Private: :mod:`torchalign.plot` and :mod:`torchalign.html` draw with it. Colours are those of Okabe and Ito,
 told apart with any colour vision; a status differs in its marker too.
 """
 

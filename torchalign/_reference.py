@@ -30,7 +30,6 @@ from torchalign.functional.affine import (
     center_displacement,
     change_origin,
     compose_warps,
-    identity_warp,
     invert_warp,
     transform_points,
 )
@@ -45,9 +44,7 @@ ReferenceName = Literal["median", "mean", "first", "clearest", "iterative"]
 _READ_BYTES = 2**28  # of raw pixels of a lazy cube held at once, all its frames of a block of rows
 _REFERENCE_BYTES = 2**27  # of computed pixels held at once for a temporal median or mean
 _MOST_ROUNDS = 8  # of "iterative"; two or three are the rule
-_ENOUGH = (
-    0.5  # of the frames aligned with their median, or "iterative" tries to start from the clearest frame
-)
+_ENOUGH = 0.5  # of the frames aligned with their median, or "iterative" tries to start from the clearest
 _FEWEST = 3  # frames that make a median
 _STILL = 0.005  # pixels; "iterative" stops when the frames move by less, in the root mean square
 
@@ -136,8 +133,7 @@ def _make_reference(
     if name == "iterative":
         if not cube.sizes["time"]:
             return source(name, over_time("median", cube, pixels, usable, device))
-        warps, rounds = _settle(cube, pixels, usable, device, estimate, source)
-        values = over_time("median", cube, pixels, usable, device, warps)
+        values, rounds = _settle(cube, pixels, usable, device, estimate, source)
         return source(f"iterative (median of the aligned stack, {rounds} rounds)", values)
     number = 0
     if name == "clearest":
@@ -268,13 +264,13 @@ def _settle(
     device: torch.device,
     estimate: Estimator,
     source: Callable[[str, Tensor], ReferenceSource],
-) -> tuple[Found, int]:
-    """Estimate against the median of what was aligned before, until the frames stop moving."""
+) -> tuple[Tensor, int]:
+    """Estimate against the median of what was aligned before, until the frames stop moving; the last median."""
     size, frames = (cube.sizes["y"], cube.sizes["x"]), cube.sizes["time"]
-    found = estimate(source("median", over_time("median", cube, pixels, usable, device)))
-    if (
-        int(found.valid.sum()) < _ENOUGH * frames
-    ):  # displaced or clouded so much that their median shows nothing
+    median = over_time("median", cube, pixels, usable, device)
+    found = estimate(source("median", median))
+    # displaced or clouded so much that their median shows nothing
+    if int(found.valid.sum()) < _ENOUGH * frames:
         number = _clearest(cube, pixels, usable, device)
         frame = visible(cube, pixels, usable, device, time=slice(number, number + 1))[0]
         found = max((found, estimate(source("clearest", frame))), key=lambda one: int(one.valid.sum()))
@@ -282,14 +278,12 @@ def _settle(
     while rounds < _MOST_ROUNDS:
         rounds, found = rounds + 1, _anchor(found)
         if int(found.valid.sum()) < min(_FEWEST, frames):  # too few for a median: all frames as they are
-            everything = torch.ones_like(found.valid)
-            return Found(identity_warp(frames, dtype=found.warp.dtype), everything), rounds
+            return over_time("median", cube, pixels, usable, device), rounds
         if rounds > 1 and _is_still(found, previous, size):
             break
-        previous = found
-        reference = source("median", over_time("median", cube, pixels, usable, device, found))
-        found = estimate(reference)
-    return previous, rounds
+        previous, median = found, over_time("median", cube, pixels, usable, device, found)
+        found = estimate(source("median", median))
+    return median, rounds
 
 
 def _is_still(found: Found, previous: Found, size: tuple[int, int]) -> bool:

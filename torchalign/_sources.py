@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import xarray as xr
@@ -16,6 +16,7 @@ import xarray as xr
 from torchalign._check import message
 from torchalign._files import is_store
 from torchalign._labelled import Array, find_dims
+from torchalign._reference import ReferenceName
 
 __all__ = [
     "CUBES",
@@ -294,6 +295,8 @@ def open_reference(reference: str, pattern: str) -> str | xr.DataArray:
         ValueError: nothing that can be read there.
 
     """
+    if reference in get_args(ReferenceName):  # whatever lies around under that name
+        return reference
     path = Path(reference)
     if not path.exists() or not (is_raster(path) or _is_zarr(path) or path.suffix.lower() in _NETCDF):
         return reference

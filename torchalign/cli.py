@@ -147,7 +147,10 @@ def build_app() -> "typer.Typer":
         ),
     ]
     bands_option = Annotated[
-        str | None, typer.Option(help="Only these bands, as B04,B03,B02: names, or else numbers.")
+        str | None,
+        typer.Option(
+            help="Only these bands, as B04,B03,B02: names, or else numbers; in GeoTIFFs from 1, else from 0."
+        ),
     ]
     variable_option = Annotated[
         str | None,
@@ -451,10 +454,16 @@ def _align(
     overwrite: bool,
     reading: Mapping[str, Any],
 ) -> int:
+    from typing import get_args
+
     import torchalign
+    from torchalign._reference import ReferenceName
     from torchalign._sources import open_mask, open_reference, open_source
 
-    beside = [Path(path) for path in (mask, reference, init) if path is not None]
+    # a mask may be a variable of SRC, and a reference a word or a label
+    named = [mask, None if reference in get_args(ReferenceName) else reference]
+    beside = [path for path in map(Path, filter(None, named)) if path.exists()]
+    beside += [] if init is None else [init]
     _check_apart([*source, *beside], [out, *reports])
     _check_cube_output(out, template, overwrite)
     for path in reports:

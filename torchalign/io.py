@@ -526,6 +526,10 @@ def _read_lazily(paths: Sequence[Path], numbers: Sequence[int], raster: _Raster,
     shape = (len(numbers), *raster.grid.size)
     read = delayed(_read_some, pure=True)
     size = chunks if isinstance(chunks, (int, np.integer)) else None
+    known = chunks == "auto" or isinstance(chunks, Mapping) or (size is not None and size > 0)
+    if not known or isinstance(chunks, bool):
+        expected = 'a positive number of frames, a mapping, "auto" or None'
+        raise ValueError(message("chunks", expected, repr(chunks), "give a number of frames"))
     if chunks == "auto":
         size = max(1, 2**26 // max(1, int(np.prod(shape)) * dtype.itemsize))
     if isinstance(chunks, Mapping) and isinstance(chunks.get("time"), int) and chunks["time"] > 0:
@@ -684,6 +688,8 @@ def _profiles(cube: Cube, driver: str, compression: Compression) -> list[dict[st
     declared = array.attrs.get("_FillValue", array.encoding.get("_FillValue"))
     if nodata:
         declared = nodata[0]
+    elif declared is not None and array.dtype.kind == "f":
+        declared = np.nan  # what is encoded is of the integers that another file packs these floats into
     bands = cube.sizes["band"]
     profile: dict[str, Any] = {
         "driver": driver,
@@ -698,6 +704,8 @@ def _profiles(cube: Cube, driver: str, compression: Compression) -> list[dict[st
         "offsets": _per_band(array, "offsets", "add_offset", 0.0, bands),
     }
     profile["compress"] = compression  # "none" must be said, too: a COG is else LZW
+    if driver == "COG":  # its default is cubic, which makes classes that there are not, and blends nodata
+        profile["overview_resampling"] = "nearest"
     if compression != "none":
         predictor = 3 if array.dtype.kind == "f" else 2
         profile |= {
@@ -723,8 +731,12 @@ def _descriptions(cube: Cube) -> list[str | None]:
 
 
 def _per_band(array: xr.DataArray, plural: str, single: str, neutral: float, count: int) -> list[float]:
-    if plural in array.attrs and np.size(array.attrs[plural]) == count:
-        return [float(value) for value in np.ravel(array.attrs[plural])]
+    if plural in array.attrs:
+        values = [float(value) for value in np.ravel(array.attrs[plural])]
+        if len(values) != count:
+            cure = f"select them as the bands were: cube.attrs[{plural!r}]"
+            raise ValueError(message("cube", f"{plural} of {count} bands", values, cure))
+        return values
     return [float(array.attrs.get(single, neutral))] * count
 
 

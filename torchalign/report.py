@@ -370,9 +370,9 @@ def _plain(label: Any) -> Any:
     return label.item() if isinstance(label, np.generic) else str(label)
 
 
-def _number(value: Any) -> str:
+def _number(value: np.generic) -> str:
     """As short as is read back to the last bit of its own dtype."""
-    return str(np.asarray(value)[()].astype(np.asarray(value).dtype))
+    return str(value)
 
 
 def _to_csv(report: xr.Dataset, path: Path) -> None:
@@ -400,6 +400,14 @@ def _from_csv(path: Path) -> xr.Dataset:
     if not rows or "status" not in names or "warp_00" not in names:
         cure = "give a file that save_report wrote"
         raise ValueError(message("path", "a table with status and warp_00 … for every frame", path, cure))
+    try:
+        return _from_rows(rows, names)
+    except (ValueError, KeyError, TypeError) as error:
+        cure = "give a file that save_report wrote"
+        raise ValueError(message("path", "a report in CSV", f"{path} ({error})", cure)) from error
+
+
+def _from_rows(rows: list[dict[str, str]], names: list[str]) -> xr.Dataset:
     time = names[0]
     cells = [name for name in names if re.fullmatch(r"warp_\d\d", name)]
     numbers = [name for name in names[1:] if name != "status" and name not in (*cells, *_GRID_COLUMNS)]
