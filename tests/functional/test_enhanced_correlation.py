@@ -199,6 +199,48 @@ def test_init_as_shift_and_as_warp():
     ).warp.shape == (2, 3, 3)
 
 
+@pytest.mark.parametrize("motion", ["translation", "affine"])
+def test_an_init_that_is_no_number(motion):
+    data = fractal_stack(3, size=(64, 72), bands=1)
+    moving, reference = data.cube[:, 0], data.reference
+    good = enhanced_correlation(moving, reference, motion=motion, init=data.shift)
+    for value in (float("nan"), float("inf")):
+        shift = data.shift.clone()
+        shift[1] = value
+        found = enhanced_correlation(moving, reference, motion=motion, init=shift)
+        assert found.converged.tolist() == [True, False, True]
+        for field, expected in zip(found, good, strict=True):
+            assert not field.isnan().any()
+            assert torch.equal(field[::2], expected[::2])
+
+
+@pytest.mark.parametrize("motion", ["translation", "affine"])
+def test_vmap_over_references_alone(motion):
+    # the frames are plain tensors there, and yet nothing may be read
+    data = fractal_stack(2, size=(64, 72), bands=1)
+    references = torch.stack([data.reference, data.reference.roll(1, -1)])
+
+    def found(reference):
+        return enhanced_correlation(data.cube[:, 0], reference, motion=motion).warp
+
+    expected = torch.stack([found(reference) for reference in references])
+    torch.testing.assert_close(torch.func.vmap(found)(references), expected, atol=1e-3, rtol=0)
+
+
+def test_products_keep_no_copies_of_the_derivatives():
+    reference = fractal_stack(1, size=(64, 72), bands=1).reference.requires_grad_()
+    largest = []
+
+    def keep(tensor):
+        largest.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        (level,) = prepare_levels(reference, motion="homography", levels=1)
+    assert level.products.shape[-1] == 36
+    assert max(largest) < level.products.untyped_storage().nbytes()
+
+
 def test_prepared_levels_are_the_same():
     moving, reference = frames(truth("affine"))
     levels = prepare_levels(reference, motion="affine")

@@ -8,8 +8,8 @@ import torch
 from scenes import Waves, pairs
 
 from torchalign.functional.affine import identity_warp, translation_warp
-from torchalign.functional.quality import gate, normalized_cross_correlation
-from torchalign.types import Status
+from torchalign.functional.quality import gate, gate_stages, normalized_cross_correlation
+from torchalign.types import Motion, Status
 
 NAN, INF = float("nan"), float("inf")
 
@@ -207,6 +207,25 @@ def test_gate_leaves_out_what_is_no_common_ground(scene):
     assert estimate.score > 0.98
     _, estimate = judged(scene, (1.5, -0.5), inliers=torch.zeros(1, 10, 12))  # no common ground at all
     assert estimate.score.isfinite()
+
+
+def test_a_stage_that_is_not_trusted_judges_no_other(scene):
+    _, moving, reference = scene
+    moving = moving[:1]
+    good = Motion(
+        translation_warp(torch.tensor([[1.5, -0.5]], dtype=moving.dtype)),
+        torch.full((1,), 0.01, dtype=moving.dtype),
+        torch.zeros(1, dtype=torch.int64),
+    )
+    # it failed, and by its inliers there is no common ground
+    failed = good._replace(
+        status=torch.full((1,), int(Status.NOT_CONVERGED)), inliers=torch.zeros(1, 10, 12, dtype=moving.dtype)
+    )
+    alone = gate_stages([good], moving, reference, max_translations=[5.0])
+    both = gate_stages([good, failed], moving, reference, max_translations=[5.0, 5.0])
+    assert alone.valid.all()
+    for field, expected in zip(both, alone, strict=True):
+        assert torch.equal(field, expected)
 
 
 def test_gate_handles_frames_one_by_one(scene):

@@ -177,7 +177,7 @@ def enhanced_correlation(
         motion: what is estimated; see :data:`~torchalign.functional.affine.MotionModel`.
         init: (..., T, 2 or 3, 3), a warp moving → reference to start from, or (..., T, 2), a shift (x, y) in
             pixels; ``None`` for none. What the motion model lacks (the rotation of an init, for a translation)
-            is kept as it is.
+            is kept as it is. A frame whose init is no number starts from the identity, and has not converged.
         levels: of the pyramid; ``None`` for as many as leave 20 samples along the shorter side.
         max_iterations: on each level, and for each set of weights.
         tolerance: a frame has converged when a step moves no point of it by more, in pixels.
@@ -227,6 +227,8 @@ def enhanced_correlation(
     start = translation_warp(init) if init.shape[-1] == 2 else init
     homography = motion == "homography" or start.shape[-2] == 3
     start = _normalize(to_homogeneous(start), frame).expand(*shape, 3, 3)
+    lost = ~start.isfinite().flatten(-2).all(-1)
+    start = torch.where(lost[..., None, None], torch.eye(3, dtype=start.dtype, device=start.device), start)
     pyramid: list[_Shifted | _Warped] = [
         _Shifted.of(texture, level.grid, taper)
         if only_shifted
@@ -262,7 +264,7 @@ def enhanced_correlation(
         quality.sigma,
         quality.significance,
         flat.expand(shape),
-        quality.converged,
+        quality.converged & ~lost,
         state.inliers,
     )
 
@@ -337,8 +339,10 @@ def prepare_level(texture: Texture, grid: Grid, motion: MotionModel, taper: floa
     derivatives = slope_x[..., None] * basis_x + slope_y[..., None] * basis_y  # (..., n, P)
     values = field.flatten(-2)
     regressors = torch.cat([torch.ones_like(values)[..., None], values[..., None], derivatives], dim=-1)
-    row, column = torch.triu_indices(basis_x.shape[-1], basis_x.shape[-1], device=values.device)
-    products = derivatives[..., row] * derivatives[..., column]
+    # row by row of the triangle: views, of which neither memory nor autograd keeps copies
+    products = torch.cat(
+        [derivatives[..., i : i + 1] * derivatives[..., i:] for i in range(basis_x.shape[-1])], dim=-1
+    )
     weights = grid.window(taper).flatten(-2).expand(values.shape)
     if texture.weights is not None:
         weights = weights * texture.weights.flatten(-2)
@@ -514,7 +518,7 @@ class _Search(NamedTuple):
         self, look: _Look, level: Level, moving: _Shifted | _Warped, tolerance: float, *, precise: bool
     ) -> _State:
         warp, values, common = look
-        on_host = is_on_host(warp) and is_on_host(moving[0])
+        on_host = all(map(is_on_host, (warp, moving[0], level.field)))
         inliers = self._inliers(values, common, level)
         weights = common if inliers is None else common * inliers.flatten(-2)
         system = _solve(weights.square(), level)
@@ -673,7 +677,10 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     slope = seen.covariance / seen.variance
     residual = (values - seen.mean[..., None]) * slope[..., None] - (reference - seen.other_mean[..., None])
     # what every sample does to the two translations
-    leverage = torch.matmul(level.regressors[..., 2:] - system.mean[..., None, 2:], system.inverse[..., :2])
+    # the means are taken off afterwards: n × P centred derivatives would be a copy of the reference's per frame
+    inverse = system.inverse[..., :2]
+    leverage = torch.matmul(level.regressors[..., 2:], inverse)
+    leverage = leverage - torch.matmul(system.mean[..., None, 2:], inverse)
     pulls = (system.weights * residual)[..., None] * leverage  # (..., T, n, 2)
     size = level.grid.size
     block = max(1, min(_BLOCK, min(size) // _BLOCK))

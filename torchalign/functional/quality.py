@@ -148,7 +148,7 @@ def gate_stages(
 
     A frame keeps its last acceptable motion; a later one that lowers the score by more than 0.001 is undone. Where
     none is acceptable, the verdict is that on the first. All scores are taken over the same ground: what lies
-    inside the frame, and is an inlier, for the last stage that was trusted.
+    inside the frame for every stage that was trusted, and is an inlier for the last of them that tells inliers.
 
     Args:
         stages: at least one :class:`~torchalign.types.Motion`.
@@ -186,7 +186,8 @@ def gate_stages(
         if inliers is not None:
             # the root of an inlier weight is the squared local correlation
             found = _enlarge(inliers.detach().nan_to_num(0.0).sqrt(), size)
-            weight = found if weight is None else torch.where(trusted[..., None, None], found, weight)
+            # what a stage that is not trusted took for common ground judges no other
+            weight = torch.where(trusted[..., None, None], found, 1.0 if weight is None else weight)
         warps.append(warp)
         displacements.append(displacement)
         verdicts.append(status)
