@@ -198,6 +198,40 @@ def test_matches_of_tiny_frames():
     assert not found.matched.any()
 
 
+def test_matches_from_a_singular_init_are_finite():
+    data = fractal_stack(2, size=(64, 72), bands=1, seed=1)
+    init = torch.zeros(2, 2, 3)
+    init[1, :, :2] = torch.eye(2)
+    found = ta.LGM(max_num_keypoints=50).matches(data.cube, data.reference, init=init)
+    assert all(field.isfinite().all() for field in found)
+    assert not found.matched[0].any()
+    assert found.matched[1].any()
+
+
+class Counting(Blobs):
+    """Notes how many frames it is given at a time."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.frames = []
+
+    def forward(self, image, usable=None):
+        self.frames.append(len(image))
+        return super().forward(image, usable)
+
+
+def test_memory_is_bounded():
+    data = fractal_stack(12, size=(40, 48), bands=1, seed=1)
+    few = Counting(32)
+    ta.LGM(feature_model=few, batch_size=2).estimate(data.cube, data.cube.roll(1, 0))
+    assert max(few.frames) == 2, "of references as well"
+    # on the CPU, blocks of small frames do not grow with the similarities of many points
+    many = Counting(1024)
+    ta.LGM(feature_model=many).estimate(data.cube, data.reference)
+    assert max(many.frames) <= 4
+    assert sum(many.frames) == 13
+
+
 @pytest.mark.parametrize("motion", ["translation", "homography"])
 def test_batch_size_changes_nothing(motion):
     data = fractal_stack(5, size=(64, 72), bands=1, noise=0.003, seed=1)
@@ -312,6 +346,8 @@ def test_sift_is_upright_for_translations_only():
         ({"refine": 1}, TypeError),
         ({"allow_download": None}, TypeError),
         ({"feature_weights": "nothing.pth"}, ValueError),
+        ({"matcher_weights": "nothing.pth"}, ValueError),
+        ({"feature_model": Blobs(8), "feature_weights": "nothing.pth"}, ValueError),
     ],
     ids=str,
 )
@@ -366,6 +402,20 @@ def test_fake_cuda(fake, options):
         return
     found = aligner.matches(cube, cube)
     assert {field.device.type for field in found} == {"cuda"}
+
+
+@pytest.mark.parametrize("motion", ["translation", "homography"])
+def test_nothing_is_copied_from_the_host(fake, monkeypatch, motion):
+    # such a copy waits for the device, and a fake one does not mind
+    def copied(*args, **kwargs):
+        raise AssertionError("copied from the host")
+
+    monkeypatch.setattr(torch, "tensor", copied)
+    monkeypatch.setattr(torch.Tensor, "new_tensor", copied)
+    cube = torch.empty(2, 1, 64, 72, device="cuda")
+    aligner = ta.LGM(max_num_keypoints=32, motion=motion)
+    assert aligner.estimate(cube, cube[0]).warp.device.type == "cuda"
+    assert aligner.matches(cube, cube[0]).points.device.type == "cuda"
 
 
 @pytest.mark.skipif(

@@ -11,7 +11,8 @@ import torch
 from scenes import fractal
 
 from torchalign.functional.keypoints import stretch_contrast
-from torchalign.models.extractors import SIFT, DoGHardNet, Features, SuperPoint, build_extractor
+from torchalign.models import extractors
+from torchalign.models.extractors import DISK, SIFT, DoGHardNet, Features, SuperPoint, build_extractor
 from torchalign.models.superpoint import SuperPointNet
 from torchalign.models.weights import find_weights
 
@@ -342,3 +343,18 @@ def test_autocast_changes_nothing(fields):
         found = built(fields[None])
     assert isinstance(found, Features)
     assert torch.equal(found.keypoints, built(fields[None]).keypoints)
+
+
+def test_no_frames():
+    found = SIFT(8)(torch.zeros(0, 64, 64))
+    assert found.keypoints.shape == (0, 8, 2)
+
+
+def test_rows_that_are_not_valid_are_read_inside_the_frame(monkeypatch):
+    feature = pytest.importorskip("kornia.feature")
+    torch.manual_seed(0)
+    built = DISK(feature.DISK(), 32 * 32)
+    monkeypatch.setattr(extractors, "is_on_host", lambda tensor: False)  # devices keep all rows
+    found = built(torch.zeros(1, 32, 32))
+    assert not found.valid.any()
+    assert found.descriptors.isfinite().all()

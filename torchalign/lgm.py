@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchalign._check import check_number, check_option, message
+from torchalign._host import is_on_host
 from torchalign.aligner import Aligner, Job, full_precision
 from torchalign.functional.affine import (
     MotionModel,
@@ -52,6 +53,7 @@ _MAX_FREQUENCY = 0.25
 _LEAST_SIDE = 16
 # Eager CPU: pixels of one block of frames, whose similarities of all points with all are what takes memory.
 _BLOCK_PIXELS = 2**18
+_BLOCK_SIMILARITIES = 2**22
 # A translation beyond the limit must have so many times the matches of the one within.
 _OUTSIDE_MARGIN = 1.2
 # Matches must exceed what chance brings about by so much, see `significance`; unrelated scenes stay below.
@@ -176,6 +178,15 @@ class LGM(Aligner):
                     "choose one",
                 )
             )
+        for name, weights, model, named in (
+            ("feature_weights", feature_weights, feature_model, isinstance(feature_model, str)),
+            ("matcher_weights", matcher_weights, matcher_model, matcher_model == "lightglue"),
+        ):
+            if weights is not None and not named:
+                got = type(model).__name__ if isinstance(model, nn.Module) else repr(model)
+                raise ValueError(
+                    message(name, f"None with {got}, which takes none", _described(weights), "leave it out")
+                )
         self.feature_model = feature_model if isinstance(feature_model, str) else type(feature_model).__name__
         self.matcher_model = matcher_model if isinstance(matcher_model, str) else type(matcher_model).__name__
         self.max_num_keypoints = int(max_num_keypoints)
@@ -211,7 +222,15 @@ class LGM(Aligner):
         """The reference's keypoints and texture, see :meth:`Aligner.prepare_reference`."""
         if _is_nothing(image):
             return None
-        features = self._extract(image.reshape(-1, *image.shape[-2:]), _flat(usable, image))
+        images, seen = image.reshape(-1, *image.shape[-2:]), _flat(usable, image)
+        rows = self._rows(images, self.max_num_keypoints)
+        # without a limit the number of frames must not be looked at, a trace may leave it open
+        parts = [slice(None)]
+        if rows is not None:
+            parts = [slice(first, first + rows) for first in range(0, len(images), rows)]
+        features: Features = _joined(
+            [self._extract(images[part], None if seen is None else seen[part]) for part in parts]
+        )
         texture = extract_texture(image, usable, max_frequency=_MAX_FREQUENCY) if self.refine else None
         return _Reference(features, texture, tuple(image.shape[:-2]))
 
@@ -235,7 +254,7 @@ class LGM(Aligner):
             self._refined(part) if self.refine else self._fitted(part)
             for part in self._parts(moving, moving_usable, prepared, init)
         ]
-        motion = parts[0] if len(parts) == 1 else _concatenated(parts)
+        motion: Motion = _joined(parts)
         reshaped: Motion = _each(motion, lambda field: field.reshape(*lead, *field.shape[1:]))
         return reshaped
 
@@ -298,10 +317,17 @@ class LGM(Aligner):
             None if texture is None or texture.weights is None else each(texture.weights),
             None if init is None else init.reshape(-1, *init.shape[len(lead) :]),
         )
-        count = self.batch_size
+        count = self._rows(whole.moving, features.keypoints.shape[-2])
         if count is None or whole.moving.shape[0] <= count:
             return [whole]
         return [whole.rows(first, count) for first in range(0, whole.moving.shape[0], count)]
+
+    def _rows(self, frames: Tensor, keypoints: int) -> int | None:
+        """How many of the frames are worked on at a time; ``None`` for all."""
+        if is_on_host(frames.detach()):  # small frames have as many similarities as large ones
+            most = max(1, _BLOCK_SIMILARITIES // keypoints**2)
+            return most if self.batch_size is None else min(self.batch_size, most)
+        return self.batch_size
 
     def _correspond(self, part: _Part) -> _Found:
         """Keypoints, matches, the motion they agree on, and whether to believe it."""
@@ -434,7 +460,8 @@ class LGM(Aligner):
                 if found.turn is None
                 else transform_points(invert_warp(found.turn), found.points)
             )
-            offset = points.new_tensor(seen.origin)
+            points = points.nan_to_num(0.0, 0.0, 0.0)  # an init may be singular
+            offset = torch.stack([points.new_full((), side) for side in seen.origin])
             targets = torch.where(found.matched.unsqueeze(-1), found.targets, points)
             weight = found.fit.weight * (found.status == 0).unsqueeze(-1)
             for column, field in zip(
@@ -508,10 +535,12 @@ def _each(fields: Any, change: Callable[[Any], Any]) -> Any:
     return type(fields)(*(None if field is None else change(field) for field in fields))
 
 
-def _concatenated(parts: list[Motion]) -> Motion:
-    columns: list[Any] = list(zip(*parts, strict=True))
-    motion: Any = Motion
-    return motion(*(None if column[0] is None else torch.cat(column) for column in columns))
+def _joined(parts: Sequence[Any]) -> Any:
+    """Named tuples of one kind, as one; fields that are None stay so."""
+    if len(parts) == 1:
+        return parts[0]
+    columns: Any = zip(*parts, strict=True)
+    return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def _check_whole(name: str, value: object) -> None:

@@ -38,6 +38,7 @@ from torchalign.functional.affine import (
     change_origin,
     compose_warps,
     identity_warp,
+    to_homogeneous,
     transform_points,
     translation_warp,
 )
@@ -245,7 +246,8 @@ def consensus(
         shift = shifts.gather(-2, best).squeeze(-2)
         return translation_warp(torch.where(count > 0, shift, 0.0))
 
-    centre = points.new_tensor(((size[1] - 1) / 2, (size[0] - 1) / 2))
+    # (made where it is used: a copy from the host would wait for the device)
+    centre = torch.stack([points.new_full((), (side - 1) / 2) for side in (size[1], size[0])])
     longest = max(size)
     homography = motion == "homography"
     kinds: list[MotionModel] = [motion] if motion in ("euclidean", "similarity") else ["similarity", motion]
@@ -254,8 +256,7 @@ def consensus(
         own, other = drawn(_MINIMAL[kind])
         warp, sound = _minimal(own - centre, other - centre, kind, longest)
         if homography and warp.shape[-2] == 2:
-            last = warp.new_tensor((0.0, 0.0, 1.0)).expand(*warp.shape[:-2], 1, 3)
-            warp = torch.cat((warp, last), -2)
+            warp = to_homogeneous(warp)
         warps.append(warp)
         fine.append(sound & (count >= _MINIMAL[kind]))
     warp, sound = change_origin(torch.cat(warps, -3), -centre), torch.cat(fine, -1)  # (..., N, 2|3, 3)
@@ -442,7 +443,8 @@ def window_ascent(
     energy = (norms[0] * norms[1]).detach().sqrt() + torch.finfo(moving.dtype).tiny
 
     centres = torch.stack((left + 0.5 * (width - 1), top + 0.5 * (height - 1)), -1).to(moving.dtype)
-    jacobian = _jacobian(centres * centres.new_tensor((step_x, step_y)), size, motion)  # (..., n, 2, P)
+    centres = torch.stack((step_x * centres[..., 0], step_y * centres[..., 1]), -1)  # in pixels
+    jacobian = _jacobian(centres, size, motion)  # (..., n, 2, P)
 
     def newton(power: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The step, whether the Hessian is negative definite, its negative, and all windows' pulls and weights."""
@@ -618,7 +620,7 @@ def _table(rows: int, columns: int, like: Tensor) -> Tensor:
     root = 2.0
     for _ in range(40):
         root = (1 + root) ** (1 / (columns + 1))
-    steps = torch.tensor([root ** -(j + 1) for j in range(columns)], device=like.device, dtype=torch.float64)
+    steps = root ** -(torch.arange(columns, device=like.device, dtype=torch.float64) + 1)
     return (0.5 + (n[:, None] + 1) * steps).frac().to(like.dtype)
 
 

@@ -158,7 +158,9 @@ class Extractor(nn.Module, ABC):
 
     def _worth(self, valid: Tensor) -> int:
         """How many rows may hold a keypoint (they come first): where it costs nothing to know, or else all."""
-        return max(1, int(valid.sum(-1).max())) if is_on_host(valid) else valid.shape[-1]
+        if not is_on_host(valid) or not len(valid):
+            return valid.shape[-1]
+        return max(1, int(valid.sum(-1).max()))
 
     def _filled(self, features: Features) -> Features:
         """As many rows as there have to be."""
@@ -359,7 +361,9 @@ class DISK(DenseExtractor):
 
     def describe(self, features: Tensor, points: Tensor) -> Tensor:
         """See :meth:`DenseExtractor.describe`; read at the nearest pixel, as the network was trained."""
+        # a row that is not valid may lie half a pixel beyond the edge
         x, y = points.round().long().unbind(-1)
+        x, y = x.clamp(0, features.shape[-1] - 1), y.clamp(0, features.shape[-2] - 1)
         index = y * features.shape[-1] + x
         read = features.flatten(2).gather(2, index.unsqueeze(1).expand(-1, features.shape[1], -1))
         return F.normalize(read, dim=1).transpose(1, 2)
