@@ -348,7 +348,7 @@ def test_a_channel_is_trained_through_ecc():
 
     def held_out(channel):
         with torch.no_grad():
-            error, valid = squared_errors(ta.ECC(channel=channel), 100, frames=32)
+            error, valid = squared_errors(ta.ECC(channel=channel), 100, frames=16)
         return error[valid].median().sqrt(), int(valid.sum())
 
     mixture = Mixture(4)
