@@ -1,7 +1,7 @@
 """ECC and Cascade against OpenCV's ECC and satalign's: how far off, is it said, and how long does it take?
 
-Ground truth without an interpolation kernel, as in `accuracy.py`: frames of a real 30 m scene, averaged in blocks of
-5 × 5, at whole-pixel offsets (`simulate_stack`), or after the scene itself was warped (`simulate_warped_stack`).
+Ground truth without an interpolation kernel, as in `accuracy.py`: frames of a real 30 m scene, averaged in blocks
+of 5 × 5, at whole-pixel offsets (`simulate_stack`), or after the scene itself was warped (`simulate_warped_stack`).
 Every method gets the mean of the bands.
 
     python benchmarks/ecc.py [--scene ../shared/data/landsat7_rgb.tif] [--frames 64] [--rounds 7] [--quick]
@@ -9,11 +9,11 @@ Every method gets the mean of the bands.
 
 `cv2.findTransformECC` returns reference → moving; its warps are inverted here. satalign takes the same matrix for
 moving → reference and so doubles the misregistration: its **sign is corrected here**, which is more than its users
-get. Each of its frames is a job of its own, since OpenCV overwrites the matrix that satalign starts the next one from.
+get. Each of its frames is a job of its own, since OpenCV overwrites the matrix that satalign starts the next from.
 
-Flags: torchalign's `status`; OpenCV's exceptions; satalign's `warning_status`. Errors are those of unflagged frames.
-A **loss** is a condition where a peer's median or 95th percentile is lower than that of the default, a flagged frame
-counting as an infinite error; for the speed, where the peer's time is lower.
+Flags: torchalign's `status`; OpenCV's exceptions; satalign's `warning_status`. Errors are those of unflagged
+frames. A **loss** is a condition where a peer's median or 95th percentile is lower than that of the default, a
+flagged frame counting as an infinite error; for the speed, where the peer's time is lower.
 """
 
 from __future__ import annotations
@@ -667,8 +667,9 @@ def report(results: Mapping[str, Any]) -> str:
     )
     return "\n\n".join(
         [
-            f"{results['scene']}; decimated by {results['factor']}, {results['frames']} frames of {results['size']}², "
-            f"shifts ± 3 px, gain 0.7–1.3 and offset ± 0.1, noise 0.01. Seed {results['seed']}. {described(results)}",
+            f"{results['scene']}; decimated by {results['factor']}, {results['frames']} frames of "
+            f"{results['size']}², shifts ± 3 px, gain 0.7–1.3 and offset ± 0.1, noise 0.01. "
+            f"Seed {results['seed']}. {described(results)}",
             "### Translation, pixels: median / 95th percentile (flagged)",
             _errors(results["shifts"], AUTO),
             f"Wrong by more than {SILENT} px and not flagged, frames of {results['frames']}:",
@@ -686,16 +687,17 @@ def report(results: Mapping[str, Any]) -> str:
                 ],
             ),
             "### Other motions: the worst corner of a frame, pixels, median / 95th percentile (flagged)",
-            f"{results['frames'] // 2} frames; rotations to 5°, scales 0.95–1.05, shear 0.03, shifts to 3 px, perspective "
-            "2e-4 per pixel, as far as the model has them; the scene is warped at its own resolution, then averaged. "
+            f"{results['frames'] // 2} frames; rotations to 5°, scales 0.95–1.05, shear 0.03, shifts to 3 px, "
+            "perspective 2e-4 per pixel, as far as the model has them; the scene is warped at its own resolution, "
+            "then averaged. "
             "All but the cascade, and OpenCV from PCC, start from the identity.",
             _errors(results["warps"], ALONE),
             f"Wrong by more than {SILENT} px at a corner and not flagged, frames of {results['frames'] // 2}:",
             _silent(results["warps"]),
             *_report_reach(results["reach"]),
             "### Time, ms a frame, median / 95th percentile of the rounds; ratios round by round",
-            f"T = {SPEED_FRAMES}, {SIDE}², float32, {times['rounds']} rounds in turns; OpenCV is stopped early (EPS 1e-4) and "
-            "is given the channel ready-made; satalign as it comes. BLAS has one thread. "
+            f"T = {SPEED_FRAMES}, {SIDE}², float32, {times['rounds']} rounds in turns; OpenCV is stopped early "
+            "(EPS 1e-4) and is given the channel ready-made; satalign as it comes. BLAS has one thread. "
             f"{load}.",
             table(
                 ["what", "cores", "torchalign", "ms", "peer", "ms", "peer ÷ torchalign", "aim"],
@@ -714,8 +716,8 @@ def report(results: Mapping[str, Any]) -> str:
                 ],
                 [_stage_row(motion, entry) for motion, entry in times["stages"].items()],
             ),
-            "Floor: as many bilinear samplings of one band, at the sizes of the levels, as the search made, and one "
-            "warp of all bands, all by `grid_sample`.",
+            "Floor: as many bilinear samplings of one band, at the sizes of the levels, as the search made, and "
+            "one warp of all bands, all by `grid_sample`.",
             "### Losses",
             _report_losses(results),
         ]
@@ -823,17 +825,17 @@ def headline(results: Mapping[str, Any]) -> str:
     worst = _worst_bias(results["bias"]["bias"][AUTO])
     lines = [
         table(["", f"torchalign `{AUTO}`, `ECC(motion=…)`", *names[1:]], rows),
-        f"Worst bias at any fraction of a pixel: {worst:.2g} px. On {most} cores the whole job is {whole_job:.0f} × as fast "
-        f"as `satalign.ECC`, the estimate {motions['translation']:.1f} × (affine {motions['affine']:.1f} ×) as fast as one "
-        f"thread of OpenCV stopped early{busy}.",
+        f"Worst bias at any fraction of a pixel: {worst:.2g} px. On {most} cores the whole job is "
+        f"{whole_job:.0f} × as fast as `satalign.ECC`, the estimate {motions['translation']:.1f} × (affine "
+        f"{motions['affine']:.1f} ×) as fast as one thread of OpenCV stopped early{busy}.",
     ]
     if results["reach"]:
         noise, reached = next(iter(results["reach"].items()))
         own_, peer = reached["methods"][AUTO], reached["methods"][OPENCV]
         lines.append(
-            f"Shifts to {FAR:g} px of sharp to very smooth scenes, noise {noise}: {own_['near']} of {own_['trials']} trials "
-            f"within {NEAR} px, {own_['wrong_unflagged']} wrong and not flagged; OpenCV {peer['near']} and "
-            f"{peer['wrong_unflagged']}."
+            f"Shifts to {FAR:g} px of sharp to very smooth scenes, noise {noise}: {own_['near']} of "
+            f"{own_['trials']} trials within {NEAR} px, {own_['wrong_unflagged']} wrong and not flagged; "
+            f"OpenCV {peer['near']} and {peer['wrong_unflagged']}."
         )
     return "\n\n".join(lines)
 
