@@ -252,7 +252,7 @@ def simulate_warped_stack(
         ValueError: the scene is too small for size and factor; any other argument out of its range.
 
     Example:
-        >>> scene = torch.rand(1, 150, 150, generator=torch.Generator().manual_seed(0))
+        >>> scene = torch.rand(1, 200, 200, generator=torch.Generator().manual_seed(0))
         >>> stack = simulate_warped_stack(scene, motion="euclidean", frames=2, size=(48, 48), factor=3)
         >>> linear = stack.warp[0, :2, :2]
         >>> bool((linear @ linear.mT - torch.eye(2)).abs().max() < 1e-6)
