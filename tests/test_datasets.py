@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from torchalign.datasets import demo_stack, open_demo_scene, simulate_stack
+from torchalign.datasets import demo_stack, open_demo_scene, simulate_stack, simulate_warped_stack
+from torchalign.functional.affine import transform_points
 
 
 def scene(size: int = 120, bands: int = 2) -> torch.Tensor:
@@ -30,6 +31,53 @@ def test_decimation_is_what_it_says():
     for frame, (x, y) in zip(stack.cube, (stack.shift * 3).round().int().tolist(), strict=True):
         window = ground[:, 10 + y : 10 + y + 96, 12 + x : 12 + x + 72]
         torch.testing.assert_close(frame, F.avg_pool2d(window[None], 3)[0])
+
+
+@pytest.mark.parametrize("motion", ["translation", "affine", "homography"])
+def test_warped_frames_are_the_scene_under_their_warp(motion):
+    # waves that a block of 3 × 3 hardly dims and a cubic follows: the scene can be asked anywhere
+    size, factor, side = (40, 52), 3, 240
+
+    def ground(points):  # (..., 2) in scene pixels
+        return 0.5 + 0.2 * (points @ torch.tensor([0.07, 0.05])).sin() + 0.2 * (points[..., 0] * 0.06).cos()
+
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    stack = simulate_warped_stack(
+        ground(torch.stack((x, y), -1).float())[None],
+        motion=motion,
+        frames=3,
+        size=size,
+        factor=factor,
+        gain=(1, 1),
+        offset=0,
+        noise=0,
+        max_perspective=1e-3,
+    )
+    y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    points = torch.stack((x, y), -1).double().reshape(-1, 2)
+    corner = torch.tensor([(side - factor * size[1]) / 2, (side - factor * size[0]) / 2]) + (factor - 1) / 2
+    for frame, warp in zip(stack.cube, stack.warp, strict=True):
+        seen = ground((factor * transform_points(warp, points) + corner).float()).reshape(size)
+        still = ground((factor * points + corner).float()).reshape(size)
+        assert (frame[0] - seen).abs().max() < 0.004
+        assert (frame[0] - still).abs().max() > 0.012  # and it has moved
+    assert torch.equal(stack.warp[:, 2, :2] != 0, torch.full((3, 2), motion == "homography"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"motion": "rigid"}, "motion"),
+        ({"size": (80, 80)}, "at least"),
+        ({"max_scale": 1.0}, "max_scale"),
+        ({"max_perspective": 0.1}, "max_perspective"),
+        ({"max_rotation": -1.0}, "max_rotation"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_warped_stacks_that_cannot_be_made(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        simulate_warped_stack(scene(), **({"size": (16, 16), "factor": 3} | options))
 
 
 def test_sign_of_the_shift():

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from scenes import fractal_stack, pairs, shift_errors
+from torch import nn
 from torch.nn import functional as F
 
 import torchalign as ta
-from torchalign.datasets import simulate_stack
+from torchalign.datasets import open_demo_scene, simulate_stack, simulate_warped_stack
 from torchalign.functional.affine import (
-    change_origin,
     identity_warp,
     invert_warp,
     to_homogeneous,
@@ -27,47 +27,6 @@ OK, NO_TEXTURE, NOT_CONVERGED, TOO_FAR = (
 
 def quantiles(errors):
     return float(errors.median()), float(errors.quantile(0.95))
-
-
-def warped_stack(scene, motion, frames=6, size=256, factor=5, seed=0):
-    """Frames of a scene that was warped at its own resolution and then averaged, and the truth (T, 3, 3).
-
-    Rotations to 5°, scales of 0.95 … 1.05, shear 0.03, shifts to 3 px, gain, offset and noise.
-    """
-    random = torch.Generator().manual_seed(seed)
-
-    def uniform(reach):
-        return (2 * torch.rand(frames, generator=random, dtype=torch.float64) - 1) * reach
-
-    one, none = torch.ones(frames, dtype=torch.float64), torch.zeros(frames, dtype=torch.float64)
-    angle, scale, shear = uniform(math.radians(5)), 1 + uniform(0.05), uniform(0.03)
-    rows = [
-        torch.stack([scale * angle.cos(), -scale * angle.sin() + shear, uniform(3.0)], -1),
-        torch.stack([scale * angle.sin(), scale * angle.cos(), uniform(3.0)], -1),
-        torch.stack([uniform(2e-4), uniform(2e-4), one] if motion == "homography" else [none, none, one], -1),
-    ]
-    centre = (size - 1) / 2
-    truth = change_origin(torch.stack(rows, -2), (-centre, -centre))
-    truth = truth / truth[..., 2:, 2:]
-    # on the scene's own pixels, of which as many as are needed are cut out: frame(p) = reference(truth p)
-    margin = 8 * factor
-    side = size * factor + 2 * margin
-    top, left = ((length - side) // 2 for length in scene.shape[-2:])
-    scene = scene[:, top : top + side, left : left + side].mean(0, keepdim=True)
-    offset = margin + (factor - 1) / 2
-    to_scene = torch.tensor([[factor, 0, offset], [0, factor, offset], [0, 0, 1]], dtype=torch.float64)
-    fine = invert_warp(to_scene @ truth @ torch.linalg.inv(to_scene))
-    moved = [
-        ta.warp(scene[None], matrix[None], interpolation="bicubic", padding_mode="reflection")
-        for matrix in fine
-    ]
-    inner = (..., slice(margin, margin + size * factor), slice(margin, margin + size * factor))
-    cube = torch.cat([F.avg_pool2d(frame[inner], factor) for frame in moved])
-    gain = 0.7 + 0.6 * torch.rand(frames, 1, 1, 1, generator=random)
-    level = 0.2 * torch.rand(frames, 1, 1, 1, generator=random) - 0.1
-    cube = gain * cube + level + 0.01 * torch.randn(cube.shape, generator=random)
-    reference = F.avg_pool2d(scene[inner][None], factor)[0]
-    return cube, reference + 0.01 * torch.randn(reference.shape, generator=random), truth
 
 
 def corner_errors(warp, truth, size=256):
@@ -109,7 +68,8 @@ def test_bias_at_every_fraction_of_a_pixel(landsat):
 
 @pytest.mark.parametrize(("motion", "median"), [("affine", 0.03), ("homography", 0.06)])
 def test_corners_on_landsat(landsat, motion, median):
-    cube, reference, truth = warped_stack(landsat, motion)
+    ground = landsat.mean(0, keepdim=True)
+    cube, reference, truth = simulate_warped_stack(ground, motion=motion, frames=6)
     assert corner_errors(identity_warp(6), truth).median() > 5  # pixels: there is something to find
     estimate = ta.ECC(motion=motion).estimate(cube, reference)
     assert estimate.valid.all()
@@ -347,3 +307,65 @@ def test_gradients_through_a_cascade():
     for gradient in (cube.grad, reference.grad):
         assert gradient.isfinite().all()
         assert gradient.abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------------ the worked example: training
+
+
+class Mixture(nn.Module):
+    """A channel that learns how much each band counts."""
+
+    def __init__(self, bands: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((bands,), 1 / bands))
+
+    def forward(self, image):  # (..., C, H, W) → (..., H, W)
+        return (self.weight[:, None, None] * image).sum(-3)
+
+
+def after_the_harvest(scene, cell=20, seed=0):
+    """(4, H, W): in half of the fields red and near infrared change sides; blue and green stay."""
+    random = torch.Generator().manual_seed(seed)
+    rows, columns = (-(-length // cell) for length in scene.shape[-2:])
+    fields = torch.randn(1, 1, rows, columns, generator=random)
+    fields = F.interpolate(fields, scale_factor=cell)[0, :, : scene.shape[-2], : scene.shape[-1]]
+    mean, spread = scene.mean((-2, -1), keepdim=True), scene.std((-2, -1), keepdim=True)
+    changed = mean + fields.sign() * (scene - mean) + 0.5 * spread * fields
+    return torch.cat([scene[:2], changed[2:]])
+
+
+def test_a_channel_is_trained_through_ecc():
+    pytest.importorskip("spyndex")
+    spring = torch.from_numpy(np.array(open_demo_scene().values))
+    autumn = after_the_harvest(spring)
+    options = {"size": (96, 96), "factor": 2, "noise": 0.003, "offset": 0.0, "gain": (0.9, 1.1)}
+    reference = simulate_stack(spring, frames=0, **options).reference
+
+    def squared_errors(aligner, seed, frames=8):
+        made = simulate_stack(autumn, frames=frames, seed=seed, **options)
+        estimate = aligner.estimate(made.cube, reference)
+        return (estimate.warp[..., 2] - made.shift).square().sum(-1), estimate.valid
+
+    def held_out(channel):
+        with torch.no_grad():
+            error, valid = squared_errors(ta.ECC(channel=channel), 100, frames=16)
+        return error[valid].median().sqrt(), int(valid.sum())
+
+    mixture = Mixture(4)
+    start, accepted = held_out(mixture)
+    aligner = ta.ECC(channel=mixture)
+    optimizer = torch.optim.Adam(mixture.parameters(), lr=0.02)
+    losses = []
+    for step in range(20):
+        error, valid = squared_errors(aligner, step)
+        loss = error[valid].mean()  # a frame that was left alone has no gradient
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-5:]) < 0.2 * np.mean(losses[:5])
+    learnt, accepted_then = held_out(mixture)
+    assert learnt < 0.3 * start
+    assert accepted_then >= accepted
+    # what stays from spring to autumn is what counts
+    assert mixture.weight[:2].min() > mixture.weight[2:].abs().max()

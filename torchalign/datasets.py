@@ -1,10 +1,12 @@
 """Stacks with known shifts, made from real scenes, and the real chip of the demo.
 
-Two ways to the truth, neither of which interpolates with a kernel that an aligner could be using:
+Two ways to the truth, neither of which interpolates a frame with a kernel that an aligner could be using:
 
 * :func:`simulate_stack`, by *decimation*: windows of a high-resolution scene are cut at integer offsets and
   averaged in blocks of ``factor`` × ``factor`` pixels, so that two frames differ by exactly
-  ``offset / factor`` pixels, with the aliasing of a real sensor. Every accuracy figure is made with it.
+  ``offset / factor`` pixels, with the aliasing of a real sensor. Every accuracy figure of shifts is made with it.
+  :func:`simulate_warped_stack` does the same for warps to homographies: the *scene* is warped, at its own
+  resolution, and averaged then; a kernel's error there is a ``factor``-th of what it would be in the frame.
 * :func:`demo_stack`, by a *Fourier shift* of a small real chip that cannot spare the pixels of a decimation.
 """
 
@@ -19,12 +21,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._check import check_number, message
+from torchalign._check import check_number, check_option, message
+from torchalign.functional.affine import MotionModel, change_origin, invert_warp
+from torchalign.functional.warp import warp
 
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["DemoStack", "SimulatedStack", "demo_stack", "open_demo_scene", "simulate_stack"]
+__all__ = [
+    "DemoStack",
+    "SimulatedStack",
+    "WarpedStack",
+    "demo_stack",
+    "open_demo_scene",
+    "simulate_stack",
+    "simulate_warped_stack",
+]
 
 _Floats = NDArray[np.floating[Any]]
 
@@ -52,6 +64,21 @@ class SimulatedStack(NamedTuple):
     reference: Tensor
     shift: Tensor
     clear: Tensor
+
+
+class WarpedStack(NamedTuple):
+    """A stack with its truth.
+
+    Attributes:
+        cube: (T, C, H, W) float32, the moving frames.
+        reference: (C, H, W) float32.
+        warp: (T, 3, 3) float64, the true warp moving → reference in pixels, its last entry 1.
+
+    """
+
+    cube: Tensor
+    reference: Tensor
+    warp: Tensor
 
 
 class DemoStack(NamedTuple):
@@ -179,6 +206,124 @@ def simulate_stack(
     cube = cube + noise * torch.randn(cube.shape, generator=generator)
     reference = window(0, 0) + noise * torch.randn(channels, height, width, generator=generator)
     return SimulatedStack(cube, reference, steps.to(torch.float32) / factor, clear)
+
+
+def simulate_warped_stack(
+    scene: Tensor,
+    *,
+    motion: MotionModel = "affine",
+    frames: int = 16,
+    size: tuple[int, int] = (256, 256),
+    factor: int = 5,
+    max_shift: float = 3.0,
+    max_rotation: float = 5.0,
+    max_scale: float = 0.05,
+    max_shear: float = 0.03,
+    max_perspective: float = 2e-4,
+    gain: tuple[float, float] = (0.7, 1.3),
+    offset: float = 0.1,
+    noise: float = 0.01,
+    seed: int = 0,
+) -> WarpedStack:
+    """Cut a stack with known warps out of one high-resolution scene.
+
+    ``frame(p) = reference(warp · p)``. The scene is warped on its own pixels, of which a pixel of a frame averages
+    ``factor`` × ``factor``: no frame has been through a resampling. Warps are drawn about the frame's centre,
+    every term uniformly in ± its limit; what the motion model lacks is left out. The stack is made on the CPU.
+
+    Args:
+        scene: (C, Hs, Ws) floating, real values of about [0, 1].
+        motion: ``"translation"``, ``"euclidean"``, ``"similarity"``, ``"affine"`` or ``"homography"``.
+        frames: T.
+        size: (H, W) of the frames.
+        factor: block size of the averaging, in scene pixels.
+        max_shift: of the frame's centre, in pixels, in x and y.
+        max_rotation: in degrees.
+        max_scale: relative; scales are 1 ± this.
+        max_shear: what is added to the displacement in x for each pixel in y.
+        max_perspective: entries of the third row, per pixel from the centre.
+        gain: range of the random gain, per frame and band.
+        offset: the random offset is uniform in ± this, per frame and band.
+        noise: standard deviation of the Gaussian noise, on frames and reference.
+        seed: of every random choice.
+
+    Raises:
+        TypeError: the scene is no floating tensor.
+        ValueError: the scene is too small for size and factor; any other argument out of its range.
+
+    Example:
+        >>> scene = torch.rand(1, 200, 200, generator=torch.Generator().manual_seed(0))
+        >>> stack = simulate_warped_stack(scene, motion="euclidean", frames=2, size=(48, 48), factor=3)
+        >>> linear = stack.warp[0, :2, :2]
+        >>> bool((linear @ linear.mT - torch.eye(2)).abs().max() < 1e-6)
+        True
+
+    """
+    _check_scene(scene)
+    check_option("motion", motion, MotionModel)
+    _check_size(size)
+    _check_whole("frames", frames, 0)
+    _check_whole("factor", factor, 1)
+    _check_bounded(max_shift=max_shift, offset=offset, noise=noise)
+    check_number("max_rotation", max_rotation, minimum=0.0, maximum=180.0)
+    check_number("max_scale", max_scale, minimum=0.0, maximum=0.9)
+    check_number("max_shear", max_shear, minimum=0.0, maximum=1.0)
+    # at 1 / (W + H) a corner could be on the horizon
+    check_number("max_perspective", max_perspective, minimum=0.0, maximum=0.5 / sum(size))
+    _check_ranges(gain=gain)
+    # a border that is averaged away, so that what a warp fetches from outside is mostly ground
+    margin = 8 * factor
+    needed = (size[0] * factor + 2 * margin, size[1] * factor + 2 * margin)
+    room = tuple(length - need for length, need in zip(scene.shape[-2:], needed, strict=True))
+    if min(room) < 0:
+        expected = f"at least {needed} pixels for size={size}, factor={factor}"
+        raise ValueError(message("scene", expected, tuple(scene.shape[-2:]), "lower size or factor"))
+    top, left = room[0] // 2, room[1] // 2
+    window = scene.detach().to(torch.device("cpu"), torch.float32)
+    window = window[None, :, top : top + needed[0], left : left + needed[1]]
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    def within(limit: float, *motions: MotionModel) -> Tensor:
+        drawn = uniform(frames, low=-limit, high=limit)  # drawn for every model: the others stay the same
+        return drawn if motion in motions else torch.zeros_like(drawn)
+
+    linear: tuple[MotionModel, ...] = ("affine", "homography")
+    angle = within(math.radians(max_rotation), "euclidean", "similarity", *linear)
+    scale = 1 + within(max_scale, "similarity", *linear)
+    shear = within(max_shear, *linear)
+    shift = [uniform(frames, low=-max_shift, high=max_shift) for _ in "xy"]
+    tilt = [within(max_perspective, "homography") for _ in "xy"]
+    rows = [
+        torch.stack([scale * angle.cos(), shear - scale * angle.sin(), shift[0]], dim=-1),
+        torch.stack([scale * angle.sin(), scale * angle.cos(), shift[1]], dim=-1),
+        torch.stack([*tilt, torch.ones_like(angle)], dim=-1),
+    ]
+    truth = change_origin(torch.stack(rows, dim=-2), (-(size[1] - 1) / 2, -(size[0] - 1) / 2))
+    truth = truth / truth[..., 2:, 2:]
+
+    # pixel p of a frame is centred on pixel factor · p + start of the window
+    start = margin + (factor - 1) / 2
+    to_window = torch.tensor([[factor, 0, start], [0, factor, start], [0, 0, 1]], dtype=torch.float64)
+    back = invert_warp(to_window @ truth @ torch.linalg.inv(to_window))
+
+    def averaged(image: Tensor) -> Tensor:
+        return F.avg_pool2d(image[..., margin : needed[0] - margin, margin : needed[1] - margin], factor)
+
+    bands = scene.shape[0]
+    # one frame at a time: they are large at the scene's resolution
+    moved = [
+        averaged(warp(window, one[None], interpolation="bicubic", padding_mode="reflection")) for one in back
+    ]
+    cube = torch.cat(moved) if moved else window.new_empty(0, bands, *size)
+    gains = uniform(frames, bands, 1, 1, low=gain[0], high=gain[1])
+    offsets = uniform(frames, bands, 1, 1, low=-offset, high=offset)
+    cube = (gains * cube + offsets).float() + noise * torch.randn(cube.shape, generator=generator)
+    reference = averaged(window)[0]
+    reference = reference + noise * torch.randn(reference.shape, generator=generator)
+    return WarpedStack(cube, reference, truth)
 
 
 def _check_scene(scene: object) -> None:
