@@ -271,6 +271,14 @@ def test_shift_then_homography():
     assert aligned[1].isnan().all()
 
 
+@pytest.mark.parametrize("crop", [None, 80])
+def test_homographies_have_1_for_their_last_entry(crop):
+    data = fractal_stack(3, size=(96, 104))
+    estimate = ta.ECC(motion="homography", crop_center=crop).estimate(data.cube, data.reference)
+    assert estimate.valid.any()
+    torch.testing.assert_close(estimate.warp[..., 2, 2], torch.ones(3), atol=1e-7, rtol=0)
+
+
 def test_a_cascade_is_flat_and_says_what_it_is():
     inner = ta.Cascade(ta.PCC(max_translation=20), ta.ECC(max_translation=20))
     outer = ta.Cascade(inner, ta.ECC(motion="affine", interpolation="bicubic", min_score=0.1))

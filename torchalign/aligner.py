@@ -274,6 +274,8 @@ class Aligner(nn.Module, ABC):
         if seen.origin == (0, 0):
             return estimate
         back = change_origin(estimate.warp, (-seen.origin[0], -seen.origin[1]))
+        if back.shape[-2] == 3:
+            back = back / back[..., 2:, 2:]
         # the conjugate of an identity is one but for rounding; a rejected frame's must be exact
         return estimate._replace(warp=torch.where(estimate.valid[..., None, None], back, estimate.warp))
 

@@ -812,7 +812,8 @@ def _normalize(warp: Tensor, frame: tuple[int, int]) -> Tensor:
 
 def _denormalize(warp: Tensor, frame: tuple[int, int]) -> Tensor:
     """The way back."""
-    return change_origin(_scale(warp, _half(frame)), (-(frame[1] - 1) / 2, -(frame[0] - 1) / 2))
+    moved = change_origin(_scale(warp, _half(frame)), (-(frame[1] - 1) / 2, -(frame[0] - 1) / 2))
+    return moved / moved[..., 2:, 2:]  # the last entry 1, as everybody has it
 
 
 def _scale(warp: Tensor, factor: float) -> Tensor:
