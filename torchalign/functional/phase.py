@@ -262,8 +262,9 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     row, column = near_y[index // near_x.shape[0]], near_x[index % near_x.shape[0]]
     flat = surface.flatten(-2)
     # the highest sample, its neighbours left and right, above and below: one gather
-    dy = torch.tensor([0, 0, 0, -1, 1], device=surface.device)
-    dx = torch.tensor([0, -1, 1, 0, 0], device=surface.device)
+    place = torch.arange(5, device=surface.device)  # made there: a list would be copied from the host
+    dx = (place == 2).to(torch.int64) - (place == 1).to(torch.int64)
+    dy = (place == 4).to(torch.int64) - (place == 3).to(torch.int64)
     at = (row[..., None] + dy) % rows * columns + (column[..., None] + dx) % columns
     centre, left, right, above, below = flat.gather(-1, at).unbind(-1)
     delta_x, delta_y = _parabola(left, centre, right), _parabola(above, centre, below)
