@@ -36,6 +36,7 @@ class Proof(NamedTuple):
 
     make: Callable[..., Aligner]
     forward_mode: bool = True  # derivatives; torch's grid_sample has only those of reverse mode
+    costly: bool = False  # to trace: one call, with everything
 
 
 # a new aligner, or option of one, is one line
@@ -63,7 +64,20 @@ ALIGNERS = {
     "ECC homography": Proof(
         partial(ta.ECC, motion="homography", robust="residual", gradients="unrolled"), forward_mode=False
     ),
+    "LGM": Proof(partial(ta.LGM, max_num_keypoints=64), costly=True),
+    "LGM affine": Proof(
+        partial(
+            ta.LGM, motion="affine", matcher_model="mnn", refine=False, max_num_keypoints=64, batch_size=3
+        ),
+        forward_mode=False,
+        costly=True,
+    ),
     "Cascade": Proof(lambda: ta.Cascade(ta.PCC(), ta.ECC(motion="euclidean"))),
+    "Cascade with LGM": Proof(
+        lambda: ta.Cascade(ta.LGM(max_num_keypoints=64, refine=False), ta.PCC()),
+        forward_mode=False,
+        costly=True,
+    ),
 }
 each_aligner = pytest.mark.parametrize("proof", ALIGNERS.values(), ids=ALIGNERS.keys())
 
@@ -150,6 +164,11 @@ def test_fake_cuda(fake, proof):
     aligner = on_gpu(proof.make())
     mask = on_cuda(4, *SIZE, dtype=torch.bool)
     init = on_cuda(4, 2, 3)
+    if proof.costly:
+        cube, reference = on_cuda(4, 4, *SIZE), on_cuda(4, *SIZE)
+        with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16):
+            check(*aligner(cube, reference, mask, mask[:1], init=init), cube)
+        return
     plain = proof is ALIGNERS["default"]
     for dtype in (torch.float32, torch.float64, torch.bfloat16) if plain else (torch.float32,):
         cube, reference = on_cuda(4, 4, *SIZE, dtype=dtype), on_cuda(4, *SIZE, dtype=dtype)

@@ -329,6 +329,10 @@ def test_a_claimed_matrix_of_ones_own():
     assert (check.inspect(move, x, matrix=half) < 0.05).all()
     assert (check.inspect(move, x, matrix=lambda augment: half.expand(4, 2, 3)) < 0.05).all()
     assert (check.inspect(move, x, matrix=torch.eye(3)) > 0.6).all()
+    # numpy's are claims too, and not left unchecked beside a second image
+    for claim in (np.eye(3), lambda augment: np.eye(3)):
+        moved_both = check.inspect(lambda a, b: (move(a), move(b)), x, x, matrix=claim)
+        assert (moved_both > 0.6).all()
     with pytest.raises(ValueError, match="claimed matrix"):
         check.inspect(move, x)
 
@@ -453,6 +457,27 @@ def test_statistics_against_numpy():
     assert empty.worst == ()
 
 
+def test_labels_of_any_type():
+    x, y = batch()
+    check = ta.AlignmentCheck(tolerance=0.2)
+    labelled = ((x, y.to(torch.uint8)), (tv.Image(x), tv.Mask(y)), (x, y.float()))
+    for sample in labelled:
+        assert (check.inspect(lambda a, b: (a.flip(-1), b.flip(-1)), *sample) < 0.1).all()
+        assert (check.inspect(flip_of_the_image_alone, *sample) > 1).all()
+    from PIL import Image
+
+    picture = Image.new("RGB", (SIDE, SIDE)), Image.new("1", (SIDE, SIDE))
+    assert float(check.inspect(v2.RandomHorizontalFlip(1.0), *picture)) < 0.1
+
+
+def test_running_numbers_of_batches_of_any_size():
+    moving, reference, _ = pair()
+    check = ta.AlignmentCheck(every=2)
+    for size in (6, 4, 2):  # the last batch of an epoch is a smaller one
+        check(moving[:size], reference[:size])
+    assert {name for name, _ in check.summary().worst} == {0, 1, 2, 3, 4, 5, 10, 11}
+
+
 def test_every_and_samples():
     moving, reference, truth = pair()
     check = ta.AlignmentCheck(every=3, samples=4)
@@ -574,6 +599,12 @@ def test_bad_arguments():
     frames = torch.rand(2, 3, 64, 64)
     with pytest.raises(ValueError, match="reference"):
         check(frames, frames[..., 1:])
+    with pytest.raises(ValueError, match="ids: expected"):
+        check(frames, frames, ids=torch.arange(3))
+    with pytest.raises(ValueError, match="mask: expected"):
+        check(frames, frames, torch.ones(3, 64, 64, dtype=torch.bool))
+    with pytest.raises(TypeError, match="matrix: expected"):
+        check.inspect(lambda frame: frame, frames, matrix=lambda augment: [1, 2])
     with pytest.raises(TypeError, match="augment"):
         check.wrap(3)
     with pytest.raises(ValueError, match="sample"):

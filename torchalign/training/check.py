@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchalign._check import check_number, check_option, message
+from torchalign._check import check_mask, check_number, check_option, message
 from torchalign.aligner import Aligner
 from torchalign.pcc import PCC
-from torchalign.training.measure import Measured, measure
+from torchalign.training.measure import Measured, check_pair, measure
 from torchalign.training.probe import Claim, copied, probe, steps_of, undisturbed
 from torchalign.training.statistics import Residuals, Summary, empty_residuals, record, summarise
 
@@ -139,6 +139,7 @@ class AlignmentCheck(nn.Module):
         self.window = int(window)
         self.max_unmatched = float(max_unmatched)
         self.calls = 0
+        self.came = 0  # samples
         for name, tensor in empty_residuals(int(worst))._asdict().items():
             self.register_buffer(name, tensor)
 
@@ -160,7 +161,8 @@ class AlignmentCheck(nn.Module):
             reference: (..., C, H, W); another number of bands is fine, another size is not.
             mask: bool, broadcastable to (..., H, W), True = usable.
             reference_mask: the same.
-            ids: (...) int64, to recognise the worst samples by; default: a running number.
+            ids: (...) int64, to recognise the worst samples by; default: the number of the sample among all that
+                came, in calls that were not checked too.
 
         Returns:
             (n,), the residuals of the samples that were looked at, in pixels; NaN where there was no match. Empty
@@ -170,12 +172,20 @@ class AlignmentCheck(nn.Module):
             MisregistrationError: a sample slips, and ``action="raise"``.
             TypeError, ValueError: a dtype or a shape does not fit.
         """
+        check_pair(moving, reference)
+        lead = moving.shape[:-3]
+        mask = check_mask("mask", mask, (*lead, *moving.shape[-2:]), moving)
+        reference_mask = check_mask("reference_mask", reference_mask, (*lead, *moving.shape[-2:]), moving)
+        count = lead.numel()
+        if ids is not None and ids.numel() != count:
+            raise ValueError(
+                message("ids", f"one for each of {count} samples", tuple(ids.shape), "reshape it")
+            )
         due, call = self._due()
+        first, self.came = self.came, self.came + count
         if not due:
             return moving.new_empty(0)
-        count = moving[..., 0, 0, 0].numel()
         rows = self._rows(count, call)
-        lead = moving.shape[:-3]
 
         def chosen(usable: Tensor | None) -> Tensor | None:
             if usable is None:
@@ -183,7 +193,7 @@ class AlignmentCheck(nn.Module):
             return _take(usable.expand(*lead, *moving.shape[-2:]).reshape(count, *moving.shape[-2:]), rows)
 
         if ids is None:
-            ids = torch.arange(count, device=moving.device) + call * count
+            ids = torch.arange(count, device=moving.device) + first
         with torch.no_grad():
             found = measure(
                 self.aligner,
@@ -276,7 +286,7 @@ class AlignmentCheck(nn.Module):
         """Forget what was recorded."""
         for name, tensor in empty_residuals(self.worst.shape[0], self.worst.device)._asdict().items():
             getattr(self, name).copy_(tensor)
-        self.calls = 0
+        self.calls = self.came = 0
 
     def extra_repr(self) -> str:
         """The options."""

@@ -12,7 +12,7 @@ from torchalign.aligner import Aligner
 from torchalign.functional.affine import transform_points
 from torchalign.types import Status
 
-__all__ = ["Measured", "measure"]
+__all__ = ["Measured", "check_pair", "measure"]
 
 # A window of a small frame is at least this long, so that there is something to correlate.
 _LEAST_WINDOW = 48
@@ -101,6 +101,21 @@ def measure(
 
 def _comparable(moving: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """(N, C, H, W) both; leading dimensions are one, the bands are as many, the dtype is the wider one."""
+    check_pair(moving, reference)
+    kind = torch.promote_types(torch.promote_types(moving.dtype, reference.dtype), torch.float32)
+    pair = [image.detach().reshape(-1, *image.shape[-3:]).to(kind) for image in (moving, reference)]
+    if moving.shape[-3] != reference.shape[-3]:
+        pair = [image.mean(-3, keepdim=True) for image in pair]
+    return pair[0], pair[1]
+
+
+def check_pair(moving: Tensor, reference: Tensor) -> None:
+    """Two tensors of the same samples and size.
+
+    Raises:
+        TypeError: not tensors.
+        ValueError: their shapes do not fit.
+    """
     for name, image in (("moving", moving), ("reference", reference)):
         if not isinstance(image, Tensor):
             raise TypeError(
@@ -115,11 +130,6 @@ def _comparable(moving: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
             message("reference", f"samples and size of moving, {tuple(moving.shape)}", tuple(reference.shape),
                     "resample one of them; a slip in that is a slip to be found")
         )  # fmt: skip
-    kind = torch.promote_types(torch.promote_types(moving.dtype, reference.dtype), torch.float32)
-    pair = [image.detach().reshape(-1, *image.shape[-3:]).to(kind) for image in (moving, reference)]
-    if moving.shape[-3] != reference.shape[-3]:
-        pair = [image.mean(-3, keepdim=True) for image in pair]
-    return pair[0], pair[1]
 
 
 def _places(size: tuple[int, int], window: int) -> list[tuple[slice, slice]]:

@@ -27,7 +27,7 @@ from torchalign.functional.warp import resample
 
 __all__ = ["Claim", "Pair", "copied", "probe", "steps_of", "texture", "undisturbed"]
 
-Claim = Tensor | Callable[[Any], Tensor]
+Claim = Tensor | np.ndarray[Any, Any] | Callable[[Any], Any]
 
 # Shorter sides are not images: numbers, boxes, matrices.
 _LEAST_SIDE = 16
@@ -89,6 +89,11 @@ def probe(
             message("sample", "at least one image", kinds, "give the augmentation's own arguments")
         )
     batch = max((slot.batch or 0 for slot in slots.values()), default=0)
+    # labels beside a batch of images are a batch too, in whatever type they come
+    for index, slot in slots.items():
+        item = flat[index]
+        if slot.batch is None and isinstance(item, Tensor) and item.ndim == 3 and len(item) == batch:
+            slots[index] = slot._replace(is_label=True, batch=batch)
     count = min(batch, samples) if batch else 1
     largest = max((slot.size for slot in slots.values()), key=math.prod)
     first = flat[next(iter(slots))]
@@ -235,7 +240,7 @@ def _slot_of(item: Any) -> _Slot | None:
             return None
         return _Slot(item.ndim == 2, (item.shape[0], item.shape[1]), None, True)
     if type(item).__module__.startswith("PIL.") and hasattr(item, "getbands"):
-        return _Slot(False, (item.height, item.width), None, True)
+        return _Slot(item.mode == "1", (item.height, item.width), None, True)
     return None
 
 
@@ -246,7 +251,8 @@ def _filled(item: Any, slot: _Slot, ground: Tensor, count: int) -> Any:
         single = image[0, 0].cpu().numpy()
         if not isinstance(item, np.ndarray):  # PIL
             filled = np.asarray(item).copy()
-            filled[...] = (255 * single).astype(filled.dtype)[(...,) + (None,) * (filled.ndim - 2)]
+            scaled = single > 0.5 if slot.is_label else 255 * single
+            filled[...] = scaled.astype(filled.dtype)[(...,) + (None,) * (filled.ndim - 2)]
             return sys.modules["PIL.Image"].fromarray(filled)
         if slot.is_label:
             return (single > 0.5).astype(item.dtype)
@@ -324,14 +330,20 @@ def _claimed(
     """(1 or n, 2 or 3, 3), points of the input → points of the output; ``None`` if nothing is claimed."""
     claimed: Any = None
     if matrix is not None:
-        claimed = matrix if isinstance(matrix, Tensor) else matrix(augment)
+        claimed = matrix(augment) if callable(matrix) else matrix
     elif boxes is not None:
         claimed = _affine_of_boxes(boxes, moved)
     else:
         claimed = getattr(augment, "transform_matrix", None)
-    if not isinstance(claimed, Tensor):
+    if claimed is None:
         return None
-    claimed = claimed.detach().to(device, torch.float32)
+    if not isinstance(claimed, (Tensor, np.ndarray)) or tuple(claimed.shape[-2:]) not in ((2, 3), (3, 3)):
+        shape = tuple(getattr(claimed, "shape", ()))
+        raise TypeError(
+            message("matrix", "a tensor or array (2, 3) or (3, 3)", f"{type(claimed).__name__} {shape}",
+                    "what is no claim would go unchecked")
+        )  # fmt: skip
+    claimed = torch.as_tensor(claimed).detach().to(device, torch.float32)
     return claimed if claimed.ndim == 3 else claimed[None]
 
 
