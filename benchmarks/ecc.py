@@ -116,6 +116,7 @@ def opencv(
                 parameters = cv2.ECCParameters()
                 parameters.motionType = mode
                 # with values of about 1 it meets NaN in every frame: it is given those of 8 bit, as floats
+                # (OpenCV 5.0 does not heed the moving frame's mask, however it is given)
                 scaled = [np.float32(255) * image for image in (reference, moving)]
                 masks = (everywhere, mask) if mask is not None else ()
                 _, found = cv2.findTransformECCMultiScale(*scaled, given, parameters, *masks)
