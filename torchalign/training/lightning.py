@@ -13,8 +13,12 @@ from torchalign.training.check import AlignmentCheck
 
 try:
     from lightning.pytorch.callbacks import Callback
-except ImportError:  # the older name of the same
-    from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
+except ImportError:
+    try:
+        from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]  # its older name
+    except ImportError as error:
+        cure = 'pip install "torchalign[training]"'
+        raise ImportError(message("AlignmentCallback", "the package lightning", "none", cure)) from error
 
 __all__ = ["AlignmentCallback"]
 
