@@ -56,6 +56,7 @@ from torchalign.functional.texture import (
     Texture,
     agreement,
     extract_pyramid,
+    pool,
     tukey,
     working_size,
 )
@@ -89,8 +90,8 @@ _LONGEST_STEP = 2.0
 _MIN_SIGNIFICANCE = 5.0
 # Share of a level's samples that are independent.
 _INDEPENDENT = 0.35
-# Blocks of this many samples a side, whose pulls are taken to be independent.
-_BLOCK = 8
+# Blocks of 2³ samples a side, whose pulls are taken to be independent.
+_BLOCK = 3
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor.
 _SIGMA_CALIBRATION = 1.1
 # A point farther out than this, in samples, is nowhere.
@@ -129,8 +130,8 @@ class Level(NamedTuple):
     Attributes:
         grid: the samples, n = h · w of them.
         field: (..., 1 or T, h, w), the reference's texture.
-        regressors: (..., 1 or T, n, 2 + P): 1, the texture, and its derivatives by the P parameters.
-        products: (..., 1 or T, n, P (P + 1) / 2), of the derivatives with each other.
+        products: (..., 1 or T, (2 + P)(3 + P) / 2, n), of the regressors with each other: the upper triangle, row
+            by row. The first of the regressors being 1, the first row are they themselves.
         weights: (..., 1 or T, n) in [0, 1]: the window, and what is usable.
         flat: (..., 1 or T) bool.
         x: (n,), where the samples are, in halves of the frame from its centre.
@@ -140,13 +141,27 @@ class Level(NamedTuple):
 
     grid: Grid
     field: Tensor
-    regressors: Tensor
     products: Tensor
     weights: Tensor
     flat: Tensor
     x: Tensor
     y: Tensor
     corners: Tensor
+
+    @property
+    def regressors(self) -> Tensor:
+        """(..., 1 or T, 2 + P, n): 1, the texture, and its derivatives by the P parameters."""
+        return self.products[..., : 2 + self.corners.shape[-1], :]
+
+    @property
+    def texture(self) -> Tensor:
+        """(..., 1 or T, n), the field."""
+        return self.products[..., 1, :]
+
+    @property
+    def squares(self) -> Tensor:
+        """(..., 1 or T, n), of the texture."""
+        return self.products[..., 2 + self.corners.shape[-1], :]
 
 
 def enhanced_correlation(
@@ -335,19 +350,19 @@ def prepare_level(texture: Texture, grid: Grid, motion: MotionModel, taper: floa
     field = irfft2(spectrum, grid.size)
     slope_x, slope_y = _differentiate(spectrum, grid)
     x, y = _coordinates(grid)
-    basis_x, basis_y = _basis(motion, x, y)  # (n, P)
-    derivatives = slope_x[..., None] * basis_x + slope_y[..., None] * basis_y  # (..., n, P)
-    values = field.flatten(-2)
-    regressors = torch.cat([torch.ones_like(values)[..., None], values[..., None], derivatives], dim=-1)
+    basis_x, basis_y = _basis(motion, x, y)  # (P, n)
+    derivatives = slope_x[..., None, :] * basis_x + slope_y[..., None, :] * basis_y  # (..., P, n)
+    values = field.flatten(-2)[..., None, :]
+    rows = torch.cat([torch.ones_like(values), values, derivatives], dim=-2)
     # row by row of the triangle: views, of which neither memory nor autograd keeps copies
     products = torch.cat(
-        [derivatives[..., i : i + 1] * derivatives[..., i:] for i in range(basis_x.shape[-1])], dim=-1
+        [rows, *(rows[..., i : i + 1, :] * rows[..., i:, :] for i in range(1, rows.shape[-2]))], dim=-2
     )
-    weights = grid.window(taper).flatten(-2).expand(values.shape)
+    weights = grid.window(taper).flatten(-2).expand(texture.field.flatten(-2).shape)
     if texture.weights is not None:
         weights = weights * texture.weights.flatten(-2)
     corners = _corners(grid, motion)
-    return Level(grid, field, regressors, products, weights, texture.flat, x, y, corners)
+    return Level(grid, field, products, weights, texture.flat, x, y, corners)
 
 
 class _Shifted(NamedTuple):
@@ -528,7 +543,7 @@ class _Search(NamedTuple):
             if iteration > 0:
                 # what is said of a frame must not depend on how long the others take
                 found = moving.values(warp, level, precise=precise)
-                values = torch.where(moves[..., None], found, values)
+                values = _choose(moves[..., None], found, values)
             increment, last = _shorten(_increment(values, level, system), level)
             stepped = _multiply(_warp_of(increment, self.motion), warp)
             stepped = stepped / stepped[..., 2:, 2:]
@@ -565,21 +580,22 @@ class _Look(NamedTuple):
 def _better_of(start: Tensor, warp: Tensor, level: Level, moving: _Shifted | _Warped) -> _Look:
     """Where a coarser level led astray (clouds have more contrast there than the ground), the start is better."""
     looks = [_Look.at(candidate, level, moving, precise=False) for candidate in (warp, start)]
-    reference = torch.stack([level.regressors[..., 1], level.regressors[..., 1].square()], dim=-1)
     scores = []
     for _, values, common in looks:
         weighted = common * values
-        product = _inner(weighted, reference)[..., 0]
-        norm = (weighted * values).sum(-1) * _inner(common, reference)[..., 1]
+        product = _inner(weighted, level.texture.unsqueeze(-2))
+        norm = torch.linalg.vecdot(weighted, values)[..., None] * _inner(common, level.squares.unsqueeze(-2))
         scores.append(product * torch.rsqrt(norm + torch.finfo(norm.dtype).tiny))
-    worse = scores[1] > scores[0]
+    worse = scores[1] > scores[0]  # (..., T, 1)
     return _Look(
-        torch.where(worse[..., None, None], looks[1].warp, looks[0].warp),
-        *(
-            torch.where(worse[..., None], one, other)
-            for one, other in zip(looks[1][1:], looks[0][1:], strict=True)
-        ),
+        torch.where(worse[..., None], looks[1].warp, looks[0].warp),
+        *(_choose(worse, one, other) for one, other in zip(looks[1][1:], looks[0][1:], strict=True)),
     )
+
+
+def _choose(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Frame by frame, of finite (..., T, n): exact, and on the CPU much faster than ``torch.where``."""
+    return torch.lerp(second, first, condition.to(first.dtype))
 
 
 def _biweight(values: Tensor, common: Tensor, level: Level) -> Tensor:
@@ -594,11 +610,11 @@ def _biweight(values: Tensor, common: Tensor, level: Level) -> Tensor:
 
 def _solve(weights: Tensor, level: Level) -> _System:
     """The normal equations of these weights."""
-    parameters = level.regressors.shape[-1] - 2
-    sums = _inner(weights, level.regressors)  # (..., T, 2 + P)
-    mean = sums / sums[..., :1].clamp(min=torch.finfo(weights.dtype).tiny)
-    hessian = _inner(weights, level.products)[..., _places(parameters, weights.device)]
-    hessian = hessian - sums[..., 2:, None] * mean[..., None, 2:]  # (..., T, P, P)
+    parameters = level.corners.shape[-1]
+    gram = _inner(weights, level.products)[..., _places(2 + parameters, weights.device)]
+    mean = gram[..., 0, :] / gram[..., 0, :1].clamp(min=torch.finfo(weights.dtype).tiny)
+    centred = gram[..., 1:, 1:] - gram[..., 1:, :1] * mean[..., None, 1:]  # (..., T, 1 + P, 1 + P)
+    against, hessian = centred[..., 0, :], centred[..., 1:, 1:]
     ridge = _RIDGE * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
     ridge = torch.where(ridge > 0, ridge, 1.0)
     eye = torch.eye(parameters, dtype=weights.dtype, device=weights.device)
@@ -607,9 +623,8 @@ def _solve(weights: Tensor, level: Level) -> _System:
     spread = inverse.diagonal(dim1=-2, dim2=-1) * ridge[..., None]
     sound = inverse.isfinite().flatten(-2).all(-1) & ((spread > 0) & (spread < _BLIND)).all(-1)
     inverse = torch.where(sound[..., None, None], inverse, 0.0)
-    against = _inner(weights * level.regressors[..., 1], level.regressors) - sums[..., 1:2] * mean
-    solved = (inverse * against[..., None, 2:]).sum(-1)
-    rest = against[..., 1] - (against[..., 2:] * solved).sum(-1)
+    solved = (inverse * against[..., None, 1:]).sum(-1)
+    rest = against[..., 0] - (against[..., 1:] * solved).sum(-1)
     return _System(weights, mean, inverse, solved, rest, sound)
 
 
@@ -671,31 +686,34 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     the correlation over the whole common ground, inliers or not, in units of its standard deviation between
     unrelated scenes.
     """
-    system, values, reference = state.system, state.values, level.regressors[..., 1]
-    seen = _moments(values, reference, system.weights)
+    system, values = state.system, state.values
+    seen = _moments(values, level, system.weights)
     # α m̄ − r̄, α by least squares
     slope = seen.covariance / seen.variance
-    residual = (values - seen.mean[..., None]) * slope[..., None] - (reference - seen.other_mean[..., None])
-    # what every sample does to the two translations
-    # the means are taken off afterwards: n × P centred derivatives would be a copy of the reference's per frame
-    inverse = system.inverse[..., :2]
-    leverage = torch.matmul(level.regressors[..., 2:], inverse)
-    leverage = leverage - torch.matmul(system.mean[..., None, 2:], inverse)
-    pulls = (system.weights * residual)[..., None] * leverage  # (..., T, n, 2)
+    offset = seen.other_mean - slope * seen.mean
+    residual = torch.addcmul(offset[..., None] - level.texture, slope[..., None], values)
+    pulls = (system.weights * residual).unsqueeze(-2) * level.regressors  # (..., T, 2 + P, n)
     size = level.grid.size
-    block = max(1, min(_BLOCK, min(size) // _BLOCK))
-    sums = _block_sums(_unflatten(pulls.mT, -1, size), block)  # (..., T, 2, h / b, w / b)
-    blocks = sums.shape[-2] * sums.shape[-1]
-    freedom = blocks / max(1, blocks - level.regressors.shape[-1])
-    variance = freedom * sums.square().sum((-2, -1)).mean(-1)
+    # blocks of 8 × 8 samples, smaller ones where there would be less than 8 a side
+    times = min(_BLOCK, max(1, min(size) // 8).bit_length() - 1)
+    sums = pool(_unflatten(pulls, -1, size), times)  # (..., T, 2 + P, h / b, w / b)
+    # what every block does to the two translations
+    lever = system.inverse[..., :2, :]
+    mean = system.mean[..., 2:, None]
+    sums = torch.matmul(lever, sums[..., 2:, :, :].flatten(-2) - mean * sums[..., :1, :, :].flatten(-2))
+    blocks = sums.shape[-1]
+    freedom = blocks / max(1, blocks - level.regressors.shape[-2])
+    variance = freedom * sums.square().sum(-1).mean(-1)
     sigma = (
         _SIGMA_CALIBRATION * _half(level.grid.frame) * variance.sqrt() / seen.correlation.square().square()
     )
 
     ground = state.common.square()
     tiny = torch.finfo(values.dtype).tiny
-    samples = _INDEPENDENT * ground.sum(-1).square() / ground.square().sum(-1).clamp(min=tiny)
-    significance = _moments(values, reference, ground).correlation * samples.sqrt()
+    samples = (
+        _INDEPENDENT * ground.sum(-1).square() / torch.linalg.vecdot(ground, ground).clamp(min=tiny)
+    )
+    significance = _moments(values, level, ground).correlation * samples.sqrt()
 
     sound = system.sound & sigma.isfinite() & state.warp.isfinite().flatten(-2).all(-1)
     converged = sound & (state.reach <= tolerance) & (significance >= _MIN_SIGNIFICANCE)
@@ -712,28 +730,22 @@ class _Moments(NamedTuple):
     correlation: Tensor
 
 
-def _moments(values: Tensor, reference: Tensor, weights: Tensor) -> _Moments:
-    """(..., T, n) thrice, the reference may be one for all frames; (..., T)."""
-    count = weights.sum(-1).clamp(min=torch.finfo(weights.dtype).tiny)
-    powers = torch.stack([torch.ones_like(reference), reference, reference.square()], dim=-1)
-    _, other, other_square = (_inner(weights, powers) / count[..., None]).unbind(-1)
+def _moments(values: Tensor, level: Level, weights: Tensor) -> _Moments:
+    """Of (..., T, n) and the reference's texture; (..., T)."""
+    two = level.regressors[..., :2, :]  # 1 and the texture
+    total, other = _inner(weights, two).unbind(-1)
+    count = total.clamp(min=torch.finfo(weights.dtype).tiny)
     weighted = weights * values
-    mean, product, _ = (_inner(weighted, powers) / count[..., None]).unbind(-1)
-    square = (weighted * values).sum(-1) / count
-    variance, other_variance = square - mean.square(), other_square - other.square()
-    covariance = product - mean * other
+    own, product = _inner(weighted, two).unbind(-1)
+    mean, other_mean = own / count, other / count
+    variance = torch.linalg.vecdot(weighted, values) / count - mean.square()
+    other_square = _inner(weights, level.squares.unsqueeze(-2)).squeeze(-1)
+    other_variance = other_square / count - other_mean.square()
+    covariance = product / count - mean * other_mean
     flat = (variance <= 1e-6) | (other_variance <= 1e-6)
     variance, other_variance = torch.where(flat, 1.0, variance), torch.where(flat, 1.0, other_variance)
     covariance = torch.where(flat, 0.0, covariance)
-    return _Moments(mean, other, variance, covariance, covariance * torch.rsqrt(variance * other_variance))
-
-
-def _block_sums(image: Tensor, block: int) -> Tensor:
-    """(..., h, w) → sums over blocks; the last ones may lack some."""
-    rows, columns = image.shape[-2:]
-    padded = F.pad(image, (0, -columns % block, 0, -rows % block))
-    strips = _unflatten(padded, -2, (-1, block)).sum(-2)
-    return _unflatten(strips, -1, (-1, block)).sum(-1)
+    return _Moments(mean, other_mean, variance, covariance, covariance * torch.rsqrt(variance * other_variance))
 
 
 def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motion: MotionModel) -> Tensor:
@@ -760,8 +772,8 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
     level, by_x, by_y = _detach(level), by_x.detach(), by_y.detach()
     # a small increment k composed to the warp shifts the frame on the reference by −(its displacement)
     basis_x, basis_y = _basis(motion, level.x, level.y)
-    moved = -(by_x[..., None] * basis_x + by_y[..., None] * basis_y)  # (..., T, n, P)
-    change = torch.matmul((system.weights[..., None] * moved).mT, level.regressors)  # (..., T, P, 2 + P)
+    moved = -(by_x[..., None, :] * basis_x + by_y[..., None, :] * basis_y)  # (..., T, P, n)
+    change = torch.matmul(system.weights[..., None, :] * moved, level.regressors.mT)  # (..., T, P, 2 + P)
     change = change - change[..., :1] * system.mean[..., None, :]
     gain_by = (
         -gain[..., None]
@@ -802,7 +814,7 @@ def _corners(grid: Grid, motion: MotionModel) -> Tensor:
     sign = 2 * torch.arange(4, device=grid.radius.device) - 3  # −3, −1, 1, 3: left, left, right, right
     x = sign.sign().to(grid.radius.dtype) * ((width - 1) / 2 / half)
     y = (sign % 4 - 2).to(grid.radius.dtype) * ((height - 1) / 2 / half)  # up and down in turns
-    return half * torch.cat(_basis(motion, x, y))
+    return half * torch.cat(_basis(motion, x, y), dim=-1).mT
 
 
 def _normalize(warp: Tensor, frame: tuple[int, int]) -> Tensor:
@@ -837,7 +849,7 @@ def _settle(warp: Tensor) -> Tensor:
 
 
 def _basis(motion: MotionModel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, P) twice: how each parameter displaces the points, in x and in y, at the identity."""
+    """(P, n) twice: how each parameter displaces the points, in x and in y, at the identity."""
     one, none = torch.ones_like(x), torch.zeros_like(x)
     columns = [(one, none), (none, one)]
     if motion in ("euclidean", "similarity"):
@@ -849,7 +861,7 @@ def _basis(motion: MotionModel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if motion == "homography":
         columns += [(x * x, x * y), (x * y, y * y)]
     by_x, by_y = zip(*columns, strict=True)
-    return torch.stack(by_x, dim=-1), torch.stack(by_y, dim=-1)
+    return torch.stack(by_x), torch.stack(by_y)
 
 
 def _warp_of(parameters: Tensor, motion: MotionModel) -> Tensor:
@@ -1001,12 +1013,12 @@ def _unflatten(values: Tensor, dim: int, size: tuple[int, ...]) -> Tensor:
     return values.unflatten(dim, size)  # type: ignore[no-untyped-call]  # nor for this
 
 
-def _inner(weighted: Tensor, columns: Tensor) -> Tensor:
-    """(..., T, n) by (..., 1 or T, n, K): (..., T, K)."""
-    if weighted.ndim > 2 and columns.shape[-3] == 1:
-        return torch.matmul(weighted, columns.squeeze(-3))
+def _inner(weighted: Tensor, rows: Tensor) -> Tensor:
+    """(..., T, n) by (..., 1 or T, K, n): (..., T, K)."""
+    if weighted.ndim > 2 and rows.shape[-3] == 1:
+        return torch.matmul(weighted, rows.squeeze(-3).mT)
     # frame by frame: its sums do not depend, not even in the last bit, on how many others there are
-    return torch.matmul(weighted.unsqueeze(-2), columns).squeeze(-2)
+    return torch.matmul(weighted.unsqueeze(-2), rows.mT).squeeze(-2)
 
 
 def _detach(parts: Parts) -> Parts:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
-from torchalign.functional.warp import resample
+from torchalign.functional.warp import resample_lattice
 from torchalign.types import Estimate, Motion, Status
 
 __all__ = ["gate", "gate_stages", "normalized_cross_correlation"]
@@ -18,6 +18,9 @@ __all__ = ["gate", "gate_stages", "normalized_cross_correlation"]
 # a gain is a mistake. Below a quarter of a pixel the seasons change a score more than the move does.
 _IN_PLACE_SIGMAS = 3.0
 _IN_PLACE_PIXELS = 0.25
+# Scores are taken from every second, third, … pixel, as long as so many a side remain: their correlation tells as
+# well, and sampling all is what costs.
+_LATTICE = 128
 # A later stage moves a frame by hundredths of a pixel, which a score feels less than this.
 _WORSE = 1e-3
 
@@ -105,7 +108,8 @@ def gate(
     move that was not made part of its ``sigma``; ``LOW_SCORE`` below ``min_score``. Every accepted frame
     therefore has ``score >= score_before``.
 
-    Both scores are taken over the same ground: usable in both, inside the frame, and an inlier.
+    Both scores are taken over the same ground: usable in both, inside the frame, and an inlier. Of frames of 256
+    pixels and more a side, they are taken from a lattice of at least 128 × 128 pixels.
 
     Args:
         warp: (..., T, 2, 3) or (..., T, 3, 3), in the coordinates of ``moving``.
@@ -163,6 +167,7 @@ def gate_stages(
         :class:`~torchalign.types.Estimate`.
     """
     size = (moving.shape[-2], moving.shape[-1])
+    step = max(1, min(size) // _LATTICE)
     homography = any(stage.warp.shape[-2] == 3 for stage in stages)
     if homography:
         stages = [stage._replace(warp=to_homogeneous(stage.warp)) for stage in stages]
@@ -170,9 +175,11 @@ def gate_stages(
 
     weight: Tensor | None = None
     warps, displacements, verdicts, images = [], [], [], []
-    overlap = None if moving_usable is None else moving_usable
+    overlap = None if moving_usable is None else _thin(moving_usable, step)
     if reference_usable is not None:
-        overlap = reference_usable if overlap is None else overlap & reference_usable
+        usable = _thin(reference_usable, step)
+        overlap = usable if overlap is None else overlap & usable
+    before = _thin(moving, step)
     for (warp, sigma, status, inliers), limit in zip(stages, max_translations, strict=True):
         displacement = center_displacement(warp, size).norm(dim=-1)
         finite = warp.isfinite().flatten(-2).all(-1) & sigma.isfinite()
@@ -181,11 +188,13 @@ def gate_stages(
         trusted = status == 0
         warp = torch.where(trusted[..., None, None], warp, identity)
         # bilinear interpolation smooths, which a score would take for misregistration
-        aligned, inside = resample(moving.unsqueeze(-3), warp, interpolation="bicubic", mask=moving_usable)
+        aligned, inside = resample_lattice(
+            moving.unsqueeze(-3), warp, step, interpolation="bicubic", mask=moving_usable
+        )
         overlap = inside if overlap is None else overlap & inside
         if inliers is not None:
             # the root of an inlier weight is the squared local correlation
-            found = _enlarge(inliers.detach().nan_to_num(0.0).sqrt(), size)
+            found = _resize(inliers.detach().nan_to_num(0.0).sqrt(), (before.shape[-2], before.shape[-1]))
             # what a stage that is not trusted took for common ground judges no other
             weight = torch.where(trusted[..., None, None], found, 1.0 if weight is None else weight)
         warps.append(warp)
@@ -195,7 +204,7 @@ def gate_stages(
     assert overlap is not None  # there is at least one stage
     ground = overlap.to(moving.dtype)
     *scores, score_before = _correlate(
-        reference, ground if weight is None else ground * weight, *images, moving
+        _thin(reference, step), ground if weight is None else ground * weight, *images, before
     )
 
     result: Estimate | None = None
@@ -256,7 +265,14 @@ def _choose(condition: Tensor, first: Estimate, second: Estimate) -> Estimate:
     )
 
 
-def _enlarge(weights: Tensor, size: tuple[int, int]) -> Tensor:
-    """(..., h, w) → (..., H, W): every pixel takes the sample at or before it."""
+def _thin(image: Tensor, step: int) -> Tensor:
+    """Every ``step``-th pixel of (..., H, W)."""
+    return image if step == 1 else image[..., ::step, ::step]
+
+
+def _resize(weights: Tensor, size: tuple[int, int]) -> Tensor:
+    """(..., h, w) → (..., *size): every point takes the sample at or before it."""
+    if (weights.shape[-2], weights.shape[-1]) == size:
+        return weights
     flat = weights.reshape(-1, 1, *weights.shape[-2:])
     return F.interpolate(flat, size=size, mode="nearest").reshape(*weights.shape[:-2], *size)

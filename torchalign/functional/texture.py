@@ -38,6 +38,7 @@ __all__ = [
     "extract_texture",
     "fill_small_holes",
     "local_contrast",
+    "pool",
     "tukey",
     "working_size",
 ]
@@ -253,8 +254,10 @@ def agreement(moving: Tensor, reference: Tensor) -> Tensor:
         (..., H, W).
     """
     size = (moving.shape[-2], moving.shape[-1])
-    products = torch.broadcast_tensors(moving * reference, moving.square(), reference.square())  # type: ignore[no-untyped-call]
-    common, own, other = _triangle(_pool(torch.stack(products), 2), 1).unbind()
+    # pooled before they are stacked: it is small then, and the reference may be one for all frames
+    pools = [pool(product, 2) for product in (moving * reference, moving.square(), reference.square())]
+    stacked = torch.stack(torch.broadcast_tensors(*pools))  # type: ignore[no-untyped-call]
+    common, own, other = _triangle(stacked, 1).unbind()
     tiny = torch.finfo(moving.dtype).eps ** 2  # the fields are of order 1
     share = common.clamp(min=0).square() / (own * other + tiny)
     smooth = F.interpolate(
@@ -379,8 +382,9 @@ def tukey(position: Tensor, length: int, taper: float) -> Tensor:
     if taper <= 0:
         return ((position > -0.5) & (position < length - 0.5)).to(position.dtype)
     ramp = max(0.5 * taper * length, min(_LEAST_RAMP, 0.25 * length))  # pixels
-    from_edge = torch.minimum(position + 0.5, length - 0.5 - position)
-    return 0.5 - 0.5 * torch.cos(math.pi * (from_edge / ramp).clamp(0, 1))
+    from_middle = (position - 0.5 * (length - 1)).abs()
+    # half a turn over the ramp: sin² from 0 at the outer edge to 1
+    return ((0.5 * length - from_middle) * (0.5 * math.pi / ramp)).clamp(0, 0.5 * math.pi).sin().square()
 
 
 def _triangle(image: Tensor, order: int) -> Tensor:
@@ -399,8 +403,16 @@ def _triangle(image: Tensor, order: int) -> Tensor:
     return (result * (1 / length**4)).reshape(image.shape)
 
 
-def _pool(image: Tensor, times: int) -> Tensor:
-    """Sums over blocks of 2ⁿ × 2ⁿ; what is missing of the last ones is 0."""
+def pool(image: Tensor, times: int) -> Tensor:
+    """Sums over blocks of 2ⁿ × 2ⁿ; what is missing of the last ones is 0.
+
+    Args:
+        image: (..., H, W).
+        times: n.
+
+    Returns:
+        (..., ⌈H / 2ⁿ⌉, ⌈W / 2ⁿ⌉).
+    """
     block = 2**times
     missing = [-length % block for length in image.shape[-2:]]
     if any(missing):

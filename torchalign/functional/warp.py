@@ -26,11 +26,12 @@ from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torchalign._check import check_floating
 from torchalign._host import empty_on_host, is_on_host
 
-__all__ = ["Interpolation", "PaddingMode", "Resampled", "resample", "translate", "warp"]
+__all__ = ["Interpolation", "PaddingMode", "Resampled", "resample", "resample_lattice", "translate", "warp"]
 
 Scalar = TypeVar("Scalar", Tensor, float)
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -166,7 +167,35 @@ def resample_into(
     mask: Tensor | None = None,
 ) -> None:
     """:func:`resample` for blocks of frames on the eager CPU, into a part of a larger, contiguous result."""
-    _resample(cube, warp, interpolation, padding_mode, fill_value, mask, out)
+    _resample(cube, warp, interpolation, padding_mode, fill_value, mask, out=out)
+
+
+def resample_lattice(
+    cube: Tensor,
+    warp: Tensor,
+    step: int,
+    *,
+    interpolation: Interpolation = "bilinear",
+    mask: Tensor | None = None,
+) -> Resampled:
+    """Every ``step``-th pixel of :func:`resample`'s result along both axes, for the price of those.
+
+    Args:
+        cube: (..., T, C, H, W).
+        warp: (..., T, 2, 3) or (..., T, 3, 3), moving → reference.
+        step: of the lattice, in pixels; its first point is the first pixel.
+        interpolation: as in :func:`resample`.
+        mask: as in :func:`resample`.
+
+    Returns:
+        :class:`Resampled`, of ⌈H / step⌉ × ⌈W / step⌉ pixels.
+
+    Example:
+        >>> frame = torch.arange(6.0).reshape(1, 1, 1, 6)
+        >>> resample_lattice(frame, torch.tensor([[[1.0, 0.0, -0.5], [0.0, 1.0, 0.0]]]), 2).values.flatten()
+        tensor([0.5000, 2.5000, 4.5000])
+    """
+    return _resample(cube, warp, interpolation, "border", None, mask, step=step)
 
 
 def translate(
@@ -313,11 +342,14 @@ class _Positions(NamedTuple):
 
 
 def _positions(
-    motion: Tensor, size: tuple[int, int], rows: tuple[int, int], dtype: torch.dtype
+    motion: Tensor, size: tuple[int, int], rows: tuple[int, int], dtype: torch.dtype, step: int = 1
 ) -> _Positions:
-    """Source positions of output rows rows[0] … rows[1] − 1; shifts (..., T, 2) or warps (..., T, 2|3, 3)."""
-    column = torch.arange(size[1], device=motion.device)[None, :]  # (1, W)
-    row = torch.arange(*rows, device=motion.device)[:, None]  # (h, 1)
+    """Source positions of every ``step``-th of the output rows rows[0] … rows[1] − 1, and of the columns.
+
+    Shifts are (..., T, 2), warps (..., T, 2|3, 3).
+    """
+    column = torch.arange(0, size[1], step, device=motion.device)[None, :]  # (1, w)
+    row = torch.arange(*rows, step, device=motion.device)[:, None]  # (h, 1)
     # Float32 at least, whatever autocast or the cube say: half a mantissa is half a pixel at the far edge.
     motion = motion.to(torch.promote_types(motion.dtype, dtype))
     if motion.shape[-1] == 2:
@@ -444,14 +476,28 @@ class _Gather:
         return (column >= 0) & (column < self.size[1]) & (row >= 0) & (row < self.size[0])  # (..., T, h, W)
 
 
+def _overhang(offset: int, count: int, length: int) -> tuple[int, int, int, int]:
+    """Indices offset … offset + count − 1, clamped to a line of ``length`` pixels.
+
+    Returns:
+        How often the first of the pixels that are met is repeated, that pixel, the one after the last, and how often
+        the last is repeated.
+    """
+    first = min(max(offset, 0), length - 1)
+    last = min(max(offset + count, first + 1), length)
+    before = min(max(0, -offset), count - 1) if offset < length else 0
+    return before, first, last, count - before - (last - first)
+
+
 class _Slices:
     """One translation, known on the host: whole pixels are slices, fractions one pass along each axis.
 
     That takes a quarter of the time of gathering four taps.
     """
 
-    def __init__(self, shift: tuple[float, float], size: tuple[int, int]) -> None:
+    def __init__(self, shift: tuple[float, float], size: tuple[int, int], step: int = 1) -> None:
         self.size = size
+        self.step = step
         (self.column, self.x_fraction), (self.row, self.y_fraction) = (
             (math.floor(-component), -component - math.floor(-component)) for component in shift
         )
@@ -464,30 +510,40 @@ class _Slices:
 
     def _copy(self, planes: Tensor, column: int, row: int, height: int, width: int) -> Tensor:
         """planes[..., y + row, x + column] for (height, width) outputs, indices clamped to the frame."""
-        source_height, source_width = self.size
-        out = planes.new_empty((*planes.shape[:-2], height, width))
-        first_x, last_x = (min(max(edge - column, 0), width) for edge in (0, source_width))
-        first_y, last_y = (min(max(edge - row, 0), height) for edge in (0, source_height))
-        if first_y >= last_y or first_x >= last_x:  # wholly outside on an axis: rare, so simply and slowly
-            columns = (torch.arange(width, device="cpu") + column).clamp(0, source_width - 1)
-            rows = (torch.arange(height, device="cpu") + row).clamp(0, source_height - 1)
-            return planes[..., rows[:, None], columns]
-        body = planes[..., first_y + row : last_y + row, :]
-        strip = out[..., first_y:last_y, :]
-        strip[..., first_x:last_x] = body[..., first_x + column : last_x + column]
-        strip[..., :first_x] = body[..., :1]
-        strip[..., last_x:] = body[..., -1:]
-        out[..., :first_y, :] = strip[..., :1, :]
-        out[..., last_y:, :] = strip[..., -1:, :]
-        return out
+        (left, first_x, last_x, right), (top, first_y, last_y, bottom) = (
+            _overhang(offset, count, length)
+            for offset, count, length in ((column, width, self.size[1]), (row, height, self.size[0]))
+        )
+        body = planes[..., first_y:last_y, first_x:last_x]
+        if not (left or right or top or bottom):
+            return body
+        lead = body.shape[:-2]
+        if body.dtype in (torch.float32, torch.float64):
+            flat = body.reshape(-1, 1, *body.shape[-2:])
+            padded = F.pad(flat, (left, right, top, bottom), mode="replicate")
+            return padded.reshape(*lead, height, width)
+        rows = (body[..., :1, :].expand(*lead, top, -1), body, body[..., -1:, :].expand(*lead, bottom, -1))
+        body = torch.cat(rows, dim=-2)
+        columns = (
+            body[..., :1].expand(*lead, height, left),
+            body,
+            body[..., -1:].expand(*lead, height, right),
+        )
+        return torch.cat(columns, dim=-1)
 
     def _nearest_offset(self) -> tuple[int, int]:
         return self.column + (self.x_fraction >= 0.5), self.row + (self.y_fraction >= 0.5)
 
+    def _thin(self, planes: Tensor) -> Tensor:
+        return planes if self.step == 1 else planes[..., :: self.step, :: self.step]
+
     def nearest(self, planes: Tensor) -> Tensor:
-        return self._copy(planes, *self._nearest_offset(), *self.size)
+        return self._thin(self._copy(planes, *self._nearest_offset(), *self.size))
 
     def bilinear(self, planes: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._thin(self._bilinear(planes, out))
+
+    def _bilinear(self, planes: Tensor, out: Tensor | None) -> Tensor:
         height, width = self.size
         first_x, last_x = self._run(self.column, width, 2)
         first_y, last_y = self._run(self.row, height, 2)
@@ -528,13 +584,14 @@ class _Slices:
         if magnitudes:
             weights = [[abs(weight) for weight in axis] for axis in weights]
         x_weights, y_weights = weights
-        lines = padded[..., :width] * x_weights[0]  # (..., H + 3, W)
-        for step in (1, 2, 3):
-            lines.add_(padded[..., step : step + width], alpha=x_weights[step])
-        total = lines[..., :height, :] * y_weights[0]  # (..., H, W)
-        for step in (1, 2, 3):
-            total.add_(lines[..., step : step + height, :], alpha=y_weights[step])
-        return total
+        # rows first: of these a lattice skips whole ones
+        lines = padded[..., : height : self.step, :] * y_weights[0]  # (..., h, W + 3)
+        for tap in (1, 2, 3):
+            lines.add_(padded[..., tap : tap + height : self.step, :], alpha=y_weights[tap])
+        total = lines[..., :width] * x_weights[0]  # (..., h, W)
+        for tap in (1, 2, 3):
+            total.add_(lines[..., tap : tap + width], alpha=x_weights[tap])
+        return total if self.step == 1 else total[..., :: self.step]
 
     def inside(self) -> Tensor:
         height, width = self.size
@@ -543,7 +600,7 @@ class _Slices:
         first_y, last_y = self._run(row, height, 1)
         inside = torch.zeros(height, width, dtype=torch.bool, device="cpu")
         inside[first_y:last_y, first_x:last_x] = True
-        return inside
+        return self._thin(inside)
 
 
 # ------------------------------------------------------------------------------------------- putting together
@@ -557,6 +614,7 @@ def _resample(
     fill_value: float | None,
     mask: Tensor | None,
     out: Tensor | None = None,
+    step: int = 1,
 ) -> Resampled:
     """``motion`` is a shift (..., T, 2) or a warp (..., T, 2|3, 3); ``out`` may take the values on the host."""
     _check_options(cube, interpolation, padding_mode, fill_value, mask)
@@ -565,11 +623,11 @@ def _resample(
     motion = motion.expand(*lead, *ending)
     if mask is not None:
         mask = mask.expand(*lead, *size).unsqueeze(-3)  # (..., T, 1, H, W)
-    options = _Options(interpolation, padding_mode, fill_value)
+    options = _Options(interpolation, padding_mode, fill_value, step)
     on_host = is_on_host(cube) and is_on_host(motion) and (mask is None or is_on_host(mask))
     if on_host:
         return _resample_on_host(cube, motion, mask, options, out)
-    positions = _positions(motion, size, (0, size[0]), _compute_dtype(cube.dtype))
+    positions = _positions(motion, size, (0, size[0]), _compute_dtype(cube.dtype), step)
     result = _combine(_prepare(cube, mask, options), _Gather(positions, size, padding_mode), options)
     if out is not None:
         out.copy_(result.values)
@@ -580,6 +638,7 @@ class _Options(NamedTuple):
     interpolation: Interpolation
     padding_mode: PaddingMode
     fill_value: float | None
+    step: int = 1  # of the lattice of output pixels
 
 
 class _Planes(NamedTuple):
@@ -686,8 +745,10 @@ def _resample_on_host(
     frames = cube.reshape(count, bands, height, width)
     motion = motion.reshape(count, *motion.shape[len(lead) :])
     masks = None if mask is None else mask.reshape(count, 1, height, width)
-    values = empty_on_host(frames.shape, cube.dtype) if out is None else out.view(frames.shape)
-    validity = torch.empty((count, height, width), dtype=torch.bool, device="cpu")
+    step = options.step
+    shape = (count, bands, len(range(0, height, step)), len(range(0, width, step)))
+    values = empty_on_host(shape, cube.dtype) if out is None else out.view(shape)
+    validity = torch.empty((count, *shape[-2:]), dtype=torch.bool, device="cpu")
 
     samples = bands * height * width
     shifts: list[tuple[float, float] | None] = [None] * count
@@ -700,17 +761,19 @@ def _resample_on_host(
             gathered.append(index)
             continue
         planes = _prepare(frames[index], None if masks is None else masks[index], options, on_host=True)
-        sampler = _Slices(shift, (height, width))
+        sampler = _Slices(shift, (height, width), step)
         if options == _PLAIN and planes.usable is None and planes.source is planes.frames:
             for first in range(0, bands, together):  # the hot case: no mask, and nothing is copied
                 chosen = slice(first, first + together)
                 sampler.bilinear(planes.source[chosen], out=values[index, chosen])
-            validity[index] = sampler.inside()
+            if out is None:  # else nobody asks
+                validity[index] = sampler.inside()
         else:
             values[index], validity[index] = _combine(planes, sampler, options)
 
     together = max(1, _BLOCK_SAMPLES // max(1, samples))  # frames
-    rows = height if together > 1 else max(1, _BLOCK_SAMPLES // max(1, bands * width))
+    # whole steps of the lattice
+    rows = height if together > 1 else step * max(1, _BLOCK_SAMPLES // max(1, bands * width))
     for first in range(0, len(gathered), together):
         block = gathered[first : first + together]
         if block[-1] - block[0] == len(block) - 1:
@@ -720,11 +783,13 @@ def _resample_on_host(
         planes = _prepare(frames[frame], None if masks is None else masks[frame], options, on_host=True)
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
-            positions = _positions(motion[frame], (height, width), (top, bottom), _compute_dtype(cube.dtype))
+            compute = _compute_dtype(cube.dtype)
+            positions = _positions(motion[frame], (height, width), (top, bottom), compute, step)
             part = _combine(planes, _Gather(positions, (height, width), options.padding_mode), options)
-            values[frame, :, top:bottom] = part.values
-            validity[frame, top:bottom] = part.validity
-    return Resampled(values.reshape(cube.shape), validity.reshape(*lead, height, width))
+            lines = slice(top // step, top // step + part.values.shape[-2])
+            values[frame, :, lines] = part.values
+            validity[frame, lines] = part.validity
+    return Resampled(values.reshape(*lead, *shape[1:]), validity.reshape(*lead, *shape[-2:]))
 
 
 def _host_shifts(motion: Tensor) -> list[tuple[float, float] | None]:
