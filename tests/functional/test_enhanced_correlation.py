@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.ndimage
 import torch
 from scenes import Waves, assert_derivative, fractal_stack, pairs
 
@@ -352,15 +353,22 @@ def test_the_spline_interpolates():
     field = torch.randn(1, 24, 32, generator=generator, dtype=torch.float64)
     spectrum = rfft2(field)
     y, x = torch.fft.fftfreq(24, dtype=torch.float64), torch.fft.rfftfreq(32, dtype=torch.float64)
-    coefficients = irfft2(spectrum / (ecc._spline_response(y)[:, None] * ecc._spline_response(x)), (24, 32))
+    response = ecc._spline_response(y)[:, None] * ecc._spline_response(x)
+    coefficients = ecc._pad(irfft2(spectrum / response, (24, 32)))
     at = torch.arange(4, 20, dtype=torch.float64)
     values = ecc._spline(coefficients, at[None], at[None])
     torch.testing.assert_close(values[0], field[0, at.long(), at.long()], atol=1e-10, rtol=0)
-    # tap by tap and two by two are the same, and the slopes are those of the values
+    # tap by tap and two by two (as on a GPU) are the same, and the slopes are those of the values
     column, row = (at + 0.27).requires_grad_(), (at - 0.11).requires_grad_()
-    pairwise = ecc._spline(coefficients, column[None], row[None])
     by_tap, by_column, by_row = ecc._spline_with_slopes(coefficients, column[None], row[None])
-    torch.testing.assert_close(pairwise, by_tap, atol=1e-10, rtol=0)
+    for sample in (ecc._spline, ecc._spline_by_look_up):
+        torch.testing.assert_close(sample(coefficients, column[None], row[None]), by_tap, atol=1e-10, rtol=0)
+    # so are the bilinear samples, which scipy knows too, and beyond the border is the border
+    padded, far = ecc._pad(field), torch.linspace(-9, 45, 16, dtype=torch.float64)
+    plain = ecc._bilinear(padded, far[None], far.flip(0)[None])
+    torch.testing.assert_close(plain, ecc._look_up(padded, far[None], far.flip(0)[None]), atol=1e-10, rtol=0)
+    oracle = scipy.ndimage.map_coordinates(field[0].numpy(), [far.flip(0), far], order=1, mode="nearest")
+    torch.testing.assert_close(plain[0], torch.from_numpy(oracle), atol=1e-10, rtol=0)
     expected = torch.autograd.grad(by_tap.sum(), (column, row))
     torch.testing.assert_close(by_column[0], expected[0], atol=1e-10, rtol=1e-8)
     torch.testing.assert_close(by_row[0], expected[1], atol=1e-10, rtol=1e-8)

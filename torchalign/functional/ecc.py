@@ -404,8 +404,8 @@ class _Shifted(NamedTuple):
 class _Warped(NamedTuple):
     """Moving frames under any warp: a cubic B-spline through twice as many samples as the band needs."""
 
-    spline: Tensor  # (..., T, 2h, 2w), its coefficients
-    weights: Tensor | None  # (..., T, h, w), what is usable
+    spline: Tensor  # (..., T, 2h, 2w), its coefficients, padded
+    weights: Tensor | None  # (..., T, h, w), what is usable, padded
     flat: Tensor  # (..., T) bool
     taper: float
     projective: bool
@@ -415,22 +415,23 @@ class _Warped(NamedTuple):
         rows, columns = grid.size
         size = (_OVERSAMPLING * rows, _OVERSAMPLING * columns)
         spectrum = rfft2(texture.field) * _response(grid)
-        # zeros between the positive and the negative frequencies; those of the columns are appended by irfft2
-        middle = spectrum.new_zeros((*spectrum.shape[:-2], size[0] - rows, spectrum.shape[-1]))
-        positive = rows - rows // 2
-        padded = torch.cat([spectrum[..., :positive, :], middle, spectrum[..., positive:, :]], dim=-2)
-        gain = size[0] * size[1] / (rows * columns)
         kind = {"device": spectrum.device, "dtype": grid.radius.dtype}
         y, x = torch.fft.fftfreq(size[0], **kind), torch.fft.rfftfreq(size[1], **kind)[: spectrum.shape[-1]]
-        response = _spline_response(y)[:, None] * _spline_response(x)
-        return cls(irfft2(padded * (gain / response), size), texture.weights, texture.flat, taper, projective)
+        # zeros between the positive and the negative frequencies; those of the columns are appended by irfft
+        positive = rows - rows // 2
+        middle = spectrum.new_zeros((*spectrum.shape[:-2], size[0] - rows, spectrum.shape[-1]))
+        padded = torch.cat([spectrum[..., :positive, :], middle, spectrum[..., positive:, :]], dim=-2)
+        gain = size[0] * size[1] / (rows * columns)
+        coefficients = padded * (gain / (_spline_response(y)[:, None] * _spline_response(x)))
+        weights = None if texture.weights is None else _pad(texture.weights)
+        return cls(_pad(irfft2(coefficients, size)), weights, texture.flat, taper, projective)
 
     def detach(self) -> _Warped:
         return _detach(self)
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference; else bilinear, for a fifth of the price."""
-        column, row = self._sources(warp, level, self.spline.shape[-2:])
+        column, row = self._sources(warp, level, _unpadded(self.spline))
         return _spline(self.spline, column, row) if precise else _bilinear(self.spline, column, row)
 
     def ground(self, warp: Tensor, level: Level) -> Tensor:
@@ -439,14 +440,14 @@ class _Warped(NamedTuple):
         x, y = self._sources(warp, level, (height, width))
         own = tukey(x, width, self.taper) * tukey(y, height, self.taper)
         if self.weights is not None:
-            usable = _bilinear(self.weights, *self._sources(warp, level, self.weights.shape[-2:]))
+            usable = _bilinear(self.weights, *self._sources(warp, level, _unpadded(self.weights)))
             # between two ones lies a one, but for rounding
             own = own * torch.where(usable > 1 - 1e-5, 1.0, usable)
         return torch.minimum(level.weights, own)
 
     def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
         """The values, and their derivatives by x and y of the reference."""
-        size = self.spline.shape[-2:]
+        size = _unpadded(self.spline)
         column, row = self._sources(warp, level, size)
         values, by_column, by_row = _spline_with_slopes(self.spline, column, row)
         (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-2) for row in invert_warp(warp)[..., None].unbind(-3))
@@ -710,9 +711,7 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
 
     ground = state.common.square()
     tiny = torch.finfo(values.dtype).tiny
-    samples = (
-        _INDEPENDENT * ground.sum(-1).square() / torch.linalg.vecdot(ground, ground).clamp(min=tiny)
-    )
+    samples = _INDEPENDENT * ground.sum(-1).square() / torch.linalg.vecdot(ground, ground).clamp(min=tiny)
     significance = _moments(values, level, ground).correlation * samples.sqrt()
 
     sound = system.sound & sigma.isfinite() & state.warp.isfinite().flatten(-2).all(-1)
@@ -745,7 +744,9 @@ def _moments(values: Tensor, level: Level, weights: Tensor) -> _Moments:
     flat = (variance <= 1e-6) | (other_variance <= 1e-6)
     variance, other_variance = torch.where(flat, 1.0, variance), torch.where(flat, 1.0, other_variance)
     covariance = torch.where(flat, 0.0, covariance)
-    return _Moments(mean, other_mean, variance, covariance, covariance * torch.rsqrt(variance * other_variance))
+    return _Moments(
+        mean, other_mean, variance, covariance, covariance * torch.rsqrt(variance * other_variance)
+    )
 
 
 def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motion: MotionModel) -> Tensor:
@@ -924,11 +925,78 @@ def _spline_response(frequency: Tensor) -> Tensor:
     return (2 + (2 * math.pi * frequency).cos()) / 3
 
 
+def _pad(field: Tensor) -> Tensor:
+    """(..., h, w) → (..., h + 5, w + 5): the border continued so far that no tap of a spline is beyond it."""
+    flat = F.pad(field.reshape(-1, 1, *field.shape[-2:]), (2, 3, 2, 3), mode="replicate")
+    return flat.reshape(*field.shape[:-2], *flat.shape[-2:])
+
+
+def _unpadded(field: Tensor) -> tuple[int, int]:
+    return field.shape[-2] - 5, field.shape[-1] - 5
+
+
+class _Taps(NamedTuple):
+    """Samples of padded fields (..., T, h + 5, w + 5) around positions (..., T, n), beyond the border the border.
+
+    One index serves all taps: they differ by where the fields are taken to begin.
+    """
+
+    fields: Tensor  # (..., T, m), flattened
+    width: int  # of the padded lines
+    first: Tensor  # (..., T, n), index of the samples at −1, −1
+    x: Tensor  # (..., T, n), the positions' fractions
+    y: Tensor
+
+    @classmethod
+    def around(cls, field: Tensor, column: Tensor, row: Tensor) -> _Taps:
+        height, width = _unpadded(field)
+        column, row = column.clamp(-1, width), row.clamp(-1, height)
+        left, top = column.floor(), row.floor()
+        first = (top.to(torch.int64) + 1) * (width + 5) + (left.to(torch.int64) + 1)
+        shape = _broadcast(field.shape[:-2], column.shape[:-1])
+        fields = field.expand(*shape, *field.shape[-2:]).flatten(-2)
+        return cls(fields, width + 5, first.expand(*shape, -1), column - left, row - top)
+
+    def at(self, right: int, down: int) -> Tensor:
+        """(..., T, n): the samples so far, −1 … 2, from those at or before the positions."""
+        begin = (down + 1) * self.width + right + 1
+        length = self.fields.shape[-1] - (3 * self.width + 3)
+        return self.fields.narrow(-1, begin, length).gather(-1, self.first)
+
+
 def _bilinear(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    """(..., T, n) of fields (..., T, h, w) at positions among their samples; beyond the border is the border."""
+    """(..., T, n) of padded fields at positions among their samples; beyond the border is the border."""
+    if field.device.type != "cpu":
+        return _look_up(field, column, row)
+    taps = _Taps.around(field, column, row)
+    above = torch.lerp(taps.at(0, 0), taps.at(1, 0), taps.x)
+    below = torch.lerp(taps.at(0, 1), taps.at(1, 1), taps.x)
+    return torch.lerp(above, below, taps.y)
+
+
+def _spline(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    """The same of cubic B-splines, given by their coefficients."""
+    if field.device.type != "cpu":
+        return _spline_by_look_up(field, column, row)
+    taps = _Taps.around(field, column, row)
+    across, down = _spline_weights(taps.x), _spline_weights(taps.y)
+    lines = []
+    for j in (-1, 0, 1, 2):
+        line = across[0] * taps.at(-1, j)
+        for i in (0, 1, 2):
+            line = torch.addcmul(line, across[i + 1], taps.at(i, j))
+        lines.append(line)
+    value = down[0] * lines[0]
+    for weight, line in zip(down[1:], lines[1:], strict=True):
+        value = torch.addcmul(value, weight, line)
+    return value
+
+
+def _look_up(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    """:func:`_bilinear` in one kernel: fast on a GPU; on the CPU it takes several times as long as the taps do."""
     height, width = field.shape[-2:]
-    # pixel centres to torch's corners, spelled out: align_corners=False
-    at = torch.stack([column * (2 / width) + (1 / width - 1), row * (2 / height) + (1 / height - 1)], dim=-1)
+    # pixel centres to torch's corners, spelled out: align_corners=False, and 2 samples of padding
+    at = torch.stack([column * (2 / width) + (5 / width - 1), row * (2 / height) + (5 / height - 1)], dim=-1)
     shape = _broadcast(field.shape[:-2], column.shape[:-1])
     flat = field.expand(*shape, height, width).reshape(-1, 1, height, width)
     at = at.expand(*shape, -1, 2).reshape(-1, 1, column.shape[-1], 2)
@@ -936,14 +1004,11 @@ def _bilinear(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
     return found.reshape(*shape, column.shape[-1])
 
 
-def _spline(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    """The same of cubic B-splines, given by their coefficients.
-
-    Four taps an axis are two bilinear look-ups between two of them each (Sigg & Hadwiger 2005).
-    """
+def _spline_by_look_up(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    """:func:`_spline` by four look-ups: each is of two by two of the taps (Sigg & Hadwiger 2005)."""
     (left, right, along), (top, bottom, down) = _pairs(column), _pairs(row)
-    above = torch.lerp(_bilinear(field, left, top), _bilinear(field, right, top), along)
-    below = torch.lerp(_bilinear(field, left, bottom), _bilinear(field, right, bottom), along)
+    above = torch.lerp(_look_up(field, left, top), _look_up(field, right, top), along)
+    below = torch.lerp(_look_up(field, left, bottom), _look_up(field, right, bottom), along)
     return torch.lerp(above, below, down)
 
 
@@ -957,7 +1022,7 @@ def _pairs(position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return whole - first / (1 - right), whole + 1 + last / right, right
 
 
-def _taps(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _spline_weights(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights of the coefficients at −1, 0, 1, 2 from ⌊x⌋."""
     rest = 1 - fraction
     first, last = rest * rest * rest * (1 / 6), fraction * fraction * fraction * (1 / 6)
@@ -971,7 +1036,7 @@ def _right_share(fraction: Tensor) -> Tensor:
     return ((0.5 - fraction * (1 / 3)) * fraction + 0.5) * fraction + (1 / 6)
 
 
-def _tap_slopes(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _spline_slopes(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The derivatives of the weights."""
     rest = 1 - fraction
     return (
@@ -984,19 +1049,14 @@ def _tap_slopes(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _spline_with_slopes(field: Tensor, column: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The cubic B-spline, and its derivatives by column and row, tap by tap: differentiable in every mode."""
-    height, width = field.shape[-2:]
-    first_column, first_row = column.floor(), row.floor()
-    across = [_taps(column - first_column), _tap_slopes(column - first_column)]
-    down = [_taps(row - first_row), _tap_slopes(row - first_row)]
-    columns = [(first_column.to(torch.int64) + step).clamp(0, width - 1) for step in (-1, 0, 1, 2)]
-    rows = [(first_row.to(torch.int64) + step).clamp(0, height - 1) * width for step in (-1, 0, 1, 2)]
-    shape = _broadcast(field.shape[:-2], column.shape[:-1])
-    flat = field.expand(*shape, height, width).flatten(-2)
+    taps = _Taps.around(field, column, row)
+    across = [_spline_weights(taps.x), _spline_slopes(taps.x)]
+    down = [_spline_weights(taps.y), _spline_slopes(taps.y)]
     value = by_column = by_row = torch.zeros_like(column)
-    for j, at_row in enumerate(rows):
+    for j in range(4):
         line = line_slope = torch.zeros_like(column)
-        for i, at_column in enumerate(columns):
-            tap = flat.gather(-1, (at_row + at_column).expand(*shape, -1))
+        for i in range(4):
+            tap = taps.at(i - 1, j - 1)
             line = line + across[0][i] * tap
             line_slope = line_slope + across[1][i] * tap
         value = value + down[0][j] * line

@@ -166,7 +166,7 @@ def resample_into(
     fill_value: float | None = None,
     mask: Tensor | None = None,
 ) -> None:
-    """:func:`resample` for blocks of frames on the eager CPU, into a part of a larger, contiguous result."""
+    """The values of :func:`resample` for frames on the eager CPU, into a part of a larger, contiguous result."""
     _resample(cube, warp, interpolation, padding_mode, fill_value, mask, out=out)
 
 
@@ -445,14 +445,35 @@ class _Gather:
         column, row = self.positions.nearest()
         return self._take(planes, self._pad(column, self.size[1]), self._pad(row, self.size[0]))
 
+    def _taps(self, planes: Tensor) -> Callable[[int, int], Tensor]:
+        """(..., T, C, h, W) of the pixel so far right and down, −1 … 2, from those at or before the positions."""
+        (height, width), (column, row) = self.size, self.positions[:2]
+        if self.reflect:
+            return lambda right, down: self._take(
+                planes, self._pad(column + right, width), self._pad(row + down, height)
+            )
+        # the border is continued once, so far that all taps of a position further out lie on it: one index then
+        # serves all taps, which differ by where the planes are taken to begin
+        line = width + 7
+        flat = F.pad(planes.reshape(-1, 1, height, width), (4, 3, 4, 3), mode="replicate")
+        flat = flat.reshape(*planes.shape[:-2], (height + 7) * line)
+        index = (row.clamp(-3, height) + 3) * line + (column.clamp(-3, width) + 3)  # (..., T, h, W)
+        shape = index.shape[-2:]
+        index = index.flatten(-2).unsqueeze(-2)
+        index = index.expand(*flat.shape[:-1], index.shape[-1])
+        length = flat.shape[-1] - 3 * (line + 1)
+
+        def tap(right: int, down: int) -> Tensor:
+            taken = flat.narrow(-1, (down + 1) * line + right + 1, length).gather(-1, index)
+            return taken.reshape(*taken.shape[:-1], *shape)
+
+        return tap
+
     def bilinear(self, planes: Tensor) -> Tensor:
-        left, right = (self._pad(self.positions.column + step, self.size[1]) for step in (0, 1))
-        top, bottom = (self._pad(self.positions.row + step, self.size[0]) for step in (0, 1))
+        tap = self._taps(planes)
         # lerp keeps constants exact, and the left pixel at fraction 0
-        above = torch.lerp(self._take(planes, left, top), self._take(planes, right, top), self.x_fraction)
-        below = torch.lerp(
-            self._take(planes, left, bottom), self._take(planes, right, bottom), self.x_fraction
-        )
+        above = torch.lerp(tap(0, 0), tap(1, 0), self.x_fraction)
+        below = torch.lerp(tap(0, 1), tap(1, 1), self.x_fraction)
         return torch.lerp(above, below, self.y_fraction)
 
     def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
@@ -460,14 +481,13 @@ class _Gather:
         if magnitudes:
             x_weights = tuple(weight.abs() for weight in x_weights)  # type: ignore[assignment]
             y_weights = tuple(weight.abs() for weight in y_weights)  # type: ignore[assignment]
-        columns = [self._pad(self.positions.column + step, self.size[1]) for step in (-1, 0, 1, 2)]
-        rows = [self._pad(self.positions.row + step, self.size[0]) for step in (-1, 0, 1, 2)]
+        tap = self._taps(planes)
         total: Tensor | None = None
-        for row, y_weight in zip(rows, y_weights, strict=True):
-            line = x_weights[0] * self._take(planes, columns[0], row)
-            for column, x_weight in zip(columns[1:], x_weights[1:], strict=True):
-                line = line + x_weight * self._take(planes, column, row)
-            total = y_weight * line if total is None else total + y_weight * line
+        for down, y_weight in zip((-1, 0, 1, 2), y_weights, strict=True):
+            line = x_weights[0] * tap(-1, down)
+            for right, x_weight in zip((0, 1, 2), x_weights[1:], strict=True):
+                line = torch.addcmul(line, x_weight, tap(right, down))
+            total = y_weight * line if total is None else torch.addcmul(total, y_weight, line)
         assert total is not None
         return total
 
@@ -480,8 +500,8 @@ def _overhang(offset: int, count: int, length: int) -> tuple[int, int, int, int]
     """Indices offset … offset + count − 1, clamped to a line of ``length`` pixels.
 
     Returns:
-        How often the first of the pixels that are met is repeated, that pixel, the one after the last, and how often
-        the last is repeated.
+        How often the first of the pixels that are met is repeated, that pixel, the one after the last, and how
+        often the last is repeated.
     """
     first = min(max(offset, 0), length - 1)
     last = min(max(offset + count, first + 1), length)
@@ -675,17 +695,26 @@ def _prepare(frames: Tensor, mask: Tensor | None, options: _Options, *, on_host:
 def _combine(planes: _Planes, sampler: _Sampler, options: _Options) -> Resampled:
     """Interpolate among usable pixels, copy where there is nothing to interpolate, fill."""
     inside = sampler.inside()  # (..., T, h, W)
+    values, near_usable = _values(planes, sampler, options, inside)
+    return Resampled(values, inside if near_usable is None else inside & near_usable.all(-3))
+
+
+def _values(
+    planes: _Planes, sampler: _Sampler, options: _Options, inside: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The values alone, and where the nearest pixels are usable."""
     near_usable = None if planes.usable is None else sampler.nearest(planes.usable)  # (..., T, 1 or C, h, W)
     if options.interpolation == "nearest":
         values = _as_signed(sampler.nearest, planes.frames)
     else:
         values = _interpolate(planes, near_usable, sampler, options.interpolation)
-    good = inside.unsqueeze(-3) if near_usable is None else inside.unsqueeze(-3) & near_usable
-    if options.fill_value is not None:
-        values = _keep_where(good, values, options.fill_value)
-    elif options.padding_mode == "zeros":
-        values = _keep_where(inside.unsqueeze(-3), values, 0)
-    return Resampled(values, inside if near_usable is None else inside & near_usable.all(-3))
+    if options.fill_value is None and options.padding_mode != "zeros":
+        return values, near_usable
+    within = (sampler.inside() if inside is None else inside).unsqueeze(-3)
+    if options.fill_value is None:
+        return _keep_where(within, values, 0), near_usable
+    good = within if near_usable is None else within & near_usable
+    return _keep_where(good, values, options.fill_value), near_usable
 
 
 def _interpolate(
@@ -739,7 +768,10 @@ def _keep_where(condition: Tensor, values: Tensor, otherwise: float) -> Tensor:
 def _resample_on_host(
     cube: Tensor, motion: Tensor, mask: Tensor | None, options: _Options, out: Tensor | None = None
 ) -> Resampled:
-    """Block by block: frame by frame if it is large, many frames at once if they are small."""
+    """Block by block: frame by frame if it is large, many frames at once if they are small.
+
+    Given ``out``, the values alone are made, and written there.
+    """
     lead, (bands, height, width) = cube.shape[:-3], cube.shape[-3:]
     count = math.prod(lead)
     frames = cube.reshape(count, bands, height, width)
@@ -766,10 +798,12 @@ def _resample_on_host(
             for first in range(0, bands, together):  # the hot case: no mask, and nothing is copied
                 chosen = slice(first, first + together)
                 sampler.bilinear(planes.source[chosen], out=values[index, chosen])
-            if out is None:  # else nobody asks
+            if out is None:
                 validity[index] = sampler.inside()
-        else:
+        elif out is None:
             values[index], validity[index] = _combine(planes, sampler, options)
+        else:
+            values[index], _ = _values(planes, sampler, options)
 
     together = max(1, _BLOCK_SAMPLES // max(1, samples))  # frames
     # whole steps of the lattice
@@ -785,10 +819,12 @@ def _resample_on_host(
             bottom = min(top + rows, height)
             compute = _compute_dtype(cube.dtype)
             positions = _positions(motion[frame], (height, width), (top, bottom), compute, step)
-            part = _combine(planes, _Gather(positions, (height, width), options.padding_mode), options)
-            lines = slice(top // step, top // step + part.values.shape[-2])
-            values[frame, :, lines] = part.values
-            validity[frame, lines] = part.validity
+            gather = _Gather(positions, (height, width), options.padding_mode)
+            lines = slice(top // step, -(-bottom // step))
+            if out is None:
+                values[frame, :, lines], validity[frame, lines] = _combine(planes, gather, options)
+            else:
+                values[frame, :, lines], _ = _values(planes, gather, options)
     return Resampled(values.reshape(*lead, *shape[1:]), validity.reshape(*lead, *shape[-2:]))
 
 
