@@ -9,6 +9,7 @@ from scenes import Waves, pairs
 
 from torchalign.functional.affine import identity_warp, translation_warp
 from torchalign.functional.quality import gate, gate_stages, normalized_cross_correlation
+from torchalign.functional.warp import resample
 from torchalign.types import Motion, Status
 
 NAN, INF = float("nan"), float("inf")
@@ -253,3 +254,17 @@ def test_gate_handles_frames_one_by_one(scene):
     estimate = gate(homographies, sigma, torch.tensor([0, 1, 0]), moving, reference)
     assert torch.equal(estimate.warp[1], torch.eye(3))
     assert torch.equal(estimate.warp[0], homographies[0])
+
+
+def test_large_frames_are_scored_on_a_lattice():
+    data = pairs(torch.tensor([[-1.5, 0.5]]), (258, 400), scene=Waves(1, count=20))
+    moving = data.cube[:, 0] + 0.05 * rand(1, 258, 400, dtype=data.cube.dtype)
+    reference = data.reference
+    warp = translation_warp(torch.tensor([[-1.5, 0.5]]))
+    estimate = gate(warp, torch.full((1,), 0.01), torch.zeros(1, dtype=torch.int64), moving, reference)
+    aligned = resample(moving[:, None], warp, interpolation="bicubic")
+    inside = aligned.validity[0, ::2, ::2].numpy()
+    # every second pixel: half of 258 is more than 128
+    for found, image in ((estimate.score, aligned.values[0, 0]), (estimate.score_before, moving[0])):
+        one, two = image[::2, ::2].numpy()[inside], reference[0, ::2, ::2].numpy()[inside]
+        assert float(found) == pytest.approx(np.corrcoef(one, two)[0, 1], abs=1e-6)

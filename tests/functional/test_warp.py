@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchalign.functional.affine import identity_warp, to_homogeneous, translation_warp
-from torchalign.functional.warp import resample, translate, warp
+from torchalign.functional.warp import resample, resample_lattice, translate, warp
 
 implementation = importlib.import_module("torchalign.functional.warp")
 NAN, INF = float("nan"), float("inf")
@@ -242,6 +242,30 @@ def test_fast_path_equals_general_path(
         ):
             torch.testing.assert_close(shifted.values, fast.values, atol=1e-6, rtol=1e-6, equal_nan=True)
             assert torch.equal(shifted.validity, fast.validity)
+
+
+@interpolations
+@pytest.mark.parametrize("motion", ["translation", "affine"])
+@pytest.mark.parametrize("spoilt", [False, True], ids=["clean", "spoilt"])
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_lattice_is_part_of_the_whole(tensor_path, interpolation, motion, spoilt, step, monkeypatch) -> None:
+    cube, mask = noise(4, 2, 70, 61), None
+    if spoilt:
+        cube[1, 0, 20:30, 10:40] = NAN
+        mask = torch.ones(4, 70, 61, dtype=torch.bool)
+        mask[3, 10:20, 30:] = False
+    warps = shifts((1.3, -2.6), (0, 0), (3, -4), (-69.4, 0.2)) if motion == "translation" else affine_warps(4)
+    options = {"interpolation": interpolation, "mask": mask}
+    whole = resample(cube, warps, **options)
+    monkeypatch.setattr(implementation, "_BLOCK_SAMPLES", 1000)  # blocks of a few rows
+    for lattice in (
+        resample_lattice(cube, warps, step, **options),
+        tensor_path(cube, warps, step, function=resample_lattice, **options),
+    ):
+        torch.testing.assert_close(
+            lattice.values, whole.values[..., ::step, ::step], atol=1e-6, rtol=1e-6, equal_nan=True
+        )
+        assert torch.equal(lattice.validity, whole.validity[..., ::step, ::step])
 
 
 @pytest.mark.parametrize("sample", [2**10, 2**12, 2**30])

@@ -141,7 +141,11 @@ def center_crop(image: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, tu
 
 def _mean(cube: Tensor) -> Tensor:
     # a chain of additions reads each band once and in order: twice as fast as a strided reduction on the CPU
-    return functools.reduce(operator.add, cube.unbind(-3)) / cube.shape[-3]
+    first, *others = cube.unbind(-3)
+    if not others:
+        return first
+    total = first + others[0]
+    return functools.reduce(operator.iadd, others[1:], total).mul_(1 / cube.shape[-3])
 
 
 def _rgb(cube: Tensor, rgb_bands: Sequence[int]) -> Tensor:
