@@ -483,8 +483,7 @@ class _Warped(NamedTuple):
             # beyond its horizon a homography shows nothing
             depth = torch.where(points[2] > 0, points[2], 1 / _NOWHERE)
             points = [point / depth for point in points[:2]]
-        column, row = (point.clamp(-_NOWHERE, _NOWHERE) for point in points)
-        return column, row
+        return points[0], points[1]
 
 
 class _System(NamedTuple):

@@ -32,7 +32,12 @@ def rfft2(image: Tensor) -> Tensor:
 
 
 def irfft2(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
-    """:func:`torch.fft.irfft2`: (..., H, W//2+1) → (..., H, W), of empty batches too."""
+    """:func:`torch.fft.irfft2`: (..., H, W//2+1) → (..., H, W), of empty batches too.
+
+    Columns that are missing from the right of the spectrum are 0, and not transformed first.
+    """
+    if spectrum.shape[-1] < size[1] // 2 + 1:
+        return _or_empty(lambda values: torch.fft.irfft(torch.fft.ifft(values, dim=-2), n=size[1]), spectrum)
     return _or_empty(lambda values: torch.fft.irfft2(values, s=size), spectrum)
 
 
