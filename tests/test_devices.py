@@ -36,12 +36,12 @@ class Proof(NamedTuple):
 
     make: Callable[..., Aligner]
     forward_mode: bool = True  # derivatives; torch's grid_sample has only those of reverse mode
-    costly: bool = False  # to trace: one call, with everything
+    thorough: bool = False  # one of each method: every dtype, layout and kind of argument
 
 
 # a new aligner, or option of one, is one line
 ALIGNERS = {
-    "default": Proof(ta.PCC),
+    "default": Proof(ta.PCC, thorough=True),
     "once": Proof(partial(ta.PCC, robust=False)),
     "wide, phase, plain": Proof(
         partial(ta.PCC, max_frequency=0.5, weighting="phase", contrast="none", taper=0.0)
@@ -59,24 +59,22 @@ ALIGNERS = {
     ),
     "rgb, crop, fill": Proof(partial(ta.PCC, channel="rgb_mean", crop_center=(49, 64), fill_value=-1.0)),
     "module": Proof(lambda: ta.PCC(channel=Channel(), max_translation=20.0)),
-    "ECC": Proof(ta.ECC),
+    "ECC": Proof(ta.ECC, thorough=True),
     "ECC affine": Proof(partial(ta.ECC, motion="affine", robust="none", sigma_blur=1.0)),
     "ECC homography": Proof(
         partial(ta.ECC, motion="homography", robust="residual", gradients="unrolled"), forward_mode=False
     ),
-    "LGM": Proof(partial(ta.LGM, max_num_keypoints=64), costly=True),
+    "LGM": Proof(partial(ta.LGM, max_num_keypoints=64)),
     "LGM affine": Proof(
         partial(
             ta.LGM, motion="affine", matcher_model="mnn", refine=False, max_num_keypoints=64, batch_size=3
         ),
         forward_mode=False,
-        costly=True,
     ),
     "Cascade": Proof(lambda: ta.Cascade(ta.PCC(), ta.ECC(motion="euclidean"))),
     "Cascade with LGM": Proof(
         lambda: ta.Cascade(ta.LGM(max_num_keypoints=64, refine=False), ta.PCC()),
         forward_mode=False,
-        costly=True,
     ),
 }
 each_aligner = pytest.mark.parametrize("proof", ALIGNERS.values(), ids=ALIGNERS.keys())
@@ -161,47 +159,48 @@ def check(aligned, estimate, cube):
 
 @each_aligner
 def test_fake_cuda(fake, proof):
+    # with everything here; one reference for all, without masks or init, in the test of gradients
     aligner = on_gpu(proof.make())
+    cube = on_cuda(4, 4, *SIZE)
+    mask, init = on_cuda(4, *SIZE, dtype=torch.bool), on_cuda(4, 2, 3)
+    with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16):
+        check(*aligner(cube, cube, mask, mask[:1], init=init), cube)
+
+
+@pytest.mark.parametrize("proof", [proof for proof in ALIGNERS.values() if proof.thorough], ids=["PCC", "ECC"])
+def test_fake_cuda_takes_every_kind_of_argument(fake, proof):
+    aligner = proof.make()
     mask = on_cuda(4, *SIZE, dtype=torch.bool)
-    init = on_cuda(4, 2, 3)
-    if proof.costly:
-        cube, reference = on_cuda(4, 4, *SIZE), on_cuda(4, *SIZE)
-        with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16):
-            check(*aligner(cube, reference, mask, mask[:1], init=init), cube)
-        return
-    plain = proof is ALIGNERS["default"]
-    for dtype in (torch.float32, torch.float64, torch.bfloat16) if plain else (torch.float32,):
+    for dtype in (torch.float64, torch.bfloat16):
         cube, reference = on_cuda(4, 4, *SIZE, dtype=dtype), on_cuda(4, *SIZE, dtype=dtype)
-        check(*aligner(cube, reference), cube)
-        check(*aligner(cube, reference, mask, mask[:1]), cube)
-    cube, reference = on_cuda(4, 4, *SIZE), on_cuda(4, *SIZE)
-    check(*aligner(cube, reference, init=init), cube)
-    check(*aligner(cube, cube, mask, mask, init=on_cuda(4, 3, 3)), cube)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
         check(*aligner(cube, reference, mask), cube)
+    cube = on_cuda(4, 4, *SIZE)
+    check(*aligner(cube, cube, mask, mask, init=on_cuda(4, 3, 3)), cube)
     last = cube.to(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        check(*aligner(last, reference), last)
-    if plain:
-        # enough frames that the CPU would have cut them into blocks
-        many = on_cuda(1200, 4, *SIZE)
-        check(*aligner(many, reference), many)
+    # enough frames that the CPU would have cut them into blocks
+    many = on_cuda(1200, 4, *SIZE)
+    for given in (last, many):
+        check(*aligner(given, reference.float()), given)
 
 
 @each_aligner
 def test_fake_cuda_gradients(fake, proof):
-    if not proof.forward_mode:
-        pytest.skip("not differentiable, as documented, or in reverse mode only")
-    # forward mode: autograd's engine wants a driver for its streams
     aligner = on_gpu(proof.make())
+    cube, reference = on_cuda(4, 4, *SIZE), on_cuda(4, *SIZE)
+    if not proof.forward_mode:  # not differentiable, as documented, or in reverse mode only
+        check(*aligner(cube, reference), cube)
+        return
+    # forward mode: autograd's engine wants a driver for its streams
     for parameter in aligner.parameters():
         parameter.requires_grad_(False)
-    cube, reference, mask = on_cuda(4, 4, *SIZE), on_cuda(4, *SIZE), on_cuda(*SIZE, dtype=torch.bool)
+    masks = (on_cuda(*SIZE, dtype=torch.bool),) * 2
     with forward_ad.dual_level():
         cube, reference = (forward_ad.make_dual(image, on_cuda(*image.shape)) for image in (cube, reference))
-        aligned, estimate = aligner(cube, reference, mask, mask)
-        for output in (aligned, estimate.warp, estimate.score):
-            assert forward_ad.unpack_dual(output).tangent.device.type == "cuda"
+        for given in ((), masks) if proof.thorough else ((),):
+            aligned, estimate = aligner(cube, reference, *given)
+            check(aligned, estimate, cube)
+            for output in (aligned, estimate.warp, estimate.score):
+                assert forward_ad.unpack_dual(output).tangent.device.type == "cuda"
 
 
 @each_module
@@ -259,6 +258,8 @@ def test_fake_cuda_warp(fake, interpolation):
 
 @each_aligner
 def test_device_agrees_with_the_cpu(device, proof):
+    if device.type == "cpu":
+        pytest.skip("the CPU would be compared with itself: pytest --device cuda")
     cube, reference = real()
     cube[2] = float("nan")
     mask = torch.ones(4, *SIZE, dtype=torch.bool)
@@ -270,8 +271,15 @@ def test_device_agrees_with_the_cpu(device, proof):
     torch.testing.assert_close(found.aligned.cpu(), expected.aligned, atol=5e-3, rtol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@each_aligner
+@pytest.mark.parametrize(
+    ("proof", "dtype"),
+    [pytest.param(proof, torch.bfloat16, id=name) for name, proof in ALIGNERS.items()]
+    + [
+        pytest.param(proof, torch.float16, id=f"{name}, float16")
+        for name, proof in ALIGNERS.items()
+        if proof.thorough
+    ],
+)
 def test_autocast_changes_nothing(device, proof, dtype):
     cube, reference = (image.to(device) for image in real())
     aligner = proof.make().to(device)

@@ -384,38 +384,26 @@ def fake():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"motion": "homography", "refine": False, "batch_size": 2, "feature_model": Blobs(32)}],
-    ids=["default", "homography, module, in parts"],
+    [{"feature_model": Blobs(32)}, {"motion": "homography", "max_num_keypoints": 32, "batch_size": 2}],
+    ids=["module", "homography, in parts"],
 )
-def test_fake_cuda(fake, options):
-    def on_cuda(*shape, dtype=torch.float32):
-        return torch.empty(*shape, dtype=dtype, device="cuda")
-
-    aligner = ta.LGM(**{"max_num_keypoints": 32, **options})
-    cube, reference = on_cuda(3, 2, 64, 72), on_cuda(2, 64, 72)
-    mask = on_cuda(3, 64, 72, dtype=torch.bool)
-    aligned, estimate = aligner(cube, reference, mask, mask[:1], init=on_cuda(3, 2, 3))
-    assert aligned.device.type == "cuda"
-    assert {field.device.type for field in estimate} == {"cuda"}
-    assert estimate.status.shape == (3,)
-    if not options:
-        return
-    found = aligner.matches(cube, cube)
-    assert {field.device.type for field in found} == {"cuda"}
-
-
-@pytest.mark.parametrize("motion", ["translation", "homography"])
-def test_nothing_is_copied_from_the_host(fake, monkeypatch, motion):
-    # such a copy waits for the device, and a fake one does not mind
+def test_fake_cuda_and_nothing_is_copied_from_the_host(fake, monkeypatch, options):
+    # (the defaults: test_devices.py) such a copy waits for the device, and a fake one does not mind
     def copied(*args, **kwargs):
         raise AssertionError("copied from the host")
 
     monkeypatch.setattr(torch, "tensor", copied)
     monkeypatch.setattr(torch.Tensor, "new_tensor", copied)
-    cube = torch.empty(2, 1, 64, 72, device="cuda")
-    aligner = ta.LGM(max_num_keypoints=32, motion=motion)
-    assert aligner.estimate(cube, cube[0]).warp.device.type == "cuda"
-    assert aligner.matches(cube, cube[0]).points.device.type == "cuda"
+    aligner = ta.LGM(**options)
+    cube = torch.empty(3, 1, 64, 72, device="cuda")
+    mask = torch.empty(3, 64, 72, dtype=torch.bool, device="cuda")
+    given = (cube, cube, mask, mask[:1])
+    init = torch.empty(3, 2, 3, device="cuda")
+    estimate = aligner.estimate(*given, init=init)
+    assert {field.device.type for field in estimate} == {"cuda"}
+    assert estimate.status.shape == (3,)
+    found = aligner.matches(*given, init=init)
+    assert {field.device.type for field in found} == {"cuda"}
 
 
 @pytest.mark.skipif(

@@ -28,17 +28,7 @@ from torchalign.models.weights import find_weights
 
 SIZE = (64, 72)
 COUNT = 48
-NAMES = [
-    "sift",
-    "upright",
-    "superpoint",
-    "doghardnet",
-    "disk",
-    "aliked-n16",
-    "aliked-n32",
-    "aliked-t16",
-    "xfeat",
-]
+NAMES = ["sift", "upright", "superpoint", "doghardnet", "disk", "aliked-n16", "xfeat"]
 
 
 def make(name):
@@ -54,7 +44,7 @@ def make(name):
         return DISK(feature.DISK(), COUNT)
     if name == "xfeat":
         return XFeat(feature.XFeat().net, COUNT)
-    return ALIKED(feature.ALIKED(name), COUNT)
+    return ALIKED(feature.ALIKED(name), COUNT)  # the others have more channels, not other code
 
 
 def sent_to_cuda(built):
@@ -82,16 +72,14 @@ def test_fake_cuda_extractors(fake, name):  # noqa: F811
     built = sent_to_cuda(make(name))
     image = on_cuda(3, *SIZE)
     check(built(image), 3)
-    check(built(image, on_cuda(3, *SIZE, dtype=torch.bool)), 3)
-    check(built(image.bfloat16()), 3)
     with torch.autocast("cuda", dtype=torch.float16):
-        check(built(image), 3)
+        check(built(image.bfloat16(), on_cuda(3, *SIZE, dtype=torch.bool)), 3)
 
 
 @pytest.mark.parametrize("options", [{"input_dim": 128}, {"input_dim": 128, "add_scale_ori": True}], ids=str)
 @pytest.mark.parametrize("references", [1, 3])
 def test_fake_cuda_lightglue(fake, options, references):  # noqa: F811
-    matcher = sent_to_cuda(LightGlue(lightglue._build_network(options | {"n_layers": 3})))
+    matcher = sent_to_cuda(LightGlue(lightglue._build_network(options | {"n_layers": 2})))
 
     def features(batch):
         one = on_cuda(batch, COUNT)
@@ -122,13 +110,23 @@ def picture():
     return fractal((320, 360), bands=1)[0].reshape(64, 5, 72, 5).mean((1, 3)).expand(2, -1, -1).clone()
 
 
-def same(found, expected):
-    """Nearly all keypoints are the same: rounding may let one in for another."""
-    assert torch.equal(found.valid, expected.valid)
-    near = (found.keypoints - expected.keypoints).norm(dim=-1) < 1e-2
-    assert float(near[expected.valid].float().mean()) > 0.9
-    alike = (found.descriptors * expected.descriptors).sum(-1)[near & expected.valid]
-    assert float(alike.median()) > 0.999
+def shared(found, expected):
+    """The share of the keypoints that are the same, and the median of the cosines of their descriptors."""
+    valid = found.valid & expected.valid
+    near = valid & ((found.keypoints - expected.keypoints).norm(dim=-1) < 1e-2)
+    alike = (found.descriptors * expected.descriptors).sum(-1)[near]
+    return float(near.sum() / expected.valid.sum()), float(alike.median())
+
+
+def graphs():
+    """A backend that runs what it is given as it is, and the list of what it was given."""
+    given = []
+
+    def backend(graph, inputs):
+        given.append(graph)
+        return graph.forward
+
+    return backend, given
 
 
 def test_compile_is_one_graph(quiet):  # noqa: F811
@@ -136,8 +134,14 @@ def test_compile_is_one_graph(quiet):  # noqa: F811
     image = picture()
     usable = torch.ones(2, *SIZE, dtype=torch.bool)
     usable[1, :20] = False
-    compiled = torch.compile(built, fullgraph=True, backend="eager")
-    same(compiled(image, usable), built(image, usable))
+    backend, given = graphs()
+    found, expected = torch.compile(built, backend=backend)(image, usable), built(image, usable)
+    assert len(given) == 1
+    assert torch.equal(found.valid, expected.valid)
+    assert int(expected.valid.sum()) == 2 * COUNT
+    share, likeness = shared(found, expected)
+    assert share > 0.9  # rounding may let one in for another
+    assert likeness > 0.999
 
 
 def test_compile_extractor_and_matcher_together(quiet):  # noqa: F811
@@ -169,8 +173,15 @@ def test_the_ways_of_cpu_and_device_agree(monkeypatch, name):
     image = picture()
     image[1] = image[1].flip(-1)
     expected = built(image)
-    monkeypatch.setattr(extractors, "is_on_host", lambda tensor: False)
-    same(built(image), expected)
+    asked = []
+    monkeypatch.setattr(extractors, "is_on_host", lambda tensor: bool(asked.append(tensor)))
+    found = built(image)
+    assert asked, "the way of the device was not taken"
+    assert torch.equal(found.valid, expected.valid)
+    assert int(expected.valid.sum()) == 2 * COUNT
+    share, likeness = shared(found, expected)
+    assert share > 0.9
+    assert likeness > 0.999
 
 
 @pytest.mark.parametrize("name", ["sift", "xfeat"])
@@ -181,7 +192,12 @@ def test_device_agrees_with_the_cpu(device, name):
     image = picture()
     expected = built(image)
     found = copy.deepcopy(built).to(device)(image.to(device))
-    same(Features(*(None if field is None else field.cpu() for field in found)), expected)
+    assert found.keypoints.device.type == device.type
+    found = Features(*(None if field is None else field.cpu() for field in found))
+    assert torch.equal(found.valid, expected.valid)
+    share, likeness = shared(found, expected)
+    assert share > 0.9
+    assert likeness > 0.999
 
 
 def test_a_fake_frame_is_no_frame_of_the_cpu():
