@@ -369,7 +369,9 @@ class Results:
     )
     def test_tiny_images(self, case, size):
         # series of noise, of nothing, of NaN: the first two also without the third, which has a mask be made
-        series = torch.stack([torch.rand(2, 2, *size), torch.zeros(2, 2, *size), torch.full((2, 2, *size), NAN)])
+        series = torch.stack(
+            [torch.rand(2, 2, *size), torch.zeros(2, 2, *size), torch.full((2, 2, *size), NAN)]
+        )
         for content in (series[:2], series):
             for crop in (None, 3):
                 aligned, estimate = case.make(crop_center=crop)(content, content[:, 0])

