@@ -42,13 +42,10 @@ def quantiles(errors):
     ],
 )
 def test_errors_on_landsat(simulate, clouds, masked, median, tail):
-    errors = []
-    for seed in (0, 1):
-        data = simulate(frames=64, cloud_fraction=clouds, seed=seed)
-        estimate = ta.PCC().estimate(data.cube, data.reference, data.clear if masked else None)
-        assert estimate.valid.all()
-        errors.append(shift_errors(estimate, data.shift))
-    found = quantiles(torch.cat(errors))
+    data = simulate(frames=64, cloud_fraction=clouds, seed=0)
+    estimate = ta.PCC().estimate(data.cube, data.reference, data.clear if masked else None)
+    assert estimate.valid.all()
+    found = quantiles(shift_errors(estimate, data.shift))
     assert found[0] <= median
     assert found[1] <= tail
 

@@ -20,7 +20,7 @@ ALIGNERS = {
     "PCC": Case(ta.PCC),
     "ECC": Case(ta.ECC, global_search=False),
     "Cascade": Case(cascade),
-    "LGM": Case(partial(ta.LGM, max_num_keypoints=192)),
+    "LGM": Case(partial(ta.LGM, max_num_keypoints=128)),
 }
 OPTIONS = {
     "PCC once": Case(partial(ta.PCC, robust=False), accuracy=0.1, steadiness=0.05),

@@ -47,13 +47,10 @@ def corner_errors(warp, truth, size=256):
     ],
 )
 def test_translations_on_landsat(landsat, clouds, median, tail):
-    errors = []
-    for seed in (0, 1):
-        data = simulate_stack(landsat, frames=32, cloud_fraction=clouds, seed=seed)
-        estimate = ta.Cascade(ta.PCC(), ta.ECC()).estimate(data.cube, data.reference)
-        assert estimate.valid.all()
-        errors.append(shift_errors(estimate, data.shift))
-    found = quantiles(torch.cat(errors))
+    data = simulate_stack(landsat, frames=32, cloud_fraction=clouds, seed=0)
+    estimate = ta.Cascade(ta.PCC(), ta.ECC()).estimate(data.cube, data.reference)
+    assert estimate.valid.all()
+    found = quantiles(shift_errors(estimate, data.shift))
     assert found[0] <= median
     assert found[1] <= tail
 
@@ -69,8 +66,8 @@ def test_bias_at_every_fraction_of_a_pixel(landsat):
 @pytest.mark.parametrize(("motion", "median"), [("affine", 0.03), ("homography", 0.06)])
 def test_corners_on_landsat(landsat, motion, median):
     ground = landsat.mean(0, keepdim=True)
-    cube, reference, truth = simulate_warped_stack(ground, motion=motion, frames=6)
-    assert corner_errors(identity_warp(6), truth).median() > 5  # pixels: there is something to find
+    cube, reference, truth = simulate_warped_stack(ground, motion=motion, frames=3)
+    assert corner_errors(identity_warp(3), truth).median() > 5  # pixels: there is something to find
     estimate = ta.ECC(motion=motion).estimate(cube, reference)
     assert estimate.valid.all()
     errors = corner_errors(estimate.warp, truth)
@@ -83,7 +80,7 @@ def test_cascade_on_shifts_of_20_pixels(landsat, blur, worst):
     # sharp to very smooth scenes; at σ = 3 px little is left of the band: 1 frame in 50 errs by 0.05 … 0.06 px
     cascade = ta.Cascade(ta.PCC(max_translation=32), ta.ECC(max_translation=32))
     noise = 0.01 if blur < 2 else 0.002
-    data = simulate_stack(landsat, frames=24, max_shift=20 / math.sqrt(2), blur=blur, noise=noise, seed=3)
+    data = simulate_stack(landsat, frames=12, max_shift=20 / math.sqrt(2), blur=blur, noise=noise, seed=3)
     estimate = cascade.estimate(data.cube, data.reference)
     assert estimate.valid.all()
     errors = shift_errors(estimate, data.shift)
@@ -92,7 +89,7 @@ def test_cascade_on_shifts_of_20_pixels(landsat, blur, worst):
 
 
 def test_hopeless_frames_are_flagged(landsat):
-    data = simulate_stack(landsat, frames=24, seed=6)
+    data = simulate_stack(landsat, frames=8, seed=6)
     elsewhere = simulate_stack(landsat.flip(-1), frames=1, seed=7).reference
     for aligner in (ta.ECC(), ta.ECC(motion="affine"), ta.Cascade(ta.PCC(), ta.ECC())):
         aligned, estimate = aligner(data.cube, elsewhere)
@@ -112,7 +109,7 @@ def test_sigma_is_calibrated(landsat):
             {"blur": 1.0},
         )
     ):
-        data = simulate_stack(landsat, frames=32, seed=30 + seed, **options)
+        data = simulate_stack(landsat, frames=16, seed=30 + seed, **options)
         estimate = ta.Cascade(ta.PCC(), ta.ECC()).estimate(data.cube, data.reference)
         error = estimate.warp[..., 2] - data.shift
         ratios.append((error / estimate.sigma[:, None]).abs()[estimate.valid].flatten())

@@ -7,13 +7,11 @@ import copy
 import math
 import multiprocessing
 import pickle
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
+import spawned
 import torch
 from scenes import Waves, _pixels, assert_derivative, fractal, fractal_stack, pairs
 from torch import nn
@@ -323,36 +321,14 @@ def test_forked_workers():
     assert not torch.equal(once, warps_of(Frames(seeded(4)), "fork")[0])
 
 
-SPAWNED = """
-import torch, torchalign as ta
-from torch.utils.data import DataLoader
-
-class Frames(torch.utils.data.Dataset):
-    def __init__(self):
-        self.transform, self.align = ta.RandomMisregistration(), ta.AlignToFirst()
-        self.check = ta.AlignmentCheck(action="raise", tolerance=20)
-    def __len__(self):
-        return 2
-    def __getitem__(self, index):
-        moved, warp = self.transform(torch.rand(2, 1, 64, 64))
-        self.check(moved, moved)
-        return self.align(moved), warp
-
-if __name__ == "__main__":
-    for aligned, warp in DataLoader(Frames(), 1, num_workers=1, multiprocessing_context="spawn"):
-        assert aligned.shape == (1, 2, 1, 64, 64) and warp.shape == (1, 2, 2, 3)
-    assert not torch.cuda.is_initialized()
-    print("fine")
-"""
-
-
-def test_spawned_workers_and_no_cuda(tmp_path):
-    script = tmp_path / "spawned.py"
-    script.write_text(SPAWNED)
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, cwd=Path(ta.__file__).parents[1]
-    )
-    assert done.stdout.strip() == "fine", done.stderr[-2000:]
+def test_spawned_workers_and_no_cuda():
+    loader = DataLoader(spawned.Frames(), 1, num_workers=1, multiprocessing_context="spawn")
+    batches = list(loader)
+    assert len(batches) == 2
+    for aligned, warp, woken in batches:
+        assert aligned.shape == (1, 2, 1, 64, 64)
+        assert warp.shape == (1, 2, 2, 3)
+        assert not woken.any()
 
 
 def test_modules_copy_and_pickle():
