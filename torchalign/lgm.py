@@ -33,7 +33,15 @@ from torchalign.functional.matching import (
     significance,
     window_ascent,
 )
-from torchalign.functional.texture import Grid, Texture, agreement, extract_texture, fill_small_holes
+from torchalign.functional.phase import phase_correlation
+from torchalign.functional.texture import (
+    Grid,
+    Texture,
+    agreement,
+    extract_texture,
+    fill_small_holes,
+    shared_ground,
+)
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.models.extractors import SIFT, FeatureModel, Features, build_extractor
 from torchalign.models.weights import Weights
@@ -49,6 +57,8 @@ _MARGIN = 3.0
 # Radius of the second, guided matching around a first fit of more than a translation.
 _SECOND_RADIUS = 6.0
 _MAX_FREQUENCY = 0.25
+# How far, in pixels, the peak of the correlation may lie from the whole pixel that the matches tell.
+_REACH = 1.5
 # Frames with a shorter side, in pixels, have no keypoints.
 _LEAST_SIDE = 16
 # Eager CPU: pixels of one block of frames, whose similarities of all points with all are what takes memory.
@@ -252,7 +262,7 @@ class LGM(Aligner):
             return Motion(warp, torch.full_like(warp[..., 0, 0], torch.inf), status)
         parts = [
             self._refined(part) if self.refine else self._fitted(part)
-            for part in self._parts(moving, moving_usable, prepared, init)
+            for part in self._parts(moving, moving_usable, reference, reference_usable, prepared, init)
         ]
         motion: Motion = _joined(parts)
         reshaped: Motion = _each(motion, lambda field: field.reshape(*lead, *field.shape[1:]))
@@ -293,7 +303,13 @@ class LGM(Aligner):
         )
 
     def _parts(
-        self, moving: Tensor, usable: Tensor | None, prepared: _Reference, init: Tensor | None
+        self,
+        moving: Tensor,
+        usable: Tensor | None,
+        reference: Tensor,
+        reference_usable: Tensor | None,
+        prepared: _Reference,
+        init: Tensor | None,
     ) -> list[_Part]:
         """The frames (N, H, W), in parts of ``batch_size``, each with what it needs of the reference."""
         lead, size = moving.shape[:-2], (moving.shape[-2], moving.shape[-1])
@@ -313,6 +329,8 @@ class LGM(Aligner):
             moving.reshape(-1, *size),
             _flat(usable, moving),
             features,
+            each(reference),
+            None if reference_usable is None else each(reference_usable),
             None if texture is None else each(texture.field),
             None if texture is None or texture.weights is None else each(texture.weights),
             None if init is None else init.reshape(-1, *init.shape[len(lead) :]),
@@ -401,49 +419,80 @@ class LGM(Aligner):
         return Motion(warp, found.fit.sigma, found.status)
 
     def _refined(self, part: _Part) -> Motion:
-        """What the windows around the matches tell."""
+        """What correlation tells, where the motion of the matches brings both to the same ground."""
         found = self._correspond(part)
-        size = (part.moving.shape[-2], part.moving.shape[-1])
-        assert part.texture is not None
-        warp, sigma = found.fit.warp, found.fit.sigma
-        translation = self.motion == "translation"
-        texture = None
-        for _ in range(2):  # windows that show the same ground do not pull; after the first pass they do
-            rough = warp.detach()
-            if texture is None or not translation:
-                # a translation by whole pixels, the rest in the spectral domain: nothing is interpolated
-                whole = translation_warp(rough[..., 2].round()) if translation else rough
-                path = whole if found.turn is None else compose_warps(found.turn, whole)
-                seen = resample(part.moving.unsqueeze(-3), path, interpolation="bicubic", mask=part.usable)
-                texture = extract_texture(
-                    seen.values.squeeze(-3), seen.validity, max_frequency=_MAX_FREQUENCY
-                )
-                assert texture.weights is not None
-                # holes must lie on the same ground in both, or their pattern is what is correlated
-                field, reference_field = texture.field, part.texture * texture.weights
-                if part.weights is not None:
-                    field = field * part.weights
-            if translation:
-                grid = Grid.of(size, (field.shape[-2], field.shape[-1]), _MAX_FREQUENCY, field)
-                moved = grid.move(rfft2(field), rough[..., 2] - whole[..., 2])
-            else:
-                moved = field
-            refined = window_ascent(
-                moved,
-                reference_field,
-                found.targets,
-                found.fit.weight,
-                size,
-                motion=self.motion,
-                max_frequency=_MAX_FREQUENCY,
-            )
-            better = refined.converged
-            warp = torch.where(better[..., None, None], compose_warps(rough, refined.warp), warp)
-            sigma = torch.where(better, refined.sigma, sigma)
-        inliers = agreement(moved, reference_field)
+        rough = found.fit.warp.detach()
+        if self.motion == "translation":
+            warp, sigma, inliers = self._correlated(part, found, rough)
+        else:
+            warp, sigma = rough, found.fit.sigma
+            ground = None
+            for _ in range(2):  # windows that show the same ground do not pull; after the first pass they do
+                warp, sigma, inliers, ground = self._ascended(part, found, warp.detach(), sigma, ground)
         if found.turn is not None:
             warp = compose_warps(found.turn, warp)
         return Motion(warp, sigma, found.status, inliers)
+
+    def _seen(self, part: _Part, found: _Found, warp: Tensor) -> tuple[Tensor, Tensor]:
+        """The frames (N, H, W) on the reference, and where both are usable."""
+        path = warp if found.turn is None else compose_warps(found.turn, warp)
+        seen = resample(part.moving.unsqueeze(-3), path, interpolation="bicubic", mask=part.usable)
+        usable = seen.validity if part.reference_usable is None else seen.validity & part.reference_usable
+        return seen.values.squeeze(-3), usable
+
+    def _correlated(self, part: _Part, found: _Found, rough: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A translation: the whole of the ground that both show, correlated."""
+        size = (part.moving.shape[-2], part.moving.shape[-1])
+        assert part.texture is not None
+        # by whole pixels, the rest in the spectral domain: nothing is interpolated
+        whole = rough[..., 2].round()
+        left = rough[..., 2] - whole
+        seen, usable = self._seen(part, found, translation_warp(whole))
+        on_it, there = self._seen(part, found, rough)
+        with torch.no_grad():
+            field, _, _ = extract_texture(seen, usable, max_frequency=_MAX_FREQUENCY)
+            grid = Grid.of(size, (field.shape[-2], field.shape[-1]), _MAX_FREQUENCY, field)
+            moved = grid.move(rfft2(field), left)
+            same = agreement(moved, part.texture, fine=True)
+        ground = usable & shared_ground(on_it, part.reference, same, usable & there)
+        texture = Texture(part.texture, part.weights, torch.zeros_like(found.status, dtype=torch.bool))
+        refined = phase_correlation(
+            seen, texture, ground, max_translation=_REACH, max_frequency=_MAX_FREQUENCY, start=left
+        )
+        assert refined.inliers is not None
+        better = refined.converged
+        shift = torch.where(better.unsqueeze(-1), whole + refined.shift, rough[..., 2])
+        return translation_warp(shift), torch.where(better, refined.sigma, found.fit.sigma), refined.inliers
+
+    def _ascended(
+        self, part: _Part, found: _Found, rough: Tensor, sigma: Tensor, ground: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A richer motion: windows around the matches that agree."""
+        size = (part.moving.shape[-2], part.moving.shape[-1])
+        assert part.texture is not None
+        seen, usable = self._seen(part, found, rough)
+        shared = usable if ground is None else usable & ground
+        texture = extract_texture(seen, shared, max_frequency=_MAX_FREQUENCY)
+        assert texture.weights is not None
+        # holes must lie on the same ground in both, or their pattern is what is correlated
+        field, reference_field = texture.field, part.texture * texture.weights
+        if part.weights is not None:
+            field = field * part.weights
+        refined = window_ascent(
+            field,
+            reference_field,
+            found.targets,
+            found.fit.weight,
+            size,
+            motion=self.motion,
+            max_frequency=_MAX_FREQUENCY,
+        )
+        better = refined.converged
+        warp = torch.where(better[..., None, None], compose_warps(rough, refined.warp), rough)
+        same = agreement(field.detach(), reference_field, fine=True)
+        ground = shared_ground(seen.detach(), part.reference, same, usable)
+        inliers = agreement(field, reference_field)
+        return warp, torch.where(better, refined.sigma, sigma), inliers, ground
 
     def _tie_points(self, job: Job) -> list[Tensor]:
         """The fields of :class:`MatchedPoints` of a block."""
@@ -453,7 +502,9 @@ class LGM(Aligner):
             nowhere = seen.moving.new_zeros(*lead, self.max_num_keypoints, 2)
             return [nowhere, nowhere, torch.zeros_like(nowhere[..., 0], dtype=torch.bool), nowhere[..., 0]]
         columns: list[list[Tensor]] = [[], [], [], []]
-        for part in self._parts(seen.moving, seen.usable, seen.prepared, seen.init):
+        for part in self._parts(
+            seen.moving, seen.usable, job.reference, job.usable, seen.prepared, seen.init
+        ):
             found = self._correspond(part)
             points = (
                 found.points
@@ -497,6 +548,8 @@ class _Part(NamedTuple):
     moving: Tensor  # (N, H, W)
     usable: Tensor | None  # (N, H, W)
     features: Features  # of the reference, of one row for all or one each
+    reference: Tensor  # (N, H, W)
+    reference_usable: Tensor | None  # (N, H, W)
     texture: Tensor | None  # (N, h, w), of the reference
     weights: Tensor | None  # (N, h, w)
     init: Tensor | None  # (N, 2|3, 3), or shifts (N, 2)
