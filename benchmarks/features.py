@@ -45,7 +45,11 @@ from torchalign.functional.affine import transform_points
 NAME = "features"
 PARTS = ("translation", "zero", "unrelated", "large", "speed", "season")
 FACTOR_TURNED = 3
+DATA = HERE.parent.parent / "shared/data"
+RADAR_WEIGHTS = DATA / "weights/superpoint_sar_2ch.pth"
 SATALIGN = "satalign LGM (ALIKED + LightGlue)"
+# the open layout with weights that may be had here; they were trained on radar images of sea ice
+SUPERPOINT = "superpoint (open, of radar)"
 WRONG = 1.0  # px: an accepted frame that is further off is a silent wrong answer
 
 
@@ -148,8 +152,10 @@ def unrelated(scene: Tensor, count: int, seed: int = 0, size: int = 256) -> tupl
 
 def aligner(features: str, matcher: str = "guided", **options: Any) -> ta.LGM | None:
     """An LGM, or None (said) where its weights are not here."""
+    if features == SUPERPOINT:
+        options["feature_weights"] = RADAR_WEIGHTS
     try:
-        return ta.LGM(feature_model=features, matcher_model=matcher, **options)
+        return ta.LGM(feature_model=features.partition(" ")[0], matcher_model=matcher, **options)
     except (FileNotFoundError, ImportError) as error:
         print(f"  {features} + {matcher}: skipped, {str(error).splitlines()[0][:100]}")
         return None
@@ -207,7 +213,7 @@ def satalign_lgm(model: str, keypoints: int) -> Callable[[Data], Peer] | None:
 
     def local(url: str, *_: Any, **__: Any) -> Any:
         name = f"{model}_lightglue" if "lightglue" in url else Path(url).stem
-        names = {"disk_lightglue": "lightglue-disk", "aliked_lightglue": "lightglue-aliked"}
+        names = {"disk_lightglue": "lightglue-disk", "aliked_lightglue": "lightglue-aliked", "depth-save": "disk"}
         for candidate in (names.get(name, name), name, model):
             try:
                 path = find_weights(candidate)
@@ -218,7 +224,10 @@ def satalign_lgm(model: str, keypoints: int) -> Callable[[Data], Peer] | None:
         raise FileNotFoundError(url)
 
     def run(data: Data) -> Peer:
+        from kornia.feature.disk import disk  # which has a way of its own
+
         fetch, torch.hub.load_state_dict_from_url = torch.hub.load_state_dict_from_url, local
+        own, disk.load_state_dict_from_url = disk.load_state_dict_from_url, local
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -233,6 +242,7 @@ def satalign_lgm(model: str, keypoints: int) -> Callable[[Data], Peer] | None:
                 _, warps = job.run()
         finally:
             torch.hub.load_state_dict_from_url = fetch
+            disk.load_state_dict_from_url = own
         shift = torch.tensor(np.array([np.asarray(warp)[:2, 2] for warp in warps]))
         return Peer(shift, torch.zeros(len(shift), dtype=torch.bool))
 
@@ -268,40 +278,38 @@ def sources(arguments: Any) -> list[tuple[str, Tensor, int, int]]:
 
 
 MODELS = (
-    ("sift", "guided"), ("xfeat", "guided"), ("aliked", "guided"), ("disk", "guided"),
+    ("sift", "guided"), ("xfeat", "guided"), ("aliked", "guided"), ("disk", "guided"), (SUPERPOINT, "guided"),
     ("sift", "mnn"), ("aliked", "lightglue"), ("disk", "lightglue"), ("xfeat", "lightglue"),
 )  # fmt: skip
 
 
 def measure_translation(arguments: Any) -> dict[str, Any]:
     """By source, condition and method."""
-    peers: dict[str, tuple[int, Callable[[Data], Peer]]] = {
-        "OpenCV SIFT + RANSAC": (arguments.pairs, opencv_sift)
-    }
     loop = satalign_lgm("aliked", 1024)
-    if loop is not None:
-        peers[SATALIGN] = (arguments.network_pairs, loop)
-    found: dict[str, Any] = {}
+    peers = {"OpenCV SIFT + RANSAC": opencv_sift} | ({SATALIGN: loop} if loop is not None else {})
+    trials: dict[str, tuple[str, str, dict[str, Any]]] = {
+        f"{features} + {matcher}": (features, matcher, {}) for features, matcher in MODELS
+    }
+    trials["sift + guided, refine=False"] = ("sift", "guided", {"refine": False})
+    chosen = [name for name in (*trials, *peers) if not arguments.methods or name in arguments.methods]
+    found: dict[str, Any] = read_results(NAME).get("translation", {}) if arguments.methods else {}
     for name, scene, size, factor in sources(arguments):
         for condition, data in conditions(scene, size, factor, arguments.pairs, arguments.seed):
             row = found.setdefault(name, {}).setdefault(condition, {})
-            for features, matcher in MODELS:
-                few = slice(arguments.pairs if features == "sift" else arguments.network_pairs)
-                part = Data(data.cube[few], data.reference, data.shift[few])
-                trials = {f"{features} + {matcher}": {}}
-                if (features, matcher) == ("sift", "guided"):
-                    trials["sift + guided, refine=False"] = {"refine": False}
-                for who, options in trials.items():
-                    estimate = estimate_translation(features, matcher, part, **options)
-                    if estimate is not None:
-                        error = (estimate.warp[..., 2] - part.shift).norm(dim=-1)
-                        row[who] = summary(error, ~estimate.valid, estimate.sigma)
-                        print(f"  {name}, {condition}, {who}: {row[who]}", flush=True)
-            for who, (count, peer) in peers.items():
-                part = Data(data.cube[:count], data.reference, data.shift[:count])
-                result = peer(part)
-                row[who] = summary((result.shift - part.shift).norm(dim=-1), result.flagged)
+            for who in chosen:
+                if who in peers:
+                    result = peers[who](data)
+                    row[who] = summary((result.shift - data.shift).norm(dim=-1), result.flagged)
+                else:
+                    features, matcher, options = trials[who]
+                    estimate = estimate_translation(features, matcher, data, **options)
+                    if estimate is None:
+                        continue
+                    error = (estimate.warp[..., 2] - data.shift).norm(dim=-1)
+                    row[who] = summary(error, ~estimate.valid, estimate.sigma)
                 print(f"  {name}, {condition}, {who}: {row[who]}", flush=True)
+            if arguments.methods:  # hours for them all: what is done is kept
+                write_results(NAME, read_results(NAME) | {"translation": found})
     return found
 
 
@@ -657,9 +665,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scene", type=Path, default=HERE.parent.parent / "shared/data/landsat7_rgb.tif")
-    parser.add_argument("--pairs", type=int, default=40, help="of each source, for SIFT and OpenCV")
-    parser.add_argument("--network-pairs", type=int, default=40, help="of each source, for the networks")
+    parser.add_argument("--scene", type=Path, default=DATA / "landsat7_rgb.tif")
+    parser.add_argument("--pairs", type=int, default=40, help="of each source")
+    parser.add_argument(
+        "--methods", type=lambda text: text.split(";"), default=[],
+        help="of the part translation, by their names in the table, between semicolons; others keep their results",
+    )  # fmt: skip
     parser.add_argument("--unrelated", type=int, default=200)
     parser.add_argument("--large", type=int, default=40)
     parser.add_argument("--dates", type=int, default=29, help="clear dates of the real series")

@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from torchalign._check import check_number, check_option, message
+from torchalign._check import check_option, check_whole, message
 from torchalign._host import is_on_host
 from torchalign.aligner import Aligner, Job, full_precision
 from torchalign.functional.affine import (
@@ -50,6 +51,8 @@ from torchalign.types import Motion, Status
 __all__ = ["LGM", "MatchedPoints"]
 
 Matcher = Literal["guided", "mnn", "lightglue"]
+
+_KEYPOINTS = 1024
 
 # A guided match may lie so far, in pixels, beyond what `max_translation` allows: a keypoint is not exact, and what
 # is a little too far should be seen to be.
@@ -115,7 +118,7 @@ class LGM(Aligner):
             :class:`~torchalign.models.extractors.Features`. ``"sift"`` needs no weights.
         matcher_model: ``"guided"``, ``"mnn"`` (mutually most similar, wherever), ``"lightglue"``, or a Module
             (features, reference features, (H, W)) → :class:`~torchalign.functional.matching.Matches`.
-        max_num_keypoints: of every frame.
+        max_num_keypoints: of every frame. A Module finds its own number.
         motion: ``"translation"``, ``"euclidean"``, ``"similarity"``, ``"affine"`` or ``"homography"``.
         refine: do step 5.
         batch_size: frames whose features are held at a time; default: all (on the CPU, blocks of a few). Bounds the
@@ -146,7 +149,7 @@ class LGM(Aligner):
         *,
         feature_model: FeatureModel | nn.Module = "sift",
         matcher_model: Matcher | nn.Module = "guided",
-        max_num_keypoints: int = 1024,
+        max_num_keypoints: int = _KEYPOINTS,
         motion: MotionModel = "translation",
         refine: bool = True,
         batch_size: int | None = None,
@@ -173,9 +176,15 @@ class LGM(Aligner):
             fill_value=fill_value,
         )
         check_option("motion", motion, MotionModel)
-        _check_whole("max_num_keypoints", max_num_keypoints)
+        max_num_keypoints = check_whole("max_num_keypoints", max_num_keypoints)
+        if isinstance(feature_model, nn.Module):
+            own = getattr(feature_model, "max_num_keypoints", None)
+            if max_num_keypoints not in (_KEYPOINTS, own):
+                expected = f"no other number than that of {type(feature_model).__name__}, which finds its own"
+                raise ValueError(message("max_num_keypoints", expected, max_num_keypoints, "leave it out"))
+            max_num_keypoints = own if isinstance(own, int) else max_num_keypoints
         if batch_size is not None:
-            _check_whole("batch_size", batch_size)
+            batch_size = check_whole("batch_size", batch_size)
         for name, value in (("refine", refine), ("allow_download", allow_download)):
             if not isinstance(value, bool):
                 raise TypeError(message(name, "True or False", repr(value), "give a bool"))
@@ -199,10 +208,10 @@ class LGM(Aligner):
                 )
         self.feature_model = feature_model if isinstance(feature_model, str) else type(feature_model).__name__
         self.matcher_model = matcher_model if isinstance(matcher_model, str) else type(matcher_model).__name__
-        self.max_num_keypoints = int(max_num_keypoints)
+        self.max_num_keypoints = max_num_keypoints
         self.motion = motion
         self.refine = refine
-        self.batch_size = None if batch_size is None else int(batch_size)
+        self.batch_size = batch_size
         self.feature_weights = _described(feature_weights)
         self.matcher_weights = _described(matcher_weights)
         self.allow_download = allow_download
@@ -241,6 +250,7 @@ class LGM(Aligner):
         features: Features = _joined(
             [self._extract(images[part], None if seen is None else seen[part]) for part in parts]
         )
+        features = _trimmed(features)
         texture = extract_texture(image, usable, max_frequency=_MAX_FREQUENCY) if self.refine else None
         return _Reference(features, texture, tuple(image.shape[:-2]))
 
@@ -335,7 +345,7 @@ class LGM(Aligner):
             None if texture is None or texture.weights is None else each(texture.weights),
             None if init is None else init.reshape(-1, *init.shape[len(lead) :]),
         )
-        count = self._rows(whole.moving, features.keypoints.shape[-2])
+        count = self._rows(whole.moving, max(self.max_num_keypoints, features.keypoints.shape[-2]))
         if count is None or whole.moving.shape[0] <= count:
             return [whole]
         return [whole.rows(first, count) for first in range(0, whole.moving.shape[0], count)]
@@ -359,6 +369,8 @@ class LGM(Aligner):
             turned = resample(moving.unsqueeze(-3), turn, interpolation="bicubic", mask=usable)
             moving, usable = turned.values.squeeze(-3).nan_to_num(), turned.validity
         features, others = self._extract(moving.detach(), usable), part.features
+        rows = features.keypoints.shape[-2]
+        features = _trimmed(features)
         everyone = others.keypoints.expand(moving.shape[0], -1, -1)  # (N, K, 2)
         points, motion = features.keypoints, self.motion
         area = size[0] * size[1]
@@ -408,7 +420,7 @@ class LGM(Aligner):
         status = torch.where(too_far, int(Status.TOO_FAR), status)
         empty = ~(features.valid.any(-1) & others.valid.any(-1))
         status = torch.where(empty, int(Status.NO_TEXTURE), status)
-        return _Found(points, targets, matches.index >= 0, found, evidence, status, turn)
+        return _Found(points, targets, matches.index >= 0, found, evidence, status, turn, rows)
 
     def _fitted(self, part: _Part) -> Motion:
         """What the matches tell."""
@@ -515,10 +527,12 @@ class LGM(Aligner):
             offset = torch.stack([points.new_full((), side) for side in seen.origin])
             targets = torch.where(found.matched.unsqueeze(-1), found.targets, points)
             weight = found.fit.weight * (found.status == 0).unsqueeze(-1)
+            missing = found.rows - points.shape[-2]
             for column, field in zip(
                 columns, (points + offset, targets + offset, found.matched, weight), strict=True
             ):
-                column.append(field)
+                rows = (0, 0, 0, missing) if field.ndim == 3 else (0, missing)
+                column.append(F.pad(field, rows))
         return [torch.cat(column).reshape(*lead, *column[0].shape[1:]) for column in columns]
 
     def _options(self) -> dict[str, Any]:
@@ -572,6 +586,7 @@ class _Found(NamedTuple):
     evidence: Tensor  # (N,)
     status: Tensor  # (N,)
     turn: Tensor | None
+    rows: int  # K before those were dropped in which no frame has a keypoint
 
 
 def _is_nothing(image: Tensor) -> bool:
@@ -581,6 +596,16 @@ def _is_nothing(image: Tensor) -> bool:
 
 def _flat(usable: Tensor | None, image: Tensor) -> Tensor | None:
     return None if usable is None else usable.expand(image.shape).reshape(-1, *image.shape[-2:])
+
+
+def _trimmed(features: Features) -> Features:
+    """Without the last rows, where no frame has a keypoint and to know it costs nothing: what follows grows as K²."""
+    if not is_on_host(features.valid) or not len(features.valid):
+        return features
+    rows = torch.arange(1, features.valid.shape[-1] + 1)
+    count = max(1, int((features.valid * rows).amax()))
+    trimmed: Features = _each(features, lambda field: field[:, :count])
+    return trimmed
 
 
 def _each(fields: Any, change: Callable[[Any], Any]) -> Any:
@@ -594,12 +619,6 @@ def _joined(parts: Sequence[Any]) -> Any:
         return parts[0]
     columns: Any = zip(*parts, strict=True)
     return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))
-
-
-def _check_whole(name: str, value: object) -> None:
-    check_number(name, value, minimum=1)
-    if int(value) != value:  # type: ignore[call-overload]
-        raise ValueError(message(name, "a whole number", value, "give an int"))
 
 
 def _described(weights: Weights | None) -> str | None:

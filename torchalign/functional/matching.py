@@ -171,9 +171,15 @@ def mutual_matches(
         allowed = allowed & (dx.square() + dy.square() <= radius**2)
     similarity = similarity.masked_fill(~allowed, -torch.inf)
     best, index = similarity.max(-1)  # (..., K)
-    back = similarity.argmax(-2)  # (..., L)
-    own = torch.arange(similarity.shape[-2], device=similarity.device)
-    mutual = (back.gather(-1, index) == own) & (best > -torch.inf)
+    # (the place of a column's maximum costs a CPU ten times as much as its value)
+    mutual = (best == similarity.amax(-2).gather(-1, index)) & (best > -torch.inf)
+    # of several that are as similar to the same one, the first
+    count = similarity.shape[-2]
+    own = torch.arange(count, device=similarity.device).expand(index.shape)
+    claim = torch.where(mutual, own, count)
+    first = claim.new_full(other_valid.expand(*claim.shape[:-1], similarity.shape[-1]).shape, count)
+    first = first.scatter_reduce(-1, index, claim, "amin")
+    mutual = mutual & (first.gather(-1, index) == own)
     return Matches(torch.where(mutual, index, -1), mutual.to(similarity.dtype))
 
 

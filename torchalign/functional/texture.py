@@ -61,7 +61,7 @@ _LEAST_RAMP = 8
 _MIN_USABLE = 1 / 64
 # Shared ground: rounds of regression, residuals that still belong to it, in their standard deviations, and by how
 # much, in pixels, the frames may not lie on each other yet.
-_ROUNDS, _LARGEST_RESIDUAL, _MISALIGNED = 3, 4.0, 0.5
+_ROUNDS, _LARGEST_RESIDUAL, _MISALIGNED = 5, 4.0, 0.5
 # Where hardly anything agrees, the line is that of the frame: it counts as much as this share of agreeing ground. And
 # where the reference is flat, the slope is: that share of the frame's variance.
 _PRIOR, _FLAT_PRIOR = 0.3, 0.05
@@ -291,7 +291,7 @@ def shared_ground(
 
     with :math:`\alpha, \beta` the weighted regression over about 25 × 25 pixels, tied to that of the whole frame where
     little agrees, and :math:`\hat\sigma` from the median residual of the better half. Residuals that are too large
-    are left out of the next of three rounds. The gradient forgives half a pixel of misalignment: without it pixels
+    are left out of the next of five rounds. The gradient forgives half a pixel of misalignment: without it pixels
     would be chosen that fit the place where the frames happen to lie, and a shift estimated from them would stay there.
 
     Sharper than :func:`agreement`, which it starts from: that of 15 × 15 samples tells *about* where a cloud is. What

@@ -30,7 +30,7 @@ from torchalign._check import message
 from torchalign._host import is_on_host, map_on_host
 from torchalign.functional.matching import Matches
 from torchalign.models.extractors import Features
-from torchalign.models.weights import Weights, load_into, load_weights
+from torchalign.models.weights import Weights, check_placed, load_into, load_weights
 
 __all__ = ["LightGlue", "build_matcher"]
 
@@ -91,8 +91,11 @@ class LightGlue(nn.Module):
             size: (H, W) of the images.
 
         Raises:
-            ValueError: numbers of frames that do not fit; no scales where the weights want them.
+            ValueError: numbers of frames that do not fit; no scales where the weights want them; weights on another
+                device.
+            TypeError: weights of less than float32.
         """
+        check_placed("LightGlue", self, features0.keypoints)
         batch, batch1 = len(features0.keypoints), len(features1.keypoints)
         if batch1 not in (1, batch):
             raise ValueError(
