@@ -102,7 +102,10 @@ class LGM(Aligner):
        allows; for more than a translation the mutually most similar of all, then once more around the first fit;
     3. the motion that most matches agree with, then Tukey-weighted least squares;
     4. a verdict on whether that many could agree by chance;
-    5. correlation of 128 windows of 32² pixels at the matches that agree, all for one motion (``refine``).
+    5. correlation (``refine``): where the fit brings both to the same ground, what is cloud or change is told from it
+       pixel by pixel (:func:`~torchalign.functional.texture.shared_ground`). A translation is the peak of
+       :func:`~torchalign.functional.phase.phase_correlation` over all the ground that both show; a richer motion is
+       what 128 windows of 32² pixels, at the matches that agree, correlate best under, all for one motion.
 
     Bias: keypoints scatter by 0.1 to 0.5 px, and pull to the grid where a model does not place them between the
     pixels. After step 5 the bias is that of :class:`~torchalign.pcc.PCC`, less than 0.01 px; for more than a
@@ -599,7 +602,7 @@ def _flat(usable: Tensor | None, image: Tensor) -> Tensor | None:
 
 
 def _trimmed(features: Features) -> Features:
-    """Without the last rows, where no frame has a keypoint and to know it costs nothing: what follows grows as K²."""
+    """Without the last rows, where no frame has a keypoint, if that may be read: what follows grows as K²."""
     if not is_on_host(features.valid) or not len(features.valid):
         return features
     rows = torch.arange(1, features.valid.shape[-1] + 1)

@@ -8,7 +8,8 @@ The links, each a function that works alone, which every method shares:
   and all that follows costs a quarter.
 * :func:`local_contrast`: high-passed and divided by its local standard deviation, so that bright clouds,
   shadows and gains weigh no more than fields and roads.
-* :func:`agreement`: where do two frames, brought together, show the same ground?
+* :func:`agreement`: about where do two frames, brought together, show the same ground?
+* :func:`shared_ground`: which of their pixels do?
 
 :func:`extract_texture` is the chain of the first two, :func:`extract_pyramid` the same for several bands.
 
@@ -62,8 +63,8 @@ _MIN_USABLE = 1 / 64
 # Shared ground: rounds of regression, residuals that still belong to it, in their standard deviations, and by how
 # much, in pixels, the frames may not lie on each other yet.
 _ROUNDS, _LARGEST_RESIDUAL, _MISALIGNED = 5, 4.0, 0.5
-# Where hardly anything agrees, the line is that of the frame: it counts as much as this share of agreeing ground. And
-# where the reference is flat, the slope is: that share of the frame's variance.
+# Where hardly anything agrees, the line is that of the frame: it counts as much as this share of agreeing ground.
+# And where the reference is flat, the slope is: that share of the frame's variance.
 _PRIOR, _FLAT_PRIOR = 0.3, 0.05
 
 
@@ -280,22 +281,21 @@ def agreement(moving: Tensor, reference: Tensor, *, fine: bool = False) -> Tenso
     return smooth.reshape(*share.shape[:-2], *smooth.shape[-2:])[..., : size[0], : size[1]].clamp(max=1)
 
 
-def shared_ground(
-    moving: Tensor, reference: Tensor, weights: Tensor, usable: Tensor | None = None
-) -> Tensor:
+def shared_ground(moving: Tensor, reference: Tensor, weights: Tensor, usable: Tensor | None = None) -> Tensor:
     r"""Which pixels of two frames, brought together to half a pixel, show the same ground.
 
     To a local change of contrast and brightness, the moving frame is the reference there:
 
     .. math:: |m - (\alpha r + \beta)| \le 4 \hat\sigma + \tfrac{1}{2} |\alpha| \, |\nabla r|
 
-    with :math:`\alpha, \beta` the weighted regression over about 25 × 25 pixels, tied to that of the whole frame where
-    little agrees, and :math:`\hat\sigma` from the median residual of the better half. Residuals that are too large
-    are left out of the next of five rounds. The gradient forgives half a pixel of misalignment: without it pixels
-    would be chosen that fit the place where the frames happen to lie, and a shift estimated from them would stay there.
+    with :math:`\alpha, \beta` the weighted regression over about 25 × 25 pixels, tied to that of the whole frame
+    where little agrees, and :math:`\hat\sigma` from the median residual of the better half. Residuals that are too
+    large are left out of the next of five rounds. The gradient forgives half a pixel of misalignment: without it
+    pixels would be chosen that fit the place where the frames happen to lie, and a shift estimated from them would
+    stay there.
 
-    Sharper than :func:`agreement`, which it starts from: that of 15 × 15 samples tells *about* where a cloud is. What
-    differs in brightness only slowly (haze) stays; what is as bright as the ground below it cannot be told.
+    Sharper than :func:`agreement`, which it starts from. What differs in brightness only slowly (haze) stays; what
+    is as bright as the ground below it cannot be told.
 
     Args:
         moving: (..., H, W), over the reference.

@@ -419,7 +419,7 @@ def check_placed(name: str, module: torch.nn.Module, tensor: Tensor) -> None:
     if weight is None:
         return
     here, there = tensor.device, weight.device
-    if here.type != there.type or None not in (here.index, there.index) and here.index != there.index:
+    if here.type != there.type or (None not in (here.index, there.index) and here.index != there.index):
         cure = f"move it there: .to({str(here)!r})"
         raise ValueError(message(f"{name}'s device", f"{here}, where the images are", there, cure))
     if weight.dtype.itemsize < 4:
