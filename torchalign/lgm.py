@@ -102,8 +102,8 @@ class LGM(Aligner):
        allows; for more than a translation the mutually most similar of all, then once more around the first fit;
     3. the motion that most matches agree with, then Tukey-weighted least squares;
     4. a verdict on whether that many could agree by chance;
-    5. correlation (``refine``): where the fit brings both to the same ground, what is cloud or change is told from it
-       pixel by pixel (:func:`~torchalign.functional.texture.shared_ground`). A translation is the peak of
+    5. correlation (``refine``): where the fit brings both to the same ground, what is cloud or change is told from
+       it pixel by pixel (:func:`~torchalign.functional.texture.shared_ground`). A translation is the peak of
        :func:`~torchalign.functional.phase.phase_correlation` over all the ground that both show; a richer motion
        is what 128 windows of 32² pixels, at the matches that agree, correlate best under, all for one motion.
 
