@@ -40,7 +40,8 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "disk": ("lightglue-disk", {"input_dim": 128}),
     "aliked": ("lightglue-aliked", {"input_dim": 128}),
     "aliked-n16": ("lightglue-aliked", {"input_dim": 128}),
-    # trained with n16, whose descriptors these share: on a real pair nine in ten of their keypoints matched
+    # Trained with n16. On a real pair, of 256 keypoints of n16, n16rot and n32 218, 211 and 135 were matched, 212,
+    # 187 and 129 of them within a pixel of the truth.
     "aliked-n16rot": ("lightglue-aliked", {"input_dim": 128}),
     "aliked-n32": ("lightglue-aliked", {"input_dim": 128}),
     "sift": ("lightglue-sift", {"input_dim": 128, "add_scale_ori": True}),
@@ -256,7 +257,7 @@ def build_matcher(
 
     Args:
         feature_model: ``"superpoint"`` (official weights), ``"disk"``, ``"aliked"`` (= ``"aliked-n16"``; its
-            weights also serve ``"aliked-n16rot"`` and ``"aliked-n32"``), ``"sift"``, ``"doghardnet"`` or
+            weights also serve ``"aliked-n16rot"`` and, with fewer matches, ``"aliked-n32"``), ``"sift"``, ``"doghardnet"`` or
             ``"xfeat"``: there are no weights for others.
         weights: a path, a state dict, or the name of other weights; ``None`` looks where
             :func:`torchalign.models.weights.find_weights` says.
