@@ -69,8 +69,8 @@ _BLOCK_PIXELS = 2**18
 _BLOCK_SIMILARITIES = 2**22
 # A translation beyond the limit must have so many times the matches of the one within.
 _OUTSIDE_MARGIN = 1.2
-# Matches must exceed what chance brings about by so much, see `significance`; unrelated scenes stay below: 5.3 at
-# most in 200 pairs for XFeat, the model that comes nearest.
+# Matches must exceed what chance brings about by so much, see `significance`; unrelated scenes stay below
+# (XFeat in 200 pairs: 5.3 at most).
 _LEAST_EVIDENCE: dict[MotionModel, float] = {
     "translation": 6.0, "euclidean": 6.0, "similarity": 6.0, "affine": 6.0, "homography": 6.0,
 }  # fmt: skip

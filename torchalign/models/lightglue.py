@@ -257,8 +257,8 @@ def build_matcher(
 
     Args:
         feature_model: ``"superpoint"`` (official weights), ``"disk"``, ``"aliked"`` (= ``"aliked-n16"``; its
-            weights also serve ``"aliked-n16rot"`` and, with fewer matches, ``"aliked-n32"``), ``"sift"``, ``"doghardnet"`` or
-            ``"xfeat"``: there are no weights for others.
+            weights also serve ``"aliked-n16rot"`` and, with fewer matches, ``"aliked-n32"``), ``"sift"``,
+            ``"doghardnet"`` or ``"xfeat"``: there are no weights for others.
         weights: a path, a state dict, or the name of other weights; ``None`` looks where
             :func:`torchalign.models.weights.find_weights` says.
         allow_download: fetch them from their official place if they are nowhere else.
