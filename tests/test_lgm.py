@@ -392,7 +392,7 @@ def test_fake_cuda(fake, options):
     def on_cuda(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device="cuda")
 
-    aligner = ta.LGM(**{"max_num_keypoints": 32, **options})
+    aligner = ta.LGM(**(options or {"max_num_keypoints": 32}))
     cube, reference = on_cuda(3, 2, 64, 72), on_cuda(2, 64, 72)
     mask = on_cuda(3, 64, 72, dtype=torch.bool)
     aligned, estimate = aligner(cube, reference, mask, mask[:1], init=on_cuda(3, 2, 3))

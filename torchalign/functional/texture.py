@@ -315,7 +315,7 @@ def shared_ground(moving: Tensor, reference: Tensor, weights: Tensor, usable: Te
         (False, True)
     """
     height, width = moving.shape[-2:]
-    lead = torch.broadcast_shapes(moving.shape[:-2], reference.shape[:-2])
+    lead = torch.broadcast_shapes(moving.shape[:-2], reference.shape[:-2])  # type: ignore[no-untyped-call]
     with torch.no_grad():
         own, other = (_halve(image.expand(*lead, height, width)) for image in (moving, reference))
         size = (own.shape[-2], own.shape[-1])
