@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -45,7 +47,12 @@ from torchalign.functional.affine import transform_points
 NAME = "features"
 PARTS = ("translation", "zero", "unrelated", "large", "speed", "season")
 FACTOR_TURNED = 3
+DATA = HERE.parent.parent / "shared/data"
+RADAR_WEIGHTS = DATA / "weights/superpoint_sar_2ch.pth"
 SATALIGN = "satalign LGM (ALIKED + LightGlue)"
+# the open layout with weights that may be had here; they were trained on radar images of sea ice
+SUPERPOINT = "superpoint (open, of radar)"
+EQUAL = 256  # keypoints of either, where times are compared at the same number
 WRONG = 1.0  # px: an accepted frame that is further off is a silent wrong answer
 
 
@@ -148,8 +155,10 @@ def unrelated(scene: Tensor, count: int, seed: int = 0, size: int = 256) -> tupl
 
 def aligner(features: str, matcher: str = "guided", **options: Any) -> ta.LGM | None:
     """An LGM, or None (said) where its weights are not here."""
+    if features == SUPERPOINT:
+        options["feature_weights"] = RADAR_WEIGHTS
     try:
-        return ta.LGM(feature_model=features, matcher_model=matcher, **options)
+        return ta.LGM(feature_model=features.partition(" ")[0], matcher_model=matcher, **options)
     except (FileNotFoundError, ImportError) as error:
         print(f"  {features} + {matcher}: skipped, {str(error).splitlines()[0][:100]}")
         return None
@@ -205,9 +214,14 @@ def satalign_lgm(model: str, keypoints: int) -> Callable[[Data], Peer] | None:
         return None
     from torchalign.models.weights import find_weights
 
-    def local(url: str, *_: Any, **__: Any) -> Any:
+    def local(url: str | list[str], *_: Any, **__: Any) -> Any:
+        url = url if isinstance(url, str) else url[0]
         name = f"{model}_lightglue" if "lightglue" in url else Path(url).stem
-        names = {"disk_lightglue": "lightglue-disk", "aliked_lightglue": "lightglue-aliked"}
+        names = {
+            "disk_lightglue": "lightglue-disk",
+            "aliked_lightglue": "lightglue-aliked",
+            "depth-save": "disk",
+        }
         for candidate in (names.get(name, name), name, model):
             try:
                 path = find_weights(candidate)
@@ -218,7 +232,10 @@ def satalign_lgm(model: str, keypoints: int) -> Callable[[Data], Peer] | None:
         raise FileNotFoundError(url)
 
     def run(data: Data) -> Peer:
+        from kornia.feature.disk import disk  # which has a way of its own
+
         fetch, torch.hub.load_state_dict_from_url = torch.hub.load_state_dict_from_url, local
+        own, disk.load_state_dict_from_url = disk.load_state_dict_from_url, local
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -233,6 +250,7 @@ def satalign_lgm(model: str, keypoints: int) -> Callable[[Data], Peer] | None:
                 _, warps = job.run()
         finally:
             torch.hub.load_state_dict_from_url = fetch
+            disk.load_state_dict_from_url = own
         shift = torch.tensor(np.array([np.asarray(warp)[:2, 2] for warp in warps]))
         return Peer(shift, torch.zeros(len(shift), dtype=torch.bool))
 
@@ -268,40 +286,38 @@ def sources(arguments: Any) -> list[tuple[str, Tensor, int, int]]:
 
 
 MODELS = (
-    ("sift", "guided"), ("xfeat", "guided"), ("aliked", "guided"), ("disk", "guided"),
+    ("sift", "guided"), ("xfeat", "guided"), ("aliked", "guided"), ("disk", "guided"), (SUPERPOINT, "guided"),
     ("sift", "mnn"), ("aliked", "lightglue"), ("disk", "lightglue"), ("xfeat", "lightglue"),
 )  # fmt: skip
 
 
 def measure_translation(arguments: Any) -> dict[str, Any]:
     """By source, condition and method."""
-    peers: dict[str, tuple[int, Callable[[Data], Peer]]] = {
-        "OpenCV SIFT + RANSAC": (arguments.pairs, opencv_sift)
-    }
     loop = satalign_lgm("aliked", 1024)
-    if loop is not None:
-        peers[SATALIGN] = (arguments.network_pairs, loop)
-    found: dict[str, Any] = {}
+    peers = {"OpenCV SIFT + RANSAC": opencv_sift} | ({SATALIGN: loop} if loop is not None else {})
+    trials: dict[str, tuple[str, str, dict[str, Any]]] = {
+        f"{features} + {matcher}": (features, matcher, {}) for features, matcher in MODELS
+    }
+    trials["sift + guided, refine=False"] = ("sift", "guided", {"refine": False})
+    chosen = [name for name in (*trials, *peers) if not arguments.methods or name in arguments.methods]
+    found: dict[str, Any] = read_results(NAME).get("translation", {}) if arguments.methods else {}
     for name, scene, size, factor in sources(arguments):
         for condition, data in conditions(scene, size, factor, arguments.pairs, arguments.seed):
             row = found.setdefault(name, {}).setdefault(condition, {})
-            for features, matcher in MODELS:
-                few = slice(arguments.pairs if features == "sift" else arguments.network_pairs)
-                part = Data(data.cube[few], data.reference, data.shift[few])
-                trials = {f"{features} + {matcher}": {}}
-                if (features, matcher) == ("sift", "guided"):
-                    trials["sift + guided, refine=False"] = {"refine": False}
-                for who, options in trials.items():
-                    estimate = estimate_translation(features, matcher, part, **options)
-                    if estimate is not None:
-                        error = (estimate.warp[..., 2] - part.shift).norm(dim=-1)
-                        row[who] = summary(error, ~estimate.valid, estimate.sigma)
-                        print(f"  {name}, {condition}, {who}: {row[who]}", flush=True)
-            for who, (count, peer) in peers.items():
-                part = Data(data.cube[:count], data.reference, data.shift[:count])
-                result = peer(part)
-                row[who] = summary((result.shift - part.shift).norm(dim=-1), result.flagged)
+            for who in chosen:
+                if who in peers:
+                    result = peers[who](data)
+                    row[who] = summary((result.shift - data.shift).norm(dim=-1), result.flagged)
+                else:
+                    features, matcher, options = trials[who]
+                    estimate = estimate_translation(features, matcher, data, **options)
+                    if estimate is None:
+                        continue
+                    error = (estimate.warp[..., 2] - data.shift).norm(dim=-1)
+                    row[who] = summary(error, ~estimate.valid, estimate.sigma)
                 print(f"  {name}, {condition}, {who}: {row[who]}", flush=True)
+            if arguments.methods:  # hours for them all: what is done is kept
+                write_results(NAME, read_results(NAME) | {"translation": found})
     return found
 
 
@@ -387,52 +403,73 @@ def _within(random: Any, radius: float) -> tuple[float, float]:
 
 
 def measure_speed(arguments: Any) -> dict[str, Any]:
-    """In turns in one process, one thread; medians of the rounds."""
+    """In turns in one process, one thread each; the best of the rounds."""
+    import cv2
+
+    cv2.setNumThreads(1)
     scene = open_landsat(arguments.scene) if arguments.scene.exists() else open_chip()
     factor = 5 if arguments.scene.exists() else 1
     frames = 16
     made = simulate_stack(scene, frames=frames, size=(256, 256), factor=factor)
     data = Data(made.cube, made.reference, made.shift)
-    jobs: dict[str, Callable[[], object]] = {}
-    for features, matcher in MODELS:
-        one = aligner(features, matcher)
-        if one is not None:
+    jobs: dict[str, Callable[[], object]] = {"OpenCV SIFT + RANSAC": lambda: opencv_sift(data)}
+    for features, matcher in (
+        ("sift", "guided"), ("sift", "mnn"), ("xfeat", "guided"), ("aliked", "guided"), ("disk", "guided"),
+        (SUPERPOINT, "guided"), ("xfeat", "lightglue"), ("aliked", "lightglue"),
+    ):  # fmt: skip
+        if (one := aligner(features, matcher)) is not None:
             jobs[f"{features} + {matcher}"] = lambda one=one: one.estimate(data.cube, data.reference)
-    for model, keypoints in (("aliked", 1024), ("disk", 1024)):
-        loop = satalign_lgm(model, keypoints)
-        if loop is not None:
-            jobs[f"satalign, {model}"] = lambda loop=loop: loop(data)
-    times: dict[str, list[float]] = {name: [] for name in jobs}
+    if (loop := satalign_lgm("aliked", 1024)) is not None:
+        jobs[SATALIGN] = lambda loop=loop: loop(data)
+    # its threshold leaves it fewer than 1024; of the best so many both have as many
+    for model in ("aliked", "disk"):
+        one = aligner(model, "lightglue", max_num_keypoints=EQUAL)
+        loop = satalign_lgm(model, EQUAL)
+        if one is not None and loop is not None:
+            name = f"{model} + lightglue, {EQUAL} keypoints"
+            jobs[name] = lambda one=one: one.estimate(data.cube, data.reference)
+            jobs[f"satalign, {name}"] = lambda loop=loop: loop(data)
+    times = dict.fromkeys(jobs, math.inf)
     for turn in range(arguments.rounds):
         for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            times[name].append((time.perf_counter() - start) / frames)
-            print(f"  speed, round {turn}, {name}: {times[name][-1]:.3f} s a frame", flush=True)
-    found: dict[str, Any] = {
-        "seconds a frame": {name: float(np.median(values)) for name, values in times.items()}
+            times[name] = min(times[name], timed(job, frames, rounds=1))
+            print(f"  speed, round {turn}, {name}: {times[name]:.3f} s a frame", flush=True)
+    found: dict[str, Any] = {"seconds a frame": times, "frames": frames, "stages": stages(data)}
+    pairs = {
+        "satalign's ALIKED loop ÷ `LGM()`": (SATALIGN, "sift + guided"),
+        "OpenCV SIFT + RANSAC ÷ `LGM()`": ("OpenCV SIFT + RANSAC", "sift + guided"),
+        **{
+            f"satalign ÷ `LGM`, {model.upper()} + LightGlue, {EQUAL} keypoints each": (
+                f"satalign, {model} + lightglue, {EQUAL} keypoints",
+                f"{model} + lightglue, {EQUAL} keypoints",
+            )
+            for model in ("aliked", "disk")
+        },
     }
-    found["frames"] = frames
-    found["stages"] = stages(data)
+    found["ratios"] = {
+        words: times[theirs] / times[ours]
+        for words, (theirs, ours) in pairs.items()
+        if theirs in times and ours in times
+    }
     growth: dict[str, dict[str, float]] = {"keypoints": {}, "frames": {}}
     for keypoints in (256, 512, 1024, 2048):
         one = ta.LGM(max_num_keypoints=keypoints)
         growth["keypoints"][str(keypoints)] = timed(
             lambda one=one: one.estimate(data.cube[:4], data.reference), 4
         )
+    one = ta.LGM()
     for count in (4, 16, 64):
         cube = data.cube.repeat(math.ceil(count / frames), 1, 1, 1)[:count]
-        one = ta.LGM()
-        growth["frames"][str(count)] = timed(
-            lambda one=one, cube=cube: one.estimate(cube, data.reference), count
-        )
+        growth["frames"][str(count)] = timed(lambda cube=cube: one.estimate(cube, data.reference), count)
     found["growth"] = growth
+    found["memory"] = memory()
     return found
 
 
-def timed(job: Callable[[], object], frames: int) -> float:
+def timed(job: Callable[[], object], frames: int, rounds: int = 2) -> float:
+    """Seconds a frame, the best of the rounds."""
     best = math.inf
-    for _ in range(2):
+    for _ in range(rounds):
         start = time.perf_counter()
         job()
         best = min(best, (time.perf_counter() - start) / frames)
@@ -440,39 +477,40 @@ def timed(job: Callable[[], object], frames: int) -> float:
 
 
 def stages(data: Data) -> dict[str, float]:
-    """Seconds a frame of the default's steps, each with what it needs made before."""
-    from torchalign.functional.matching import consensus, mutual_matches, reweighted_fit
-
-    one = ta.LGM()
-    cube, reference = data.cube[:4].mean(1), data.reference.mean(0, keepdim=True)
-    features, others = one.extractor(cube), one.extractor(reference)
-    size = (cube.shape[-2], cube.shape[-1])
-
-    def match() -> Any:
-        similarity = torch.matmul(features.descriptors, others.descriptors.mT)
-        valid = (features.valid, others.valid)
-        mutual_matches(similarity, *valid)
-        return mutual_matches(
-            similarity, *valid, expected=features.keypoints, others=others.keypoints, radius=8.0
-        )
-
-    matches = match()
-    index = matches.index.clamp(min=0).unsqueeze(-1).expand(features.keypoints.shape)
-    targets = others.keypoints.expand(len(cube), -1, -1).gather(-2, index)
-
-    def fit() -> Any:
-        warp = consensus(features.keypoints, targets, matches.weight, size)
-        return reweighted_fit(warp, features.keypoints, targets, matches.weight, size)
-
-    plain = ta.LGM(refine=False)
-    whole = timed(lambda: one.estimate(data.cube[:4], data.reference), 4)
+    """Seconds a frame of the default's steps; matching and fit are what is left of the rest."""
+    one, plain = ta.LGM(), ta.LGM(refine=False)
+    count = 8
+    cube, reference = data.cube[:count], data.reference
+    seen = torch.cat((cube, reference[None])).mean(1)
+    extractor = timed(lambda: one.extractor(seen), count, 3)
+    whole = timed(lambda: one.estimate(cube, reference), count, 3)
+    unrefined = timed(lambda: plain.estimate(cube, reference), count, 3)
     return {
-        "extractor": timed(lambda: one.extractor(cube), 4),
-        "matcher, guided and not": timed(match, 4),
-        "fit, twice": 2 * timed(fit, 4),
-        "refinement": whole - timed(lambda: plain.estimate(data.cube[:4], data.reference), 4),
-        "whole estimate, reference too": whole,
+        "extractor": extractor,
+        "matches, fits and the gate": unrefined - extractor,
+        "refinement": whole - unrefined,
+        "whole estimate": whole,
     }
+
+
+def memory() -> dict[str, int]:
+    """MiB that an estimate of 64 frames of 256² adds to the peak of a process, by ``batch_size``. Linux."""
+    code = """
+import resource, sys, torch, torchalign as ta
+torch.set_num_threads(1)
+frames = torch.nn.functional.avg_pool2d(torch.rand(64, 1, 260, 260), 5, 1)
+ta.LGM(max_num_keypoints=256).estimate(frames[:1], frames[0])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ta.LGM(max_num_keypoints=256, batch_size=int(sys.argv[1])).estimate(frames, frames[0])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    rows = {}
+    for size in (1, 4, 16, 64):
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(size)], capture_output=True, text=True, check=True, timeout=120
+        )
+        rows[str(size)] = int(run.stdout)
+    return rows
 
 
 def measure_season(arguments: Any) -> dict[str, Any]:
@@ -594,8 +632,12 @@ def report(results: Mapping[str, Any]) -> str:
     if speed := results.get("speed"):
         times = speed["seconds a frame"]
         parts += [
-            f"### Speed: s a frame of 256², T = {speed['frames']}, one thread, 1024 keypoints, median of rounds",
+            f"### Speed: s a frame of 256², T = {speed['frames']}, one thread each, best of rounds",
+            "1024 keypoints unless said otherwise.",
             table(["method", "s a frame"], [[name, f"{value:.3f}"] for name, value in times.items()]),
+            "Ratios of times: "
+            + "; ".join(f"{name} {value:.2f}" for name, value in speed["ratios"].items())
+            + ".",
             "Where the default's time goes: "
             + ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in speed["stages"].items())
             + ".",
@@ -604,6 +646,9 @@ def report(results: Mapping[str, Any]) -> str:
                 f"{what} " + ", ".join(f"{number}: {1e3 * value:.0f}" for number, value in row.items())
                 for what, row in speed["growth"].items()
             )
+            + ".",
+            "Memory that 64 frames of 256² add to the peak, at 256 keypoints, by `batch_size`: "
+            + ", ".join(f"{size}: {mebibytes} MiB" for size, mebibytes in speed["memory"].items())
             + ".",
         ]
     if season := results.get("season"):
@@ -644,11 +689,11 @@ def headline(results: Mapping[str, Any]) -> str:
         shown = [table(["median / 95th percentile, px", "`LGM()`", SATALIGN], lines)]
     if speed := results.get("speed"):
         times = speed["seconds a frame"]
-        if "satalign, aliked" in times:
-            ratio = times["satalign, aliked"] / times["sift + guided"]
+        if SATALIGN in times:
+            ratio = times[SATALIGN] / times["sift + guided"]
             shown.append(
                 f"`LGM()` takes {times['sift + guided']:.2f} s a frame of 256² on one core of a CPU, satalign's "
-                f"loop {times['satalign, aliked']:.2f} s: {ratio:.1f} ×."
+                f"loop {times[SATALIGN]:.2f} s: {ratio:.1f} ×."
             )
     return "\n\n".join(shown)
 
@@ -657,13 +702,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scene", type=Path, default=HERE.parent.parent / "shared/data/landsat7_rgb.tif")
-    parser.add_argument("--pairs", type=int, default=40, help="of each source, for SIFT and OpenCV")
-    parser.add_argument("--network-pairs", type=int, default=40, help="of each source, for the networks")
+    parser.add_argument("--scene", type=Path, default=DATA / "landsat7_rgb.tif")
+    parser.add_argument("--pairs", type=int, default=40, help="of each source")
+    parser.add_argument(
+        "--methods", type=lambda text: text.split(";"), default=[],
+        help="of the part translation, by their names in the table, between semicolons; others keep their results",
+    )  # fmt: skip
     parser.add_argument("--unrelated", type=int, default=200)
     parser.add_argument("--large", type=int, default=40)
     parser.add_argument("--dates", type=int, default=29, help="clear dates of the real series")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", default=",".join(PARTS), help="others keep their last results")
     add_readme_options(parser)

@@ -153,6 +153,12 @@ def test_non_commercial_weights_say_so_once_a_load(nowhere, monkeypatch):
             extractor = build_extractor("superpoint")
         assert len(caught) == 1
     assert not extractor.network.batch_norm
+    # by any other name, and though its sum is unknown
+    elsewhere = path.rename(nowhere / "mine.pth")
+    for words in ("these weights", "if these are the official weights, they"):
+        with pytest.warns(UserWarning, match=f"official weights: {words} are licensed for .*non-commercial"):
+            build_extractor("superpoint", weights=elsewhere)
+        monkeypatch.setitem(WEIGHTS, "superpoint", WEIGHTS["superpoint"]._replace(sha256="0" * 64))
 
 
 def official(tensors):

@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from torchalign._check import check_number, check_option, message
+from torchalign._check import check_option, check_whole, message
 from torchalign._host import is_on_host
 from torchalign.aligner import Aligner, Job, full_precision
 from torchalign.functional.affine import (
@@ -33,7 +34,15 @@ from torchalign.functional.matching import (
     significance,
     window_ascent,
 )
-from torchalign.functional.texture import Grid, Texture, agreement, extract_texture, fill_small_holes
+from torchalign.functional.phase import phase_correlation
+from torchalign.functional.texture import (
+    Grid,
+    Texture,
+    agreement,
+    extract_texture,
+    fill_small_holes,
+    shared_ground,
+)
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.models.extractors import SIFT, FeatureModel, Features, build_extractor
 from torchalign.models.weights import Weights
@@ -43,12 +52,16 @@ __all__ = ["LGM", "MatchedPoints"]
 
 Matcher = Literal["guided", "mnn", "lightglue"]
 
+_KEYPOINTS = 1024
+
 # A guided match may lie so far, in pixels, beyond what `max_translation` allows: a keypoint is not exact, and what
 # is a little too far should be seen to be.
 _MARGIN = 3.0
 # Radius of the second, guided matching around a first fit of more than a translation.
 _SECOND_RADIUS = 6.0
 _MAX_FREQUENCY = 0.25
+# How far, in pixels, the peak of the correlation may lie from the whole pixel that the matches tell.
+_REACH = 1.5
 # Frames with a shorter side, in pixels, have no keypoints.
 _LEAST_SIDE = 16
 # Eager CPU: pixels of one block of frames, whose similarities of all points with all are what takes memory.
@@ -56,7 +69,8 @@ _BLOCK_PIXELS = 2**18
 _BLOCK_SIMILARITIES = 2**22
 # A translation beyond the limit must have so many times the matches of the one within.
 _OUTSIDE_MARGIN = 1.2
-# Matches must exceed what chance brings about by so much, see `significance`; unrelated scenes stay below.
+# Matches must exceed what chance brings about by so much, see `significance`; unrelated scenes stay below
+# (XFeat in 200 pairs: 5.3 at most).
 _LEAST_EVIDENCE: dict[MotionModel, float] = {
     "translation": 6.0, "euclidean": 6.0, "similarity": 6.0, "affine": 6.0, "homography": 6.0,
 }  # fmt: skip
@@ -89,7 +103,10 @@ class LGM(Aligner):
        allows; for more than a translation the mutually most similar of all, then once more around the first fit;
     3. the motion that most matches agree with, then Tukey-weighted least squares;
     4. a verdict on whether that many could agree by chance;
-    5. correlation of 128 windows of 32² pixels at the matches that agree, all for one motion (``refine``).
+    5. correlation (``refine``): where the fit brings both to the same ground, what is cloud or change is told from
+       it pixel by pixel (:func:`~torchalign.functional.texture.shared_ground`). A translation is the peak of
+       :func:`~torchalign.functional.phase.phase_correlation` over all the ground that both show; a richer motion
+       is what 128 windows of 32² pixels, at the matches that agree, correlate best under, all for one motion.
 
     Bias: keypoints scatter by 0.1 to 0.5 px, and pull to the grid where a model does not place them between the
     pixels. After step 5 the bias is that of :class:`~torchalign.pcc.PCC`, less than 0.01 px; for more than a
@@ -105,7 +122,7 @@ class LGM(Aligner):
             :class:`~torchalign.models.extractors.Features`. ``"sift"`` needs no weights.
         matcher_model: ``"guided"``, ``"mnn"`` (mutually most similar, wherever), ``"lightglue"``, or a Module
             (features, reference features, (H, W)) → :class:`~torchalign.functional.matching.Matches`.
-        max_num_keypoints: of every frame.
+        max_num_keypoints: of every frame. A Module finds its own number.
         motion: ``"translation"``, ``"euclidean"``, ``"similarity"``, ``"affine"`` or ``"homography"``.
         refine: do step 5.
         batch_size: frames whose features are held at a time; default: all (on the CPU, blocks of a few). Bounds the
@@ -136,7 +153,7 @@ class LGM(Aligner):
         *,
         feature_model: FeatureModel | nn.Module = "sift",
         matcher_model: Matcher | nn.Module = "guided",
-        max_num_keypoints: int = 1024,
+        max_num_keypoints: int = _KEYPOINTS,
         motion: MotionModel = "translation",
         refine: bool = True,
         batch_size: int | None = None,
@@ -163,9 +180,15 @@ class LGM(Aligner):
             fill_value=fill_value,
         )
         check_option("motion", motion, MotionModel)
-        _check_whole("max_num_keypoints", max_num_keypoints)
+        max_num_keypoints = check_whole("max_num_keypoints", max_num_keypoints)
+        if isinstance(feature_model, nn.Module):
+            own = getattr(feature_model, "max_num_keypoints", None)
+            if max_num_keypoints not in (_KEYPOINTS, own):
+                expected = f"no other number than that of {type(feature_model).__name__}, which finds its own"
+                raise ValueError(message("max_num_keypoints", expected, max_num_keypoints, "leave it out"))
+            max_num_keypoints = own if isinstance(own, int) else max_num_keypoints
         if batch_size is not None:
-            _check_whole("batch_size", batch_size)
+            batch_size = check_whole("batch_size", batch_size)
         for name, value in (("refine", refine), ("allow_download", allow_download)):
             if not isinstance(value, bool):
                 raise TypeError(message(name, "True or False", repr(value), "give a bool"))
@@ -189,10 +212,10 @@ class LGM(Aligner):
                 )
         self.feature_model = feature_model if isinstance(feature_model, str) else type(feature_model).__name__
         self.matcher_model = matcher_model if isinstance(matcher_model, str) else type(matcher_model).__name__
-        self.max_num_keypoints = int(max_num_keypoints)
+        self.max_num_keypoints = max_num_keypoints
         self.motion = motion
         self.refine = refine
-        self.batch_size = None if batch_size is None else int(batch_size)
+        self.batch_size = batch_size
         self.feature_weights = _described(feature_weights)
         self.matcher_weights = _described(matcher_weights)
         self.allow_download = allow_download
@@ -231,6 +254,7 @@ class LGM(Aligner):
         features: Features = _joined(
             [self._extract(images[part], None if seen is None else seen[part]) for part in parts]
         )
+        features = _trimmed(features)
         texture = extract_texture(image, usable, max_frequency=_MAX_FREQUENCY) if self.refine else None
         return _Reference(features, texture, tuple(image.shape[:-2]))
 
@@ -252,7 +276,7 @@ class LGM(Aligner):
             return Motion(warp, torch.full_like(warp[..., 0, 0], torch.inf), status)
         parts = [
             self._refined(part) if self.refine else self._fitted(part)
-            for part in self._parts(moving, moving_usable, prepared, init)
+            for part in self._parts(moving, moving_usable, reference, reference_usable, prepared, init)
         ]
         motion: Motion = _joined(parts)
         reshaped: Motion = _each(motion, lambda field: field.reshape(*lead, *field.shape[1:]))
@@ -294,7 +318,13 @@ class LGM(Aligner):
         )
 
     def _parts(
-        self, moving: Tensor, usable: Tensor | None, prepared: _Reference, init: Tensor | None
+        self,
+        moving: Tensor,
+        usable: Tensor | None,
+        reference: Tensor,
+        reference_usable: Tensor | None,
+        prepared: _Reference,
+        init: Tensor | None,
     ) -> list[_Part]:
         """The frames (N, H, W), in parts of ``batch_size``, each with what it needs of the reference."""
         lead, size = moving.shape[:-2], (moving.shape[-2], moving.shape[-1])
@@ -314,11 +344,13 @@ class LGM(Aligner):
             moving.reshape(-1, *size),
             _flat(usable, moving),
             features,
+            each(reference),
+            None if reference_usable is None else each(reference_usable),
             None if texture is None else each(texture.field),
             None if texture is None or texture.weights is None else each(texture.weights),
             None if init is None else init.reshape(-1, *init.shape[len(lead) :]),
         )
-        count = self._rows(whole.moving, features.keypoints.shape[-2])
+        count = self._rows(whole.moving, max(self.max_num_keypoints, features.keypoints.shape[-2]))
         if count is None or whole.moving.shape[0] <= count:
             return [whole]
         return [whole.rows(first, count) for first in range(0, whole.moving.shape[0], count)]
@@ -342,6 +374,8 @@ class LGM(Aligner):
             turned = resample(moving.unsqueeze(-3), turn, interpolation="bicubic", mask=usable)
             moving, usable = turned.values.squeeze(-3).nan_to_num(), turned.validity
         features, others = self._extract(moving.detach(), usable), part.features
+        rows = features.keypoints.shape[-2]
+        features = _trimmed(features)
         everyone = others.keypoints.expand(moving.shape[0], -1, -1)  # (N, K, 2)
         points, motion = features.keypoints, self.motion
         area = size[0] * size[1]
@@ -391,7 +425,7 @@ class LGM(Aligner):
         status = torch.where(too_far, int(Status.TOO_FAR), status)
         empty = ~(features.valid.any(-1) & others.valid.any(-1))
         status = torch.where(empty, int(Status.NO_TEXTURE), status)
-        return _Found(points, targets, matches.index >= 0, found, evidence, status, turn)
+        return _Found(points, targets, matches.index >= 0, found, evidence, status, turn, rows)
 
     def _fitted(self, part: _Part) -> Motion:
         """What the matches tell."""
@@ -402,49 +436,80 @@ class LGM(Aligner):
         return Motion(warp, found.fit.sigma, found.status)
 
     def _refined(self, part: _Part) -> Motion:
-        """What the windows around the matches tell."""
+        """What correlation tells, where the motion of the matches brings both to the same ground."""
         found = self._correspond(part)
-        size = (part.moving.shape[-2], part.moving.shape[-1])
-        assert part.texture is not None
-        warp, sigma = found.fit.warp, found.fit.sigma
-        translation = self.motion == "translation"
-        texture = None
-        for _ in range(2):  # windows that show the same ground do not pull; after the first pass they do
-            rough = warp.detach()
-            if texture is None or not translation:
-                # a translation by whole pixels, the rest in the spectral domain: nothing is interpolated
-                whole = translation_warp(rough[..., 2].round()) if translation else rough
-                path = whole if found.turn is None else compose_warps(found.turn, whole)
-                seen = resample(part.moving.unsqueeze(-3), path, interpolation="bicubic", mask=part.usable)
-                texture = extract_texture(
-                    seen.values.squeeze(-3), seen.validity, max_frequency=_MAX_FREQUENCY
-                )
-                assert texture.weights is not None
-                # holes must lie on the same ground in both, or their pattern is what is correlated
-                field, reference_field = texture.field, part.texture * texture.weights
-                if part.weights is not None:
-                    field = field * part.weights
-            if translation:
-                grid = Grid.of(size, (field.shape[-2], field.shape[-1]), _MAX_FREQUENCY, field)
-                moved = grid.move(rfft2(field), rough[..., 2] - whole[..., 2])
-            else:
-                moved = field
-            refined = window_ascent(
-                moved,
-                reference_field,
-                found.targets,
-                found.fit.weight,
-                size,
-                motion=self.motion,
-                max_frequency=_MAX_FREQUENCY,
-            )
-            better = refined.converged
-            warp = torch.where(better[..., None, None], compose_warps(rough, refined.warp), warp)
-            sigma = torch.where(better, refined.sigma, sigma)
-        inliers = agreement(moved, reference_field)
+        rough = found.fit.warp.detach()
+        if self.motion == "translation":
+            warp, sigma, inliers = self._correlated(part, found, rough)
+        else:
+            warp, sigma = rough, found.fit.sigma
+            ground = None
+            for _ in range(2):  # windows that show the same ground do not pull; after the first pass they do
+                warp, sigma, inliers, ground = self._ascended(part, found, warp.detach(), sigma, ground)
         if found.turn is not None:
             warp = compose_warps(found.turn, warp)
         return Motion(warp, sigma, found.status, inliers)
+
+    def _seen(self, part: _Part, found: _Found, warp: Tensor) -> tuple[Tensor, Tensor]:
+        """The frames (N, H, W) on the reference, and where both are usable."""
+        path = warp if found.turn is None else compose_warps(found.turn, warp)
+        seen = resample(part.moving.unsqueeze(-3), path, interpolation="bicubic", mask=part.usable)
+        usable = seen.validity if part.reference_usable is None else seen.validity & part.reference_usable
+        return seen.values.squeeze(-3), usable
+
+    def _correlated(self, part: _Part, found: _Found, rough: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A translation: the whole of the ground that both show, correlated."""
+        size = (part.moving.shape[-2], part.moving.shape[-1])
+        assert part.texture is not None
+        # by whole pixels, the rest in the spectral domain: nothing is interpolated
+        whole = rough[..., 2].round()
+        left = rough[..., 2] - whole
+        seen, usable = self._seen(part, found, translation_warp(whole))
+        on_it, there = self._seen(part, found, rough)
+        with torch.no_grad():
+            field, _, _ = extract_texture(seen, usable, max_frequency=_MAX_FREQUENCY)
+            grid = Grid.of(size, (field.shape[-2], field.shape[-1]), _MAX_FREQUENCY, field)
+            moved = grid.move(rfft2(field), left)
+            same = agreement(moved, part.texture, fine=True)
+        ground = usable & shared_ground(on_it, part.reference, same, usable & there)
+        texture = Texture(part.texture, part.weights, torch.zeros_like(found.status, dtype=torch.bool))
+        refined = phase_correlation(
+            seen, texture, ground, max_translation=_REACH, max_frequency=_MAX_FREQUENCY, start=left
+        )
+        assert refined.inliers is not None
+        better = refined.converged
+        shift = torch.where(better.unsqueeze(-1), whole + refined.shift, rough[..., 2])
+        return translation_warp(shift), torch.where(better, refined.sigma, found.fit.sigma), refined.inliers
+
+    def _ascended(
+        self, part: _Part, found: _Found, rough: Tensor, sigma: Tensor, ground: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A richer motion: windows around the matches that agree."""
+        size = (part.moving.shape[-2], part.moving.shape[-1])
+        assert part.texture is not None
+        seen, usable = self._seen(part, found, rough)
+        shared = usable if ground is None else usable & ground
+        texture = extract_texture(seen, shared, max_frequency=_MAX_FREQUENCY)
+        assert texture.weights is not None
+        # holes must lie on the same ground in both, or their pattern is what is correlated
+        field, reference_field = texture.field, part.texture * texture.weights
+        if part.weights is not None:
+            field = field * part.weights
+        refined = window_ascent(
+            field,
+            reference_field,
+            found.targets,
+            found.fit.weight,
+            size,
+            motion=self.motion,
+            max_frequency=_MAX_FREQUENCY,
+        )
+        better = refined.converged
+        warp = torch.where(better[..., None, None], compose_warps(rough, refined.warp), rough)
+        same = agreement(field.detach(), reference_field, fine=True)
+        ground = shared_ground(seen.detach(), part.reference, same, usable)
+        inliers = agreement(field, reference_field)
+        return warp, torch.where(better, refined.sigma, sigma), inliers, ground
 
     def _tie_points(self, job: Job) -> list[Tensor]:
         """The fields of :class:`MatchedPoints` of a block."""
@@ -454,7 +519,9 @@ class LGM(Aligner):
             nowhere = seen.moving.new_zeros(*lead, self.max_num_keypoints, 2)
             return [nowhere, nowhere, torch.zeros_like(nowhere[..., 0], dtype=torch.bool), nowhere[..., 0]]
         columns: list[list[Tensor]] = [[], [], [], []]
-        for part in self._parts(seen.moving, seen.usable, seen.prepared, seen.init):
+        for part in self._parts(
+            seen.moving, seen.usable, job.reference, job.usable, seen.prepared, seen.init
+        ):
             found = self._correspond(part)
             points = (
                 found.points
@@ -465,10 +532,12 @@ class LGM(Aligner):
             offset = torch.stack([points.new_full((), side) for side in seen.origin])
             targets = torch.where(found.matched.unsqueeze(-1), found.targets, points)
             weight = found.fit.weight * (found.status == 0).unsqueeze(-1)
+            missing = found.rows - points.shape[-2]
             for column, field in zip(
                 columns, (points + offset, targets + offset, found.matched, weight), strict=True
             ):
-                column.append(field)
+                rows = (0, 0, 0, missing) if field.ndim == 3 else (0, missing)
+                column.append(F.pad(field, rows))
         return [torch.cat(column).reshape(*lead, *column[0].shape[1:]) for column in columns]
 
     def _options(self) -> dict[str, Any]:
@@ -498,6 +567,8 @@ class _Part(NamedTuple):
     moving: Tensor  # (N, H, W)
     usable: Tensor | None  # (N, H, W)
     features: Features  # of the reference, of one row for all or one each
+    reference: Tensor  # (N, H, W)
+    reference_usable: Tensor | None  # (N, H, W)
     texture: Tensor | None  # (N, h, w), of the reference
     weights: Tensor | None  # (N, h, w)
     init: Tensor | None  # (N, 2|3, 3), or shifts (N, 2)
@@ -520,6 +591,7 @@ class _Found(NamedTuple):
     evidence: Tensor  # (N,)
     status: Tensor  # (N,)
     turn: Tensor | None
+    rows: int  # K before those were dropped in which no frame has a keypoint
 
 
 def _is_nothing(image: Tensor) -> bool:
@@ -529,6 +601,16 @@ def _is_nothing(image: Tensor) -> bool:
 
 def _flat(usable: Tensor | None, image: Tensor) -> Tensor | None:
     return None if usable is None else usable.expand(image.shape).reshape(-1, *image.shape[-2:])
+
+
+def _trimmed(features: Features) -> Features:
+    """Without the last rows, where no frame has a keypoint, if that may be read: what follows grows as K²."""
+    if not is_on_host(features.valid) or not len(features.valid):
+        return features
+    rows = torch.arange(1, features.valid.shape[-1] + 1)
+    count = max(1, int((features.valid * rows).amax()))
+    trimmed: Features = _each(features, lambda field: field[:, :count])
+    return trimmed
 
 
 def _each(fields: Any, change: Callable[[Any], Any]) -> Any:
@@ -542,12 +624,6 @@ def _joined(parts: Sequence[Any]) -> Any:
         return parts[0]
     columns: Any = zip(*parts, strict=True)
     return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))
-
-
-def _check_whole(name: str, value: object) -> None:
-    check_number(name, value, minimum=1)
-    if int(value) != value:  # type: ignore[call-overload]
-        raise ValueError(message(name, "a whole number", value, "give an int"))
 
 
 def _described(weights: Weights | None) -> str | None:

@@ -8,9 +8,10 @@ The chain, each link a function that works alone:
    the one that most matches support wins; for a translation this is the mode of the displacements.
 3. :func:`reweighted_fit`: Gauss–Newton steps with Tukey's weights, at the scale that the residuals themselves tell.
 4. :func:`significance`: how far the number of agreeing matches exceeds what chance would give.
-5. :func:`window_ascent`: small windows around the inliers of both images are correlated, and the sum of their
-   correlations is maximised over the parameters of the motion: keypoints are good to a tenth of a pixel, this to a
-   hundredth.
+5. :func:`window_ascent`, for more than a translation: small windows around the inliers of both images are
+   correlated, and the sum of their correlations is maximised over the parameters of the motion: keypoints are good
+   to a tenth of a pixel, this to a hundredth. (For a translation all of the ground is one window, see
+   :mod:`torchalign.functional.phase`.)
 
 Nothing here depends on a random generator, and nothing waits for the device: the numbers of hypotheses and of steps
 are fixed, a point without a match has weight 0.
@@ -171,9 +172,15 @@ def mutual_matches(
         allowed = allowed & (dx.square() + dy.square() <= radius**2)
     similarity = similarity.masked_fill(~allowed, -torch.inf)
     best, index = similarity.max(-1)  # (..., K)
-    back = similarity.argmax(-2)  # (..., L)
-    own = torch.arange(similarity.shape[-2], device=similarity.device)
-    mutual = (back.gather(-1, index) == own) & (best > -torch.inf)
+    # (the place of a column's maximum costs a CPU ten times as much as its value)
+    mutual = (best == similarity.amax(-2).gather(-1, index)) & (best > -torch.inf)
+    # of several that are as similar to the same one, the first
+    count = similarity.shape[-2]
+    own = torch.arange(count, device=similarity.device).expand(index.shape)
+    claim = torch.where(mutual, own, count)
+    first = claim.new_full((*claim.shape[:-1], similarity.shape[-1]), count)
+    first = first.scatter_reduce(-1, index, claim, "amin")
+    mutual = mutual & (first.gather(-1, index) == own)
     return Matches(torch.where(mutual, index, -1), mutual.to(similarity.dtype))
 
 

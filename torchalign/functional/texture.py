@@ -8,7 +8,8 @@ The links, each a function that works alone, which every method shares:
   and all that follows costs a quarter.
 * :func:`local_contrast`: high-passed and divided by its local standard deviation, so that bright clouds,
   shadows and gains weigh no more than fields and roads.
-* :func:`agreement`: where do two frames, brought together, show the same ground?
+* :func:`agreement`: about where do two frames, brought together, show the same ground?
+* :func:`shared_ground`: which of their pixels do?
 
 :func:`extract_texture` is the chain of the first two, :func:`extract_pyramid` the same for several bands.
 
@@ -39,6 +40,7 @@ __all__ = [
     "fill_small_holes",
     "local_contrast",
     "pool",
+    "shared_ground",
     "tukey",
     "working_size",
 ]
@@ -58,6 +60,12 @@ _FILLED = 0.7
 _LEAST_RAMP = 8
 # Frames with less than this share of usable pixels are not worth a guess.
 _MIN_USABLE = 1 / 64
+# Shared ground: rounds of regression, residuals that still belong to it, in their standard deviations, and by how
+# much, in pixels, the frames may not lie on each other yet.
+_ROUNDS, _LARGEST_RESIDUAL, _MISALIGNED = 5, 4.0, 0.5
+# Where hardly anything agrees, the line is that of the frame: it counts as much as this share of agreeing ground.
+# And where the reference is flat, the slope is: that share of the frame's variance.
+_PRIOR, _FLAT_PRIOR = 0.3, 0.05
 
 
 class Texture(NamedTuple):
@@ -236,7 +244,7 @@ def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
     return contrast if weights is None else contrast * weights
 
 
-def agreement(moving: Tensor, reference: Tensor) -> Tensor:
+def agreement(moving: Tensor, reference: Tensor, *, fine: bool = False) -> Tensor:
     r"""Weights in [0, 1]: how much two frames, brought together, show the same ground.
 
     The squared local correlation coefficient, squared again, over about 15 × 15 samples: blocks of 4 × 4, with
@@ -249,17 +257,21 @@ def agreement(moving: Tensor, reference: Tensor) -> Tensor:
     Args:
         moving: (..., H, W), over the reference.
         reference: (..., H, W), broadcastable.
+        fine: around every sample, over 7 × 7 of them: sharper, noisier, and more work.
 
     Returns:
         (..., H, W).
     """
     size = (moving.shape[-2], moving.shape[-1])
     # pooled before they are stacked: it is small then, and the reference may be one for all frames
-    pools = [pool(product, 2) for product in (moving * reference, moving.square(), reference.square())]
+    products = (moving * reference, moving.square(), reference.square())
+    pools = products if fine else [pool(product, 2) for product in products]
     stacked = torch.stack(torch.broadcast_tensors(*pools))  # type: ignore[no-untyped-call]
-    common, own, other = _triangle(stacked, 1).unbind()
+    common, own, other = _triangle(stacked, 2 if fine else 1).unbind()
     tiny = torch.finfo(moving.dtype).eps ** 2  # the fields are of order 1
     share = common.clamp(min=0).square() / (own * other + tiny)
+    if fine:
+        return share.square().clamp(max=1)
     smooth = F.interpolate(
         share.square().reshape(-1, 1, *share.shape[-2:]),
         scale_factor=4.0,
@@ -267,6 +279,100 @@ def agreement(moving: Tensor, reference: Tensor) -> Tensor:
         align_corners=False,
     )
     return smooth.reshape(*share.shape[:-2], *smooth.shape[-2:])[..., : size[0], : size[1]].clamp(max=1)
+
+
+def shared_ground(moving: Tensor, reference: Tensor, weights: Tensor, usable: Tensor | None = None) -> Tensor:
+    r"""Which pixels of two frames, brought together to half a pixel, show the same ground.
+
+    To a local change of contrast and brightness, the moving frame is the reference there:
+
+    .. math:: |m - (\alpha r + \beta)| \le 4 \hat\sigma + \tfrac{1}{2} |\alpha| \, |\nabla r|
+
+    with :math:`\alpha, \beta` the weighted regression over about 25 × 25 pixels, tied to that of the whole frame
+    where little agrees, and :math:`\hat\sigma` from the median residual of the better half. Residuals that are too
+    large are left out of the next of five rounds. The gradient forgives half a pixel of misalignment: without it
+    pixels would be chosen that fit the place where the frames happen to lie, and a shift estimated from them would
+    stay there.
+
+    Sharper than :func:`agreement`, which it starts from. What differs in brightness only slowly (haze) stays; what
+    is as bright as the ground below it cannot be told.
+
+    Args:
+        moving: (..., H, W), over the reference.
+        reference: (..., H, W), broadcastable.
+        weights: (..., h, w) in [0, 1], how sure it is beforehand, see :func:`agreement`; on any grid.
+        usable: bool, (..., H, W), True = both are usable.
+
+    Returns:
+        bool, (..., H, W), in blocks of 2 × 2 pixels. No gradient.
+
+    Example:
+        >>> reference = torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
+        >>> moving = 1.2 * reference + 0.1
+        >>> moving[:20, :20] = 2  # a cloud
+        >>> ground = shared_ground(moving, reference, torch.full((32, 32), 0.5))
+        >>> ground[:20, :20].any().item(), ground[20:].all().item()
+        (False, True)
+    """
+    height, width = moving.shape[-2:]
+    lead = torch.broadcast_shapes(moving.shape[:-2], reference.shape[:-2])  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        own, other = (_halve(image.expand(*lead, height, width)) for image in (moving, reference))
+        size = (own.shape[-2], own.shape[-1])
+        prior = F.interpolate(
+            weights.expand(*lead, *weights.shape[-2:]).reshape(-1, 1, *weights.shape[-2:]),
+            size=size,
+            mode="bilinear",
+            align_corners=False,
+        ).reshape(own.shape)
+        if usable is not None:
+            prior = prior * (_halve(usable.expand(*lead, height, width).to(own.dtype)) == 1)
+        own = own - own.mean((-2, -1), keepdim=True)
+        other = other - other.mean((-2, -1), keepdim=True)
+        # samples lie 2 pixels apart, and their neighbours 4
+        slope_y = F.pad(other[..., 2:, :] - other[..., :-2, :], (0, 0, 1, 1)).square()
+        slope_x = F.pad(other[..., 2:] - other[..., :-2], (1, 1)).square()
+        forgiven = (slope_y + slope_x).sqrt() * (_MISALIGNED / 4)
+        tiny = torch.finfo(own.dtype).tiny
+
+        def line(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            """Means of the frame and of the reference, their covariance, the variance of the reference."""
+            count, own_sum, other_sum, product, square = sums.unbind()
+            count = count + tiny
+            own_mean, other_mean = own_sum / count, other_sum / count
+            variance = (square / count - other_mean.square()).clamp(min=0)
+            return own_mean, other_mean, product / count - own_mean * other_mean, variance
+
+        moments = torch.stack((torch.ones_like(own), own, other, own * other, other.square()))
+        chosen, ground = prior, torch.ones_like(own, dtype=torch.bool)
+        for _ in range(_ROUNDS):
+            blocks = pool(chosen * moments, 2)
+            whole = blocks.mean((-2, -1), keepdim=True)
+            _, _, covariance, variance = line(whole)
+            floor = _FLAT_PRIOR * variance + tiny
+            slope = covariance / (variance + tiny)
+            own_mean, other_mean, covariance, variance = line(_triangle(blocks, 1) + _PRIOR * whole)
+            alpha = (covariance + floor * slope) / (variance + floor)
+            both = torch.stack((alpha, own_mean - alpha * other_mean))
+            alpha, beta = (
+                F.interpolate(
+                    both.reshape(-1, 1, *both.shape[-2:]),
+                    scale_factor=4.0,
+                    mode="bilinear",
+                    align_corners=False,
+                )[..., : size[0], : size[1]]
+                .reshape(2, *own.shape)
+                .unbind()
+            )
+            residual = (own - torch.addcmul(beta, alpha, other)).abs()
+            # a quarter of the samples tells the median as well
+            some, weight = (field[..., ::2, ::2].flatten(-2) for field in (residual, chosen))
+            better = weight >= weight.mean(-1, keepdim=True)
+            scale = 1.4826 * some.masked_fill(~better, torch.nan).nanmedian(-1).values[..., None, None]
+            ground = residual <= _LARGEST_RESIDUAL * scale + forgiven * alpha.abs()
+            chosen = prior * ground
+        ground = ground.repeat_interleave(2, -2).repeat_interleave(2, -1)
+        return ground[..., :height, :width]
 
 
 def fill_small_holes(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -401,6 +507,17 @@ def _triangle(image: Tensor, order: int) -> Tensor:
                 count = result.shape[dim] - 2**power
                 result = result.narrow(dim, 0, count) + result.narrow(dim, 2**power, count)
     return (result * (1 / length**4)).reshape(image.shape)
+
+
+def _halve(image: Tensor) -> Tensor:
+    """Means of 2 × 2 pixels; the last row or column counts twice where there is no other."""
+    height, width = image.shape[-2:]
+    if height % 2:
+        image = torch.cat((image, image[..., -1:, :]), -2)
+    if width % 2:
+        image = torch.cat((image, image[..., -1:]), -1)
+    image = image[..., ::2, :] + image[..., 1::2, :]
+    return 0.25 * (image[..., ::2] + image[..., 1::2])
 
 
 def pool(image: Tensor, times: int) -> Tensor:

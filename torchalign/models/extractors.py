@@ -40,7 +40,7 @@ from torchalign.functional.sift import (
     scale_space,
 )
 from torchalign.models.superpoint import CELL, SuperPointNet
-from torchalign.models.weights import Weights, load_into, load_weights
+from torchalign.models.weights import Weights, check_placed, load_into, load_weights
 
 __all__ = [
     "ALIKED",
@@ -121,14 +121,15 @@ class Extractor(nn.Module, ABC):
             usable: (B, H, W) bool, or what broadcasts to it, True = usable.
 
         Raises:
-            TypeError: not a floating image, or not a bool mask.
-            ValueError: another shape.
+            TypeError: not a floating image, or not a bool mask; weights of less than float32.
+            ValueError: another shape; weights on another device.
         """
         check_floating("image", image, "(B, H, W)")
         if image.ndim != 3 or min(image.shape[-2:]) < 1:
             raise ValueError(
                 message("image", "shape (B, H, W)", tuple(image.shape), "one channel, e.g. image.mean(-3)")
             )
+        check_placed(type(self).__name__, self, image)
         usable = check_mask("usable", usable, image.shape, image)
         if usable is not None:
             usable = usable.expand(image.shape)

@@ -30,7 +30,7 @@ from torchalign._check import message
 from torchalign._host import is_on_host, map_on_host
 from torchalign.functional.matching import Matches
 from torchalign.models.extractors import Features
-from torchalign.models.weights import Weights, load_into, load_weights
+from torchalign.models.weights import Weights, check_placed, load_into, load_weights
 
 __all__ = ["LightGlue", "build_matcher"]
 
@@ -40,7 +40,8 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "disk": ("lightglue-disk", {"input_dim": 128}),
     "aliked": ("lightglue-aliked", {"input_dim": 128}),
     "aliked-n16": ("lightglue-aliked", {"input_dim": 128}),
-    # trained with n16, whose descriptors these share: on a real pair nine in ten of their keypoints matched
+    # Trained with n16. On a real pair, of 256 keypoints of n16, n16rot and n32 218, 211 and 135 were matched, 212,
+    # 187 and 129 of them within a pixel of the truth.
     "aliked-n16rot": ("lightglue-aliked", {"input_dim": 128}),
     "aliked-n32": ("lightglue-aliked", {"input_dim": 128}),
     "sift": ("lightglue-sift", {"input_dim": 128, "add_scale_ori": True}),
@@ -91,8 +92,11 @@ class LightGlue(nn.Module):
             size: (H, W) of the images.
 
         Raises:
-            ValueError: numbers of frames that do not fit; no scales where the weights want them.
+            ValueError: numbers of frames that do not fit; no scales where the weights want them; weights on another
+                device.
+            TypeError: weights of less than float32.
         """
+        check_placed("LightGlue", self, features0.keypoints)
         batch, batch1 = len(features0.keypoints), len(features1.keypoints)
         if batch1 not in (1, batch):
             raise ValueError(
@@ -253,8 +257,8 @@ def build_matcher(
 
     Args:
         feature_model: ``"superpoint"`` (official weights), ``"disk"``, ``"aliked"`` (= ``"aliked-n16"``; its
-            weights also serve ``"aliked-n16rot"`` and ``"aliked-n32"``), ``"sift"``, ``"doghardnet"`` or
-            ``"xfeat"``: there are no weights for others.
+            weights also serve ``"aliked-n16rot"`` and, with fewer matches, ``"aliked-n32"``), ``"sift"``,
+            ``"doghardnet"`` or ``"xfeat"``: there are no weights for others.
         weights: a path, a state dict, or the name of other weights; ``None`` looks where
             :func:`torchalign.models.weights.find_weights` says.
         allow_download: fetch them from their official place if they are nowhere else.

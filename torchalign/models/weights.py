@@ -34,6 +34,7 @@ __all__ = [
     "WeightFile",
     "WeightStatus",
     "Weights",
+    "check_placed",
     "find_weights",
     "list_weights",
     "load_into",
@@ -45,6 +46,8 @@ Weights: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
 
 # Ends of names of buffers that hold no learned numbers: counters, grids and schedules.
 _DERIVED = ("num_batches_tracked", "dkd.hw_grid", "confidence_thresholds")
+# A name that only the official layout of SuperPoint has, see `torchalign.models.superpoint`.
+_OFFICIAL_SUPERPOINT = "conv1a.weight"
 _FOLDER_VARIABLE = "TORCHALIGN_WEIGHTS"
 _RELEASES = "https://github.com/cvg/LightGlue/releases/download/v0.1_arxiv"
 _ALIKED = "https://github.com/Shiaoming/ALIKED/raw/main/models"
@@ -195,7 +198,7 @@ def load_weights(
         ConnectionError: the file could not be fetched.
 
     Warns:
-        UserWarning: the licence of these weights forbids commercial use.
+        UserWarning: a file whose licence forbids commercial use, or that looks like it.
     """
     entry = _entry(name)
     if isinstance(weights, Mapping):
@@ -207,20 +210,18 @@ def load_weights(
         if not path.is_file():
             known = f"a file, or one of {tuple(WEIGHTS)}"
             raise FileNotFoundError(message(f"weights for {name}", known, f"{path}", "check the path"))
-        return _read(path)
+        tensors = _read(path)
+        _warn_of_licence(path, tensors)
+        return tensors
     path_or_none = find_weights(name)
     if path_or_none is None:
         if not allow_download:
             raise FileNotFoundError(_missing(name, entry))
         path_or_none = _download(name, entry)
     _verify(path_or_none, entry)
-    if not entry.commercial:
-        warnings.warn(
-            f"{name}: these weights are licensed for {entry.licence}; "
-            "'superpoint-open' (MIT), 'aliked' (BSD-3-Clause) and 'disk' (Apache-2.0) are not so restricted",
-            stacklevel=3,
-        )
-    return _read(path_or_none)
+    tensors = _read(path_or_none)
+    _warn_of_licence(path_or_none, tensors)
+    return tensors
 
 
 class WeightStatus(NamedTuple):
@@ -331,14 +332,31 @@ def _download(name: str, entry: WeightFile) -> Path:
     return target
 
 
-def _verify(path: Path, entry: WeightFile) -> None:
-    if entry.sha256 is None:
+def _warn_of_licence(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Whatever the file is called: weights that may not be used commercially are known by what they are."""
+    if _OFFICIAL_SUPERPOINT not in tensors:
         return
+    entry = WEIGHTS["superpoint"]
+    same = "these weights" if _digest(path) == entry.sha256 else "if these are the official weights, they"
+    warnings.warn(
+        f"{path.name}, laid out as SuperPoint's official weights: {same} are licensed for {entry.licence}; "
+        "'superpoint-open' (MIT), 'aliked' (BSD-3-Clause) and 'disk' (Apache-2.0) are not so restricted",
+        stacklevel=4,
+    )
+
+
+def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    found = digest.hexdigest()
+    return digest.hexdigest()
+
+
+def _verify(path: Path, entry: WeightFile) -> None:
+    if entry.sha256 is None:
+        return
+    found = _digest(path)
     if found != entry.sha256:
         raise ValueError(
             message(
@@ -388,6 +406,24 @@ def _tensors(content: Any, source: str) -> dict[str, Tensor]:
         got = type(content).__name__ if not isinstance(content, Mapping) else f"keys {list(content)[:5]}"
         raise ValueError(message(source, "a dict of named tensors", got, "give the state dict itself"))
     return {str(name): tensor for name, tensor in content.items()}
+
+
+def check_placed(name: str, module: torch.nn.Module, tensor: Tensor) -> None:
+    """The weights of a network must be where its input is, and precise enough.
+
+    Raises:
+        ValueError: they are on another device.
+        TypeError: they were cast to less than float32.
+    """
+    weight = next(module.parameters(), None)
+    if weight is None:
+        return
+    here, there = tensor.device, weight.device
+    if here.type != there.type or (None not in (here.index, there.index) and here.index != there.index):
+        cure = f"move it there: .to({str(here)!r})"
+        raise ValueError(message(f"{name}'s device", f"{here}, where the images are", there, cure))
+    if weight.dtype.itemsize < 4:
+        raise TypeError(message(f"{name}'s weights", "float32 or float64", weight.dtype, "call .float()"))
 
 
 def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
