@@ -164,7 +164,8 @@ def compute_together(values: Any) -> Any:
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Within a task: one thread on the CPU, as dask has one task per core; on CUDA, one task at a time.
 
-    What it has freed at its end does not stay in the heap of its thread. With one thread sums are taken in one order, wherever the task runs: results agree to the last bit.
+    With one thread sums are taken in one order, wherever the task runs: results agree to the last bit. What the
+    task has freed at its end does not stay in the heap of its thread.
     """
     if device.type != "cpu":
         with _device_lock:

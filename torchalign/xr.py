@@ -29,6 +29,7 @@ from torchalign._chunks import (
     undisturbed,
 )
 from torchalign._grid import Grid, find_grid, metres_per_pixel, regrid_warp
+from torchalign._host import give_back_memory
 from torchalign._labelled import (
     CUBE,
     MASK,
@@ -429,6 +430,7 @@ class _Job:
             if out is not None:
                 cube.view(out)[batch] = values
             advance(len(raw))
+        give_back_memory()
         return out, {name: np.concatenate([fields[name] for fields in made]) for name in made[0]}
 
     def _run_lazily(self, source: ReferenceSource, resampled: bool) -> tuple[Any, dict[str, Any]]:
