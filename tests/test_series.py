@@ -610,7 +610,8 @@ def test_bad_reports_raise_with_a_cure(tmp_path):
     (tmp_path / "broken.json").write_text('{"frames": 3}')
     (tmp_path / "broken.csv").write_text("a,b\n1,2\n")
     (tmp_path / "status.csv").write_text("time,status,warp_00\n0,FINE,1.0\n")
-    for name in ("broken.json", "broken.csv", "status.csv"):
+    (tmp_path / "broken.nc").write_bytes(b"CDF no more")
+    for name in ("broken.json", "broken.csv", "broken.nc", "status.csv"):
         with pytest.raises(ValueError, match=r"^path: expected .*save_report wrote"):
             ta.load_report(tmp_path / name)
     path = ta.save_report(report, tmp_path / "report.csv")
@@ -618,7 +619,7 @@ def test_bad_reports_raise_with_a_cure(tmp_path):
         ta.save_report(report, path)
     ta.save_report(report, path, overwrite=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        *("broken.csv", "broken.json", "report.csv", "status.csv")
+        *("broken.csv", "broken.json", "broken.nc", "report.csv", "status.csv")
     ]
 
 

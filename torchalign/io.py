@@ -212,7 +212,8 @@ def write_stack(
 
     Pixels, dtype, nodata, band names, scale and offset, CRS and transform are written as they are, bit for bit.
     A coordinate ``geotransform`` along time (of :func:`torchalign.apply` with ``mode="shift-coords"``) gives each
-    file a transform of its own. A lazy cube is computed and written chunk by chunk.
+    file a transform of its own. A lazy cube is computed and written chunk by chunk. Colour tables and other tags
+    of the files that a cube was read from are not written.
 
     Args:
         cube: time, y, x and maybe band, of numbers or bool (written as uint8).
@@ -439,8 +440,14 @@ def _drop_strangers(rasters: Mapping[Path, _Raster], skipped: dict[Path, str]) -
     for path, raster in rasters.items():
         if path not in skipped and raster.kind != usual:
             pairs = zip(names, raster.kind, usual, strict=True)
-            differs = [f"{name} {own} where most have {most}" for name, own, most in pairs if own != most]
-            skipped[path] = differs[0]
+            name, own, most = next(pair for pair in pairs if pair[1] != pair[2])
+            if name == "CRS" and _crs_name(own) != _crs_name(most):  # else only their WKT tells them apart
+                own, most = _crs_name(own), _crs_name(most)
+            skipped[path] = f"{name} {own} where most have {most}"
+
+
+def _crs_name(wkt: str) -> str:
+    return wkt.partition('"')[2].partition('"')[0] or "none"
 
 
 def _drop_duplicates(
