@@ -884,7 +884,7 @@ def _finish(ax: Axes, *, columns: int = 2) -> None:
         order = sorted(range(len(labels)), key=flagged.__getitem__)
         handles, labels = [handles[number] for number in order], [labels[number] for number in order]
         # below the axis: inside, it would hide frames; the pad, in letters, is for ticks and label
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 5.0}
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 5.0}
         ax.legend(handles, labels, fontsize=8, ncols=columns, frameon=False, **below)
 
 
