@@ -4,15 +4,14 @@
 
 The store holds one landscape-like texture, uint16, without compression, cut at known offsets of half a pixel, so
 that the result is checked as well. Making, aligning and checking run in processes of their own; the peak
-resident memory is the aligning one's, as the system counts it (``ru_maxrss``). Its threads share one heap
-(``MALLOC_ARENA_MAX=1``): glibc has else one for each, and gives little back. The stores are deleted at the end.
+resident memory is the aligning one's, as the system counts it (``ru_maxrss``), with nothing about memory in its
+environment. The stores are deleted at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -138,7 +137,6 @@ def main() -> None:
             done = subprocess.run(
                 [*command, "--step", str(store), str(out), reference],
                 check=True,
-                env=os.environ | {"MALLOC_ARENA_MAX": "1"},
                 stdout=subprocess.PIPE,
                 text=True,
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,3 +138,22 @@ def test_gradients_channel_has_gradients_beside_nan(stack):
     (gradient,) = torch.autograd.grad(estimate.warp.sum() + estimate.score.sum(), cube)
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
+
+
+def test_freed_memory_goes_back_to_the_system(monkeypatch):
+    """Small blocks below one that stays, which glibc would keep; where there is no glibc, nothing."""
+    if _host._malloc_trim is None:
+        pytest.skip("needs glibc")
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [bytearray(b"1" * 2**16) for _ in range(1000)]  # 63 MiB
+    keep = bytearray(b"1" * 2**16)  # above them: the heap cannot shrink from its end
+    before = resident()
+    blocks.clear()
+    _host.give_back_memory()
+    assert resident() < before - 2**25
+    assert len(keep) == 2**16
+    monkeypatch.setattr(_host, "_malloc_trim", None)
+    _host.give_back_memory()

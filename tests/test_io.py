@@ -256,7 +256,7 @@ BAD = {
         lambda folder, good: write_tif(
             folder / "20200101.tif", np.ones((2, 7, 9), "u2"), names=("B02", "B03"), crs="EPSG:32634"
         ),
-        "CRS .* where most have",
+        r"CRS WGS 84 / UTM zone 34N where most have WGS 84 / UTM zone \d+N",
     ),
     "other dtype": (
         lambda folder, good: write_tif(

@@ -132,7 +132,9 @@ def test_the_median_of_aligned_frames_by_blocks_of_rows(rows, monkeypatch):
     from torchalign._labelled import Pixels
 
     series = make_series(4, 40, bands=1, dtype="float32", nodata=None)
-    cube = Cube.of(series.cube, dict.fromkeys(("time", "band", "y", "x")))
+    lazy = rows == 7  # and frame by frame
+    given = series.cube.chunk(time=3) if lazy else series.cube
+    cube = Cube.of(given, dict.fromkeys(("time", "band", "y", "x")))
     warp = torch.eye(3).repeat(4, 1, 1)
     warp[0, :2, 2] = torch.tensor([2.3, -4.6])
     warp[1, :2, :2] = torch.tensor([[0.98, 0.2], [-0.2, 1.03]])
@@ -140,6 +142,8 @@ def test_the_median_of_aligned_frames_by_blocks_of_rows(rows, monkeypatch):
     found = _reference.Found(warp, torch.tensor([True, True, True, False]))
     monkeypatch.setattr(_reference, "_REFERENCE_BYTES", rows * 4 * 40 * 4)
     monkeypatch.setattr(_reference, "_READ_BYTES", 11 * 4 * 40 * 4)
+    for name in ("_LOAD_BYTES", "_DECODE_BYTES", "_SORT_BYTES"):
+        monkeypatch.setattr(_reference, name, 1 if lazy else 2**20)
     made = _reference.over_time("median", cube, Pixels.of(cube), None, torch.device("cpu"), found)
     frames = torch.from_numpy(series.cube.values[:3])
     whole = ta.warp(frames, warp[:3], interpolation="bicubic", fill_value=float("nan"))
@@ -610,7 +614,8 @@ def test_bad_reports_raise_with_a_cure(tmp_path):
     (tmp_path / "broken.json").write_text('{"frames": 3}')
     (tmp_path / "broken.csv").write_text("a,b\n1,2\n")
     (tmp_path / "status.csv").write_text("time,status,warp_00\n0,FINE,1.0\n")
-    for name in ("broken.json", "broken.csv", "status.csv"):
+    (tmp_path / "broken.nc").write_bytes(b"CDF no more")
+    for name in ("broken.json", "broken.csv", "broken.nc", "status.csv"):
         with pytest.raises(ValueError, match=r"^path: expected .*save_report wrote"):
             ta.load_report(tmp_path / name)
     path = ta.save_report(report, tmp_path / "report.csv")
@@ -618,7 +623,7 @@ def test_bad_reports_raise_with_a_cure(tmp_path):
         ta.save_report(report, path)
     ta.save_report(report, path, overwrite=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        *("broken.csv", "broken.json", "report.csv", "status.csv")
+        *("broken.csv", "broken.json", "broken.nc", "report.csv", "status.csv")
     ]
 
 

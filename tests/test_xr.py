@@ -545,7 +545,8 @@ def test_coordinates_that_differ_by_rounding_are_the_same():
 @pytest.mark.parametrize("frames", [1, 4, 5])
 @pytest.mark.parametrize("block", [1, 2000, 2**27])
 def test_references_over_time_are_masked(word, dtype, frames, block, monkeypatch):
-    monkeypatch.setattr(torchalign._reference, "_REFERENCE_BYTES", block)
+    for name in ("_REFERENCE_BYTES", "_DECODE_BYTES", "_SORT_BYTES"):
+        monkeypatch.setattr(torchalign._reference, name, block)
     cube = make_cube(dtype, frames=frames).assign_attrs(_FillValue=-5)
     rng = np.random.default_rng(2)
     hidden = rng.random(cube.shape) < 0.2

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from torchalign._host import give_back_memory
 from torchalign._labelled import CUBE, Array, Cube
 
 __all__ = [
@@ -163,7 +164,8 @@ def compute_together(values: Any) -> Any:
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Within a task: one thread on the CPU, as dask has one task per core; on CUDA, one task at a time.
 
-    With one thread sums are taken in one order, wherever the task runs: results agree to the last bit.
+    With one thread sums are taken in one order, wherever the task runs: results agree to the last bit. What the
+    task has freed at its end does not stay in the heap of its thread.
     """
     if device.type != "cpu":
         with _device_lock:
@@ -179,3 +181,4 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     finally:
         with _threads_lock:
             torch.set_num_threads(_threads_held.pop())
+        give_back_memory()

@@ -59,6 +59,7 @@ _TEXT_COLOUR = {
 _RGB_NAMES = (("B04", "B03", "B02"), ("B4", "B3", "B2"), ("red", "green", "blue"), ("R", "G", "B"))
 _RGB_BANDS = (3, 2, 1)  # Sentinel-2 with all its bands, as everywhere in the library
 NODATA_GREY = 0.15
+_ROWS_BYTES = 2**23  # of frames that are reduced over time at once
 _KNEE = 0.7  # of the display range; above it clouds are compressed instead of cut
 _SHADE = 0.15  # of the display range; so much below black, shadows of clouds still differ
 
@@ -176,10 +177,15 @@ def time_labels(cube: xr.DataArray, dim: Hashable) -> list[str]:
 
 def over_time(values: Array, statistic: Statistic) -> Array:
     """(T, H, W, 3) → (H, W, 3), NaN where there never was data."""
-    seen = np.isfinite(values)
-    filled = np.where(seen.any(0), values, 0.0)  # else NumPy warns of empty slices
-    picture = np.nanmedian(filled, 0) if statistic == "median" else np.nanmean(filled, 0)
-    return np.where(seen.any(0), picture, np.nan)
+    reduce = np.nanmedian if statistic == "median" else np.nanmean
+    picture = np.full(values.shape[1:], np.nan, values.dtype)
+    step = max(1, _ROWS_BYTES // max(1, values[:, :1].nbytes))
+    for first in range(0, len(picture), step):  # each of them makes several copies of what it is given
+        rows = values[:, first : first + step]
+        seen = np.isfinite(rows).any(0)
+        filled = np.where(seen, rows, np.zeros((), rows.dtype))  # else NumPy warns of empty slices
+        picture[first : first + step] = np.where(seen, reduce(filled, 0), np.nan)
+    return picture
 
 
 def limits(values: Array, stretch: tuple[float, float]) -> tuple[Array, Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -14,6 +14,8 @@ import xarray as xr
 from torch import Tensor
 
 from torchalign._check import message
+from torchalign._chunks import is_lazy
+from torchalign._host import give_back_memory
 from torchalign._labelled import (
     CUBE,
     MASK,
@@ -42,7 +44,10 @@ __all__ = ["ReferenceName", "ReferenceSource", "decode_reference", "find_referen
 ReferenceName = Literal["median", "mean", "first", "clearest", "iterative"]
 
 _READ_BYTES = 2**28  # of raw pixels of a lazy cube held at once, all its frames of a block of rows
-_REFERENCE_BYTES = 2**27  # of computed pixels held at once for a temporal median or mean
+_LOAD_BYTES = 2**25  # of these, read at once: dask holds what it reads twice
+_REFERENCE_BYTES = 2**26  # of computed pixels held at once for a temporal median or mean
+_DECODE_BYTES = 2**23  # of these, decoded and aligned at once
+_SORT_BYTES = 2**22  # of these, sorted at once
 _MOST_ROUNDS = 8  # of "iterative"; two or three are the rule
 _ENOUGH = 0.5  # of the frames aligned with their median, or "iterative" tries to start from the clearest
 _FEWEST = 3  # frames that make a median
@@ -160,9 +165,9 @@ def visible(
 
 def _mark(raw: Array, seen: Array | None, pixels: Pixels, device: torch.device) -> Tensor:
     values = pixels.decode(raw, device)
-    values = values.nan_to_num(torch.nan, torch.nan, torch.nan)  # infinities are not usable either
+    values.nan_to_num_(torch.nan, torch.nan, torch.nan)  # infinities are not usable either
     if seen is not None:
-        values = values.masked_fill(~torch.from_numpy(np.array(seen)).to(device)[:, None], torch.nan)
+        values.masked_fill_(~torch.from_numpy(np.array(seen)).to(device)[:, None], torch.nan)
     return values
 
 
@@ -193,65 +198,125 @@ def over_time(
     # a lazy cube is read anew for every block of rows: few and large ones, which are then worked on in parts
     read = max(1, _READ_BYTES // max(1, samples * cube.array.dtype.itemsize))
     work = max(1, _REFERENCE_BYTES // max(1, samples * pixels.compute.itemsize))
-    margins = None if found is None else _Margins(found, (height, width))
+    chosen = np.arange(frames) if found is None else np.flatnonzero(found.valid.cpu().numpy())
+    margins = _Margins(found, (height, width))
     for first in range(0, height if samples else 0, read):
         last = min(first + read, height)
-        loaded = slice(first, last) if margins is None else margins.source(first, last)
-        raw = load(cube.variable, CUBE, y=loaded)
-        seen = None if usable is None else load(usable, MASK, y=loaded)
+        block = _Block.load(cube, pixels, usable, margins.source(first, last), device)
         for top in range(first, last, work):
             bottom = min(top + work, last)
-            taken = slice(top, bottom) if margins is None else margins.source(top, bottom)
-            within = slice(taken.start - loaded.start, taken.stop - loaded.start)
-            part = None if seen is None else seen[:, within if seen.shape[1] > 1 else slice(None)]
-            values = _mark(raw[:, :, within], part, pixels, device)  # (T, C, h, W)
-            if found is not None:
-                values = _align_rows(values, found, taken.start)[
-                    :, :, top - taken.start : bottom - taken.start
-                ]
+            values = result.new_empty(len(chosen), bands, bottom - top, width)
+            _fill(values, block, chosen, top, margins, found)
             result[:, top:bottom] = _reduce(word, values).to(result.dtype)
+        del block, values
+        give_back_memory()  # before as much is read again
     return result
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Rows of all frames, as they were read."""
+
+    raw: Array  # (T, C, h, W)
+    seen: Array | None  # (T or 1, h or 1, W or 1)
+    top: int  # the number of its first row
+    pixels: Pixels
+    device: torch.device
+
+    @classmethod
+    def load(
+        cls, cube: Cube, pixels: Pixels, usable: xr.Variable | None, rows: slice, device: torch.device
+    ) -> _Block:
+        raw = _load_rows(cube.variable, CUBE, rows)
+        seen = None if usable is None else _load_rows(usable, MASK, rows)
+        return cls(raw, seen, rows.start, pixels, device)
+
+    def decode(self, frames: Array, rows: slice) -> Tensor:
+        """(len(frames), C, h, W), NaN wherever a pixel is not to be used."""
+        within = slice(rows.start - self.top, rows.stop - self.top)
+        seen = self.seen
+        if seen is not None:
+            seen = seen if len(seen) == 1 else seen[frames]
+            seen = seen if seen.shape[1] == 1 else seen[:, within]
+        return _mark(self.raw[frames, :, within], seen, self.pixels, self.device)
+
+
+def _fill(
+    values: Tensor, block: _Block, chosen: Array, top: int, margins: _Margins, found: Found | None
+) -> None:
+    """Put the rows from ``top`` on of the chosen frames into values, (T, C, h, W), a few frames at a time."""
+    rows = margins.source(top, top + values.shape[2])
+    row_bytes = values.shape[1] * values.shape[3] * values.itemsize
+    step = max(1, _DECODE_BYTES // max(1, row_bytes * (rows.stop - rows.start)))
+    for first in range(0, len(chosen), step):
+        frames = chosen[first : first + step]
+        part = block.decode(frames, rows)
+        if found is not None:
+            warp = change_origin(found.warp[frames].to(part), (0.0, float(rows.start)))
+            # not bilinear: a median of blurred frames is blurred; NaN where a frame does not reach
+            part = resample(part, warp, interpolation="bicubic", fill_value=torch.nan).values
+            part = part[:, :, top - rows.start :][:, :, : values.shape[2]]
+        values[first : first + step] = part
+
+
+def _load_rows(source: xr.Variable, roles: Sequence[str], rows: slice) -> Array:
+    """``load(source, roles, y=rows)``; a lazy one part by part along time, into memory that is there already."""
+    if not is_lazy(source) or "time" not in source.dims:
+        return load(source, roles, y=rows)
+    part = source.isel(y=rows) if "y" in source.dims else source
+    shape = tuple(part.sizes.get(role, 1) for role in roles)
+    values = np.empty(shape, source.dtype)
+    step = max(1, _LOAD_BYTES * shape[0] // max(1, values.nbytes))
+    for first in range(0, shape[0], step):
+        frames = slice(first, first + step)
+        values[frames] = load(part, roles, time=frames)
+    return values
+
+
 def _reduce(word: str, values: Tensor) -> Tensor:
-    return values.nanmean(0, dtype=torch.float64) if word == "mean" else _nanmedian(values)
+    """(T, C, h, W) → (C, h, W); on the CPU, some pixels at a time."""
+    pixels = values.flatten(1)
+    step = _SORT_BYTES // max(1, len(values) * values.itemsize)
+    parts = [pixels] if values.is_cuda else pixels.split(max(1, step), 1)
+    if word == "mean":
+        reduced = [part.nanmean(0, dtype=torch.float64) for part in parts]
+    else:
+        reduced = [_median_of_series(part.T) for part in parts]
+    return torch.cat(reduced).view(values.shape[1:])
 
 
-def _nanmedian(values: Tensor) -> Tensor:
-    """Over the first axis; of an even number of values the mean of the two in the middle."""
-    series = values.flatten(1).T.contiguous().nan_to_num(torch.inf)  # (C·h·W, T)
-    # on the CPU, numpy's sort is ten times as fast as torch's
-    ordered = series.sort(1).values if series.is_cuda else torch.from_numpy(np.sort(series.numpy(), axis=1))
-    count = torch.searchsorted(ordered, ordered.new_full((len(ordered), 1), torch.inf))  # of what is no NaN
-    below, above = ordered.gather(1, (count - 1).clamp(min=0) // 2), ordered.gather(1, count // 2)
-    median = ((below + above) / 2).masked_fill(count == 0, torch.nan)
-    return median.view(values.shape[1:])
+def _median_of_series(values: Tensor) -> Tensor:
+    """(N, T) → (N,); of an even number of values the mean of the two in the middle."""
+    series = values.contiguous().nan_to_num(torch.inf)
+    if series.is_cuda:
+        series = series.sort(1).values
+    else:
+        series.numpy().sort(axis=1)  # in place, and ten times as fast as torch's
+    count = torch.searchsorted(series, series.new_full((len(series), 1), torch.inf))  # of what is no NaN
+    below, above = series.gather(1, (count - 1).clamp(min=0) // 2), series.gather(1, count // 2)
+    return ((below + above) / 2).masked_fill(count == 0, torch.nan).squeeze(1)
 
 
 class _Margins:
-    """Which rows of the frames show up in rows of the aligned frames."""
+    """Which rows of the frames show up in rows of the aligned frames; the same where nothing is aligned."""
 
-    def __init__(self, found: Found, size: tuple[int, int]) -> None:
+    def __init__(self, found: Found | None, size: tuple[int, int]) -> None:
         self.height, self.width = size
-        back = invert_warp(found.warp[found.valid].double().cpu())  # reference → moving
-        self.back = back[back.isfinite().flatten(-2).all(-1)]
+        self.back: Tensor | None = None  # reference → moving
+        if found is not None:
+            back = invert_warp(found.warp[found.valid].double().cpu())
+            self.back = back[back.isfinite().flatten(-2).all(-1)]
 
     def source(self, top: int, bottom: int) -> slice:
         """Rows of the frames, with what the kernel reaches over; some row at least."""
+        if self.back is None:
+            return slice(top, bottom)
         right, low = float(self.width - 1), float(bottom - 1)
         corners = torch.tensor([(0.0, top), (right, top), (0.0, low), (right, low)], dtype=torch.float64)
         rows = transform_points(self.back, corners)[..., 1]
         rows = torch.cat((rows.flatten(), corners[:, 1])).nan_to_num(0.0, float(self.height), 0.0)
         first = min(max(0, int(rows.min().floor()) - 3), top)
         return slice(first, max(min(self.height, int(rows.max().ceil()) + 4), bottom))
-
-
-def _align_rows(values: Tensor, found: Found, top: int) -> Tensor:
-    """The rows from ``top`` on, of the valid frames, aligned; NaN where a frame does not reach."""
-    keep = found.valid.to(values.device)
-    warp = change_origin(found.warp.to(values)[keep], (0.0, float(top)))
-    # not bilinear: a median of blurred frames is blurred
-    return resample(values[keep], warp, interpolation="bicubic", fill_value=torch.nan).values
 
 
 # --- "iterative" ---

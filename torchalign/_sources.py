@@ -34,12 +34,8 @@ __all__ = [
 CUBES = (".nc", ".nc4", ".zarr")  # names of outputs that are one cube
 _NETCDF = (".nc", ".nc4", ".netcdf", ".h5")
 _RASTERS = (".tif", ".tiff")
-_LAZY_BYTES = 2**30  # a cube above this is not taken into memory whole
-_PORTABLE = {
-    *("dtype", "_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned"),
-    *("units", "calendar", "grid_mapping", "coordinates"),
-}
-_COMPRESSION = {"zlib", "complevel", "shuffle", "compression", "compression_opts"}  # from netCDF to netCDF
+_LAZY_BYTES = 2**27  # a cube above this is not taken into memory whole
+_CHUNK_BYTES = 2**24  # of a lazy one: several chunks are held, as floats, at the same time
 
 
 class Source(NamedTuple):
@@ -80,7 +76,7 @@ def open_source(
         variable: its name; default: the only one with time, y, x and maybe band.
         bands: labels or positions, separated by commas.
         pattern: of names in a folder of GeoTIFFs.
-        lazy: dask's chunks along time, or not; default: above 1 GiB, where dask is installed.
+        lazy: dask's chunks along time, or not; default: above 128 MiB, where dask is installed.
         skip_bad: leave files out that do not fit the others.
         skip: a variable that is not the one, for it is the mask.
 
@@ -146,9 +142,12 @@ def _open_stack(
     source: Any = folders[0] if folders else list(paths)
     chosen = None if bands is None else [int(b) if b.isdecimal() else b for b in _split(bands)]
     options: dict[str, Any] = {"pattern": pattern, "bands": chosen, "errors": "skip" if skip_bad else "raise"}
-    if lazy is None and find_spec("dask") is not None:
-        lazy = open_stack(source, chunks="auto", **options).nbytes > _LAZY_BYTES
-    return open_stack(source, chunks="auto" if lazy else None, keep_empty=keep_empty, **options)
+    chunks = None
+    if lazy or (lazy is None and find_spec("dask") is not None):
+        headers = open_stack(source, chunks=1, **options)
+        if lazy or headers.nbytes > _LAZY_BYTES:
+            chunks = _frames_in_a_chunk(headers)
+    return open_stack(source, chunks=chunks, keep_empty=keep_empty, **options)
 
 
 @contextmanager
@@ -247,10 +246,14 @@ def _select_bands(cube: xr.DataArray, bands: str) -> xr.DataArray:
 
 
 def _chunked(cube: xr.DataArray) -> xr.DataArray:
-    """As many whole frames a chunk as make 16 MiB: several are held, as floats, at the same time."""
+    """Whole frames, a few in a chunk."""
     time = cube_dims(cube)["time"]
-    frame = max(1, cube.nbytes // max(1, cube.sizes[time]))
-    return cube.chunk({time: max(1, 2**24 // frame), **{dim: -1 for dim in cube.dims if dim != time}})
+    return cube.chunk({time: _frames_in_a_chunk(cube), **{dim: -1 for dim in cube.dims if dim != time}})
+
+
+def _frames_in_a_chunk(cube: xr.DataArray) -> int:
+    frame_bytes = cube.nbytes // max(1, cube.sizes[cube_dims(cube)["time"]])
+    return max(1, _CHUNK_BYTES // max(1, frame_bytes))
 
 
 # --- beside the cube ---
@@ -329,18 +332,14 @@ def _open_array(name: str, text: str, pattern: str, expected: str) -> xr.DataArr
 
 
 def portable(cube: xr.DataArray, suffix: str) -> xr.DataArray:
-    """The cube under a name, without the attributes and the encoding that the format of ``suffix`` cannot take."""
-    keys = _PORTABLE if suffix == ".zarr" else _PORTABLE | _COMPRESSION
+    """The cube under a name, without the attributes that the format of ``suffix`` cannot take."""
     cleaned = cube.copy(deep=False)
     for variable in (cleaned.variable, *(array.variable for array in cleaned.coords.values())):
-        is_text = variable.dtype.kind not in "biufcmM"  # each format has one way to store it
-        dropped = {"dtype", "_FillValue", *_COMPRESSION} if is_text else set()
-        variable.encoding = {key: variable.encoding[key] for key in (keys - dropped) & {*variable.encoding}}
         variable.attrs = portable_attributes(variable.attrs, suffix)
     # a fill value is declared once: by the encoding, where xarray writes it
     declared = cleaned.attrs.pop("_FillValue", None)
     if declared is not None:
-        cleaned.encoding.setdefault("_FillValue", declared)
+        cleaned.encoding = {"_FillValue": declared} | cleaned.encoding
     return cleaned.rename(cube.name if cube.name is not None else "aligned")
 
 

@@ -175,7 +175,7 @@ def build_app() -> "typer.Typer":
         bool | None,
         typer.Option(
             "--lazy/--in-memory",
-            help="Stream through dask, chunk by chunk, or take all into memory. Default: lazy above 1 GiB.",
+            help="Stream through dask, chunk by chunk, or take all into memory. Default: lazy above 128 MiB.",
             show_default=False,
         ),
     ]
@@ -756,7 +756,7 @@ def _is_report(path: Path) -> bool:
     try:
         with xr.open_dataset(path, engine="h5netcdf") as dataset:
             return {"warp", "status"} <= {*dataset.data_vars}
-    except Exception:  # a cube that cannot be read is told of where cubes are
+    except (OSError, ValueError, ImportError):  # no HDF5, no netCDF, no reader: told of where cubes are read
         return False
 
 

@@ -29,6 +29,7 @@ from torchalign._pictures import (
     check_report,
     compare,
     dark,
+    find_bands,
     find_dims,
     limits,
     load_frames,
@@ -94,6 +95,7 @@ class _Parts(NamedTuple):
 
     before: xr.DataArray
     after: xr.DataArray
+    bands: list[Any] | None  # what they hold, by label
     report: xr.Dataset
     words: str
 
@@ -211,7 +213,7 @@ def to_html(
         folder.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
     )
     done = int((codes == Status.OK).sum())
-    parts = None if cube is None or aligned is None else _load_parts(report, cube, aligned)
+    parts = None if cube is None or aligned is None else _load_parts(report, cube, aligned, bands)
     pictured = cube is not None and codes.size <= _THUMBNAILS
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
     return page.render(
@@ -223,8 +225,8 @@ def to_html(
         origin=_origin(report),
         tiles=_tiles(report),
         statuses=list(_statuses(report).values()),
-        comparison=None if parts is None else _comparison(parts, bands, stretch),
-        charts=_charts(report, split, parts, bands, stretch),
+        comparison=None if parts is None else _comparison(parts, stretch),
+        charts=_charts(report, split, parts, stretch),
         time=report["status"].dims[0],
         columns=_columns(report),
         rows=_rows(report, cube if pictured else None, bands, stretch),
@@ -310,11 +312,9 @@ def _statuses(report: xr.Dataset) -> dict[Status, _Status]:
 # --- pictures ---
 
 
-def _comparison(
-    parts: _Parts, bands: Sequence[Hashable] | None, stretch: tuple[float, float]
-) -> dict[str, Any]:
+def _comparison(parts: _Parts, stretch: tuple[float, float]) -> dict[str, Any]:
     """Two pictures of the median, which the script lays on one another."""
-    pair = compare(parts.before, parts.after, bands, "median", None, parts.report, stretch, None)
+    pair = compare(parts.before, parts.after, parts.bands, "median", None, parts.report, stretch, None)
     gains = f" {', '.join(pair.gains).capitalize()}." if pair.gains else ""
     return {
         "words": f"The {pair.words}{parts.words}.{gains}",
@@ -330,7 +330,6 @@ def _charts(
     report: xr.Dataset,
     split: Label | None,
     parts: _Parts | None,
-    bands: Sequence[Hashable] | None,
     stretch: tuple[float, float],
 ) -> list[_Picture]:
     ok = report["status"].values == Status.OK
@@ -350,7 +349,7 @@ def _charts(
         ),
     ]
     if parts is not None and len(shift):
-        options: dict[str, Any] = {"report": parts.report, "bands": bands, "stretch": stretch}
+        options: dict[str, Any] = {"report": parts.report, "bands": parts.bands, "stretch": stretch}
         figure = plot.temporal_profile(parts.before, parts.after, **options)
         caption = (
             f"One row and one column along time{parts.words}: edges that wiggle before run straight after."
@@ -359,22 +358,33 @@ def _charts(
     return charts
 
 
-def _load_parts(report: xr.Dataset, cube: xr.DataArray, aligned: xr.DataArray) -> _Parts:
+def _load_parts(
+    report: xr.Dataset, cube: xr.DataArray, aligned: xr.DataArray, bands: Sequence[Hashable] | None
+) -> _Parts:
     sizes = [cube.sizes[find_dims(cube)[role]] for role in ("y", "x")]
     height, width = (min(size, _WINDOW) for size in sizes)
     chosen = _chosen_frames(report, min(max(_PICTURED // max(height * width, 1), _FEWEST), _MOST))
     words = f", the {height} × {width} pixels in the middle of {sizes[0]} × {sizes[1]}"
-    before, after = (_part(each, chosen, (height, width)) for each in (cube, aligned))
+    before, after = (_part(each, chosen, (height, width), bands) for each in (cube, aligned))
     few = report.isel({report["status"].dims[0]: chosen})
-    return _Parts(before, after, few, "" if [height, width] == sizes else words)
+    dim = find_dims(before).get("band")
+    shown = None if dim is None else before[dim].values.tolist()
+    return _Parts(before, after, shown, few, "" if [height, width] == sizes else words)
 
 
-def _part(cube: xr.DataArray, frames: list[int], size: tuple[int, int]) -> xr.DataArray:
-    """Of the frames the (height, width) in the middle, loaded frame by frame."""
+def _part(
+    cube: xr.DataArray, frames: list[int], size: tuple[int, int], bands: Sequence[Hashable] | None
+) -> xr.DataArray:
+    """Of the frames the (height, width) in the middle and the bands to display, loaded frame by frame."""
     dims = find_dims(cube)
     starts = [(cube.sizes[dims[role]] - length) // 2 for role, length in zip(("y", "x"), size, strict=True)]
     rows, columns = (slice(start, start + length) for start, length in zip(starts, size, strict=True))
     part = cube.isel({dims["y"]: rows, dims["x"]: columns})
+    if "band" in dims:
+        numbers = find_bands(cube, dims["band"], bands)
+        part = part.isel({dims["band"]: numbers})
+        if dims["band"] not in part.coords:  # they keep their numbers
+            part = part.assign_coords({dims["band"]: numbers})
     return xr.concat([part.isel({dims["time"]: [n]}).load() for n in frames], dims["time"])
 
 

@@ -39,6 +39,12 @@ __all__ = ["Compression", "OnError", "open_stack", "parse_time", "write_cube", "
 OnError = Literal["raise", "skip"]
 Compression = Literal["deflate", "lzw", "zstd", "none"]
 _FILE = "file"  # the coordinate that keeps the names
+# of encodings: what every format knows; what goes from netCDF to netCDF
+_STORABLE = {
+    *("dtype", "_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned"),
+    *("units", "calendar", "grid_mapping", "coordinates"),
+}
+_COMPRESSION = {"zlib", "complevel", "shuffle", "compression", "compression_opts"}
 _DATE = r"(?P<year>(?:19|20)\d\d){0}(?P<month>0[1-9]|1[0-2]){0}(?P<day>0[1-9]|[12]\d|3[01])"
 _CLOCK = r"(?:[T ](?P<hour>[01]\d|2[0-3]){0}(?P<minute>[0-5]\d)(?:{0}(?P<second>[0-5]\d))?)?"
 # in this order; the first date in the name is that of acquisition in the products of Sentinel and Landsat
@@ -206,7 +212,8 @@ def write_stack(
 
     Pixels, dtype, nodata, band names, scale and offset, CRS and transform are written as they are, bit for bit.
     A coordinate ``geotransform`` along time (of :func:`torchalign.apply` with ``mode="shift-coords"``) gives each
-    file a transform of its own. A lazy cube is computed and written chunk by chunk.
+    file a transform of its own. A lazy cube is computed and written chunk by chunk. Colour tables and other tags
+    of the files that a cube was read from are not written.
 
     Args:
         cube: time, y, x and maybe band, of numbers or bool (written as uint8).
@@ -269,8 +276,7 @@ def write_cube(
     """Write a cube with xarray to a Zarr store or a netCDF file that is never seen half-written.
 
     It is written beside ``path`` under another name (``.NAME.….partial``), and put into its place when it is
-    complete; a run that is killed leaves only the other name. A lazy cube goes through chunk by chunk. (On Linux,
-    glibc holds on to freed memory, thread by thread: ``MALLOC_ARENA_MAX=1`` in the environment keeps it small.)
+    complete; a run that is killed leaves only the other name. A lazy cube goes through chunk by chunk.
 
     Args:
         cube: time, y, x and maybe band.
@@ -434,8 +440,14 @@ def _drop_strangers(rasters: Mapping[Path, _Raster], skipped: dict[Path, str]) -
     for path, raster in rasters.items():
         if path not in skipped and raster.kind != usual:
             pairs = zip(names, raster.kind, usual, strict=True)
-            differs = [f"{name} {own} where most have {most}" for name, own, most in pairs if own != most]
-            skipped[path] = differs[0]
+            name, own, most = next(pair for pair in pairs if pair[1] != pair[2])
+            if name == "CRS" and _crs_name(own) != _crs_name(most):  # else only their WKT tells them apart
+                own, most = _crs_name(own), _crs_name(most)
+            skipped[path] = f"{name} {own} where most have {most}"
+
+
+def _crs_name(wkt: str) -> str:
+    return wkt.partition('"')[2].partition('"')[0] or "none"
 
 
 def _drop_duplicates(
@@ -595,9 +607,15 @@ def _cf_attributes(wkt: str) -> dict[str, Any]:
     """What CF calls the parts of a CRS; the WKT alone where pyproj does not know it."""
     try:
         from pyproj import CRS
-
-        return {key: value for key, value in CRS.from_wkt(wkt).to_cf().items() if key not in ("crs_wkt",)}
-    except Exception:  # an engineering CRS, for one; nothing is lost without
+        from pyproj.exceptions import CRSError
+    except ImportError:
+        return {}
+    try:
+        return {key: value for key, value in CRS.from_wkt(wkt).to_cf().items() if key != "crs_wkt"}
+    except (
+        CRSError,
+        KeyError,
+    ):  # no WKT that PROJ knows, or a method that CF has not; nothing is lost without
         return {}
 
 
@@ -776,23 +794,11 @@ def _all_paths(parts: Sequence[Sequence[Path]]) -> list[Path]:
 
 def _storable(dataset: xr.Dataset, suffix: str) -> xr.Dataset:
     """Without the encodings of another format, which xarray would stumble over; chunks are the cube's own."""
-    keep = {
-        "dtype",
-        "_FillValue",
-        "missing_value",
-        "scale_factor",
-        "add_offset",
-        "_Unsigned",
-        "units",
-        "calendar",
-    }
-    keep |= {"grid_mapping", "coordinates"}
-    if suffix != ".zarr":  # from netCDF to netCDF
-        keep |= {"zlib", "complevel", "shuffle", "compression", "compression_opts"}
+    keep = _STORABLE if suffix == ".zarr" else _STORABLE | _COMPRESSION
     cleaned = dataset.copy(deep=False)
     for name in cleaned.variables:
         variable = cleaned.variables[name]
-        text = variable.dtype.kind not in "biufcmM"
+        text = variable.dtype.kind not in "biufcmM"  # each format has one way to store it
         variable.encoding = {
             key: value for key, value in variable.encoding.items() if key in keep and not text
         }

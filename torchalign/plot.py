@@ -482,7 +482,7 @@ def summary(
     axes = top.subplot_mosaic("ABST;abtt", width_ratios=(1.12, 1.12, 1.0, 1.0))
     pictures = np.array([[axes["A"], axes["B"]], [axes["a"], axes["b"]]])
     drawn = _draw_before_after(pictures, cube, aligned, bands, statistic, None, report, stretch, zoom)
-    axes["A"].set_title(f"Before: {drawn}", fontsize=11, color=INK)
+    axes["A"].set_title(f"Before: {drawn}".replace(" (", "\n(", 1), fontsize=11, color=INK)
     shift_scatter(report, true_shift=truth, ax=axes["S"])
     if truth is None:
         score_gain(report, ax=axes["T"])
@@ -871,7 +871,7 @@ def _date_axis(ax: Axes) -> None:
     ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
 
 
-def _finish(ax: Axes, *, columns: int = 1) -> None:
+def _finish(ax: Axes, *, columns: int = 2) -> None:
     ax.title.set(fontsize=11, color=INK)
     ax.grid(True, color="#E6E6E6", linewidth=0.6, zorder=0)
     ax.set_axisbelow(True)
@@ -883,7 +883,9 @@ def _finish(ax: Axes, *, columns: int = 1) -> None:
         flagged = [label.split(" (")[0] in set(Status.__members__) - {"OK"} for label in labels]
         order = sorted(range(len(labels)), key=flagged.__getitem__)
         handles, labels = [handles[number] for number in order], [labels[number] for number in order]
-        ax.legend(handles, labels, fontsize=8, ncols=columns, framealpha=0.9, borderaxespad=0.3)
+        # below the axis: inside, it would hide frames; the pad, in letters, is for ticks and label
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 5.0}
+        ax.legend(handles, labels, fontsize=8, ncols=columns, frameon=False, **below)
 
 
 # --- local features ---

@@ -345,8 +345,13 @@ def load_report(path: str | Path) -> xr.Dataset:
     elif path.suffix.lower() == ".json":
         report = _from_json(path)
     else:
-        with xr.open_dataset(path, engine="h5netcdf") as file:
-            report = file.load()
+        try:
+            with xr.open_dataset(path, engine="h5netcdf") as file:
+                report = file.load()
+        except (OSError, ValueError) as error:  # an ImportError says itself what is missing
+            reason = f"{path} ({str(error).strip().splitlines()[0]})" if str(error).strip() else path
+            cure = "give a file that save_report wrote"
+            raise ValueError(message("path", "a report in netCDF", reason, cure)) from error
     _check_report(report)
     return report
 

@@ -29,6 +29,7 @@ from torchalign._chunks import (
     undisturbed,
 )
 from torchalign._grid import Grid, find_grid, metres_per_pixel, regrid_warp
+from torchalign._host import give_back_memory
 from torchalign._labelled import (
     CUBE,
     MASK,
@@ -429,6 +430,7 @@ class _Job:
             if out is not None:
                 cube.view(out)[batch] = values
             advance(len(raw))
+        give_back_memory()
         return out, {name: np.concatenate([fields[name] for fields in made]) for name in made[0]}
 
     def _run_lazily(self, source: ReferenceSource, resampled: bool) -> tuple[Any, dict[str, Any]]:
@@ -469,7 +471,7 @@ def _align_chunk(
         module = _find_aligner(recipe.aligner, where)
         one = decode_reference(reference_pixels, reference, shape, where) if reference.ndim == 3 else None
         sizes = dict(zip(CUBE, raw.shape, strict=True))
-        pixels, rows = [], []
+        pixels, rows = np.empty_like(raw) if resampled else raw, []
         step = _frames_at_a_time(recipe.batch_size, sizes, recipe.pixels, where, _TASK_BATCH_BYTES)
         for batch in _batches(len(raw), step):
             own = decode_reference(reference_pixels, reference[batch], shape, where) if one is None else one
@@ -482,10 +484,10 @@ def _align_chunk(
                 None if init is None or regridding is None else regridding(init[batch]),
                 resampled=resampled,
             )
-            pixels.append(values)
+            if resampled:
+                pixels[batch] = values
             rows.append(fields | {"warp": _with_rows(fields["warp"], recipe.rows)})
-    whole = np.concatenate(pixels) if len(pixels) > 1 else pixels[0]
-    return whole, {name: np.concatenate([fields[name] for fields in rows]) for name in rows[0]}
+    return pixels, {name: np.concatenate([fields[name] for fields in rows]) for name in rows[0]}
 
 
 def _with_rows(warp: Array, rows: int) -> Array:
