@@ -56,6 +56,7 @@ from torchalign.functional.texture import (
     Texture,
     agreement,
     extract_pyramid,
+    nanmedian,
     pool,
     tukey,
     working_size,
@@ -603,7 +604,7 @@ def _biweight(values: Tensor, common: Tensor, level: Level) -> Tensor:
     difference = values - level.field.flatten(-2)
     # a quarter of the samples tells the median as well, and sorting is what costs
     known = difference.detach().abs().masked_fill(common < 0.5, torch.nan)[..., ::4]
-    spread = known.nanmedian(-1, keepdim=True).values.nan_to_num(1.0) / 0.6745
+    spread = nanmedian(known)[..., None].nan_to_num(1.0) / 0.6745
     ratio = difference / (4.685 * spread + torch.finfo(values.dtype).tiny)
     return (1 - ratio.square()).clamp(min=0).square()
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ __all__ = [
     "extract_texture",
     "fill_small_holes",
     "local_contrast",
+    "nanmedian",
     "pool",
     "tukey",
     "working_size",
@@ -88,8 +90,11 @@ class Grid(NamedTuple):
         """The grid of ``size`` over frames of ``frame``; tensors on the device and in the dtype of ``like``."""
         kind = {"device": like.device, "dtype": like.dtype}
         # bin k is k cycles per frame, on either grid
-        y = torch.fft.fftfreq(size[0], frame[0] / size[0], **kind)
-        x = torch.fft.rfftfreq(size[1], frame[1] / size[1], **kind)
+        rows, columns = size
+        # (not torch.fft.fftfreq, which knows no symbolic spacing)
+        y = (torch.arange(rows, device=like.device) + rows // 2) % rows - rows // 2
+        x = torch.arange(columns // 2 + 1, **kind) / frame[1]
+        y = y.to(like.dtype) / frame[0]
         return cls(frame, size, max_frequency, (y, x), torch.hypot(x, y[:, None]))
 
     def roll_off(self) -> Tensor:
@@ -101,9 +106,8 @@ class Grid(NamedTuple):
         """(..., h, w): a Tukey window; given a shift, the ground that a frame so shifted has in common with it."""
         profiles = []
         for axis, (length, samples) in enumerate(zip(self.frame, self.size, strict=True)):
-            position = torch.arange(samples, device=self.radius.device, dtype=self.radius.dtype) * (
-                length / samples
-            )
+            count = torch.arange(samples, device=self.radius.device, dtype=self.radius.dtype)
+            position = count * length / samples
             profile = tukey(position, length, taper)
             if shift is not None:
                 moved = tukey(position - shift[..., 1 - axis, None], length, taper)
@@ -182,7 +186,9 @@ def working_size(size: tuple[int, int], max_frequency: float) -> tuple[int, int]
     >>> working_size((256, 101), 0.25), working_size((256, 101), 0.5)
     ((128, 56), (256, 101))
     """
-    height, width = (min(length, 8 * math.ceil(2 * max_frequency * length / 8)) for length in size)
+    # whole, positive numbers only: under torch.export a size is a symbol
+    share, parts = Fraction(max_frequency / 4).limit_denominator(2**16).as_integer_ratio()
+    height, width = (torch.sym_min(length, 8 * ((length * share + parts - 1) // parts)) for length in size)
     return height, width
 
 
@@ -229,11 +235,34 @@ def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
     sampled = variance[..., ::4, ::4]
     if weights is not None:
         sampled = sampled.masked_fill(weights[..., ::4, ::4] < 0.5, torch.nan)
-    typical = sampled.flatten(-2).nanmedian(-1).values.nan_to_num(0.0)[..., None, None]
+    typical = nanmedian(sampled.flatten(-2)).nan_to_num(0.0)[..., None, None]
     total = variance + typical
     flat = total <= torch.finfo(image.dtype).tiny ** 0.5  # below it the derivative of the root overflows
     contrast = torch.where(flat, 0.0, detail * torch.rsqrt(torch.where(flat, 1.0, total)))
     return contrast if weights is None else contrast * weights
+
+
+def nanmedian(values: Tensor, dim: int = -1) -> Tensor:
+    """The (lower) median of what is not NaN, along one dimension; NaN where nothing is.
+
+    :func:`torch.nanmedian`, but for ``torch.use_deterministic_algorithms(True)``, under which torch refuses medians
+    on CUDA, because of their indices: then the same values are found by sorting.
+
+    Args:
+        values: any shape.
+        dim: along which.
+
+    Returns:
+        ``values`` without that dimension.
+
+    >>> nanmedian(torch.tensor([[4.0, torch.nan, 1.0, 3.0, 2.0], [torch.nan] * 5]))
+    tensor([2., nan])
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return values.nanmedian(dim).values
+    ordered = values.sort(dim).values  # NaN last
+    count = (~ordered.isnan()).sum(dim, keepdim=True)
+    return ordered.gather(dim, (count - 1).clamp(min=0) // 2).squeeze(dim)
 
 
 def agreement(moving: Tensor, reference: Tensor) -> Tensor:
@@ -303,7 +332,7 @@ def _normalize(
 ) -> Texture:
     """Units of any size become 1; then the local contrast."""
     samples = limited.shape[-2] * limited.shape[-1]
-    scale = torch.linalg.vector_norm(limited.detach(), dim=(-2, -1)) / math.sqrt(samples)
+    scale = torch.linalg.vector_norm(limited.detach(), dim=(-2, -1)) / torch.sym_sqrt(samples)
     flat = (scale <= noise) | empty | ~torch.isfinite(scale)
     # squares of what follows neither vanish nor overflow
     normal = limited / torch.where(flat, 1.0, scale)[..., None, None]
@@ -414,7 +443,7 @@ def pool(image: Tensor, times: int) -> Tensor:
         (..., ⌈H / 2ⁿ⌉, ⌈W / 2ⁿ⌉).
     """
     block = 2**times
-    missing = [-length % block for length in image.shape[-2:]]
+    missing = [(length + block - 1) // block * block - length for length in image.shape[-2:]]
     if any(missing):
         image = F.pad(image, (0, missing[1], 0, missing[0]))
     # halving by slices: much faster than a pooling on the CPU

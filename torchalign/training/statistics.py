@@ -123,7 +123,7 @@ def quantile(histogram: Tensor, q: float) -> Tensor:
     >>> round(float(quantile(state.histogram, 0.5)), 2)
     0.2
     """
-    counts = histogram.to(torch.float64).cumsum(-1)
+    counts = histogram.cumsum(-1).to(torch.float64)
     total = counts[-1]
     target = q * total
     index = torch.searchsorted(counts, target.reshape(1)).clamp(max=_BINS - 1).squeeze(0)
