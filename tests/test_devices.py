@@ -94,8 +94,6 @@ MODULES = {
     "AlignmentLoss ecc": (partial(ta.AlignmentLoss, "ecc", reduction="none"), "pairs"),
     "AlignmentLoss shift": (lambda: ta.AlignmentLoss("shift", aligner=ta.PCC(robust=False)), "pairs"),
     "AlignmentCheck": (ta.AlignmentCheck, "pairs"),
-    # (RegistrationError is AlignmentCheck's measurement and statistics; torchmetrics deep-copies its states, and a
-    # deep copy of a fake tensor breaks the process when it ends)
     "RandomMisregistration": (lambda: ta.RandomMisregistration(motion="homography", p=0.5), "frames"),
     "RandomMisregistration by band": (lambda: ta.RandomMisregistration(same_on_bands=False), "frames"),
     "RandomMisregistration2D": (lambda: ta.RandomMisregistration2D(motion="affine"), "frames"),
@@ -224,6 +222,24 @@ def test_fake_cuda_in_training(fake, name):
     kept = list(module.buffers())
     assert {tensor.device.type for tensor in kept} <= {"cuda"}
     assert len(kept) >= (6 if name == "AlignmentCheck" else 0)
+
+
+@pytest.fixture
+def metric():
+    """Made before the fake mode begins: torchmetrics deep-copies its states, and fake tensors have no deep copy."""
+    pytest.importorskip("torchmetrics")
+    return ta.RegistrationError(worst=4)
+
+
+def test_fake_cuda_metric(metric, fake):
+    for name, state in metric.metric_state.items():
+        setattr(metric, name, torch.empty(state.shape, dtype=state.dtype, device="cuda"))
+    frames, mask = on_cuda(4, 3, *SIZE), on_cuda(4, *SIZE, dtype=torch.bool)
+    metric.update(frames, on_cuda(4, 2, *SIZE))
+    metric.update(frames, frames, mask, mask[0], on_cuda(4, dtype=torch.int64))
+    found = metric.compute()
+    assert {"measured", "blank", "median", "p95", "worst_ids"} <= set(found)
+    assert {tensor.device.type for tensor in (*found.values(), *metric.metric_state.values())} == {"cuda"}
 
 
 def test_fake_cuda_sees_a_check_that_reads(fake):

@@ -300,7 +300,9 @@ def level_frequencies(
     """
     if levels is None:
         shortest = min(working_size(frame, max_frequency))
-        levels = 1 + max(0, math.floor(math.log2(max(1, shortest / _COARSEST))))
+        levels = 1
+        while shortest >= _COARSEST * 2**levels:  # torch.export notes for which sizes this holds
+            levels += 1
     return tuple(max_frequency / 2**level for level in range(levels))
 
 
@@ -524,7 +526,8 @@ class _Search(NamedTuple):
         nothing, the steps end when all have.
         """
         if not finest:
-            spacing = max(length / samples for length, samples in zip(*level.grid[:2], strict=True))
+            (height, width), (rows, columns) = level.grid[:2]
+            spacing = torch.sym_max(height / rows, width / columns)
             return self._climb(look, level, moving, _NEAR * spacing, precise=False)
         near = self._climb(look, level, moving, max(_NEAR, self.tolerance), precise=False)
         look = _Look.at(near.warp, level, moving, precise=True)
@@ -662,7 +665,7 @@ def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
     (height, width), (rows, columns) = level.grid.frame, level.grid.size
     moved = (increment.detach()[..., None, :] * level.corners).sum(-1)  # (..., T, 8)
     reach = torch.hypot(moved[..., :4], moved[..., 4:]).amax(-1)
-    longest = _LONGEST_STEP * max(height / rows, width / columns)
+    longest = _LONGEST_STEP * torch.sym_max(height / rows, width / columns)
     shorter = longest / reach.clamp(min=longest)
     return increment * shorter[..., None], reach * shorter
 
@@ -696,7 +699,9 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     pulls = (system.weights * residual).unsqueeze(-2) * level.regressors  # (..., T, 2 + P, n)
     size = level.grid.size
     # blocks of 8 × 8 samples, smaller ones where there would be less than 8 a side
-    times = min(_BLOCK, max(1, min(size) // 8).bit_length() - 1)
+    times = 0
+    while times < _BLOCK and min(size) >= 16 * 2**times:  # compared, not computed: a size may be a symbol
+        times += 1
     sums = pool(_unflatten(pulls, -1, size), times)  # (..., T, 2 + P, h / b, w / b)
     # what every block does to the two translations
     lever = system.inverse[..., :2, :]

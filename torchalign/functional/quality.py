@@ -167,7 +167,9 @@ def gate_stages(
         :class:`~torchalign.types.Estimate`.
     """
     size = (moving.shape[-2], moving.shape[-1])
-    step = max(1, min(size) // _LATTICE)
+    shortest = min(size)
+    # torch.export takes every pixel: a program has one lattice for all sizes
+    step = 1 if isinstance(shortest, torch.SymInt) else max(1, shortest // _LATTICE)
     homography = any(stage.warp.shape[-2] == 3 for stage in stages)
     if homography:
         stages = [stage._replace(warp=to_homogeneous(stage.warp)) for stage in stages]

@@ -302,10 +302,9 @@ class AlignmentCheck(nn.Module):
         """The first step of a pipeline that slips, or ``None``.
 
         A slip that is still there at the end is bisected: how far apart are the images after half of the steps?
-        With n steps that takes 2 + log₂ n measurements, the last one of the step by itself. The steps are walked one
-        by one, with a measurement each, where that tells nothing: the end is registered (a later step may have
-        undone the slip), half a pipeline cannot be measured (a single image without a claim), or no single step
-        slips as far.
+        With n steps that takes 2 + log₂ n measurements, the last one of the step by itself. The steps are walked,
+        with a measurement each, where that tells nothing: the end is registered (a later step may have undone the
+        slip), half a pipeline cannot be measured (a single image without a claim), or no single step slips as far.
 
         Args:
             pipeline: as in :meth:`trace`.
