@@ -15,6 +15,7 @@ import torch
 from scenes import fractal_stack
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchalign as ta
 from torchalign.aligner import Aligner
@@ -359,6 +360,71 @@ def test_check_on_a_device(device):
     expected = ta.AlignmentCheck()(cube.cpu(), reference.cpu().expand_as(cube.cpu()))
     torch.testing.assert_close(found.cpu(), expected, atol=2e-3, rtol=0)
     assert check.summary().measured == 4
+
+
+# -------------------------------------------------------------------------------------------- deterministic torch
+
+
+class Operators(TorchDispatchMode):
+    """Notes which operators are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.called.add(str(operator).removeprefix("aten."))
+        return operator(*args, **(kwargs or {}))
+
+
+# what torch.use_deterministic_algorithms refuses on CUDA, of all that a forward pass could use (its docstring)
+REFUSED = {
+    "median.dim",
+    "nanmedian.dim",
+    "kthvalue.default",
+    "put_.default",
+    "histc.default",
+    "bincount.default",
+}
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ["default", "ECC", "ECC homography", "Cascade"])
+def test_deterministic_algorithms(deterministic, name):
+    cube, reference = real()
+    mask = torch.rand(4, *SIZE) > 0.02
+    aligner = ALIGNERS[name].make()
+    with Operators() as operators:
+        aligned, estimate = aligner(cube, reference, mask)
+    assert len(operators.called) > 20
+    assert not operators.called & REFUSED
+    torch.use_deterministic_algorithms(False)
+    with Operators() as operators:
+        expected = aligner(cube, reference, mask)
+    assert operators.called & REFUSED  # the teeth: the quick way is such a one
+    assert torch.equal(estimate.warp, expected.estimate.warp)
+    torch.testing.assert_close(aligned, expected.aligned)
+
+
+def test_deterministic_algorithms_in_training(deterministic):
+    cube, reference = real()
+    cube[1, 0, :20] = torch.nan
+    check = ta.AlignmentCheck()
+    with Operators() as operators:
+        median = ta.AlignToFirst(onto="median")(cube)
+        check(cube, reference.expand_as(cube))
+        ta.AlignmentLoss("zncc")(cube[2:], reference.expand_as(cube[2:]))
+        summary = check.summary()
+    assert not operators.called & REFUSED
+    assert summary.measured + summary.unmatched == 4
+    torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(median, ta.AlignToFirst(onto="median")(cube), equal_nan=True)
 
 
 # ------------------------------------------------------------------------------------------ export, compile, vmap

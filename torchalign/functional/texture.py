@@ -188,8 +188,15 @@ def working_size(size: tuple[int, int], max_frequency: float) -> tuple[int, int]
     """
     # whole, positive numbers only: under torch.export a size is a symbol
     share, parts = Fraction(max_frequency / 4).limit_denominator(2**16).as_integer_ratio()
-    height, width = (torch.sym_min(length, 8 * ((length * share + parts - 1) // parts)) for length in size)
-    return height, width
+
+    def samples(length: int) -> int:
+        coarse = 8 * ((length * share + parts - 1) // parts)
+        if isinstance(length, torch.SymInt) and max_frequency <= 0.25:
+            torch._check(length >= 8)  # then it is no finer, which a symbol does not tell by itself
+            return coarse
+        return torch.sym_min(length, coarse)
+
+    return samples(size[0]), samples(size[1])
 
 
 def band_limit(image: Tensor, size: tuple[int, int], max_frequency: float = 0.25) -> Tensor:
