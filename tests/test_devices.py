@@ -547,17 +547,70 @@ def test_vmap_in_training(quiet):
             torch.testing.assert_close(torch.vmap(module)(*pairs), module(*pairs), atol=2e-3, rtol=1e-3)
 
 
-def test_export_of_the_layer(quiet):
-    cube, _ = real(6)
-    module = torch.nn.Sequential(layer(), torch.nn.Conv2d(4, 2, 1)).eval()
-    frames = torch.export.Dim("frames", min=2, max=4096)
-    program = torch.export.export(module, (cube[:4],), dynamic_shapes=(({0: frames}),))
+def exported(module, given, shapes):
+    """The program of a module, saved and reloaded."""
+    # what sizes must fulfil, torch checks when the program runs: that a working grid is coarser, and the like
+    program = torch.export.export(
+        module.eval(), given, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+    )
     saved = io.BytesIO()
     torch.export.save(program, saved)
     saved.seek(0)
-    loaded = torch.export.load(saved).module()
-    for count in (2, 6):
-        torch.testing.assert_close(loaded(cube[:count]), module(cube[:count]), atol=5e-3, rtol=0)
+    return torch.export.load(saved).module()
+
+
+def test_export_of_the_layer_with_any_size(quiet):
+    def series(frames, height, width):
+        return fractal_stack(frames, size=(height, width), bands=4, noise=0.003).cube
+
+    module = torch.nn.Sequential(layer(), torch.nn.Conv2d(4, 2, 1))
+    frames, height, width = (torch.export.Dim(name, min=low, max=4096) for name, low in SIZES)
+    loaded = exported(module, (series(4, 64, 72),), (({0: frames, 2: height, 3: width},)))
+    for size in ((2, 64, 72), (5, 77, 99), (3, 120, 50)):
+        cube = series(*size)
+        torch.testing.assert_close(loaded(cube), module(cube), atol=5e-3, rtol=0)
+        assert (module[0](cube) - cube).abs().max() > 0.05  # it does something
+    with pytest.raises(Exception, match="16"):
+        loaded(series(2, 12, 72))
+
+
+SIZES = (("T", 2), ("H", 16), ("W", 16))
+EXPORTED = {
+    "PCC, mask": (ta.PCC, (64, 72), ((3, 75, 97), (2, 130, 61))),
+    "ECC": (ta.ECC, (176, 190), ((3, 179, 197), (2, 209, 165))),
+    "ECC affine": (partial(ta.ECC, motion="affine"), (176, 190), ((3, 179, 197), (2, 209, 165))),
+    "AlignToFirst": (ta.AlignToFirst, (64, 72), ((3, 75, 97), (2, 130, 61))),
+}
+
+
+@pytest.mark.skipif(
+    "TORCHALIGN_EXPORT" not in os.environ, reason="takes minutes: set TORCHALIGN_EXPORT to run"
+)
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export_with_any_size(quiet, name):
+    make, traced, others = EXPORTED[name]
+    frames, height, width = (torch.export.Dim(name, min=low, max=4096) for name, low in SIZES)
+    series, masks = {0: frames, 2: height, 3: width}, {0: frames, 1: height, 2: width}
+
+    def given(count, height, width):
+        data = fractal_stack(count, size=(height, width), bands=4, noise=0.003)
+        if name == "AlignToFirst":
+            return (data.cube,)
+        mask = (torch.rand(count, height, width) > 0.02,) if "mask" in name else ()
+        return (data.cube, data.reference, *mask)
+
+    module = make()
+    shapes = (series,) if name == "AlignToFirst" else (series, {1: height, 2: width}, masks)
+    arguments = given(4, *traced)
+    loaded = exported(module, arguments, shapes[: len(arguments)])
+    for size in ((4, *traced), *others):
+        arguments = given(*size)
+        found, expected = loaded(*arguments), module(*arguments)
+        if name == "AlignToFirst":
+            torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
+        else:
+            assert_same(found[1], expected.estimate)
+            assert expected.estimate.valid.all()
 
 
 def test_per_sample_gradients(quiet):
