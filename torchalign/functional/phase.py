@@ -291,7 +291,9 @@ def _higher_of(peak: _Peak, start: Tensor, power: Tensor, grid: Grid) -> _Peak:
 
 def _lags(samples: int, reach: float, like: Tensor) -> Tensor:
     """The whole lags within ``reach`` samples that a surface of ``samples`` can tell apart."""
-    if isinstance(samples, torch.SymInt):  # torch.export: all of them, or their number would be another symbol
+    if isinstance(
+        samples, torch.SymInt
+    ):  # torch.export: all of them, or their number would be another symbol
         return torch.arange(samples, device=like.device) - samples // 2
     lowest, highest = max(-math.floor(reach), -(samples // 2)), min(math.floor(reach), (samples - 1) // 2)
     return torch.arange(lowest, highest + 1, device=like.device)
