@@ -526,9 +526,7 @@ class _Search(NamedTuple):
         nothing, the steps end when all have.
         """
         if not finest:
-            (height, width), (rows, columns) = level.grid[:2]
-            spacing = torch.sym_max(height / rows, width / columns)
-            return self._climb(look, level, moving, _NEAR * spacing, precise=False)
+            return self._climb(look, level, moving, _NEAR * level.grid.spacing(), precise=False)
         near = self._climb(look, level, moving, max(_NEAR, self.tolerance), precise=False)
         look = _Look.at(near.warp, level, moving, precise=True)
         return self._climb(look, level, moving, self.tolerance, precise=True)
@@ -662,10 +660,9 @@ def _gain(moments: Tensor, system: _System) -> tuple[Tensor, Tensor]:
 
 def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
     """No step is longer than a few samples of its level; and how far it moves the farthest corner, in pixels."""
-    (height, width), (rows, columns) = level.grid.frame, level.grid.size
     moved = (increment.detach()[..., None, :] * level.corners).sum(-1)  # (..., T, 8)
     reach = torch.hypot(moved[..., :4], moved[..., 4:]).amax(-1)
-    longest = _LONGEST_STEP * torch.sym_max(height / rows, width / columns)
+    longest = _LONGEST_STEP * level.grid.spacing()
     shorter = longest / reach.clamp(min=longest)
     return increment * shorter[..., None], reach * shorter
 

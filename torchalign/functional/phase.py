@@ -247,7 +247,9 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     rows, columns = surface.shape[-2:]
     step_y, step_x = size[0] / rows, size[1] / columns
     # a shift between two samples may have its highest sample half a diagonal beyond the limit
-    reach = max_translation + 0.5 * torch.sym_sqrt(step_x * step_x + step_y * step_y)
+    known = isinstance(step_x, float) and isinstance(step_y, float)  # under torch.export they are symbols
+    diagonal = math.hypot(step_x, step_y) if known else torch.sym_sqrt(step_x * step_x + step_y * step_y)
+    reach = max_translation + 0.5 * diagonal
     near_y = _lags(rows, reach / step_y, surface)
     near_x = _lags(columns, reach / step_x, surface)
     values = surface.detach()
@@ -291,9 +293,7 @@ def _higher_of(peak: _Peak, start: Tensor, power: Tensor, grid: Grid) -> _Peak:
 
 def _lags(samples: int, reach: float, like: Tensor) -> Tensor:
     """The whole lags within ``reach`` samples that a surface of ``samples`` can tell apart."""
-    if isinstance(
-        samples, torch.SymInt
-    ):  # torch.export: all of them, or their number would be another symbol
+    if not isinstance(samples, int):  # torch.export: all of them, or their number would be another symbol
         return torch.arange(samples, device=like.device) - samples // 2
     lowest, highest = max(-math.floor(reach), -(samples // 2)), min(math.floor(reach), (samples - 1) // 2)
     return torch.arange(lowest, highest + 1, device=like.device)

@@ -169,7 +169,7 @@ def gate_stages(
     size = (moving.shape[-2], moving.shape[-1])
     shortest = min(size)
     # torch.export takes every pixel: a program has one lattice for all sizes
-    step = 1 if isinstance(shortest, torch.SymInt) else max(1, shortest // _LATTICE)
+    step = max(1, shortest // _LATTICE) if isinstance(shortest, int) else 1
     homography = any(stage.warp.shape[-2] == 3 for stage in stages)
     if homography:
         stages = [stage._replace(warp=to_homogeneous(stage.warp)) for stage in stages]

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import torch
@@ -96,6 +95,11 @@ class Grid(NamedTuple):
         x = torch.arange(columns // 2 + 1, **kind) / frame[1]
         y = y.to(like.dtype) / frame[0]
         return cls(frame, size, max_frequency, (y, x), torch.hypot(x, y[:, None]))
+
+    def spacing(self) -> float:
+        """Pixels from one sample to the next, along the axis where they are further apart."""
+        y, x = self.frame[0] / self.size[0], self.frame[1] / self.size[1]
+        return max(y, x) if isinstance(y, float) and isinstance(x, float) else torch.sym_max(y, x)
 
     def roll_off(self) -> Tensor:
         """(h, w//2+1): 1 in the band, falling to 0 at its edge as a cosine."""
@@ -186,17 +190,23 @@ def working_size(size: tuple[int, int], max_frequency: float) -> tuple[int, int]
     >>> working_size((256, 101), 0.25), working_size((256, 101), 0.5)
     ((128, 56), (256, 101))
     """
-    # whole, positive numbers only: under torch.export a size is a symbol
-    share, parts = Fraction(max_frequency / 4).limit_denominator(2**16).as_integer_ratio()
+    height, width = (_samples(length, max_frequency) for length in size)
+    return height, width
 
-    def samples(length: int) -> int:
-        coarse = 8 * ((length * share + parts - 1) // parts)
-        if isinstance(length, torch.SymInt) and max_frequency <= 0.25:
-            torch._check(length >= 8)  # then it is no finer, which a symbol does not tell by itself
-            return coarse
+
+def _samples(length: int, max_frequency: float) -> int:
+    if isinstance(length, int):
+        return min(length, 8 * math.ceil(2 * max_frequency * length / 8))
+    # under torch.export a size is a symbol: whole, positive numbers only, as few of them as can be
+    parts = 2**16
+    share = math.ceil(max_frequency / 4 * parts)
+    common = math.gcd(share, parts)
+    share, parts = share // common, parts // common
+    coarse = 8 * ((length * share + parts - 1) // parts)
+    if max_frequency > 0.25:
         return torch.sym_min(length, coarse)
-
-    return samples(size[0]), samples(size[1])
+    torch._check(length >= 8)  # then it is no finer, which a symbol does not tell by itself
+    return coarse
 
 
 def band_limit(image: Tensor, size: tuple[int, int], max_frequency: float = 0.25) -> Tensor:
@@ -339,7 +349,8 @@ def _normalize(
 ) -> Texture:
     """Units of any size become 1; then the local contrast."""
     samples = limited.shape[-2] * limited.shape[-1]
-    scale = torch.linalg.vector_norm(limited.detach(), dim=(-2, -1)) / torch.sym_sqrt(samples)
+    root = math.sqrt(samples) if isinstance(samples, int) else torch.sym_sqrt(samples)
+    scale = torch.linalg.vector_norm(limited.detach(), dim=(-2, -1)) / root
     flat = (scale <= noise) | empty | ~torch.isfinite(scale)
     # squares of what follows neither vanish nor overflow
     normal = limited / torch.where(flat, 1.0, scale)[..., None, None]
