@@ -248,9 +248,7 @@ def test_fast_path_equals_general_path(
 @pytest.mark.parametrize("motion", ["translation", "affine"])
 @pytest.mark.parametrize("spoilt", [False, True], ids=["clean", "spoilt"])
 @pytest.mark.parametrize("step", [2, 3])
-def test_a_lattice_is_part_of_the_whole(
-    tensor_path, interpolation, motion, spoilt, step, monkeypatch
-) -> None:
+def test_a_lattice_is_part_of_the_whole(tensor_path, interpolation, motion, spoilt, step, monkeypatch) -> None:
     cube, mask = noise(4, 2, 70, 61), None
     if spoilt:
         cube[1, 0, 20:30, 10:40] = NAN
