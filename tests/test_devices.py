@@ -577,8 +577,6 @@ def test_export_of_the_layer_with_any_size(quiet):
 SIZES = (("T", 2), ("H", 32), ("W", 32))
 EXPORTED = {
     "PCC, mask": (ta.PCC, (64, 72), ((3, 75, 97), (2, 130, 61))),
-    "ECC": (ta.ECC, (176, 190), ((3, 179, 197), (2, 209, 165))),
-    "ECC affine": (partial(ta.ECC, motion="affine"), (176, 190), ((3, 179, 197), (2, 209, 165))),
     "AlignToFirst": (ta.AlignToFirst, (64, 72), ((3, 75, 97), (2, 130, 61))),
 }
 
