@@ -247,8 +247,10 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     rows, columns = surface.shape[-2:]
     step_y, step_x = size[0] / rows, size[1] / columns
     # a shift between two samples may have its highest sample half a diagonal beyond the limit
-    known = isinstance(step_x, float) and isinstance(step_y, float)  # under torch.export they are symbols
-    diagonal = math.hypot(step_x, step_y) if known else torch.sym_sqrt(step_x * step_x + step_y * step_y)
+    if isinstance(step_x, float) and isinstance(step_y, float):
+        diagonal = math.hypot(step_x, step_y)
+    else:  # symbols of torch.export
+        diagonal = torch.sym_sqrt(step_x * step_x + step_y * step_y)
     reach = max_translation + 0.5 * diagonal
     near_y = _lags(rows, reach / step_y, surface)
     near_x = _lags(columns, reach / step_x, surface)
