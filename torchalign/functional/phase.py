@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from torchalign._host import is_symbol
 from torchalign.functional.fourier import irfft2, rfft2, turn_spectrum, wave
 from torchalign.functional.texture import (
     Contrast,
@@ -247,10 +248,8 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     rows, columns = surface.shape[-2:]
     step_y, step_x = size[0] / rows, size[1] / columns
     # a shift between two samples may have its highest sample half a diagonal beyond the limit
-    if isinstance(step_x, float) and isinstance(step_y, float):
-        diagonal = math.hypot(step_x, step_y)
-    else:  # symbols of torch.export
-        diagonal = torch.sym_sqrt(step_x * step_x + step_y * step_y)
+    square = step_x * step_x + step_y * step_y
+    diagonal = torch.sym_sqrt(square) if is_symbol(square) else math.sqrt(square)  # type: ignore[attr-defined, unused-ignore]
     reach = max_translation + 0.5 * diagonal
     near_y = _lags(rows, reach / step_y, surface)
     near_x = _lags(columns, reach / step_x, surface)
@@ -295,7 +294,7 @@ def _higher_of(peak: _Peak, start: Tensor, power: Tensor, grid: Grid) -> _Peak:
 
 def _lags(samples: int, reach: float, like: Tensor) -> Tensor:
     """The whole lags within ``reach`` samples that a surface of ``samples`` can tell apart."""
-    if not isinstance(samples, int):  # torch.export: all of them, or their number would be another symbol
+    if is_symbol(samples):  # torch.export: all of them, or their number would be another symbol
         return torch.arange(samples, device=like.device) - samples // 2
     lowest, highest = max(-math.floor(reach), -(samples // 2)), min(math.floor(reach), (samples - 1) // 2)
     return torch.arange(lowest, highest + 1, device=like.device)

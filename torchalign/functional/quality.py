@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchalign._host import is_symbol
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
 from torchalign.functional.warp import resample_lattice
 from torchalign.types import Estimate, Motion, Status
@@ -169,7 +170,7 @@ def gate_stages(
     size = (moving.shape[-2], moving.shape[-1])
     shortest = min(size)
     # torch.export takes every pixel: a program has one lattice for all sizes
-    step = max(1, shortest // _LATTICE) if isinstance(shortest, int) else 1
+    step = 1 if is_symbol(shortest) else max(1, shortest // _LATTICE)
     homography = any(stage.warp.shape[-2] == 3 for stage in stages)
     if homography:
         stages = [stage._replace(warp=to_homogeneous(stage.warp)) for stage in stages]

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchalign._host import is_symbol
 from torchalign.functional.fourier import fft, irfft2, rfft, turn_spectrum
 
 __all__ = [
@@ -87,19 +88,18 @@ class Grid(NamedTuple):
     @classmethod
     def of(cls, frame: tuple[int, int], size: tuple[int, int], max_frequency: float, like: Tensor) -> Grid:
         """The grid of ``size`` over frames of ``frame``; tensors on the device and in the dtype of ``like``."""
-        kind = {"device": like.device, "dtype": like.dtype}
         # bin k is k cycles per frame, on either grid
         rows, columns = size
         # (not torch.fft.fftfreq, which knows no symbolic spacing)
         y = (torch.arange(rows, device=like.device) + rows // 2) % rows - rows // 2
-        x = torch.arange(columns // 2 + 1, **kind) / frame[1]
+        x = torch.arange(columns // 2 + 1, device=like.device, dtype=like.dtype) / frame[1]
         y = y.to(like.dtype) / frame[0]
         return cls(frame, size, max_frequency, (y, x), torch.hypot(x, y[:, None]))
 
     def spacing(self) -> float:
         """Pixels from one sample to the next, along the axis where they are further apart."""
         y, x = self.frame[0] / self.size[0], self.frame[1] / self.size[1]
-        return max(y, x) if isinstance(y, float) and isinstance(x, float) else torch.sym_max(y, x)
+        return torch.sym_max(y, x) if is_symbol(y, x) else max(y, x)  # type: ignore[return-value, unused-ignore]
 
     def roll_off(self) -> Tensor:
         """(h, w//2+1): 1 in the band, falling to 0 at its edge as a cosine."""
@@ -195,7 +195,7 @@ def working_size(size: tuple[int, int], max_frequency: float) -> tuple[int, int]
 
 
 def _samples(length: int, max_frequency: float) -> int:
-    if isinstance(length, int):
+    if not is_symbol(length):
         return min(length, 8 * math.ceil(2 * max_frequency * length / 8))
     # under torch.export a size is a symbol: whole, positive numbers only, as few of them as can be
     parts = 2**16
@@ -204,7 +204,7 @@ def _samples(length: int, max_frequency: float) -> int:
     share, parts = share // common, parts // common
     coarse = 8 * ((length * share + parts - 1) // parts)
     if max_frequency > 0.25:
-        return torch.sym_min(length, coarse)
+        return torch.sym_min(length, coarse)  # type: ignore[return-value, unused-ignore]
     torch._check(length >= 8)  # then it is no finer, which a symbol does not tell by itself
     return coarse
 
@@ -349,7 +349,7 @@ def _normalize(
 ) -> Texture:
     """Units of any size become 1; then the local contrast."""
     samples = limited.shape[-2] * limited.shape[-1]
-    root = math.sqrt(samples) if isinstance(samples, int) else torch.sym_sqrt(samples)
+    root = torch.sym_sqrt(samples) if is_symbol(samples) else math.sqrt(samples)  # type: ignore[attr-defined, unused-ignore]
     scale = torch.linalg.vector_norm(limited.detach(), dim=(-2, -1)) / root
     flat = (scale <= noise) | empty | ~torch.isfinite(scale)
     # squares of what follows neither vanish nor overflow
