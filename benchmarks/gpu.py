@@ -3,15 +3,17 @@
     python benchmarks/gpu.py                       # on the GPU; a minute; writes results/gpu-cuda.json
     python benchmarks/gpu.py --device cpu --quick  # the same on the CPU, to see that it runs
 
-* **Stages**: channel, estimate, gate, warp, and the whole of `PCC()`; each alone, repeated, timed by CUDA events.
-  The *floor* of a stage is the time that its input, read once, and its output, written once, take at the measured
-  bandwidth of the device (a large copy); the fraction is floor ÷ time: 100 % would be a kernel that does nothing
-  but move memory.
+* **Stages**: channel, reference, estimate, gate, warp, and the whole of `PCC()`; each alone, repeated, timed by
+  CUDA events. Each is given what it gets inside of the whole: on a GPU that is a mask too, for to see that all is
+  finite would be to wait. The *floor* of a stage is the time that its input, read once, and its output, written
+  once, take at the measured bandwidth of the device (a large copy); the fraction is floor ÷ time: 100 % would be a
+  kernel that does nothing but move memory.
 * **The same in one launch**: the whole captured in a CUDA graph, which is also the proof that no step of it waits
   for the host or allocates by what it sees.
-* **Streaming**: a cube on the host, larger than a part, through `ta.stream`; against the copies alone and the work
-  alone: what of the shorter one is hidden behind the longer one.
-* **In training**: `AlignmentCheck` on 32 × 4 × 256² against forward and backward of a ResNet-18.
+* **Streaming**: a cube on the host, larger than a part, through `ta.stream`, by the wall clock; against the copies
+  alone (the same cube through `ta.stream`, there and back, nothing computed: pinned buffers and all) and the work
+  alone: what of the shorter one is hidden behind the longer one. Below 0 the two were in each other's way.
+* **In training**: `AlignmentCheck` on 32 × 4 × 256² against forward and backward of a ResNet-18, in turns.
 * **Beside it**: the same `PCC()` on this machine's CPU, and satalign's `PCC` if it is installed.
 """
 
@@ -30,8 +32,6 @@ from common import cores, machine, table, versions, write_results
 from torch import Tensor, nn
 
 import torchalign as ta
-from torchalign.functional.channels import extract_channel
-from torchalign.functional.quality import gate
 from torchalign.training.probe import texture
 
 BANDS = 4
@@ -65,6 +65,22 @@ def seconds(job: Callable[[], object], device: torch.device, rounds: int) -> flo
     return statistics.median(spent)
 
 
+def elapsed(job: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """The same by the wall clock, from an idle device to an idle device: for what the host has a part in."""
+    return seconds(finished(job, device), torch.device("cpu"), rounds)
+
+
+def finished(job: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """The job, and the wait for its end."""
+
+    def whole() -> None:
+        job()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return whole
+
+
 def size_of(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -79,21 +95,25 @@ def bandwidth(device: torch.device, rounds: int, quick: bool) -> float:
 def stages(frames: int, size: int, device: torch.device, rounds: int, rate: float) -> dict[str, Any]:
     cube, reference = stack(frames, size, device)
     aligner = ta.PCC()
-    seen, seen_reference = (extract_channel(image, aligner.channel) for image in (cube, reference[None]))
-    prepared = aligner.prepare_reference(seen_reference, None)
+    call = aligner._check(cube, reference, None, None, None)
+    seen = aligner._see_block(call)
 
     def estimate() -> Any:
-        return aligner.estimate_motion(seen, None, seen_reference, None, prepared, None)
+        return aligner.estimate_motion(
+            seen.moving, seen.usable, call.reference, call.usable, seen.prepared, None
+        )
 
     motion = estimate()
 
     def judge() -> Any:
-        return gate(motion.warp, motion.sigma, motion.status, seen, seen_reference, inliers=motion.inliers)
+        return aligner._judge([motion], [aligner.max_translation], call, seen)
 
     warp = judge().warp + 1e-3 * torch.randn(frames, 2, 3, device=device)
-    plane = size_of(seen)
+    masks = 0 if seen.usable is None else size_of(seen.usable)
+    plane = size_of(seen.moving) + masks
     jobs: dict[str, tuple[Callable[[], object], int]] = {
-        "channel": (lambda: extract_channel(cube, aligner.channel), size_of(cube) + plane),
+        "channel, and what of it is finite": (lambda: aligner._see(cube, None), size_of(cube) + plane),
+        "reference": (lambda: aligner.prepare_reference(call.reference, call.usable), plane // frames),
         "estimate": (estimate, plane),
         "gate": (judge, plane),
         "warp, bilinear": (lambda: ta.warp(cube, warp), 2 * size_of(cube)),
@@ -132,24 +152,23 @@ def streaming(frames: int, size: int, device: torch.device, rounds: int) -> dict
     cube, _ = stack(2 * frames, size, torch.device("cpu"))
     there, reference = stack(part, size, device)
     aligner = ta.PCC()
-    pinned = cube[:part].pin_memory() if device.type == "cuda" else cube[:part]
-    parts = len(cube) / part
+    parts = -(-len(cube) // part)
 
-    def copies() -> None:
-        pinned.to(device, non_blocking=True).to("cpu")
+    def through(work: Callable[[Tensor], object]) -> Callable[[], None]:
+        def job() -> None:
+            for _ in ta.stream(work, cube, batch_size=part, device=device):
+                pass
 
-    def all_of_it() -> None:
-        for _ in ta.stream(lambda frames: aligner(frames, reference), cube, batch_size=part, device=device):
-            pass
+        return job
 
     spent = {
-        "copies": parts * seconds(copies, device, rounds),
-        "work": parts * seconds(lambda: aligner(there, reference), device, rounds),
-        "streamed": seconds(all_of_it, device, max(1, rounds // 2)),
+        "copies": elapsed(through(lambda frames: frames), device, rounds),
+        "work": parts * elapsed(lambda: aligner(there, reference), device, rounds),
+        "streamed": elapsed(through(lambda frames: aligner(frames, reference)), device, rounds),
     }
     shorter = min(spent["copies"], spent["work"])
     hidden = (spent["copies"] + spent["work"] - spent["streamed"]) / shorter if shorter else 0.0
-    return spent | {"frames_per_second": len(cube) / spent["streamed"], "hidden": min(1.0, max(0.0, hidden))}
+    return spent | {"frames_per_second": len(cube) / spent["streamed"], "hidden": hidden}
 
 
 def training(size: int, device: torch.device, rounds: int, batch: int = 32) -> dict[str, float]:
@@ -161,17 +180,26 @@ def training(size: int, device: torch.device, rounds: int, batch: int = 32) -> d
     model = model.to(device)
     moving, reference = stack(batch, size, device)
     reference = reference.expand_as(moving)
-    check = ta.AlignmentCheck()
+    check, whole = ta.AlignmentCheck(), ta.AlignmentCheck(samples=batch)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         model(moving).square().mean().backward()
 
-    spent = {
-        "step": seconds(step, device, rounds),
-        "check": seconds(lambda: check(moving, reference), device, rounds),
+    jobs = {
+        "step": finished(step, device),
+        "check": finished(lambda: check(moving, reference), device),
+        "check_all": finished(lambda: whole(moving, reference), device),
     }
-    return spent | {"share": spent["check"] / spent["step"]}
+    spent: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(1 + rounds):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if turn:  # the first one plans
+                spent[name].append(time.perf_counter() - start)
+    found = {name: statistics.median(times) for name, times in spent.items()}
+    return found | {"batch": batch, "samples": min(batch, check.samples)}
 
 
 def beside(frames: int, size: int, rounds: int) -> dict[str, float]:
@@ -236,9 +264,17 @@ def report(results: dict[str, Any]) -> str:
                 if results["device"] == "cuda"
                 else "; on the CPU there is nothing to hide."
             ),
-            f"AlignmentCheck of a batch: {1e3 * check['check']:.1f} ms, {100 * check['share']:.1f} % of a training "
-            f"step of a ResNet-18 ({1e3 * check['step']:.0f} ms).",
+            training_line(check),
         ]
+    )
+
+
+def training_line(found: dict[str, float]) -> str:
+    share, whole = (100 * found[name] / found["step"] for name in ("check", "check_all"))
+    return (
+        f"`AlignmentCheck` of {found['samples']} samples of a batch of {found['batch']} (its default): "
+        f"{1e3 * found['check']:.0f} ms, {share:.1f} % of a training step of a ResNet-18 on that batch "
+        f"({1e3 * found['step']:.0f} ms); of every sample: {1e3 * found['check_all']:.0f} ms, {whole:.1f} %."
     )
 
 
@@ -251,6 +287,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument(
+        "--only", choices=["training"], help="measure this part alone, print it, write nothing"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="8 frames of 64², 1 round, nothing written: does it run?"
     )
     options = parser.parse_args()
@@ -258,6 +297,12 @@ def main() -> None:
         raise SystemExit("no GPU here, or a build of torch without CUDA; try --device cpu --quick")
     if options.quick:
         options.frames, options.size, options.rounds = 8, 64, 1
+    if options.only:
+        found = training(
+            options.size, torch.device(options.device), options.rounds, 4 if options.quick else 32
+        )
+        print(training_line(found))
+        return
     results = run(options)
     if not options.quick:
         path = write_results(f"gpu-{options.device}", results)

@@ -15,6 +15,7 @@ import torch
 from scenes import fractal_stack
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchalign as ta
 from torchalign.aligner import Aligner
@@ -93,8 +94,6 @@ MODULES = {
     "AlignmentLoss ecc": (partial(ta.AlignmentLoss, "ecc", reduction="none"), "pairs"),
     "AlignmentLoss shift": (lambda: ta.AlignmentLoss("shift", aligner=ta.PCC(robust=False)), "pairs"),
     "AlignmentCheck": (ta.AlignmentCheck, "pairs"),
-    # (RegistrationError is AlignmentCheck's measurement and statistics; torchmetrics deep-copies its states, and a
-    # deep copy of a fake tensor breaks the process when it ends)
     "RandomMisregistration": (lambda: ta.RandomMisregistration(motion="homography", p=0.5), "frames"),
     "RandomMisregistration by band": (lambda: ta.RandomMisregistration(same_on_bands=False), "frames"),
     "RandomMisregistration2D": (lambda: ta.RandomMisregistration2D(motion="affine"), "frames"),
@@ -228,6 +227,24 @@ def test_fake_cuda_in_training(fake, name):
     assert len(kept) >= (6 if name == "AlignmentCheck" else 0)
 
 
+@pytest.fixture
+def metric():
+    """Made before the fake mode begins: torchmetrics deep-copies its states, and fake tensors have no deep copy."""
+    pytest.importorskip("torchmetrics")
+    return ta.RegistrationError(worst=4)
+
+
+def test_fake_cuda_metric(metric, fake):
+    for name, state in metric.metric_state.items():
+        setattr(metric, name, torch.empty(state.shape, dtype=state.dtype, device="cuda"))
+    frames, mask = on_cuda(4, 3, *SIZE), on_cuda(4, *SIZE, dtype=torch.bool)
+    metric.update(frames, on_cuda(4, 2, *SIZE))
+    metric.update(frames, frames, mask, mask[0], on_cuda(4, dtype=torch.int64))
+    found = metric.compute()
+    assert {"measured", "blank", "median", "p95", "worst_ids"} <= set(found)
+    assert {tensor.device.type for tensor in (*found.values(), *metric.metric_state.values())} == {"cuda"}
+
+
 def test_fake_cuda_sees_a_check_that_reads(fake):
     # the teeth of the test above: to warn is to read
     frames = on_cuda(4, 3, *SIZE)
@@ -356,6 +373,71 @@ def test_check_on_a_device(device):
     assert check.summary().measured == 4
 
 
+# -------------------------------------------------------------------------------------------- deterministic torch
+
+
+class Operators(TorchDispatchMode):
+    """Notes which operators are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.called.add(str(operator).removeprefix("aten."))
+        return operator(*args, **(kwargs or {}))
+
+
+# what torch.use_deterministic_algorithms refuses on CUDA, of all that a forward pass could use (its docstring)
+REFUSED = {
+    "median.dim",
+    "nanmedian.dim",
+    "kthvalue.default",
+    "put_.default",
+    "histc.default",
+    "bincount.default",
+}
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ["default", "ECC", "ECC homography", "Cascade"])
+def test_deterministic_algorithms(deterministic, name):
+    cube, reference = real()
+    mask = torch.rand(4, *SIZE) > 0.02
+    aligner = ALIGNERS[name].make()
+    with Operators() as operators:
+        aligned, estimate = aligner(cube, reference, mask)
+    assert len(operators.called) > 20
+    assert not operators.called & REFUSED
+    torch.use_deterministic_algorithms(False)
+    with Operators() as operators:
+        expected = aligner(cube, reference, mask)
+    assert operators.called & REFUSED  # the teeth: the quick way is such a one
+    assert torch.equal(estimate.warp, expected.estimate.warp)
+    torch.testing.assert_close(aligned, expected.aligned)
+
+
+def test_deterministic_algorithms_in_training(deterministic):
+    cube, reference = real()
+    cube[1, 0, :20] = torch.nan
+    check = ta.AlignmentCheck()
+    with Operators() as operators:
+        median = ta.AlignToFirst(onto="median")(cube)
+        check(cube, reference.expand_as(cube))
+        ta.AlignmentLoss("zncc")(cube[2:], reference.expand_as(cube[2:]))
+        summary = check.summary()
+    assert not operators.called & REFUSED
+    assert summary.measured + summary.unmatched == 4
+    torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(median, ta.AlignToFirst(onto="median")(cube), equal_nan=True)
+
+
 # ------------------------------------------------------------------------------------------ export, compile, vmap
 
 
@@ -469,18 +551,68 @@ def test_vmap_in_training(quiet):
             torch.testing.assert_close(torch.vmap(module)(*pairs), module(*pairs), atol=2e-3, rtol=1e-3)
 
 
-def test_export_of_the_layer(quiet):
-    cube, _ = real(6)
-    aligner = ta.PCC(robust=False, upsample_factor=10, channel="gradients", crop_center=50)
-    module = torch.nn.Sequential(ta.AlignToFirst(aligner), torch.nn.Conv2d(4, 2, 1)).eval()
-    frames = torch.export.Dim("frames", min=2, max=4096)
-    program = torch.export.export(module, (cube[:4],), dynamic_shapes=(({0: frames}),))
+def exported(module, given, shapes):
+    """The program of a module, saved and reloaded."""
+    # what sizes must fulfil, torch checks when the program runs: that a working grid is coarser, and the like
+    program = torch.export.export(
+        module.eval(), given, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+    )
     saved = io.BytesIO()
     torch.export.save(program, saved)
     saved.seek(0)
-    loaded = torch.export.load(saved).module()
-    for count in (2, 6):
-        torch.testing.assert_close(loaded(cube[:count]), module(cube[:count]), atol=5e-3, rtol=0)
+    return torch.export.load(saved).module()
+
+
+def test_export_of_the_layer_with_any_size(quiet):
+    def series(frames, height, width):
+        return fractal_stack(frames, size=(height, width), bands=4, noise=0.003).cube
+
+    module = torch.nn.Sequential(layer(), torch.nn.Conv2d(4, 2, 1))
+    frames, height, width = (torch.export.Dim(name, min=low, max=4096) for name, low in SIZES)
+    loaded = exported(module, (series(4, 64, 72),), (({0: frames, 2: height, 3: width},)))
+    for size in ((2, 64, 72), (5, 77, 99), (3, 120, 50)):
+        cube = series(*size)
+        torch.testing.assert_close(loaded(cube), module(cube), atol=5e-3, rtol=0)
+        assert (module[0](cube) - cube).abs().max() > 0.05  # it does something
+    with pytest.raises(Exception, match="32"):
+        loaded(series(2, 12, 72))
+
+
+SIZES = (("T", 2), ("H", 32), ("W", 32))
+EXPORTED = {
+    "PCC, mask": (ta.PCC, (64, 72), ((3, 75, 97), (2, 130, 61))),
+    "AlignToFirst": (ta.AlignToFirst, (64, 72), ((3, 75, 97), (2, 130, 61))),
+}
+
+
+@pytest.mark.skipif(
+    "TORCHALIGN_EXPORT" not in os.environ, reason="takes minutes: set TORCHALIGN_EXPORT to run"
+)
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export_with_any_size(quiet, name):
+    make, traced, others = EXPORTED[name]
+    frames, height, width = (torch.export.Dim(name, min=low, max=4096) for name, low in SIZES)
+    series, masks = {0: frames, 2: height, 3: width}, {0: frames, 1: height, 2: width}
+
+    def given(count, height, width):
+        data = fractal_stack(count, size=(height, width), bands=4, noise=0.003)
+        if name == "AlignToFirst":
+            return (data.cube,)
+        mask = (torch.rand(count, height, width) > 0.02,) if "mask" in name else ()
+        return (data.cube, data.reference, *mask)
+
+    module = make()
+    shapes = (series,) if name == "AlignToFirst" else (series, {1: height, 2: width}, masks)
+    arguments = given(4, *traced)
+    loaded = exported(module, arguments, shapes[: len(arguments)])
+    for size in ((4, *traced), *others):
+        arguments = given(*size)
+        found, expected = loaded(*arguments), module(*arguments)
+        if name == "AlignToFirst":
+            torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
+        else:
+            assert_same(found[1], expected.estimate)
+            assert expected.estimate.valid.all()
 
 
 def test_per_sample_gradients(quiet):

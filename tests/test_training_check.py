@@ -264,6 +264,109 @@ def test_names_a_step_that_slips_only_sometimes():
     assert check.locate(pipeline, image(), mask(), attempts=20).number == 1
 
 
+def measured(monkeypatch):
+    """Counts the measurements: two images a sample are one each."""
+    from torchalign.training import check as module
+
+    counted, real = [], module.measure
+
+    def counting(*given, **named):
+        counted.append(1)
+        return real(*given, **named)
+
+    monkeypatch.setattr(module, "measure", counting)
+    return counted
+
+
+@pytest.mark.parametrize("fault", [0, 6, 15])
+def test_bisects_a_long_pipeline(monkeypatch, fault):
+    def step(number):
+        def right(x, y):
+            return x.flip(-1), y.flip(-1)
+
+        def wrong(x, y):
+            return x.flip(-1), y.flip(-1).roll(1, -1)
+
+        return wrong if number == fault else right
+
+    x, y = batch(2)
+    counted = measured(monkeypatch)
+    found = ta.AlignmentCheck(tolerance=0.2).locate([step(number) for number in range(16)], x, y)
+    assert found.number == fault
+    assert "wrong" in found.name
+    assert found.residual == pytest.approx(1, abs=0.1)
+    assert len(counted) == 2 + 4  # the end, log2 of 16, and the step by itself
+    counted.clear()
+    assert (
+        sum(one.slips for one in ta.AlignmentCheck(tolerance=0.2).trace([step(n) for n in range(16)], x, y))
+        == 1
+    )
+    assert len(counted) == 16
+
+
+def test_walks_where_halves_tell_nothing(monkeypatch):
+    def there(x, y):
+        return x, y.roll(1, -1)
+
+    def back(x, y):
+        return x, y.roll(-1, -1)
+
+    def a_bit(x, y):
+        return shift(x, 0.15), y
+
+    x, y = batch(2)
+    counted = measured(monkeypatch)
+    check = ta.AlignmentCheck(tolerance=0.2)
+    # undone at the end: the first of the two is named all the same
+    assert check.locate([lambda x, y: (x, y), there, back], x, y, attempts=1).number == 1
+    assert len(counted) == 1 + 2
+    # no step slips by itself, but two of them together do: where it is too much
+    found = check.locate([a_bit, a_bit, lambda x, y: (x, y)], x, x.clone(), attempts=1)
+    assert found.number == 1
+    assert found.residual == pytest.approx(0.3, abs=0.05)
+
+
+def test_what_comes_out_blank_is_an_alarm():
+    x, y = batch()
+    half = torch.eye(3)
+    for blank in (lambda x, y: (x, 0 * y), lambda x, y: (0 * x, 0 * y), lambda x, y: (x * torch.nan, y)):
+        check = ta.AlignmentCheck(tolerance=0.2)
+        assert (check.inspect(blank, x, y) == torch.inf).all()
+        with pytest.raises(MisregistrationError, match="blank"):
+            ta.AlignmentCheck(action="raise").inspect(blank, x, y)
+        assert check.locate([lambda x, y: (x, y), blank], x, y, attempts=1).number == 1
+    # beside one that shows something, and against a claim
+    assert (ta.AlignmentCheck().inspect(lambda x: 0 * x, x, matrix=half) == torch.inf).all()
+    assert (ta.AlignmentCheck().inspect(lambda x, y: (x, 0 * y), x, y, matrix=half) == torch.inf).all()
+    # a small part of a label may be of one class
+    small = ta.AlignmentCheck().inspect(lambda x, y: (x[..., :20, :20], 0 * y[..., :20, :20]), x, y)
+    assert not (small == torch.inf).any()
+
+
+def test_an_image_that_is_dropped_is_named():
+    x, y = batch()
+    with pytest.raises(
+        ValueError, match="augmentation: expected as many images and masks as went in, 2, got 1"
+    ):
+        ta.AlignmentCheck().inspect(lambda x, y: x, x, y)
+    assert (ta.AlignmentCheck().inspect(lambda x, y: x, x, y, matrix=torch.eye(3)) < 0.05).all()
+    assert not ta.AlignmentCheck().trace([lambda x, y: (x,)], x, y)[0].slips
+
+
+def test_ids_of_probes():
+    x, y = batch()
+    check = ta.AlignmentCheck(samples=3)
+    for _ in range(2):
+        check.inspect(crop_off_by_one, x, y)
+    assert sorted(name for name, _ in check.summary().worst) == [0, 1, 2, 3, 4, 5]
+    check.reset()
+    check.inspect(crop_off_by_one, x, y, ids=torch.arange(40, 44))
+    check.wrap(crop_off_by_one, ids=lambda x, y: torch.arange(70, 70 + len(x)))(x, y)
+    assert sorted(name for name, _ in check.summary().worst) == [40, 41, 42, 70, 71, 72]
+    with pytest.raises(ValueError, match="ids: expected"):
+        check.inspect(crop_off_by_one, x, y, ids=torch.arange(2))
+
+
 def test_names_the_step_of_kornia():
     kornia = pytest.importorskip("kornia.augmentation")
     x, y = batch()
@@ -424,10 +527,12 @@ def test_what_cannot_be_measured_is_not():
     check = ta.AlignmentCheck(action="warn", tolerance=10)
     residual = check(moving, reference, mask)
     assert residual.isnan().tolist() == [False, True, True, False, True, False]
-    assert check.summary().unmatched == 3
+    summary = check.summary()
+    assert (summary.measured, summary.unmatched, summary.blank, summary.unmeasured) == (3, 3, 3, 0.5)
     assert {name for name, _ in check.summary().worst} == {0, 3, 5}
     with pytest.warns(AlignmentWarning, match="do not match"):
         check(pair()[0].flip(-1), reference)
+    assert check.summary().unmatched - check.summary().blank >= 3  # they show something
 
 
 def test_statistics_against_numpy():

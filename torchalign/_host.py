@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["carries_gradient", "empty_on_host", "give_back_memory", "is_on_host", "map_on_host"]
+__all__ = ["carries_gradient", "empty_on_host", "give_back_memory", "is_on_host", "is_symbol", "map_on_host"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,6 +30,11 @@ def is_on_host(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
         return False
     return not carries_gradient(tensor)
+
+
+def is_symbol(*numbers: object) -> bool:
+    """Whether one of them is no number but a symbol, as sizes can be under torch.export."""
+    return not all(isinstance(number, (int, float)) for number in numbers)
 
 
 def carries_gradient(*tensors: Tensor) -> bool:

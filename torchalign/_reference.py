@@ -277,7 +277,7 @@ def _reduce(word: str, values: Tensor) -> Tensor:
     """(T, C, h, W) → (C, h, W); on the CPU, some pixels at a time."""
     pixels = values.flatten(1)
     step = _SORT_BYTES // max(1, len(values) * values.itemsize)
-    parts = [pixels] if values.is_cuda else pixels.split(max(1, step), 1)
+    parts = [pixels] if values.is_cuda else pixels.split(max(1, step), 1)  # type: ignore[no-untyped-call]  # torch has no types for it
     if word == "mean":
         reduced = [part.nanmean(0, dtype=torch.float64) for part in parts]
     else:

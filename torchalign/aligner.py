@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from abc import ABC, abstractmethod
@@ -104,7 +105,13 @@ class Aligner(nn.Module, ABC):
             ``Alignment(aligned, estimate)``: all bands resampled once, in the cube's dtype; frames that were not
             accepted come back bit for bit.
         """
-        job = self._check(cube, reference, mask, reference_mask, init)
+        check_cube(cube)
+        # one region around all of it: torch.export can save no size that is handed from one to the next
+        with torch.autocast(device_type=cube.device.type, enabled=False):
+            return self._align(self._check(cube, reference, mask, reference_mask, init))
+
+    def _align(self, job: Any) -> Alignment:
+        cube = job.cube
         blocks = self._blocks(job)
         if len(blocks) == 1:
             estimate = self._estimate(job)
@@ -149,8 +156,10 @@ class Aligner(nn.Module, ABC):
             TypeError: a dtype does not fit.
             ValueError: a shape or a device does not fit.
         """
-        job = self._check(cube, reference, mask, reference_mask, init)
-        return self._estimate_all(job, self._blocks(job))
+        check_cube(cube)
+        with torch.autocast(device_type=cube.device.type, enabled=False):
+            job = self._check(cube, reference, mask, reference_mask, init)
+            return self._estimate_all(job, self._blocks(job))
 
     def prepare_reference(self, image: Tensor, usable: Tensor | None) -> Any:
         """What the method needs of the reference, made once for all frames that share it.
@@ -385,8 +394,10 @@ def _concatenate(parts: list[Estimate]) -> Estimate:
     return Estimate(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
-def full_precision(cube: Tensor) -> torch.autocast:
+def full_precision(cube: Tensor) -> contextlib.AbstractContextManager[Any]:
     """FFTs and sampling positions need float32, whatever the network around uses."""
+    if not torch.is_autocast_enabled(cube.device.type):
+        return contextlib.nullcontext()
     return torch.autocast(device_type=cube.device.type, enabled=False)
 
 

@@ -56,6 +56,7 @@ from torchalign.functional.texture import (
     Texture,
     agreement,
     extract_pyramid,
+    nanmedian,
     pool,
     tukey,
     working_size,
@@ -299,7 +300,9 @@ def level_frequencies(
     """
     if levels is None:
         shortest = min(working_size(frame, max_frequency))
-        levels = 1 + max(0, math.floor(math.log2(max(1, shortest / _COARSEST))))
+        levels = 1
+        while shortest >= _COARSEST * 2**levels:  # torch.export notes for which sizes this holds
+            levels += 1
     return tuple(max_frequency / 2**level for level in range(levels))
 
 
@@ -523,8 +526,7 @@ class _Search(NamedTuple):
         nothing, the steps end when all have.
         """
         if not finest:
-            spacing = max(length / samples for length, samples in zip(*level.grid[:2], strict=True))
-            return self._climb(look, level, moving, _NEAR * spacing, precise=False)
+            return self._climb(look, level, moving, _NEAR * level.grid.spacing(), precise=False)
         near = self._climb(look, level, moving, max(_NEAR, self.tolerance), precise=False)
         look = _Look.at(near.warp, level, moving, precise=True)
         return self._climb(look, level, moving, self.tolerance, precise=True)
@@ -603,7 +605,7 @@ def _biweight(values: Tensor, common: Tensor, level: Level) -> Tensor:
     difference = values - level.field.flatten(-2)
     # a quarter of the samples tells the median as well, and sorting is what costs
     known = difference.detach().abs().masked_fill(common < 0.5, torch.nan)[..., ::4]
-    spread = known.nanmedian(-1, keepdim=True).values.nan_to_num(1.0) / 0.6745
+    spread = nanmedian(known)[..., None].nan_to_num(1.0) / 0.6745
     ratio = difference / (4.685 * spread + torch.finfo(values.dtype).tiny)
     return (1 - ratio.square()).clamp(min=0).square()
 
@@ -658,10 +660,9 @@ def _gain(moments: Tensor, system: _System) -> tuple[Tensor, Tensor]:
 
 def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
     """No step is longer than a few samples of its level; and how far it moves the farthest corner, in pixels."""
-    (height, width), (rows, columns) = level.grid.frame, level.grid.size
     moved = (increment.detach()[..., None, :] * level.corners).sum(-1)  # (..., T, 8)
     reach = torch.hypot(moved[..., :4], moved[..., 4:]).amax(-1)
-    longest = _LONGEST_STEP * max(height / rows, width / columns)
+    longest = _LONGEST_STEP * level.grid.spacing()
     shorter = longest / reach.clamp(min=longest)
     return increment * shorter[..., None], reach * shorter
 
@@ -695,7 +696,9 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     pulls = (system.weights * residual).unsqueeze(-2) * level.regressors  # (..., T, 2 + P, n)
     size = level.grid.size
     # blocks of 8 × 8 samples, smaller ones where there would be less than 8 a side
-    times = min(_BLOCK, max(1, min(size) // 8).bit_length() - 1)
+    times = 0
+    while times < _BLOCK and min(size) >= 16 * 2**times:  # compared, not computed: a size may be a symbol
+        times += 1
     sums = pool(_unflatten(pulls, -1, size), times)  # (..., T, 2 + P, h / b, w / b)
     # what every block does to the two translations
     lever = system.inverse[..., :2, :]

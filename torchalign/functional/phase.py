@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from torchalign._host import is_symbol
 from torchalign.functional.fourier import irfft2, rfft2, turn_spectrum, wave
 from torchalign.functional.texture import (
     Contrast,
@@ -177,7 +178,9 @@ def phase_correlation(
         refined = _upsampled_peak(power, grid.frequencies, shift, upsample_factor)
         step, curved = torch.zeros_like(shift), torch.ones_like(outside)
     sigma = _sigma(power, grid.frequencies, refined, effective)
-    near = (refined - shift).norm(dim=-1) <= 2 * max(height / size[0], width / size[1])
+    climbed = (refined - shift).norm(dim=-1)
+    # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)
+    near = (climbed <= 2 * height / size[0]) | (climbed <= 2 * width / size[1])
     converged = curved & near & (step.norm(dim=-1) < _NEWTON_TOLERANCE) & torch.isfinite(sigma)
     converged = converged & (peak.significance >= _MIN_SIGNIFICANCE)
     return PhaseShift(refined, sigma, peak.significance, flat, outside, converged, inliers)
@@ -245,7 +248,9 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     rows, columns = surface.shape[-2:]
     step_y, step_x = size[0] / rows, size[1] / columns
     # a shift between two samples may have its highest sample half a diagonal beyond the limit
-    reach = max_translation + 0.5 * math.hypot(step_x, step_y)
+    square = step_x * step_x + step_y * step_y
+    diagonal = torch.sym_sqrt(square) if is_symbol(square) else math.sqrt(square)  # type: ignore[attr-defined, unused-ignore]
+    reach = max_translation + 0.5 * diagonal
     near_y = _lags(rows, reach / step_y, surface)
     near_x = _lags(columns, reach / step_x, surface)
     values = surface.detach()
@@ -289,6 +294,8 @@ def _higher_of(peak: _Peak, start: Tensor, power: Tensor, grid: Grid) -> _Peak:
 
 def _lags(samples: int, reach: float, like: Tensor) -> Tensor:
     """The whole lags within ``reach`` samples that a surface of ``samples`` can tell apart."""
+    if is_symbol(samples):  # torch.export: all of them, or their number would be another symbol
+        return torch.arange(samples, device=like.device) - samples // 2
     lowest, highest = max(-math.floor(reach), -(samples // 2)), min(math.floor(reach), (samples - 1) // 2)
     return torch.arange(lowest, highest + 1, device=like.device)
 

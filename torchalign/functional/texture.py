@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchalign._host import is_symbol
 from torchalign.functional.fourier import fft, irfft2, rfft, turn_spectrum
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "extract_texture",
     "fill_small_holes",
     "local_contrast",
+    "nanmedian",
     "pool",
     "shared_ground",
     "tukey",
@@ -94,11 +96,18 @@ class Grid(NamedTuple):
     @classmethod
     def of(cls, frame: tuple[int, int], size: tuple[int, int], max_frequency: float, like: Tensor) -> Grid:
         """The grid of ``size`` over frames of ``frame``; tensors on the device and in the dtype of ``like``."""
-        kind = {"device": like.device, "dtype": like.dtype}
         # bin k is k cycles per frame, on either grid
-        y = torch.fft.fftfreq(size[0], frame[0] / size[0], **kind)
-        x = torch.fft.rfftfreq(size[1], frame[1] / size[1], **kind)
+        rows, columns = size
+        # (not torch.fft.fftfreq, which knows no symbolic spacing)
+        y = (torch.arange(rows, device=like.device) + rows // 2) % rows - rows // 2
+        x = torch.arange(columns // 2 + 1, device=like.device, dtype=like.dtype) / frame[1]
+        y = y.to(like.dtype) / frame[0]
         return cls(frame, size, max_frequency, (y, x), torch.hypot(x, y[:, None]))
+
+    def spacing(self) -> float:
+        """Pixels from one sample to the next, along the axis where they are further apart."""
+        y, x = self.frame[0] / self.size[0], self.frame[1] / self.size[1]
+        return torch.sym_max(y, x) if is_symbol(y, x) else max(y, x)  # type: ignore[return-value, unused-ignore]
 
     def roll_off(self) -> Tensor:
         """(h, w//2+1): 1 in the band, falling to 0 at its edge as a cosine."""
@@ -109,9 +118,8 @@ class Grid(NamedTuple):
         """(..., h, w): a Tukey window; given a shift, the ground that a frame so shifted has in common with it."""
         profiles = []
         for axis, (length, samples) in enumerate(zip(self.frame, self.size, strict=True)):
-            position = torch.arange(samples, device=self.radius.device, dtype=self.radius.dtype) * (
-                length / samples
-            )
+            count = torch.arange(samples, device=self.radius.device, dtype=self.radius.dtype)
+            position = count * length / samples
             profile = tukey(position, length, taper)
             if shift is not None:
                 moved = tukey(position - shift[..., 1 - axis, None], length, taper)
@@ -190,8 +198,23 @@ def working_size(size: tuple[int, int], max_frequency: float) -> tuple[int, int]
     >>> working_size((256, 101), 0.25), working_size((256, 101), 0.5)
     ((128, 56), (256, 101))
     """
-    height, width = (min(length, 8 * math.ceil(2 * max_frequency * length / 8)) for length in size)
+    height, width = (_samples(length, max_frequency) for length in size)
     return height, width
+
+
+def _samples(length: int, max_frequency: float) -> int:
+    if not is_symbol(length):
+        return min(length, 8 * math.ceil(2 * max_frequency * length / 8))
+    # under torch.export a size is a symbol: whole, positive numbers only, as few of them as can be
+    parts = 2**16
+    share = math.ceil(max_frequency / 4 * parts)
+    common = math.gcd(share, parts)
+    share, parts = share // common, parts // common
+    coarse = 8 * ((length * share + parts - 1) // parts)
+    if max_frequency > 0.25:
+        return torch.sym_min(length, coarse)  # type: ignore[return-value, unused-ignore]
+    torch._check(length >= 8)  # then it is no finer, which a symbol does not tell by itself
+    return coarse
 
 
 def band_limit(image: Tensor, size: tuple[int, int], max_frequency: float = 0.25) -> Tensor:
@@ -237,11 +260,34 @@ def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
     sampled = variance[..., ::4, ::4]
     if weights is not None:
         sampled = sampled.masked_fill(weights[..., ::4, ::4] < 0.5, torch.nan)
-    typical = sampled.flatten(-2).nanmedian(-1).values.nan_to_num(0.0)[..., None, None]
+    typical = nanmedian(sampled.flatten(-2)).nan_to_num(0.0)[..., None, None]
     total = variance + typical
     flat = total <= torch.finfo(image.dtype).tiny ** 0.5  # below it the derivative of the root overflows
     contrast = torch.where(flat, 0.0, detail * torch.rsqrt(torch.where(flat, 1.0, total)))
     return contrast if weights is None else contrast * weights
+
+
+def nanmedian(values: Tensor, dim: int = -1) -> Tensor:
+    """The (lower) median of what is not NaN, along one dimension; NaN where nothing is.
+
+    :func:`torch.nanmedian`, but for ``torch.use_deterministic_algorithms(True)``, under which torch refuses medians
+    on CUDA, because of their indices: then the same values are found by sorting.
+
+    Args:
+        values: any shape.
+        dim: along which.
+
+    Returns:
+        ``values`` without that dimension.
+
+    >>> nanmedian(torch.tensor([[4.0, torch.nan, 1.0, 3.0, 2.0], [torch.nan] * 5]))
+    tensor([2., nan])
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return values.nanmedian(dim).values
+    ordered = values.sort(dim).values  # NaN last
+    count = (~ordered.isnan()).sum(dim, keepdim=True)
+    return ordered.gather(dim, (count - 1).clamp(min=0) // 2).squeeze(dim)
 
 
 def agreement(moving: Tensor, reference: Tensor, *, fine: bool = False) -> Tensor:
@@ -409,7 +455,8 @@ def _normalize(
 ) -> Texture:
     """Units of any size become 1; then the local contrast."""
     samples = limited.shape[-2] * limited.shape[-1]
-    scale = torch.linalg.vector_norm(limited.detach(), dim=(-2, -1)) / math.sqrt(samples)
+    root = torch.sym_sqrt(samples) if is_symbol(samples) else math.sqrt(samples)  # type: ignore[attr-defined, unused-ignore]
+    scale = torch.linalg.vector_norm(limited.detach(), dim=(-2, -1)) / root
     flat = (scale <= noise) | empty | ~torch.isfinite(scale)
     # squares of what follows neither vanish nor overflow
     normal = limited / torch.where(flat, 1.0, scale)[..., None, None]
@@ -531,7 +578,7 @@ def pool(image: Tensor, times: int) -> Tensor:
         (..., ⌈H / 2ⁿ⌉, ⌈W / 2ⁿ⌉).
     """
     block = 2**times
-    missing = [-length % block for length in image.shape[-2:]]
+    missing = [(length + block - 1) // block * block - length for length in image.shape[-2:]]
     if any(missing):
         image = F.pad(image, (0, missing[1], 0, missing[0]))
     # halving by slices: much faster than a pooling on the CPU

@@ -13,7 +13,16 @@ from torchalign._check import check_mask, check_number, check_option, message
 from torchalign.aligner import Aligner
 from torchalign.pcc import PCC
 from torchalign.training.measure import Measured, check_pair, measure
-from torchalign.training.probe import Claim, copied, probe, steps_of, undisturbed
+from torchalign.training.probe import (
+    Claim,
+    LostImageError,
+    chained,
+    copied,
+    handed_on,
+    probe,
+    steps_of,
+    undisturbed,
+)
 from torchalign.training.statistics import Residuals, Summary, empty_residuals, record, summarise
 
 __all__ = ["Action", "AlignmentCheck", "AlignmentWarning", "MisregistrationError", "Step"]
@@ -209,7 +218,13 @@ class AlignmentCheck(nn.Module):
 
     # ------------------------------------------------------------------------------------------ of an augmentation
 
-    def wrap(self, augment: Callable[..., Any], *, matrix: Claim | None = None) -> CheckedAugmentation:
+    def wrap(
+        self,
+        augment: Callable[..., Any],
+        *,
+        matrix: Claim | None = None,
+        ids: Callable[..., Tensor] | None = None,
+    ) -> CheckedAugmentation:
         """The augmentation itself, every n-th call of which is checked by a probe.
 
         Args:
@@ -217,25 +232,48 @@ class AlignmentCheck(nn.Module):
             matrix: what it claims to do: (3, 3), (2, 3), or one per sample, or a callable that is given the
                 augmentation (after its call) and returns that; points of the input → points of the output.
                 ``None``: kornia's ``transform_matrix`` or torchvision's boxes, where there are any.
+            ids: is given what the augmentation is given, returns (samples,) int64, to recognise the worst samples
+                by; default: see :meth:`inspect`.
         """
-        return CheckedAugmentation(self, augment, matrix)
+        return CheckedAugmentation(self, augment, matrix, ids)
 
     def inspect(
-        self, augment: Callable[..., Any], *sample: Any, matrix: Claim | None = None, **named: Any
+        self,
+        augment: Callable[..., Any],
+        *sample: Any,
+        matrix: Claim | None = None,
+        ids: Tensor | None = None,
+        **named: Any,
     ) -> Tensor:
         """Probe an augmentation now, with samples of this structure, and record what it does.
 
+        Args:
+            augment: as in :meth:`wrap`.
+            sample: as the augmentation takes it.
+            matrix: as in :meth:`wrap`.
+            ids: int64, one for each sample of the batch (or at least for those that are looked at, the first ones),
+                to recognise the worst by; default: the number of the sample among all that were recorded.
+            named: as the augmentation takes it.
+
         Returns:
-            (n,), the residuals, in pixels; inf where what comes out cannot be matched.
+            (n,), the residuals, in pixels; inf where what comes out cannot be matched, or is blank.
 
         Raises:
             MisregistrationError: it slips, and ``action="raise"``; the step at fault is named.
-            ValueError: nothing to compare: a single image, and no claimed matrix.
+            ValueError: nothing to compare: a single image, and no claimed matrix; or images that went in did not
+                come out.
         """
         found = self._probe(augment, sample, named, matrix)
         assert found is not None
-        ids = torch.arange(found.residual.shape[0], device=found.residual.device)
-        self._record(found, ids + self.calls * self.samples)
+        count, device = found.residual.shape[0], found.residual.device
+        if ids is None:
+            ids = torch.arange(count, device=device) + self.came
+        elif ids.numel() < count:
+            raise ValueError(
+                message("ids", f"one for each of {count} samples", tuple(ids.shape), "give a batch of them")
+            )
+        self.came += count
+        self._record(found, ids.reshape(-1)[:count].to(device))
 
         def why() -> str:
             step = self.locate(augment, *sample, **named)
@@ -263,18 +301,32 @@ class AlignmentCheck(nn.Module):
     ) -> Step | None:
         """The first step of a pipeline that slips, or ``None``.
 
+        A slip that is still there at the end is bisected: how far apart are the images after half of the steps?
+        With n steps that takes 2 + log₂ n measurements, the last one of the step by itself. The steps are walked,
+        with a measurement each, where that tells nothing: the end is registered (a later step may have undone the
+        slip), half a pipeline cannot be measured (a single image without a claim), or no single step slips as far.
+
         Args:
             pipeline: as in :meth:`trace`.
             sample: as the pipeline takes it.
             attempts: how often the pipeline is run, for what happens only sometimes.
             named: as the pipeline takes it.
         """
+        bare = copied(_bare(pipeline))
         with undisturbed(sample, named):
-            for _ in range(attempts):
-                for step in self._trace(_bare(pipeline), sample, named):
-                    if step.slips:
-                        return step
-        return None
+            for attempt in range(attempts):
+                if attempt:  # other random numbers, of generators of its own too
+                    chained([step for _, step in steps_of(bare)])(*sample, **named)
+                with undisturbed(sample, named):
+                    suspect = self._bisect(bare, sample, named)
+                if suspect is None:
+                    continue
+                with undisturbed(sample, named):
+                    step = self._alone(bare, suspect.number, sample, named)
+                if step.slips:
+                    return step
+                return self._walk(bare, sample, named) or suspect
+            return self._walk(bare, sample, named)
 
     # ------------------------------------------------------------------------------------------------- statistics
 
@@ -312,8 +364,62 @@ class AlignmentCheck(nn.Module):
     def _record(self, found: Measured, ids: Tensor) -> None:
         if self.worst.device != found.residual.device:
             self.to(found.residual.device)
-        for name, tensor in record(self._state(), found.residual, ids)._asdict().items():
+        for name, tensor in record(self._state(), found.residual, ids, found.seeing)._asdict().items():
             getattr(self, name).copy_(tensor)
+
+    def _bisect(self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
+        """The step after which the images are no longer registered, though they were before, if the end is not."""
+
+        def after(count: int) -> tuple[float, bool] | None:
+            # a copy each, in the same random state: the same numbers are drawn, up to there
+            steps = [step for _, step in steps_of(copied(pipeline))]
+            found = self._probe(chained(steps[:count]), sample, named, None, optional=True)
+            return None if found is None or bool(found.residual.isnan().all()) else self._verdict(found)
+
+        names = [name for name, _ in steps_of(pipeline)]
+        good, bad = 0, len(names)
+        found = after(bad) if bad else None
+        if found is None or not found[1]:
+            return None
+        residual = found[0]
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            found = after(middle)
+            if found is None:  # not to be told from here
+                good = bad - 1
+            elif found[1]:
+                bad, residual = middle, found[0]
+            else:
+                good = middle
+        return Step(bad - 1, names[bad - 1], residual, True)
+
+    def _alone(self, pipeline: Any, number: int, sample: tuple[Any, ...], named: dict[str, Any]) -> Step:
+        """One step by itself, on what those before make of the sample."""
+        steps = steps_of(copied(pipeline))
+        if number:
+            sample, named = handed_on(chained([step for _, step in steps[:number]])(*sample, **named), sample)
+        return self._step(number, *steps[number], sample, named)
+
+    def _walk(self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
+        return next((step for step in self._trace(pipeline, sample, named) if step.slips), None)
+
+    def _step(
+        self,
+        number: int,
+        name: str,
+        step: Callable[..., Any],
+        sample: tuple[Any, ...],
+        named: dict[str, Any],
+    ) -> Step:
+        found = self._probe(step, sample, named, None, optional=True)
+        if found is None or not len(found.residual):
+            return Step(number, name, float("nan"), False)
+        return Step(number, name, *self._verdict(found))
+
+    def _verdict(self, found: Measured) -> tuple[float, bool]:
+        """The largest residual, and whether there is a slip: this waits for the device."""
+        worst = max(found.residual.tolist(), key=lambda value: -1.0 if value != value else value)
+        return worst, bool((found.excess > self.tolerance).any())
 
     def _act(self, found: Measured, why: Callable[[], str]) -> None:
         """Read, and warn or raise; nothing is read where that is not asked for."""
@@ -328,7 +434,9 @@ class AlignmentCheck(nn.Module):
         ).tolist()
         if slips:
             extent = (
-                "cannot be matched at all" if worst == float("inf") else f"is off by up to {worst:.2f} px"
+                "is blank or cannot be matched at all"
+                if worst == float("inf")
+                else f"is off by up to {worst:.2f} px"
             )
             text = (
                 f"{why()}: {slips:.0f} of {seen:.0f} samples: "
@@ -355,7 +463,12 @@ class AlignmentCheck(nn.Module):
         optional: bool = False,
     ) -> Measured | None:
         with torch.no_grad(), undisturbed(sample, named):
-            pairs = probe(augment, sample, named, matrix, samples=self.samples)
+            try:
+                pairs = probe(augment, sample, named, matrix, samples=self.samples)
+            except LostImageError:
+                if not optional:
+                    raise
+                pairs = []
             if not pairs and optional:
                 return None
             if not pairs:
@@ -373,27 +486,22 @@ class AlignmentCheck(nn.Module):
             torch.stack([getattr(one, name).nan_to_num(-1.0, posinf=torch.inf) for one in found]).amax(0)
             for name in ("residual", "excess")
         )
-        seeing = torch.stack([one.seeing for one in found]).any(0)
-        return Measured(
-            torch.where(seeing, residual, torch.nan), torch.where(seeing, excess, torch.nan), seeing
+        # what was textured and comes out blank is not registered with anything
+        blank = torch.stack([pair.blank for pair in pairs]).any(0)
+        seeing = torch.stack([one.seeing for one in found]).any(0) | blank
+        residual, excess = (
+            torch.where(seeing, torch.where(blank, torch.inf, value), torch.nan)
+            for value in (residual, excess)
         )
+        return Measured(residual, excess, seeing)
 
     def _trace(
         self, pipeline: Callable[..., Any], sample: tuple[Any, ...], named: dict[str, Any]
     ) -> Iterator[Step]:
-        for index, (name, step) in enumerate(steps_of(copied(pipeline))):
-            found = self._probe(step, sample, named, None, optional=True)
-            slips, worst = False, float("nan")
-            if found is not None and len(found.residual):
-                slips = bool((found.excess > self.tolerance).any())
-                worst = max(found.residual.tolist(), key=lambda value: -1.0 if value != value else value)
-            yield Step(index, name, worst, slips)
+        for number, (name, step) in enumerate(steps_of(copied(pipeline))):
+            yield self._step(number, name, step, sample, named)
             # the next step sees what this one makes of the sample itself
-            out = step(*sample, **named)
-            if isinstance(out, dict) and not sample:
-                named = out
-            else:
-                sample = tuple(out) if len(sample) > 1 else (out,)
+            sample, named = handed_on(step(*sample, **named), sample)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignmentCheck:
         """The statistics go where the module goes, but keep their dtypes: ``.half()`` must not round counts."""
@@ -417,13 +525,18 @@ class CheckedAugmentation(nn.Module):
     """
 
     def __init__(
-        self, check: AlignmentCheck, augment: Callable[..., Any], matrix: Claim | None = None
+        self,
+        check: AlignmentCheck,
+        augment: Callable[..., Any],
+        matrix: Claim | None = None,
+        ids: Callable[..., Tensor] | None = None,
     ) -> None:
         super().__init__()
         if not callable(augment):
             raise TypeError(message("augment", "a callable", type(augment).__name__, "wrap what is called"))
         self.augment = augment
         self.matrix = matrix
+        self.ids = ids
         self._check = (check,)  # not a child: its statistics are no part of a model's state
 
     @property
@@ -435,7 +548,8 @@ class CheckedAugmentation(nn.Module):
         """Check, if it is this call's turn, and augment."""
         due, _ = self.check._due()
         if due:
-            self.check.inspect(self.augment, *sample, matrix=self.matrix, **named)
+            ids = None if self.ids is None else self.ids(*sample, **named)
+            self.check.inspect(self.augment, *sample, matrix=self.matrix, ids=ids, **named)
         return self.augment(*sample, **named)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchalign._check import check_cube, check_option, message
 from torchalign.aligner import Aligner
+from torchalign.functional.texture import nanmedian
 from torchalign.pcc import PCC
 
 __all__ = ["AlignToFirst", "Onto"]
@@ -87,7 +88,7 @@ class AlignToFirst(nn.Module):
             if mask is not None:
                 usable = torch.where(self._frames_of(mask, series).unsqueeze(-3), series, torch.nan)
             # ±inf is unusable too, and would be a median
-            reference = torch.where(usable.isfinite(), usable, torch.nan).nanmedian(-4).values
+            reference = nanmedian(torch.where(usable.isfinite(), usable, torch.nan), -4)
             known = None
         shared = None if known is None else known.unsqueeze(-3)
         return self.aligner(series, reference, mask, shared).aligned

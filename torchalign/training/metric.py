@@ -45,6 +45,7 @@ class RegistrationError(Metric):
 
     seen: Tensor
     unmatched: Tensor
+    blank: Tensor
     total: Tensor
     histogram: Tensor
     worst: Tensor
@@ -57,7 +58,7 @@ class RegistrationError(Metric):
         check = AlignmentCheck(aligner, window=window, worst=worst)  # it checks the options
         self.aligner = check.aligner
         self.window = check.window
-        sums = dict.fromkeys(("seen", "unmatched", "total", "histogram"), "sum")
+        sums = dict.fromkeys(("seen", "unmatched", "blank", "total", "histogram"), "sum")
         for name, tensor in empty_residuals(worst)._asdict().items():
             # the worst of all processes come stacked, (processes, K)
             self.add_state(name, tensor, dist_reduce_fx=sums.get(name))
@@ -79,14 +80,15 @@ class RegistrationError(Metric):
                 else given.expand(*lead, *moving.shape[-2:]).reshape(-1, *moving.shape[-2:])
                 for given in (mask, reference_mask)
             ]
-            residual = measure(self.aligner, moving, reference, *usable, window=self.window).residual
+            found = measure(self.aligner, moving, reference, *usable, window=self.window)
             if ids is None:
-                ids = self.seen + torch.arange(residual.shape[0], device=residual.device)
-            self._keep(record(self._state(), residual, ids.reshape(-1)))
+                ids = self.seen + torch.arange(found.residual.shape[0], device=found.residual.device)
+            self._keep(record(self._state(), found.residual, ids.reshape(-1), found.seeing))
 
     def compute(self) -> dict[str, Tensor]:
         """``measured``, ``unmatched``, ``mean``, ``median``, ``p95``, and ``worst`` (K,) with ``worst_ids`` (K,).
 
+        ``blank`` are those of the unmatched that showed nothing to be matched.
         Lengths in pixels, NaN where nothing was measured; −1 stands where there were fewer than K samples. Medians
         and percentiles are good to 1.5 %.
         """
@@ -95,6 +97,7 @@ class RegistrationError(Metric):
         return {
             "measured": count,
             "unmatched": state.unmatched,
+            "blank": state.blank,
             "mean": torch.where(count > 0, state.total / count.clamp(min=1), torch.nan),
             "median": quantile(state.histogram, 0.5),
             "p95": quantile(state.histogram, 0.95),

@@ -13,7 +13,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,12 +25,25 @@ from torchalign._check import message
 from torchalign.functional.affine import change_origin
 from torchalign.functional.warp import resample
 
-__all__ = ["Claim", "Pair", "copied", "probe", "steps_of", "texture", "undisturbed"]
+__all__ = [
+    "Claim",
+    "LostImageError",
+    "Pair",
+    "chained",
+    "copied",
+    "handed_on",
+    "probe",
+    "steps_of",
+    "texture",
+    "undisturbed",
+]
 
 Claim = Tensor | np.ndarray[Any, Any] | Callable[[Any], Any]
 
 # Shorter sides are not images: numbers, boxes, matrices.
 _LEAST_SIDE = 16
+# An output smaller than the texture's longest wave may be all of one grey by chance.
+_LEAST_BLANK = 48
 # The longest wave of the texture, in pixels, and how fast shorter ones fall off.
 _LONGEST, _SLOPE = 48.0, 1.3
 # Where its shortest waves are damped to 1/e, in cycles per pixel; and those that black and white is cut from.
@@ -43,12 +56,20 @@ _LEAST_FIT = 0.02
 _TORCH = ("torchvision.", "torch.")
 
 
+class LostImageError(ValueError):
+    """Of several images that went in, too few came out to compare anything."""
+
+
 class Pair(NamedTuple):
-    """Two images that should lie on each other: (n, 1, H, W) both, and where they may be compared (n, H, W)."""
+    """Two images that should lie on each other: (n, 1, H, W) both, and where they may be compared (n, H, W).
+
+    ``blank`` (n,) bool: the texture went in, and nothing to be seen came out, of one of them or of both.
+    """
 
     moving: Tensor
     reference: Tensor
     usable: Tensor | None
+    blank: Tensor
 
 
 class _Slot(NamedTuple):
@@ -80,6 +101,10 @@ def probe(
     Returns:
         The second and every further slot against the first, and the first against the claim. Empty if there is
         neither.
+
+    Raises:
+        ValueError: no image goes in, or none comes out.
+        LostImageError: fewer come out than went in, so that nothing can be compared.
     """
     flat, spec = tree_flatten((tuple(sample), named))
     slots = {index: slot for index, slot in enumerate(map(_slot_of, flat)) if slot is not None}
@@ -133,8 +158,14 @@ def probe(
     for result in results:
         start = 1 if result is results[0] else 0
         for frame in range(start, result.shape[1]):
-            pairs.append(Pair(*_of_one_size(result[:, frame : frame + 1], anchor), None))
+            other = result[:, frame : frame + 1]
+            pairs.append(Pair(*_of_one_size(other, anchor), None, _blank(other) | _blank(anchor)))
     claimed = _claimed(augment, matrix, boxes, moved, device)
+    if not pairs and claimed is None and len(slots) > 1:
+        raise LostImageError(
+            message("augmentation", f"as many images and masks as went in, {len(slots)}", len(results),
+                    "return every one of them, or give matrix= to check what is left against")
+        )  # fmt: skip
     if claimed is not None:
         source = F.interpolate(
             ground[:, None], size=next(iter(slots.values())).size, mode="bilinear", antialias=True
@@ -201,6 +232,30 @@ def steps_of(pipeline: Any) -> list[tuple[str, Callable[..., Any]]]:
     if inner is None:
         return [(_name(pipeline), pipeline)]
     return [step for part in inner for step in steps_of(part)]
+
+
+def chained(steps: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """The steps, one after the other, as one; torchvision's remain torchvision's, which knows boxes."""
+    _, v2 = _torchvision()
+    if v2 is not None and all(isinstance(step, v2.Transform) for step in steps):
+        return cast(Callable[..., Any], v2.Compose(list(steps)))
+
+    def run(*sample: Any, **named: Any) -> Any:
+        out: Any = None
+        for number, step in enumerate(steps):
+            if number:
+                sample, named = handed_on(out, sample)
+            out = step(*sample, **named)
+        return out
+
+    return run
+
+
+def handed_on(out: Any, sample: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the next step is given of what one made of ``sample``: arguments, and named ones."""
+    if isinstance(out, dict) and not sample:
+        return (), out
+    return (tuple(out) if len(sample) > 1 else (out,)), {}
 
 
 def _name(step: Any) -> str:
@@ -399,7 +454,17 @@ def _against_claim(out: Tensor, source: Tensor, claimed: Tensor) -> Pair:
     inside[: full[0], : full[1]] = True
     expected, valid = resample(source, claimed.to(source.dtype), interpolation="bicubic", mask=inside)
     window = (..., slice(size[0]), slice(size[1]))
-    return Pair(out, expected[window], valid[window])
+    return Pair(out, expected[window], valid[window], _blank(out))
+
+
+def _blank(image: Tensor) -> Tensor:
+    """(n,) bool: one grey all over, or no number. Of small outputs nothing is said."""
+    if min(image.shape[-2:]) < _LEAST_BLANK:
+        return torch.zeros(image.shape[0], dtype=torch.bool, device=image.device)
+    known = image.isfinite()
+    highest = torch.where(known, image, -torch.inf).flatten(1).amax(-1)
+    lowest = torch.where(known, image, torch.inf).flatten(1).amin(-1)
+    return ~(highest > lowest)
 
 
 def _blur(image: Tensor, sigma: Tensor) -> Tensor:

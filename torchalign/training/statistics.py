@@ -25,6 +25,7 @@ class Residuals(NamedTuple):
     Attributes:
         seen: () int64, samples that came.
         unmatched: () int64, samples on which no residual could be measured.
+        blank: () int64, those of them that showed nothing to be matched.
         total: () float64, sum of the residuals, in pixels.
         histogram: (768,) int64, counts of residuals in logarithmic bins of 1.5 %.
         worst: (K,) float32, the largest residuals, falling; −1 where there were fewer.
@@ -33,6 +34,7 @@ class Residuals(NamedTuple):
 
     seen: Tensor
     unmatched: Tensor
+    blank: Tensor
     total: Tensor
     histogram: Tensor
     worst: Tensor
@@ -44,7 +46,8 @@ class Summary(NamedTuple):
 
     Attributes:
         measured: samples measured.
-        unmatched: samples that came and could not be measured (no texture, no match).
+        unmatched: samples that came and could not be measured: no match, or
+        blank: those of them that showed nothing: flat, empty, masked.
         mean: of the residuals.
         median: to 1.5 %.
         p95: the 95th percentile, to 1.5 %.
@@ -53,10 +56,17 @@ class Summary(NamedTuple):
 
     measured: int
     unmatched: int
+    blank: int
     mean: float
     median: float
     p95: float
     worst: tuple[tuple[int, float], ...]
+
+    @property
+    def unmeasured(self) -> float:
+        """Share of the samples that could not be measured, of which nothing is known; NaN where none came."""
+        seen = self.measured + self.unmatched
+        return self.unmatched / seen if seen else math.nan
 
 
 def empty_residuals(worst: int = 16, device: torch.device | str | None = None) -> Residuals:
@@ -65,6 +75,7 @@ def empty_residuals(worst: int = 16, device: torch.device | str | None = None) -
     return Residuals(
         seen=count,
         unmatched=count.clone(),
+        blank=count.clone(),
         total=torch.zeros((), dtype=torch.float64, device=device),
         histogram=torch.zeros(_BINS, dtype=torch.int64, device=device),
         worst=torch.full((worst,), -1.0, dtype=torch.float32, device=device),
@@ -72,13 +83,14 @@ def empty_residuals(worst: int = 16, device: torch.device | str | None = None) -
     )
 
 
-def record(state: Residuals, residual: Tensor, ids: Tensor) -> Residuals:
+def record(state: Residuals, residual: Tensor, ids: Tensor, seeing: Tensor | None = None) -> Residuals:
     """The statistics with more samples in them.
 
     Args:
         state: so far.
         residual: (N,), in pixels; NaN where it could not be measured; inf is a residual like any other.
         ids: (N,) int64.
+        seeing: (N,) bool, there was something to be matched; ``None``: everywhere.
 
     Returns:
         New :class:`Residuals`, made without waiting for the device.
@@ -88,10 +100,12 @@ def record(state: Residuals, residual: Tensor, ids: Tensor) -> Residuals:
     position = ((length.clamp(_LOWEST, _HIGHEST) / _LOWEST).log() / _STEP).floor() + 1
     position = torch.where(length < _LOWEST, 0, position.to(torch.int64)).clamp(max=_BINS - 1)
     one = measured.to(torch.int64)
+    blank = torch.zeros_like(one) if seeing is None else (~seeing).to(torch.int64)
     return _keep_worst(
         Residuals(
             state.seen + residual.shape[0],
             state.unmatched + (1 - one).sum(),
+            state.blank + ((1 - one) * blank).sum(),
             state.total + length.to(state.total.dtype).sum(),
             state.histogram.scatter_add(0, position, one),
             torch.cat((state.worst.to(torch.float32), torch.where(measured, length, -1.0))),
@@ -106,6 +120,7 @@ def merge_residuals(first: Residuals, second: Residuals) -> Residuals:
     joined = Residuals(
         first.seen + second.seen,
         first.unmatched + second.unmatched,
+        first.blank + second.blank,
         first.total + second.total,
         first.histogram + second.histogram,
         torch.cat((first.worst, second.worst)),
@@ -123,7 +138,7 @@ def quantile(histogram: Tensor, q: float) -> Tensor:
     >>> round(float(quantile(state.histogram, 0.5)), 2)
     0.2
     """
-    counts = histogram.to(torch.float64).cumsum(-1)
+    counts = histogram.cumsum(-1).to(torch.float64)
     total = counts[-1]
     target = q * total
     index = torch.searchsorted(counts, target.reshape(1)).clamp(max=_BINS - 1).squeeze(0)
@@ -142,21 +157,23 @@ def summarise(state: Residuals) -> Summary:
         [
             state.seen.to(torch.float64),
             state.unmatched.to(torch.float64),
+            state.blank.to(torch.float64),
             state.total.to(torch.float64),
             quantile(state.histogram, 0.5),
             quantile(state.histogram, 0.95),
         ]
     )
     kept = torch.cat((numbers, state.worst.to(torch.float64), state.worst_ids.to(torch.float64))).tolist()
-    seen, unmatched, total, median, p95 = kept[:5]
+    seen, unmatched, blank, total, median, p95 = kept[:6]
     count = int(seen - unmatched)
     size = state.worst.shape[0]
     worst = tuple(
         (int(name), length)
-        for length, name in zip(kept[5 : 5 + size], kept[5 + size :], strict=True)
+        for length, name in zip(kept[6 : 6 + size], kept[6 + size :], strict=True)
         if length >= 0
     )
-    return Summary(count, int(unmatched), total / count if count else math.nan, median, p95, worst)
+    mean = total / count if count else math.nan
+    return Summary(count, int(unmatched), int(blank), mean, median, p95, worst)
 
 
 def _keep_worst(state: Residuals, size: int) -> Residuals:
