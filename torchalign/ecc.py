@@ -94,7 +94,7 @@ class ECC(Aligner):
         motion: MotionModel = "translation",
         levels: int | None = None,
         max_iterations: int = 4,
-        tolerance: float = 0.01,
+        tolerance: float = 0.02,
         gauss_kernel_size: int | None = None,
         sigma_blur: float | None = None,
         max_frequency: float = 0.25,

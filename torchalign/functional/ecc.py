@@ -33,7 +33,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
@@ -97,6 +97,8 @@ _BLOCK = 3
 _SIGMA_CALIBRATION = 1.1
 # A point farther out than this, in samples, is nowhere.
 _NOWHERE = 1e7
+# Samples of all frames that are taken at a time, on the CPU.
+_PIECE = 2**16
 # Relative to its trace: what keeps a Hessian with a blind direction from having an inverse without bounds.
 _RIDGE = 1e-6
 # A direction is blind whose curvature is less than this many ridges, inverted.
@@ -175,7 +177,7 @@ def enhanced_correlation(
     init: Tensor | None = None,
     levels: int | None = None,
     max_iterations: int = 4,
-    tolerance: float = 0.01,
+    tolerance: float = 0.02,
     max_frequency: float = 0.25,
     contrast: Contrast = "local",
     sigma_blur: float = 0.0,
@@ -252,20 +254,27 @@ def enhanced_correlation(
         for texture, level in zip(textures, reference, strict=True)
     ]
 
-    search = _Search(motion, robust, max_iterations, tolerance)
+    search = _Search(motion, robust, max_iterations)
     unroll = gradients == "unrolled"
-    warp, state = start, None
-    for level, frames in zip(reversed(reference), reversed(pyramid), strict=True):
+    begin = start if unroll else start.detach()
+    warp: Tensor | None = None
+    for number, (level, frames) in reversed(list(enumerate(zip(reference, pyramid, strict=True)))):
         if not unroll:
-            level, warp = _detach(level), warp.detach()
-        seen = frames if unroll else frames.detach()
-        if state is None:
-            look = _Look.at(warp, level, seen, precise=False)
+            level, frames = _detach(level), frames.detach()
+        near, rough = _NEAR * level.grid.spacing(), level
+        if number == 0:
+            near = max(_NEAR, tolerance)
+            if isinstance(frames, _Warped):  # samples are what costs, and every fourth will do to come near
+                rough = _every_second(level)
+        if warp is None:
+            look = _Look.at(begin, rough, frames, precise=False)
         else:
-            look = _better_of(start if unroll else start.detach(), warp, level, seen)
-        state = search.maximize(look, level, seen, finest=frames is pyramid[0])
-        warp = state.warp
-    assert state is not None  # there is at least one level
+            look = _better_of(begin, warp, rough, frames)
+        warp = search.climb(look, rough, frames, near, precise=False).warp
+    assert warp is not None  # there is at least one level
+    # once more on the finest level, from near the optimum, with weights and samples from there
+    state = search.climb(_Look.at(warp, level, frames, precise=True), level, frames, tolerance, precise=True)
+    warp = state.warp
     finest, frames = reference[0], pyramid[0]
     if not unroll and carries_gradient(finest.field, frames[0]):
         warp = implicit_step(state, finest, frames, motion)
@@ -517,23 +526,15 @@ class _Search(NamedTuple):
     motion: MotionModel
     robust: Robust
     max_iterations: int
-    tolerance: float  # pixels
 
-    def maximize(self, look: _Look, level: Level, moving: _Shifted | _Warped, *, finest: bool) -> _State:
-        """Weights, then steps; on the finest level once more, from near the optimum.
+    def climb(
+        self, look: _Look, level: Level, moving: _Shifted | _Warped, tolerance: float, *, precise: bool
+    ) -> _State:
+        """Weights, then steps, until none moves a point of a frame by more than ``tolerance`` pixels.
 
         A frame that has converged stays as it is, whatever the others do. On the eager CPU, where a look costs
         nothing, the steps end when all have.
         """
-        if not finest:
-            return self._climb(look, level, moving, _NEAR * level.grid.spacing(), precise=False)
-        near = self._climb(look, level, moving, max(_NEAR, self.tolerance), precise=False)
-        look = _Look.at(near.warp, level, moving, precise=True)
-        return self._climb(look, level, moving, self.tolerance, precise=True)
-
-    def _climb(
-        self, look: _Look, level: Level, moving: _Shifted | _Warped, tolerance: float, *, precise: bool
-    ) -> _State:
         warp, values, common = look
         on_host = all(map(is_on_host, (warp, moving[0], level.field)))
         inliers = self._inliers(values, common, level)
@@ -598,6 +599,27 @@ def _better_of(start: Tensor, warp: Tensor, level: Level, moving: _Shifted | _Wa
 def _choose(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Frame by frame, of finite (..., T, n): exact, and on the CPU much faster than ``torch.where``."""
     return torch.lerp(second, first, condition.to(first.dtype))
+
+
+def _every_second(level: Level) -> Level:
+    """The level with every second sample along both axes, where there are enough."""
+    (rows, columns), grid = level.grid.size, level.grid
+    if rows % 2 or columns % 2 or min(rows, columns) < 4 * _COARSEST:
+        return level
+
+    def thin(values: Tensor) -> Tensor:
+        return _unflatten(values, -1, (rows, columns))[..., ::2, ::2].flatten(-2)
+
+    return Level(
+        Grid.of(grid.frame, (rows // 2, columns // 2), grid.max_frequency, level.field),
+        level.field[..., ::2, ::2],
+        thin(level.products),
+        thin(level.weights),
+        level.flat,
+        thin(level.x),
+        thin(level.y),
+        level.corners,
+    )
 
 
 def _biweight(values: Tensor, common: Tensor, level: Level) -> Tensor:
@@ -970,16 +992,36 @@ def _bilinear(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
     """(..., T, n) of padded fields at positions among their samples; beyond the border is the border."""
     if field.device.type != "cpu":
         return _look_up(field, column, row)
-    taps = _Taps.around(field, column, row)
-    above = torch.lerp(taps.at(0, 0), taps.at(1, 0), taps.x)
-    below = torch.lerp(taps.at(0, 1), taps.at(1, 1), taps.x)
-    return torch.lerp(above, below, taps.y)
+    return _in_pieces(_bilinear_by_taps, field, column, row)
 
 
 def _spline(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
     """The same of cubic B-splines, given by their coefficients."""
     if field.device.type != "cpu":
         return _spline_by_look_up(field, column, row)
+    return _in_pieces(_spline_by_taps, field, column, row)
+
+
+def _in_pieces(
+    sample: Callable[[Tensor, Tensor, Tensor], Tensor], field: Tensor, column: Tensor, row: Tensor
+) -> Tensor:
+    """Of so many frames at a time that a tap and its neighbours are still in the cache."""
+    frames = max(1, _PIECE // column.shape[-1])
+    if column.ndim != 2 or len(field) != len(column) or len(field) <= frames:
+        return sample(field, column, row)
+    return torch.cat(
+        [sample(*part) for part in zip(*(x.split(frames) for x in (field, column, row)), strict=True)]
+    )
+
+
+def _bilinear_by_taps(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    taps = _Taps.around(field, column, row)
+    above = torch.lerp(taps.at(0, 0), taps.at(1, 0), taps.x)
+    below = torch.lerp(taps.at(0, 1), taps.at(1, 1), taps.x)
+    return torch.lerp(above, below, taps.y)
+
+
+def _spline_by_taps(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
     taps = _Taps.around(field, column, row)
     across, down = _spline_weights(taps.x), _spline_weights(taps.y)
     lines = []
