@@ -1009,9 +1009,8 @@ def _in_pieces(
     frames = max(1, _PIECE // column.shape[-1])
     if column.ndim != 2 or len(field) != len(column) or len(field) <= frames:
         return sample(field, column, row)
-    return torch.cat(
-        [sample(*part) for part in zip(*(x.split(frames) for x in (field, column, row)), strict=True)]
-    )
+    parts = [slice(first, first + frames) for first in range(0, len(field), frames)]
+    return torch.cat([sample(field[part], column[part], row[part]) for part in parts])
 
 
 def _bilinear_by_taps(field: Tensor, column: Tensor, row: Tensor) -> Tensor:

@@ -623,6 +623,55 @@ class _Slices:
         return self._thin(inside)
 
 
+class _Lines:
+    """Many translations at once, on a lattice: rows are taken whole, then columns by one index for all rows.
+
+    Slicing frame by frame costs as much as the sampling itself where only a lattice is sampled.
+    """
+
+    def __init__(self, shifts: Tensor, size: tuple[int, int], step: int) -> None:
+        self.size = size
+        (self.column, x), (self.row, y) = (
+            (torch.arange(0, length, step, device="cpu") + whole.unsqueeze(-1), fraction)
+            for length, (whole, fraction) in zip(
+                (size[1], size[0]), (_split(-shifts[:, axis], shifts.dtype) for axis in (0, 1)), strict=True
+            )
+        )
+        self.x_fraction, self.y_fraction = x[:, None, None], y[:, None, None]
+
+    def bicubic(self, frames: Tensor) -> Tensor:
+        """(T, H, W) → (T, h, w)."""
+        height, width = self.size
+        count = len(frames)
+        padded = F.pad(frames.unsqueeze(1), (4, 3, 4, 3), mode="replicate")
+        lines = padded.reshape(count * (height + 7), width + 7)
+        first = torch.arange(count, device="cpu").unsqueeze(-1) * (height + 7)
+        row = (first + self.row.clamp(-3, height) + 3).flatten()  # of the first of four taps
+        sampled = _combination(
+            _cubic_weights(self.y_fraction),
+            lambda tap: lines.narrow(0, tap, len(lines) - 3).index_select(0, row).view(count, -1, width + 7),
+        )
+        column = (self.column.clamp(-3, width) + 3).unsqueeze(1).expand(-1, sampled.shape[1], -1)
+        return _combination(
+            _cubic_weights(self.x_fraction), lambda tap: sampled.narrow(-1, tap, width + 4).gather(-1, column)
+        )
+
+    def inside(self) -> Tensor:
+        """(T, h, w)."""
+        height, width = self.size
+        column = self.column + (self.x_fraction[:, 0] >= 0.5)
+        row = self.row + (self.y_fraction[:, 0] >= 0.5)
+        within_x, within_y = (column >= 0) & (column < width), (row >= 0) & (row < height)
+        return within_y.unsqueeze(-1) & within_x.unsqueeze(-2)
+
+
+def _combination(weights: tuple[Tensor, ...], tap: Callable[[int], Tensor]) -> Tensor:
+    total = weights[0] * tap(0)
+    for number, weight in enumerate(weights[1:], start=1):
+        total = torch.addcmul(total, weight, tap(number))
+    return total
+
+
 # ------------------------------------------------------------------------------------------- putting together
 
 
@@ -786,6 +835,13 @@ def _resample_on_host(
     shifts: list[tuple[float, float] | None] = [None] * count
     if options.padding_mode != "reflection" and samples >= _SMALLEST_SLICED:
         shifts = _host_shifts(motion)
+    if options == _CUBIC_LATTICE._replace(step=step) and step > 1 and bands == 1 and None not in shifts:
+        planes = _prepare(frames, masks, options, on_host=True)
+        if planes.usable is None and planes.source is planes.frames:
+            moved = motion if motion.ndim == 2 else motion[:, :2, 2]
+            lattice = _Lines(moved.to(planes.source.dtype), (height, width), step)
+            sampled = lattice.bicubic(planes.source.squeeze(1)).reshape(*lead, *shape[1:])
+            return Resampled(sampled, lattice.inside().reshape(*lead, *shape[-2:]))
     together = max(1, _BLOCK_SAMPLES // (height * width))  # bands
     gathered = []
     for index, shift in enumerate(shifts):
@@ -846,4 +902,5 @@ def _host_shifts(motion: Tensor) -> list[tuple[float, float] | None]:
 
 
 _PLAIN = _Options("bilinear", "border", None)
+_CUBIC_LATTICE = _Options("bicubic", "border", None)
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
