@@ -453,8 +453,9 @@ def watched() -> Iterator[tuple[dict[str, float], dict[tuple[int, int], int]]]:
         (ecc, "prepare_level", "textures"),
         (ecc._Shifted, "of", "textures"),
         (ecc._Warped, "of", "textures"),
-        (ecc._Search, "maximize", "search"),
+        (ecc._Search, "climb", "search"),
         (ecc, "_better_of", "search"),
+        (ecc._Look, "at", "search"),
         (ecc, "_assess", "assess"),
         (aligner_module, "gate_stages", "gate"),
         (aligner_module, "resample", "warp"),
@@ -463,11 +464,16 @@ def watched() -> Iterator[tuple[dict[str, float], dict[tuple[int, int], int]]]:
     before = [(owner, name, owner.__dict__[name]) for owner, name, _ in places]
     before += [(owner, "values", owner.__dict__["values"]) for owner in (ecc._Shifted, ecc._Warped)]
 
+    inside = dict.fromkeys(STAGES, 0)  # how deep: a function within one of the same stage is not counted again
+
     def watch(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
         def call(*given: Any, **options: Any) -> Any:
             start = time.perf_counter()
+            inside[stage] += 1
             result = function(*given, **options)
-            spent[stage] += time.perf_counter() - start
+            inside[stage] -= 1
+            if not inside[stage]:
+                spent[stage] += time.perf_counter() - start
             return result
 
         return call
@@ -483,7 +489,7 @@ def watched() -> Iterator[tuple[dict[str, float], dict[tuple[int, int], int]]]:
     try:
         for owner, name, stage in places:
             called = watch(getattr(owner, name), stage)
-            setattr(owner, name, staticmethod(called) if name == "of" else called)
+            setattr(owner, name, staticmethod(called) if name in ("of", "at") else called)
         for owner in (ecc._Shifted, ecc._Warped):
             owner.values = count(owner.values)
         yield spent, samplings

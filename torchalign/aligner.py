@@ -225,7 +225,10 @@ class Aligner(nn.Module, ABC):
         if not all(map(is_on_host, [*job.tensors(), *self.parameters()])):
             return [slice(None)]
         rows, pixels = job.cube.shape[0], math.prod(job.cube.shape[1:-3]) * math.prod(job.cube.shape[-2:])
-        block = max(1, self._block_pixels() // max(1, pixels))
+        limit = self._block_pixels()
+        if pixels <= limit // 16:  # calls cost more than the cache does
+            limit *= 2
+        block = max(1, limit // max(1, pixels))
         if rows <= block:
             return [slice(None)]
         return [slice(first, min(first + block, rows)) for first in range(0, rows, block)]
