@@ -563,6 +563,30 @@ def exported(module, given, shapes):
     return torch.export.load(saved).module()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(ta.ECC, levels=2),
+        lambda: ta.Cascade(ta.PCC(robust=False), ta.ECC(motion="affine", levels=1, channel=0)),
+    ],
+    ids=["ECC", "cascade, affine"],
+)
+def test_export_of_enhanced_correlation(quiet, make):
+    def series(frames):
+        data = fractal_stack(frames, size=(48, 56), bands=2, noise=0.003)
+        return data.cube, data.reference
+
+    module = make()
+    frames = torch.export.Dim("frames", min=2, max=4096)
+    loaded = exported(module, series(3), ({0: frames}, None))
+    cube, reference = series(6)
+    aligned, estimate = loaded(cube, reference)
+    expected = module(cube, reference)
+    assert expected.estimate.valid.all()
+    assert_same(ta.Estimate(*estimate), expected.estimate)
+    torch.testing.assert_close(aligned, expected.aligned, atol=5e-3, rtol=0)
+
+
 def test_export_of_the_layer_with_any_size(quiet):
     def series(frames, height, width):
         return fractal_stack(frames, size=(height, width), bands=4, noise=0.003).cube
