@@ -464,7 +464,9 @@ def watched() -> Iterator[tuple[dict[str, float], dict[tuple[int, int], int]]]:
     before = [(owner, name, owner.__dict__[name]) for owner, name, _ in places]
     before += [(owner, "values", owner.__dict__["values"]) for owner in (ecc._Shifted, ecc._Warped)]
 
-    inside = dict.fromkeys(STAGES, 0)  # how deep: a function within one of the same stage is not counted again
+    inside = dict.fromkeys(
+        STAGES, 0
+    )  # how deep: a function within one of the same stage is not counted again
 
     def watch(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
         def call(*given: Any, **options: Any) -> Any:

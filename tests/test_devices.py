@@ -406,7 +406,7 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("name", ["default", "ECC", "ECC homography", "Cascade"])
+@pytest.mark.parametrize("name", ["default", "ECC", "ECC homography", "Cascade", "LGM"])
 def test_deterministic_algorithms(deterministic, name):
     cube, reference = real()
     mask = torch.rand(4, *SIZE) > 0.02

@@ -71,6 +71,16 @@ def test_blocks_give_what_the_whole_gives(stack, small_blocks, two_threads, monk
     assert (blocks.estimate.status == 0).all()
 
 
+def test_small_frames_are_estimated_twice_as_many_at_a_time(monkeypatch):
+    aligner_of_shifts, cube = ta.PCC(), torch.rand(70, 1, 32, 32)
+    for frames, sizes in ((20, [40, 30]), (15, [15, 15, 15, 15, 10])):
+        monkeypatch.setattr(aligner, "_BLOCK_PIXELS", frames * 32 * 32)
+        job = aligner_of_shifts._check(cube, cube[0], None, None, None)
+        blocks = aligner_of_shifts._blocks(job)
+        assert [part.stop - part.start for part in blocks] == sizes
+        assert [part.start for part in blocks[1:]] == [part.stop for part in blocks[:-1]]
+
+
 @pytest.mark.parametrize("batch", [(24, 1), (6, 4), (2, 12), (2, 3, 4)])
 def test_series_in_a_batch_are_cut_into_blocks_too(stack, small_blocks, batch):
     cube, reference = stack
@@ -95,18 +105,27 @@ def test_a_users_channel_is_called_from_one_thread(stack, small_blocks, two_thre
     assert callers == {threading.get_ident()}
 
 
-def test_default_dtype_and_device_do_not_matter(stack):
+@pytest.mark.parametrize(
+    "aligner",
+    [
+        ta.PCC(),
+        ta.PCC(upsample_factor=10),
+        ta.ECC(),
+        ta.ECC(motion="affine"),
+        ta.LGM(max_num_keypoints=48),
+    ],
+)
+def test_default_dtype_and_device_do_not_matter(stack, aligner):
     cube, reference = stack
-    expected = ta.PCC()(cube[:3], reference)
+    expected = aligner(cube[:3], reference)
     try:
         torch.set_default_dtype(torch.float64)
-        wide = ta.PCC()(cube[:3], reference)
-        ta.PCC(upsample_factor=10).estimate(cube[:3], reference)
+        wide = aligner(cube[:3], reference)
     finally:
         torch.set_default_dtype(torch.float32)
     try:
         torch.set_default_device("meta")
-        elsewhere = ta.PCC()(cube[:3], reference)
+        elsewhere = aligner(cube[:3], reference)
     finally:
         torch.set_default_device(None)
     for result in (wide, elsewhere):

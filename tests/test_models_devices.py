@@ -135,7 +135,10 @@ def test_compile_is_one_graph(quiet):  # noqa: F811
     usable = torch.ones(2, *SIZE, dtype=torch.bool)
     usable[1, :20] = False
     backend, given = graphs()
-    found, expected = torch.compile(built, backend=backend)(image, usable), built(image, usable)
+    found, expected = (
+        torch.compile(built, fullgraph=True, backend=backend)(image, usable),
+        built(image, usable),
+    )
     assert len(given) == 1
     assert torch.equal(found.valid, expected.valid)
     assert int(expected.valid.sum()) == 2 * COUNT

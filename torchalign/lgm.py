@@ -607,7 +607,7 @@ def _trimmed(features: Features) -> Features:
     """Without the last rows, where no frame has a keypoint, if that may be read: what follows grows as K²."""
     if not is_on_host(features.valid) or not len(features.valid):
         return features
-    rows = torch.arange(1, features.valid.shape[-1] + 1)
+    rows = torch.arange(1, features.valid.shape[-1] + 1, device=features.valid.device)
     count = max(1, int((features.valid * rows).amax()))
     trimmed: Features = _each(features, lambda field: field[:, :count])
     return trimmed

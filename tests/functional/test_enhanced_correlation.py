@@ -215,6 +215,23 @@ def test_an_init_that_is_no_number(motion):
             assert torch.equal(field[::2], expected[::2])
 
 
+@pytest.mark.parametrize("motion", ["affine", "homography"])
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e38])
+def test_an_init_of_absurd_size_leads_nowhere(motion, size):
+    data = fractal_stack(3, size=(64, 72), bands=1)
+    moving, reference = data.cube[:, 0], data.reference
+    init = translation_warp(data.shift)
+    good = enhanced_correlation(moving, reference, motion=motion, init=init)
+    init[1, :, :2] *= size  # its inverse, or its determinant, overflows
+    found = enhanced_correlation(moving.requires_grad_(), reference, motion=motion, init=init)
+    assert found.converged.tolist() == [True, False, True]
+    for field, expected in zip(found, good, strict=True):
+        assert not field.isnan().any()
+        assert torch.equal(field[::2], expected[::2])
+    found.warp[::2].sum().backward()
+    assert moving.grad[::2].isfinite().all()
+
+
 @pytest.mark.parametrize("motion", ["translation", "affine"])
 def test_vmap_over_references_alone(motion):
     # the frames are plain tensors there, and yet nothing may be read

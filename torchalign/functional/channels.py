@@ -143,9 +143,9 @@ def _mean(cube: Tensor) -> Tensor:
     # a chain of additions reads each band once and in order: twice as fast as a strided reduction on the CPU
     first, *others = cube.unbind(-3)
     if not others:
-        return first
+        return first if first.is_floating_point() else first / 1
     total = first + others[0]
-    return functools.reduce(operator.iadd, others[1:], total).mul_(1 / cube.shape[-3])
+    return functools.reduce(operator.iadd, others[1:], total) / cube.shape[-3]
 
 
 def _rgb(cube: Tensor, rgb_bands: Sequence[int]) -> Tensor:

@@ -477,7 +477,8 @@ class _Warped(NamedTuple):
     def _sources(self, warp: Tensor, level: Level, size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(..., T, n) column and row, among ``size`` samples of the frame, that the reference's samples show."""
         inverse = torch.linalg.inv_ex(warp).inverse
-        x, y, last = inverse.nan_to_num(_NOWHERE, _NOWHERE, -_NOWHERE)[..., None].unbind(-3)
+        # what is no number, or would overflow below, is far away: every position is one
+        x, y, last = inverse.nan_to_num(_NOWHERE).clamp(-_NOWHERE, _NOWHERE)[..., None].unbind(-3)
         half, (height, width) = _half(level.grid.frame), level.grid.frame
         # the change of units is made on the matrices, which are small
         rows = [

@@ -363,6 +363,8 @@ def shared_ground(moving: Tensor, reference: Tensor, weights: Tensor, usable: Te
     height, width = moving.shape[-2:]
     lead = torch.broadcast_shapes(moving.shape[:-2], reference.shape[:-2])  # type: ignore[no-untyped-call]
     with torch.no_grad():
+        if usable is not None:
+            moving, reference = (torch.where(usable, image, 0.0) for image in (moving, reference))
         own, other = (_halve(image.expand(*lead, height, width)) for image in (moving, reference))
         size = (own.shape[-2], own.shape[-1])
         prior = F.interpolate(
@@ -414,7 +416,7 @@ def shared_ground(moving: Tensor, reference: Tensor, weights: Tensor, usable: Te
             # a quarter of the samples tells the median as well
             some, weight = (field[..., ::2, ::2].flatten(-2) for field in (residual, chosen))
             better = weight >= weight.mean(-1, keepdim=True)
-            scale = 1.4826 * some.masked_fill(~better, torch.nan).nanmedian(-1).values[..., None, None]
+            scale = 1.4826 * nanmedian(some.masked_fill(~better, torch.nan))[..., None, None]
             ground = residual <= _LARGEST_RESIDUAL * scale + forgiven * alpha.abs()
             chosen = prior * ground
         ground = ground.repeat_interleave(2, -2).repeat_interleave(2, -1)

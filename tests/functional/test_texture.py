@@ -1,0 +1,45 @@
+"""Which pixels of two frames show the same ground."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scenes import Waves, pairs
+
+from torchalign.functional.texture import shared_ground
+
+SIZE = (97, 130)
+
+
+@pytest.fixture(scope="module")
+def cloudy():
+    """Two frames of half the gain, a third of a pixel away, clouds of known outline over each; weights before."""
+    data = pairs(torch.tensor([[0.3, -0.2], [-0.1, 0.3]]), SIZE, scene=Waves(1))
+    moving = 0.5 * data.cube[:, 0] + 0.2
+    cloud = torch.zeros(2, *SIZE, dtype=torch.bool)
+    cloud[0, 10:50, 20:60] = cloud[1, 60:, 90:] = True
+    generator = torch.Generator().manual_seed(0)
+    moving = torch.where(cloud, 1.5 + 0.2 * torch.rand(moving.shape, generator=generator), moving)
+    return moving, data.reference, cloud, torch.full((2, 48, 64), 0.5)
+
+
+def test_clouds_are_found_and_ground_is_kept(cloudy):
+    moving, reference, cloud, weights = cloudy
+    ground = shared_ground(moving, reference, weights)  # one reference for both, an odd number of rows
+    assert ground.shape == (2, *SIZE)
+    assert ground.dtype == torch.bool
+    assert not ground[cloud].any()
+    assert ground[~cloud].float().mean() > 0.95
+    for t in range(2):
+        assert torch.equal(ground[t], shared_ground(moving[t], reference[0], weights[t]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38, -9999.0])
+def test_what_is_not_usable_may_be_anything(cloudy, value):
+    moving, reference, _, weights = cloudy
+    usable = torch.ones(2, *SIZE, dtype=torch.bool)
+    usable[:, 30:70, 60:100] = False
+    expected = shared_ground(torch.where(usable, moving, 0.0), reference, weights, usable)
+    found = shared_ground(torch.where(usable, moving, value), reference, weights, usable)
+    assert torch.equal(found, expected)
+    assert found[usable].float().mean() > 0.5
