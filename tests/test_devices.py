@@ -551,6 +551,12 @@ def test_vmap_in_training(quiet):
             torch.testing.assert_close(torch.vmap(module)(*pairs), module(*pairs), atol=2e-3, rtol=1e-3)
 
 
+slow_export = pytest.mark.skipif(
+    "TORCHALIGN_EXPORT" not in os.environ,
+    reason="takes a minute: set TORCHALIGN_EXPORT to run, as .ci/run does",
+)
+
+
 def exported(module, given, shapes):
     """The program of a module, saved and reloaded."""
     # what sizes must fulfil, torch checks when the program runs: that a working grid is coarser, and the like
@@ -563,20 +569,22 @@ def exported(module, given, shapes):
     return torch.export.load(saved).module()
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        partial(ta.ECC, levels=2),
-        lambda: ta.Cascade(ta.PCC(robust=False), ta.ECC(motion="affine", levels=1, channel=0)),
-    ],
-    ids=["ECC", "cascade, affine"],
-)
-def test_export_of_enhanced_correlation(quiet, make):
+@slow_export
+def test_export_of_a_cascade_of_general_warps(quiet):
+    prove_export(ta.Cascade(ta.PCC(robust=False), ta.ECC(motion="affine", levels=1, channel=0)))
+
+
+def test_export_of_enhanced_correlation(quiet):
+    prove_export(ta.ECC(levels=1))
+
+
+def prove_export(module):
+    """Any number of frames."""
+
     def series(frames):
         data = fractal_stack(frames, size=(48, 56), bands=2, noise=0.003)
         return data.cube, data.reference
 
-    module = make()
     frames = torch.export.Dim("frames", min=2, max=4096)
     loaded = exported(module, series(3), ({0: frames}, None))
     cube, reference = series(6)
@@ -609,9 +617,7 @@ EXPORTED = {
 }
 
 
-@pytest.mark.skipif(
-    "TORCHALIGN_EXPORT" not in os.environ, reason="takes minutes: set TORCHALIGN_EXPORT to run"
-)
+@slow_export
 @pytest.mark.parametrize("name", EXPORTED)
 def test_export_with_any_size(quiet, name):
     make, traced, others = EXPORTED[name]

@@ -1007,8 +1007,11 @@ def _in_pieces(
     sample: Callable[[Tensor, Tensor, Tensor], Tensor], field: Tensor, column: Tensor, row: Tensor
 ) -> Tensor:
     """Of so many frames at a time that a tap and its neighbours are still in the cache."""
+    # first of all the host: under a trace, the number of frames must not be looked at
+    if not (is_on_host(field) and is_on_host(column)) or column.ndim != 2 or len(field) != len(column):
+        return sample(field, column, row)
     frames = max(1, _PIECE // column.shape[-1])
-    if column.ndim != 2 or len(field) != len(column) or len(field) <= frames:
+    if len(field) <= frames:
         return sample(field, column, row)
     parts = [slice(first, first + frames) for first in range(0, len(field), frames)]
     return torch.cat([sample(field[part], column[part], row[part]) for part in parts])
