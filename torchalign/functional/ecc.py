@@ -15,14 +15,14 @@ The chain, each link a function:
 1. :func:`~torchalign.functional.texture.extract_pyramid`: what is correlated, from coarse to fine. All levels share
    one system of coordinates (the frame's centre is 0, its longer half is 1), so none has a half pixel of its own.
 2. :func:`prepare_level`: gradients of the reference and what follows from them.
-3. On each level weights, then steps; on the finest twice. A level that leads astray is undone.
+3. On each level weights, then steps; on the finest twice, the first time with every fourth sample where samples are
+   what costs. A level that leads astray is undone.
 4. σ: the sandwich estimate from the scatter of the pulls of small blocks.
 5. :func:`implicit_step`: one last step that carries the gradient of the implicit function theorem.
 
 A frame that is only shifted is shifted in the spectral domain, which needs no kernel. Under other warps it is a
 cubic B-spline through twice as many samples as the band needs: on a grid that just holds the band, a spline
-displaces by
-0.05 px, a bilinear or Keys' kernel by 0.13 px; on this one a spline by less than 0.003 px.
+displaces by 0.05 px, a bilinear or Keys' kernel by 0.13 px; on this one a spline by less than 0.003 px.
 
 References:
     Evangelidis & Psarakis 2008, doi:10.1109/TPAMI.2008.113; Baker & Matthews 2004,
