@@ -574,15 +574,20 @@ def test_export_of_a_cascade_of_general_warps(quiet):
     prove_export(ta.Cascade(ta.PCC(robust=False), ta.ECC(motion="affine", levels=1, channel=0)))
 
 
+@slow_export
+def test_export_of_local_features(quiet):
+    prove_export(ta.LGM(max_num_keypoints=64), (64, 72))
+
+
 def test_export_of_enhanced_correlation(quiet):
     prove_export(ta.ECC(levels=1))
 
 
-def prove_export(module):
+def prove_export(module, size=(48, 56)):
     """Any number of frames."""
 
     def series(frames):
-        data = fractal_stack(frames, size=(48, 56), bands=2, noise=0.003)
+        data = fractal_stack(frames, size=size, bands=2, noise=0.003)
         return data.cube, data.reference
 
     frames = torch.export.Dim("frames", min=2, max=4096)
