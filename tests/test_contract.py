@@ -20,7 +20,8 @@ ALIGNERS = {
     "PCC": Case(ta.PCC),
     "ECC": Case(ta.ECC, global_search=False),
     "Cascade": Case(cascade),
-    "LGM": Case(partial(ta.LGM, max_num_keypoints=128)),
+    # it tells ground from cloud pixel by pixel: rounding moves one or the other across the line
+    "LGM": Case(partial(ta.LGM, max_num_keypoints=128), grid=0.002),
 }
 OPTIONS = {
     "PCC once": Case(partial(ta.PCC, robust=False), accuracy=0.1, steadiness=0.05),
