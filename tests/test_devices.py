@@ -458,11 +458,7 @@ def test_export_with_any_number_of_frames(quiet):
     frames = torch.export.Dim("frames", min=2, max=4096)
     # traced with as many frames as there are bands, which must not be taken for the same number
     shapes = ({0: frames}, None, {0: frames})
-    program = torch.export.export(aligner, (cube[:4], reference, mask[:4]), dynamic_shapes=shapes)
-    saved = io.BytesIO()
-    torch.export.save(program, saved)
-    saved.seek(0)
-    module = torch.export.load(saved).module()
+    module = torch.export.export(aligner, (cube[:4], reference, mask[:4]), dynamic_shapes=shapes).module()
     for count in (2, 4, 6):
         aligned, estimate = module(cube[:count], reference, mask[:count])
         expected = aligner(cube[:count], reference, mask[:count])
@@ -471,12 +467,23 @@ def test_export_with_any_number_of_frames(quiet):
 
 
 @pytest.mark.parametrize(
-    "name", ["wide, phase, plain", "grid", "rgb, crop, fill", "gradients, bicubic", "module"]
+    "options",
+    [
+        {"max_frequency": 0.5, "weighting": "phase", "contrast": "none", "taper": 0.0, "upsample_factor": 20},
+        {
+            "channel": "gradients",
+            "interpolation": "bicubic",
+            "padding_mode": "reflection",
+            "fill_value": -1.0,
+        },
+        {"channel": Channel(), "crop_center": (49, 64), "max_translation": 20.0, "weighting": "sqrt"},
+    ],
+    ids=["plain", "gradients", "module"],
 )
-def test_compile_is_one_graph(quiet, name):
+def test_compile_is_one_graph(quiet, options):
     # tracing takes its time: every option once, in few combinations
     cube, reference = real()
-    aligner = ALIGNERS[name].make()
+    aligner = ta.PCC(**options)
     compiled = torch.compile(aligner, fullgraph=True, backend="eager")
     found, expected = compiled(cube, reference), aligner(cube, reference)
     assert_same(found.estimate, expected.estimate)
@@ -551,6 +558,7 @@ def test_vmap_in_training(quiet):
             torch.testing.assert_close(torch.vmap(module)(*pairs), module(*pairs), atol=2e-3, rtol=1e-3)
 
 
+SIZES = (("T", 2), ("H", 32), ("W", 32))  # the least of each
 slow_export = pytest.mark.skipif(
     "TORCHALIGN_EXPORT" not in os.environ,
     reason="takes a minute: set TORCHALIGN_EXPORT to run, as .ci/run does",
@@ -579,6 +587,7 @@ def test_export_of_local_features(quiet):
     prove_export(ta.LGM(max_num_keypoints=64), (64, 72))
 
 
+@slow_export
 def test_export_of_enhanced_correlation(quiet):
     prove_export(ta.ECC(levels=1))
 
@@ -600,6 +609,7 @@ def prove_export(module, size=(48, 56)):
     torch.testing.assert_close(aligned, expected.aligned, atol=5e-3, rtol=0)
 
 
+@slow_export
 def test_export_of_the_layer_with_any_size(quiet):
     def series(frames, height, width):
         return fractal_stack(frames, size=(height, width), bands=4, noise=0.003).cube
@@ -615,39 +625,21 @@ def test_export_of_the_layer_with_any_size(quiet):
         loaded(series(2, 12, 72))
 
 
-SIZES = (("T", 2), ("H", 32), ("W", 32))
-EXPORTED = {
-    "PCC, mask": (ta.PCC, (64, 72), ((3, 75, 97), (2, 130, 61))),
-    "AlignToFirst": (ta.AlignToFirst, (64, 72), ((3, 75, 97), (2, 130, 61))),
-}
-
-
 @slow_export
-@pytest.mark.parametrize("name", EXPORTED)
-def test_export_with_any_size(quiet, name):
-    make, traced, others = EXPORTED[name]
+def test_export_with_masks_of_any_size(quiet):
+    def given(*size):
+        data = fractal_stack(size[0], size=size[1:], bands=4, noise=0.003)
+        return data.cube, data.reference, torch.rand(*size) > 0.02
+
     frames, height, width = (torch.export.Dim(name, min=low, max=4096) for name, low in SIZES)
-    series, masks = {0: frames, 2: height, 3: width}, {0: frames, 1: height, 2: width}
-
-    def given(count, height, width):
-        data = fractal_stack(count, size=(height, width), bands=4, noise=0.003)
-        if name == "AlignToFirst":
-            return (data.cube,)
-        mask = (torch.rand(count, height, width) > 0.02,) if "mask" in name else ()
-        return (data.cube, data.reference, *mask)
-
-    module = make()
-    shapes = (series,) if name == "AlignToFirst" else (series, {1: height, 2: width}, masks)
-    arguments = given(4, *traced)
-    loaded = exported(module, arguments, shapes[: len(arguments)])
-    for size in ((4, *traced), *others):
+    shapes = {0: frames, 2: height, 3: width}, {1: height, 2: width}, {0: frames, 1: height, 2: width}
+    module = ta.PCC()
+    loaded = exported(module, given(4, 64, 72), shapes)
+    for size in ((4, 64, 72), (3, 75, 97), (2, 130, 61)):
         arguments = given(*size)
-        found, expected = loaded(*arguments), module(*arguments)
-        if name == "AlignToFirst":
-            torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
-        else:
-            assert_same(found[1], expected.estimate)
-            assert expected.estimate.valid.all()
+        found, expected = loaded(*arguments)[1], module(*arguments).estimate
+        assert_same(found, expected)
+        assert expected.valid.all()
 
 
 def test_per_sample_gradients(quiet):

@@ -385,8 +385,11 @@ def fake():
 
 @pytest.mark.parametrize(
     "options",
-    [{"feature_model": Blobs(32)}, {"motion": "homography", "max_num_keypoints": 32, "batch_size": 2}],
-    ids=["module", "homography, in parts"],
+    [
+        {"feature_model": Blobs(32), "motion": "homography"},
+        {"max_num_keypoints": 32, "batch_size": 2, "refine": False},
+    ],
+    ids=["module, homography", "in parts"],
 )
 def test_fake_cuda_and_nothing_is_copied_from_the_host(fake, monkeypatch, options):
     # (the defaults: test_devices.py) such a copy waits for the device, and a fake one does not mind
