@@ -21,11 +21,22 @@ def pytest_addoption(parser):
         choices=["cpu", "cuda"],
         help="device of the tests that take one; may be given twice (default: cpu)",
     )
+    parser.addoption(
+        "--slow", action="store_true", help="run those too that are marked as slow, as .ci/run does"
+    )
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: tracing that takes a minute; runs with --slow alone")
     # small images gain nothing from threads, which wait for each other where cores are shared
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes a minute: --slow runs it, as .ci/run does"))
 
 
 def pytest_generate_tests(metafunc):

@@ -17,6 +17,7 @@ import torchalign as ta
 from torchalign import cli
 from torchalign._files import atomic
 from torchalign.datasets import simulate_stack
+from torchalign.io import write_cube
 
 
 @pytest.fixture(scope="module")
@@ -787,6 +788,76 @@ def test_apply_to_another_pixel_size_and_to_classes(series, tmp_path, capsys):
         tuple(slice(part.start - d, part.stop - d) for part, d in zip(inside, (y, x), strict=True))
     ]
     assert (moved[1, 0][inside] == came).mean() > 0.99
+
+
+def test_apply_keeps_masks_in_which_nothing_is_set(series, tmp_path, capsys):
+    values, names = series[0][:3].copy(), fastcubo_names(3)
+    frames = write_frames(tmp_path / "frames", values, names)
+    masks = (values[:, :1] > 2000).astype(np.uint8)
+    masks[1] = 0
+    write_frames(tmp_path / "masks", masks, names, descriptions=["clear"], nodata=None)
+    report = tmp_path / "report.csv"
+    assert align(frames, "-o", tmp_path / "out", "--reference", "first", "--report", report) == 0
+    options = ("--report", report, "--interpolation", "nearest")
+    for name, more in (("plain", []), ("skipping", ["--skip-bad"]), ("lazy", ["--lazy"])):
+        assert run("apply", tmp_path / "masks", "-o", tmp_path / name, *options, *more) == 0
+        moved = ta.open_stack(tmp_path / name, keep_empty=True).values
+        assert moved.shape == masks.shape
+        assert not moved[1].any()
+        assert moved[2].any()
+    # what align has left out, because it was empty, apply leaves out too, and says so
+    values[1] = 0
+    gaps = write_frames(tmp_path / "gaps", values, names)
+    arguments = ("--reference", "first", "--report", report, "--skip-bad", "--overwrite")
+    assert align(gaps, "-o", tmp_path / "filled", *arguments) == 0
+    capsys.readouterr()
+    assert run("apply", gaps, "-o", tmp_path / "again", "--report", report, "--skip-bad") == 0
+    assert "not in the report: 2016-06-18" in capsys.readouterr().err
+    assert len(list((tmp_path / "again").iterdir())) == 2
+    assert run("apply", gaps, "-o", tmp_path / "never", "--report", report) == 2
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("suffix", [".nc", ".zarr"])
+def test_apply_to_masks_that_are_bool(suffix, lazy, dataset, source, tmp_path):
+    pytest.importorskip("zarr") if suffix == ".zarr" else None
+    pytest.importorskip("dask") if lazy else None
+    report = tmp_path / "report.nc"
+    assert align(source, "-o", tmp_path / "out.nc", "--variable", "reflectance", "--report", report) == 0
+    clear = (dataset["clouds"] == 0).rename("clear")
+    alone, beside = tmp_path / f"alone{suffix}", tmp_path / f"beside{suffix}"
+    for given, path in ((clear.to_dataset(), alone), (dataset.assign(clear=clear), beside)):
+        given.to_zarr(path, zarr_format=2) if suffix == ".zarr" else given.to_netcdf(path, engine="h5netcdf")
+    options = ("--report", report, "--interpolation", "nearest", *(["--lazy"] if lazy else []))
+    expected = ta.apply(clear, report, interpolation="nearest")
+    for path, more in ((alone, []), (beside, ["--variable", "clear"])):
+        for out in ("moved.nc", "moved.zarr"):
+            assert run("apply", path, "-o", tmp_path / out, *options, *more, "--overwrite") == 0
+            with xr.open_dataset(tmp_path / out) as moved:
+                assert moved["clear"].dtype == bool
+                np.testing.assert_array_equal(moved["clear"], expected)
+    # numbers go before what is bool
+    assert run("apply", beside, "-o", tmp_path / "numbers.nc", "--report", report) == 0
+    with xr.open_dataset(tmp_path / "numbers.nc") as moved:
+        assert "reflectance" in moved
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("name", ["mask.nc", "mask.zarr"])
+def test_bool_is_written_and_read_as_bool(name, lazy, dataset, tmp_path):
+    pytest.importorskip("zarr") if name.endswith("zarr") else None
+    pytest.importorskip("dask") if lazy else None
+    clear = (dataset["clouds"] == 0).rename("clear")
+    # of the classes that it was made from, and wrong for what is bool
+    clear.attrs = {"note": "kept", "_FillValue": 1}
+    clear.encoding = {"dtype": "uint8", "_FillValue": 0}
+    path = write_cube(clear.chunk(time=2) if lazy else clear, tmp_path / name)
+    with xr.open_dataset(path) as again:
+        assert again["clear"].dtype == bool
+        np.testing.assert_array_equal(again["clear"], clear)
+        assert again["clear"].attrs["note"] == "kept"
+    assert clear.attrs["_FillValue"] == 1
+    assert clear.encoding["_FillValue"] == 0
 
 
 def test_apply_shifts_the_georeference_alone(series, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -505,9 +504,7 @@ def test_compile_with_masks_and_gradients(quiet):
     torch.testing.assert_close(*slopes, atol=1e-3 * float(slopes[1].abs().max()), rtol=1e-2)
 
 
-@pytest.mark.skipif(
-    "TORCHALIGN_INDUCTOR" not in os.environ, reason="takes a minute: set TORCHALIGN_INDUCTOR to run"
-)
+@pytest.mark.slow
 def test_inductor(quiet):
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("no C++ compiler for torch.compile's inductor")
@@ -559,10 +556,6 @@ def test_vmap_in_training(quiet):
 
 
 SIZES = (("T", 2), ("H", 32), ("W", 32))  # the least of each
-slow_export = pytest.mark.skipif(
-    "TORCHALIGN_EXPORT" not in os.environ,
-    reason="takes a minute: set TORCHALIGN_EXPORT to run, as .ci/run does",
-)
 
 
 def exported(module, given, shapes):
@@ -577,17 +570,17 @@ def exported(module, given, shapes):
     return torch.export.load(saved).module()
 
 
-@slow_export
+@pytest.mark.slow
 def test_export_of_a_cascade_of_general_warps(quiet):
     prove_export(ta.Cascade(ta.PCC(robust=False), ta.ECC(motion="affine", levels=1, channel=0)))
 
 
-@slow_export
+@pytest.mark.slow
 def test_export_of_local_features(quiet):
     prove_export(ta.LGM(max_num_keypoints=64), (64, 72))
 
 
-@slow_export
+@pytest.mark.slow
 def test_export_of_enhanced_correlation(quiet):
     prove_export(ta.ECC(levels=1))
 
@@ -609,7 +602,7 @@ def prove_export(module, size=(48, 56)):
     torch.testing.assert_close(aligned, expected.aligned, atol=5e-3, rtol=0)
 
 
-@slow_export
+@pytest.mark.slow
 def test_export_of_the_layer_with_any_size(quiet):
     def series(frames, height, width):
         return fractal_stack(frames, size=(height, width), bands=4, noise=0.003).cube
@@ -625,7 +618,7 @@ def test_export_of_the_layer_with_any_size(quiet):
         loaded(series(2, 12, 72))
 
 
-@slow_export
+@pytest.mark.slow
 def test_export_with_masks_of_any_size(quiet):
     def given(*size):
         data = fractal_stack(size[0], size=size[1:], bands=4, noise=0.003)

@@ -419,9 +419,10 @@ def test_floats_that_were_packed_have_nan_for_nodata(tmp_path):
 
 
 def test_scales_of_other_bands_raise(tmp_path):
-    make_folder(tmp_path / "in", 1, scales=(1e-4, 2e-4), offsets=(0.0, 1.0))
+    make_folder(tmp_path / "in", 1)
+    cube = open_stack(tmp_path / "in").assign_attrs(scales=(1e-4, 2e-4))  # as rioxarray has them
     with pytest.raises(ValueError, match="scales of 1 bands"):
-        write_stack(open_stack(tmp_path / "in").isel(band=[0]), tmp_path / "out")
+        write_stack(cube.isel(band=[0]), tmp_path / "out")
 
 
 @pytest.mark.parametrize("chunks", [0, -1, "all", True])
@@ -527,3 +528,93 @@ def test_killed_half_way_nothing_looks_complete(tmp_path):
     assert len(complete) < 6
     for path in complete:
         assert bool((open_stack(path, time=lambda path: "2020-01-01") == 1).all())
+
+
+def test_bands_keep_their_scales_and_names_in_another_order(tmp_path):
+    make_folder(tmp_path / "in", 1, scales=(0.1, 0.5), offsets=(0.0, 7.0))
+    cube = open_stack(tmp_path / "in")
+    [swapped] = write_stack(cube.isel(band=[1, 0]), tmp_path / "swapped")
+    [one] = write_stack(cube.sel(band=["B03"]), tmp_path / "one")
+    for path, names, scales in ((swapped, ("B03", "B02"), (0.5, 0.1)), (one, ("B03",), (0.5,))):
+        found = describe_tif(path)
+        assert (found["descriptions"], found["scales"]) == (names, scales)
+    make_folder(tmp_path / "partly", 1, names=("", "B03"))
+    [partly] = write_stack(open_stack(tmp_path / "partly").isel(band=[1, 0]), tmp_path / "partly_out")
+    assert describe_tif(partly)["descriptions"] == ("B03", None)
+
+
+def test_notes_of_gdal_are_no_dates(tmp_path):
+    make_folder(tmp_path, 3)
+    for path in list(tmp_path.iterdir()):
+        for ending in (".aux.xml", ".ovr", ".msk"):
+            (tmp_path / f"{path.name}{ending}").write_text("<PAMDataset/>")
+    assert open_stack(tmp_path).sizes["time"] == 3
+
+
+@pytest.mark.parametrize("chunks", [None, 1])
+def test_a_download_that_broke_off_is_named_or_left_out(tmp_path, chunks):
+    make_folder(tmp_path, 3, size=(64, 64), names=("B02",))
+    bad = sorted(tmp_path.iterdir())[1]
+    bad.write_bytes(bad.read_bytes()[: bad.stat().st_size // 2])
+    if chunks is None:
+        with pytest.raises(ValueError, match=f"1 of 3 that are not: {bad.name}: it cannot be read"):
+            open_stack(tmp_path)
+        cube = open_stack(tmp_path, errors="skip")
+        assert cube.sizes["time"] == 2
+        assert bad.name in cube.attrs["skipped_files"][0]
+    else:
+        # the directory of its pages, at its end, is gone, so that no reading is needed to see it
+        with pytest.raises(ValueError, match=bad.name):
+            open_stack(tmp_path, chunks=chunks)
+        whole = open_stack(tmp_path, chunks=chunks, errors="skip")
+        other = sorted(tmp_path.iterdir())[0]
+        other.unlink()
+        with pytest.raises(OSError, match=other.name):
+            whole.compute(scheduler="synchronous")
+
+
+def test_what_a_function_gives_for_a_date(tmp_path):
+    make_folder(tmp_path, 2)
+    stem = open_stack(tmp_path, time=lambda path: path.stem[:8])
+    assert list(stem.time.dt.strftime("%Y%m%d").values) == ["20170105", "20170115"]
+    for wrong in (lambda path: int(path.stem[:8]), lambda path: "nonsense", lambda path: "99990101"):
+        with pytest.raises(ValueError, match=r"time\('20170105.*expected a date"):
+            open_stack(tmp_path, time=wrong)
+    assert parse_time("20200101123456.tif") == np.datetime64("2020-01-01T12:34:56")
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_corrected_georeference_goes_with_a_crop(tmp_path, labelled):
+    turned = {} if labelled else {"transform": Affine(8.0, 3.0, 5e5, 3.0, -8.0, 5e6)}
+    make_folder(tmp_path / "in", 2, size=(32, 40), **turned)
+    cube = open_stack(tmp_path / "in")
+    warp = np.tile(np.eye(2, 3), (2, 1, 1))
+    warp[1, :, 2] = 1.5, -0.5
+    shifted = ta.apply(cube, warp, mode="shift-coords")
+    if not labelled:
+        with pytest.raises(ValueError, match="crop before"):
+            write_stack(shifted.isel(x=slice(20, 30)), tmp_path / "crop")
+        return
+    crop = {"x": slice(20, 30), "y": slice(4, 20)}
+    coarse = shifted.coarsen(x=2, y=2).mean().astype(cube.dtype)
+    for name, part, step in (("crop", shifted.isel(crop), 1), ("coarse", coarse, 2)):
+        of = cube.isel(crop) if name == "crop" else cube.coarsen(x=2, y=2).mean()
+        for number, path in enumerate(write_stack(part, tmp_path / name)):
+            with rasterio.open(path) as file:
+                found = file.transform
+            assert (found.a, found.e) == pytest.approx((10 * step, -10 * step))
+            corner = (float(of.x[0]) - 5 * step, float(of.y[0]) + 5 * step)
+            moved = 10 * warp[number, :, 2]
+            assert (found.c, found.f) == pytest.approx((corner[0] + moved[0], corner[1] - moved[1]))
+    # pixels that were resampled need no correction any more
+    assert "geotransform" not in ta.apply(shifted, warp).coords
+    assert "geotransform" not in ta.align(shifted, "first")[0].coords
+
+
+@pytest.mark.parametrize("name", ["out", "out.zarr", "out.nc"])
+def test_a_report_that_waited_is_summed_up(tmp_path, name):
+    aligned, report = ta.align(make_series(4, 48).cube.chunk(time=2), "first")
+    write = write_stack if name == "out" else write_cube
+    _, known = write(aligned, tmp_path / name, report=report)
+    assert known.attrs["frames"] == 4
+    assert {"status_counts", "shift_median", "ce90"} <= set(known.attrs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 
 import numpy as np
@@ -410,9 +409,7 @@ def test_fake_cuda_and_nothing_is_copied_from_the_host(fake, monkeypatch, option
     assert {field.device.type for field in found} == {"cuda"}
 
 
-@pytest.mark.skipif(
-    "TORCHALIGN_INDUCTOR" not in os.environ, reason="takes a minute: set TORCHALIGN_INDUCTOR to run"
-)
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [Blobs(48), "sift"], ids=["module", "sift"])
 def test_compile_is_one_graph(features):
     data = fractal_stack(2, size=(64, 72), bands=1, noise=0.003, seed=1)

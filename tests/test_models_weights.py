@@ -159,6 +159,8 @@ def test_non_commercial_weights_say_so_once_a_load(nowhere, monkeypatch):
         with pytest.warns(UserWarning, match=f"official weights: {words} are licensed for .*non-commercial"):
             build_extractor("superpoint", weights=elsewhere)
         monkeypatch.setitem(WEIGHTS, "superpoint", WEIGHTS["superpoint"]._replace(sha256="0" * 64))
+    with pytest.warns(UserWarning, match="a state dict, .* if these are the official weights"):
+        build_extractor("superpoint", weights=official(network.state_dict()))
 
 
 def official(tensors):

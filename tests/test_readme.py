@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,10 +64,14 @@ def given(tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=name)
+def marks(block: str) -> list:
+    return [pytest.mark.slow] if "torch.export" in block else []
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(block, id=name(block), marks=marks(block)) for block in BLOCKS]
+)
 def test_block(given, block):
-    if "torch.export" in block and "TORCHALIGN_EXPORT" not in os.environ:
-        pytest.skip("takes a minute: set TORCHALIGN_EXPORT to run, as .ci/run does")
     if "aliked" in block and find_weights("aliked-n16") is None:
         pytest.skip("the weights of ALIKED are not here")
     if not torch.cuda.is_available():

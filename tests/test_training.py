@@ -819,3 +819,21 @@ def test_names():
         _ = ta.training.nothing
     assert "AlignmentCheck" in dir(ta.training)
     assert all(getattr(ta, name).__doc__ for name in ta.__all__)
+
+
+def test_masks_of_another_shape_are_named():
+    pytest.importorskip("torchmetrics")
+    frames, wrong = torch.rand(2, 3, 64, 64), torch.ones(5, 64, 64, dtype=torch.bool)
+    metric, layer = ta.RegistrationError(), ta.AlignToFirst()
+    for call in (lambda: metric.update(frames, frames, wrong), lambda: layer(frames, wrong)):
+        with pytest.raises(ValueError, match="mask: expected"):
+            call()
+    for call in (lambda: metric.update([1], frames), lambda: layer(frames, [1])):
+        with pytest.raises(TypeError, match="expected"):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["zncc", "ecc", "shift"])
+def test_the_loss_of_no_pairs(kind):
+    none = torch.rand(0, 3, 64, 64)
+    assert ta.AlignmentLoss(kind, reduction="none")(none, none).shape == (0,)

@@ -187,6 +187,7 @@ def correct_pipelines():
         [v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.GaussianBlur(5), v2.Normalize([0.5] * 3, [0.2] * 3)]
     )
     yield "v2 colours", colours, labelled
+    yield "v2 inverted", v2.Compose([v2.RandomHorizontalFlip(1.0), v2.RandomInvert(1.0)]), labelled
     yield (
         "v2 all",
         v2.Compose([v2.RandomCrop(144), v2.RandomVerticalFlip(), v2.RandomRotation(15), colours]),
@@ -714,3 +715,29 @@ def test_bad_arguments():
         check.wrap(3)
     with pytest.raises(ValueError, match="sample"):
         check.inspect(lambda label: label, 3)
+
+
+def test_steps_keep_the_options_of_kornias_container():
+    kornia = pytest.importorskip("kornia.augmentation")
+    constants = pytest.importorskip("kornia.constants")
+    other = {constants.DataKey.MASK: {"resample": constants.Resample.BILINEAR, "align_corners": True}}
+    augment = kornia.AugmentationSequential(
+        kornia.RandomHorizontalFlip(p=1.0),
+        kornia.Resize((220, 220), align_corners=False),
+        data_keys=["input", "mask"],
+        extra_args=other,
+    )
+    found = ta.AlignmentCheck(tolerance=0.2).locate(
+        augment, torch.rand(2, 3, 128, 128), torch.zeros(2, 1, 128, 128)
+    )
+    assert found is not None
+    assert (found.number, found.slips) == (1, True)
+    assert "Resize" in found.name
+
+
+def test_a_mix_of_kornia_makes_no_claim_and_raises_nothing():
+    kornia = pytest.importorskip("kornia.augmentation")
+    augment = kornia.RandomMosaic((128, 128), p=1.0, data_keys=["input"])
+    frames = torch.rand(2, 3, 128, 128)
+    with pytest.raises(ValueError, match=r"single|claim|compare"):
+        ta.AlignmentCheck().inspect(augment, frames)

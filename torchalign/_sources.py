@@ -68,6 +68,7 @@ def open_source(
     lazy: bool | None = None,
     skip_bad: bool = False,
     skip: str | None = None,
+    masks: bool = False,
 ) -> Iterator[Source]:
     """The cube in a netCDF file, a Zarr store, a folder of GeoTIFFs or a list of them.
 
@@ -79,6 +80,8 @@ def open_source(
         lazy: dask's chunks along time, or not; default: above 128 MiB, where dask is installed.
         skip_bad: leave files out that do not fit the others.
         skip: a variable that is not the one, for it is the mask.
+        masks: the cube may be one of masks or classes: empty GeoTIFFs are kept, and a variable that is bool is
+            taken where there is none of numbers.
 
     Raises:
         ValueError: nothing there, or nothing that can be read; several variables; unknown bands.
@@ -91,14 +94,14 @@ def open_source(
             raise ValueError(message("SRC", expected, f"{path}, which is not there", "check the path"))
     if all(is_raster(path) for path in paths):
         with _translated(paths):
-            cube = _open_stack(paths, bands, pattern, lazy, skip_bad)
+            cube = _open_stack(paths, bands, pattern, lazy, skip_bad, keep_empty=masks)
         yield Source(cube, {}, {})
         return
     if len(paths) > 1:
         got = ", ".join(path.name for path in paths[:4])
         raise ValueError(message("SRC", "one cube, or GeoTIFFs", got, "give one of them"))
     with _open_dataset(paths[0]) as dataset:
-        cube = _find_variable(dataset, variable, paths[0], skip)
+        cube = _find_variable(dataset, variable, paths[0], skip, masks=masks)
         cube = cube if bands is None else _select_bands(cube, bands)
         if lazy or (lazy is None and cube.nbytes > _LAZY_BYTES and find_spec("dask") is not None):
             cube = _chunked(cube)
@@ -197,7 +200,9 @@ def _open_dataset(path: Path) -> Iterator[xr.Dataset]:
         yield dataset
 
 
-def _find_variable(dataset: xr.Dataset, name: str | None, source: Path, skip: str | None) -> xr.DataArray:
+def _find_variable(
+    dataset: xr.Dataset, name: str | None, source: Path, skip: str | None, *, masks: bool
+) -> xr.DataArray:
     if name is not None:
         if name not in dataset:
             known = f"one of {sorted(map(str, dataset.data_vars))}"
@@ -209,8 +214,10 @@ def _find_variable(dataset: xr.Dataset, name: str | None, source: Path, skip: st
             cube_dims(array)
         except ValueError:
             continue
-        if array.dtype.kind in "iuf" and key != skip:
+        if array.dtype.kind in ("biuf" if masks else "iuf") and key != skip:
             candidates.append(str(key))
+    # numbers before what is bool, which is the mask beside them
+    candidates = [key for key in candidates if dataset[key].dtype != np.bool_] or candidates
     # a cube with bands before its masks and angles without
     most = max((dataset[key].ndim for key in candidates), default=0)
     candidates = [key for key in candidates if dataset[key].ndim == most]

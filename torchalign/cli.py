@@ -517,7 +517,7 @@ def _apply(
     reading: Mapping[str, Any],
 ) -> int:
     import torchalign
-    from torchalign._sources import CUBES, open_source
+    from torchalign._sources import CUBES, is_raster, open_source
 
     _check_apart([*source, report], [out])
     _check_cube_output(out, template, overwrite)
@@ -525,9 +525,12 @@ def _apply(
         cure = "name a folder, or use --mode resample"
         raise ValueError(message("--out", "a folder of GeoTIFFs for shift-coords", out.name, cure))
     solution = torchalign.load_report(report)
-    with open_source(source, **reading) as opened:
+    with open_source(source, **reading, masks=True) as opened:
+        cube = opened.cube
+        if reading["skip_bad"] and all(map(is_raster, source)):
+            cube = _without_unknown_empty(cube, solution)
         applied = torchalign.apply(
-            opened.cube,
+            cube,
             solution,
             mode=mode,  # type: ignore[arg-type]  # checked there
             interpolation=interpolation,  # type: ignore[arg-type]
@@ -538,6 +541,33 @@ def _apply(
         _write(applied, out, opened, None, template, overwrite, progress)
     _say_written(out)
     return 0
+
+
+def _without_unknown_empty(cube: "xr.DataArray", solution: "xr.Dataset") -> "xr.DataArray":
+    """Without the empty frames that a report has not, for ``align --skip-bad`` has left them out."""
+    import numpy as np
+
+    from torchalign._labelled import find_nodata
+    from torchalign._reference import label_text
+    from torchalign._sources import cube_dims
+
+    time, there = cube_dims(cube)["time"], solution["status"].dims[0]
+    if there not in solution.coords:
+        return cube
+    known = {label_text(label) for label in solution[there].values}
+    labels = [label_text(label) for label in cube[time].values]
+    nothing = find_nodata(cube) or (0,)
+
+    def is_empty(number: int) -> bool:
+        frame = cube.isel({time: number}).to_numpy()
+        return bool((np.isin(frame, nothing) | np.isnan(frame)).all())
+
+    left = [number for number, label in enumerate(labels) if label not in known and is_empty(number)]
+    if not left or len(left) == len(labels):  # a report of other dates: apply says so
+        return cube
+    listed = ", ".join(labels[number] for number in left)
+    print(f"torchalign: left out, for they are empty and not in the report: {listed}", file=sys.stderr)
+    return cube.isel({time: [number for number in range(len(labels)) if number not in left]})
 
 
 def _say_written(*paths: Path) -> None:

@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,6 +33,7 @@ from torchalign._chunks import (
 from torchalign._files import atomic, check_free, discard, put_in_place, workshop_beside
 from torchalign._grid import Grid, find_grid
 from torchalign._labelled import CUBE, Array, Cube, find_nodata
+from torchalign.report import summarize
 
 __all__ = ["Compression", "OnError", "open_stack", "parse_time", "write_cube", "write_stack"]
 
@@ -44,13 +45,15 @@ _STORABLE = {
     *("dtype", "_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned"),
     *("units", "calendar", "grid_mapping", "coordinates"),
 }
+_PIXEL_CODE = {"dtype", "_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned"}
 _COMPRESSION = {"zlib", "complevel", "shuffle", "compression", "compression_opts"}
 _DATE = r"(?P<year>(?:19|20)\d\d){0}(?P<month>0[1-9]|1[0-2]){0}(?P<day>0[1-9]|[12]\d|3[01])"
 _CLOCK = r"(?:[T ](?P<hour>[01]\d|2[0-3]){0}(?P<minute>[0-5]\d)(?:{0}(?P<second>[0-5]\d))?)?"
 # in this order; the first date in the name is that of acquisition in the products of Sentinel and Landsat
 _TIMES = [
-    # 20170105T013443, 20170105, and no part of a longer number; so are Sentinel's and Landsat's collection names
-    re.compile(rf"(?<!\d){_DATE.format('')}{_CLOCK.format('')}(?!\d)"),
+    # 20170105T013443, 20170105013443, 20170105, and no part of a longer number; so are the names of Sentinel's and
+    # Landsat's collections
+    re.compile(rf"(?<!\d){_DATE.format('')}{_CLOCK.format('').replace('[T ]', '[T ]?')}(?!\d)"),
     # 2017-01-05T01:34:43, 2017_01_05
     re.compile(rf"(?<!\d){_DATE.format('-')}{_CLOCK.format('[-:]?')}(?!\d)"),
     re.compile(rf"(?<!\d){_DATE.format('_')}(?!\d)"),
@@ -58,6 +61,9 @@ _TIMES = [
     re.compile(r"L[A-Z]\d\d{6}(?P<year>(?:19|20)\d\d)(?P<yearday>[0-3]\d\d)[A-Z]"),
     re.compile(rf"\.(?P<year>(?:19|20)\d\d)(?P<yearday>[0-3]\d\d){_CLOCK.format('')}(?!\d)"),
 ]
+
+# what nanoseconds since 1970 reach
+_EARLIEST, _LATEST = np.datetime64("1678", "s"), np.datetime64("2262", "s")
 
 
 class _Raster(NamedTuple):
@@ -92,16 +98,17 @@ def open_stack(
     """Read a folder of GeoTIFFs, one a date, as a cube (time, band, y, x).
 
     Pixels are not touched: dtype, nodata (``attrs["_FillValue"]``), ``scale_factor`` and ``add_offset``
-    (``scales`` and ``offsets`` where bands differ) are what the files say. The CRS and the exact transform are in
-    the coordinate ``spatial_ref``, as rioxarray has them; y and x are pixel centres; the names of the files are
-    the coordinate ``file``, so that :func:`write_stack` writes them under the same names.
+    (coordinates ``scales`` and ``offsets`` along ``band`` where bands differ) are what the files say. The CRS and
+    the exact transform are in the coordinate ``spatial_ref``, as rioxarray has them; y and x are pixel centres; the
+    names of the files are the coordinate ``file``, so that :func:`write_stack` writes them under the same names.
+    What GDAL keeps beside a file (``.aux.xml``, ``.ovr``) is no date.
 
     Args:
         source: a folder, which is searched without its subfolders, or the files.
         pattern: of the names in a folder, as a shell has it.
         bands: names (the files' band descriptions) or GDAL's numbers, from 1; default: all.
-        time: a function of a path that gives its date (whatever numpy takes for one). Default:
-            :func:`parse_time` of the name.
+        time: a function of a path that gives its date (a datetime, or what else numpy takes for one; or text with
+            a date that :func:`parse_time` knows). Default: :func:`parse_time` of the name.
         chunks: ``None`` reads everything into memory. Else the cube is lazy: frames in a chunk, or dask's mapping;
             ``"auto"`` is one chunk a file, or as many small files as make 64 MiB.
         errors: what becomes of files that cannot be read, have no date, are empty (nothing but nodata, or zeros
@@ -147,15 +154,14 @@ def open_stack(
     first = rasters[chosen[0]]
     numbers = _find_bands(bands, first)
     if chunks is None:
-        values, empty = _read_all(chosen, numbers, first)
-        if empty and not keep_empty:
-            skipped |= {chosen[number]: "it is empty" for number in empty}
+        values, bad = _read_all(chosen, numbers, first, keep_empty)
+        if bad:
+            skipped |= {chosen[number]: reason for number, reason in bad.items()}
             _complain(skipped, errors, len(paths))
-            kept = [number for number in range(len(chosen)) if number not in empty]
+            kept = [number for number in range(len(chosen)) if number not in bad]
             if not kept:
-                raise ValueError(
-                    message("source", "files with pixels", "empty ones only", "check the download")
-                )
+                got = f"{len(bad)} of which {next(iter(bad.values()))}"
+                raise ValueError(message("source", "files with pixels", got, "check the download"))
             values, chosen = values[kept], [chosen[number] for number in kept]
     else:
         values = _read_lazily(chosen, numbers, first, chunks)
@@ -279,7 +285,7 @@ def write_cube(
     complete; a run that is killed leaves only the other name. A lazy cube goes through chunk by chunk.
 
     Args:
-        cube: time, y, x and maybe band.
+        cube: time, y, x and maybe band, of numbers or bool.
         path: ending in ``.zarr`` or ``.nc``.
         attrs: of the file as a whole, beside those of the cube.
         overwrite: replace what is there.
@@ -298,8 +304,13 @@ def write_cube(
     suffix = path.suffix.lower()
     if suffix not in (".zarr", ".nc", ".nc4"):
         raise ValueError(message("path", "a name ending in .zarr or .nc", path.name, "rename it"))
-    seen = Cube.of(cube, dict.fromkeys(CUBE))
+    is_bool = isinstance(cube, xr.DataArray) and cube.dtype == np.bool_
+    seen = Cube.of(cube.astype(np.uint8) if is_bool else cube, dict.fromkeys(CUBE))
     check_free(path, overwrite)
+    if is_bool:  # which xarray stores and reads as such, unless nodata of what it was made from came along
+        cube = cube.copy(deep=False)
+        cube.attrs = {key: value for key, value in cube.attrs.items() if key not in _PIXEL_CODE}
+        cube.encoding = {key: value for key, value in cube.encoding.items() if key not in _PIXEL_CODE}
     name = str(cube.name or "cube")
     dataset = _storable(cube.to_dataset(name=name), suffix).assign_attrs(attrs or {})
     if not is_lazy(cube):
@@ -342,7 +353,10 @@ def _complete(
     if report is None:
         return done.compute() if compute else done
     both = (done, rows_after(report, jobs, chunks))
-    return compute_together(both) if compute else both
+    if not compute:
+        return both
+    written, known = compute_together(both)
+    return written, known.assign_attrs(summarize(known).attrs())
 
 
 # --- files and their names ---
@@ -377,6 +391,9 @@ def _find_files(source: Any, pattern: str) -> list[Path]:
             )
         inside = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
         paths = [path for path in inside if fnmatch.fnmatch(path.name.lower(), pattern.lower())]
+        names = {path.name for path in inside}
+        # GDAL's notes are called after their file: a.tif.aux.xml, a.tif.ovr, a.tif.msk
+        paths = [path for path in paths if not _parents(path, names)]
         if not paths:
             got = f"none among the {len(inside)} files of {folder}"
             raise FileNotFoundError(message("source", f"files like {pattern}", got, "give pattern="))
@@ -387,6 +404,12 @@ def _find_files(source: Any, pattern: str) -> list[Path]:
         got = f"{', '.join(missing[:3])}, not there" if missing else "an empty list"
         raise FileNotFoundError(message("source", "a folder or files", got, "check the paths"))
     return sorted(paths)
+
+
+def _parents(path: Path, names: Collection[str]) -> list[str]:
+    """Those of the names that this one begins with, up to one of its dots."""
+    parts = path.name.split(".")
+    return [name for last in range(1, len(parts)) if (name := ".".join(parts[:last])) in names]
 
 
 def _read_headers(paths: Sequence[Path], skipped: dict[Path, str]) -> dict[Path, _Raster]:
@@ -419,15 +442,28 @@ def _read_times(
     times = {}
     for path in paths:
         found = parse_time(path.name) if time is None else time(path)
-        if found is None or np.isnat(label := _to_datetime64(found)):
+        label = None if found is None else _to_datetime64(found, path)
+        if label is None or np.isnat(label):
             skipped[path] = "there is no date in its name"
         else:
             times[path] = label
     return times
 
 
-def _to_datetime64(value: Any) -> Any:
-    return np.array(value, "datetime64[ns]")[()]  # pandas' and cftime's dates, text, what numpy takes
+def _to_datetime64(value: Any, path: Path) -> Any:
+    """Dates of pandas and cftime, text, what numpy takes; but no numbers, which it takes for nanoseconds."""
+    if isinstance(value, str) and (parsed := parse_time(value)) is not None:
+        return parsed
+    try:
+        if isinstance(value, (int, float, np.number)):
+            raise TypeError("a number")
+        label = np.array(value, "datetime64[s]")[()]
+        if not np.isnat(label) and not _EARLIEST <= label < _LATEST:  # numpy reads 20200101 as a year
+            raise ValueError(f"the year {label.astype('datetime64[Y]')}")
+    except (TypeError, ValueError) as error:
+        cure = "return a datetime, numpy.datetime64 or ISO text"
+        raise ValueError(message(f"time({path.name!r})", "a date", f"{value!r} ({error})", cure)) from error
+    return np.array(value, "datetime64[ns]")[()]
 
 
 def _drop_strangers(rasters: Mapping[Path, _Raster], skipped: dict[Path, str]) -> None:
@@ -506,26 +542,37 @@ def _find_bands(bands: Any, raster: _Raster) -> list[int]:
 def _read_pixels(path: Path, numbers: Sequence[int]) -> Array:
     import rasterio
 
-    with _quiet(), rasterio.open(path) as file:
-        values: Array = file.read(list(numbers))
-        return values
+    try:
+        with _quiet(), rasterio.open(path) as file:
+            values: Array = file.read(list(numbers))
+            return values
+    except rasterio.errors.RasterioError as error:
+        reason = str(error).splitlines()[0]
+        cure = 'fetch it again, or leave it out (errors="skip" without chunks does)'
+        raise OSError(message(str(path), "pixels that can be read", reason, cure)) from error
 
 
 def _dtype_of(raster: _Raster, numbers: Sequence[int]) -> np.dtype[Any]:
     return np.result_type(*(np.dtype(raster.dtypes[number - 1]) for number in numbers))
 
 
-def _read_all(paths: Sequence[Path], numbers: Sequence[int], raster: _Raster) -> tuple[Array, list[int]]:
-    """(T, C, H, W), and the numbers of empty frames."""
+def _read_all(
+    paths: Sequence[Path], numbers: Sequence[int], raster: _Raster, keep_empty: bool
+) -> tuple[Array, dict[int, str]]:
+    """(T, C, H, W), and which frames are of no use, with the reason."""
     values = np.empty((len(paths), len(numbers), *raster.grid.size), _dtype_of(raster, numbers))
-    empty = []
+    nothing = 0 if raster.nodata is None else raster.nodata
+    bad = {}
     for number, path in enumerate(paths):
-        values[number] = _read_pixels(path, numbers)
-        nothing = 0 if raster.nodata is None else raster.nodata
+        try:
+            values[number] = _read_pixels(path, numbers)
+        except OSError as error:  # a download that broke off: its head is whole
+            bad[number] = f"it cannot be read ({error.__cause__ or error})"
+            continue
         frame = values[number]
-        if (np.isnan(frame) if np.isnan(nothing) else frame == nothing).all():
-            empty.append(number)
-    return values, empty
+        if not keep_empty and (np.isnan(frame) if np.isnan(nothing) else frame == nothing).all():
+            bad[number] = "it is empty"
+    return values, bad
 
 
 def _read_lazily(paths: Sequence[Path], numbers: Sequence[int], raster: _Raster, chunks: Any) -> Any:
@@ -590,12 +637,14 @@ def _label(
         attrs["_FillValue"] = dtype.type(first.nodata) if _fits(first.nodata, dtype) else first.nodata
     if any(names):
         attrs["long_name"] = tuple(name or "" for name in names)
+        if not unique:
+            coords["description"] = ("band", [name or "" for name in names])
     for plural, single, neutral in (("scales", "scale_factor", 1.0), ("offsets", "add_offset", 0.0)):
         own = [getattr(first, plural)[number - 1] for number in numbers]
         if len(set(own)) == 1 and own[0] != neutral:
             attrs[single] = own[0]
         elif len(set(own)) > 1:
-            attrs[plural] = tuple(own)
+            coords[plural] = ("band", own)  # they go where their bands go
     cube = xr.DataArray(values, coords, ("time", "band", "y", "x"), attrs=attrs)
     cube.name = None  # a lazy one is else called after its graph
     if georeferenced:
@@ -699,7 +748,8 @@ def _profiles(cube: Cube, driver: str, compression: Compression) -> list[dict[st
     size = (cube.sizes["y"], cube.sizes["x"])
     transforms: list[tuple[float, ...] | None]
     if own is not None and own.dims == (cube.dims["time"],):
-        transforms = [Grid.from_gdal(str(text), size).transform for text in own.values]
+        shifted = [Grid.from_gdal(str(text), size) for text in own.values]
+        transforms = [_carried(one, own.attrs, grid, cube).transform for one in shifted]
     else:
         transforms = [None if grid is None else grid.transform] * cube.sizes["time"]
     nodata = find_nodata(array)
@@ -734,6 +784,28 @@ def _profiles(cube: Cube, driver: str, compression: Compression) -> list[dict[st
     return [{**profile, "transform": transform} for transform in transforms]
 
 
+def _carried(shifted: Grid, of: Mapping[Any, Any], grid: Grid | None, cube: Cube) -> Grid:
+    """A frame's own georeference, of the grid that the cube has by now: cropped, or of larger pixels."""
+    if grid is None or "grid" not in of:
+        return shifted
+    before = Grid.from_gdal(str(of["grid"]), (int(of["height"]), int(of["width"])))
+    if all(cube.dims[role] in cube.array.coords for role in ("y", "x")):
+        if before.transform == grid.transform:
+            return shifted
+        old, new, own = (_matrix(one) for one in (before, grid, shifted))
+        a, b, c, d, e, f = (float(value) for value in (own @ np.linalg.inv(old) @ new)[:2].ravel())
+        return shifted._replace(transform=(a, b, c, d, e, f))
+    if before.size != grid.size:
+        got = f"{grid.size}, without y and x coordinates that tell where"
+        cure = 'crop before apply(…, mode="shift-coords")'
+        raise ValueError(message("cube", f"the size of its georeferences, {before.size}", got, cure))
+    return shifted
+
+
+def _matrix(grid: Grid) -> Array:
+    return np.array([*grid.transform, 0.0, 0.0, 1.0]).reshape(3, 3)
+
+
 def _descriptions(cube: Cube) -> list[str | None]:
     """Names of the bands: as the file had them, else their labels, if these are text."""
     count = cube.sizes["band"]
@@ -742,6 +814,8 @@ def _descriptions(cube: Cube) -> list[str | None]:
         labels = cube.array[band].values
         if labels.dtype.kind in "UO":
             return [str(label) for label in labels]
+        if "description" in cube.array.coords and cube.array["description"].dims == (band,):
+            return [str(name) or None for name in cube.array["description"].values]
     names = cube.array.attrs.get("long_name")
     if isinstance(names, (tuple, list)) and len(names) == count:
         return [str(name) or None for name in names]
@@ -749,7 +823,9 @@ def _descriptions(cube: Cube) -> list[str | None]:
 
 
 def _per_band(array: xr.DataArray, plural: str, single: str, neutral: float, count: int) -> list[float]:
-    if plural in array.attrs:
+    if plural in array.coords:
+        return [float(value) for value in np.broadcast_to(array[plural].values, count)]
+    if plural in array.attrs:  # as rioxarray has them
         values = [float(value) for value in np.ravel(array.attrs[plural])]
         if len(values) != count:
             cure = f"select them as the bands were: cube.attrs[{plural!r}]"

@@ -42,6 +42,8 @@ _FIELDS = {
     "residual_y_metres": ("m", "displacement left after alignment, towards greater y"),
 }
 _GRID_COLUMNS = ("grid_height", "grid_width", *(f"grid_transform_{letter}" for letter in "abcdef"))
+_CRS_COLUMN = "grid_crs"
+_DATE_UNITS = {3: "ms", 6: "us", 9: "ns"}  # by the digits of a second's fraction
 
 
 class Summary(NamedTuple):
@@ -361,18 +363,28 @@ def _check_suffix(path: Path) -> None:
         raise ValueError(message("path", f"a name ending in {', '.join(_SUFFIXES)}", path.name, "rename it"))
 
 
-def _rows(report: xr.Dataset) -> tuple[str, list[Any], list[str]]:
-    """The name of the time dim, its labels, and the names of the numbers."""
+def _rows(report: xr.Dataset) -> tuple[str, Array | None, list[str]]:
+    """The name of the time dim, its labels if it has any, and the names of the numbers."""
     time = report["status"].dims[0]
-    labels = [_plain(label) for label in report[time].values] if time in report.coords else []
+    labels = report[time].values if time in report.coords else None
     numbers = [str(name) for name in report.data_vars if name not in ("warp", "status")]
-    return str(time), labels or list(range(report["status"].size)), numbers
+    return str(time), labels, numbers
 
 
 def _plain(label: Any) -> Any:
+    """As JSON has it; with the dtype beside it, it is read back as it was."""
     if isinstance(label, np.datetime64):
         return str(np.datetime_as_string(label))
-    return label.item() if isinstance(label, np.generic) else str(label)
+    if isinstance(label, np.timedelta64):
+        return int(label.astype(np.int64))
+    return label.item() if isinstance(label, (np.bool_, np.number)) else str(label)
+
+
+def _text(label: Any) -> str:
+    """As a table has it; a date always with a fraction of the second, which tells it from text."""
+    if isinstance(label, np.datetime64) and np.datetime_data(label)[0] not in _DATE_UNITS.values():
+        label = label.astype("datetime64[ms]")
+    return str(label)
 
 
 def _number(value: np.generic) -> str:
@@ -387,11 +399,16 @@ def _to_csv(report: xr.Dataset, path: Path) -> None:
     size = report.attrs.get("grid_size", ())
     grid = [str(int(value)) for value in size]
     grid += [repr(float(value)) for value in report.attrs.get("grid_transform", ())]
+    grid_header = list(_GRID_COLUMNS[: len(grid)])
+    if report.attrs.get("grid_crs"):
+        grid.append(str(report.attrs["grid_crs"]))
+        grid_header.append(_CRS_COLUMN)
     header = [time, "status", *numbers, *(f"warp_{row}{column}" for row, column in cells)]
+    texts = map(str, range(report["status"].size)) if labels is None else map(_text, labels)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*header, *_GRID_COLUMNS[: len(grid)]])
-        for number, label in enumerate(labels):
+        writer.writerow([*header, *grid_header])
+        for number, label in enumerate(texts):
             values = [report[name].values[number] for name in numbers]
             values += [report["warp"].values[number, row, column] for row, column in cells]
             status = Status(int(report["status"].values[number])).name
@@ -400,9 +417,9 @@ def _to_csv(report: xr.Dataset, path: Path) -> None:
 
 def _from_csv(path: Path) -> xr.Dataset:
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-        names = list(rows[0]) if rows else []
-    if not rows or "status" not in names or "warp_00" not in names:
+        reader = csv.DictReader(file)
+        rows, names = list(reader), list(reader.fieldnames or ())
+    if "status" not in names or "warp_00" not in names:
         cure = "give a file that save_report wrote"
         raise ValueError(message("path", "a table with status and warp_00 … for every frame", path, cure))
     try:
@@ -415,18 +432,22 @@ def _from_csv(path: Path) -> xr.Dataset:
 def _from_rows(rows: list[dict[str, str]], names: list[str]) -> xr.Dataset:
     time = names[0]
     cells = [name for name in names if re.fullmatch(r"warp_\d\d", name)]
-    numbers = [name for name in names[1:] if name != "status" and name not in (*cells, *_GRID_COLUMNS)]
+    others = {"status", *cells, *_GRID_COLUMNS, _CRS_COLUMN}
+    numbers = [name for name in names[1:] if name not in others]
     fields: dict[str, Any] = {name: _floats([row[name] for row in rows]) for name in numbers}
     warp = _floats([row[name] for row in rows for name in cells])
-    fields["warp"] = warp.reshape(len(rows), -1, 3)
+    fields["warp"] = warp.reshape(len(rows), len(cells) // 3, 3)
     fields["status"] = np.array([Status[row["status"]] for row in rows], np.int8)
     attrs: dict[str, Any] = {}
-    grid = [rows[0][name] for name in _GRID_COLUMNS if name in names]
+    first = rows[0] if rows else {}  # without a row there is no grid
+    grid = [first[name] for name in _GRID_COLUMNS if name in first]
     if grid:
         attrs["grid_size"] = [int(value) for value in grid[:2]]
     if len(grid) == len(_GRID_COLUMNS):
         attrs["grid_transform"] = [float(value) for value in grid[2:]]
-    return _relabel(fields, time, [row[time] for row in rows], attrs)
+    if first.get(_CRS_COLUMN):
+        attrs["grid_crs"] = first[_CRS_COLUMN]
+    return _relabel(fields, time, _parse_labels([row[time] for row in rows]), attrs)
 
 
 def _floats(texts: Sequence[str]) -> Array:
@@ -438,6 +459,7 @@ def _floats(texts: Sequence[str]) -> Array:
 
 def _to_json(report: xr.Dataset, path: Path) -> None:
     time, labels, numbers = _rows(report)
+    plain = range(report["status"].size) if labels is None else map(_plain, labels)
     fields = [
         {
             time: label,
@@ -445,14 +467,15 @@ def _to_json(report: xr.Dataset, path: Path) -> None:
             **{name: _number(report[name].values[number]) for name in numbers},
             "warp": [[_number(value) for value in row] for row in report["warp"].values[number]],
         }
-        for number, label in enumerate(labels)
+        for number, label in enumerate(plain)
     ]
     for row in fields:  # numbers as numbers, but for those that JSON does not know: "inf", "nan"
         row |= {name: _json_number(row[name]) for name in numbers}
         row["warp"] = [[_json_number(value) for value in line] for line in row["warp"]]
     attrs = {str(key): np.asarray(value).tolist() for key, value in report.attrs.items()}
     dtype = str(report["warp"].dtype)
-    document = {"time": time, "dtype": dtype, "attrs": attrs, "frames": fields}
+    kind = None if labels is None else str(labels.dtype) if labels.dtype.kind in "biufmM" else "str"
+    document = {"time": time, "labels": kind, "dtype": dtype, "attrs": attrs, "frames": fields}
     path.write_text(json.dumps(document, indent=1, allow_nan=False, default=str), encoding="utf-8")
 
 
@@ -466,30 +489,45 @@ def _from_json(path: Path) -> xr.Dataset:
         time, rows, dtype = document["time"], document["frames"], np.dtype(document["dtype"])
         names = [name for name in rows[0] if name not in (time, "status")] if rows else ["warp"]
         fields: dict[str, Any] = {name: np.array([row[name] for row in rows], dtype) for name in names}
+        if not rows:
+            fields["warp"] = fields["warp"].reshape(0, 2, 3)
         fields["status"] = np.array([Status[row["status"]] for row in rows], np.int8)
-        labels = [row[time] for row in rows]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        labels = _json_labels([row[time] for row in rows], document)
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         cure = "give a file that save_report wrote"
         raise ValueError(message("path", "a report in JSON", f"{path} ({error})", cure)) from error
     return _relabel(fields, time, labels, document["attrs"])
 
 
-def _relabel(fields: dict[str, Any], time: str, labels: list[Any], attrs: Mapping[str, Any]) -> xr.Dataset:
+def _json_labels(labels: list[Any], document: Mapping[str, Any]) -> Array | None:
+    if "labels" not in document:  # written before dtypes were
+        return _parse_labels(labels)
+    kind = document["labels"]
+    return None if kind is None else np.array(labels, kind)
+
+
+def _relabel(fields: dict[str, Any], time: str, labels: Array | None, attrs: Mapping[str, Any]) -> xr.Dataset:
     report = build_report(fields, None, attrs, time)
     report.attrs |= dict(attrs) | summarize(report).attrs()
-    if labels != list(map(str, range(len(labels)))) and labels != list(range(len(labels))):
-        report = report.assign_coords({time: _parse_labels(labels)})
-    return report
+    return report if labels is None else report.assign_coords({time: labels})
 
 
-def _parse_labels(labels: list[Any]) -> Array:
-    """Dates, whole numbers or text."""
-    if all(isinstance(label, str) for label in labels):
-        if all(re.match(r"-?\d{4}-\d\d", label) for label in labels):
-            try:
-                return np.array(labels, "datetime64[ns]")
-            except ValueError:
-                pass
-        if all(re.fullmatch(r"-?\d+", label) for label in labels):
-            return np.array(labels, np.int64)
+def _parse_labels(labels: list[Any]) -> Array | None:
+    """Dates and whole numbers that are written like this, or text; ``None`` if they are but the frames' numbers."""
+    if list(map(str, labels)) == list(map(str, range(len(labels)))):
+        return None
+    if not all(isinstance(label, str) for label in labels):
+        return np.array(labels)
+    if all(re.fullmatch(r"-?\d{1,18}", label) for label in labels):
+        numbers = np.array(labels, np.int64)
+        return numbers if list(map(str, numbers)) == labels else np.array(labels)
+    date = re.compile(r"-?\d{4,}-\d\d-\d\dT\d\d:\d\d:\d\d\.(\d{3}|\d{6}|\d{9})")
+    found = [date.fullmatch(label) for label in labels]
+    if found[0] and all(found):
+        try:
+            dates = np.array(labels, f"datetime64[{_DATE_UNITS[len(found[0][1])]}]")
+        except (ValueError, TypeError):  # the 31st of June
+            return np.array(labels)
+        if list(map(str, dates)) == labels:
+            return dates
     return np.array(labels)

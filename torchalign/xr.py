@@ -216,7 +216,9 @@ def align(
         source = find_reference(reference, cube, pixels, job.usable, where, estimate)
         values, fields = job.run(source, advance=advance)
     attrs = {"aligner": repr(module), "reference": source.name}
-    return datacube.copy(data=values), build_report(fields, cube, attrs)
+    # (a georeference of its own, as "shift-coords" makes, is no longer that of the resampled pixels)
+    aligned = datacube.copy(data=values).drop_vars(_TRANSFORM, errors="ignore")
+    return aligned, build_report(fields, cube, attrs)
 
 
 def apply(
@@ -298,7 +300,13 @@ def apply(
         cure = "pass a report, its path, an Estimate or warps"
         raise TypeError(message("estimate", "a report", "None", cure))
     if mode == "shift-coords":
-        return datacube.assign_coords({_TRANSFORM: (cube.dims["time"], _frame_transforms(warps, cube))})
+        texts = _frame_transforms(warps, cube)
+        of = {
+            "grid": getattr(find_grid(cube), "to_gdal", str)(),
+            "height": cube.sizes["y"],
+            "width": cube.sizes["x"],
+        }
+        return datacube.assign_coords({_TRANSFORM: (cube.dims["time"], texts, of)})
     pixels = Pixels.of(cube, fill_value, "fill_value")
     recipe = _Resampling(pixels, device, _check_batch(batch_size), interpolation, padding_mode, fill_value)
     usable = find_mask(mask, "mask", cube)
@@ -318,7 +326,8 @@ def apply(
                     seen = mask_tensor(usable, where, time=batch)
                     cube.view(values)[batch] = recipe.run(raw, seen, warps.regridding, loaded[batch], where)
                     advance(len(raw))
-    return datacube.copy(data=values.astype(np.bool_) if is_bool else values)
+    moved = datacube.copy(data=values.astype(np.bool_) if is_bool else values)
+    return moved.drop_vars(_TRANSFORM, errors="ignore")
 
 
 # --- what is done to frames ---

@@ -202,7 +202,9 @@ def load_weights(
     """
     entry = _entry(name)
     if isinstance(weights, Mapping):
-        return _tensors(dict(weights), f"{name}: the state dict")
+        tensors = _tensors(dict(weights), f"{name}: the state dict")
+        _warn_of_licence(None, tensors)
+        return tensors
     if isinstance(weights, str) and weights in WEIGHTS:
         name, entry, weights = weights, WEIGHTS[weights], None
     if weights is not None:
@@ -332,14 +334,16 @@ def _download(name: str, entry: WeightFile) -> Path:
     return target
 
 
-def _warn_of_licence(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _warn_of_licence(path: Path | None, tensors: Mapping[str, Tensor]) -> None:
     """Whatever the file is called: weights that may not be used commercially are known by what they are."""
     if _OFFICIAL_SUPERPOINT not in tensors:
         return
     entry = WEIGHTS["superpoint"]
-    same = "these weights" if _digest(path) == entry.sha256 else "if these are the official weights, they"
+    official = path is not None and _digest(path) == entry.sha256
+    what = "a state dict" if path is None else path.name
+    same = "these weights" if official else "if these are the official weights, they"
     warnings.warn(
-        f"{path.name}, laid out as SuperPoint's official weights: {same} are licensed for {entry.licence}; "
+        f"{what}, laid out as SuperPoint's official weights: {same} are licensed for {entry.licence}; "
         "'superpoint-open' (MIT), 'aliked' (BSD-3-Clause) and 'disk' (Apache-2.0) are not so restricted",
         stacklevel=4,
     )

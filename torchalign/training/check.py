@@ -77,6 +77,9 @@ class AlignmentCheck(nn.Module):
         augment = check.wrap(augment)        # use it as before; every n-th call is checked
         print(check.locate(augment, sample)) # which step of a Compose is at fault
 
+    Colours may change, be inverted too. But what hides the contours themselves (solarising, noise as strong as the
+    image) cannot be told from a loss of registration: it is said to match nothing; check the pipeline without it.
+
     The probe works on a copy, and the random states of torch, numpy and Python are put back: training with and
     without the check is the same, bit for bit.
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchalign._check import check_cube, check_option, message
+from torchalign._check import check_cube, check_mask, check_option, message
 from torchalign.aligner import Aligner
 from torchalign.functional.texture import nanmedian
 from torchalign.pcc import PCC
@@ -74,6 +74,7 @@ class AlignToFirst(nn.Module):
             The aligned series, like ``series``; the frame aligned onto comes back bit for bit.
         """
         check_cube(series)
+        mask = check_mask("mask", mask, (*series.shape[:-3], *series.shape[-2:]), series)
         index = 0 if self.onto == "first" else self.onto
         if not isinstance(index, str):
             frames = series.shape[-4]

@@ -113,7 +113,6 @@ class AlignmentLoss(nn.Module):
             ValueError: a shape or a device does not fit.
         """
         self._check(moving, reference, warp, mask, reference_mask)
-        lead, size = moving.shape[:-3], moving.shape[-2:]
         with torch.autocast(moving.device.type, enabled=False):
             kind = torch.promote_types(moving.dtype, torch.float32)
             moving, reference = moving.to(kind), reference.to(kind)
@@ -137,7 +136,7 @@ class AlignmentLoss(nn.Module):
             else:
                 both = (usable & other).unsqueeze(-3).expand(moving.shape)
                 if self.kind == "ecc":
-                    flat = [image.reshape(*lead, -1, size[1]) for image in (moving, reference, both)]
+                    flat = [image.flatten(-3, -2) for image in (moving, reference, both)]
                     loss = 2 - 2 * normalized_cross_correlation(*flat)
                 else:
                     loss = 1 - normalized_cross_correlation(moving, reference, both).mean(-1)

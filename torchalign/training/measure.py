@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from torchalign._check import check_mask, message
+from torchalign._host import is_on_host
 from torchalign.aligner import Aligner
 from torchalign.functional.affine import transform_points
+from torchalign.functional.channels import extract_channel
 from torchalign.types import Status
 
 __all__ = ["Measured", "check_pair", "measure"]
@@ -80,11 +82,18 @@ def measure(
     found = aligner.estimate(windows(moving), windows(reference), own, other)
     displacement = _largest_displacement(found.warp, places)  # (N·windows,)
     seeing = found.status != int(Status.NO_TEXTURE)
+    sigma, matched = found.sigma, found.valid
+    if same_content and not (is_on_host(matched) and bool(matched.all())):
+        # colours that were inverted keep the lengths of their gradients
+        pair = (extract_channel(image, "gradients").unsqueeze(-3) for image in (moving, reference))
+        again = aligner.estimate(*map(windows, pair), own, other)
+        displacement = torch.where(matched, displacement, _largest_displacement(again.warp, places))
+        sigma, matched = torch.where(matched, sigma, again.sigma), matched | again.valid
     for part in (own, other):
         if part is not None:
             seeing = seeing & (part.to(torch.float32).mean((-2, -1)) >= _LEAST_USABLE)
-    matched = found.valid & seeing
-    displacement, sigma = (value.detach().reshape(-1, count) for value in (displacement, found.sigma))
+    matched = matched & seeing
+    displacement, sigma = (value.detach().reshape(-1, count) for value in (displacement, sigma))
     matched, seeing = (value.reshape(-1, count) for value in (matched, seeing))
 
     residual = torch.where(matched, displacement, -1.0).amax(-1)

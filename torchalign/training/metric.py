@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from torchalign._check import check_mask
 from torchalign.aligner import Aligner
 from torchalign.training.check import AlignmentCheck
-from torchalign.training.measure import measure
+from torchalign.training.measure import check_pair, measure
 from torchalign.training.statistics import Residuals, empty_residuals, merge_residuals, quantile, record
 
 __all__ = ["RegistrationError"]
@@ -72,14 +73,13 @@ class RegistrationError(Metric):
         ids: Tensor | None = None,
     ) -> None:
         """Measure every sample of a batch; arguments as of :meth:`AlignmentCheck.forward`."""
-        lead = moving.shape[:-3]
+        check_pair(moving, reference)
+        lead, size = moving.shape[:-3], moving.shape[-2:]
+        usable = []
+        for name, given in (("mask", mask), ("reference_mask", reference_mask)):
+            given = check_mask(name, given, (*lead, *size), moving)
+            usable.append(None if given is None else given.expand(*lead, *size).reshape(-1, *size))
         with torch.no_grad():
-            usable = [
-                None
-                if given is None
-                else given.expand(*lead, *moving.shape[-2:]).reshape(-1, *moving.shape[-2:])
-                for given in (mask, reference_mask)
-            ]
             found = measure(self.aligner, moving, reference, *usable, window=self.window)
             if ids is None:
                 ids = self.seen + torch.arange(found.residual.shape[0], device=found.residual.device)

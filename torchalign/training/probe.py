@@ -228,7 +228,11 @@ def steps_of(pipeline: Any) -> list[tuple[str, Callable[..., Any]]]:
         inner = list(pipeline.children())
         if keys is not None:  # kornia's, whose steps take one input; the container brings the others along
             container: Any = type(pipeline)
-            return [(_name(step), container(step, data_keys=list(keys))) for step in inner]
+            names = ("same_on_batch", "keepdim", "extra_args")  # the last tells how masks are resampled
+            own = {
+                name: getattr(pipeline, name) for name in names if getattr(pipeline, name, None) is not None
+            }
+            return [(_name(step), container(step, data_keys=list(keys), **own)) for step in inner]
     if inner is None:
         return [(_name(pipeline), pipeline)]
     return [step for part in inner for step in steps_of(part)]
@@ -389,7 +393,10 @@ def _claimed(
     elif boxes is not None:
         claimed = _affine_of_boxes(boxes, moved)
     else:
-        claimed = getattr(augment, "transform_matrix", None)
+        with contextlib.suppress(
+            RuntimeError, NotImplementedError
+        ):  # kornia's mixes raise instead of having none
+            claimed = getattr(augment, "transform_matrix", None)
     if claimed is None:
         return None
     if not isinstance(claimed, (Tensor, np.ndarray)) or tuple(claimed.shape[-2:]) not in ((2, 3), (3, 3)):
