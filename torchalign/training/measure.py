@@ -85,8 +85,10 @@ def measure(
     sigma, matched = found.sigma, found.valid
     if same_content and not (is_on_host(matched) and bool(matched.all())):
         # colours that were inverted keep the lengths of their gradients
-        pair = (extract_channel(image, "gradients").unsqueeze(-3) for image in (moving, reference))
-        again = aligner.estimate(*map(windows, pair), own, other)
+        lengths = [
+            windows(extract_channel(image, "gradients").unsqueeze(-3)) for image in (moving, reference)
+        ]
+        again = aligner.estimate(lengths[0], lengths[1], own, other)
         displacement = torch.where(matched, displacement, _largest_displacement(again.warp, places))
         sigma, matched = torch.where(matched, sigma, again.sigma), matched | again.valid
     for part in (own, other):
