@@ -75,6 +75,11 @@ def assert_same(lazy, eager):
         xr.testing.assert_identical(one.assign_attrs(other.attrs), other)
 
 
+def summed_up(report):
+    """What writing gives back: by then the report is known."""
+    return report.assign_attrs(ta.summarize(report).attrs())
+
+
 @pytest.mark.parametrize("reference", ["given", "per frame", "first", "median", "clearest", "iterative"])
 def test_lazy_equals_eager_bit_for_bit(series, reference):
     given = {"given": series.reference, "per frame": series.cube.copy()}.get(reference, reference)
@@ -141,13 +146,13 @@ def test_each_chunk_is_aligned_once(series, tmp_path):
         _, found = write(aligned, tmp_path / name, report=report)
         assert sorted(CALLS) == [1, 2, 2, 2]
         assert isinstance(found.warp.data, np.ndarray)
-        xr.testing.assert_identical(found, report.compute())
+        xr.testing.assert_identical(found, summed_up(report.compute()))
         CALLS.clear()
         waiting = write(aligned, tmp_path / name, report=report, overwrite=True, compute=False)
         assert CALLS == []
         _, again = dask.compute(*waiting)
         assert sorted(CALLS) == [1, 2, 2, 2]
-        xr.testing.assert_identical(again, found)
+        xr.testing.assert_identical(summed_up(again), found)
 
 
 @pytest.mark.parametrize("name", ["folder", "cube.zarr", "cube.nc"])
@@ -311,7 +316,7 @@ def test_distributed_equals_local_bit_for_bit(series, tmp_path, processes):
         for one, other in zip(dask.compute(aligned, report), local, strict=True):
             xr.testing.assert_identical(one, other)
         path, found = write_cube(aligned, tmp_path / "cube.zarr", report=report)
-        xr.testing.assert_identical(found, local[1])
+        xr.testing.assert_identical(found, summed_up(local[1]))
         paths, _ = write_stack(aligned, tmp_path / "folder", report=report)
         assert [file.is_file() for file in paths] == [True] * 7
     written = xr.open_dataset(path, engine="zarr", chunks=None, mask_and_scale=False)["reflectance"]

@@ -162,7 +162,8 @@ def build_app() -> "typer.Typer":
     skip_option = Annotated[
         bool,
         typer.Option(
-            "--skip-bad", help="Leave out GeoTIFFs that are unreadable, empty, undated or of another grid."
+            "--skip-bad",
+            help="Leave out GeoTIFFs that are unreadable, undated, of another grid, or (in memory) empty.",
         ),
     ]
     device_option = Annotated[

@@ -101,7 +101,8 @@ def open_stack(
     (coordinates ``scales`` and ``offsets`` along ``band`` where bands differ) are what the files say. The CRS and
     the exact transform are in the coordinate ``spatial_ref``, as rioxarray has them; y and x are pixel centres; the
     names of the files are the coordinate ``file``, so that :func:`write_stack` writes them under the same names.
-    What GDAL keeps beside a file (``.aux.xml``, ``.ovr``) is no date.
+    What GDAL keeps beside a file (``.aux.xml``, ``.ovr``) is no date. Files of one grid only: not those that
+    ``apply(…, mode="shift-coords")`` gave a georeference each.
 
     Args:
         source: a folder, which is searched without its subfolders, or the files.
