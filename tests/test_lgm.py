@@ -410,10 +410,12 @@ def test_fake_cuda_and_nothing_is_copied_from_the_host(fake, monkeypatch, option
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("features", [Blobs(48), "sift"], ids=["module", "sift"])
-def test_compile_is_one_graph(features):
+@pytest.mark.parametrize(
+    "options", [{"feature_model": Blobs(48)}, {"max_num_keypoints": 96}], ids=["module", "sift"]
+)
+def test_compile_is_one_graph(options):
     data = fractal_stack(2, size=(64, 72), bands=1, noise=0.003, seed=1)
-    aligner = ta.LGM(feature_model=features, max_num_keypoints=96)
+    aligner = ta.LGM(**options)
     expected = aligner(data.cube, data.reference)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
