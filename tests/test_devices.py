@@ -571,22 +571,17 @@ def exported(module, given, shapes):
 
 
 @pytest.mark.slow
-def test_export_of_a_cascade_of_general_warps(quiet):
-    prove_export(ta.Cascade(ta.PCC(robust=False), ta.ECC(motion="affine", levels=1, channel=0)))
-
-
-@pytest.mark.slow
-def test_export_of_local_features(quiet):
-    prove_export(ta.LGM(max_num_keypoints=64), (64, 72))
-
-
-@pytest.mark.slow
-def test_export_of_enhanced_correlation(quiet):
-    prove_export(ta.ECC(levels=1))
-
-
-def prove_export(module, size=(48, 56)):
-    """Any number of frames."""
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: ta.Cascade(ta.PCC(robust=False), ta.ECC(motion="affine", levels=1, channel=0)), (48, 56)),
+        (lambda: ta.LGM(max_num_keypoints=64), (64, 72)),
+        (lambda: ta.ECC(levels=1), (48, 56)),
+    ],
+    ids=["cascade of general warps", "local features", "enhanced correlation"],
+)
+def test_export_of_other_methods_with_any_number_of_frames(quiet, make, size):
+    module = make()
 
     def series(frames):
         data = fractal_stack(frames, size=size, bands=2, noise=0.003)

@@ -46,6 +46,11 @@ class Grid(NamedTuple):
         """(2,) float64, the outer corner of the first pixel."""
         return np.array([self.transform[2], self.transform[5]])
 
+    @property
+    def matrix(self) -> np.ndarray:
+        """(3, 3) float64, the transform in homogeneous coordinates."""
+        return np.array([*self.transform, 0.0, 0.0, 1.0]).reshape(3, 3)
+
     def to_gdal(self) -> str:
         """As text in GDAL's order, each number such that it is read back to the last bit."""
         a, b, c, d, e, f = self.transform

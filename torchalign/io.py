@@ -393,8 +393,7 @@ def _find_files(source: Any, pattern: str) -> list[Path]:
         inside = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
         paths = [path for path in inside if fnmatch.fnmatch(path.name.lower(), pattern.lower())]
         names = {path.name for path in inside}
-        # GDAL's notes are called after their file: a.tif.aux.xml, a.tif.ovr, a.tif.msk
-        paths = [path for path in paths if not _parents(path, names)]
+        paths = [path for path in paths if not _is_note(path.name, names)]
         if not paths:
             got = f"none among the {len(inside)} files of {folder}"
             raise FileNotFoundError(message("source", f"files like {pattern}", got, "give pattern="))
@@ -407,10 +406,10 @@ def _find_files(source: Any, pattern: str) -> list[Path]:
     return sorted(paths)
 
 
-def _parents(path: Path, names: Collection[str]) -> list[str]:
-    """Those of the names that this one begins with, up to one of its dots."""
-    parts = path.name.split(".")
-    return [name for last in range(1, len(parts)) if (name := ".".join(parts[:last])) in names]
+def _is_note(name: str, names: Collection[str]) -> bool:
+    """GDAL's notes are called after their file: a.tif.aux.xml, a.tif.ovr, a.tif.msk beside a.tif."""
+    parts = name.split(".")
+    return any(".".join(parts[:last]) in names for last in range(1, len(parts)))
 
 
 def _read_headers(paths: Sequence[Path], skipped: dict[Path, str]) -> dict[Path, _Raster]:
@@ -793,7 +792,7 @@ def _carried(shifted: Grid, of: Mapping[Any, Any], grid: Grid | None, cube: Cube
     if all(cube.dims[role] in cube.array.coords for role in ("y", "x")):
         if before.transform == grid.transform:
             return shifted
-        old, new, own = (_matrix(one) for one in (before, grid, shifted))
+        old, new, own = (one.matrix for one in (before, grid, shifted))
         a, b, c, d, e, f = (float(value) for value in (own @ np.linalg.inv(old) @ new)[:2].ravel())
         return shifted._replace(transform=(a, b, c, d, e, f))
     if before.size != grid.size:
@@ -801,10 +800,6 @@ def _carried(shifted: Grid, of: Mapping[Any, Any], grid: Grid | None, cube: Cube
         cure = 'crop before apply(…, mode="shift-coords")'
         raise ValueError(message("cube", f"the size of its georeferences, {before.size}", got, cure))
     return shifted
-
-
-def _matrix(grid: Grid) -> Array:
-    return np.array([*grid.transform, 0.0, 0.0, 1.0]).reshape(3, 3)
 
 
 def _descriptions(cube: Cube) -> list[str | None]:

@@ -300,13 +300,7 @@ def apply(
         cure = "pass a report, its path, an Estimate or warps"
         raise TypeError(message("estimate", "a report", "None", cure))
     if mode == "shift-coords":
-        texts = _frame_transforms(warps, cube)
-        of = {
-            "grid": getattr(find_grid(cube), "to_gdal", str)(),
-            "height": cube.sizes["y"],
-            "width": cube.sizes["x"],
-        }
-        return datacube.assign_coords({_TRANSFORM: (cube.dims["time"], texts, of)})
+        return datacube.assign_coords({_TRANSFORM: _frame_transforms(warps, cube)})
     pixels = Pixels.of(cube, fill_value, "fill_value")
     recipe = _Resampling(pixels, device, _check_batch(batch_size), interpolation, padding_mode, fill_value)
     usable = find_mask(mask, "mask", cube)
@@ -703,8 +697,11 @@ def _apply_chunk(
     return out, {}
 
 
-def _frame_transforms(warps: _Warps, cube: Cube) -> Array:
-    """Of every frame, the six numbers of GDAL that put its pixels where the warp would have."""
+def _frame_transforms(warps: _Warps, cube: Cube) -> xr.Variable:
+    """Of every frame, the six numbers of GDAL that put its pixels where the warp would have.
+
+    With the grid that they correct in the attributes, so that they can be carried over to a part of it.
+    """
     grid = find_grid(cube)
     if grid is None:
         got = f"{cube.array.dims} without a regular grid"
@@ -727,7 +724,8 @@ def _frame_transforms(warps: _Warps, cube: Cube) -> Array:
         (a, b), (d, e) = grid.linear @ matrix[:, :2]
         c, f = grid.linear @ matrix[:, 2] + grid.corner
         texts.append(grid._replace(transform=(a, b, c, d, e, f)).to_gdal())
-    return np.array(texts, dtype=np.str_)
+    of = {"grid": grid.to_gdal(), "height": grid.size[0], "width": grid.size[1]}
+    return xr.Variable((cube.dims["time"],), np.array(texts, dtype=np.str_), of)
 
 
 # --- the other arguments ---

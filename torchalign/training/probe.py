@@ -393,10 +393,11 @@ def _claimed(
     elif boxes is not None:
         claimed = _affine_of_boxes(boxes, moved)
     else:
-        with contextlib.suppress(
-            RuntimeError, NotImplementedError
-        ):  # kornia's mixes raise instead of having none
+        try:
             claimed = getattr(augment, "transform_matrix", None)
+        except RuntimeError as error:  # kornia's mixes say so, instead of having none
+            if "not supported" not in str(error):
+                raise
     if claimed is None:
         return None
     if not isinstance(claimed, (Tensor, np.ndarray)) or tuple(claimed.shape[-2:]) not in ((2, 3), (3, 3)):
