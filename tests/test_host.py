@@ -181,9 +181,10 @@ def test_freed_memory_goes_back_to_the_system(monkeypatch):
 
 
 _FAULTS = """
-import resource, torch
+import ctypes, resource, torch
 from torchalign import _host
 
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: one fault a page
 torch.set_num_threads(2)
 
 def work(number):
@@ -192,15 +193,19 @@ def work(number):
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-_host.map_on_host(work, range(8))
+for _ in range(4):  # until every thread finds a heap that has been used
+    _host.map_on_host(work, range(8))
 before = faults()
 _host.map_on_host(work, range(8))
 print(faults() - before, _host.keep_memory())
 """
+_PAGES = 24 * 2**20 // os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
 
 
-def _faults(**environment):
-    named = {name: value for name, value in os.environ.items() if name not in _host._CHOSEN_BY_USER}
+def _faults(**environment: str) -> tuple[int, bool]:
+    named = {
+        name: value for name, value in os.environ.items() if name not in (*_host._LIMITS, "GLIBC_TUNABLES")
+    }
     done = subprocess.run(
         [sys.executable, "-c", _FAULTS], env=named | environment, check=True, capture_output=True, text=True
     )
@@ -208,18 +213,30 @@ def _faults(**environment):
     return int(count), kept == "True"
 
 
+@pytest.mark.skipif(_host._find_in_libc("mallopt") is None, reason="needs glibc")
 def test_worker_threads_keep_the_memory_of_their_blocks():
-    """Without it every block takes a page fault for each 4 KiB: 8 × 6144 of them."""
-    if _host._find_in_libc("mallopt") is None:
-        pytest.skip("needs glibc")
+    """Without it each of the 8 blocks takes a page fault for every page."""
     count, kept = _faults()
     assert kept
-    assert count < 6144
+    assert count < 3 * _PAGES
 
 
+@pytest.mark.skipif(_host._find_in_libc("mallopt") is None, reason="needs glibc")
 def test_the_environment_has_the_last_word_on_memory():
-    if _host._find_in_libc("mallopt") is None:
-        pytest.skip("needs glibc")
     count, kept = _faults(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     assert not kept
-    assert count > 4 * 6144
+    assert count > 4 * _PAGES
+
+
+@pytest.mark.parametrize(
+    ("environment", "theirs"),
+    [
+        ({}, False),
+        ({"MALLOC_TOP_PAD_": "1"}, True),
+        ({"MALLOC_MMAP_MAX_": "0"}, True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1"}, True),
+        ({"GLIBC_TUNABLES": "glibc.rtld.optional_static_tls=2048"}, False),
+    ],
+)
+def test_what_of_the_environment_is_about_memory(environment, theirs):
+    assert _host._memory_is_users(environment) is theirs

@@ -8,7 +8,7 @@ import functools
 import mmap
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -31,9 +31,9 @@ Result = TypeVar("Result")
 
 # A result of this many bytes and more is put into huge pages.
 _HUGE_RESULT = 2**23
-# Names of ``mallopt``, and how a user tells glibc how to keep memory, which then stands.
+# Parameters of ``mallopt``, and the variables by which a user sets them, or others that go with them.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_CHOSEN_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+_LIMITS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
 def is_on_host(tensor: Tensor) -> bool:
@@ -92,17 +92,25 @@ def give_back_memory() -> None:
 
 @functools.cache
 def keep_memory() -> bool:
-    """What worker threads free stays with the process, up to 64 MiB a thread; whether that could be arranged.
+    """What worker threads free stays with the process, for the next block; whether glibc took it.
 
     A block of frames frees some 30 MiB at its end. glibc hands that back to the system, and the next block takes a
-    page fault for every 4 KiB of it: on two threads, which wait for each other there, a fifth of all time, measured
-    on a virtual machine. The two limits are those that glibc comes to by itself once a program has freed 32 MiB in
-    one piece. They hold for the process; where its environment names limits, those stand.
+    page fault for every 4 KiB of it, at which threads wait for each other. With these limits up to 64 MiB stay at
+    the end of each of its heaps, of which a thread has one, and stay when the thread ends, until
+    :func:`give_back_memory`. They are the most that glibc comes to by itself, once a program has freed nearly
+    32 MiB in one piece. They hold for the whole process; where its environment names limits, those stand.
     """
     mallopt = _find_in_libc("mallopt")
-    if mallopt is None or any(name in os.environ for name in _CHOSEN_BY_USER):
+    if mallopt is None or _memory_is_users(os.environ):
         return False
     return bool(mallopt(_MMAP_THRESHOLD, 2**25)) and bool(mallopt(_TRIM_THRESHOLD, 2**26))
+
+
+def _memory_is_users(environment: Mapping[str, str]) -> bool:
+    """Whether the environment tells glibc how to keep memory."""
+    if "glibc.malloc." in environment.get("GLIBC_TUNABLES", ""):
+        return True
+    return any(name in environment for name in _LIMITS)
 
 
 def map_on_host(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
