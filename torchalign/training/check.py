@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchalign._check import check_mask, check_number, check_option, message
 from torchalign.aligner import Aligner
 from torchalign.pcc import PCC
-from torchalign.training.measure import Measured, check_pair, measure
+from torchalign.training.measure import Measured, check_pair, measure, per_sample
 from torchalign.training.probe import (
     Claim,
     LostImageError,
@@ -200,9 +200,8 @@ class AlignmentCheck(nn.Module):
         rows = self._rows(count, call)
 
         def chosen(usable: Tensor | None) -> Tensor | None:
-            if usable is None:
-                return None
-            return _take(usable.expand(*lead, *moving.shape[-2:]).reshape(count, *moving.shape[-2:]), rows)
+            flat = per_sample(usable, moving)
+            return None if flat is None else _take(flat, rows)
 
         if ids is None:
             ids = torch.arange(count, device=moving.device) + first

@@ -14,7 +14,7 @@ from torchalign.functional.affine import transform_points
 from torchalign.functional.channels import extract_channel
 from torchalign.types import Status
 
-__all__ = ["Measured", "check_pair", "measure"]
+__all__ = ["Measured", "check_pair", "measure", "per_sample"]
 
 # A window of a small frame is at least this long, so that there is something to correlate.
 _LEAST_WINDOW = 48
@@ -141,6 +141,14 @@ def check_pair(moving: Tensor, reference: Tensor) -> None:
             message("reference", f"samples and size of moving, {tuple(moving.shape)}", tuple(reference.shape),
                     "resample one of them; a slip in that is a slip to be found")
         )  # fmt: skip
+
+
+def per_sample(mask: Tensor | None, images: Tensor) -> Tensor | None:
+    """A mask that broadcasts to (..., H, W) of images (..., C, H, W), as (N, H, W)."""
+    if mask is None:
+        return None
+    size = images.shape[-2:]
+    return mask.expand(*images.shape[:-3], *size).reshape(images.shape[:-3].numel(), *size)
 
 
 def _places(size: tuple[int, int], window: int) -> list[tuple[slice, slice]]:

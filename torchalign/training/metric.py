@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchalign._check import check_mask
 from torchalign.aligner import Aligner
 from torchalign.training.check import AlignmentCheck
-from torchalign.training.measure import check_pair, measure
+from torchalign.training.measure import check_pair, measure, per_sample
 from torchalign.training.statistics import Residuals, empty_residuals, merge_residuals, quantile, record
 
 __all__ = ["RegistrationError"]
@@ -75,10 +75,10 @@ class RegistrationError(Metric):
         """Measure every sample of a batch; arguments as of :meth:`AlignmentCheck.forward`."""
         check_pair(moving, reference)
         lead, size = moving.shape[:-3], moving.shape[-2:]
-        usable = []
-        for name, given in (("mask", mask), ("reference_mask", reference_mask)):
-            given = check_mask(name, given, (*lead, *size), moving)
-            usable.append(None if given is None else given.expand(*lead, *size).reshape(-1, *size))
+        usable = [
+            per_sample(check_mask(name, given, (*lead, *size), moving), moving)
+            for name, given in (("mask", mask), ("reference_mask", reference_mask))
+        ]
         with torch.no_grad():
             found = measure(self.aligner, moving, reference, *usable, window=self.window)
             if ids is None:
