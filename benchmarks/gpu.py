@@ -8,8 +8,9 @@
   finite would be to wait. The *floor* of a stage is the time that its input, read once, and its output, written
   once, take at the measured bandwidth of the device (a large copy); the fraction is floor ÷ time: 100 % would be a
   kernel that does nothing but move memory.
-* **The same in one launch**: the whole captured in a CUDA graph, which is also the proof that no step of it waits
-  for the host or allocates by what it sees.
+* **Every aligner**: the whole job by the wall clock, the part of it in which the host is busy launching, how many
+  kernels that are, and the device memory it takes; then the same in one launch, a CUDA graph, by
+  `torch.cuda.make_graphed_callables`; and, on request, by `torch.compile`.
 * **Streaming**: a cube on the host, larger than a part, through `ta.stream`, by the wall clock; against the copies
   alone (the same cube through `ta.stream`, there and back, nothing computed: pinned buffers and all) and the work
   alone: what of the shorter one is hidden behind the longer one. Below 0 the two were in each other's way.
@@ -124,34 +125,98 @@ def stages(frames: int, size: int, device: torch.device, rounds: int, rate: floa
     for name, (job, moved) in jobs.items():
         spent = seconds(job, device, rounds)
         found[name] = {"frames_per_second": frames / spent, "of_bandwidth": moved / rate / spent}
-    if device.type == "cuda":
-        spent = seconds(captured(lambda: aligner(cube, reference)), device, rounds)
-        found["whole, as a CUDA graph"] = {
-            "frames_per_second": frames / spent,
-            "of_bandwidth": 2 * size_of(cube) / rate / spent,
-        }
     return found
 
 
-def captured(job: Callable[[], object]) -> Callable[[], None]:
-    """The job in one launch."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            job()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def aligners(frames: int, size: int, device: torch.device, rounds: int) -> dict[str, Any]:
+    """The whole job of every method, as it is called and in one launch."""
+    cube, reference = stack(frames, size, device)
+    makes: dict[str, Callable[[], ta.Aligner]] = {
+        "PCC()": ta.PCC,
+        "ECC()": ta.ECC,
+        'ECC(motion="affine")': lambda: ta.ECC(motion="affine"),
+        'ECC(motion="homography")': lambda: ta.ECC(motion="homography"),
+        "Cascade(PCC(), ECC())": lambda: ta.Cascade(ta.PCC(), ta.ECC()),
+        "LGM()": ta.LGM,
+        'LGM(motion="affine")': lambda: ta.LGM(motion="affine"),
+    }
+    found = {}
+    for name, make in makes.items():
+        aligner = make().to(device)
+
+        def job(aligner: ta.Aligner = aligner) -> object:
+            return aligner(cube, reference)
+
+        entry: dict[str, Any] = {"frames_per_second": frames / elapsed(job, device, rounds)}
+        if device.type == "cuda":
+            entry |= {"launching": launching(job, device, rounds), "kernels": kernels(job)}
+            entry |= {"mib": memory(job, device)}
+            graphed = one_launch(make().to(device), cube, reference)
+            spent = elapsed(lambda graphed=graphed: graphed(cube, reference), device, rounds)
+            entry |= {"graph_frames_per_second": frames / spent}
+        found[name] = entry
+    return found
+
+
+def one_launch(aligner: ta.Aligner, cube: Tensor, reference: Tensor) -> Callable[..., Any]:
+    return torch.cuda.make_graphed_callables(aligner, (cube, reference))  # type: ignore[no-untyped-call]
+
+
+def compiled(frames: int, size: int, device: torch.device, rounds: int) -> dict[str, Any]:
+    """By torch.compile, whole; and that in one launch, by inductor's own graphs."""
+    cube, reference = stack(frames, size, device)
+    found = {}
+    for name, make in {"PCC()": ta.PCC, "ECC()": ta.ECC}.items():
+        entry = {}
+        for mode in ("default", "reduce-overhead"):
+            torch._dynamo.reset()
+            whole = torch.compile(make().to(device), fullgraph=True, mode=mode)
+            start = time.perf_counter()
+            finished(lambda whole=whole: whole(cube, reference), device)()
+            entry[f"compiling, {mode}"] = time.perf_counter() - start
+            spent = elapsed(lambda whole=whole: whole(cube, reference), device, rounds)
+            entry[mode] = frames / spent
+        found[name] = entry
+    return found
+
+
+def launching(job: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Seconds until the call is back, which is when all is asked for, not done."""
+    spent = []
+    for _ in range(rounds):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
         job()
-    return graph.replay
+        spent.append(time.perf_counter() - start)
+    torch.cuda.synchronize(device)
+    return statistics.median(spent)
+
+
+def kernels(job: Callable[[], object]) -> int:
+    """How many kernels and copies one call launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        job()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.profiler.DeviceType.CUDA for event in profile.events())
+
+
+def memory(job: Callable[[], object], device: torch.device) -> float:
+    """MiB of device memory that a call takes beyond what it is given."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    job()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def streaming(frames: int, size: int, device: torch.device, rounds: int) -> dict[str, float]:
     part = max(1, frames // 4)
     cube, _ = stack(2 * frames, size, torch.device("cpu"))
     there, reference = stack(part, size, device)
-    aligner = ta.PCC()
+    aligner: Callable[..., Any] = ta.PCC().to(device)
+    if device.type == "cuda":
+        aligner = one_launch(ta.PCC().to(device), there, reference)
     parts = -(-len(cube) // part)
 
     def through(work: Callable[[Tensor], object]) -> Callable[[], None]:
@@ -236,9 +301,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "size": options.size,
             "bandwidth": rate,
             "stages": stages(options.frames, options.size, device, options.rounds, rate),
+            "aligners": aligners(options.frames, options.size, device, options.rounds),
             "streaming": streaming(options.frames, options.size, device, options.rounds),
             "beside": beside(min(options.frames, 64), options.size, max(1, options.rounds // 2)),
         }
+        if options.compile:
+            results["compiled"] = compiled(options.frames, options.size, device, options.rounds)
     results["training"] = training(
         options.size, device, max(1, options.rounds // 2), 4 if options.quick else 32
     )
@@ -258,7 +326,9 @@ def report(results: dict[str, Any]) -> str:
             f"{results['frames']} frames of {BANDS} × {results['size']}² on {where}; "
             f"a copy moves {results['bandwidth'] / 1e9:,.0f} GB/s.",
             table(["stage", "frames per second", "of the bandwidth"], rows),
-            f"Streamed from the host: {stream['frames_per_second']:,.0f} frames per second"
+            aligner_table(results["aligners"], results["frames"]),
+            *compiled_lines(results.get("compiled", {})),
+            f"Streamed from the host, one launch a part: {stream['frames_per_second']:,.0f} frames per second"
             + (
                 f"; {100 * stream['hidden']:.0f} % of the shorter of copies and work is hidden behind the longer."
                 if results["device"] == "cuda"
@@ -267,6 +337,45 @@ def report(results: dict[str, Any]) -> str:
             training_line(check),
         ]
     )
+
+
+def aligner_table(found: dict[str, Any], frames: int) -> str:
+    if "kernels" not in found["PCC()"]:
+        rows = [[f"`{name}`", f"{entry['frames_per_second']:,.0f}"] for name, entry in found.items()]
+        return table(["whole job", "frames per second"], rows)
+    rows = [
+        [
+            f"`{name}`",
+            f"{entry['frames_per_second']:,.0f}",
+            f"{1e3 * frames / entry['frames_per_second']:.1f}",
+            f"{1e3 * entry['launching']:.1f}",
+            str(entry["kernels"]),
+            f"{entry['graph_frames_per_second']:,.0f}",
+            f"{entry['mib'] / frames:.1f}",
+        ]
+        for name, entry in found.items()
+    ]
+    return table(
+        [
+            "whole job",
+            "frames per second",
+            "ms a call",
+            "of which launching",
+            "kernels",
+            "frames per second as a CUDA graph",
+            "MiB a frame",
+        ],
+        rows,
+    )
+
+
+def compiled_lines(found: dict[str, Any]) -> list[str]:
+    return [
+        f"`{name}` by `torch.compile`: {entry['default']:,.0f} frames per second; with "
+        f'`mode="reduce-overhead"`: {entry["reduce-overhead"]:,.0f}. Compiling took '
+        f"{entry['compiling, default']:.0f} and {entry['compiling, reduce-overhead']:.0f} s."
+        for name, entry in found.items()
+    ]
 
 
 def training_line(found: dict[str, float]) -> str:
@@ -288,6 +397,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument(
         "--only", choices=["training"], help="measure this part alone, print it, write nothing"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="by torch.compile too, which takes minutes to compile"
     )
     parser.add_argument(
         "--quick", action="store_true", help="8 frames of 64², 1 round, nothing written: does it run?"

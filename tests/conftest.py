@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # its asserts are the contract's, and should explain themselves as a test module's do
 pytest.register_assert_rewrite("contract")
@@ -59,6 +62,37 @@ def device(request) -> torch.device:
 def _seeds():
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002, for libraries that draw from the global generator
+
+
+class _NoCopiesToTheDevice(TorchDispatchMode):
+    """A copy from the host waits for the device, unless it is asked not to; fake tensors do not mind."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = operator(*args, **kwargs)
+        source = None
+        if operator is torch.ops.aten._to_copy.default and not kwargs.get("non_blocking"):
+            source = args[0]
+        elif operator is torch.ops.aten.copy_.default and args[1].ndim > 0 and len(args) == 2:
+            source = args[1]  # (a number is filled in)
+        if source is not None and (source.device.type, out.device.type) == ("cpu", "cuda"):
+            raise AssertionError("a copy from the host waits for the device")
+        return out
+
+
+@pytest.fixture
+def fake():
+    """Tensors on a GPU that is not there. What mixes devices raises, what waits for the device too."""
+    if torch.version.cuda is None:
+        pytest.skip("fake CUDA tensors need a build of torch with CUDA; this one has none")
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        with FakeTensorMode() as mode, _NoCopiesToTheDevice(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the missing driver
+            yield mode
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 import warnings
@@ -12,7 +13,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from scenes import fractal_stack
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +25,7 @@ SIZE = (64, 72)
 class Channel(torch.nn.Module):
     def __init__(self, device="cpu"):
         super().__init__()
-        self.weights = torch.nn.Parameter(torch.tensor([0.5, 0.2, 0.2, 0.1], device=device))
+        self.weights = torch.nn.Parameter(0.5 - 0.1 * torch.arange(4, device=device))
 
     def forward(self, cube):
         return (cube * self.weights.to(cube)[:, None, None]).sum(-3)
@@ -121,21 +121,6 @@ def assert_same(found, expected, tolerance=1e-3):
 # ------------------------------------------------------------------------------------------------------ fake CUDA
 
 
-@pytest.fixture
-def fake():
-    """Tensors on a GPU that is not there: a tensor on the wrong device raises, `.item()` and `nonzero` too."""
-    if torch.version.cuda is None:
-        pytest.skip("fake CUDA tensors need a build of torch with CUDA; this one has none")
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        with FakeTensorMode() as mode, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the missing driver
-            yield mode
-    finally:
-        torch.backends.cudnn.enabled = before
-
-
 def on_cuda(*shape, dtype=torch.float32, **options):
     return torch.empty(*shape, dtype=dtype, device="cuda", **options)
 
@@ -208,6 +193,8 @@ def test_fake_cuda_gradients(fake, proof):
 def test_fake_cuda_in_training(fake, name):
     make, takes = MODULES[name]
     module = make()
+    for name_of, buffer in list(module.named_buffers()):  # as after `.cuda()`, which copies
+        setattr(module, name_of, torch.empty_like(buffer, device="cuda"))
     frames, mask = on_cuda(4, 3, *SIZE), on_cuda(4, *SIZE, dtype=torch.bool)
     for _ in range(2):
         if takes == "series":
@@ -246,9 +233,11 @@ def test_fake_cuda_metric(metric, fake):
 
 def test_fake_cuda_sees_a_check_that_reads(fake):
     # the teeth of the test above: to warn is to read
-    frames = on_cuda(4, 3, *SIZE)
+    frames, check = on_cuda(4, 3, *SIZE), ta.AlignmentCheck(action="warn")
+    for name, buffer in list(check.named_buffers()):
+        setattr(check, name, torch.empty_like(buffer, device="cuda"))
     with pytest.raises(Exception, match=r"(?i)data.dependent|item|local_scalar|tolist"):
-        ta.AlignmentCheck(action="warn")(frames, frames)
+        check(frames, frames)
 
 
 def test_fake_cuda_sees_what_it_should(fake):
@@ -258,6 +247,8 @@ def test_fake_cuda_sees_what_it_should(fake):
         lambda cube: cube[..., 0, :, :] * float(cube.max()),
         lambda cube: cube[..., 0, :, :] - cube[cube > 0].mean(),
         lambda cube: cube[..., 0, :, :] + torch.zeros(SIZE),
+        lambda cube: cube[..., 0, :, :] + torch.tensor([1.0], device="cuda"),
+        lambda cube: cube[..., 0, :, :].index_fill(-1, torch.tensor([1]).cuda(), 0.0),
     ):
         with pytest.raises(Exception, match=r"(?i)data.dependent|dynamic|device|item|local_scalar|nonzero"):
             ta.PCC(channel=channel)(cube, cube)
@@ -362,6 +353,102 @@ def test_captured_in_a_cuda_graph(device, proof):
         torch.testing.assert_close(found.aligned, expected.aligned, atol=1e-4, rtol=0, equal_nan=True)
 
 
+@pytest.fixture
+def cuda(device):
+    """A GPU that is there: what fake tensors cannot show."""
+    if device.type != "cuda":
+        pytest.skip("wants a GPU: pytest --device cuda")
+    return device
+
+
+@contextlib.contextmanager
+def nothing_waits():
+    """What makes the host wait for the GPU raises, a copy from memory that is not pinned among them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@each_aligner
+def test_the_host_waits_for_nothing(cuda, proof):
+    cube, reference = (image.to(cuda) for image in real())
+    mask = torch.rand(4, *SIZE, device=cuda) > 0.02
+    init = torch.eye(2, 3, device=cuda).expand(4, 2, 3)
+    aligner = proof.make().to(cuda)
+    aligner(cube, reference)  # libraries wait when they start
+    with nothing_waits():
+        found = aligner(cube, reference, mask, mask[0], init=init)
+        aligner(cube, reference)
+    assert found.estimate.valid.any()
+    with pytest.raises(RuntimeError, match="synchronizing"), nothing_waits():
+        found.estimate.status.cpu()  # it has teeth
+
+
+@each_module
+def test_the_host_waits_for_nothing_in_training(cuda, name):
+    make, takes = MODULES[name]
+    module = make().to(cuda)
+    cube, reference = (image.to(cuda) for image in real())
+    given = (cube,) if takes in ("series", "frames") else (cube, reference.expand_as(cube))
+    module(*given)
+    with nothing_waits():
+        module(*given)
+
+
+@each_aligner
+def test_graphed_by_torch(cuda, proof):
+    # the README's way to one launch a call
+    cube, reference = (image.to(cuda) for image in real())
+    aligner = proof.make().to(cuda)
+    expected = [aligner(part, reference) for part in (cube, cube.flip(0))]
+    graphed = torch.cuda.make_graphed_callables(proof.make().to(cuda), (cube, reference))
+    for part, (aligned, estimate) in zip((cube, cube.flip(0)), expected, strict=True):
+        found = graphed(part, reference)
+        assert isinstance(found, ta.Alignment)
+        assert_same(*(ta.Estimate(*(x.cpu() for x in one)) for one in (found.estimate, estimate)))
+        torch.testing.assert_close(found.aligned, aligned, atol=1e-4, rtol=0)
+
+
+@each_aligner
+def test_precision_of_matrix_products_changes_nothing(cuda, proof):
+    cube, reference = (image.to(cuda) for image in real())
+    aligner = proof.make().to(cuda)
+    expected = aligner.estimate(cube, reference)
+    torch.set_float32_matmul_precision("medium")  # TF32: a thousandth of every factor is lost
+    try:
+        found = aligner.estimate(cube, reference)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert_same(*(ta.Estimate(*(field.cpu() for field in one)) for one in (found, expected)))
+
+
+@pytest.mark.parametrize("name", ["default", "ECC", "ECC affine", "ECC homography", "Cascade"])
+def test_gradients_on_a_device(cuda, name):
+    cube, reference = real()
+    slopes = []
+    for place in (torch.device("cpu"), cuda):
+        leaves = [image.to(place, copy=True).requires_grad_() for image in (cube, reference)]
+        found = ALIGNERS[name].make().to(place)(*leaves)
+        loss = found.estimate.warp[..., :2, 2].sum() + found.aligned.square().mean()
+        slopes.append([slope.cpu() for slope in torch.autograd.grad(loss, leaves)])
+    for found, expected in zip(*reversed(slopes), strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["default", "ECC", "ECC affine", "LGM", "Cascade"])
+def test_frames_of_a_device_do_not_know_of_each_other(cuda, name):
+    cube, reference = (image.to(cuda) for image in real(12))
+    aligner = ALIGNERS[name].make().to(cuda)
+    together = aligner.estimate(cube, reference)
+    apart = [aligner.estimate(part, reference) for part in cube.split(5)]
+    for fields, expected in zip(zip(*apart, strict=True), together, strict=True):
+        torch.testing.assert_close(torch.cat(fields), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_check_on_a_device(device):
     cube, reference = (image.to(device) for image in real())
     check = ta.AlignmentCheck()
@@ -406,19 +493,22 @@ def deterministic():
 
 
 @pytest.mark.parametrize("name", ["default", "ECC", "ECC homography", "Cascade", "LGM"])
-def test_deterministic_algorithms(deterministic, name):
-    cube, reference = real()
-    mask = torch.rand(4, *SIZE) > 0.02
-    aligner = ALIGNERS[name].make()
+def test_deterministic_algorithms(deterministic, device, name):
+    cube, reference = (image.to(device) for image in real())
+    mask = torch.rand(4, *SIZE, device=device) > 0.02
+    aligner = ALIGNERS[name].make().to(device)
     with Operators() as operators:
         aligned, estimate = aligner(cube, reference, mask)
+        again = aligner(cube, reference, mask)
     assert len(operators.called) > 20
     assert not operators.called & REFUSED
+    assert torch.equal(estimate.warp, again.estimate.warp)
     torch.use_deterministic_algorithms(False)
     with Operators() as operators:
         expected = aligner(cube, reference, mask)
     assert operators.called & REFUSED  # the teeth: the quick way is such a one
-    assert torch.equal(estimate.warp, expected.estimate.warp)
+    rounding = 0.0 if device.type == "cpu" else 1e-5  # a GPU's quick ways add up in any order
+    torch.testing.assert_close(estimate.warp, expected.estimate.warp, atol=rounding, rtol=0)
     torch.testing.assert_close(aligned, expected.aligned)
 
 

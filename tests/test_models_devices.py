@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from scenes import fractal
-from test_devices import fake, on_cuda, quiet  # noqa: F401
+from test_devices import on_cuda, quiet  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchalign.models import extractors, lightglue
@@ -68,7 +68,7 @@ def check(features, batch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_fake_cuda_extractors(fake, name):  # noqa: F811
+def test_fake_cuda_extractors(fake, name):
     built = sent_to_cuda(make(name))
     image = on_cuda(3, *SIZE)
     check(built(image), 3)
@@ -78,7 +78,7 @@ def test_fake_cuda_extractors(fake, name):  # noqa: F811
 
 @pytest.mark.parametrize("options", [{"input_dim": 128}, {"input_dim": 128, "add_scale_ori": True}], ids=str)
 @pytest.mark.parametrize("references", [1, 3])
-def test_fake_cuda_lightglue(fake, options, references):  # noqa: F811
+def test_fake_cuda_lightglue(fake, options, references):
     matcher = sent_to_cuda(LightGlue(lightglue._build_network(options | {"n_layers": 2})))
 
     def features(batch):
@@ -92,7 +92,7 @@ def test_fake_cuda_lightglue(fake, options, references):  # noqa: F811
     assert found.index.dtype == torch.int64
 
 
-def test_fake_cuda_sees_what_it_should(fake, monkeypatch):  # noqa: F811
+def test_fake_cuda_sees_what_it_should(fake, monkeypatch):
     # the test's own teeth: the ways that are for the CPU alone do sync
     built = SIFT(COUNT)
     monkeypatch.setattr(extractors, "is_on_host", lambda tensor: True)

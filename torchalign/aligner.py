@@ -27,7 +27,7 @@ from torchalign._host import empty_on_host, is_on_host, map_on_host
 from torchalign.functional.affine import MotionModel, change_origin, identity_warp
 from torchalign.functional.channels import Channel, ChannelName, center_crop, extract_channel
 from torchalign.functional.quality import gate_stages
-from torchalign.functional.warp import Interpolation, PaddingMode, resample, resample_into
+from torchalign.functional.warp import Interpolation, PaddingMode, resample, resample_into, translate
 from torchalign.types import Alignment, Estimate, Motion, Status
 
 __all__ = ["Aligner", "Job", "Motion", "full_precision"]
@@ -114,8 +114,12 @@ class Aligner(nn.Module, ABC):
         cube = job.cube
         blocks = self._blocks(job)
         if len(blocks) == 1:
-            estimate = self._estimate(job)
-            aligned = resample(cube, estimate.warp, mask=job.mask, **self._resampling()).values
+            estimate, only_shifts = self._estimate(job)
+            if only_shifts:
+                shift = estimate.warp[..., :2, 2]
+                aligned = translate(cube, shift, mask=job.mask, **self._resampling()).values
+            else:
+                aligned = resample(cube, estimate.warp, mask=job.mask, **self._resampling()).values
             return Alignment(self._keep_rejected(aligned, cube, estimate), estimate)
 
         # a block that was just estimated is still in the cache
@@ -123,7 +127,7 @@ class Aligner(nn.Module, ABC):
 
         def align(part: slice) -> Estimate:
             block = job.part(part)
-            estimate = self._estimate(block)
+            estimate, _ = self._estimate(block)
             out = aligned[part]
             resample_into(out, block.cube, estimate.warp, mask=block.mask, **self._resampling())
             if self.fill_value is not None:
@@ -238,18 +242,19 @@ class Aligner(nn.Module, ABC):
 
     def _estimate_all(self, job: Any, blocks: list[slice]) -> Estimate:
         if len(blocks) == 1:
-            return self._estimate(job)
-        return _concatenate(self._map(lambda part: self._estimate(job.part(part)), blocks))
+            return self._estimate(job)[0]
+        return _concatenate(self._map(lambda part: self._estimate(job.part(part))[0], blocks))
 
     def _map(self, function: Callable[[slice], Estimate], blocks: list[slice]) -> list[Estimate]:
         """Side by side, unless a user's channel might mind."""
         return list(map(function, blocks)) if callable(self.channel) else map_on_host(function, blocks)
 
-    def _estimate(self, job: Any) -> Estimate:
+    def _estimate(self, job: Any) -> tuple[Estimate, bool]:
+        """The estimate of a block; and whether its warps are translations, whatever the data."""
         with full_precision(job.cube):
             seen = self._see_block(job)
             motion = self._find_motion(job, seen)
-            return self._judge([motion], [self.max_translation], job, seen)
+            return self._judge([motion], [self.max_translation], job, seen), motion.only_shifts
 
     def _see_block(self, job: Job) -> _Seen:
         """What a method is given of a block: the channel, cropped, and an init in its coordinates."""

@@ -119,7 +119,7 @@ class Cascade(Aligner):
             tuple(stage._check(cube, reference, mask, reference_mask, init) for stage in self._stages())
         )
 
-    def _estimate(self, jobs: _Jobs) -> Estimate:
+    def _estimate(self, jobs: _Jobs) -> tuple[Estimate, bool]:
         with full_precision(jobs.cube):
             whole = (jobs.cube.shape[-2], jobs.cube.shape[-1])
             motions, init = [], None
@@ -143,7 +143,7 @@ class Cascade(Aligner):
                 for motion, own in motions
             ]
             limits = [stage.max_translation for stage in self._stages()]
-            return self._judge(judged, limits, job, seen)
+            return self._judge(judged, limits, job, seen), all(motion.only_shifts for motion in judged)
 
     def _map(self, function: Callable[[slice], Estimate], blocks: list[slice]) -> list[Estimate]:
         stateful = any(callable(stage.channel) for stage in self._stages())
@@ -210,6 +210,7 @@ def _last_trusted(first: Motion, second: Motion) -> Motion:
         torch.where(trusted, second.sigma, first.sigma),
         torch.where(trusted, second.status, first.status),
         second.inliers,
+        first.only_shifts and second.only_shifts,
     )
 
 

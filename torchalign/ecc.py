@@ -184,7 +184,8 @@ class ECC(Aligner):
         sure = found.converged & (found.sigma <= self.max_sigma)
         status = torch.where(sure, int(Status.OK), int(Status.NOT_CONVERGED))
         status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
-        return Motion(found.warp, found.sigma, status, found.inliers)
+        only_shifts = self.motion == "translation" and (init is None or init.shape[-1] == 2)
+        return Motion(found.warp, found.sigma, status, found.inliers, only_shifts)
 
     def _seen_as(self) -> dict[str, Any]:
         """What of an image is registered."""

@@ -278,9 +278,12 @@ class LGM(Aligner):
             self._refined(part) if self.refine else self._fitted(part)
             for part in self._parts(moving, moving_usable, reference, reference_usable, prepared, init)
         ]
-        motion: Motion = _joined(parts)
-        reshaped: Motion = _each(motion, lambda field: field.reshape(*lead, *field.shape[1:]))
-        return reshaped
+        warp, sigma, status, inliers, _ = _joined(parts)
+        only_shifts = self.motion == "translation" and (init is None or init.shape[-1] == 2)
+        if inliers is not None:
+            inliers = inliers.reshape(*lead, *inliers.shape[1:])
+        warp = warp.reshape(*lead, *warp.shape[1:])
+        return Motion(warp, sigma.reshape(lead), status.reshape(lead), inliers, only_shifts)
 
     def matches(
         self,
@@ -619,11 +622,13 @@ def _each(fields: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """Named tuples of one kind, as one; fields that are None stay so."""
+    """Named tuples of one kind, as one; fields that are no tensors stay as they are."""
     if len(parts) == 1:
         return parts[0]
     columns: Any = zip(*parts, strict=True)
-    return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))
+    return type(parts[0])(
+        *(torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns)
+    )
 
 
 def _described(weights: Weights | None) -> str | None:

@@ -159,7 +159,7 @@ class PCC(Aligner):
         status = torch.where(sure, status, int(Status.NOT_CONVERGED))
         status = torch.where(found.outside, int(Status.TOO_FAR), status)
         status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
-        return Motion(warp, found.sigma, status, found.inliers)
+        return Motion(warp, found.sigma, status, found.inliers, only_shifts=turn is None)
 
     def _options(self) -> dict[str, Any]:
         named = ("max_frequency", "weighting", "contrast", "taper", "robust", "upsample_factor", "max_sigma")

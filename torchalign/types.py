@@ -59,12 +59,15 @@ class Motion(NamedTuple):
         sigma: (..., T), in pixels.
         status: (..., T) int64; 0 where the method trusts its result.
         inliers: (..., T, h, w) weights of common ground over the reference, or ``None``.
+        only_shifts: every warp is a translation, whatever the data: a GPU, which is not asked for its numbers, then
+            resamples with one row and one column of indices a frame.
     """
 
     warp: Tensor
     sigma: Tensor
     status: Tensor
     inliers: Tensor | None = None
+    only_shifts: bool = False
 
 
 class Alignment(NamedTuple):

@@ -44,7 +44,7 @@ from torchalign.functional.affine import (
     translation_warp,
 )
 from torchalign.functional.fourier import rfft2
-from torchalign.functional.phase import _derivatives, _multiplicity, cross_power
+from torchalign.functional.phase import cross_power, derivatives_at, multiplicity, wave_orders
 from torchalign.functional.texture import tukey
 
 __all__ = [
@@ -445,18 +445,19 @@ def window_ascent(
 
     first, second = spectra(moving), spectra(reference)
     power = cross_power(first, second, radius, max_frequency)
-    both = (radius * (radius < max_frequency)) * _multiplicity(frequencies[1])
+    both = (radius * (radius < max_frequency)) * multiplicity(frequencies[1])
     norms = [(both * (part.real.square() + part.imag.square())).sum((-2, -1)) for part in (first, second)]
     energy = (norms[0] * norms[1]).detach().sqrt() + torch.finfo(moving.dtype).tiny
 
     centres = torch.stack((left + 0.5 * (width - 1), top + 0.5 * (height - 1)), -1).to(moving.dtype)
     centres = torch.stack((step_x * centres[..., 0], step_y * centres[..., 1]), -1)  # in pixels
     jacobian = _jacobian(centres, size, motion)  # (..., n, 2, P)
+    orders = wave_orders(frequencies)
 
     def newton(power: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The step, whether the Hessian is negative definite, its negative, and all windows' pulls and weights."""
         shift = (jacobian * delta[..., None, None, :]).sum(-1)  # (..., n, 2)
-        derivatives = _derivatives(power, frequencies, shift)  # (..., n, 3, 3)
+        derivatives = derivatives_at(power, frequencies, shift, orders)  # (..., n, 3, 3)
         correlation = (derivatives[..., 0, 0].detach() / energy).clamp(0, 1)
         emphasis = (weight > 0) * correlation.square()  # ω
         slope = torch.stack((derivatives[..., 0, 1], derivatives[..., 1, 0]), -1)  # (..., n, 2)
@@ -608,7 +609,9 @@ def _solve(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """matrix⁻¹ · right, 0 where the matrix is not positive definite; and whether it is."""
     matrix, definite = _regular(matrix)
     factor, _ = torch.linalg.cholesky_ex(matrix)
-    solution = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
+    # on CUDA torch.cholesky_solve and torch.cholesky_inverse wait for the device, two triangles do not
+    half = torch.linalg.solve_triangular(factor, right.unsqueeze(-1), upper=False)
+    solution = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
     return torch.where(definite.unsqueeze(-1) & solution.isfinite(), solution, 0.0), definite
 
 
@@ -616,7 +619,9 @@ def _invert(matrix: Tensor) -> Tensor:
     """The inverse; infinite where the matrix is not positive definite."""
     matrix, definite = _regular(matrix)
     factor, _ = torch.linalg.cholesky_ex(matrix)
-    return torch.where(definite[..., None, None], torch.cholesky_inverse(factor), torch.inf)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    half = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return torch.where(definite[..., None, None], torch.matmul(half.mT, half), torch.inf)
 
 
 def _table(rows: int, columns: int, like: Tensor) -> Tensor:

@@ -44,8 +44,11 @@ __all__ = [
     "Weighting",
     "coarse_peak",
     "cross_power",
+    "derivatives_at",
+    "multiplicity",
     "phase_correlation",
     "refine_peak",
+    "wave_orders",
 ]
 
 Weighting = Literal["ramp", "sqrt", "phase", "none"]
@@ -280,7 +283,8 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
 def _higher_of(peak: _Peak, start: Tensor, power: Tensor, grid: Grid) -> _Peak:
     """A given shift instead of the coarse peak, where the correlation is higher there."""
     samples = grid.size[0] * grid.size[1]
-    height = _derivatives(power.detach(), grid.frequencies, start.detach())[..., 0, 0] / samples
+    value = derivatives_at(power.detach(), grid.frequencies, start.detach(), wave_orders(grid.frequencies))
+    height = value[..., 0, 0] / samples
     better = height >= peak.height
     significance = height.clamp(min=0) / (peak.spread + torch.finfo(height.dtype).tiny)
     return _Peak(
@@ -322,47 +326,70 @@ def refine_peak(
     """
     shift = start.detach()
     fixed = power.detach()
+    orders = wave_orders(frequencies)
     for _ in range(steps):
-        step, _ = _newton_step(fixed, frequencies, shift)
+        step, _ = _newton_step(fixed, frequencies, shift, orders)
         shift = shift + step
-    last, curved = _newton_step(power, frequencies, shift)
+    last, curved = _newton_step(power, frequencies, shift, orders)
     shift = shift + last
     # identical frames are at exactly 0: what rounding leaves there is taken off, and its gradient kept
     none = shift.detach().abs() < 64 * torch.finfo(shift.dtype).eps
     return torch.where(none, shift - shift.detach(), shift), last.detach(), curved
 
 
-def _newton_step(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> tuple[Tensor, Tensor]:
-    derivatives = _derivatives(power, frequencies, shift)  # (..., 3, 3): [order in y, order in x]
+def _newton_step(
+    power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, orders: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    derivatives = derivatives_at(power, frequencies, shift, orders)  # (..., 3, 3): [order in y, order in x]
     gx, gy = derivatives[..., 0, 1], derivatives[..., 1, 0]
     hxx, hyy, hxy = derivatives[..., 0, 2], derivatives[..., 2, 0], derivatives[..., 1, 1]
-    determinant = hxx * hyy - hxy.square()
-    curved = (hxx < 0) & (determinant > torch.finfo(hxx.dtype).eps * hxx * hyy)
+    product = hxx * hyy
+    determinant = product - hxy.square()
+    curved = (hxx < 0) & (determinant > torch.finfo(hxx.dtype).eps * product)
     safe = torch.where(curved, determinant, 1.0)
     step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1) / safe[..., None]
     return torch.where(curved[..., None], step, 0.0).clamp(-0.5, 0.5), curved
 
 
-def _derivatives(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> Tensor:
-    """(..., 3, 3): the correlation's derivatives of order 0, 1, 2 in y (rows) and x (columns) at ``shift``."""
-    waves_y = wave(frequencies[0], shift[..., 1])[..., None, :] * _orders(frequencies[0])  # (..., 3, H)
-    waves_x = wave(frequencies[1], shift[..., 0])[..., None, :] * _orders(frequencies[1])  # (..., 3, W//2+1)
+def derivatives_at(
+    power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, orders: tuple[Tensor, Tensor]
+) -> Tensor:
+    """The correlation's derivatives at a shift.
+
+    Args:
+        power: (..., H, W//2+1), half of a Hermitian cross-power spectrum.
+        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
+        shift: (..., 2), (x, y) in pixels.
+        orders: :func:`wave_orders` of the frequencies.
+
+    Returns:
+        (..., 3, 3), of order 0, 1, 2 in y (rows) and in x (columns).
+    """
+    waves_y = wave(frequencies[0], shift[..., 1])[..., None, :] * orders[0]  # (..., 3, H)
+    waves_x = wave(frequencies[1], shift[..., 0])[..., None, :] * orders[1]  # (..., 3, W//2+1)
     # (10-bit mantissas, as in TF32, would move the peak by less than 1e-4 px)
-    return torch.matmul(torch.matmul(waves_y, power), (waves_x * _multiplicity(frequencies[1])).mT).real
+    return torch.matmul(torch.matmul(waves_y, power), waves_x.mT).real
 
 
-def _multiplicity(frequency: Tensor) -> Tensor:
+def multiplicity(frequency: Tensor) -> Tensor:
     """(W//2+1,): how often a column stands in the whole spectrum, whose other half is the conjugate."""
     return 1 + (frequency > 0).to(frequency.dtype)
 
 
-def _orders(frequency: Tensor) -> Tensor:
-    """(3, N): what the derivatives of order 0, 1, 2 of e^{iωt} multiply it by: 1, iω, −ω²."""
-    omega = 2 * math.pi * frequency
-    zero = torch.zeros_like(omega)
-    return torch.complex(
-        torch.stack([torch.ones_like(omega), zero, -omega.square()]), torch.stack([zero, omega, zero])
+def wave_orders(frequencies: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What the derivatives of order 0, 1, 2 of e^{iωt} multiply it by, 1, iω, −ω²: (3, H) and (3, W//2+1).
+
+    Those along x count each column as often as it stands in the whole spectrum.
+    """
+    y, x = (2 * math.pi * frequency for frequency in frequencies)
+    along_y, along_x = (
+        torch.complex(
+            torch.stack([torch.ones_like(omega), torch.zeros_like(omega), -omega.square()]),
+            torch.stack([torch.zeros_like(omega), omega, torch.zeros_like(omega)]),
+        )
+        for omega in (y, x)
     )
+    return along_y, along_x * multiplicity(frequencies[1])
 
 
 def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, factor: int) -> Tensor:
@@ -372,7 +399,7 @@ def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Te
     offsets = torch.arange(-half, half + 1, device=start.device, dtype=start.dtype)
     candidates = (centre[..., None] + offsets) / factor  # (..., 2, n), x then y
     waves_y = wave(frequencies[0], candidates[..., 1, :])  # (..., n, H)
-    waves_x = wave(frequencies[1], candidates[..., 0, :]) * _multiplicity(frequencies[1])
+    waves_x = wave(frequencies[1], candidates[..., 0, :]) * multiplicity(frequencies[1])
     values = torch.matmul(torch.matmul(waves_y, power.detach()), waves_x.mT).real  # (..., n, n)
     best = values.flatten(-2).argmax(-1)
     count = offsets.shape[0]
@@ -391,12 +418,12 @@ def _sigma(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, eff
     """
     power = power.detach()
     shift = shift.detach()
-    derivatives = _derivatives(power, frequencies, shift)
+    derivatives = derivatives_at(power, frequencies, shift, wave_orders(frequencies))
     hxx, hyy, hxy = derivatives[..., 0, 2], derivatives[..., 2, 0], derivatives[..., 1, 1]
     omega_y, omega_x = (2 * math.pi * frequency for frequency in frequencies)
     pull = turn_spectrum(power, frequencies, shift).imag  # (..., H, W//2+1)
     # a bin and its conjugate pull alike: together (2·pull)², hence 4 where two are counted
-    square = pull.square() * _multiplicity(frequencies[1]).square()
+    square = pull.square() * multiplicity(frequencies[1]).square()
     by_row, by_column = square.sum(-1), square.sum(-2)
     gxx, gyy = (by_column * omega_x.square()).sum(-1), (by_row * omega_y.square()).sum(-1)
     gxy = (torch.matmul(square, omega_x) * omega_y).sum(-1)

@@ -183,7 +183,7 @@ def gate_stages(
         usable = _thin(reference_usable, step)
         overlap = usable if overlap is None else overlap & usable
     before = _thin(moving, step)
-    for (warp, sigma, status, inliers), limit in zip(stages, max_translations, strict=True):
+    for (warp, sigma, status, inliers, only_shifts), limit in zip(stages, max_translations, strict=True):
         displacement = center_displacement(warp, size).norm(dim=-1)
         finite = warp.isfinite().flatten(-2).all(-1) & sigma.isfinite()
         status = torch.where((status == 0) & ~finite, int(Status.NOT_CONVERGED), status)
@@ -191,8 +191,9 @@ def gate_stages(
         trusted = status == 0
         warp = torch.where(trusted[..., None, None], warp, identity)
         # bilinear interpolation smooths, which a score would take for misregistration
+        path = warp[..., :2, 2] if only_shifts else warp
         aligned, inside = resample_lattice(
-            moving.unsqueeze(-3), warp, step, interpolation="bicubic", mask=moving_usable
+            moving.unsqueeze(-3), path, step, interpolation="bicubic", mask=moving_usable
         )
         overlap = inside if overlap is None else overlap & inside
         if inliers is not None:

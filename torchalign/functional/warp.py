@@ -12,16 +12,16 @@ Precision:
     10980 is good to 2e-7 px, where a coordinate in float32 has steps of 1e-3 px. An identity or a
     whole-pixel shift copies.
 
-Two ways to the same numbers: in general, taps are gathered with integer indices (:class:`_Gather`), all
-frames at once, on any device, traceable and differentiable. In eager mode on the CPU, where reading a number
-costs nothing, blocks that fit into the cache are walked, and translations are sliced instead of gathered
-(:class:`_Slices`).
+Three ways to the same numbers: in general, taps are gathered with integer indices (:class:`_Gather`), all frames
+at once, on any device, traceable and differentiable; what is known to be a translation is taken by rows and
+columns (:class:`_Lines`). In eager mode on the CPU, where reading a number costs nothing, blocks that fit into
+the cache are walked, and translations are sliced instead of gathered (:class:`_Slices`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
@@ -182,7 +182,7 @@ def resample_lattice(
 
     Args:
         cube: (..., T, C, H, W).
-        warp: (..., T, 2, 3) or (..., T, 3, 3), moving → reference.
+        warp: (..., T, 2, 3) or (..., T, 3, 3), moving → reference; or (..., T, 2), the shifts of :func:`translate`.
         step: of the lattice, in pixels; its first point is the first pixel.
         interpolation: as in :func:`resample`.
         mask: as in :func:`resample`.
@@ -403,6 +403,14 @@ def _cubic_weights(fraction: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
     )
 
 
+def _padded(index: Tensor, length: int, padding_mode: PaddingMode) -> Tensor:
+    """Indices into a line of ``length`` pixels, which is continued beyond its ends."""
+    if padding_mode == "reflection":  # … 1 0 | 0 1 2 … L−1 | L−1 L−2 …, period 2L
+        index = index.remainder(2 * length)
+        index = torch.minimum(index, 2 * length - 1 - index)
+    return index.clamp(0, length - 1)
+
+
 class _Sampler(Protocol):
     """Reads planes (..., T, C, H, W) at the output's source positions; outside is padded."""
 
@@ -421,16 +429,10 @@ class _Gather:
     def __init__(self, positions: _Positions, size: tuple[int, int], padding_mode: PaddingMode) -> None:
         self.positions = positions
         self.size = size
-        self.reflect = padding_mode == "reflection"
+        self.padding_mode: PaddingMode = padding_mode
         # a band dimension for the weights, (..., T, 1, h, W)
         self.x_fraction = positions.x_fraction.unsqueeze(-3)
         self.y_fraction = positions.y_fraction.unsqueeze(-3)
-
-    def _pad(self, index: Tensor, length: int) -> Tensor:
-        if self.reflect:  # … 1 0 | 0 1 2 … L−1 | L−1 L−2 …, period 2L
-            index = index.remainder(2 * length)
-            index = torch.minimum(index, 2 * length - 1 - index)
-        return index.clamp(0, length - 1)
 
     def _take(self, planes: Tensor, column: Tensor, row: Tensor) -> Tensor:
         """Pixels at padded (column, row): (..., T, C, H, W) → (..., T, C, h, W)."""
@@ -443,14 +445,17 @@ class _Gather:
 
     def nearest(self, planes: Tensor) -> Tensor:
         column, row = self.positions.nearest()
-        return self._take(planes, self._pad(column, self.size[1]), self._pad(row, self.size[0]))
+        (height, width), mode = self.size, self.padding_mode
+        return self._take(planes, _padded(column, width, mode), _padded(row, height, mode))
 
     def _taps(self, planes: Tensor) -> Callable[[int, int], Tensor]:
         """(..., T, C, h, W) of the pixel so far right and down, −1 … 2, from those at or before the positions."""
         (height, width), (column, row) = self.size, self.positions[:2]
-        if self.reflect:
+        if self.padding_mode == "reflection":
             return lambda right, down: self._take(
-                planes, self._pad(column + right, width), self._pad(row + down, height)
+                planes,
+                _padded(column + right, width, "reflection"),
+                _padded(row + down, height, "reflection"),
             )
         # the border is continued once, so far that all taps of a position further out lie on it: one index then
         # serves all taps, which differ by where the planes are taken to begin
@@ -624,51 +629,74 @@ class _Slices:
 
 
 class _Lines:
-    """Many translations at once, on a lattice: rows are taken whole, then columns by one index for all rows.
+    """Many translations at once: rows are taken whole, then columns, by one line of indices a frame and axis.
 
-    Slicing frame by frame costs as much as the sampling itself where only a lattice is sampled.
+    Of a lattice most rows are never touched. Eager on the CPU :class:`_Slices` is faster, but for a lattice, where
+    slicing frame by frame costs as much as the sampling itself.
     """
 
-    def __init__(self, shifts: Tensor, size: tuple[int, int], step: int) -> None:
+    def __init__(self, positions: _Positions, size: tuple[int, int], padding_mode: PaddingMode) -> None:
+        self.positions = positions  # columns (..., T, 1, w), rows (..., T, h, 1), fractions (..., T, 1, 1)
         self.size = size
-        (self.column, x), (self.row, y) = (
-            (torch.arange(0, length, step, device="cpu") + whole.unsqueeze(-1), fraction)
-            for length, (whole, fraction) in zip(
-                (size[1], size[0]), (_split(-shifts[:, axis], shifts.dtype) for axis in (0, 1)), strict=True
-            )
-        )
-        self.x_fraction, self.y_fraction = x[:, None, None], y[:, None, None]
+        self.padding_mode: PaddingMode = padding_mode
+        self.x_fraction = positions.x_fraction.unsqueeze(-3)
+        self.y_fraction = positions.y_fraction.unsqueeze(-3)
 
-    def bicubic(self, frames: Tensor) -> Tensor:
-        """(T, H, W) → (T, h, w)."""
-        height, width = self.size
-        count = len(frames)
-        padded = F.pad(frames.unsqueeze(1), (4, 3, 4, 3), mode="replicate")
-        lines = padded.reshape(count * (height + 7), width + 7)
-        first = torch.arange(count, device="cpu").unsqueeze(-1) * (height + 7)
-        row = (first + self.row.clamp(-3, height) + 3).flatten()  # of the first of four taps
-        sampled = _combination(
-            _cubic_weights(self.y_fraction),
-            lambda tap: lines.narrow(0, tap, len(lines) - 3).index_select(0, row).view(count, -1, width + 7),
-        )
-        column = (self.column.clamp(-3, width) + 3).unsqueeze(1).expand(-1, sampled.shape[1], -1)
-        return _combination(
-            _cubic_weights(self.x_fraction), lambda tap: sampled.narrow(-1, tap, width + 4).gather(-1, column)
-        )
+    def _rows(self, planes: Tensor, row: Tensor, taps: range) -> tuple[Tensor, ...]:
+        """(..., T, C, H, W) → for each tap (..., T, C, h, W), the rows (..., T, h, 1), so far down."""
+        (height, width), lead = self.size, planes.shape[:-2]
+        index = _padded(row.mT + _column_of(taps, row), height, self.padding_mode)  # (..., T, taps, h)
+        first = torch.arange(math.prod(lead), device=planes.device).reshape(lead) * height
+        index = first[..., None, None] + index.unsqueeze(-3)  # (..., T, C, taps, h)
+        taken = planes.reshape(-1, width).index_select(0, index.flatten())
+        return taken.reshape(*index.shape, width).unbind(-3)
+
+    def _columns(self, lines: Tensor, column: Tensor, taps: range) -> tuple[Tensor, ...]:
+        """(..., T, C, h, W) → for each tap (..., T, C, h, w), the columns (..., T, 1, w), so far right."""
+        index = _padded(
+            column + _column_of(taps, column), self.size[1], self.padding_mode
+        )  # (..., T, taps, w)
+        shape = (*lines.shape[:-1], *index.shape[-2:])
+        index = index.flatten(-2)[..., None, None, :]
+        taken = lines.gather(-1, index.expand(*lines.shape[:-1], index.shape[-1]))
+        return taken.reshape(shape).unbind(-2)
+
+    def nearest(self, planes: Tensor) -> Tensor:
+        column, row = self.positions.nearest()
+        (lines,) = self._rows(planes, row, range(1))
+        return self._columns(lines, column, range(1))[0]
+
+    def bilinear(self, planes: Tensor) -> Tensor:
+        column, row = self.positions[:2]
+        # lerp keeps constants exact, and the pixel above or on the left at fraction 0
+        above, below = self._rows(planes, row, range(2))
+        left, right = self._columns(torch.lerp(above, below, self.y_fraction), column, range(2))
+        return torch.lerp(left, right, self.x_fraction)
+
+    def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
+        column, row = self.positions[:2]
+        x_weights, y_weights = _cubic_weights(self.x_fraction), _cubic_weights(self.y_fraction)
+        if magnitudes:
+            x_weights = tuple(weight.abs() for weight in x_weights)  # type: ignore[assignment]
+            y_weights = tuple(weight.abs() for weight in y_weights)  # type: ignore[assignment]
+        lines = _combination(y_weights, self._rows(planes, row, range(-1, 3)))
+        return _combination(x_weights, self._columns(lines, column, range(-1, 3)))
 
     def inside(self) -> Tensor:
-        """(T, h, w)."""
-        height, width = self.size
-        column = self.column + (self.x_fraction[:, 0] >= 0.5)
-        row = self.row + (self.y_fraction[:, 0] >= 0.5)
-        within_x, within_y = (column >= 0) & (column < width), (row >= 0) & (row < height)
-        return within_y.unsqueeze(-1) & within_x.unsqueeze(-2)
+        """(..., T, h, w)."""
+        column, row = self.positions.nearest()
+        within_x, within_y = (column >= 0) & (column < self.size[1]), (row >= 0) & (row < self.size[0])
+        return within_y & within_x
 
 
-def _combination(weights: tuple[Tensor, ...], tap: Callable[[int], Tensor]) -> Tensor:
-    total = weights[0] * tap(0)
-    for number, weight in enumerate(weights[1:], start=1):
-        total = torch.addcmul(total, weight, tap(number))
+def _column_of(taps: range, like: Tensor) -> Tensor:
+    return torch.arange(taps.start, taps.stop, device=like.device)[:, None]
+
+
+def _combination(weights: Sequence[Tensor], taps: Sequence[Tensor]) -> Tensor:
+    total = weights[0] * taps[0]
+    for weight, tap in zip(weights[1:], taps[1:], strict=True):
+        total = torch.addcmul(total, weight, tap)
     return total
 
 
@@ -697,7 +725,8 @@ def _resample(
     if on_host:
         return _resample_on_host(cube, motion, mask, options, out)
     positions = _positions(motion, size, (0, size[0]), _compute_dtype(cube.dtype), step)
-    result = _combine(_prepare(cube, mask, options), _Gather(positions, size, padding_mode), options)
+    kind = _Lines if motion.shape[-1] == 2 else _Gather
+    result = _combine(_prepare(cube, mask, options), kind(positions, size, padding_mode), options)
     if out is not None:
         out.copy_(result.values)
     return result
@@ -839,8 +868,9 @@ def _resample_on_host(
         planes = _prepare(frames, masks, options, on_host=True)
         if planes.usable is None and planes.source is planes.frames:
             moved = motion if motion.ndim == 2 else motion[:, :2, 2]
-            lattice = _Lines(moved.to(planes.source.dtype), (height, width), step)
-            sampled = lattice.bicubic(planes.source.squeeze(1)).reshape(*lead, *shape[1:])
+            positions = _positions(moved, (height, width), (0, height), planes.source.dtype, step)
+            lattice = _Lines(positions, (height, width), options.padding_mode)
+            sampled = lattice.bicubic(planes.source).reshape(*lead, *shape[1:])
             return Resampled(sampled, lattice.inside().reshape(*lead, *shape[-2:]))
     together = max(1, _BLOCK_SAMPLES // (height * width))  # bands
     gathered = []

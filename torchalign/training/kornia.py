@@ -97,7 +97,7 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
         self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any]
     ) -> Tensor:
         """(B, 3, 3), input → output; kornia's hook."""
-        return to_homogeneous(invert_warp(params["warp"].to(input.device))).to(input.dtype)
+        return to_homogeneous(invert_warp(_sent(params["warp"], input))).to(input.dtype)
 
     def apply_transform(
         self,
@@ -108,7 +108,7 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
     ) -> Tensor:
         """Move the batch; kornia's hook."""
         # from the parameters, not kornia's matrix, which has the precision of the input
-        return misregister(input, params["warp"].to(input.device), **_resampling(flags))
+        return misregister(input, _sent(params["warp"], input), **_resampling(flags))
 
     def apply_transform_mask(
         self,
@@ -131,6 +131,11 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
         if transform is None:
             raise TypeError("transform: expected the matrix of the way back, got None; call .inverse(output)")
         return misregister(input, invert_warp(transform.to(input.dtype)), **_resampling(flags))
+
+
+def _sent(warp: Tensor, like: Tensor) -> Tensor:
+    """To the device of the images; kornia draws on the host, which needs not wait: so small a copy is buffered."""
+    return warp.to(like.device, non_blocking=True)
 
 
 def _resampling(flags: dict[str, Any]) -> dict[str, Any]:

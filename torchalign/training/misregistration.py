@@ -147,7 +147,7 @@ def misregister(
     lost = ~values.isfinite()
     fine = _upsample(_upsample(torch.where(lost, 0.0, values), -1, padding_mode), -2, padding_mode)
     # fine pixel 2 i is pixel i: about the centre of the first pixel, scaling is linear
-    rows = way_there.new_tensor([2.0, 2.0, 1.0])
+    rows = 1 + (torch.arange(3, device=way_there.device) < 2).to(way_there.dtype)  # 2, 2, 1
     fine_way = way_there * rows[: way_there.shape[-2], None] / rows
     moved = resample(fine, fine_way, interpolation="bicubic", padding_mode=padding_mode).values[..., ::2, ::2]
     if not (is_on_host(lost) and not bool(lost.any())):
