@@ -10,8 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+import xarray as xr
 from scenes import fractal_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -447,6 +449,21 @@ def test_frames_of_a_device_do_not_know_of_each_other(cuda, name):
     apart = [aligner.estimate(part, reference) for part in cube.split(5)]
     for fields, expected in zip(zip(*apart, strict=True), together, strict=True):
         torch.testing.assert_close(torch.cat(fields), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reference", ["median", "clearest", "iterative"])
+def test_align_on_a_device(device, reference):
+    values = real(6)[0].numpy()
+    values[1, :, :9] = np.nan
+    cube = xr.DataArray(values, dims=("time", "band", "y", "x"))
+    mask = xr.ones_like(cube[:, 0], dtype=bool)
+    mask[2, 40:] = False
+    options = {"mask": mask, "batch_size": 4, "progress": False}
+    found, report = ta.align(cube, reference, "auto", device=device, **options)
+    expected, known = ta.align(cube, reference, "auto", device="cpu", **options)
+    np.testing.assert_allclose(report.warp, known.warp, atol=1e-3)
+    np.testing.assert_allclose(found, expected, atol=5e-3)
+    assert (report.status == 0).all()
 
 
 def test_check_on_a_device(device):
