@@ -54,6 +54,7 @@ from torchalign.functional.texture import (
     Contrast,
     Grid,
     Texture,
+    Window,
     agreement,
     extract_pyramid,
     nanmedian,
@@ -223,7 +224,6 @@ def enhanced_correlation(
                  [ 0.0000,  1.0100, -0.6000]]])
     """
     frame = (moving.shape[-2], moving.shape[-1])
-    frequencies = level_frequencies(frame, max_frequency, levels)
     if isinstance(reference, Tensor):
         reference = prepare_levels(
             reference,
@@ -235,9 +235,8 @@ def enhanced_correlation(
             sigma_blur=sigma_blur,
             taper=taper,
         )
-    textures = extract_pyramid(
-        moving, moving_mask, max_frequencies=frequencies, contrast=contrast, blur=sigma_blur
-    )
+    grids = [level.grid for level in reference]
+    textures = extract_pyramid(moving, moving_mask, grids=grids, contrast=contrast, blur=sigma_blur)
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
     only_shifted = motion == "translation" and (init is None or init.shape[-1] == 2)
     if init is None:
@@ -340,10 +339,8 @@ def prepare_levels(
     """
     frame = (reference.shape[-2], reference.shape[-1])
     frequencies = level_frequencies(frame, max_frequency, levels)
-    textures = extract_pyramid(
-        reference, mask, max_frequencies=frequencies, contrast=contrast, blur=sigma_blur
-    )
     grids = [Grid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies]
+    textures = extract_pyramid(reference, mask, grids=grids, contrast=contrast, blur=sigma_blur)
     return [
         prepare_level(texture, grid, motion, taper) for texture, grid in zip(textures, grids, strict=True)
     ]
@@ -370,7 +367,7 @@ def prepare_level(texture: Texture, grid: Grid, motion: MotionModel, taper: floa
     products = torch.cat(
         [rows, *(rows[..., i : i + 1, :] * rows[..., i:, :] for i in range(1, rows.shape[-2]))], dim=-2
     )
-    weights = grid.window(taper).flatten(-2).expand(texture.field.flatten(-2).shape)
+    weights = Window.of(grid, taper).whole().flatten(-2).expand(texture.field.flatten(-2).shape)
     if texture.weights is not None:
         weights = weights * texture.weights.flatten(-2)
     corners = _corners(grid, motion)
@@ -383,12 +380,12 @@ class _Shifted(NamedTuple):
     spectrum: Tensor  # (..., T, h, w//2+1)
     weights: Tensor | None  # (..., T, h, w//2+1), spectrum of what is usable
     flat: Tensor  # (..., T) bool
-    taper: float
+    window: Window
 
     @classmethod
     def of(cls, texture: Texture, grid: Grid, taper: float) -> _Shifted:
         weights = None if texture.weights is None else rfft2(texture.weights)
-        return cls(rfft2(texture.field) * _response(grid), weights, texture.flat, taper)
+        return cls(rfft2(texture.field) * _response(grid), weights, texture.flat, Window.of(grid, taper))
 
     def detach(self) -> _Shifted:
         return _detach(self)
@@ -400,10 +397,14 @@ class _Shifted(NamedTuple):
     def ground(self, warp: Tensor, level: Level) -> Tensor:
         """(..., T, n) in [0, 1]: the windows, and what is usable, of both."""
         shift = _shift_of(warp, level.grid)
-        common = level.weights * level.grid.window(self.taper, shift).flatten(-2)
+        common = level.weights * self.window.common(shift).flatten(-2)
         if self.weights is not None:
             common = common * level.grid.move(self.weights, shift).clamp(0, 1).flatten(-2)
         return common
+
+    def stepped(self, warp: Tensor, increment: Tensor, motion: MotionModel) -> Tensor:
+        """The step composed to the warp: shifts add up."""
+        return warp + F.pad(increment.unsqueeze(-1), (2, 0, 0, 1))
 
     def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
         """The values, and their derivatives by x and y of the reference."""
@@ -456,6 +457,11 @@ class _Warped(NamedTuple):
             # between two ones lies a one, but for rounding
             own = own * torch.where(usable > 1 - 1e-5, 1.0, usable)
         return torch.minimum(level.weights, own)
+
+    def stepped(self, warp: Tensor, increment: Tensor, motion: MotionModel) -> Tensor:
+        """The step composed to the warp."""
+        stepped = _multiply(_warp_of(increment, motion), warp)
+        return stepped / stepped[..., 2:, 2:]
 
     def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
         """The values, and their derivatives by x and y of the reference."""
@@ -549,8 +555,7 @@ class _Search(NamedTuple):
                 found = moving.values(warp, level, precise=precise)
                 values = _choose(moves[..., None], found, values)
             increment, last = _shorten(_increment(values, level, system), level)
-            stepped = _multiply(_warp_of(increment, self.motion), warp)
-            stepped = stepped / stepped[..., 2:, 2:]
+            stepped = moving.stepped(warp, increment, self.motion)
             warp = torch.where(moves[..., None, None], stepped, warp)
             reach = torch.where(moves, last, reach)
             moves = moves & (last > tolerance)

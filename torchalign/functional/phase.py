@@ -34,7 +34,9 @@ from torchalign.functional.texture import (
     Contrast,
     Grid,
     Texture,
+    Window,
     agreement,
+    extract_pyramid,
     extract_texture,
     working_size,
 )
@@ -138,9 +140,7 @@ def phase_correlation(
     size = working_size((height, width), max_frequency)
     grid = Grid.of((height, width), size, max_frequency, moving)
 
-    field, weights, moving_flat = extract_texture(
-        moving, moving_mask, max_frequency=max_frequency, contrast=contrast
-    )
+    ((field, weights, moving_flat),) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast)
     if not isinstance(reference, Texture):
         reference = extract_texture(reference, reference_mask, max_frequency=max_frequency, contrast=contrast)
     reference_field, reference_weights, reference_flat = reference
@@ -152,7 +152,8 @@ def phase_correlation(
         reference_spectrum = rfft2(reference_field * other)
         return spectrum, cross_power(spectrum, reference_spectrum, grid.radius, max_frequency, weighting)
 
-    window = grid.window(taper)
+    tapering = Window.of(grid, taper)
+    window = tapering.whole()
     spectrum, power = correlate(window, window)
     surface = irfft2(power, size)
     peak = coarse_peak(surface, (height, width), max_translation)
@@ -170,8 +171,8 @@ def phase_correlation(
         if weights is not None:
             inliers = inliers * grid.move(rfft2(weights), shift).clamp(0, 1)
         # each frame gets the window, and the weights, of the ground that both see
-        tapered = grid.window(taper, -shift) * grid.move(rfft2(inliers), -shift)
-        reference_tapered = grid.window(taper, shift) * inliers
+        tapered = tapering.common(-shift) * grid.move(rfft2(inliers), -shift)
+        reference_tapered = tapering.common(shift) * inliers
         _, power = correlate(tapered, reference_tapered)
         effective = reference_tapered.square()
 

@@ -34,6 +34,7 @@ __all__ = [
     "Contrast",
     "Grid",
     "Texture",
+    "Window",
     "agreement",
     "band_limit",
     "extract_pyramid",
@@ -92,6 +93,7 @@ class Grid(NamedTuple):
     max_frequency: float
     frequencies: tuple[Tensor, Tensor]  # (h,), (w//2+1,), cycles per pixel
     radius: Tensor  # (h, w//2+1), |f|
+    roll_off: Tensor  # (h, w//2+1): 1 in the band, falling to 0 at its edge as a cosine
 
     @classmethod
     def of(cls, frame: tuple[int, int], size: tuple[int, int], max_frequency: float, like: Tensor) -> Grid:
@@ -102,34 +104,52 @@ class Grid(NamedTuple):
         y = (torch.arange(rows, device=like.device) + rows // 2) % rows - rows // 2
         x = torch.arange(columns // 2 + 1, device=like.device, dtype=like.dtype) / frame[1]
         y = y.to(like.dtype) / frame[0]
-        return cls(frame, size, max_frequency, (y, x), torch.hypot(x, y[:, None]))
+        radius = torch.hypot(x, y[:, None])
+        edge = (max_frequency - radius) / (_ROLL_OFF * max_frequency)
+        roll_off = 0.5 - 0.5 * torch.cos(math.pi * edge.clamp(0, 1))
+        return cls(frame, size, max_frequency, (y, x), radius, roll_off)
 
     def spacing(self) -> float:
         """Pixels from one sample to the next, along the axis where they are further apart."""
         y, x = self.frame[0] / self.size[0], self.frame[1] / self.size[1]
         return torch.sym_max(y, x) if is_symbol(y, x) else max(y, x)  # type: ignore[return-value, unused-ignore]
 
-    def roll_off(self) -> Tensor:
-        """(h, w//2+1): 1 in the band, falling to 0 at its edge as a cosine."""
-        edge = (self.max_frequency - self.radius) / (_ROLL_OFF * self.max_frequency)
-        return 0.5 - 0.5 * torch.cos(math.pi * edge.clamp(0, 1))
-
-    def window(self, taper: float, shift: Tensor | None = None) -> Tensor:
-        """(..., h, w): a Tukey window; given a shift, the ground that a frame so shifted has in common with it."""
-        profiles = []
-        for axis, (length, samples) in enumerate(zip(self.frame, self.size, strict=True)):
-            count = torch.arange(samples, device=self.radius.device, dtype=self.radius.dtype)
-            position = count * length / samples
-            profile = tukey(position, length, taper)
-            if shift is not None:
-                moved = tukey(position - shift[..., 1 - axis, None], length, taper)
-                profile = torch.minimum(profile, moved)
-            profiles.append(profile)
-        return profiles[0][..., :, None] * profiles[1][..., None, :]
-
     def move(self, spectrum: Tensor, shift: Tensor) -> Tensor:
         """(..., h, w): the field of a spectrum with its content moved by ``shift`` (..., 2)."""
         return irfft2(turn_spectrum(spectrum, self.frequencies, -shift), self.size)
+
+
+class Window(NamedTuple):
+    """The Tukey window over a :class:`Grid`, as one profile an axis."""
+
+    frame: tuple[int, int]
+    taper: float
+    positions: tuple[Tensor, Tensor]  # (h,), (w,), of the samples, in pixels
+    profiles: tuple[Tensor, Tensor]  # (h,), (w,)
+
+    @classmethod
+    def of(cls, grid: Grid, taper: float) -> Window:
+        """The window of a grid, see :func:`tukey`."""
+        y, x = (
+            torch.arange(samples, device=grid.radius.device, dtype=grid.radius.dtype) * length / samples
+            for length, samples in zip(grid.frame, grid.size, strict=True)
+        )
+        profiles = tukey(y, grid.frame[0], taper), tukey(x, grid.frame[1], taper)
+        return cls(grid.frame, taper, (y, x), profiles)
+
+    def whole(self) -> Tensor:
+        """(h, w)."""
+        return self.profiles[0][:, None] * self.profiles[1]
+
+    def common(self, shift: Tensor) -> Tensor:
+        """(..., h, w): of the ground that a frame shifted by ``shift`` (..., 2) has in common with it."""
+        y, x = (
+            torch.minimum(profile, tukey(position - shift[..., 1 - axis, None], length, self.taper))
+            for axis, (profile, position, length) in enumerate(
+                zip(self.profiles, self.positions, self.frame, strict=True)
+            )
+        )
+        return y[..., :, None] * x[..., None, :]
 
 
 def extract_texture(
@@ -152,14 +172,16 @@ def extract_texture(
     Returns:
         :class:`Texture` on the grid of :func:`working_size`.
     """
-    return extract_pyramid(image, mask, max_frequencies=(max_frequency,), contrast=contrast, blur=blur)[0]
+    frame = (image.shape[-2], image.shape[-1])
+    grid = Grid.of(frame, working_size(frame, max_frequency), max_frequency, image)
+    return extract_pyramid(image, mask, grids=(grid,), contrast=contrast, blur=blur)[0]
 
 
 def extract_pyramid(
     image: Tensor,
     mask: Tensor | None = None,
     *,
-    max_frequencies: Sequence[float],
+    grids: Sequence[Grid],
     contrast: Contrast = "local",
     blur: float = 0.0,
 ) -> list[Texture]:
@@ -171,15 +193,13 @@ def extract_pyramid(
     Args:
         image: (..., H, W), finite.
         mask: bool, broadcastable, True = usable.
-        max_frequencies: in cycles per pixel; the first one is the highest.
+        grids: what each level is sampled on, over frames of this size; the first one has the widest band.
         contrast: ``"local"`` or ``"none"``.
         blur: σ of a Gaussian in pixels.
 
     Returns:
-        One :class:`Texture` a frequency, each on the grid of :func:`working_size`.
+        One :class:`Texture` a grid.
     """
-    frame = (image.shape[-2], image.shape[-1])
-    grids = [Grid.of(frame, working_size(frame, highest), highest, image) for highest in max_frequencies]
     mean, centred, empty = _centre(image, mask)
     spectrum = _periodic_spectrum(centred, grids[0])
     # a frame whose deviation is the rounding error of its mean is flat
@@ -507,7 +527,7 @@ def _periodic_spectrum(image: Tensor, grid: Grid) -> Tensor:
 def _limit(spectrum: Tensor, grid: Grid, blur: float) -> Tensor:
     """(..., h, w): the field of those frequencies of a spectrum that the grid holds, rolled off and blurred."""
     rows, columns = grid.size
-    response = grid.roll_off() * (rows * columns / (grid.frame[0] * grid.frame[1]))
+    response = grid.roll_off * (rows * columns / (grid.frame[0] * grid.frame[1]))
     if blur:
         response = response * torch.exp(-2 * (math.pi * blur * grid.radius).square())
     kept = _keep_rows(spectrum, rows)[..., : columns // 2 + 1]
