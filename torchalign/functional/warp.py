@@ -353,22 +353,27 @@ def _positions(
     # Float32 at least, whatever autocast or the cube say: half a mantissa is half a pixel at the far edge.
     motion = motion.to(torch.promote_types(motion.dtype, dtype))
     if motion.shape[-1] == 2:
-        x_displacement, y_displacement = (-motion[..., None, None]).unbind(-3)  # (..., T, 1, 1)
+        x_displacement, y_displacement = _bounded(-motion[..., None, None]).unbind(-3)  # (..., T, 1, 1)
     else:
         x_displacement, y_displacement = _displacement(motion, column.to(motion.dtype), row.to(motion.dtype))
-    x_whole, x_fraction = _split(x_displacement, dtype)
-    y_whole, y_fraction = _split(y_displacement, dtype)
+    (x_whole, x_fraction), (y_whole, y_fraction) = (
+        _split(displacement, dtype) for displacement in (x_displacement, y_displacement)
+    )
     return _Positions(column + x_whole, row + y_whole, x_fraction, y_fraction)
 
 
+def _bounded(displacement: Tensor, limit: float = _FARTHEST, nowhere: float = _FARTHEST) -> Tensor:
+    """What is no number, or too far to be one of int64, is nowhere near the frame."""
+    return displacement.nan_to_num(nowhere).clamp(-limit, limit)
+
+
 def _split(displacement: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    displacement = displacement.nan_to_num(_FARTHEST).clamp(-_FARTHEST, _FARTHEST)
     whole = displacement.floor()
     return whole.to(torch.int64), (displacement - whole).to(dtype)
 
 
 def _displacement(warp: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    r"""``warp⁻¹ p − p`` for p = (x, y), two tensors (..., T, h, W).
+    r"""``warp⁻¹ p − p`` for p = (x, y), two tensors (..., T, h, W), bounded.
 
     With D = A − I, exact in floating point near the identity, ``A⁻¹ − I = −adj(A) D / det A``: no two large
     numbers are ever subtracted from each other. The same goes for the homography, written out.
@@ -377,8 +382,15 @@ def _displacement(warp: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if len(entries) == 6:
         a, b, c, d, e, f = entries  # [[a, b, c], [d, e, f]]
         determinant = a * e - b * d
-        x_displacement = ((b * d - e * (a - 1)) * x - b * y + (b * f - e * c)) / determinant
-        y_displacement = (-d * x + (b * d - a * (e - 1)) * y + (d * c - a * f)) / determinant
+        determinant = torch.where(determinant == 0, torch.nan, determinant)
+        # a line along x and one along y, of which all is made that can be: of image size there is one addition
+        across = (b * d - e * (a - 1)) * x + (b * f - e * c), -b * y
+        down = -d * x + (d * c - a * f), (b * d - a * (e - 1)) * y
+        half = 0.5 * _FARTHEST
+        x_displacement, y_displacement = (
+            _bounded(along_x / determinant, half) + _bounded(along_y / determinant, half, nowhere=0.0)
+            for along_x, along_y in (across, down)
+        )
         return x_displacement, y_displacement
     a, b, c, d, e, f, g, h, i = entries
     # adj(H) = [[ei − fh, ch − bi, bf − ce], [fg − di, ai − cg, cd − af], [dh − eg, bg − ah, ae − bd]]
@@ -386,7 +398,7 @@ def _displacement(warp: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     perspective = (d * h - e * g) * x + (b * g - a * h) * y  # depth − adj(H)₂₂
     x_numerator = (e * (i - a) - f * h + b * d - perspective) * x + (c * h - b * i) * y + (b * f - c * e)
     y_numerator = (f * g - d * i) * x + (a * (i - e) - c * g + b * d - perspective) * y + (c * d - a * f)
-    return x_numerator / depth, y_numerator / depth
+    return _bounded(x_numerator / depth), _bounded(y_numerator / depth)
 
 
 # --------------------------------------------------------------------------------------- kernels and samplers
