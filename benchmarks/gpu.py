@@ -1,7 +1,9 @@
 """What does a GPU make of it? Frames per second and the share of the memory bandwidth, stage by stage.
 
-    python benchmarks/gpu.py                       # on the GPU; a minute; writes results/gpu-cuda.json
-    python benchmarks/gpu.py --device cpu --quick  # the same on the CPU, to see that it runs
+    python benchmarks/gpu.py                       # on the GPU; a minute; writes results/gpu.json
+    python benchmarks/gpu.py --compile "PCC()"     # and by torch.compile; minutes; added to results/gpu.json
+    python benchmarks/gpu.py --update-readme
+    python benchmarks/gpu.py --device cpu --quick  # the same on the CPU, to see that it runs; writes nothing
 
 * **Stages**: channel, reference, estimate, gate, warp, and the whole of `PCC()`; each alone, repeated, timed by
   CUDA events. Each is given what it gets inside of the whole: on a GPU that is a mask too, for to see that all is
@@ -10,12 +12,12 @@
   kernel that does nothing but move memory.
 * **Every aligner**: the whole job by the wall clock, the part of it in which the host is busy launching, how many
   kernels that are, and the device memory it takes; then the same in one launch, a CUDA graph, by
-  `torch.cuda.make_graphed_callables`; and, on request, by `torch.compile`.
+  `torch.cuda.make_graphed_callables`; and, with `--compile`, by `torch.compile`.
 * **Streaming**: a cube on the host, larger than a part, through `ta.stream`, by the wall clock; against the copies
   alone (the same cube through `ta.stream`, there and back, nothing computed: pinned buffers and all) and the work
   alone: what of the shorter one is hidden behind the longer one. Below 0 the two were in each other's way.
 * **In training**: `AlignmentCheck` on 32 × 4 × 256² against forward and backward of a ResNet-18, in turns.
-* **Beside it**: the same `PCC()` on this machine's CPU, and satalign's `PCC` if it is installed.
+* **Beside it**: the same `PCC()` and `ECC()` on this machine's CPU, and satalign's if it is installed.
 """
 
 from __future__ import annotations
@@ -25,17 +27,28 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from common import cores, machine, table, versions, write_results
+from common import (
+    add_readme_options,
+    cores,
+    described,
+    machine,
+    read_results,
+    readme_or_run,
+    table,
+    versions,
+    write_results,
+)
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import torchalign as ta
 from torchalign.training.probe import texture
 
-BANDS = 4
+NAME, BANDS = "gpu", 4
 
 
 def stack(frames: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -162,22 +175,20 @@ def one_launch(aligner: ta.Aligner, cube: Tensor, reference: Tensor) -> Callable
     return torch.cuda.make_graphed_callables(aligner, (cube, reference))  # type: ignore[no-untyped-call]
 
 
-def compiled(frames: int, size: int, device: torch.device, rounds: int) -> dict[str, Any]:
-    """By torch.compile, whole; and that in one launch, by inductor's own graphs."""
+def kept(graphed: Callable[..., Any]) -> Callable[..., Any]:
+    """The next call of a graph overwrites what this one gave, which may not be on the host yet."""
+    return lambda *given: tree_map_only(Tensor, torch.clone, graphed(*given))
+
+
+def compiled(name: str, frames: int, size: int, device: torch.device, rounds: int) -> dict[str, float]:
+    """By torch.compile, whole."""
     cube, reference = stack(frames, size, device)
-    found = {}
-    for name, make in {"PCC()": ta.PCC, "ECC()": ta.ECC}.items():
-        entry = {}
-        for mode in ("default", "reduce-overhead"):
-            torch._dynamo.reset()
-            whole = torch.compile(make().to(device), fullgraph=True, mode=mode)
-            start = time.perf_counter()
-            finished(lambda whole=whole: whole(cube, reference), device)()
-            entry[f"compiling, {mode}"] = time.perf_counter() - start
-            spent = elapsed(lambda whole=whole: whole(cube, reference), device, rounds)
-            entry[mode] = frames / spent
-        found[name] = entry
-    return found
+    whole = torch.compile({"PCC()": ta.PCC, "ECC()": ta.ECC}[name]().to(device), fullgraph=True)
+    job = finished(lambda: whole(cube, reference), device)
+    start = time.perf_counter()
+    job()
+    found = {"compiling": time.perf_counter() - start}
+    return found | {"frames_per_second": frames / elapsed(job, device, rounds)}
 
 
 def launching(job: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -216,7 +227,7 @@ def streaming(frames: int, size: int, device: torch.device, rounds: int) -> dict
     there, reference = stack(part, size, device)
     aligner: Callable[..., Any] = ta.PCC().to(device)
     if device.type == "cuda":
-        aligner = one_launch(ta.PCC().to(device), there, reference)
+        aligner = kept(one_launch(ta.PCC().to(device), there, reference))
     parts = -(-len(cube) // part)
 
     def through(work: Callable[[Tensor], object]) -> Callable[[], None]:
@@ -270,22 +281,25 @@ def training(size: int, device: torch.device, rounds: int, batch: int = 32) -> d
 def beside(frames: int, size: int, rounds: int) -> dict[str, float]:
     """Frames per second on this machine's CPU: torchalign's and satalign's."""
     cube, reference = stack(frames, size, torch.device("cpu"))
-    aligner = ta.PCC()
-    found = {
-        "torchalign, CPU": frames / seconds(lambda: aligner(cube, reference), torch.device("cpu"), rounds)
-    }
+    found = {}
+    for name, aligner in {"PCC": ta.PCC(), "ECC": ta.ECC()}.items():
+        spent = seconds(lambda aligner=aligner: aligner(cube, reference), torch.device("cpu"), rounds)
+        found[f"torchalign.{name} on the CPU"] = frames / spent
     try:
-        from satalign import PCC
+        import satalign
     except ImportError:
         return found
     arrays = cube.numpy(), reference.numpy()
 
-    def theirs() -> None:
+    def theirs(kind: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            PCC(*arrays, num_threads=cores()).run_multicore()
+            kind(*arrays, num_threads=cores()).run_multicore()
 
-    found["satalign, CPU"] = frames / seconds(theirs, torch.device("cpu"), max(1, rounds // 2))
+    for name in ("PCC", "ECC"):
+        kind = getattr(satalign, name)
+        spent = seconds(lambda kind=kind: theirs(kind), torch.device("cpu"), max(1, rounds // 2))
+        found[f"satalign.{name} on the CPU"] = frames / spent
     return found
 
 
@@ -295,7 +309,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with torch.no_grad():
         results: dict[str, Any] = {
             "machine": machine(),
-            "versions": versions("torchalign", "torch", "satalign"),
+            "versions": versions("torchalign", "torch", "numpy", "satalign"),
             "device": options.device,
             "frames": options.frames,
             "size": options.size,
@@ -305,26 +319,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "streaming": streaming(options.frames, options.size, device, options.rounds),
             "beside": beside(min(options.frames, 64), options.size, max(1, options.rounds // 2)),
         }
-        if options.compile:
-            results["compiled"] = compiled(options.frames, options.size, device, options.rounds)
     results["training"] = training(
         options.size, device, max(1, options.rounds // 2), 4 if options.quick else 32
     )
     return results
 
 
-def report(results: dict[str, Any]) -> str:
+def report(results: Mapping[str, Any]) -> str:
     where = results["machine"].get("gpu", "the CPU") if results["device"] == "cuda" else "the CPU"
     stream, check = results["streaming"], results["training"]
     rows = [
         [name, f"{entry['frames_per_second']:,.0f}", f"{100 * entry['of_bandwidth']:.1f} %"]
         for name, entry in results["stages"].items()
     ]
-    rows += [[name, f"{rate:,.0f}", ""] for name, rate in results["beside"].items()]
+    rows += [[f"`{name}`", f"{rate:,.0f}", ""] for name, rate in results["beside"].items()]
     return "\n\n".join(
         [
             f"{results['frames']} frames of {BANDS} × {results['size']}² on {where}; "
-            f"a copy moves {results['bandwidth'] / 1e9:,.0f} GB/s.",
+            f"a copy moves {results['bandwidth'] / 1e9:,.0f} GB/s. {described(results)}",
             table(["stage", "frames per second", "of the bandwidth"], rows),
             aligner_table(results["aligners"], results["frames"]),
             *compiled_lines(results.get("compiled", {})),
@@ -369,11 +381,32 @@ def aligner_table(found: dict[str, Any], frames: int) -> str:
     )
 
 
-def compiled_lines(found: dict[str, Any]) -> list[str]:
+def headline(results: Mapping[str, Any]) -> str:
+    """For the README of the project."""
+    compiled = results.get("compiled", {})
+    rows = [
+        [
+            f"`{name}`",
+            f"{entry['frames_per_second']:,.0f}",
+            f"{entry['graph_frames_per_second']:,.0f}",
+            f"{compiled[name]['frames_per_second']:,.0f}" if name in compiled else "",
+        ]
+        for name, entry in results["aligners"].items()
+    ]
+    beside = ", ".join(f"`{name}` {rate:,.0f}" for name, rate in results["beside"].items())
+    return "\n\n".join(
+        [
+            table(["frames per second", "as called", "one launch", "`torch.compile`"], rows),
+            f"The whole job for {results['frames']} frames of {BANDS} × {results['size']}² that lie on one "
+            f"{results['machine']['gpu']}; on the {results['machine']['cores']} cores beside it: {beside}.",
+        ]
+    )
+
+
+def compiled_lines(found: Mapping[str, Any]) -> list[str]:
     return [
-        f"`{name}` by `torch.compile`: {entry['default']:,.0f} frames per second; with "
-        f'`mode="reduce-overhead"`: {entry["reduce-overhead"]:,.0f}. Compiling took '
-        f"{entry['compiling, default']:.0f} and {entry['compiling, reduce-overhead']:.0f} s."
+        f"`{name}` by `torch.compile`: {entry['frames_per_second']:,.0f} frames per second, after "
+        f"{entry['compiling']:.0f} s of compiling."
         for name, entry in found.items()
     ]
 
@@ -399,12 +432,17 @@ def main() -> None:
         "--only", choices=["training"], help="measure this part alone, print it, write nothing"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="by torch.compile too, which takes minutes to compile"
+        "--compile",
+        choices=["PCC()", "ECC()"],
+        help="by torch.compile alone, added to the last results: minutes",
     )
     parser.add_argument(
         "--quick", action="store_true", help="8 frames of 64², 1 round, nothing written: does it run?"
     )
+    add_readme_options(parser)
     options = parser.parse_args()
+    if readme_or_run(options, NAME, report, headline):
+        return
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU here, or a build of torch without CUDA; try --device cpu --quick")
     if options.quick:
@@ -415,9 +453,20 @@ def main() -> None:
         )
         print(training_line(found))
         return
+    if options.compile:
+        device = torch.device(options.device)
+        with torch.no_grad():
+            found = compiled(options.compile, options.frames, options.size, device, options.rounds)
+        print("\n".join(compiled_lines({options.compile: found})))
+        if not options.quick and options.device == "cuda":
+            results = read_results(NAME)
+            write_results(
+                NAME, results | {"compiled": results.get("compiled", {}) | {options.compile: found}}
+            )
+        return
     results = run(options)
-    if not options.quick:
-        path = write_results(f"gpu-{options.device}", results)
+    if not options.quick and options.device == "cuda":
+        path = write_results(NAME, results)
         print(f"written to {path.name}")
         results = json.loads(path.read_text())
     print(report(results))

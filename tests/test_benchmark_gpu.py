@@ -34,7 +34,7 @@ def test_runs_on_a_device(run, device):
     for part in (
         "| estimate |",
         "| whole, `PCC()` |",
-        "torchalign, CPU",
+        "torchalign.ECC on the CPU",
         "Streamed from the host, one launch a part",
         "AlignmentCheck",
     ):

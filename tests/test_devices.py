@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import shutil
 import warnings
@@ -340,6 +341,7 @@ def test_captured_in_a_cuda_graph(device, proof):
         for _ in range(3):
             aligner(buffer, against)
     torch.cuda.current_stream().wait_stream(side)
+    gc.collect()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), torch.no_grad():
         found = aligner(buffer, against)
@@ -407,7 +409,9 @@ def test_graphed_by_torch(cuda, proof):
     cube, reference = (image.to(cuda) for image in real())
     aligner = proof.make().to(cuda)
     expected = [aligner(part, reference) for part in (cube, cube.flip(0))]
-    graphed = torch.cuda.make_graphed_callables(proof.make().to(cuda), (cube, reference))
+    aligner.requires_grad_(False)  # or its backward pass is captured too
+    gc.collect()  # a graph of another test that is freed during the capture would end it
+    graphed = torch.cuda.make_graphed_callables(aligner, (cube, reference))
     for part, (aligned, estimate) in zip((cube, cube.flip(0)), expected, strict=True):
         found = graphed(part, reference)
         assert isinstance(found, ta.Alignment)

@@ -73,6 +73,8 @@ def test_block(given, block):
     if "aliked" in block and find_weights("aliked-n16") is None:
         pytest.skip("the weights of ALIKED are not here")
     if not torch.cuda.is_available():
+        if ".cuda(" in block:
+            pytest.skip("wants a GPU")
         block = block.replace('device="cuda"', 'device="cpu"')
     frames = given["frames"]
     exec(compile(block, str(README), "exec"), given)

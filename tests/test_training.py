@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import math
 import multiprocessing
 import pickle
@@ -794,6 +795,26 @@ def test_stream_on_a_device(device):
     torch.testing.assert_close(
         torch.cat([part.aligned for part in parts]), expected.aligned.cpu(), atol=2e-3, rtol=0
     )
+
+
+def test_stream_of_what_is_one_launch(device):
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs want a GPU: pytest --device cuda")
+    cube = torch.rand(48, 2, 64, 64)
+    reference = cube[0].to(device)
+    gc.collect()  # a graph of another test that is freed during the capture would end it
+    graphed = torch.cuda.make_graphed_callables(ta.PCC().to(device), (cube[:8].to(device), reference))
+
+    def align(part):
+        aligned, estimate = graphed(part, reference)
+        return aligned.clone(), estimate.warp.clone()  # the next call overwrites them
+
+    found = [
+        torch.cat(parts) for parts in zip(*ta.stream(align, cube, batch_size=8, device=device), strict=True)
+    ]
+    expected = ta.PCC()(cube.to(device), reference)
+    torch.testing.assert_close(found[0], expected.aligned.cpu(), atol=2e-3, rtol=0)
+    torch.testing.assert_close(found[1], expected.estimate.warp.cpu(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

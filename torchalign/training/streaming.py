@@ -68,7 +68,8 @@ def stream(
         for first, (aligned, estimate) in zip(range(0, len(cube), 64), run):
             out[first : first + 64] = aligned
 
-    On the CPU the same parts are computed in the same order, without copies.
+    On the CPU the same parts are computed in the same order, without copies. A function that gives out the same
+    memory again, as a CUDA graph does, must clone it: the copy to the host may still be on its way.
 
     Args:
         function: takes the parts of the cubes, on the device; returns a tensor, or tuples, lists and dicts of them.
