@@ -5,14 +5,14 @@
     python benchmarks/gpu.py --update-readme
     python benchmarks/gpu.py --device cpu --quick  # the same on the CPU, to see that it runs; writes nothing
 
-* **Stages**: channel, reference, estimate, gate, warp, and the whole of `PCC()`; each alone, repeated, timed by
-  CUDA events. Each is given what it gets inside of the whole: on a GPU that is a mask too, for to see that all is
-  finite would be to wait. The *floor* of a stage is the time that its input, read once, and its output, written
-  once, take at the measured bandwidth of the device (a large copy); the fraction is floor ÷ time: 100 % would be a
-  kernel that does nothing but move memory.
-* **Every aligner**: the whole job by the wall clock, the part of it in which the host is busy launching, how many
-  kernels that are, and the device memory it takes; then the same in one launch, a CUDA graph, by
-  `torch.cuda.make_graphed_callables`; and, with `--compile`, by `torch.compile`.
+* **Stages**: channel, reference, estimate, gate, the whole of `PCC()`, and what a general warp costs; each alone,
+  repeated, timed by CUDA events. Each is given what it gets inside of the whole: on a GPU that is a mask too, for
+  to see that all is finite would be to wait. The *floor* of a stage is the time that its input, read once, and its
+  output, written once, take at the measured bandwidth of the device (a large copy); the fraction is floor ÷ time:
+  100 % would be a kernel that does nothing but move memory.
+* **Every aligner**: the whole job by the wall clock, how many kernels that are, and the device memory it takes;
+  then the same in one launch, a CUDA graph, by `torch.cuda.make_graphed_callables`; and, with `--compile`, by
+  `torch.compile`.
 * **Streaming**: a cube on the host, larger than a part, through `ta.stream`, by the wall clock; against the copies
   alone (the same cube through `ta.stream`, there and back, nothing computed: pinned buffers and all) and the work
   alone: what of the shorter one is hidden behind the longer one. Below 0 the two were in each other's way.
@@ -130,8 +130,8 @@ def stages(frames: int, size: int, device: torch.device, rounds: int, rate: floa
         "reference": (lambda: aligner.prepare_reference(call.reference, call.usable), plane // frames),
         "estimate": (estimate, plane),
         "gate": (judge, plane),
-        "warp, bilinear": (lambda: ta.warp(cube, warp), 2 * size_of(cube)),
-        "warp, bicubic": (lambda: ta.warp(cube, warp, interpolation="bicubic"), 2 * size_of(cube)),
+        "affine warp, bilinear": (lambda: ta.warp(cube, warp), 2 * size_of(cube)),
+        "affine warp, bicubic": (lambda: ta.warp(cube, warp, interpolation="bicubic"), 2 * size_of(cube)),
         "whole, `PCC()`": (lambda: aligner(cube, reference), 2 * size_of(cube)),
     }
     found = {}
@@ -162,8 +162,7 @@ def aligners(frames: int, size: int, device: torch.device, rounds: int) -> dict[
 
         entry: dict[str, Any] = {"frames_per_second": frames / elapsed(job, device, rounds)}
         if device.type == "cuda":
-            entry |= {"launching": launching(job, device, rounds), "kernels": kernels(job)}
-            entry |= {"mib": memory(job, device)}
+            entry |= {"kernels": kernels(job), "mib": memory(job, device)}
             graphed = one_launch(make().to(device), cube, reference)
             spent = elapsed(lambda graphed=graphed: graphed(cube, reference), device, rounds)
             entry |= {"graph_frames_per_second": frames / spent}
@@ -189,18 +188,6 @@ def compiled(name: str, frames: int, size: int, device: torch.device, rounds: in
     job()
     found = {"compiling": time.perf_counter() - start}
     return found | {"frames_per_second": frames / elapsed(job, device, rounds)}
-
-
-def launching(job: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Seconds until the call is back, which is when all is asked for, not done."""
-    spent = []
-    for _ in range(rounds):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        job()
-        spent.append(time.perf_counter() - start)
-    torch.cuda.synchronize(device)
-    return statistics.median(spent)
 
 
 def kernels(job: Callable[[], object]) -> int:
@@ -317,6 +304,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "stages": stages(options.frames, options.size, device, options.rounds, rate),
             "aligners": aligners(options.frames, options.size, device, options.rounds),
             "streaming": streaming(options.frames, options.size, device, options.rounds),
+            "beside_frames": min(options.frames, 64),
             "beside": beside(min(options.frames, 64), options.size, max(1, options.rounds // 2)),
         }
     results["training"] = training(
@@ -332,7 +320,10 @@ def report(results: Mapping[str, Any]) -> str:
         [name, f"{entry['frames_per_second']:,.0f}", f"{100 * entry['of_bandwidth']:.1f} %"]
         for name, entry in results["stages"].items()
     ]
-    rows += [[f"`{name}`", f"{rate:,.0f}", ""] for name, rate in results["beside"].items()]
+    rows += [
+        [f"`{name}`, {results['beside_frames']} frames", f"{rate:,.0f}", ""]
+        for name, rate in results["beside"].items()
+    ]
     return "\n\n".join(
         [
             f"{results['frames']} frames of {BANDS} × {results['size']}² on {where}; "
@@ -360,7 +351,6 @@ def aligner_table(found: dict[str, Any], frames: int) -> str:
             f"`{name}`",
             f"{entry['frames_per_second']:,.0f}",
             f"{1e3 * frames / entry['frames_per_second']:.1f}",
-            f"{1e3 * entry['launching']:.1f}",
             str(entry["kernels"]),
             f"{entry['graph_frames_per_second']:,.0f}",
             f"{entry['mib'] / frames:.1f}",
@@ -372,7 +362,6 @@ def aligner_table(found: dict[str, Any], frames: int) -> str:
             "whole job",
             "frames per second",
             "ms a call",
-            "of which launching",
             "kernels",
             "frames per second as a CUDA graph",
             "MiB a frame",
@@ -398,7 +387,8 @@ def headline(results: Mapping[str, Any]) -> str:
         [
             table(["frames per second", "as called", "one launch", "`torch.compile`"], rows),
             f"The whole job for {results['frames']} frames of {BANDS} × {results['size']}² that lie on one "
-            f"{results['machine']['gpu']}; on the {results['machine']['cores']} cores beside it: {beside}.",
+            f"{results['machine']['gpu']}. On the {results['machine']['cores']} cores beside it, "
+            f"{results['beside_frames']} frames: {beside}.",
         ]
     )
 
@@ -454,12 +444,14 @@ def main() -> None:
         print(training_line(found))
         return
     if options.compile:
-        device = torch.device(options.device)
+        device, adding = torch.device(options.device), options.device == "cuda" and not options.quick
+        results = read_results(NAME) if adding else {}
+        if adding and (results["frames"], results["size"]) != (options.frames, options.size):
+            raise SystemExit(f"the last results are of {results['frames']} frames of {results['size']}²")
         with torch.no_grad():
             found = compiled(options.compile, options.frames, options.size, device, options.rounds)
         print("\n".join(compiled_lines({options.compile: found})))
-        if not options.quick and options.device == "cuda":
-            results = read_results(NAME)
+        if adding:
             write_results(
                 NAME, results | {"compiled": results.get("compiled", {}) | {options.compile: found}}
             )

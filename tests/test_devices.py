@@ -144,6 +144,30 @@ def check(aligned, estimate, cube):
         assert field.shape[: cube.ndim - 3] == cube.shape[:-3]
 
 
+@pytest.mark.parametrize(
+    ("make", "known"),
+    [
+        (ta.PCC, True),
+        (ta.ECC, True),
+        (partial(ta.LGM, max_num_keypoints=64), True),
+        (lambda: ta.Cascade(ta.PCC(), ta.ECC()), True),
+        (partial(ta.ECC, motion="affine"), False),
+        (lambda: ta.Cascade(ta.ECC(motion="affine"), ta.PCC()), False),
+    ],
+)
+def test_translations_are_known_beforehand(make, known):
+    # which a GPU cannot be asked
+    cube, reference = (image.mean(-3) for image in real(2))
+    aligner, turned = make(), torch.eye(2, 3).expand(2, 2, 3)
+
+    def found(init):
+        prepared = aligner.prepare_reference(reference[None], None)
+        return aligner.estimate_motion(cube, None, reference[None], None, prepared, init).only_shifts
+
+    assert found(None) is found(torch.zeros(2, 2)) is known
+    assert found(turned) is False
+
+
 @each_aligner
 def test_fake_cuda(fake, proof):
     # with everything here; one reference for all, without masks or init, in the test of gradients
@@ -252,6 +276,7 @@ def test_fake_cuda_sees_what_it_should(fake):
         lambda cube: cube[..., 0, :, :] + torch.zeros(SIZE),
         lambda cube: cube[..., 0, :, :] + torch.tensor([1.0], device="cuda"),
         lambda cube: cube[..., 0, :, :].index_fill(-1, torch.tensor([1]).cuda(), 0.0),
+        lambda cube: torch.cholesky_inverse(cube[..., 0, :64, :64]).mean() + cube[..., 0, :, :],
     ):
         with pytest.raises(Exception, match=r"(?i)data.dependent|dynamic|device|item|local_scalar|nonzero"):
             ta.PCC(channel=channel)(cube, cube)

@@ -800,13 +800,13 @@ def test_stream_on_a_device(device):
 def test_stream_of_what_is_one_launch(device):
     if device.type != "cuda":
         pytest.skip("CUDA graphs want a GPU: pytest --device cuda")
-    cube = torch.rand(48, 2, 64, 64)
-    reference = cube[0].to(device)
+    cube = torch.rand(50, 2, 64, 64)  # two frames are left over
+    reference, aligner = cube[0].to(device), ta.PCC()
     gc.collect()  # a graph of another test that is freed during the capture would end it
     graphed = torch.cuda.make_graphed_callables(ta.PCC().to(device), (cube[:8].to(device), reference))
 
     def align(part):
-        aligned, estimate = graphed(part, reference)
+        aligned, estimate = (graphed if len(part) == 8 else aligner)(part, reference)
         return aligned.clone(), estimate.warp.clone()  # the next call overwrites them
 
     found = [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchalign._check import check_number, check_option, check_whole, message
 from torchalign.aligner import Aligner, Motion
-from torchalign.functional.affine import MotionModel
+from torchalign.functional.affine import MotionModel, only_shifts
 from torchalign.functional.channels import Channel
 from torchalign.functional.ecc import (
     Gradients,
@@ -184,8 +184,7 @@ class ECC(Aligner):
         sure = found.converged & (found.sigma <= self.max_sigma)
         status = torch.where(sure, int(Status.OK), int(Status.NOT_CONVERGED))
         status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
-        only_shifts = self.motion == "translation" and (init is None or init.shape[-1] == 2)
-        return Motion(found.warp, found.sigma, status, found.inliers, only_shifts)
+        return Motion(found.warp, found.sigma, status, found.inliers, only_shifts(self.motion, init))
 
     def _seen_as(self) -> dict[str, Any]:
         """What of an image is registered."""

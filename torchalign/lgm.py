@@ -18,6 +18,7 @@ from torchalign.functional.affine import (
     compose_warps,
     identity_warp,
     invert_warp,
+    only_shifts,
     split_at_center,
     transform_points,
     translation_warp,
@@ -279,11 +280,12 @@ class LGM(Aligner):
             for part in self._parts(moving, moving_usable, reference, reference_usable, prepared, init)
         ]
         warp, sigma, status, inliers, _ = _joined(parts)
-        only_shifts = self.motion == "translation" and (init is None or init.shape[-1] == 2)
         if inliers is not None:
             inliers = inliers.reshape(*lead, *inliers.shape[1:])
         warp = warp.reshape(*lead, *warp.shape[1:])
-        return Motion(warp, sigma.reshape(lead), status.reshape(lead), inliers, only_shifts)
+        return Motion(
+            warp, sigma.reshape(lead), status.reshape(lead), inliers, only_shifts(self.motion, init)
+        )
 
     def matches(
         self,

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ from torchalign.cascade import Cascade
 from torchalign.ecc import ECC
 from torchalign.functional.affine import change_origin, from_homogeneous, identity_warp, to_homogeneous
 from torchalign.functional.phase import phase_correlation
-from torchalign.functional.warp import Interpolation, PaddingMode, resample
+from torchalign.functional.warp import Interpolation, PaddingMode, Resampled, resample, translate
 from torchalign.lgm import LGM
 from torchalign.pcc import PCC
 from torchalign.report import build_report, load_report, measure, report_grid
@@ -655,30 +656,41 @@ class _Resampling:
     ) -> Array:
         """Like raw, (t, C, H, W)."""
         warp = regridding(warps)
-        moved = (warp != identity_warp(homography=warp.shape[-2] == 3, dtype=warp.dtype)).flatten(1).any(1)
+        identity = identity_warp(homography=warp.shape[-2] == 3, dtype=warp.dtype)
+        moved = (warp != identity).flatten(1).any(1)
         kept = moved.numpy()[:, None, None, None]
+        # read while they are on the host: of shifts a GPU needs a line of indices, not an image
+        shifts = warp.shape[-2] == 2 and bool((warp[..., :2] == identity[..., :2]).all())
         warp = warp.to(device, self.pixels.compute)
+        move = partial(translate, shift=warp[..., 2]) if shifts else partial(resample, warp=warp)
         options: dict[str, Any] = {"padding_mode": self.padding_mode, "mask": usable}
         if self.interpolation == "nearest":
             fill = self.fill_value
             if fill is not None and np.isnan(fill) and self.pixels.dtype.kind != "f":
                 fill = self.pixels.nodata[0]  # checked: there is one
-            return np.where(kept, self._copy(raw, warp, fill, options), raw)
+            return np.where(kept, self._copy(raw, move, device, fill, options), raw)
         frames = self.pixels.decode(raw, device)
         options |= {"interpolation": self.interpolation, "fill_value": self.fill_value}
-        aligned = resample(frames, warp, **options).values
+        aligned = move(frames, **options).values
         if self.fill_value is not None:
             aligned = keep_nodata(aligned, frames, warp)
         return np.where(kept, self.pixels.encode(aligned, raw), raw)
 
-    def _copy(self, raw: Array, warp: Tensor, fill: float | None, options: dict[str, Any]) -> Array:
+    def _copy(
+        self,
+        raw: Array,
+        move: Callable[..., Resampled],
+        device: torch.device,
+        fill: float | None,
+        options: dict[str, Any],
+    ) -> Array:
         """Pixels copied as they are: torch has few operations for unsigned integers, but bits are bits."""
         native = np.array(raw, dtype=self.pixels.native, order="C")
         kind = np.dtype(f"i{native.itemsize}") if native.dtype.kind == "u" else native.dtype
         if fill is not None:
             fill = np.array(fill).astype(native.dtype).view(kind)[()].item()
-        bits = torch.from_numpy(native.view(kind)).to(warp.device)
-        copied = resample(bits, warp, interpolation="nearest", fill_value=fill, **options).values
+        bits = torch.from_numpy(native.view(kind)).to(device)
+        copied = move(bits, interpolation="nearest", fill_value=fill, **options).values
         return copied.cpu().numpy().view(native.dtype).astype(raw.dtype)
 
 

@@ -398,3 +398,11 @@ def test_transforms_of_nothing():
     assert fft(rfft(none), dim=-2).shape == (0, 12, 9)
     image = torch.rand(2, 12, 16)
     torch.testing.assert_close(irfft2(rfft2(image), (12, 16)), image)
+
+
+def test_levels_of_frames_of_another_size_raise():
+    levels = prepare_levels(torch.rand(1, 96, 96))
+    with pytest.raises(
+        ValueError, match=r"reference: expected levels of frames of \(120, 136\), got \(96, 96\);"
+    ):
+        enhanced_correlation(torch.rand(2, *SIZE), levels)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from scenes import Waves, pairs
 
-from torchalign.functional.texture import shared_ground
+from torchalign.functional import texture
+from torchalign.functional.texture import pool, shared_ground
 
 SIZE = (97, 130)
 
@@ -43,3 +44,16 @@ def test_what_is_not_usable_may_be_anything(cloudy, value):
     found = shared_ground(torch.where(usable, moving, value), reference, weights, usable)
     assert torch.equal(found, expected)
     assert found[usable].float().mean() > 0.5
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(3, 64, 72), (2, 2, 33, 21)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_poolings_are_the_chains_of_additions(monkeypatch, shape, order, dtype):
+    # those of a GPU, on the CPU
+    image = torch.rand(shape, dtype=dtype)
+    expected = [texture._triangle(image, order), pool(image, order)]
+    monkeypatch.setattr(texture, "_pools", lambda image: True)
+    found = [texture._triangle(image, order), pool(image, order)]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(pool(image, 0), image)

@@ -262,14 +262,16 @@ def test_a_lattice_is_part_of_the_whole(
     options = {"interpolation": interpolation, "mask": mask}
     whole = resample(cube, warps, **options)
     monkeypatch.setattr(implementation, "_BLOCK_SAMPLES", 1000)  # blocks of a few rows
-    for lattice in (
-        resample_lattice(cube, warps, step, **options),
-        tensor_path(cube, warps, step, function=resample_lattice, **options),
-    ):
-        torch.testing.assert_close(
-            lattice.values, whole.values[..., ::step, ::step], atol=1e-6, rtol=1e-6, equal_nan=True
-        )
-        assert torch.equal(lattice.validity, whole.validity[..., ::step, ::step])
+    # known to be translations, they are shifts
+    for known in (warps, warps[..., 2]) if motion == "translation" else (warps,):
+        for lattice in (
+            resample_lattice(cube, known, step, **options),
+            tensor_path(cube, known, step, function=resample_lattice, **options),
+        ):
+            torch.testing.assert_close(
+                lattice.values, whole.values[..., ::step, ::step], atol=1e-6, rtol=1e-6, equal_nan=True
+            )
+            assert torch.equal(lattice.validity, whole.validity[..., ::step, ::step])
 
 
 @pytest.mark.parametrize("sample", [2**10, 2**12, 2**30])
@@ -442,6 +444,15 @@ def test_warps_without_a_place_are_outside_and_leave_the_others_alone(interpolat
     assert torch.equal(values[4], expected[4])
 
 
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nearly_singular_warps_show_next_to_nothing(dtype) -> None:
+    # huge displacements along x and along y of opposite sign must not cancel
+    warps = torch.tensor([[[1, 1, 0], [1, 1 + 2**-20, 0]], [[0.1, 0.3, 0], [0.7, 2.1, 0]]], dtype=dtype)
+    _, validity = resample(noise(2, 1, 40, 40).to(dtype), warps)
+    assert validity.sum((-2, -1)).max() <= 40  # a line, where the truth is one
+
+
 # ----------------------------------------------------------------------------------------------------- dtypes
 
 
@@ -584,7 +595,8 @@ def test_compiles_whole(interpolation, dtype) -> None:
 def test_exports_with_any_number_of_frames() -> None:
     class Warp(torch.nn.Module):
         def forward(self, cube: Tensor, warps: Tensor) -> Tensor:
-            return warp(cube, warps, interpolation="bicubic")
+            moved = warp(cube, warps, interpolation="bicubic")
+            return torch.cat((moved, translate(cube, warps[..., 2], interpolation="bicubic").values))
 
     frames = torch.export.Dim("frames", min=2, max=64)
     example = (noise(3, 2, 20, 24), affine_warps(3))
@@ -596,6 +608,11 @@ def test_exports_with_any_number_of_frames() -> None:
 @interpolations
 def test_maps(interpolation) -> None:
     cube, warps = noise(4, 3, 2, 66, 66), affine_warps(12).reshape(4, 3, 2, 3)
+    moved = torch.func.vmap(lambda *given: translate(*given, interpolation=interpolation))(
+        cube, warps[..., 2]
+    )
+    expected = translate(cube, warps[..., 2], interpolation=interpolation)
+    torch.testing.assert_close(tuple(moved), tuple(expected))
     function = torch.func.vmap(lambda cube, warps: warp(cube, warps, interpolation=interpolation))
     torch.testing.assert_close(function(cube, warps), warp(cube, warps, interpolation=interpolation))
     shared = torch.func.vmap(lambda motion: warp(cube[0], motion, interpolation=interpolation))(warps)

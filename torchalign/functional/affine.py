@@ -30,6 +30,7 @@ __all__ = [
     "from_homogeneous",
     "identity_warp",
     "invert_warp",
+    "only_shifts",
     "rescale_warp",
     "split_at_center",
     "to_homogeneous",
@@ -363,6 +364,20 @@ def rescale_warp(warp: Tensor, scale: Tensor | float | Sequence[float]) -> Tenso
         linear = cornered[..., :2] * factor.unsqueeze(-1) / factor.unsqueeze(-2)
         scaled = _assemble(linear, cornered[..., 2] * factor)
     return change_origin(scaled, (0.5, 0.5))
+
+
+def only_shifts(motion: MotionModel, init: Tensor | None) -> bool:
+    """Whether warps that are found can be nothing but shifts, whatever the data.
+
+    Args:
+        motion: what is estimated.
+        init: what from: (..., T, 2), (..., T, 2 or 3, 3), of which the linear part is kept, or ``None``.
+
+    Example:
+        >>> only_shifts("translation", None), only_shifts("translation", identity_warp(3))
+        (True, False)
+    """
+    return motion == "translation" and (init is None or init.shape[-1] == 2)
 
 
 def center_displacement(warp: Tensor, size: tuple[int, int]) -> Tensor:

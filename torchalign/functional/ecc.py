@@ -40,12 +40,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchalign._check import message
 from torchalign._host import carries_gradient, is_on_host
 from torchalign.functional.affine import (
     MotionModel,
     change_origin,
     from_homogeneous,
     invert_warp,
+    only_shifts,
     to_homogeneous,
     translation_warp,
 )
@@ -212,6 +214,9 @@ def enhanced_correlation(
     Returns:
         :class:`EnhancedCorrelation`. Never NaN, whatever the data.
 
+    Raises:
+        ValueError: the levels are of frames of another size.
+
     Example:
         >>> grid = torch.arange(96.0)
         >>> def scene(x, y):
@@ -236,9 +241,15 @@ def enhanced_correlation(
             taper=taper,
         )
     grids = [level.grid for level in reference]
+    if grids[0].frame != frame:
+        raise ValueError(
+            message(
+                "reference", f"levels of frames of {frame}", grids[0].frame, "prepare_levels of that size"
+            )
+        )
     textures = extract_pyramid(moving, moving_mask, grids=grids, contrast=contrast, blur=sigma_blur)
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
-    only_shifted = motion == "translation" and (init is None or init.shape[-1] == 2)
+    only_shifted = only_shifts(motion, init)
     if init is None:
         init = moving.new_zeros((*shape, 2))
     start = translation_warp(init) if init.shape[-1] == 2 else init

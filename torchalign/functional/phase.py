@@ -152,13 +152,14 @@ def phase_correlation(
         reference_spectrum = rfft2(reference_field * other)
         return spectrum, cross_power(spectrum, reference_spectrum, grid.radius, max_frequency, weighting)
 
+    orders = wave_orders(grid.frequencies)
     tapering = Window.of(grid, taper)
     window = tapering.whole()
     spectrum, power = correlate(window, window)
     surface = irfft2(power, size)
     peak = coarse_peak(surface, (height, width), max_translation)
     if start is not None:
-        peak = _higher_of(peak, start, power, grid)
+        peak = _higher_of(peak, start, power, grid, orders)
     shift, outside = peak.shift, peak.outside
 
     inliers = None
@@ -177,11 +178,11 @@ def phase_correlation(
         effective = reference_tapered.square()
 
     if upsample_factor is None:
-        refined, step, curved = refine_peak(power, grid.frequencies, shift)
+        refined, step, curved = refine_peak(power, grid.frequencies, shift, orders)
     else:
         refined = _upsampled_peak(power, grid.frequencies, shift, upsample_factor)
         step, curved = torch.zeros_like(shift), torch.ones_like(outside)
-    sigma = _sigma(power, grid.frequencies, refined, effective)
+    sigma = _sigma(power, grid.frequencies, refined, effective, orders)
     climbed = (refined - shift).norm(dim=-1)
     # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)
     near = (climbed <= 2 * height / size[0]) | (climbed <= 2 * width / size[1])
@@ -281,10 +282,10 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     return _Peak(shift, significance, outside, inside, spread)
 
 
-def _higher_of(peak: _Peak, start: Tensor, power: Tensor, grid: Grid) -> _Peak:
+def _higher_of(peak: _Peak, start: Tensor, power: Tensor, grid: Grid, orders: tuple[Tensor, Tensor]) -> _Peak:
     """A given shift instead of the coarse peak, where the correlation is higher there."""
     samples = grid.size[0] * grid.size[1]
-    value = derivatives_at(power.detach(), grid.frequencies, start.detach(), wave_orders(grid.frequencies))
+    value = derivatives_at(power.detach(), grid.frequencies, start.detach(), orders)
     height = value[..., 0, 0] / samples
     better = height >= peak.height
     significance = height.clamp(min=0) / (peak.spread + torch.finfo(height.dtype).tiny)
@@ -306,7 +307,12 @@ def _lags(samples: int, reach: float, like: Tensor) -> Tensor:
 
 
 def refine_peak(
-    power: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, *, steps: int = _NEWTON_STEPS
+    power: Tensor,
+    frequencies: tuple[Tensor, Tensor],
+    start: Tensor,
+    orders: tuple[Tensor, Tensor] | None = None,
+    *,
+    steps: int = _NEWTON_STEPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Newton's ascent on the correlation as a function of a continuous shift.
 
@@ -320,6 +326,7 @@ def refine_peak(
         power: (..., H, W//2+1), half of a Hermitian cross-power spectrum.
         frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
         start: (..., 2), (x, y) in pixels, within the peak's basin.
+        orders: :func:`wave_orders` of the frequencies, if they are at hand.
         steps: number of steps, at most half a pixel per axis each.
 
     Returns:
@@ -327,7 +334,7 @@ def refine_peak(
     """
     shift = start.detach()
     fixed = power.detach()
-    orders = wave_orders(frequencies)
+    orders = wave_orders(frequencies) if orders is None else orders
     for _ in range(steps):
         step, _ = _newton_step(fixed, frequencies, shift, orders)
         shift = shift + step
@@ -410,7 +417,13 @@ def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Te
     )
 
 
-def _sigma(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, effective: Tensor) -> Tensor:
+def _sigma(
+    power: Tensor,
+    frequencies: tuple[Tensor, Tensor],
+    shift: Tensor,
+    effective: Tensor,
+    orders: tuple[Tensor, Tensor],
+) -> Tensor:
     r"""Predicted 1-σ error per axis: the sandwich :math:`H^{-1} G H^{-1}`, G the scatter of the gradient.
 
     At the optimum every frequency pulls by :math:`-\omega\, \mathrm{Im}\,P e^{i\omega t}`; the pulls sum to zero,
@@ -419,7 +432,7 @@ def _sigma(power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, eff
     """
     power = power.detach()
     shift = shift.detach()
-    derivatives = derivatives_at(power, frequencies, shift, wave_orders(frequencies))
+    derivatives = derivatives_at(power, frequencies, shift, orders)
     hxx, hyy, hxy = derivatives[..., 0, 2], derivatives[..., 2, 0], derivatives[..., 1, 1]
     omega_y, omega_x = (2 * math.pi * frequency for frequency in frequencies)
     pull = turn_spectrum(power, frequencies, shift).imag  # (..., H, W//2+1)

@@ -362,9 +362,9 @@ def _positions(
     return _Positions(column + x_whole, row + y_whole, x_fraction, y_fraction)
 
 
-def _bounded(displacement: Tensor, limit: float = _FARTHEST, nowhere: float = _FARTHEST) -> Tensor:
+def _bounded(displacement: Tensor) -> Tensor:
     """What is no number, or too far to be one of int64, is nowhere near the frame."""
-    return displacement.nan_to_num(nowhere).clamp(-limit, limit)
+    return displacement.nan_to_num(_FARTHEST).clamp(-_FARTHEST, _FARTHEST)
 
 
 def _split(displacement: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -382,14 +382,17 @@ def _displacement(warp: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if len(entries) == 6:
         a, b, c, d, e, f = entries  # [[a, b, c], [d, e, f]]
         determinant = a * e - b * d
-        determinant = torch.where(determinant == 0, torch.nan, determinant)
         # a line along x and one along y, of which all is made that can be: of image size there is one addition
         across = (b * d - e * (a - 1)) * x + (b * f - e * c), -b * y
         down = -d * x + (d * c - a * f), (b * d - a * (e - 1)) * y
-        half = 0.5 * _FARTHEST
+
+        def near_or_nowhere(line: Tensor) -> Tensor:
+            line = line / determinant
+            # with one sign, so that two that are too far do not cancel
+            return torch.where(line.abs() <= 0.5 * _FARTHEST, line, _FARTHEST)
+
         x_displacement, y_displacement = (
-            _bounded(along_x / determinant, half) + _bounded(along_y / determinant, half, nowhere=0.0)
-            for along_x, along_y in (across, down)
+            near_or_nowhere(along_x) + near_or_nowhere(along_y) for along_x, along_y in (across, down)
         )
         return x_displacement, y_displacement
     a, b, c, d, e, f, g, h, i = entries

@@ -135,7 +135,7 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
 
 def _sent(warp: Tensor, like: Tensor) -> Tensor:
     """To the device of the images; kornia draws on the host, which needs not wait: so small a copy is buffered."""
-    return warp.to(like.device, non_blocking=True)
+    return warp.to(like.device, non_blocking=like.device.type == "cuda")
 
 
 def _resampling(flags: dict[str, Any]) -> dict[str, Any]:
