@@ -5,6 +5,7 @@ of 5 × 5, at whole-pixel offsets (`simulate_stack`), or after the scene itself 
 Every method gets the mean of the bands.
 
     python benchmarks/ecc.py [--scene ../shared/data/landsat7_rgb.tif] [--frames 64] [--rounds 7] [--quick]
+    python benchmarks/ecc.py --times  # 4 minutes, quiet: the times alone, anew
     python benchmarks/ecc.py --update-readme
 
 `cv2.findTransformECC` returns reference → moving; its warps are inverted here. satalign takes the same matrix for
@@ -44,6 +45,7 @@ from common import (
     machine,
     percent,
     pixels,
+    read_results,
     readme_or_run,
     table,
     versions,
@@ -406,11 +408,14 @@ def estimates(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_turns(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
+    """Every round begins with the next job, so that none always comes after the same one, whose threads linger."""
     cpu = torch.device("cpu")
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    names = list(jobs)
     for number in range(rounds + 1):
-        for name, job in jobs.items():
-            spent = timed(job, cpu)
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            spent = timed(jobs[name], cpu)
             if number:  # the first round warms up
                 seconds[name].append(spent)
     return {"cores": cores(), "seconds": {name: summary(values) for name, values in seconds.items()}}
@@ -549,11 +554,10 @@ def start(job: str, options: argparse.Namespace, core_count: int) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    protocol = open_scene(options.scene, options.frames, options.seed)
+def times(options: argparse.Namespace) -> dict[str, Any]:
     load = os.getloadavg()[0]
     counts = sorted({1, cores()}, reverse=True)
-    times = {
+    return {
         "load_before": load,
         "busy": load > QUIET,
         "rounds": options.rounds,
@@ -561,6 +565,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "estimates": {str(count): start("estimates", options, count) for count in counts},
         "stages": start("stages", options, 1),
     }
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    if options.times:
+        results = read_results(NAME)
+        if results["machine"] != machine():
+            raise SystemExit("the last results are another machine's: measure all of it")
+        return results | {"speed": times(options)}
+    protocol = open_scene(options.scene, options.frames, options.seed)
+    spent = times(options)
     with torch.no_grad():
         shifted, warped = shifts(protocol), warps(protocol)
         return {
@@ -577,7 +591,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             # where a scene is too small for shifts of 20 px, there is no such table
             "reach": reach(protocol, options.trials) if protocol.far else None,
             "losses": losses(shifted, AUTO) + losses(warped, ALONE),
-            "speed": times,
+            "speed": spent,
         }
 
 
@@ -861,6 +875,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="of the timings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="8 frames, 20 trials, 2 rounds: does it run?")
+    parser.add_argument("--times", action="store_true", help="the times alone, into the last results")
     parser.add_argument("--job", choices=list(JOBS), help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=None, help="of torch")
     add_readme_options(parser)
