@@ -625,6 +625,26 @@ def test_compile_is_one_graph(quiet, options):
     torch.testing.assert_close(found.aligned, expected.aligned, atol=5e-3, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        ta.ECC,
+        partial(ta.ECC, motion="affine", robust="residual", levels=1),
+        partial(ta.ECC, motion="homography", robust="none", levels=1),
+        lambda: ta.Cascade(ta.PCC(robust=False), ta.ECC(motion="euclidean", levels=1)),
+    ],
+    ids=["translation", "affine", "homography", "cascade"],
+)
+def test_compile_of_other_methods_is_one_graph(quiet, make):
+    cube, reference = real()
+    aligner = make()
+    found = torch.compile(aligner, fullgraph=True, backend="eager")(cube, reference)
+    expected = aligner(cube, reference)
+    assert expected.estimate.valid.any()
+    assert_same(found.estimate, expected.estimate)
+    torch.testing.assert_close(found.aligned, expected.aligned, atol=5e-3, rtol=0)
+
+
 def test_compile_with_masks_and_gradients(quiet):
     cube, reference = real()
     mask = torch.rand(4, *SIZE) > 0.02
