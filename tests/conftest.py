@@ -58,6 +58,14 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def cuda(device) -> torch.device:
+    """A GPU that is there, for what fake tensors cannot show."""
+    if device.type != "cuda":
+        pytest.skip("wants a GPU: pytest --device cuda")
+    return device
+
+
 @pytest.fixture(autouse=True)
 def _seeds():
     torch.manual_seed(0)
@@ -76,10 +84,11 @@ class _NothingWaits(TorchDispatchMode):
         if str(operator).startswith(_WAITING):
             raise AssertionError(f"{operator} waits for the device")
         out = operator(*args, **kwargs)
+        waits = not kwargs.get("non_blocking") and len(args) <= 2  # of copy_ it may be the third argument
         source = None
-        if operator is torch.ops.aten._to_copy.default and not kwargs.get("non_blocking"):
+        if operator is torch.ops.aten._to_copy.default and waits:
             source = args[0]
-        elif operator is torch.ops.aten.copy_.default and args[1].ndim > 0 and len(args) == 2:
+        elif operator is torch.ops.aten.copy_.default and waits and args[1].ndim > 0:
             source = args[1]  # (a number is filled in)
         if source is not None and (source.device.type, out.device.type) == ("cpu", "cuda"):
             raise AssertionError("a copy from the host waits for the device")

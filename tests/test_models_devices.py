@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from scenes import fractal
-from test_devices import on_cuda, quiet  # noqa: F401
+from test_devices import on_cuda, quiet, sent_to_cuda  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchalign.models import extractors, lightglue
@@ -45,18 +45,6 @@ def make(name):
     if name == "xfeat":
         return XFeat(feature.XFeat().net, COUNT)
     return ALIKED(feature.ALIKED(name), COUNT)  # the others have more channels, not other code
-
-
-def sent_to_cuda(built):
-    """`.cuda()` swaps tensors, which fake ones do not like: each is replaced by one of its shape and dtype."""
-    for part in built.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-                    is_weight = tensors is part._parameters
-                    tensors[name] = torch.nn.Parameter(new, requires_grad=False) if is_weight else new
-    return built
 
 
 def check(features, batch):

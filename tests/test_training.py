@@ -797,22 +797,20 @@ def test_stream_on_a_device(device):
     )
 
 
-def test_stream_of_what_is_one_launch(device):
-    if device.type != "cuda":
-        pytest.skip("CUDA graphs want a GPU: pytest --device cuda")
+def test_stream_of_what_is_one_launch(cuda):
     cube = torch.rand(50, 2, 64, 64)  # two frames are left over
-    reference, aligner = cube[0].to(device), ta.PCC()
+    reference, aligner = cube[0].to(cuda), ta.PCC()
     gc.collect()  # a graph of another test that is freed during the capture would end it
-    graphed = torch.cuda.make_graphed_callables(ta.PCC().to(device), (cube[:8].to(device), reference))
+    graphed = torch.cuda.make_graphed_callables(ta.PCC(), (cube[:8].to(cuda), reference))
 
     def align(part):
         aligned, estimate = (graphed if len(part) == 8 else aligner)(part, reference)
         return aligned.clone(), estimate.warp.clone()  # the next call overwrites them
 
     found = [
-        torch.cat(parts) for parts in zip(*ta.stream(align, cube, batch_size=8, device=device), strict=True)
+        torch.cat(parts) for parts in zip(*ta.stream(align, cube, batch_size=8, device=cuda), strict=True)
     ]
-    expected = ta.PCC()(cube.to(device), reference)
+    expected = ta.PCC()(cube.to(cuda), reference)
     torch.testing.assert_close(found[0], expected.aligned.cpu(), atol=2e-3, rtol=0)
     torch.testing.assert_close(found[1], expected.estimate.warp.cpu(), atol=1e-4, rtol=0)
 

@@ -340,6 +340,12 @@ class _Positions(NamedTuple):
         """Column and row of the nearest source pixel, int64; a tie goes right and down."""
         return self.column + (self.x_fraction >= 0.5), self.row + (self.y_fraction >= 0.5)
 
+    def inside(self, size: tuple[int, int]) -> Tensor:
+        """(..., T, h, w) bool: where the nearest source pixel is one of the frame's."""
+        column, row = self.nearest()
+        # axis by axis: of translations these are lines
+        return ((row >= 0) & (row < size[0])) & ((column >= 0) & (column < size[1]))
+
 
 def _positions(
     motion: Tensor, size: tuple[int, int], rows: tuple[int, int], dtype: torch.dtype, step: int = 1
@@ -356,9 +362,8 @@ def _positions(
         x_displacement, y_displacement = _bounded(-motion[..., None, None]).unbind(-3)  # (..., T, 1, 1)
     else:
         x_displacement, y_displacement = _displacement(motion, column.to(motion.dtype), row.to(motion.dtype))
-    (x_whole, x_fraction), (y_whole, y_fraction) = (
-        _split(displacement, dtype) for displacement in (x_displacement, y_displacement)
-    )
+    x_whole, x_fraction = _split(x_displacement, dtype)
+    y_whole, y_fraction = _split(y_displacement, dtype)
     return _Positions(column + x_whole, row + y_whole, x_fraction, y_fraction)
 
 
@@ -407,15 +412,16 @@ def _displacement(warp: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------- kernels and samplers
 
 
-def _cubic_weights(fraction: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-    """Keys' weights of the pixels at −1, 0, 1, 2 from ⌊x⌋; exactly (0, 1, 0, 0) at fraction 0."""
+def _cubic_weights(fraction: Scalar, *, magnitudes: bool = False) -> tuple[Scalar, ...]:
+    """Keys' weights of the pixels at −1, 0, 1, 2 from ⌊x⌋, or their magnitudes; (0, 1, 0, 0) at fraction 0."""
     a, rest = _CUBIC_A, 1 - fraction
-    return (
+    weights = (
         ((a * fraction - 2 * a) * fraction + a) * fraction,
         ((a + 2) * fraction - (a + 3)) * fraction * fraction + 1,
         ((a + 2) * rest - (a + 3)) * rest * rest + 1,
         ((a * rest - 2 * a) * rest + a) * rest,
     )
+    return tuple(abs(weight) for weight in weights) if magnitudes else weights
 
 
 def _padded(index: Tensor, length: int, padding_mode: PaddingMode) -> Tensor:
@@ -497,10 +503,8 @@ class _Gather:
         return torch.lerp(above, below, self.y_fraction)
 
     def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
-        x_weights, y_weights = _cubic_weights(self.x_fraction), _cubic_weights(self.y_fraction)
-        if magnitudes:
-            x_weights = tuple(weight.abs() for weight in x_weights)  # type: ignore[assignment]
-            y_weights = tuple(weight.abs() for weight in y_weights)  # type: ignore[assignment]
+        x_weights = _cubic_weights(self.x_fraction, magnitudes=magnitudes)
+        y_weights = _cubic_weights(self.y_fraction, magnitudes=magnitudes)
         tap = self._taps(planes)
         total: Tensor | None = None
         for down, y_weight in zip((-1, 0, 1, 2), y_weights, strict=True):
@@ -512,8 +516,7 @@ class _Gather:
         return total
 
     def inside(self) -> Tensor:
-        column, row = self.positions.nearest()
-        return (column >= 0) & (column < self.size[1]) & (row >= 0) & (row < self.size[0])  # (..., T, h, W)
+        return self.positions.inside(self.size)
 
 
 def _overhang(offset: int, count: int, length: int) -> tuple[int, int, int, int]:
@@ -620,10 +623,8 @@ class _Slices:
     def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
         height, width = self.size
         padded = self._copy(planes, self.column - 1, self.row - 1, height + 3, width + 3)
-        weights = [list(_cubic_weights(fraction)) for fraction in (self.x_fraction, self.y_fraction)]
-        if magnitudes:
-            weights = [[abs(weight) for weight in axis] for axis in weights]
-        x_weights, y_weights = weights
+        x_weights = _cubic_weights(self.x_fraction, magnitudes=magnitudes)
+        y_weights = _cubic_weights(self.y_fraction, magnitudes=magnitudes)
         # rows first: of these a lattice skips whole ones
         lines = padded[..., : height : self.step, :] * y_weights[0]  # (..., h, W + 3)
         for tap in (1, 2, 3):
@@ -690,18 +691,13 @@ class _Lines:
 
     def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
         column, row = self.positions[:2]
-        x_weights, y_weights = _cubic_weights(self.x_fraction), _cubic_weights(self.y_fraction)
-        if magnitudes:
-            x_weights = tuple(weight.abs() for weight in x_weights)  # type: ignore[assignment]
-            y_weights = tuple(weight.abs() for weight in y_weights)  # type: ignore[assignment]
+        x_weights = _cubic_weights(self.x_fraction, magnitudes=magnitudes)
+        y_weights = _cubic_weights(self.y_fraction, magnitudes=magnitudes)
         lines = _combination(y_weights, self._rows(planes, row, range(-1, 3)))
         return _combination(x_weights, self._columns(lines, column, range(-1, 3)))
 
     def inside(self) -> Tensor:
-        """(..., T, h, w)."""
-        column, row = self.positions.nearest()
-        within_x, within_y = (column >= 0) & (column < self.size[1]), (row >= 0) & (row < self.size[0])
-        return within_y & within_x
+        return self.positions.inside(self.size)
 
 
 def _column_of(taps: range, like: Tensor) -> Tensor:
