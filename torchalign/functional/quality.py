@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import is_symbol
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
+from torchalign.functional.sizes import larger, smaller
 from torchalign.functional.warp import resample_lattice
 from torchalign.types import Estimate, Motion, Status
 
@@ -168,9 +168,7 @@ def gate_stages(
         :class:`~torchalign.types.Estimate`.
     """
     size = (moving.shape[-2], moving.shape[-1])
-    shortest = min(size)
-    # torch.export takes every pixel: a program has one lattice for all sizes
-    step = 1 if is_symbol(shortest) else max(1, shortest // _LATTICE)
+    step = larger(1, smaller(*size) // _LATTICE)
     homography = any(stage.warp.shape[-2] == 3 for stage in stages)
     if homography:
         stages = [stage._replace(warp=to_homogeneous(stage.warp)) for stage in stages]
