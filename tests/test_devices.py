@@ -54,6 +54,7 @@ ALIGNERS = {
     "sqrt": Proof(partial(ta.PCC, weighting="sqrt", taper=1.0)),
     "none": Proof(partial(ta.PCC, weighting="none", max_frequency=0.1)),
     "grid": Proof(partial(ta.PCC, upsample_factor=20), forward_mode=False),
+    "structure": Proof(partial(ta.PCC, contrast="structure", robust=True)),
     "band": Proof(partial(ta.PCC, channel=-1, min_score=0.2)),
     "luminance, nearest": Proof(
         partial(ta.PCC, channel="luminance", interpolation="nearest", padding_mode="zeros"),

@@ -177,6 +177,18 @@ class Aligner(nn.Module, ABC):
         """
         return None
 
+    def score_image(self, image: Tensor, usable: Tensor | None) -> Tensor:
+        """What of the channel seen the gate correlates.
+
+        Args:
+            image: (..., T, H, W), finite: unusable pixels hold 0.
+            usable: (..., T, H, W) bool, or ``None`` if all of it is.
+
+        Returns:
+            (..., T, H, W), by default the image; or (2, ..., T, H, W), a field of vectors.
+        """
+        return image
+
     @abstractmethod
     def estimate_motion(
         self,
@@ -279,10 +291,12 @@ class Aligner(nn.Module, ABC):
         self, motions: Sequence[Motion], max_translations: Sequence[float], job: Job, seen: _Seen
     ) -> Estimate:
         """The gate's word, in the coordinates of the whole frame."""
+        moving = self.score_image(seen.moving, seen.usable)
         estimate = gate_stages(
             motions,
-            seen.moving,
-            job.reference,
+            moving,
+            self.score_image(job.reference, job.usable),
+            vector=moving.ndim > seen.moving.ndim,
             moving_usable=seen.usable,
             reference_usable=job.usable,
             max_translations=max_translations,

@@ -104,6 +104,10 @@ class Cascade(Aligner):
         assert found is not None  # there is at least one stage
         return found
 
+    def score_image(self, image: Tensor, usable: Tensor | None) -> Tensor:
+        """As the last stage scores, see :meth:`Aligner.score_image`."""
+        return self._stages()[-1].score_image(image, usable)
+
     def _stages(self) -> list[Aligner]:
         return list(self.stages)  # type: ignore[arg-type]  # a ModuleList of aligners
 

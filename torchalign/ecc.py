@@ -19,7 +19,7 @@ from torchalign.functional.ecc import (
     enhanced_correlation,
     prepare_levels,
 )
-from torchalign.functional.texture import Contrast
+from torchalign.functional.texture import Brightness
 from torchalign.functional.warp import Interpolation, PaddingMode
 from torchalign.types import Status
 
@@ -98,7 +98,7 @@ class ECC(Aligner):
         gauss_kernel_size: int | None = None,
         sigma_blur: float | None = None,
         max_frequency: float = 0.25,
-        contrast: Contrast = "local",
+        contrast: Brightness = "local",
         taper: float = 0.15,
         robust: Robust = "agreement",
         gradients: Gradients = "implicit",
@@ -123,7 +123,7 @@ class ECC(Aligner):
             fill_value=fill_value,
         )
         check_option("motion", motion, MotionModel)
-        check_option("contrast", contrast, Contrast)
+        check_option("contrast", contrast, Brightness)
         check_option("robust", robust, Robust)
         check_option("gradients", gradients, Gradients)
         check_number("tolerance", tolerance, minimum=0, inclusive=False)

@@ -27,7 +27,7 @@ _ROUNDS, _LARGEST_RESIDUAL, _MISALIGNED = 5, 4.0, 0.5
 _PRIOR, _FLAT_PRIOR = 0.3, 0.05
 
 
-def agreement(moving: Tensor, reference: Tensor, *, fine: bool = False) -> Tensor:
+def agreement(moving: Tensor, reference: Tensor, *, fine: bool = False, vector: bool = False) -> Tensor:
     r"""Weights in [0, 1]: how much two frames, brought together, show the same ground.
 
     The squared local correlation coefficient, squared again, over about 15 × 15 samples: blocks of 4 × 4, with
@@ -41,6 +41,7 @@ def agreement(moving: Tensor, reference: Tensor, *, fine: bool = False) -> Tenso
         moving: (..., H, W), over the reference.
         reference: (..., H, W), broadcastable.
         fine: around every sample, over 7 × 7 of them: sharper, noisier, and more work.
+        vector: the fields are vectors, (2, ..., H, W): products are inner products.
 
     Returns:
         (..., H, W).
@@ -48,6 +49,8 @@ def agreement(moving: Tensor, reference: Tensor, *, fine: bool = False) -> Tenso
     size = (moving.shape[-2], moving.shape[-1])
     # pooled before they are stacked: it is small then, and the reference may be one for all frames
     products = (moving * reference, moving.square(), reference.square())
+    if vector:
+        products = tuple(product.sum(0) for product in products)
     sums = products if fine else [block_sums(product, 2) for product in products]
     stacked = torch.stack(torch.broadcast_tensors(*sums))  # type: ignore[no-untyped-call]
     common, own, other = triangle_mean(stacked, 2 if fine else 1).unbind()

@@ -54,7 +54,7 @@ from torchalign.functional.affine import (
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase
 from torchalign.functional.smoothing import block_sums, nanmedian
-from torchalign.functional.texture import Contrast, Texture, extract_pyramid
+from torchalign.functional.texture import Brightness, Texture, extract_pyramid
 from torchalign.functional.working_grid import Window, WorkingGrid, tukey, working_size
 
 __all__ = [
@@ -174,7 +174,7 @@ def enhanced_correlation(
     max_iterations: int = 4,
     tolerance: float = 0.02,
     max_frequency: float = 0.25,
-    contrast: Contrast = "local",
+    contrast: Brightness = "local",
     sigma_blur: float = 0.0,
     taper: float = 0.15,
     robust: Robust = "agreement",
@@ -324,7 +324,7 @@ def prepare_levels(
     motion: MotionModel = "affine",
     max_frequency: float = 0.25,
     levels: int | None = None,
-    contrast: Contrast = "local",
+    contrast: Brightness = "local",
     sigma_blur: float = 0.0,
     taper: float = 0.15,
 ) -> list[Level]:

@@ -58,6 +58,8 @@ _NEWTON_STEPS = 3
 _NEWTON_TOLERANCE = 1e-2
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor (benchmarks/accuracy.py).
 _SIGMA_CALIBRATION = 1.07
+# And across sensors, whose structures differ by what physics makes of them, by this one more (benchmarks/sensors.py).
+_STRUCTURE_CALIBRATION = 3.2
 
 
 class PhaseShift(NamedTuple):
@@ -92,9 +94,9 @@ def phase_correlation(
     max_translation: float = 5.0,
     max_frequency: float = 0.25,
     contrast: Contrast = "local",
-    weighting: Weighting = "ramp",
+    weighting: Weighting | None = None,
     taper: float = 0.15,
-    robust: bool = True,
+    robust: bool | None = None,
     upsample_factor: int | None = None,
     start: Tensor | None = None,
 ) -> PhaseShift:
@@ -108,11 +110,13 @@ def phase_correlation(
         reference_mask: the same for ``reference``.
         max_translation: limit of the length of the shift, in pixels.
         max_frequency: the band that is kept, in cycles per pixel; 0.5 is everything.
-        contrast: ``"local"`` for :func:`local_contrast`, ``"none"`` for the mean removed.
-        weighting: of the cross-power spectrum, see :func:`cross_power`.
+        contrast: see :func:`extract_texture`.
+        weighting: of the cross-power spectrum, see :func:`cross_power`. ``None`` is ``"none"`` for the contrast
+            ``"structure"``, whose fields have no 1/f spectrum, and else ``"ramp"``.
         taper: share of each axis over which the window falls off (Tukey), in [0, 1]; unless it is 0, at least 8
             pixels on each side, or a quarter of a small frame.
-        robust: weight by :func:`agreement` and correlate a second time.
+        robust: weight by :func:`agreement` and correlate a second time. ``None`` is no for ``"structure"``, whose
+            weights across sensors cost more than they gain, and else yes.
         upsample_factor: ``None`` for Newton; n for the best of a grid of 1/n pixel (not differentiable).
         start: (..., 2), a shift to refine, where it correlates better than the coarse peak does.
 
@@ -133,7 +137,11 @@ def phase_correlation(
     size = working_size((height, width), max_frequency)
     grid = WorkingGrid.of((height, width), size, max_frequency, moving)
 
-    ((field, weights, moving_flat),) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast)
+    (texture,) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast)
+    field, weights, moving_flat = texture
+    vector = texture.is_vector
+    weighting = weighting or ("none" if vector else "ramp")
+    robust = not vector if robust is None else robust
     if not isinstance(reference, Texture):
         reference = extract_texture(reference, reference_mask, max_frequency=max_frequency, contrast=contrast)
     reference_field, reference_weights, reference_flat = reference
@@ -143,7 +151,8 @@ def phase_correlation(
         """The moving frame's spectrum under its window, and the cross-power: (..., h, w//2+1)."""
         spectrum = rfft2(field * own)
         reference_spectrum = rfft2(reference_field * other)
-        return spectrum, cross_power(spectrum, reference_spectrum, grid.radius, max_frequency, weighting)
+        power = cross_power(spectrum, reference_spectrum, grid.radius, max_frequency, weighting)
+        return spectrum, power.sum(0) if vector else power
 
     orders = wave_orders(grid.frequencies)
     tapering = Window.of(grid, taper)
@@ -158,7 +167,7 @@ def phase_correlation(
     inliers = None
     effective = window.square()
     if robust:
-        inliers = agreement(grid.move(spectrum, shift), reference_field * window)
+        inliers = agreement(grid.move(spectrum, shift), reference_field * window, vector=vector)
         # holes too must lie on the same ground in both, or their pattern is what is correlated
         if reference_weights is not None:
             inliers = inliers * reference_weights
@@ -176,6 +185,8 @@ def phase_correlation(
         refined = _upsampled_peak(power, grid.frequencies, shift, upsample_factor)
         step, curved = torch.zeros_like(shift), torch.ones_like(outside)
     sigma = _sigma(power, grid.frequencies, refined, effective, orders)
+    if vector:
+        sigma = _STRUCTURE_CALIBRATION * sigma
     climbed = (refined - shift).norm(dim=-1)
     # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)
     near = (climbed <= 2 * height / size[0]) | (climbed <= 2 * width / size[1])

@@ -149,6 +149,7 @@ def gate_stages(
     moving_usable: Tensor | None = None,
     reference_usable: Tensor | None = None,
     min_score: float | None = None,
+    vector: bool = False,
 ) -> Estimate:
     """:func:`gate` for several motions of one stack, each found from the one before.
 
@@ -158,12 +159,13 @@ def gate_stages(
 
     Args:
         stages: at least one :class:`~torchalign.types.Motion`.
-        moving: (..., T, H, W), the channel seen.
-        reference: (..., 1 or T, H, W).
+        moving: (..., T, H, W), the channel seen; of ``vector`` (2, ..., T, H, W).
+        reference: (..., 1 or T, H, W), likewise.
         max_translations: in pixels, one a stage.
         moving_usable: bool, broadcastable to ``moving``; ``None`` if all is.
         reference_usable: bool, broadcastable to ``moving``.
         min_score: or ``None``.
+        vector: the images have two parts, and scores are the correlation of vectors: products are inner products.
 
     Returns:
         :class:`~torchalign.types.Estimate`.
@@ -195,6 +197,7 @@ def gate_stages(
         aligned, inside = resample_lattice(
             moving.unsqueeze(-3), path, step, interpolation="bicubic", mask=moving_usable
         )
+        inside = inside[0] if vector else inside
         overlap = inside if overlap is None else overlap & inside
         if inliers is not None:
             # the root of an inlier weight is the squared local correlation
@@ -207,9 +210,13 @@ def gate_stages(
         images.append(aligned.squeeze(-3))
     assert overlap is not None  # there is at least one stage
     ground = overlap.to(moving.dtype)
-    *scores, score_before = _correlate(
-        _thin(reference, step), ground if weight is None else ground * weight, *images, before
-    )
+    if weight is not None:
+        ground = ground * weight
+    compared = [_thin(reference, step), *images, before]
+    if vector:
+        ground, *compared = torch.cat((ground, ground), -2), *(torch.cat((*parts,), -2) for parts in compared)
+    reference, *images, before = compared
+    *scores, score_before = _correlate(reference, ground, *images, before)
 
     result: Estimate | None = None
     for number, (warp, displacement, verdict, score, stage) in enumerate(

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchalign.functional.common_ground import fill_holes
 from torchalign.functional.keypoints import erode
-from torchalign.functional.texture import _fill_holes, _triangle, nanmedian, pool
+from torchalign.functional.smoothing import block_sums, enlarge, nanmedian, triangle_mean
 
-__all__ = ["SUPPORT", "orientation_field"]
+__all__ = ["orientation_field"]
 
 # The gradient at a pixel sees the 5 × 5 pixels around it: so far a mask reaches.
-SUPPORT = 2
+_SUPPORT = 2
 # Strengths beyond this share of their surroundings' are clipped, softly: the edge of a cloud then weighs no more
 # than the edge of a field.
 _CLIP = 0.25
@@ -43,7 +44,8 @@ def orientation_field(image: Tensor, mask: Tensor | None = None) -> Tensor:
         mask: bool, (..., H, W), True = usable. The field is 0 within two pixels of what is not.
 
     Returns:
-        (..., 2, H, W), of length at most 1/4; 0 where the image is flat.
+        (2, ..., H, W), the parts first, so that weights (..., H, W) broadcast; of length at most 1/4; 0 where the
+        image is flat.
 
     Example:
         >>> ramp = torch.arange(5.0).expand(5, 5)
@@ -51,10 +53,10 @@ def orientation_field(image: Tensor, mask: Tensor | None = None) -> Tensor:
         (tensor([0.2410, 0.0000]), tensor([-0.2410, 0.0000]))
     """
     if mask is not None:
-        image = _fill_holes(torch.where(mask, image, 0.0), mask)
+        image = fill_holes(torch.where(mask, image, 0.0), mask)
     gx, gy = _gradient(image)
     if mask is not None:
-        inside = erode(mask, SUPPORT)
+        inside = erode(mask, _SUPPORT)
         gx, gy = torch.where(inside, gx, 0.0), torch.where(inside, gy, 0.0)
     square = gx.square() + gy.square()
     # (no derivative of a root at 0)
@@ -63,13 +65,15 @@ def orientation_field(image: Tensor, mask: Tensor | None = None) -> Tensor:
     local = _local_mean(strength)
     relative = strength / torch.where(local > 0, local, 1.0)
     length = _CLIP * torch.tanh(relative / _CLIP) / torch.where(flat, 1.0, square)
-    return torch.stack(((gx.square() - gy.square()) * length, 2 * gx * gy * length), -3)
+    return torch.stack(((gx.square() - gy.square()) * length, 2 * gx * gy * length))
 
 
 def _gradient(image: Tensor) -> tuple[Tensor, Tensor]:
     """(gx, gy) of the image smoothed by the binomial (1, 2, 1)/4, a Gaussian of σ 0.71 px; borders repeat."""
     flat = image.reshape(-1, 1, *image.shape[-2:])
-    padded = F.pad(flat, (2, 2, 2, 2), mode="replicate").reshape(*image.shape[:-2], *(n + 4 for n in image.shape[-2:]))
+    padded = F.pad(flat, (2, 2, 2, 2), mode="replicate").reshape(
+        *image.shape[:-2], *(n + 4 for n in image.shape[-2:])
+    )
     smooth = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
     smooth = (smooth[..., :-2] + 2 * smooth[..., 1:-1] + smooth[..., 2:]) * (1 / 16)
     gx = 0.5 * (smooth[..., 1:-1, 2:] - smooth[..., 1:-1, :-2])
@@ -78,14 +82,12 @@ def _gradient(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _local_mean(strength: Tensor) -> Tensor:
-    """The mean over some 10 pixels (1 σ) around, and the median over the frame of that; at least one sample apart.
+    """The mean over some 10 pixels (1 σ) around, plus the median over the frame of that.
 
     Blocks of 4 × 4, two triangles of 7 × 7 blocks over them, interpolated between.
     """
     height, width = strength.shape[-2:]
-    share = pool(torch.ones_like(strength[..., :1, :1]).expand(*strength.shape[:-2], height, width), 2)
-    blocks = _triangle(_triangle(pool(strength, 2) / share, 2), 2)
+    share = block_sums(strength.new_ones(height, width), 2)
+    blocks = triangle_mean(triangle_mean(block_sums(strength, 2) / share, 2), 2)
     typical = nanmedian(blocks.flatten(-2))[..., None, None]
-    flat = (blocks + typical).reshape(-1, 1, *blocks.shape[-2:])
-    smooth = F.interpolate(flat, scale_factor=4.0, mode="bilinear", align_corners=False)
-    return smooth.reshape(*blocks.shape[:-2], *smooth.shape[-2:])[..., :height, :width]
+    return enlarge(blocks + typical, 2**2, (height, width))

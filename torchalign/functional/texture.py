@@ -27,11 +27,21 @@ from torchalign.functional.common_ground import fill_holes
 from torchalign.functional.fourier import fft, irfft2, rfft
 from torchalign.functional.sizes import square_root
 from torchalign.functional.smoothing import nanmedian, triangle_mean
+from torchalign.functional.structure import orientation_field
 from torchalign.functional.working_grid import WorkingGrid, working_size
 
-__all__ = ["Contrast", "Texture", "band_limit", "extract_pyramid", "extract_texture", "local_contrast"]
+__all__ = [
+    "Brightness",
+    "Contrast",
+    "Texture",
+    "band_limit",
+    "extract_pyramid",
+    "extract_texture",
+    "local_contrast",
+]
 
-Contrast = Literal["local", "none"]
+Brightness = Literal["local", "none"]
+Contrast = Literal["local", "none", "structure"]
 
 # Share of usable pixels around a sample (in 15 × 15 samples) at which its weight is 0, and from which it is 1.
 # A soft weight as wide as a hole leaves no pattern of its own to be correlated.
@@ -44,7 +54,8 @@ class Texture(NamedTuple):
     """What of an image is correlated, see :func:`extract_texture`.
 
     Attributes:
-        field: (..., h, w), band-limited and locally normalised.
+        field: (..., h, w), band-limited and locally normalised; of ``contrast="structure"`` (2, ..., h, w), the two
+            parts of a vector.
         weights: (..., h, w) in [0, 1], small where little is usable; ``None`` if all is.
         flat: (...,) bool, nothing to see: no texture, or too few usable pixels.
     """
@@ -52,6 +63,11 @@ class Texture(NamedTuple):
     field: Tensor
     weights: Tensor | None
     flat: Tensor
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the field has two parts, which are correlated as one vector."""
+        return self.field.ndim > self.flat.ndim + 2
 
 
 def extract_texture(
@@ -68,7 +84,8 @@ def extract_texture(
         image: (..., H, W), finite.
         mask: bool, broadcastable, True = usable.
         max_frequency: in cycles per pixel.
-        contrast: ``"local"`` or ``"none"``.
+        contrast: ``"local"`` for :func:`local_contrast`, ``"none"`` for the mean removed, ``"structure"`` for
+            :func:`~torchalign.functional.structure.orientation_field`.
         blur: σ of a Gaussian in pixels, applied with the band limit, in the spectral domain.
 
     Returns:
@@ -96,16 +113,19 @@ def extract_pyramid(
         image: (..., H, W), finite.
         mask: bool, broadcastable, True = usable.
         grids: what each level is sampled on, over frames of this size; the first one has the widest band.
-        contrast: ``"local"`` or ``"none"``.
+        contrast: as in :func:`extract_texture`.
         blur: σ of a Gaussian in pixels.
 
     Returns:
         One :class:`Texture` a grid.
     """
     mean, centred, empty = _centre(image, mask)
-    spectrum = _periodic_spectrum(centred, grids[0])
+    seen = orientation_field(centred, mask) if contrast == "structure" else centred
+    spectrum = _periodic_spectrum(seen, grids[0])
     # a frame whose deviation is the rounding error of its mean is flat
     noise = 32 * torch.finfo(image.dtype).eps * mean[..., 0, 0].abs()
+    if contrast == "structure":  # which does not tell how strong the contrast is
+        empty, noise = empty | (_deviation(centred) <= noise), torch.zeros_like(noise)
     textures = []
     for grid in grids:
         limited = _limit(spectrum, grid, blur)
@@ -180,14 +200,21 @@ def _normalize(
     limited: Tensor, weights: Tensor | None, noise: Tensor, empty: Tensor, contrast: Contrast
 ) -> Texture:
     """Units of any size become 1; then the local contrast."""
-    samples = limited.shape[-2] * limited.shape[-1]
-    scale = torch.linalg.vector_norm(limited.detach(), dim=(-2, -1)) / square_root(samples)
+    scale = _deviation(limited)
+    if contrast == "structure":
+        scale = torch.linalg.vector_norm(scale, dim=0)
     flat = (scale <= noise) | empty | ~torch.isfinite(scale)
     # squares of what follows neither vanish nor overflow
     normal = limited / torch.where(flat, 1.0, scale)[..., None, None]
     if contrast == "local":
         return Texture(local_contrast(normal, weights), weights, flat)
     return Texture(normal if weights is None else normal * weights, weights, flat)
+
+
+def _deviation(centred: Tensor) -> Tensor:
+    """(...,): the root of the mean square, without its gradient."""
+    samples = centred.shape[-2] * centred.shape[-1]
+    return torch.linalg.vector_norm(centred.detach(), dim=(-2, -1)) / square_root(samples)
 
 
 def _weights(mask: Tensor, grid: WorkingGrid) -> Tensor:
