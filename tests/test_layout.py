@@ -18,7 +18,7 @@ ROOT = Path(torchalign.__file__).parent
 LAYERS = [
     {"types", "_check", "_host"},
     {"functional.affine", "functional.warp", "functional.channels", "functional.fourier", "functional.texture",
-     "functional.working_grid", "functional.smoothing", "functional.common_ground", "functional.sizes",
+     "functional.working_grid", "functional.smoothing", "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
      "functional.uncertainty",
      "functional.sift", "functional"},
@@ -42,7 +42,7 @@ LAYERS = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # within functional: affine and warp are the ground of the others, keypoints that of sift
-WITHIN = {"functional.texture", "functional.working_grid", "functional.smoothing", "functional.common_ground",
+WITHIN = {"functional.texture", "functional.structure", "functional.working_grid", "functional.smoothing", "functional.common_ground",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
           "functional.sift"}  # fmt: skip
 # what a layer may use besides torch and the standard library

@@ -50,7 +50,7 @@ def agreement(moving: Tensor, reference: Tensor, *, fine: bool = False, vector: 
     # pooled before they are stacked: it is small then, and the reference may be one for all frames
     products = (moving * reference, moving.square(), reference.square())
     if vector:
-        products = tuple(product.sum(0) for product in products)
+        products = products[0].sum(0), products[1].sum(0), products[2].sum(0)
     sums = products if fine else [block_sums(product, 2) for product in products]
     stacked = torch.stack(torch.broadcast_tensors(*sums))  # type: ignore[no-untyped-call]
     common, own, other = triangle_mean(stacked, 2 if fine else 1).unbind()

@@ -58,7 +58,7 @@ _NEWTON_STEPS = 3
 _NEWTON_TOLERANCE = 1e-2
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor (benchmarks/accuracy.py).
 _SIGMA_CALIBRATION = 1.07
-# And across sensors, whose structures differ by what physics makes of them, by this one more (benchmarks/sensors.py).
+# And across sensors, where each shows edges of its own, by this one more (benchmarks/sensors.py).
 _STRUCTURE_CALIBRATION = 3.2
 
 
