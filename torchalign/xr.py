@@ -535,9 +535,9 @@ def _residual(
         )
     # the channel and the crop are those of the estimate; a module of another kind is taken to see the mean
     eyes = module if isinstance(module, Aligner) else PCC()
-    moving, moving_usable = eyes._see(aligned, seen)
+    moving, moving_usable = eyes._extract_channel(aligned, seen)
     frames = reference if reference.ndim == 4 else reference[None]
-    still, still_usable = eyes._see(frames, reference_usable)
+    still, still_usable = eyes._extract_channel(frames, reference_usable)
     left = phase_correlation(moving, still, moving_usable, still_usable)
     measured = found.valid & left.converged & ~left.flat & ~left.outside
     return left.shift.masked_fill(~measured[:, None], torch.nan)
