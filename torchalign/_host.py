@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import mmap
 import os
 import sys
@@ -17,13 +18,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "all_finite",
+    "all_true",
     "carries_gradient",
     "empty_on_host",
     "give_back_memory",
     "is_on_host",
     "is_symbol",
     "keep_memory",
+    "launches_kernels",
     "map_on_host",
+    "may_read",
+    "read",
 ]
 
 Item = TypeVar("Item")
@@ -43,6 +49,34 @@ def is_on_host(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
         return False
     return not carries_gradient(tensor)
+
+
+def may_read(*tensors: Tensor | None) -> bool:
+    """Whether :func:`is_on_host` holds for all of them that are there."""
+    return all(tensor is None or is_on_host(tensor) for tensor in tensors)
+
+
+def read(tensor: Tensor) -> float | None:
+    """The value of a tensor of one element; ``None`` where it may not be read."""
+    return float(tensor) if is_on_host(tensor) else None
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every number is known to be finite: a tensor that may not be read is not asked.
+
+    One sum tells: a NaN or an infinity survives it. (A sum that overflows tells a harmless lie.)
+    """
+    return is_on_host(tensor) and math.isfinite(float(tensor.sum()))
+
+
+def all_true(tensor: Tensor) -> bool:
+    """Whether all of a bool tensor is known to be True: one that may not be read is not asked."""
+    return is_on_host(tensor) and bool(tensor.all())
+
+
+def launches_kernels(tensor: Tensor) -> bool:
+    """Whether an operation on it is a launch on a device, so that few large ones are faster than many small ones."""
+    return tensor.device.type != "cpu"
 
 
 def is_symbol(*numbers: object) -> bool:
