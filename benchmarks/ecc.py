@@ -464,7 +464,6 @@ def watched() -> Iterator[tuple[dict[str, float], dict[tuple[int, int], int]]]:
         (ecc, "_assess", "assess"),
         (aligner_module, "gate_stages", "gate"),
         (aligner_module, "resample", "warp"),
-        (aligner_module, "resample_into", "warp"),
     ]
     before = [(owner, name, owner.__dict__[name]) for owner, name, _ in places]
     before += [(owner, "values", owner.__dict__["values"]) for owner in (ecc._Shifted, ecc._Warped)]

@@ -27,7 +27,7 @@ from torchalign._host import empty_on_host, is_on_host, map_on_host
 from torchalign.functional.affine import MotionModel, change_origin, identity_warp
 from torchalign.functional.channels import Channel, ChannelName, center_crop, extract_channel
 from torchalign.functional.quality import gate_stages
-from torchalign.functional.warp import Interpolation, PaddingMode, resample, resample_into, translate
+from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.types import Alignment, Estimate, Motion, Status
 
 __all__ = ["Aligner", "Job", "Motion", "full_precision"]
@@ -111,30 +111,23 @@ class Aligner(nn.Module, ABC):
             return self._align(self._check(cube, reference, mask, reference_mask, init))
 
     def _align(self, job: Any) -> Alignment:
-        cube = job.cube
         blocks = self._blocks(job)
         if len(blocks) == 1:
-            estimate, only_shifts = self._estimate(job)
-            if only_shifts:
-                shift = estimate.warp[..., :2, 2]
-                aligned = translate(cube, shift, mask=job.mask, **self._resampling()).values
-            else:
-                aligned = resample(cube, estimate.warp, mask=job.mask, **self._resampling()).values
-            return Alignment(self._keep_rejected(aligned, cube, estimate), estimate)
-
-        # a block that was just estimated is still in the cache
-        aligned = empty_on_host(cube.shape, cube.dtype)
+            return self._align_block(job)
+        aligned = empty_on_host(job.cube.shape, job.cube.dtype)
 
         def align(part: slice) -> Estimate:
-            block = job.part(part)
-            estimate, _ = self._estimate(block)
-            out = aligned[part]
-            resample_into(out, block.cube, estimate.warp, mask=block.mask, **self._resampling())
-            if self.fill_value is not None:
-                out.copy_(self._keep_rejected(out, block.cube, estimate))
+            # a block that was just estimated is still in the cache
+            aligned[part], estimate = self._align_block(job.part(part))
             return estimate
 
         return Alignment(aligned, _concatenate(self._map(align, blocks)))
+
+    def _align_block(self, job: Any) -> Alignment:
+        estimate, only_shifts = self._estimate(job)
+        warp = estimate.warp[..., :2, 2] if only_shifts else estimate.warp
+        aligned = resample(job.cube, warp, mask=job.mask, **self._resampling()).values
+        return Alignment(self._keep_rejected(aligned, job.cube, estimate), estimate)
 
     def estimate(
         self,
