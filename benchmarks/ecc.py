@@ -460,7 +460,7 @@ def watched() -> Iterator[tuple[dict[str, float], dict[tuple[int, int], int]]]:
         (ecc._Warped, "of", "textures"),
         (ecc._Search, "climb", "search"),
         (ecc, "_better_of", "search"),
-        (ecc._Look, "at", "search"),
+        (ecc._WarpedSamples, "at", "search"),
         (ecc, "_assess", "assess"),
         (aligner_module, "gate_stages", "gate"),
         (aligner_module, "resample", "warp"),

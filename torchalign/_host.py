@@ -75,7 +75,7 @@ def all_true(tensor: Tensor) -> bool:
 
 
 def launches_kernels(tensor: Tensor) -> bool:
-    """Whether an operation on it is a launch on a device, so that few large ones are faster than many small ones."""
+    """Whether an operation on it is a launch on a device: few large ones are then faster than many small ones."""
     return tensor.device.type != "cpu"
 
 

@@ -24,8 +24,9 @@ from torchalign._check import (
     message,
 )
 from torchalign._host import empty_on_host, is_on_host, map_on_host
-from torchalign.functional.affine import MotionModel, change_origin, identity_warp
+from torchalign.functional.affine import change_origin, identity_warp
 from torchalign.functional.channels import Channel, ChannelName, center_crop, extract_channel
+from torchalign.functional.motion import MotionModel
 from torchalign.functional.quality import gate_stages
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.types import Alignment, Estimate, Motion, Status

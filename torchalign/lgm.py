@@ -14,11 +14,9 @@ from torchalign._check import check_option, check_whole, message
 from torchalign._host import is_on_host
 from torchalign.aligner import Aligner, Job, full_precision
 from torchalign.functional.affine import (
-    MotionModel,
     compose_warps,
     identity_warp,
     invert_warp,
-    only_shifts,
     split_at_center,
     transform_points,
     translation_warp,
@@ -35,6 +33,7 @@ from torchalign.functional.matching import (
     significance,
     window_ascent,
 )
+from torchalign.functional.motion import MotionModel, only_shifts
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.texture import (
     Grid,

@@ -609,9 +609,7 @@ def test_exports_with_any_number_of_frames() -> None:
 @interpolations
 def test_maps(interpolation) -> None:
     cube, warps = noise(4, 3, 2, 66, 66), affine_warps(12).reshape(4, 3, 2, 3)
-    moved = torch.func.vmap(lambda *given: resample(*given, interpolation=interpolation))(
-        cube, warps[..., 2]
-    )
+    moved = torch.func.vmap(lambda *given: resample(*given, interpolation=interpolation))(cube, warps[..., 2])
     expected = resample(cube, warps[..., 2], interpolation=interpolation)
     torch.testing.assert_close(tuple(moved), tuple(expected))
     function = torch.func.vmap(lambda cube, warps: warp(cube, warps, interpolation=interpolation))

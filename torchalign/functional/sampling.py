@@ -4,14 +4,14 @@ A *tap* is a sample at a whole distance from the one at or before a position. An
 
 .. math:: f(x, y) = \sum_j k(y - j) \sum_i k(x - i)\, f_{ij}
 
-and all kernels here (bilinear, Keys' bicubic, the cubic B-spline and its slope) are weights of two or four taps along
-each axis. What differs is how taps are taken: :class:`Taps` gathers them around any positions, :class:`Lines` takes
-whole rows and then columns where all positions of a frame are shifted alike, and :class:`Slices` copies them where the
-shift is a number on the host.
+and all kernels here (bilinear, Keys' bicubic, the cubic B-spline and its slope) are weights of two or four taps
+along each axis. What differs is how taps are taken: :class:`Taps` gathers them around any positions,
+:class:`Lines` takes whole rows and then columns where all positions of a frame are shifted alike, and
+:class:`Slices` copies them where the shift is a number on the host.
 
 References:
-    Keys 1981, doi:10.1109/TASSP.1981.1163711; Unser 1999, doi:10.1109/79.799930 (B-splines); Sigg & Hadwiger 2005, in
-    GPU Gems 2, chapter 20 (their taps two by two).
+    Keys 1981, doi:10.1109/TASSP.1981.1163711; Unser 1999, doi:10.1109/79.799930 (B-splines); Sigg & Hadwiger
+    2005, in GPU Gems 2, chapter 20 (their taps two by two).
 """
 
 from __future__ import annotations
@@ -281,26 +281,34 @@ def _padded(index: Tensor, length: int, padding_mode: PaddingMode) -> Tensor:
     return index.clamp(0, length - 1)
 
 
-class Gather:
-    """Any positions, any device, all frames at once: integer indices into flattened frames."""
+class _Positioned:
+    """What :class:`Gather` and :class:`Lines` are made of."""
 
     def __init__(self, positions: Positions, size: tuple[int, int], padding_mode: PaddingMode) -> None:
         self.positions = positions
         self.size = size
         self.padding_mode: PaddingMode = padding_mode
-        # a band dimension for the weights, (..., T, 1, h, w)
+        # a band dimension for the weights: (..., T, 1, h, w), or (..., T, 1, 1, 1) of shifts
         self.x, self.y = positions.x.unsqueeze(-3), positions.y.unsqueeze(-3)
 
     def inside(self) -> Tensor:
+        """See :class:`Sampler`."""
         return self.positions.inside(self.size)
 
+
+class Gather(_Positioned):
+    """Any positions, any device, all frames at once: integer indices into flattened frames."""
+
     def nearest(self, planes: Tensor) -> Tensor:
+        """See :class:`Sampler`."""
         return self._take(planes, *self.positions.nearest())
 
     def bilinear(self, planes: Tensor) -> Tensor:
+        """See :class:`Sampler`."""
         return bilinear(self._taps(planes), self.x, self.y)
 
     def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
+        """See :class:`Sampler`."""
         across, down = (cubic_weights(fraction, magnitudes=magnitudes) for fraction in (self.x, self.y))
         return weighted_sum(self._taps(planes), across, down)
 
@@ -328,33 +336,28 @@ class Gather:
         return tap
 
 
-class Lines:
+class Lines(_Positioned):
     """Frames that are shifted: rows are taken whole, then columns, by one line of indices a frame and axis.
 
-    That saves a GPU most of its index traffic, and of a lattice most rows are never touched.
+    Of columns (..., T, 1, w) and rows (..., T, h, 1). That saves a GPU most of its index traffic, and of a lattice
+    most rows are never touched.
     """
 
-    def __init__(self, positions: Positions, size: tuple[int, int], padding_mode: PaddingMode) -> None:
-        self.positions = positions  # columns (..., T, 1, w), rows (..., T, h, 1), fractions (..., T, 1, 1)
-        self.size = size
-        self.padding_mode: PaddingMode = padding_mode
-        self.x, self.y = positions.x.unsqueeze(-3), positions.y.unsqueeze(-3)
-
-    def inside(self) -> Tensor:
-        return self.positions.inside(self.size)
-
     def nearest(self, planes: Tensor) -> Tensor:
+        """See :class:`Sampler`."""
         column, row = self.positions.nearest()
         (lines,) = self._rows(planes, row, range(1))
         return self._columns(lines, column, range(1))[0]
 
     def bilinear(self, planes: Tensor) -> Tensor:
+        """See :class:`Sampler`."""
         column, row = self.positions[:2]
         above, below = self._rows(planes, row, range(2))
         left, right = self._columns(torch.lerp(above, below, self.y), column, range(2))
         return torch.lerp(left, right, self.x)
 
     def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
+        """See :class:`Sampler`."""
         column, row = self.positions[:2]
         across, down = (cubic_weights(fraction, magnitudes=magnitudes) for fraction in (self.x, self.y))
         lines = _combine(down, self._rows(planes, row, range(-1, 3)))
@@ -405,6 +408,7 @@ class Slices:
         return self.column + (self.x >= 0.5), self.row + (self.y >= 0.5)
 
     def inside(self) -> Tensor:
+        """See :class:`Sampler`."""
         column, row = self._nearest()
         (top, bottom), (left, right) = (_overlap(row, self.size[0], 1), _overlap(column, self.size[1], 1))
         inside = torch.zeros(self.size, dtype=torch.bool, device="cpu")
@@ -412,13 +416,16 @@ class Slices:
         return inside
 
     def nearest(self, planes: Tensor) -> Tensor:
+        """See :class:`Sampler`."""
         column, row = self._nearest()
         return _shift_line(_shift_line(planes, -1, column), -2, row)
 
     def bilinear(self, planes: Tensor, out: Tensor | None = None) -> Tensor:
+        """See :class:`Sampler`."""
         return _shift_line(_shift_line(planes, -1, self.column, self.x), -2, self.row, self.y, out)
 
     def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
+        """See :class:`Sampler`."""
         for dim, offset, fraction in ((-2, self.row, self.y), (-1, self.column, self.x)):
             length = planes.shape[dim]
             weights = cubic_weights(fraction, magnitudes=magnitudes)
@@ -448,9 +455,7 @@ def _shift_line(
         out = torch.empty_like(planes, memory_format=torch.contiguous_format)
     within = out.narrow(dim, first, last - first)
     if last > first:
-        source, *following = (
-            planes.narrow(dim, first + offset + tap, last - first) for tap in range(taps)
-        )
+        source, *following = (planes.narrow(dim, first + offset + tap, last - first) for tap in range(taps))
         if following:
             torch.lerp(source, following[0], fraction, out=within)
         else:

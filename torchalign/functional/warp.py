@@ -190,9 +190,7 @@ def _check(cube: Tensor, warp: Tensor, mask: Tensor | None) -> None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(
-            message("mask", "a bool tensor, True = usable", kind, "compare first, e.g. mask > 0")
-        )
+        raise TypeError(message("mask", "a bool tensor, True = usable", kind, "compare first, e.g. mask > 0"))
     _check_device("mask", mask, cube)
     if not _broadcasts(tuple(mask.shape), (*shape[:-3], *shape[-2:])):
         expected = f"a shape that broadcasts to (..., T, H, W), here {(*shape[:-3], *shape[-2:])}"
@@ -451,7 +449,9 @@ def _blocks(
 def _shifts(motion: Tensor) -> dict[int, tuple[float, float]]:
     """Of (N, 2) or (N, 2|3, 3): the frames that are only shifted, and the shift (x, y)."""
     shifts = {}
-    for index, row in enumerate(motion.flatten(1).to(torch.promote_types(motion.dtype, torch.float32)).tolist()):
+    for index, row in enumerate(
+        motion.flatten(1).to(torch.promote_types(motion.dtype, torch.float32)).tolist()
+    ):
         x, y = row if len(row) == 2 else (row[2], row[5])
         identity = [1.0, 0.0, x, 0.0, 1.0, y, 0.0, 0.0, 1.0][: len(row)]
         if (len(row) == 2 or row == identity) and abs(x) <= _FARTHEST and abs(y) <= _FARTHEST:
