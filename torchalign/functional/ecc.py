@@ -548,7 +548,7 @@ class _Search(NamedTuple):
     def descend(
         self, start: Tensor, levels: Sequence[Level], pyramid: Sequence[_Shifted | _Warped]
     ) -> _State:
-        """From the coarsest level to the finest; there once more, with weights and samples from near the optimum."""
+        """From the coarsest level to the finest; there once more, with weights and samples from nearby."""
         warp: Tensor | None = None
         for number in reversed(range(len(levels))):
             level = rough = levels[number]

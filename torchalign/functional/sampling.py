@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import launches_kernels
+from torchalign._host import in_pieces, launches_kernels
 
 __all__ = [
     "Gather",
@@ -171,7 +171,7 @@ def bilinear_at(continued: Tensor, column: Tensor, row: Tensor) -> Tensor:
     """
     if launches_kernels(continued):
         return _look_up(continued, column, row)
-    return bilinear(*_surroundings(continued, column, row))
+    return in_pieces(lambda *given: bilinear(*_surroundings(*given)), continued, column, row)
 
 
 def spline_at(continued: Tensor, column: Tensor, row: Tensor) -> Tensor:
@@ -184,8 +184,12 @@ def spline_at(continued: Tensor, column: Tensor, row: Tensor) -> Tensor:
             for line in (top, bottom)
         )
         return torch.lerp(above, below, down)
-    tap, x, y = _surroundings(continued, column, row)
-    return weighted_sum(tap, spline_weights(x), spline_weights(y))
+
+    def sample(*given: Tensor) -> Tensor:
+        tap, x, y = _surroundings(*given)
+        return weighted_sum(tap, spline_weights(x), spline_weights(y))
+
+    return in_pieces(sample, continued, column, row)
 
 
 def spline_with_slopes(continued: Tensor, column: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -410,7 +414,10 @@ class Slices:
     def inside(self) -> Tensor:
         """See :class:`Sampler`."""
         column, row = self._nearest()
-        (top, bottom), (left, right) = (_overlap(row, self.size[0], 1), _overlap(column, self.size[1], 1))
+        (top, bottom), (left, right) = (
+            _overlap(offset, length, length, 1)
+            for offset, length in zip((row, column), self.size, strict=True)
+        )
         inside = torch.zeros(self.size, dtype=torch.bool, device="cpu")
         inside[top:bottom, left:right] = True
         return inside
@@ -422,44 +429,52 @@ class Slices:
 
     def bilinear(self, planes: Tensor, out: Tensor | None = None) -> Tensor:
         """See :class:`Sampler`."""
-        return _shift_line(_shift_line(planes, -1, self.column, self.x), -2, self.row, self.y, out)
+        return _shift_line(_shift_line(planes, -1, self.column, self.x), -2, self.row, self.y, out=out)
 
     def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
         """See :class:`Sampler`."""
         for dim, offset, fraction in ((-2, self.row, self.y), (-1, self.column, self.x)):
             length = planes.shape[dim]
             weights = cubic_weights(fraction, magnitudes=magnitudes)
-            index = torch.arange(offset - 1, offset + length + 2, device="cpu").clamp(0, length - 1)
-            padded = planes.index_select(dim, index)
+            padded = _shift_line(planes, dim, offset - 1, count=length + 3)
             planes = padded.narrow(dim, 0, length) * weights[0]
             for tap in (1, 2, 3):
                 planes.add_(padded.narrow(dim, tap, length), alpha=weights[tap])
         return planes
 
 
-def _overlap(offset: int, length: int, taps: int) -> tuple[int, int]:
-    """First and last + 1 output index whose ``taps`` sources, from index + offset on, are all inside."""
-    first = min(max(0, -offset), length)
-    return first, max(first, min(length, length - offset - taps + 1))
+def _overlap(offset: int, count: int, length: int, taps: int) -> tuple[int, int]:
+    """First and last + 1 of ``count`` indices whose ``taps`` sources, from index + offset on, are all inside."""
+    first = min(max(0, -offset), count)
+    return first, max(first, min(count, length - offset - taps + 1))
 
 
 def _shift_line(
-    planes: Tensor, dim: int, offset: int, fraction: float = 0.0, out: Tensor | None = None
+    planes: Tensor,
+    dim: int,
+    offset: int,
+    fraction: float = 0.0,
+    *,
+    count: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Along one axis, what lies at index + offset + fraction; beyond the border the border."""
+    """Along one axis, what lies at index + offset + fraction, ``count`` times; beyond the border is the border."""
     length, taps = planes.shape[dim], 1 if fraction == 0 else 2
-    if offset == 0 and fraction == 0 and out is None:
+    count = length if count is None else count
+    if offset == 0 and fraction == 0 and out is None and count == length:
         return planes
-    first, last = _overlap(offset, length, taps)
+    first, last = _overlap(offset, count, length, taps)
     if out is None:
-        out = torch.empty_like(planes, memory_format=torch.contiguous_format)
+        size = list(planes.shape)
+        size[dim] = count
+        out = planes.new_empty(size)
     within = out.narrow(dim, first, last - first)
     if last > first:
-        source, *following = (planes.narrow(dim, first + offset + tap, last - first) for tap in range(taps))
-        if following:
-            torch.lerp(source, following[0], fraction, out=within)
+        sources = [planes.narrow(dim, first + offset + tap, last - first) for tap in range(taps)]
+        if taps == 2:
+            torch.lerp(*sources, fraction, out=within)
         else:
-            within.copy_(source)
+            within.copy_(sources[0])
     out.narrow(dim, 0, first).copy_(planes.narrow(dim, 0, 1))
-    out.narrow(dim, last, length - last).copy_(planes.narrow(dim, length - 1, 1))
+    out.narrow(dim, last, count - last).copy_(planes.narrow(dim, length - 1, 1))
     return out
