@@ -23,10 +23,11 @@ from torchalign._check import (
     check_warp,
 )
 from torchalign._host import all_finite, empty_on_host, map_on_host, may_read
-from torchalign.functional.affine import MotionModel, change_origin, identity_warp, split_at_center
+from torchalign.functional.affine import change_origin, identity_warp, split_at_center
 from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel
+from torchalign.functional.motion import MotionModel
 from torchalign.functional.quality import gate_stages
-from torchalign.functional.warp import Interpolation, PaddingMode, resample, resample_into, translate
+from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.types import Alignment, Estimate, Motion, Status
 
 __all__ = ["Aligner", "Block", "Job", "Motion", "SharedOptions", "full_precision", "undo_init"]
@@ -128,30 +129,23 @@ class Aligner(nn.Module, ABC):
             return self._align(self._check(cube, reference, mask, reference_mask, init))
 
     def _align(self, job: Any) -> Alignment:
-        cube = job.cube
         blocks = self._blocks(job)
         if len(blocks) == 1:
-            estimate, only_shifts = self._estimate(job)
-            if only_shifts:
-                shift = estimate.warp[..., :2, 2]
-                aligned = translate(cube, shift, mask=job.mask, **self._resampling()).values
-            else:
-                aligned = resample(cube, estimate.warp, mask=job.mask, **self._resampling()).values
-            return Alignment(self._keep_rejected(aligned, cube, estimate), estimate)
-
-        # a block that was just estimated is still in the cache
-        aligned = empty_on_host(cube.shape, cube.dtype)
+            return self._align_block(job)
+        aligned = empty_on_host(job.cube.shape, job.cube.dtype)
 
         def align(part: slice) -> Estimate:
-            block = job.part(part)
-            estimate, _ = self._estimate(block)
-            out = aligned[part]
-            resample_into(out, block.cube, estimate.warp, mask=block.mask, **self._resampling())
-            if self.fill_value is not None:
-                out.copy_(self._keep_rejected(out, block.cube, estimate))
+            # a block that was just estimated is still in the cache
+            aligned[part], estimate = self._align_block(job.part(part))
             return estimate
 
         return Alignment(aligned, _concatenate(self._map(align, blocks)))
+
+    def _align_block(self, job: Any) -> Alignment:
+        estimate, only_shifts = self._estimate(job)
+        warp = estimate.warp[..., :2, 2] if only_shifts else estimate.warp
+        aligned = resample(job.cube, warp, mask=job.mask, **self._resampling()).values
+        return Alignment(self._keep_rejected(aligned, job.cube, estimate), estimate)
 
     def estimate(
         self,

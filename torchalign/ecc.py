@@ -10,7 +10,6 @@ from torch import Tensor
 
 from torchalign._check import check_number, check_option, check_whole, message
 from torchalign.aligner import Aligner, Motion
-from torchalign.functional.affine import MotionModel, only_shifts
 from torchalign.functional.channels import Channel
 from torchalign.functional.ecc import (
     Gradients,
@@ -19,6 +18,7 @@ from torchalign.functional.ecc import (
     enhanced_correlation,
     prepare_levels,
 )
+from torchalign.functional.motion import MotionModel, only_shifts
 from torchalign.functional.texture import Contrast
 from torchalign.functional.warp import Interpolation, PaddingMode
 from torchalign.types import Status

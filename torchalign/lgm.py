@@ -14,11 +14,9 @@ from torchalign._check import check_bool, check_cube, check_option, check_whole,
 from torchalign._host import is_on_host
 from torchalign.aligner import Aligner, Job, SharedOptions, full_precision, undo_init
 from torchalign.functional.affine import (
-    MotionModel,
     compose_warps,
     identity_warp,
     invert_warp,
-    only_shifts,
     transform_points,
     translation_warp,
 )
@@ -34,6 +32,7 @@ from torchalign.functional.matching import (
     significance,
     window_ascent,
 )
+from torchalign.functional.motion import MotionModel, only_shifts
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.texture import Texture, extract_texture
 from torchalign.functional.warp import resample

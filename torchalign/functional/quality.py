@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
 from torchalign.functional.sizes import larger, smaller
-from torchalign.functional.warp import resample_lattice
+from torchalign.functional.warp import resample
 from torchalign.types import Estimate, Motion, Status
 
 __all__ = ["gate", "gate_stages", "normalized_cross_correlation"]
@@ -190,8 +190,8 @@ def gate_stages(
         warp = torch.where(trusted[..., None, None], warp, identity)
         # bilinear interpolation smooths, which a score would take for misregistration
         path = warp[..., :2, 2] if only_shifts else warp
-        aligned, inside = resample_lattice(
-            moving.unsqueeze(-3), path, step, interpolation="bicubic", mask=moving_usable
+        aligned, inside = resample(
+            moving.unsqueeze(-3), path, interpolation="bicubic", mask=moving_usable, step=step
         )
         overlap = inside if overlap is None else overlap & inside
         if inliers is not None:
