@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -37,7 +37,15 @@ from torchalign.functional.phase import phase_correlation
 from torchalign.functional.texture import Texture, extract_texture
 from torchalign.functional.warp import resample
 from torchalign.functional.working_grid import WorkingGrid
-from torchalign.models.extractors import SIFT, FeatureModel, Features, build_extractor
+from torchalign.models.extractors import (
+    SIFT,
+    FeatureModel,
+    Features,
+    build_extractor,
+    count_valid_rows,
+    each_field,
+    join_fields,
+)
 from torchalign.models.weights import Weights
 from torchalign.types import Motion, Status
 
@@ -222,7 +230,7 @@ class LGM(Aligner):
         parts = [slice(None)]
         if rows is not None:
             parts = [slice(first, first + rows) for first in range(0, len(images), rows)]
-        features: Features = _joined(
+        features: Features = join_fields(
             [self._extract(images[part], None if masks is None else masks[part]) for part in parts]
         )
         features = _trimmed(features)
@@ -249,7 +257,7 @@ class LGM(Aligner):
             self._refined(part) if self.refine else self._fitted(part)
             for part in self._parts(moving, moving_usable, reference, reference_usable, prepared, init)
         ]
-        warp, sigma, status, inliers, _ = _joined(parts)
+        warp, sigma, status, inliers, _ = join_fields(parts)
         if inliers is not None:
             inliers = inliers.reshape(*lead, *inliers.shape[1:])
         warp = warp.reshape(*lead, *warp.shape[1:])
@@ -312,7 +320,7 @@ class LGM(Aligner):
 
         features, texture, _ = prepared
         if math.prod(prepared.lead) != 1:  # one for all stays one
-            features = _each(
+            features = each_field(
                 features,
                 lambda field: each(field) if field.ndim == 3 else each(field.unsqueeze(-1)).squeeze(-1),
             )
@@ -523,11 +531,10 @@ class _Part(NamedTuple):
     def rows(self, first: int, count: int) -> _Part:
         def cut(field: Any) -> Any:
             if isinstance(field, Features):
-                return field if field.keypoints.shape[0] == 1 else _each(field, cut)
+                return field if field.keypoints.shape[0] == 1 else each_field(field, cut)
             return field[first : first + count]
 
-        part: _Part = _each(self, cut)
-        return part
+        return each_field(self, cut)
 
 
 class _Found(NamedTuple):
@@ -556,27 +563,8 @@ def _flat(usable: Tensor | None, image: Tensor) -> Tensor | None:
 
 def _trimmed(features: Features) -> Features:
     """Without the last rows, where no frame has a keypoint, if that may be read: what follows grows as K²."""
-    if not is_on_host(features.valid) or not len(features.valid):
-        return features
-    rows = torch.arange(1, features.valid.shape[-1] + 1, device=features.valid.device)
-    count = max(1, int((features.valid * rows).amax()))
-    trimmed: Features = _each(features, lambda field: field[:, :count])
-    return trimmed
-
-
-def _each(fields: Any, change: Callable[[Any], Any]) -> Any:
-    """A named tuple of the same kind, with every field changed that is not None."""
-    return type(fields)(*(None if field is None else change(field) for field in fields))
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    """Named tuples of one kind, as one; fields that are no tensors stay as they are."""
-    if len(parts) == 1:
-        return parts[0]
-    columns: Any = zip(*parts, strict=True)
-    return type(parts[0])(
-        *(torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns)
-    )
+    count = count_valid_rows(features.valid)
+    return each_field(features, lambda field: field[:, :count])
 
 
 def _described(weights: Weights | None) -> str | None:

@@ -36,7 +36,7 @@ Contrast = Literal["local", "none"]
 # Share of usable pixels around a sample (in 15 × 15 samples) at which its weight is 0, and from which it is 1.
 # A soft weight as wide as a hole leaves no pattern of its own to be correlated.
 _COVERAGE = (0.3, 0.9)
-# Frames with less than this share of usable pixels are not worth a guess.
+# Frames with less than this share of usable pixels are empty.
 _MIN_USABLE = 1 / 64
 
 
@@ -109,8 +109,8 @@ def extract_pyramid(
     textures = []
     for grid in grids:
         limited = _limit(spectrum, grid, blur)
-        weights = None if mask is None else _weights(mask, grid)
-        textures.append(_normalize(limited, weights, noise, empty, contrast))
+        weights = None if mask is None else _usable_share(mask, grid)
+        textures.append(_standardized(limited, weights, noise, empty, contrast))
     return textures
 
 
@@ -176,7 +176,7 @@ def _centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     return mean, centred, share[..., 0, 0] < _MIN_USABLE
 
 
-def _normalize(
+def _standardized(
     limited: Tensor, weights: Tensor | None, noise: Tensor, empty: Tensor, contrast: Contrast
 ) -> Texture:
     """Units of any size become 1; then the local contrast."""
@@ -190,7 +190,7 @@ def _normalize(
     return Texture(normal if weights is None else normal * weights, weights, flat)
 
 
-def _weights(mask: Tensor, grid: WorkingGrid) -> Tensor:
+def _usable_share(mask: Tensor, grid: WorkingGrid) -> Tensor:
     """(..., h, w) in [0, 1]: how much of what lies around a sample is usable."""
     height, width = grid.size
     shape = mask.shape[:-2]
