@@ -26,6 +26,7 @@ __all__ = [
     "in_pieces",
     "is_on_host",
     "is_symbol",
+    "is_transformed",
     "keep_memory",
     "launches_kernels",
     "map_on_host",
@@ -85,6 +86,11 @@ def launches_kernels(tensor: Tensor) -> bool:
 def is_symbol(*numbers: object) -> bool:
     """Whether one of them is no number but a symbol, as sizes can be under torch.export."""
     return not all(isinstance(number, (int, float)) for number in numbers)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether it runs under a transform of torch.func (vmap, grad, jvp), which lets nothing but tensors through."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def carries_gradient(*tensors: Tensor) -> bool:

@@ -22,13 +22,13 @@ from torchalign._check import (
     check_reference,
     check_warp,
 )
-from torchalign._host import all_finite, empty_on_host, map_on_host, may_read
+from torchalign._host import all_finite, empty_on_host, is_transformed, map_on_host, may_read
 from torchalign.functional.affine import change_origin, identity_warp, split_at_center
 from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel
 from torchalign.functional.motion import MotionModel
 from torchalign.functional.quality import gate_stages
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
-from torchalign.types import Alignment, Estimate, Motion, Status
+from torchalign.types import Alignment, Estimate, Motion, ShiftField, Status, combine
 
 __all__ = ["Aligner", "Block", "Job", "Motion", "SharedOptions", "full_precision", "undo_init"]
 
@@ -296,6 +296,8 @@ class Aligner(nn.Module, ABC):
             max_translations=max_translations,
             min_score=self.min_score,
         )
+        if estimate.field is None and is_transformed(estimate.warp):
+            estimate = estimate._replace(field=ShiftField.empty_like(estimate.warp))
         if block.origin == (0, 0):
             return estimate
         back = change_origin(estimate.warp, (-block.origin[0], -block.origin[1]))
@@ -406,7 +408,7 @@ def _finite(init: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _concatenate(parts: list[Estimate]) -> Estimate:
-    return Estimate(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    return combine(torch.cat, parts)
 
 
 def undo_init(

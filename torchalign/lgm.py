@@ -257,12 +257,19 @@ class LGM(Aligner):
             self._refined(part) if self.refine else self._fitted(part)
             for part in self._parts(moving, moving_usable, reference, reference_usable, prepared, init)
         ]
-        warp, sigma, status, inliers, _ = join_fields(parts)
+        found = join_fields(parts)
+        warp, sigma, status, inliers = found[:4]
         if inliers is not None:
             inliers = inliers.reshape(*lead, *inliers.shape[1:])
         warp = warp.reshape(*lead, *warp.shape[1:])
+        covariance = None if found.covariance is None else found.covariance.reshape(*lead, 2, 2)
         return Motion(
-            warp, sigma.reshape(lead), status.reshape(lead), inliers, only_shifts(self.motion, init)
+            warp,
+            sigma.reshape(lead),
+            status.reshape(lead),
+            inliers,
+            only_shifts(self.motion, init),
+            covariance,
         )
 
     def matches(
