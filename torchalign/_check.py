@@ -1,6 +1,7 @@
 """Argument checks and their wording: what was expected, what came, and the cure. Host only, no maths.
 
 Public functions and Modules call them, once a call. What is called from there takes its arguments as they are.
+All raise TypeError for another kind of thing or another dtype, ValueError for a value, a shape or a device.
 """
 
 from __future__ import annotations
@@ -41,11 +42,7 @@ def message(name: str, expected: str, got: object, cure: str) -> str:
 
 
 def check_floating(name: str, tensor: object, shape: str = "") -> None:
-    """``tensor`` must be a tensor of a floating dtype; ``shape`` says in words what is expected of its shape.
-
-    Raises:
-        TypeError: it is not.
-    """
+    """``tensor`` must be a tensor of a floating dtype; ``shape`` says in words what is expected of its shape."""
     if not isinstance(tensor, Tensor):
         cure = "wrap it with torch.as_tensor, or use ta.align for xarray"
         raise TypeError(message(name, f"a torch.Tensor {shape}".rstrip(), type(tensor).__name__, cure))
@@ -55,22 +52,14 @@ def check_floating(name: str, tensor: object, shape: str = "") -> None:
 
 
 def check_option(name: str, value: object, choices: Any) -> None:
-    """``value`` must be one of a ``Literal``'s arguments.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """``value`` must be one of a ``Literal``'s arguments."""
     allowed = get_args(choices)
     if value not in allowed:
         raise ValueError(message(name, f"one of {allowed}", repr(value), "choose one of these"))
 
 
 def check_bool(name: str, value: object) -> None:
-    """``value`` must be ``True`` or ``False``.
-
-    Raises:
-        TypeError: it is not.
-    """
+    """``value`` must be ``True`` or ``False``."""
     if not isinstance(value, bool):
         raise TypeError(message(name, "True or False", repr(value), "give a bool"))
 
@@ -84,12 +73,7 @@ def check_number(
     inclusive: bool = True,
     optional: bool = False,
 ) -> None:
-    """``value`` must be a real number within bounds (or ``None`` where ``optional``).
-
-    Raises:
-        TypeError: not a number.
-        ValueError: out of bounds, or NaN.
-    """
+    """``value`` must be a real number within bounds (or ``None`` where ``optional``)."""
     if value is None and optional:
         return
     bounds = f"a number {'≥' if inclusive else '>'} {minimum:g} and ≤ {maximum:g}{' or None' * optional}"
@@ -102,12 +86,7 @@ def check_number(
 
 
 def check_whole(name: str, value: object, *, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
-    """``value`` must be a whole number within bounds; returned as an int.
-
-    Raises:
-        TypeError: no integer.
-        ValueError: out of bounds.
-    """
+    """``value`` must be a whole number within bounds; returned as an int."""
     expected = f"a whole number from {minimum} to {maximum}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(message(name, expected, f"{value!r} ({type(value).__name__})", "give an int"))
@@ -118,12 +97,7 @@ def check_whole(name: str, value: object, *, minimum: int = 1, maximum: int = 2*
 
 
 def check_cube(cube: Tensor) -> None:
-    """A floating cube (..., T, C, H, W).
-
-    Raises:
-        TypeError: not a floating tensor.
-        ValueError: fewer than four dimensions, or an empty frame.
-    """
+    """A floating cube (..., T, C, H, W)."""
     check_floating("cube", cube)
     if cube.ndim < 4:
         cure = "add the missing dimensions, e.g. cube[:, None]"
@@ -138,10 +112,6 @@ def check_reference(reference: Tensor, cube: Tensor) -> Tensor:
 
     Returns:
         (..., 1 or T, C, H, W), with as many dimensions as ``cube``.
-
-    Raises:
-        TypeError: another dtype than the cube's.
-        ValueError: another shape or device.
     """
     check_floating("reference", reference)
     if reference.dtype != cube.dtype:
@@ -161,12 +131,7 @@ def check_reference(reference: Tensor, cube: Tensor) -> Tensor:
 
 
 def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor | None:
-    """A bool mask that broadcasts to ``shape``; returned as given.
-
-    Raises:
-        TypeError: not a bool tensor.
-        ValueError: it does not broadcast, or is on another device.
-    """
+    """A bool mask that broadcasts to ``shape``; returned as given."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -185,12 +150,7 @@ def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], like: Tenso
 
 
 def check_warp(name: str, warp: Tensor, batch: Sequence[int], like: Tensor) -> None:
-    """A warp (..., T, 2, 3) or (..., T, 3, 3) for frames of batch shape ``batch``.
-
-    Raises:
-        TypeError: not a floating tensor.
-        ValueError: another shape or device.
-    """
+    """A warp (..., T, 2, 3) or (..., T, 3, 3) for frames of batch shape ``batch``."""
     check_floating(name, warp)
     _check_device(name, warp, like)
     if tuple(warp.shape) not in ((*batch, 2, 3), (*batch, 3, 3)):
@@ -200,12 +160,7 @@ def check_warp(name: str, warp: Tensor, batch: Sequence[int], like: Tensor) -> N
 
 
 def check_crop(crop_center: Any) -> tuple[int, int] | None:
-    """``None``, an int, or (h, w), each ≥ 1; returned as (h, w).
-
-    Raises:
-        TypeError: no integers.
-        ValueError: not one or two of them, or below 1.
-    """
+    """``None``, an int, or (h, w), each ≥ 1; returned as (h, w)."""
     if crop_center is None:
         return None
     values = tuple(crop_center) if isinstance(crop_center, Sequence) else (crop_center, crop_center)
@@ -219,12 +174,7 @@ def check_crop(crop_center: Any) -> tuple[int, int] | None:
 
 
 def check_bands(rgb_bands: object) -> tuple[int, int, int]:
-    """Three band indices, returned as ints.
-
-    Raises:
-        TypeError: not a sequence of integers.
-        ValueError: not three of them.
-    """
+    """Three band indices, returned as ints."""
     expected, cure = "three band indices (R, G, B)", "give three integers, e.g. (3, 2, 1)"
     complaint = message("rgb_bands", expected, repr(rgb_bands), cure)
     if isinstance(rgb_bands, str) or not isinstance(rgb_bands, Iterable):

@@ -234,7 +234,7 @@ class Aligner(nn.Module, ABC):
 
     def _blocks(self, job: Any) -> list[slice]:
         """What is estimated together, along the first axis: everything, but for the eager CPU."""
-        # first of all the host: under a trace, the number of frames must not be looked at
+        # first of all the host: under a trace, the number of frames must not be asked for
         if not may_read(*job.tensors(), *self.parameters()):
             return [slice(None)]
         rows, pixels = job.cube.shape[0], math.prod(job.cube.shape[1:-3]) * math.prod(job.cube.shape[-2:])

@@ -59,12 +59,12 @@ Matcher = Literal["guided", "mnn", "lightglue"]
 _KEYPOINTS = 1024
 
 # A guided match may lie so far, in pixels, beyond what `max_translation` allows: a keypoint is not exact, and what
-# is a little too far should be seen to be.
+# is a little too far should be found to be.
 _MARGIN = 3.0
 # Radius of the second, guided matching around a first fit of more than a translation.
 _SECOND_RADIUS = 6.0
 _MAX_FREQUENCY = 0.25
-# How far, in pixels, the peak of the correlation may lie from the whole pixel that the matches tell.
+# How far, in pixels, the peak of the correlation may lie from the whole pixel of the matches.
 _REACH = 1.5
 # Frames with a shorter side, in pixels, have no keypoints.
 _LEAST_SIDE = 16
@@ -107,8 +107,8 @@ class LGM(Aligner):
        allows; for more than a translation the mutually most similar of all, then once more around the first fit;
     3. the motion that most matches agree with, then Tukey-weighted least squares;
     4. a verdict on whether that many could agree by chance;
-    5. correlation (``refine``): where the fit brings both to the same ground, what is cloud or change is told from
-       it pixel by pixel (:func:`~torchalign.functional.common_ground.shared_ground`). A translation is the peak of
+    5. correlation (``refine``): where the fit brings both to the same ground, cloud and change are separated
+       from it pixel by pixel (:func:`~torchalign.functional.common_ground.shared_ground`). A translation is the peak of
        :func:`~torchalign.functional.phase.phase_correlation` over all the ground that both show; a richer motion
        is what 128 windows of 32² pixels, at the matches that agree, correlate best under, all for one motion.
 
@@ -143,8 +143,8 @@ class LGM(Aligner):
     ``max_translation``; ``TOO_FEW_MATCHES`` where no more agree than chance could bring about; then what the gate
     says.
 
-    An ``init`` is undone about the frame's centre before features are looked for, and guided matches are looked for
-    around its translation.
+    An ``init`` is undone about the frame's centre before features are extracted, and guided matches lie around
+    its translation.
 
     References:
         Lowe 2004, doi:10.1023/B:VISI.0000029664.99615.94 (SIFT); Lindenberger et al. 2023, arXiv:2306.13643
@@ -412,12 +412,12 @@ class LGM(Aligner):
         return _Found(points, targets, matches.index >= 0, found, evidence, status, about_centre, rows)
 
     def _fitted(self, part: _Part) -> Motion:
-        """What the matches tell."""
+        """The motion of the matches."""
         found = self._correspond(part)
         return Motion(found.whole(found.fit.warp), found.fit.sigma, found.status)
 
     def _refined(self, part: _Part) -> Motion:
-        """What correlation tells, where the motion of the matches brings both to the same ground."""
+        """The motion by correlation, where that of the matches brings both to the same ground."""
         found = self._correspond(part)
         rough = found.fit.warp.detach()
         if self.motion == "translation":

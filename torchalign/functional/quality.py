@@ -117,7 +117,7 @@ def gate(
         warp: (..., T, 2, 3) or (..., T, 3, 3), in the coordinates of ``moving``.
         sigma: (..., T), in pixels.
         status: (..., T) int64.
-        moving: (..., T, H, W), the channel seen.
+        moving: (..., T, H, W), the channel.
         reference: (..., 1 or T, H, W).
         moving_usable: bool, broadcastable to ``moving``; ``None`` if all is.
         reference_usable: bool, broadcastable to ``moving``.
@@ -158,7 +158,7 @@ def gate_stages(
 
     Args:
         stages: at least one :class:`~torchalign.types.Motion`.
-        moving: (..., T, H, W), the channel seen.
+        moving: (..., T, H, W), the channel.
         reference: (..., 1 or T, H, W).
         max_translations: in pixels, one a stage.
         moving_usable: bool, broadcastable to ``moving``; ``None`` if all is.

@@ -46,7 +46,7 @@ class Texture(NamedTuple):
     Attributes:
         field: (..., h, w), band-limited and locally normalised.
         weights: (..., h, w) in [0, 1], small where little is usable; ``None`` if all is.
-        flat: (...,) bool, nothing to see: no texture, or too few usable pixels.
+        flat: (...,) bool, no texture, or too few usable pixels.
     """
 
     field: Tensor
@@ -153,7 +153,7 @@ def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
     """
     detail = image - triangle_mean(image, 2)
     variance = triangle_mean(detail.square(), 2)
-    # a sixteenth of the samples tells the median as well, and sorting is what costs
+    # a sixteenth of the samples has the same median, and sorting is what costs
     sampled = variance[..., ::4, ::4]
     if weights is not None:
         sampled = sampled.masked_fill(weights[..., ::4, ::4] < 0.5, torch.nan)

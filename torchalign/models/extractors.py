@@ -208,7 +208,7 @@ class SIFT(Extractor):
 
     Args:
         max_num_keypoints: K.
-        upright: descriptors are not rotated to the dominant orientation. They tell more where frames are not
+        upright: descriptors are not rotated to the dominant orientation. They are more distinctive where frames are not
             rotated against each other by more than some 15°.
 
     Example:
@@ -272,7 +272,7 @@ def _only_valid(blobs: Blobs) -> Blobs:
 
 
 class DenseExtractor(Extractor):
-    """Extractors whose network tells for every pixel whether it is a keypoint: SuperPoint, DISK, ALIKED, XFeat.
+    """Extractors whose network has a score of every pixel: SuperPoint, DISK, ALIKED, XFeat.
 
     :meth:`maps` runs the network, :meth:`describe` reads its descriptors at the points found. Class attributes:
 
@@ -280,16 +280,21 @@ class DenseExtractor(Extractor):
         multiple: of the sides that the network wants; the image is continued by its last row and column.
         least: side that the network wants at least.
         radius: of the neighbourhood in which a keypoint is the only one, and its least distance from the border.
+        threshold: least score of a keypoint, unless another is given.
     """
 
     multiple = 8
     least = 32
     radius = 2
+    threshold = 0.0
 
-    def __init__(self, network: nn.Module, max_num_keypoints: int = 1024, *, threshold: float) -> None:
+    def __init__(
+        self, network: nn.Module, max_num_keypoints: int = 1024, *, threshold: float | None = None
+    ) -> None:
         super().__init__(max_num_keypoints)
         self.network: Any = network.requires_grad_(False)  # kornia's, without types
-        self.threshold = threshold
+        if threshold is not None:
+            self.threshold = threshold
         self.train(False)
 
     @abstractmethod
@@ -297,8 +302,8 @@ class DenseExtractor(Extractor):
         """From (B, H, W), sides fit for the network.
 
         Returns:
-            ``(peaks, scores, features)``: (B, H, W), whose maxima are the keypoints and whose quadratics tell where
-            between the pixels they are; (B, H, W), by which they are ranked, valid where above ``threshold``; what
+            ``(peaks, scores, features)``: (B, H, W), whose maxima are the keypoints and whose quadratics place them
+            between the pixels; (B, H, W), by which they are ranked, valid where above ``threshold``; what
             :meth:`describe` reads.
         """
 
@@ -346,11 +351,7 @@ class SuperPoint(DenseExtractor):
 
     multiple = CELL
     radius = 4
-
-    def __init__(
-        self, network: SuperPointNet, max_num_keypoints: int = 1024, *, threshold: float = 5e-4
-    ) -> None:
-        super().__init__(network, max_num_keypoints, threshold=threshold)
+    threshold = 5e-4
 
     def maps(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`DenseExtractor.maps`."""
@@ -372,9 +373,6 @@ class DISK(DenseExtractor):
     """
 
     multiple = 16
-
-    def __init__(self, network: nn.Module, max_num_keypoints: int = 1024, *, threshold: float = 0.0) -> None:
-        super().__init__(network, max_num_keypoints, threshold=threshold)
 
     def maps(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`DenseExtractor.maps`."""
@@ -401,8 +399,11 @@ class ALIKED(DenseExtractor):
     """
 
     multiple = 32
+    threshold = 0.01
 
-    def __init__(self, network: nn.Module, max_num_keypoints: int = 1024, *, threshold: float = 0.01) -> None:
+    def __init__(
+        self, network: nn.Module, max_num_keypoints: int = 1024, *, threshold: float | None = None
+    ) -> None:
         _use_torchvision(network)
         super().__init__(network, max_num_keypoints, threshold=threshold)
 
@@ -430,7 +431,7 @@ class ALIKED(DenseExtractor):
     def describe(self, features: Tensor, points: Tensor) -> Tensor:
         """See :meth:`DenseExtractor.describe`.
 
-        From the 3 × 3 features of every keypoint the head tells 16 or 32 places around it, reads the features
+        From the 3 × 3 features of every keypoint the head predicts 16 or 32 places around it, reads the features
         there, and sums them through a matrix each.
         """
         head = self.network.desc_head
@@ -506,7 +507,7 @@ def _as_rgb(image: Tensor) -> Tensor:
 
 
 class _DeformableConv2d(nn.Module):
-    """A convolution that reads each of its 3 × 3 neighbours at a place of its own, told by another convolution."""
+    """A convolution that reads its 3 × 3 neighbours at places of their own, which another convolution predicts."""
 
     def __init__(self, offset_conv: Any, regular_conv: Any) -> None:
         super().__init__()

@@ -138,7 +138,7 @@ class LightGlue(nn.Module):
         return Matches(*(torch.stack(field) for field in zip(*rows, strict=True)))
 
     def _tokens(self, features: Features, size: Sequence[int], *, padded: bool = True) -> _Tokens:
-        """Projected descriptors and positions, after the first self-attention, which sees one side only."""
+        """Projected descriptors and positions, after the first self-attention, which is within one side."""
         dtype = self.network.posenc.Wr.weight.dtype
         x, y = features.keypoints.unbind(-1)
         places = torch.stack((x - size[1] / 2, y - size[0] / 2), -1) / (max(size) / 2)

@@ -43,7 +43,7 @@ class _Layer(nn.Module):
 
 
 class SuperPointNet(nn.Module):
-    """The network: (B, C, H, W), sides multiples of 8 → where a keypoint is, and what it looks like.
+    """The network: (B, C, H, W), sides multiples of 8 → where keypoints are, and their descriptors.
 
     Args:
         channels: C, 1 but for special sensors.
