@@ -419,9 +419,9 @@ class _Shifted(NamedTuple):
     def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
         """The values, and their derivatives by x and y of the reference."""
         grid = level.grid
-        turned = turn_spectrum(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
-        by_x, by_y = _differentiate(turned, grid)
-        return irfft2(turned, grid.size).flatten(-2), by_x, by_y
+        shifted = turn_spectrum(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
+        by_x, by_y = _differentiate(shifted, grid)
+        return irfft2(shifted, grid.size).flatten(-2), by_x, by_y
 
 
 class _Warped(NamedTuple):
