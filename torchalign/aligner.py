@@ -136,16 +136,19 @@ class Aligner(nn.Module, ABC):
 
         def align(part: slice) -> Estimate:
             # a block that was just estimated is still in the cache
-            aligned[part], estimate = self._align_block(job.part(part))
-            return estimate
+            return self._align_block(job.part(part), aligned[part]).estimate
 
         return Alignment(aligned, _concatenate(self._map(align, blocks)))
 
-    def _align_block(self, job: Any) -> Alignment:
+    def _align_block(self, job: Any, out: Tensor | None = None) -> Alignment:
         estimate, only_shifts = self._estimate(job)
         warp = estimate.warp[..., :2, 2] if only_shifts else estimate.warp
-        aligned = resample(job.cube, warp, mask=job.mask, **self._resampling()).values
-        return Alignment(self._keep_rejected(aligned, job.cube, estimate), estimate)
+        aligned = resample(job.cube, warp, mask=job.mask, out=out, **self._resampling()).values
+        if self.fill_value is not None:
+            # the fill is for what a warp leaves empty; a frame without a warp stays as it came
+            kept = torch.where(estimate.valid[..., None, None, None], aligned, job.cube)
+            aligned = kept if out is None else out.copy_(kept)
+        return Alignment(aligned, estimate)
 
     def estimate(
         self,
@@ -312,12 +315,6 @@ class Aligner(nn.Module, ABC):
             "padding_mode": self.padding_mode,
             "fill_value": self.fill_value,
         }
-
-    def _keep_rejected(self, aligned: Tensor, cube: Tensor, estimate: Estimate) -> Tensor:
-        """The fill is for what a warp leaves empty; a frame without a warp stays as it came."""
-        if self.fill_value is None:
-            return aligned
-        return torch.where(estimate.valid[..., None, None, None], aligned, cube)
 
     def _extract_channel(self, cube: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The channel in float32 or float64, cropped, 0 where unusable; and where it is usable."""

@@ -108,9 +108,9 @@ class LGM(Aligner):
     3. the motion that most matches agree with, then Tukey-weighted least squares;
     4. a verdict on whether that many could agree by chance;
     5. correlation (``refine``): where the fit brings both to the same ground, cloud and change are separated
-       from it pixel by pixel (:func:`~torchalign.functional.common_ground.shared_ground`). A translation is the peak of
-       :func:`~torchalign.functional.phase.phase_correlation` over all the ground that both show; a richer motion
-       is what 128 windows of 32² pixels, at the matches that agree, correlate best under, all for one motion.
+       from it pixel by pixel (:func:`~torchalign.functional.common_ground.shared_ground`). A translation is the
+       peak of :func:`~torchalign.functional.phase.phase_correlation` over all the ground that both show. A richer
+       motion is the one under which 128 windows of 32² pixels, at the matches that agree, correlate best.
 
     Bias: keypoints scatter by 0.1 to 0.5 px, and pull to the grid where a model does not place them between the
     pixels. After step 5 the bias is that of :class:`~torchalign.pcc.PCC`, less than 0.01 px; for more than a

@@ -26,9 +26,12 @@ __all__ = [
     "center_displacement",
     "change_origin",
     "compose_warps",
+    "composed",
+    "conjugated",
     "from_homogeneous",
     "identity_warp",
     "invert_warp",
+    "mapped",
     "multiply",
     "rescale_warp",
     "split_at_center",
@@ -160,6 +163,11 @@ def to_homogeneous(warp: Tensor) -> Tensor:
                 [ 0.0000,  0.0000,  1.0000]])
     """
     _check_warp(warp)
+    return _three_rows(warp)
+
+
+def _three_rows(warp: Tensor) -> Tensor:
+    """:func:`to_homogeneous`."""
     if warp.shape[-2] == 3:
         return warp
     last_row = torch.eye(3, device=warp.device, dtype=warp.dtype)[2:]  # (1, 3)
@@ -249,10 +257,15 @@ def compose_warps(first: Tensor, second: Tensor) -> Tensor:
     _check_warp(first, "first")
     _check_warp(second, "second")
     _check_same_kind(first, second, "first", "second")
+    return composed(first, second)
+
+
+def composed(first: Tensor, second: Tensor) -> Tensor:
+    """:func:`compose_warps` of warps that are known to be some, for the loops of an estimate."""
     if first.shape[-2] == 2 and second.shape[-2] == 2:
         linear = multiply(second[..., :2], first[..., :2])
         return _assemble(linear, _apply_linear(second, first[..., 2]) + second[..., 2])
-    return multiply(to_homogeneous(second), to_homogeneous(first))
+    return multiply(_three_rows(second), _three_rows(first))
 
 
 def _apply_linear(warp: Tensor, vector: Tensor) -> Tensor:
@@ -285,12 +298,15 @@ def transform_points(warp: Tensor, points: Tensor) -> Tensor:
     _check_same_kind(warp, points, "warp", "points")
     if points.ndim < 2:
         raise ValueError(f"points: expected shape (..., N, 2), got {tuple(points.shape)}; use points[None]")
+    return mapped(warp, points)
+
+
+def mapped(warp: Tensor, points: Tensor) -> Tensor:
+    """:func:`transform_points` of what is known to be a warp and points, for the loops of an estimate."""
     x, y = points.unbind(-1)  # (..., N)
     rows = warp[..., None, :, :]  # (..., 1, 2 or 3, 3), one matrix for all N points
-    mapped = (
-        rows[..., 0] * x.unsqueeze(-1) + rows[..., 1] * y.unsqueeze(-1) + rows[..., 2]
-    )  # (..., N, 2 or 3)
-    return mapped if warp.shape[-2] == 2 else mapped[..., :2] / mapped[..., 2:]
+    moved = rows[..., 0] * x.unsqueeze(-1) + rows[..., 1] * y.unsqueeze(-1) + rows[..., 2]  # (..., N, 2 or 3)
+    return moved if warp.shape[-2] == 2 else moved[..., :2] / moved[..., 2:]
 
 
 def change_origin(warp: Tensor, origin: Tensor | Sequence[float]) -> Tensor:
@@ -318,14 +334,17 @@ def change_origin(warp: Tensor, origin: Tensor | Sequence[float]) -> Tensor:
                 [ 0., -1.,  0.]])
     """
     _check_warp(warp)
-    offset = _as_pair(origin, warp, "origin")  # (..., 2)
+    return conjugated(warp, _as_pair(origin, warp, "origin"))
+
+
+def conjugated(warp: Tensor, offset: Tensor) -> Tensor:
+    """:func:`change_origin` of what is known to be a warp and an offset (..., 2), for the loops of an estimate."""
     if warp.shape[-2] == 2:
         # (A − I)·o, not A·o − o: for a warp near the identity the two large terms would cancel
         identity = torch.eye(2, device=warp.device, dtype=warp.dtype)
         moved = ((warp[..., :2] - identity) * offset.unsqueeze(-2)).sum(-1)
         return _assemble(warp[..., :2], warp[..., 2] + moved)
-    there = to_homogeneous(translation_warp(-offset))
-    back = to_homogeneous(translation_warp(offset))
+    there, back = (_three_rows(translation_warp(move)) for move in (-offset, offset))
     return multiply(multiply(there, warp), back)
 
 

@@ -42,7 +42,7 @@ from torch.nn import functional as F
 from torchalign._check import message
 from torchalign._host import all_true, carries_gradient
 from torchalign.functional.affine import (
-    compose_warps,
+    composed,
     from_homogeneous,
     invert_warp,
     to_homogeneous,
@@ -413,9 +413,9 @@ class _Shifted(NamedTuple):
     def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
         """The values, and their derivatives by x and y of the reference."""
         grid = level.grid
-        turned = shift_phase(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
-        by_x, by_y = _differentiate(turned, grid)
-        return irfft2(turned, grid.size).flatten(-2), by_x, by_y
+        shifted = shift_phase(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
+        by_x, by_y = _differentiate(shifted, grid)
+        return irfft2(shifted, grid.size).flatten(-2), by_x, by_y
 
 
 class _Warped(NamedTuple):
@@ -464,7 +464,7 @@ class _Warped(NamedTuple):
 
     def stepped(self, warp: Tensor, increment: Tensor, motion: MotionModel) -> Tensor:
         """The step composed to the warp."""
-        stepped = compose_warps(warp, warp_of(increment, motion))
+        stepped = composed(warp, warp_of(increment, motion))
         return stepped / stepped[..., 2:, 2:]
 
     def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
@@ -854,7 +854,7 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
     sound = inverse.isfinite().flatten(-2).all(-1)
     inverse = torch.where(sound[..., None, None], inverse, 0.0)
     step = -(inverse * increment[..., None, :]).sum(-1)
-    return compose_warps(warp, warp_of(step - step.detach(), motion))
+    return composed(warp, warp_of(step - step.detach(), motion))
 
 
 # ------------------------------------------------------------------------------------------------- coordinates

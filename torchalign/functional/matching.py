@@ -37,11 +37,11 @@ from torch import Tensor
 from torchalign.functional.affine import (
     adjugate,
     change_origin,
-    compose_warps,
+    composed,
     identity_warp,
+    mapped,
     multiply,
     to_homogeneous,
-    transform_points,
     translation_warp,
 )
 from torchalign.functional.fourier import rfft2
@@ -519,8 +519,8 @@ def _increment(delta: Tensor, size: tuple[int, int], motion: MotionModel) -> Ten
 
 def _residuals(warp: Tensor, points: Tensor, targets: Tensor) -> Tensor:
     """(..., K, 2): what is left between mapped points and targets; far where a point is at infinity."""
-    mapped = transform_points(warp, points)
-    return torch.where(mapped.isfinite(), targets - mapped, 1e6)
+    moved = mapped(warp, points)
+    return torch.where(moved.isfinite(), targets - moved, 1e6)
 
 
 def _biweight(square: Tensor, radius: Tensor | float) -> Tensor:
@@ -562,7 +562,7 @@ def _step(
         delta = (inner.unsqueeze(-1) * residual).sum(-2) / torch.where(total > 0, total, 1.0)
     else:
         delta, _ = _solve(*_normal_equations(warp, points, targets, inner, size, motion))
-    warp = compose_warps(warp, _increment(delta, size, motion))
+    warp = composed(warp, _increment(delta, size, motion))
     if motion == "homography":
         warp = warp / warp[..., 2:, 2:]
     return warp, (inner, square)

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchalign.functional.affine import change_origin
+from torchalign.functional.affine import conjugated
 
 __all__ = [
     "PARAMETERS",
@@ -120,14 +120,14 @@ def half_length(size: tuple[int, int]) -> float:
 
 def normalize(warp: Tensor, size: tuple[int, int]) -> Tensor:
     """A warp (..., 2 or 3, 3) of frames (H, W): in pixels → in normalised coordinates, the last entry 1."""
-    centred = change_origin(warp, ((size[1] - 1) / 2, (size[0] - 1) / 2))
+    centred = conjugated(warp, _centre(size, warp))
     return _in_other_units(centred, 1 / half_length(size))
 
 
 def denormalize(warp: Tensor, size: tuple[int, int]) -> Tensor:
     """The way back."""
     scaled = _in_other_units(warp, half_length(size))
-    moved = change_origin(scaled, (-(size[1] - 1) / 2, -(size[0] - 1) / 2))
+    moved = conjugated(scaled, -_centre(size, warp))
     return moved if moved.shape[-2] == 2 else moved / moved[..., 2:, 2:]
 
 
@@ -138,3 +138,8 @@ def _in_other_units(warp: Tensor, factor: float) -> Tensor:
         return scaled
     down = torch.cat([warp[..., 2:, :2] / factor, warp[..., 2:, 2:]], dim=-1)
     return torch.cat([scaled, down], dim=-2) / warp[..., 2:, 2:]
+
+
+def _centre(size: tuple[int, int], like: Tensor) -> Tensor:
+    """(2,): the centre (x, y) of a frame of ``size``."""
+    return torch.stack([like.new_full((), (side - 1) / 2) for side in reversed(size)])

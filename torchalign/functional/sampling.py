@@ -143,10 +143,9 @@ class Taps(NamedTuple):
 
     @classmethod
     def around(cls, continued: Tensor, column: Tensor, row: Tensor) -> Taps:
-        """Of fields (..., h + 6, w + 6) around int64 (..., n), whose leading dimensions broadcast."""
-        height, width = continued.shape[-2] - 2 * _MARGIN, continued.shape[-1] - 2 * _MARGIN
-        line = width + 2 * _MARGIN
-        first = (row.clamp(-2, height) + 2) * line + (column.clamp(-2, width) + 2)
+        """Of (..., h + 6, w + 6) around int64 (..., n), −2 … h and −2 … w; leading dimensions broadcast."""
+        line = continued.shape[-1]
+        first = (row + 2) * line + (column + 2)
         lead = torch.broadcast_shapes(continued.shape[:-2], first.shape[:-1])  # type: ignore[no-untyped-call]
         fields = continued.expand(*lead, *continued.shape[-2:]).flatten(-2)
         return cls(fields, line, first.expand(*lead, first.shape[-1]))
@@ -212,6 +211,8 @@ def spline_with_slopes(continued: Tensor, column: Tensor, row: Tensor) -> tuple[
 
 def _surroundings(continued: Tensor, column: Tensor, row: Tensor) -> tuple[Taps, Tensor, Tensor]:
     """The taps around positions, and the positions' fractions."""
+    height, width = continued.shape[-2] - 2 * _MARGIN, continued.shape[-1] - 2 * _MARGIN
+    column, row = column.clamp(-1, width), row.clamp(-1, height)
     left, top = column.floor(), row.floor()
     taps = Taps.around(continued, left.to(torch.int64), top.to(torch.int64))
     return taps, column - left, row - top
@@ -330,6 +331,7 @@ class Gather(_Positioned):
         if self.padding_mode == "reflection":
             return lambda right, down: self._take(planes, column + right, row + down)
         shape = torch.broadcast_shapes(column.shape[-2:], row.shape[-2:])  # type: ignore[no-untyped-call]
+        row, column = row.clamp(-2, self.size[0]), column.clamp(-2, self.size[1])
         lines = (part.expand(*part.shape[:-2], *shape).flatten(-2).unsqueeze(-2) for part in (column, row))
         taps = Taps.around(continue_border(planes), *lines)
 
@@ -415,8 +417,7 @@ class Slices:
         """See :class:`Sampler`."""
         column, row = self._nearest()
         (top, bottom), (left, right) = (
-            _overlap(offset, length, length, 1)
-            for offset, length in zip((row, column), self.size, strict=True)
+            _overlap(offset, length, 1) for offset, length in zip((row, column), self.size, strict=True)
         )
         inside = torch.zeros(self.size, dtype=torch.bool, device="cpu")
         inside[top:bottom, left:right] = True
@@ -433,41 +434,41 @@ class Slices:
 
     def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
         """See :class:`Sampler`."""
-        for dim, offset, fraction in ((-2, self.row, self.y), (-1, self.column, self.x)):
-            length = planes.shape[dim]
+        height, width = self.size
+        # beyond the border lies the border, so no offset need be larger
+        row, column = (
+            min(max(offset, -length - 2), length + 1)
+            for offset, length in zip((self.row, self.column), self.size, strict=True)
+        )
+        margins = (max(0, 1 - column), max(0, column + 2), max(0, 1 - row), max(0, row + 2))
+        padded = F.pad(planes.reshape(-1, 1, height, width), margins, mode="replicate")
+        top, left = max(0, row - 1), max(0, column - 1)
+        padded = padded[..., top : top + height + 3, left : left + width + 3]
+        for dim, length, fraction in ((-2, height, self.y), (-1, width, self.x)):
             weights = cubic_weights(fraction, magnitudes=magnitudes)
-            padded = _shift_line(planes, dim, offset - 1, count=length + 3)
-            planes = padded.narrow(dim, 0, length) * weights[0]
+            total = padded.narrow(dim, 0, length) * weights[0]
             for tap in (1, 2, 3):
-                planes.add_(padded.narrow(dim, tap, length), alpha=weights[tap])
-        return planes
+                total.add_(padded.narrow(dim, tap, length), alpha=weights[tap])
+            padded = total
+        return padded.reshape(planes.shape)
 
 
-def _overlap(offset: int, count: int, length: int, taps: int) -> tuple[int, int]:
-    """First and last + 1 of ``count`` indices whose ``taps`` sources, from index + offset on, are all inside."""
-    first = min(max(0, -offset), count)
-    return first, max(first, min(count, length - offset - taps + 1))
+def _overlap(offset: int, length: int, taps: int) -> tuple[int, int]:
+    """First and last + 1 output index whose ``taps`` sources, from index + offset on, are all inside."""
+    first = min(max(0, -offset), length)
+    return first, max(first, min(length, length - offset - taps + 1))
 
 
 def _shift_line(
-    planes: Tensor,
-    dim: int,
-    offset: int,
-    fraction: float = 0.0,
-    *,
-    count: int | None = None,
-    out: Tensor | None = None,
+    planes: Tensor, dim: int, offset: int, fraction: float = 0.0, *, out: Tensor | None = None
 ) -> Tensor:
-    """Along one axis, what lies at index + offset + fraction, ``count`` times; beyond the border is the border."""
+    """Along one axis, what lies at index + offset + fraction; beyond the border is the border."""
     length, taps = planes.shape[dim], 1 if fraction == 0 else 2
-    count = length if count is None else count
-    if offset == 0 and fraction == 0 and out is None and count == length:
+    if offset == 0 and fraction == 0 and out is None:
         return planes
-    first, last = _overlap(offset, count, length, taps)
+    first, last = _overlap(offset, length, taps)
     if out is None:
-        size = list(planes.shape)
-        size[dim] = count
-        out = planes.new_empty(size)
+        out = torch.empty_like(planes, memory_format=torch.contiguous_format)
     within = out.narrow(dim, first, last - first)
     if last > first:
         sources = [planes.narrow(dim, first + offset + tap, last - first) for tap in range(taps)]
@@ -476,5 +477,5 @@ def _shift_line(
         else:
             within.copy_(sources[0])
     out.narrow(dim, 0, first).copy_(planes.narrow(dim, 0, 1))
-    out.narrow(dim, last, count - last).copy_(planes.narrow(dim, length - 1, 1))
+    out.narrow(dim, last, length - last).copy_(planes.narrow(dim, length - 1, 1))
     return out

@@ -62,6 +62,7 @@ def resample(
     fill_value: float | None = None,
     mask: Tensor | None = None,
     step: int = 1,
+    out: Tensor | None = None,
 ) -> Resampled:
     r"""Resample every frame by its warp, and say which output pixels can be trusted.
 
@@ -99,6 +100,8 @@ def resample(
         mask: bool, broadcastable to (..., T, H, W), True = usable.
         step: only every so many-th pixel of the result along both axes, from the first on: ⌈H / step⌉ × ⌈W / step⌉
             pixels, for the price of those.
+        out: a contiguous tensor that takes the values, and is returned: fresh memory costs as much as a bilinear
+            interpolation does. Not differentiable.
 
     Returns:
         :class:`Resampled`, the values and their validity.
@@ -123,9 +126,10 @@ def resample(
         mask = mask.expand(*lead, *size).unsqueeze(-3)  # (..., T, 1, H, W)
     options = _Options(interpolation, padding_mode, fill_value, step)
     if may_read(cube, warp, mask):
-        return _resample_in_blocks(cube, warp, mask, options)
+        return _resample_in_blocks(cube, warp, mask, options, out)
     sampler = _sampler(warp, size, (0, size[0]), cube.dtype, options)
-    return _combine(_prepare(cube, mask, options), sampler, options)
+    result = _combine(_prepare(cube, mask, options), sampler, options)
+    return result if out is None else Resampled(out.copy_(result.values), result.validity)
 
 
 def warp(
@@ -396,7 +400,9 @@ def _keep_where(condition: Tensor, values: Tensor, otherwise: float) -> Tensor:
 # ------------------------------------------------------------------------------------------ eager, on the CPU
 
 
-def _resample_in_blocks(cube: Tensor, motion: Tensor, mask: Tensor | None, options: _Options) -> Resampled:
+def _resample_in_blocks(
+    cube: Tensor, motion: Tensor, mask: Tensor | None, options: _Options, out: Tensor | None
+) -> Resampled:
     """Frame by frame if they are large, many at once if they are small."""
     lead, (bands, height, width) = cube.shape[:-3], cube.shape[-3:]
     count, size, step = math.prod(lead), (height, width), options.step
@@ -404,7 +410,7 @@ def _resample_in_blocks(cube: Tensor, motion: Tensor, mask: Tensor | None, optio
     motion = motion.reshape(count, *motion.shape[len(lead) :])
     masks = None if mask is None else mask.reshape(count, 1, height, width)
     shape = (count, bands, len(range(0, height, step)), len(range(0, width, step)))
-    values = empty_on_host(shape, cube.dtype)
+    values = empty_on_host(shape, cube.dtype) if out is None else out.view(shape)
     validity = torch.empty((count, *shape[-2:]), dtype=torch.bool, device="cpu")
 
     sliced = options.padding_mode != "reflection" and step == 1 and bands * height * width >= _SMALLEST_SLICED

@@ -208,8 +208,8 @@ class SIFT(Extractor):
 
     Args:
         max_num_keypoints: K.
-        upright: descriptors are not rotated to the dominant orientation. They are more distinctive where frames are not
-            rotated against each other by more than some 15°.
+        upright: descriptors are not rotated to the dominant orientation. They are more distinctive where frames
+            are not rotated against each other by more than some 15°.
 
     Example:
         >>> frame = torch.rand(1, 96, 96, generator=torch.Generator().manual_seed(0))
