@@ -17,8 +17,9 @@ ROOT = Path(torchalign.__file__).parent
 # what may import what: a layer sees the layers below its own
 LAYERS = [
     {"types", "_check", "_host"},
-    {"functional.affine", "functional.warp", "functional.channels", "functional.fourier", "functional.texture",
-     "functional.working_grid", "functional.smoothing", "functional.common_ground", "functional.structure", "functional.sizes",
+    {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.channels",
+     "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
+     "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
      "functional.uncertainty",
      "functional.sift", "functional"},
@@ -41,8 +42,10 @@ LAYERS = [
     {"__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# within functional: affine and warp are the ground of the others, keypoints that of sift
-WITHIN = {"functional.texture", "functional.structure", "functional.working_grid", "functional.smoothing", "functional.common_ground",
+# within functional: these are the ground of the others, keypoints that of sift
+GROUND = {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.fourier",
+          "functional.sizes", "functional.smoothing"}
+WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
           "functional.sift"}  # fmt: skip
 # what a layer may use besides torch and the standard library
@@ -128,7 +131,7 @@ def test_imports_point_down(name):
         beside = name.split(".")[0] == own.split(".")[0] or name == "cli"
         assert below or beside, f"{name} imports {own}, which is above or beside it"
         if name.startswith("functional.") and own.startswith("functional."):
-            assert own in ("functional.affine", "functional.warp") or name in WITHIN, f"{name} imports {own}"
+            assert own in GROUND or name in WITHIN, f"{name} imports {own}"
 
 
 @pytest.mark.parametrize("name", [name for name in modules() if name])

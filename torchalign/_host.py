@@ -23,6 +23,7 @@ __all__ = [
     "carries_gradient",
     "empty_on_host",
     "give_back_memory",
+    "in_pieces",
     "is_on_host",
     "is_symbol",
     "is_transformed",
@@ -36,6 +37,8 @@ __all__ = [
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Samples of one piece of a computation whose steps stay in the cache.
+_PIECE = 2**16
 # A result of this many bytes and more is put into huge pages.
 _HUGE_RESULT = 2**23
 # Parameters of ``mallopt``, and the variables by which a user sets them, or others that go with them.
@@ -76,7 +79,7 @@ def all_true(tensor: Tensor) -> bool:
 
 
 def launches_kernels(tensor: Tensor) -> bool:
-    """Whether an operation on it is a launch on a device, and few large ones beat many small ones."""
+    """Whether an operation on it is a launch on a device: few large ones are then faster than many small ones."""
     return tensor.device.type != "cpu"
 
 
@@ -128,6 +131,22 @@ def give_back_memory() -> None:
     malloc_trim = _find_in_libc("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+def in_pieces(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function(*tensors)``, some rows of the first axis at a time where results are large and nobody traces.
+
+    On the eager CPU what one operation writes is then still in the cache when the next one reads it. The last of
+    the tensors is as large as the result.
+    """
+    length = tensors[-1].shape[-1]
+    if not may_read(*tensors) or tensors[-1].ndim != 2 or len({len(tensor) for tensor in tensors}) > 1:
+        return function(*tensors)
+    together = max(1, _PIECE // max(1, length))
+    if len(tensors[-1]) <= together:
+        return function(*tensors)
+    parts = zip(*(tensor.split(together) for tensor in tensors), strict=True)  # type: ignore[no-untyped-call]
+    return torch.cat([function(*part) for part in parts])
 
 
 @functools.cache

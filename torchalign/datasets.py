@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._check import check_number, check_option, message
-from torchalign.functional.affine import MotionModel, change_origin, invert_warp
+from torchalign.functional.affine import change_origin, invert_warp
+from torchalign.functional.motion import MotionModel
 from torchalign.functional.warp import warp
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ from torchalign.cascade import Cascade
 from torchalign.ecc import ECC
 from torchalign.functional.affine import change_origin, from_homogeneous, identity_warp, to_homogeneous
 from torchalign.functional.phase import phase_correlation
-from torchalign.functional.warp import Interpolation, PaddingMode, Resampled, resample, translate
+from torchalign.functional.warp import Interpolation, PaddingMode, Resampled, resample
 from torchalign.lgm import LGM
 from torchalign.pcc import PCC
 from torchalign.report import build_report, load_report, measure, report_grid
@@ -535,9 +535,9 @@ def _residual(
         )
     # the channel and the crop are those of the estimate; a module of another kind is taken to see the mean
     eyes = module if isinstance(module, Aligner) else PCC()
-    moving, moving_usable = eyes._see(aligned, seen)
+    moving, moving_usable = eyes._extract_channel(aligned, seen)
     frames = reference if reference.ndim == 4 else reference[None]
-    still, still_usable = eyes._see(frames, reference_usable)
+    still, still_usable = eyes._extract_channel(frames, reference_usable)
     left = phase_correlation(moving, still, moving_usable, still_usable)
     measured = found.valid & left.converged & ~left.flat & ~left.outside
     return left.shift.masked_fill(~measured[:, None], torch.nan)
@@ -662,7 +662,7 @@ class _Resampling:
         # read while they are on the host: of shifts a GPU needs a line of indices, not an image
         shifts = warp.shape[-2] == 2 and bool((warp[..., :2] == identity[..., :2]).all())
         warp = warp.to(device, self.pixels.compute)
-        move = partial(translate, shift=warp[..., 2]) if shifts else partial(resample, warp=warp)
+        move = partial(resample, warp=warp[..., 2] if shifts else warp)
         options: dict[str, Any] = {"padding_mode": self.padding_mode, "mask": usable}
         if self.interpolation == "nearest":
             fill = self.fill_value

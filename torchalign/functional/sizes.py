@@ -53,7 +53,7 @@ def ceil_to_multiple(length: int, share: float, multiple: int) -> int:
 
 
 def lags_within(samples: int, reach: float, like: Tensor) -> Tensor:
-    """The whole lags within ``reach`` samples that a periodic signal of ``samples`` can tell apart.
+    """The whole lags within ``reach`` samples that a periodic signal of ``samples`` can distinguish.
 
     Args:
         samples: of the signal.
