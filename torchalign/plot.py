@@ -46,7 +46,6 @@ from torchalign._pictures import (
     compare,
     crop,
     dark,
-    find_dims,
     limits,
     load_frames,
     over_time,
@@ -57,6 +56,7 @@ from torchalign._pictures import (
     time_of,
     to_rgb,
 )
+from torchalign.cube.labels import find_dims
 from torchalign.types import Status
 
 if TYPE_CHECKING:
