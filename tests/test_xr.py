@@ -521,7 +521,7 @@ def test_a_mask_with_one_band_is_a_mask():
         (lambda c: (c[:, 0] > 9).rename(x="u"), ValueError, r"dims .*got .*'u'.*rename"),
         (lambda c: np.ones(10, bool), ValueError, r"2 to 3 axes.*got shape \(10,\)"),
         (lambda c: np.ones((4, 2, 12, 10), bool), ValueError, r"2 to 3 axes.*got shape \(4, 2, 12, 10\)"),
-        (lambda c: np.ones((3, 12, 10), bool), ValueError, r"the cube's 'time'.*got 3 labels"),
+        (lambda c: np.ones((3, 12, 10), bool), ValueError, r"the cube's 'time'.*got 3 without labels"),
     ],
 )  # fmt: skip
 def test_bad_masks_raise_with_a_cure(name, make, error, pattern):

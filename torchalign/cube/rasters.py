@@ -434,10 +434,12 @@ def write_rasters(
         check_free(path, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     profile, bands, transforms = _profile(cube, driver, compression), _band_tags(cube), frame_transforms(cube)
-    files = [_File(path, profile, bands, own) for path, own in zip(paths, transforms, strict=True)]
+    files = tuple(_File(path, profile, bands, own) for path, own in zip(paths, transforms, strict=True))
     if not is_lazy(cube.array):
-        for number, file in enumerate(files):
-            _write_files(load(cube.variable, CUBE, time=slice(number, number + 1)), [file], 0, 1)
+        for number in range(len(files)):
+            _write_files(
+                load(cube.variable, CUBE, time=slice(number, number + 1)), files[number : number + 1], 0, 1
+            )
         return paths if report is None else (paths, report.compute())
     from dask.delayed import delayed
 
@@ -448,12 +450,12 @@ def write_rasters(
         write(pixels, everything, int(first), int(last))
         for pixels, (first, last) in zip(parts_along_time(cube.variable, CUBE, chunks), edges, strict=True)
     ]
-    done = delayed(_after, pure=False)(jobs, paths)
+    done = delayed(_all_paths, pure=False)(jobs)
     return finish_writing(done, jobs, chunks, report, compute)
 
 
-def _after(jobs: Sequence[Any], paths: list[Path]) -> list[Path]:
-    return paths
+def _all_paths(parts: Sequence[Sequence[Path]]) -> list[Path]:
+    return [path for part in parts for path in part]
 
 
 class _File(NamedTuple):
@@ -574,7 +576,7 @@ def _per_band(cube: Cube, plural: str, single: str, neutral: float) -> list[floa
     return [float(array.attrs.get(single, neutral))] * count
 
 
-def _write_files(frames: Array, files: Sequence[_File], first: int, last: int) -> None:
+def _write_files(frames: Array, files: Sequence[_File], first: int, last: int) -> list[Path]:
     """Frames (t, C, H, W) of one chunk into those of the files that are theirs."""
     import rasterio
     from rasterio.transform import Affine
@@ -588,3 +590,4 @@ def _write_files(frames: Array, files: Sequence[_File], first: int, last: int) -
                     file.set_band_description(number, name)
             if set(bands["scales"]) != {1.0} or set(bands["offsets"]) != {0.0}:
                 file.scales, file.offsets = bands["scales"], bands["offsets"]
+    return [file.path for file in files[first:last]]
