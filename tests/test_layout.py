@@ -18,7 +18,9 @@ ROOT = Path(torchalign.__file__).parent
 LAYERS = [
     {"types", "_check", "_host"},
     {"functional.affine", "functional.warp", "functional.channels", "functional.fourier", "functional.texture",
+     "functional.working_grid", "functional.smoothing", "functional.common_ground", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
+     "functional.uncertainty",
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
@@ -42,7 +44,8 @@ LAYERS = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # within functional: affine and warp are the ground of the others, keypoints that of sift
-WITHIN = {"functional.texture", "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
+WITHIN = {"functional.texture", "functional.working_grid", "functional.smoothing", "functional.common_ground",
+          "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
           "functional.sift"}  # fmt: skip
 # what a layer may use besides torch and the standard library
 FOREIGN = {

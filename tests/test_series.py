@@ -54,7 +54,18 @@ class Fixed(nn.Module):
         identity = torch.eye(warp.shape[-2], 3)
         warp = torch.where(status[:, None, None] == 0, warp, identity)
         aligned = ta.warp(cube, warp)
-        return Alignment(aligned, Estimate(warp, ones, 0.5 * ones, 0.1 * ones, status))
+        return Alignment(
+            aligned,
+            Estimate(
+                warp,
+                ones,
+                0.5 * ones,
+                0.1 * ones,
+                0.01 * torch.eye(2).expand(frames, 2, 2),
+                status,
+                0 * status,
+            ),
+        )
 
 
 # --- references ---
@@ -667,7 +678,7 @@ def test_plain_estimates_are_saved_too(tmp_path):
     np.testing.assert_array_equal(bare.warp, estimate.warp)
     assert report_georeference(bare) is None
     with pytest.raises(ValueError, match=r"^estimate: expected fields \(T, …\)"):
-        as_report(Estimate(*(field[None] for field in estimate)))
+        as_report(estimate.map(lambda field: field[None]))
     with pytest.raises(ValueError, match=r"^estimate: expected one warp for each frame"):
         as_report(estimate, series.cube[:2])
 

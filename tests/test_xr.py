@@ -48,7 +48,18 @@ class Scripted(nn.Module):
         if self.change is not None:
             aligned = self.change(aligned)
         number = cube.new_full((frames,), 0.5)
-        return Alignment(aligned, Estimate(matrix, number, number / 2, number / 10, status))
+        return Alignment(
+            aligned,
+            Estimate(
+                matrix,
+                number,
+                number / 2,
+                number / 10,
+                0.0025 * torch.eye(2).to(cube).expand(frames, 2, 2),
+                status,
+                0 * status,
+            ),
+        )
 
     def seen(self, argument=0):
         return torch.cat([call[argument] for call in self.calls]).numpy()

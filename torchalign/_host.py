@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import mmap
 import os
 import sys
@@ -17,13 +18,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "all_finite",
+    "all_true",
     "carries_gradient",
     "empty_on_host",
     "give_back_memory",
     "is_on_host",
     "is_symbol",
+    "is_transformed",
     "keep_memory",
+    "launches_kernels",
     "map_on_host",
+    "may_read",
+    "read",
 ]
 
 Item = TypeVar("Item")
@@ -45,9 +52,42 @@ def is_on_host(tensor: Tensor) -> bool:
     return not carries_gradient(tensor)
 
 
+def may_read(*tensors: Tensor | None) -> bool:
+    """Whether :func:`is_on_host` holds for all of them that are there."""
+    return all(tensor is None or is_on_host(tensor) for tensor in tensors)
+
+
+def read(tensor: Tensor) -> float | None:
+    """The value of a tensor of one element; ``None`` where it may not be read."""
+    return float(tensor) if is_on_host(tensor) else None
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every number is known to be finite: a tensor that may not be read is not asked.
+
+    One sum tells: a NaN or an infinity survives it. (A sum that overflows tells a harmless lie.)
+    """
+    return is_on_host(tensor) and math.isfinite(float(tensor.sum()))
+
+
+def all_true(tensor: Tensor) -> bool:
+    """Whether all of a bool tensor is known to be True: one that may not be read is not asked."""
+    return is_on_host(tensor) and bool(tensor.all())
+
+
+def launches_kernels(tensor: Tensor) -> bool:
+    """Whether an operation on it is a launch on a device, and few large ones beat many small ones."""
+    return tensor.device.type != "cpu"
+
+
 def is_symbol(*numbers: object) -> bool:
     """Whether one of them is no number but a symbol, as sizes can be under torch.export."""
     return not all(isinstance(number, (int, float)) for number in numbers)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether it runs under a transform of torch.func (vmap, grad, jvp), which lets nothing but tensors through."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def carries_gradient(*tensors: Tensor) -> bool:

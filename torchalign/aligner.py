@@ -23,12 +23,12 @@ from torchalign._check import (
     check_warp,
     message,
 )
-from torchalign._host import empty_on_host, is_on_host, map_on_host
+from torchalign._host import empty_on_host, is_on_host, is_transformed, map_on_host
 from torchalign.functional.affine import MotionModel, change_origin, identity_warp
 from torchalign.functional.channels import Channel, ChannelName, center_crop, extract_channel
 from torchalign.functional.quality import gate_stages
 from torchalign.functional.warp import Interpolation, PaddingMode, resample, resample_into, translate
-from torchalign.types import Alignment, Estimate, Motion, Status
+from torchalign.types import Alignment, Estimate, Motion, ShiftField, Status, combine
 
 __all__ = ["Aligner", "Job", "Motion", "full_precision"]
 
@@ -288,6 +288,8 @@ class Aligner(nn.Module, ABC):
             max_translations=max_translations,
             min_score=self.min_score,
         )
+        if estimate.field is None and is_transformed(estimate.warp):
+            estimate = estimate._replace(field=ShiftField.empty_like(estimate.warp))
         if seen.origin == (0, 0):
             return estimate
         back = change_origin(estimate.warp, (-seen.origin[0], -seen.origin[1]))
@@ -399,7 +401,7 @@ def _readable(init: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _concatenate(parts: list[Estimate]) -> Estimate:
-    return Estimate(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    return combine(torch.cat, parts)
 
 
 def full_precision(cube: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -17,6 +17,7 @@ from torchalign.functional.affine import (
     to_homogeneous,
     translation_warp,
 )
+from torchalign.functional.uncertainty import isotropic
 from torchalign.types import Estimate, Motion
 
 __all__ = ["Cascade"]
@@ -205,12 +206,16 @@ def _last_trusted(first: Motion, second: Motion) -> Motion:
     if warps[0].shape[-2] != warps[1].shape[-2]:
         warps = to_homogeneous(warps[0]), to_homogeneous(warps[1])
     trusted = second.status == 0
+    covariances = [
+        isotropic(one.sigma) if one.covariance is None else one.covariance for one in (first, second)
+    ]
     return Motion(
         torch.where(trusted[..., None, None], warps[1], warps[0]),
         torch.where(trusted, second.sigma, first.sigma),
         torch.where(trusted, second.status, first.status),
         second.inliers,
         first.only_shifts and second.only_shifts,
+        torch.where(trusted[..., None, None], covariances[1], covariances[0]),
     )
 
 

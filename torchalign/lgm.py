@@ -24,6 +24,7 @@ from torchalign.functional.affine import (
     translation_warp,
 )
 from torchalign.functional.channels import Channel
+from torchalign.functional.common_ground import agreement, fill_small_holes, shared_ground
 from torchalign.functional.fourier import rfft2
 from torchalign.functional.matching import (
     INLIER_RADIUS,
@@ -36,15 +37,9 @@ from torchalign.functional.matching import (
     window_ascent,
 )
 from torchalign.functional.phase import phase_correlation
-from torchalign.functional.texture import (
-    Grid,
-    Texture,
-    agreement,
-    extract_texture,
-    fill_small_holes,
-    shared_ground,
-)
+from torchalign.functional.texture import Texture, extract_texture
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
+from torchalign.functional.working_grid import WorkingGrid
 from torchalign.models.extractors import SIFT, FeatureModel, Features, build_extractor
 from torchalign.models.weights import Weights
 from torchalign.types import Motion, Status
@@ -105,7 +100,7 @@ class LGM(Aligner):
     3. the motion that most matches agree with, then Tukey-weighted least squares;
     4. a verdict on whether that many could agree by chance;
     5. correlation (``refine``): where the fit brings both to the same ground, what is cloud or change is told from
-       it pixel by pixel (:func:`~torchalign.functional.texture.shared_ground`). A translation is the peak of
+       it pixel by pixel (:func:`~torchalign.functional.common_ground.shared_ground`). A translation is the peak of
        :func:`~torchalign.functional.phase.phase_correlation` over all the ground that both show; a richer motion
        is what 128 windows of 32² pixels, at the matches that agree, correlate best under, all for one motion.
 
@@ -279,12 +274,19 @@ class LGM(Aligner):
             self._refined(part) if self.refine else self._fitted(part)
             for part in self._parts(moving, moving_usable, reference, reference_usable, prepared, init)
         ]
-        warp, sigma, status, inliers, _ = _joined(parts)
+        found: Motion = _joined(parts)
+        warp, sigma, status, inliers = found[:4]
         if inliers is not None:
             inliers = inliers.reshape(*lead, *inliers.shape[1:])
         warp = warp.reshape(*lead, *warp.shape[1:])
+        covariance = None if found.covariance is None else found.covariance.reshape(*lead, 2, 2)
         return Motion(
-            warp, sigma.reshape(lead), status.reshape(lead), inliers, only_shifts(self.motion, init)
+            warp,
+            sigma.reshape(lead),
+            status.reshape(lead),
+            inliers,
+            only_shifts(self.motion, init),
+            covariance,
         )
 
     def matches(
@@ -473,7 +475,7 @@ class LGM(Aligner):
         on_it, there = self._seen(part, found, rough)
         with torch.no_grad():
             field, _, _ = extract_texture(seen, usable, max_frequency=_MAX_FREQUENCY)
-            grid = Grid.of(size, (field.shape[-2], field.shape[-1]), _MAX_FREQUENCY, field)
+            grid = WorkingGrid.of(size, (field.shape[-2], field.shape[-1]), _MAX_FREQUENCY, field)
             moved = grid.move(rfft2(field), left)
             same = agreement(moved, part.texture, fine=True)
         ground = usable & shared_ground(on_it, part.reference, same, usable & there)

@@ -119,8 +119,9 @@ def summarize(report: xr.Dataset) -> ReportSummary:
         ValueError: a Dataset without ``status`` and ``warp``.
 
     Example:
-        >>> estimate = ta.Estimate(*torch.eye(2, 3)[None], *torch.ones(3, 1), torch.zeros(1).long())
-        >>> print(summarize(as_report(estimate._replace(warp=torch.eye(2, 3)[None]))))
+        >>> one, none = torch.ones(1), torch.zeros(1).long()
+        >>> estimate = ta.Estimate(torch.eye(2, 3)[None], one, one, one, torch.eye(2)[None], none, none)
+        >>> print(summarize(as_report(estimate)))
         1 of 1 frames aligned
         shift    median 0.000 px
                  p95    0.000 px
@@ -189,7 +190,8 @@ def promised_fields(
 ) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     """What :func:`report_fields` will give: the shape and the dtype of one frame's."""
     numbers = torch.empty(0, dtype=dtype)
-    empty = Estimate(numbers.reshape(0, rows, 3), numbers, numbers, numbers, numbers.long())
+    warp, covariance, codes = numbers.reshape(0, rows, 3), numbers.reshape(0, 2, 2), numbers.long()
+    empty = Estimate(warp, numbers, numbers, numbers, covariance, codes, codes)
     fields = report_fields(empty, numbers.reshape(0, 2) if residual else None, (1, 1), metres)
     return {name: (values.shape[1:], values.dtype) for name, values in fields.items()}
 
@@ -230,7 +232,7 @@ def as_report(estimate: Estimate, like: xr.DataArray | None = None) -> xr.Datase
         ValueError: a batch of series; another number of frames than the cube's.
     """
     if estimate.warp.ndim != 3:
-        cure = "take one series, Estimate(*(field[i] for field in estimate))"
+        cure = "take one series, estimate.map(lambda rows: rows[i])"
         raise ValueError(message("estimate", "fields (T, …)", tuple(estimate.warp.shape), cure))
     cube = None if like is None else Cube.of(like)
     if cube is not None and cube.sizes["time"] != len(estimate.warp):

@@ -51,19 +51,11 @@ from torchalign.functional.affine import (
     to_homogeneous,
     translation_warp,
 )
-from torchalign.functional.fourier import irfft2, rfft2, turn_spectrum
-from torchalign.functional.texture import (
-    Contrast,
-    Grid,
-    Texture,
-    Window,
-    agreement,
-    extract_pyramid,
-    nanmedian,
-    pool,
-    tukey,
-    working_size,
-)
+from torchalign.functional.common_ground import agreement
+from torchalign.functional.fourier import irfft2, rfft2, shift_phase
+from torchalign.functional.smoothing import block_sums, nanmedian
+from torchalign.functional.texture import Contrast, Texture, extract_pyramid
+from torchalign.functional.working_grid import Window, WorkingGrid, tukey, working_size
 
 __all__ = [
     "EnhancedCorrelation",
@@ -145,7 +137,7 @@ class Level(NamedTuple):
         corners: (8, P), how each parameter displaces the frame's corners, x of the four and then y, in pixels.
     """
 
-    grid: Grid
+    grid: WorkingGrid
     field: Tensor
     products: Tensor
     weights: Tensor
@@ -350,14 +342,16 @@ def prepare_levels(
     """
     frame = (reference.shape[-2], reference.shape[-1])
     frequencies = level_frequencies(frame, max_frequency, levels)
-    grids = [Grid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies]
+    grids = [
+        WorkingGrid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies
+    ]
     textures = extract_pyramid(reference, mask, grids=grids, contrast=contrast, blur=sigma_blur)
     return [
         prepare_level(texture, grid, motion, taper) for texture, grid in zip(textures, grids, strict=True)
     ]
 
 
-def prepare_level(texture: Texture, grid: Grid, motion: MotionModel, taper: float = 0.15) -> Level:
+def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, taper: float = 0.15) -> Level:
     r"""The reference's derivatives by the parameters, :math:`\nabla r \cdot \partial W / \partial p`.
 
     Args:
@@ -394,7 +388,7 @@ class _Shifted(NamedTuple):
     window: Window
 
     @classmethod
-    def of(cls, texture: Texture, grid: Grid, taper: float) -> _Shifted:
+    def of(cls, texture: Texture, grid: WorkingGrid, taper: float) -> _Shifted:
         weights = None if texture.weights is None else rfft2(texture.weights)
         return cls(rfft2(texture.field) * _response(grid), weights, texture.flat, Window.of(grid, taper))
 
@@ -420,7 +414,7 @@ class _Shifted(NamedTuple):
     def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
         """The values, and their derivatives by x and y of the reference."""
         grid = level.grid
-        turned = turn_spectrum(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
+        turned = shift_phase(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
         by_x, by_y = _differentiate(turned, grid)
         return irfft2(turned, grid.size).flatten(-2), by_x, by_y
 
@@ -435,7 +429,7 @@ class _Warped(NamedTuple):
     projective: bool
 
     @classmethod
-    def of(cls, texture: Texture, grid: Grid, taper: float, projective: bool) -> _Warped:
+    def of(cls, texture: Texture, grid: WorkingGrid, taper: float, projective: bool) -> _Warped:
         rows, columns = grid.size
         size = (_OVERSAMPLING * rows, _OVERSAMPLING * columns)
         spectrum = rfft2(texture.field) * _response(grid)
@@ -628,7 +622,7 @@ def _every_second(level: Level) -> Level:
         return _unflatten(values, -1, (rows, columns))[..., ::2, ::2].flatten(-2)
 
     return Level(
-        Grid.of(grid.frame, (rows // 2, columns // 2), grid.max_frequency, level.field),
+        WorkingGrid.of(grid.frame, (rows // 2, columns // 2), grid.max_frequency, level.field),
         level.field[..., ::2, ::2],
         thin(level.products),
         thin(level.weights),
@@ -738,7 +732,7 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     times = 0
     while times < _BLOCK and min(size) >= 16 * 2**times:  # compared, not computed: a size may be a symbol
         times += 1
-    sums = pool(_unflatten(pulls, -1, size), times)  # (..., T, 2 + P, h / b, w / b)
+    sums = block_sums(_unflatten(pulls, -1, size), times)  # (..., T, 2 + P, h / b, w / b)
     # what every block does to the two translations
     lever = system.inverse[..., :2, :]
     mean = system.mean[..., 2:, None]
@@ -840,7 +834,7 @@ def _half(frame: tuple[int, int]) -> float:
     return max(frame) / 2
 
 
-def _coordinates(grid: Grid) -> tuple[Tensor, Tensor]:
+def _coordinates(grid: WorkingGrid) -> tuple[Tensor, Tensor]:
     """(n,) x and y of the samples, in halves of the frame from its centre."""
     (height, width), half = grid.frame, _half(grid.frame)
     kind: dict[str, Any] = {"device": grid.radius.device, "dtype": grid.radius.dtype}
@@ -850,7 +844,7 @@ def _coordinates(grid: Grid) -> tuple[Tensor, Tensor]:
     return x.expand(shape).flatten(), y[:, None].expand(shape).flatten()
 
 
-def _corners(grid: Grid, motion: MotionModel) -> Tensor:
+def _corners(grid: WorkingGrid, motion: MotionModel) -> Tensor:
     """(8, P), see :class:`Level`."""
     (height, width), half = grid.frame, _half(grid.frame)
     sign = 2 * torch.arange(4, device=grid.radius.device) - 3  # −3, −1, 1, 3: left, left, right, right
@@ -940,13 +934,13 @@ def _places(parameters: int, device: torch.device) -> Tensor:
 # --------------------------------------------------------------------------------------------------- sampling
 
 
-def _response(grid: Grid) -> Tensor:
+def _response(grid: WorkingGrid) -> Tensor:
     """(h, w//2+1): the root of the ramp |f|, within the band."""
     share = grid.radius / grid.max_frequency
     return share.sqrt() * (share < 1)
 
 
-def _differentiate(spectrum: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def _differentiate(spectrum: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tensor]:
     """(..., n) twice, the derivatives of a field by x and y, per half of the frame."""
     omega_y, omega_x = (2 * math.pi * _half(grid.frame) * frequency for frequency in grid.frequencies)
     by_x, by_y = (
@@ -956,7 +950,7 @@ def _differentiate(spectrum: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return by_x, by_y
 
 
-def _shift_of(warp: Tensor, grid: Grid) -> Tensor:
+def _shift_of(warp: Tensor, grid: WorkingGrid) -> Tensor:
     """(..., 2), the translation (x, y) of a normalised warp, in pixels."""
     return warp[..., :2, 2] * _half(grid.frame)
 

@@ -45,7 +45,7 @@ from torchalign.functional.affine import (
 )
 from torchalign.functional.fourier import rfft2
 from torchalign.functional.phase import cross_power, derivatives_at, multiplicity, wave_orders
-from torchalign.functional.texture import tukey
+from torchalign.functional.working_grid import tukey
 
 __all__ = [
     "DEGREES",

@@ -4,7 +4,7 @@ The chain, each link a function that works alone:
 
 1. :func:`~torchalign.functional.texture.extract_texture`: the band limit and the local contrast.
 2. :func:`cross_power`, :func:`coarse_peak`: the weighted cross-power spectrum and the peak of its inverse.
-3. :func:`~torchalign.functional.texture.agreement`: where do the two frames, brought together, show the same
+3. :func:`~torchalign.functional.common_ground.agreement`: where do the two frames, brought together, show the same
    ground? Both are weighted by it, in the same place of the ground, and correlated again.
 4. :func:`refine_peak`: Newton's ascent on the trigonometric polynomial that the correlation is: no grid, no
    interpolation, differentiable by the implicit function theorem.
@@ -28,18 +28,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from torchalign._host import is_symbol
-from torchalign.functional.fourier import irfft2, rfft2, turn_spectrum, wave
-from torchalign.functional.texture import (
-    Contrast,
-    Grid,
-    Texture,
-    Window,
-    agreement,
-    extract_pyramid,
-    extract_texture,
-    working_size,
-)
+from torchalign.functional.common_ground import agreement
+from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave
+from torchalign.functional.sizes import lags_within, square_root
+from torchalign.functional.texture import Contrast, Texture, extract_pyramid, extract_texture
+from torchalign.functional.working_grid import Window, WorkingGrid, working_size
 
 __all__ = [
     "PhaseShift",
@@ -138,7 +131,7 @@ def phase_correlation(
     """
     height, width = moving.shape[-2:]
     size = working_size((height, width), max_frequency)
-    grid = Grid.of((height, width), size, max_frequency, moving)
+    grid = WorkingGrid.of((height, width), size, max_frequency, moving)
 
     ((field, weights, moving_flat),) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast)
     if not isinstance(reference, Texture):
@@ -254,10 +247,9 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     step_y, step_x = size[0] / rows, size[1] / columns
     # a shift between two samples may have its highest sample half a diagonal beyond the limit
     square = step_x * step_x + step_y * step_y
-    diagonal = torch.sym_sqrt(square) if is_symbol(square) else math.sqrt(square)  # type: ignore[attr-defined, unused-ignore]
-    reach = max_translation + 0.5 * diagonal
-    near_y = _lags(rows, reach / step_y, surface)
-    near_x = _lags(columns, reach / step_x, surface)
+    reach = max_translation + 0.5 * square_root(square)
+    near_y = lags_within(rows, reach / step_y, surface)
+    near_x = lags_within(columns, reach / step_x, surface)
     values = surface.detach()
     near = values.index_select(-2, near_y % rows).index_select(-1, near_x % columns)
     within = torch.hypot(near_x * step_x, near_y[:, None] * step_y) <= reach
@@ -282,7 +274,9 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     return _Peak(shift, significance, outside, inside, spread)
 
 
-def _higher_of(peak: _Peak, start: Tensor, power: Tensor, grid: Grid, orders: tuple[Tensor, Tensor]) -> _Peak:
+def _higher_of(
+    peak: _Peak, start: Tensor, power: Tensor, grid: WorkingGrid, orders: tuple[Tensor, Tensor]
+) -> _Peak:
     """A given shift instead of the coarse peak, where the correlation is higher there."""
     samples = grid.size[0] * grid.size[1]
     value = derivatives_at(power.detach(), grid.frequencies, start.detach(), orders)
@@ -296,14 +290,6 @@ def _higher_of(peak: _Peak, start: Tensor, power: Tensor, grid: Grid, orders: tu
         torch.where(better, height, peak.height),
         peak.spread,
     )
-
-
-def _lags(samples: int, reach: float, like: Tensor) -> Tensor:
-    """The whole lags within ``reach`` samples that a surface of ``samples`` can tell apart."""
-    if is_symbol(samples):  # torch.export: all of them, or their number would be another symbol
-        return torch.arange(samples, device=like.device) - samples // 2
-    lowest, highest = max(-math.floor(reach), -(samples // 2)), min(math.floor(reach), (samples - 1) // 2)
-    return torch.arange(lowest, highest + 1, device=like.device)
 
 
 def refine_peak(
@@ -435,7 +421,7 @@ def _sigma(
     derivatives = derivatives_at(power, frequencies, shift, orders)
     hxx, hyy, hxy = derivatives[..., 0, 2], derivatives[..., 2, 0], derivatives[..., 1, 1]
     omega_y, omega_x = (2 * math.pi * frequency for frequency in frequencies)
-    pull = turn_spectrum(power, frequencies, shift).imag  # (..., H, W//2+1)
+    pull = shift_phase(power, frequencies, shift).imag  # (..., H, W//2+1)
     # a bin and its conjugate pull alike: together (2·pull)², hence 4 where two are counted
     square = pull.square() * multiplicity(frequencies[1]).square()
     by_row, by_column = square.sum(-1), square.sum(-2)

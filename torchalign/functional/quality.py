@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import is_symbol
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
+from torchalign.functional.sizes import larger, smaller
+from torchalign.functional.uncertainty import isotropic
 from torchalign.functional.warp import resample_lattice
-from torchalign.types import Estimate, Motion, Status
+from torchalign.types import Estimate, Motion, Status, combine
 
 __all__ = ["gate", "gate_stages", "normalized_cross_correlation"]
 
@@ -168,9 +169,7 @@ def gate_stages(
         :class:`~torchalign.types.Estimate`.
     """
     size = (moving.shape[-2], moving.shape[-1])
-    shortest = min(size)
-    # torch.export takes every pixel: a program has one lattice for all sizes
-    step = 1 if is_symbol(shortest) else max(1, shortest // _LATTICE)
+    step = larger(1, smaller(*size) // _LATTICE)
     homography = any(stage.warp.shape[-2] == 3 for stage in stages)
     if homography:
         stages = [stage._replace(warp=to_homogeneous(stage.warp)) for stage in stages]
@@ -183,7 +182,8 @@ def gate_stages(
         usable = _thin(reference_usable, step)
         overlap = usable if overlap is None else overlap & usable
     before = _thin(moving, step)
-    for (warp, sigma, status, inliers, only_shifts), limit in zip(stages, max_translations, strict=True):
+    for stage, limit in zip(stages, max_translations, strict=True):
+        warp, sigma, status, inliers = stage[:4]
         displacement = center_displacement(warp, size).norm(dim=-1)
         finite = warp.isfinite().flatten(-2).all(-1) & sigma.isfinite()
         status = torch.where((status == 0) & ~finite, int(Status.NOT_CONVERGED), status)
@@ -191,7 +191,7 @@ def gate_stages(
         trusted = status == 0
         warp = torch.where(trusted[..., None, None], warp, identity)
         # bilinear interpolation smooths, which a score would take for misregistration
-        path = warp[..., :2, 2] if only_shifts else warp
+        path = warp[..., :2, 2] if stage.only_shifts else warp
         aligned, inside = resample_lattice(
             moving.unsqueeze(-3), path, step, interpolation="bicubic", mask=moving_usable
         )
@@ -212,10 +212,13 @@ def gate_stages(
     )
 
     result: Estimate | None = None
-    for warp, displacement, verdict, score, stage in zip(
-        warps, displacements, verdicts, scores, stages, strict=True
+    for number, (warp, displacement, verdict, score, stage) in enumerate(
+        zip(warps, displacements, verdicts, scores, stages, strict=True)
     ):
-        judged = _judge(warp, stage.sigma, verdict, displacement, score, score_before, identity)
+        judged = _judge(
+            stage._replace(warp=warp, status=verdict), displacement, score, score_before, identity
+        )
+        judged = judged._replace(stage=torch.where(judged.valid, number, -1))
         if result is None:
             result = judged
             continue
@@ -225,23 +228,16 @@ def gate_stages(
     if min_score is None:
         return result
     low = result.valid & (result.score < min_score)
-    left = torch.full_like(result.status, int(Status.LOW_SCORE))
-    none = torch.full_like(result.sigma, torch.inf)
-    return _choose(
-        low, Estimate(identity.expand_as(result.warp), score_before, score_before, none, left), result
-    )
+    left = torch.where(low, int(Status.LOW_SCORE), result.status)
+    return _rejected(result._replace(status=left), identity)
 
 
 def _judge(
-    warp: Tensor,
-    sigma: Tensor,
-    status: Tensor,
-    displacement: Tensor,
-    score: Tensor,
-    score_before: Tensor,
-    identity: Tensor,
+    motion: Motion, displacement: Tensor, score: Tensor, score_before: Tensor, identity: Tensor
 ) -> Estimate:
     """One motion against none, see :func:`gate`."""
+    sigma, status = motion.sigma, motion.status
+    covariance = isotropic(sigma) if motion.covariance is None else motion.covariance
     # without a positive correlation there is no common ground to be better on
     gained = (score >= score_before) & (score > 0)
     in_place = (
@@ -251,22 +247,58 @@ def _judge(
     )
     status = torch.where((status == 0) & ~gained & ~in_place, int(Status.NOT_BETTER), status)
     moved = (status == 0) & ~in_place
-    sigma = torch.where(in_place, (sigma.square() + 0.5 * displacement.square()).sqrt(), sigma)
-    return Estimate(
-        torch.where(moved[..., None, None], warp, identity),
+    # a move that was not made is part of the error, in all directions: it is told no better than to its length
+    left = torch.where(in_place, 0.5 * displacement.square(), 0.0)
+    estimate = Estimate(
+        torch.where(moved[..., None, None], motion.warp, identity),
         torch.where(moved, score, score_before),
         score_before,
-        torch.where(status == 0, sigma, torch.inf),
+        (sigma.square() + left).sqrt(),
+        covariance + isotropic(left.sqrt()),
         status,
+        torch.zeros_like(status),
+        motion.field,
+    )
+    return _rejected(estimate, identity)
+
+
+def _rejected(estimate: Estimate, identity: Tensor) -> Estimate:
+    """What is said of a frame that was left as it came, where one was."""
+    valid = estimate.valid
+    sigma = torch.where(valid, estimate.sigma, torch.inf)
+    rows = valid[..., None, None]
+    field = estimate.field
+    if field is not None:
+        field = field._replace(
+            coefficients=torch.where(rows[..., None], field.coefficients, 0.0),
+            sigma=torch.where(rows, field.sigma, torch.inf),
+        )
+    return estimate._replace(
+        warp=torch.where(rows, estimate.warp, identity),
+        score=torch.where(valid, estimate.score, estimate.score_before),
+        sigma=sigma,
+        covariance=torch.where(rows, estimate.covariance, isotropic(sigma)),
+        stage=torch.where(valid, estimate.stage, -1),
+        field=field,
     )
 
 
 def _choose(condition: Tensor, first: Estimate, second: Estimate) -> Estimate:
     """Row by row."""
-    return Estimate(
-        torch.where(condition[..., None, None], first.warp, second.warp),
-        *(torch.where(condition, one, other) for one, other in zip(first[1:], second[1:], strict=True)),
-    )
+
+    def choose(pair: tuple[Tensor, ...]) -> Tensor:
+        rows = condition.reshape(*condition.shape, *[1] * (pair[0].ndim - condition.ndim))
+        return torch.where(rows, pair[0], pair[1])
+
+    fields = [estimate.field for estimate in (first, second) if estimate.field is not None]
+    if len(fields) == 1:  # the other one shifts nothing, of which it is sure
+        none = fields[0]._replace(
+            coefficients=torch.zeros_like(fields[0].coefficients), sigma=torch.zeros_like(fields[0].sigma)
+        )
+        first, second = (
+            one if one.field is not None else one._replace(field=none) for one in (first, second)
+        )
+    return combine(choose, [first, second])
 
 
 def _thin(image: Tensor, step: int) -> Tensor:
