@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -777,3 +778,47 @@ def test_sixty_geotiffs(tmp_path):
             ):
                 assert getattr(one, name) == getattr(other, name), name
     assert len(list((tmp_path / "out").iterdir())) == 60
+
+
+def test_a_table_has_one_row_a_frame_and_the_status_in_words():
+    status = [ta.Status.OK, ta.Status.LOW_SCORE, ta.Status.TOO_FAR]
+    estimate = Estimate(
+        torch.eye(2, 3).repeat(3, 1, 1) + torch.arange(18.0).reshape(3, 2, 3),
+        *torch.arange(9.0).reshape(3, 3),
+        torch.eye(2).repeat(3, 1, 1),
+        torch.tensor(status),
+        torch.zeros(3).long(),
+    )
+    table = ta.to_table(as_report(estimate))
+    assert table.index.tolist() == [0, 1, 2]
+    assert table.status.tolist() == ["OK", "LOW_SCORE", "TOO_FAR"]
+    assert table.loc[2, "score"] == 2
+    for row in range(2):
+        for column in range(3):
+            expected = estimate.warp[:, row, column].numpy()
+            np.testing.assert_array_equal(table[f"warp_{row}{column}"], expected)
+    dated = as_report(estimate).assign_coords(
+        time=np.array(["2020-01-01", "2021-01-01", "2022-01-01"], "M8[ns]")
+    )
+    assert ta.to_table(dated).loc["2021", "status"].tolist() == ["LOW_SCORE"]
+    with pytest.raises(TypeError, match="^report: expected an xarray.Dataset"):
+        ta.to_table(estimate)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "use"),
+    [
+        ("h5netcdf", "io", lambda path: ta.load_report(path / "report.nc")),
+        ("zarr", "io", lambda path: ta.io.write_cube(make_series(4, 40).cube, path / "cube.zarr")),
+        ("rasterio", "io", lambda path: ta.open_stack(path)),
+        ("matplotlib", "plot", lambda path: ta.plot._figure_class.__wrapped__()),
+        ("torchmetrics", "training", lambda path: ta.training.RegistrationError),
+    ],
+)
+def test_what_is_missing_says_so_and_how_to_get_it(package, extra, use, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "torchalign.training.metric", raising=False)
+    with pytest.raises(
+        ImportError, match=rf'the package {package}, got no such package; pip install "torchalign\[{extra}\]"'
+    ):
+        use(tmp_path)

@@ -46,6 +46,11 @@ if TYPE_CHECKING:
 
 __all__ = ["save_html", "to_html"]
 
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 _MEANING = {
     Status.OK: "aligned",
     Status.TOO_FAR: "the shift that was found is larger than allowed",

@@ -22,6 +22,10 @@ from torchalign.cube.stores import write_store
 __all__ = ["Compression", "OnError", "open_stack", "parse_time", "write_cube", "write_stack"]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def open_stack(
     source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,

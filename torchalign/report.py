@@ -14,6 +14,10 @@ from torchalign.types import Estimate
 __all__ = ["ReportSummary", "as_report", "load_report", "save_report", "summarize", "to_table"]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def save_report(
     report: xr.Dataset | Estimate,
     path: str | Path,

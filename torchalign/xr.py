@@ -43,6 +43,11 @@ from torchalign.types import Estimate
 
 __all__ = ["ApplyMode", "align", "apply"]
 
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 # What `aligner=` knows by name.
 _ALIGNERS: dict[str, Callable[[], nn.Module]] = {
     "auto": lambda: Cascade(PCC(), ECC()),

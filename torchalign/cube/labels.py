@@ -69,7 +69,7 @@ class Cube:
             ValueError: dims that cannot be told.
         """
         dims = find_dims(array, "datacube", given)
-        assert isinstance(array, xr.DataArray)
+        assert isinstance(array, xr.DataArray)  # as find_dims has seen
         if array.dtype.kind not in "iuf":
             cure = 'convert it with .astype("uint8") or .astype("float32")'
             raise TypeError(message("datacube", "an integer or floating dtype", array.dtype, cure))
