@@ -801,7 +801,7 @@ def test_a_table_has_one_row_a_frame_and_the_status_in_words():
         time=np.array(["2020-01-01", "2021-01-01", "2022-01-01"], "M8[ns]")
     )
     assert ta.to_table(dated).loc["2021", "status"].tolist() == ["LOW_SCORE"]
-    with pytest.raises(TypeError, match="^report: expected an xarray.Dataset"):
+    with pytest.raises(TypeError, match=r"^report: expected an xarray\.Dataset"):
         ta.to_table(estimate)
 
 
