@@ -56,8 +56,8 @@ def open_stack(
         errors: what becomes of files that cannot be read, have no date, are empty (nothing but nodata, or zeros
             without a nodata value), are of another grid, dtype, nodata or bands than most, or of a date that a file
             before them in the alphabet has. ``"raise"``; or ``"skip"``: they are left out, and
-            ``attrs["skipped_files"]`` lists them with the reason. (Of a lazy stack, whether files are empty is not
-            looked at.)
+            ``attrs["skipped_files"]`` lists them with the reason. (Whether files are empty is not checked in
+            a lazy stack.)
         keep_empty: take empty files as they are: in a folder of cloud masks they are the dates without clouds.
 
     Returns:

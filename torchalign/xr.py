@@ -93,7 +93,7 @@ def align(
     of a float32, and now and then a step of 1 in an integer.
 
     Integers are computed in float32 (float64 where values exceed 2²⁴, and for all 32- and 64-bit integers of a
-    lazy cube, which nobody has looked at) and come back rounded and clamped; floats that ``encoding`` packs into
+    lazy cube, which are not read beforehand) and come back rounded and clamped; floats that ``encoding`` packs into
     integers come back clamped to what these hold.
     Nodata (``_FillValue``, ``missing_value``, ``nodata`` in attrs or encoding, ``rio.nodata``) and NaN are
     not used and stay what they are; a valid pixel that would round to nodata takes the value beside it. (A
@@ -255,8 +255,8 @@ def apply(
     Raises:
         TypeError: an argument of another kind.
         ValueError: a frame that the report has not; grids of which one is unknown, that differ in CRS or that are
-            turned against each other; a bool cube that is to be interpolated; ``"shift-coords"`` without a grid, or
-            with a homography, which no georeference can express; an unknown option.
+            rotated against each other; a bool cube that is to be interpolated; ``"shift-coords"`` without a grid,
+            or with a homography, which no georeference can express; an unknown option.
 
     Example:
         One solution, found at 10 m, for a band of 20 m:

@@ -208,7 +208,7 @@ def regrid_warp(warp: Tensor, source: Georeference, target: Georeference) -> Ten
     """The same motion of the ground, from pixels of one grid to pixels of another.
 
     Pixel sizes may differ, and so may origins, extents and the direction of the axes; both grids must be of one
-    CRS and not turned against each other. An identity stays an exact identity.
+    CRS and not rotated against each other. An identity stays an exact identity.
 
     Args:
         warp: (..., 2, 3) or (..., 3, 3), moving → reference, in pixels of ``source``.
@@ -219,7 +219,7 @@ def regrid_warp(warp: Tensor, source: Georeference, target: Georeference) -> Ten
         In the shape, dtype and device of ``warp``.
 
     Raises:
-        ValueError: another CRS, or grids turned against each other.
+        ValueError: another CRS, or grids rotated against each other.
 
     Example:
         >>> import torch

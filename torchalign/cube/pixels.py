@@ -187,7 +187,7 @@ def find_nodata(array: xr.DataArray) -> tuple[Any, ...]:
 
 
 def _find_compute_dtype(cube: Cube, nodata: tuple[Any, ...]) -> torch.dtype:
-    """The float that holds the pixels; for 32- and 64-bit integers that takes a look at all of them."""
+    """The float that holds the pixels; for 32- and 64-bit integers all of them are read."""
     dtype = cube.array.dtype
     if dtype.kind == "f" or dtype.itemsize <= 2:
         return torch.float64 if dtype.itemsize > 4 else torch.float32

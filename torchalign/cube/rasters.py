@@ -411,7 +411,7 @@ def _cf_attributes(wkt: str) -> dict[str, Any]:
         return {}
     try:
         return {key: value for key, value in CRS.from_wkt(wkt).to_cf().items() if key != "crs_wkt"}
-    except (CRSError, KeyError):  # no WKT that PROJ knows, or a method that CF has not: nothing is lost
+    except (CRSError, KeyError):  # no WKT that PROJ knows, or a method that CF has not
         return {}
 
 

@@ -221,8 +221,6 @@ def _read_json(path: Path) -> xr.Dataset:
         fields["warp"] = fields["warp"].reshape(0, 2, 3)
     fields["status"] = _status_codes([row["status"] for row in rows])
     labels = [row[time] for row in rows]
-    if "labels" not in document:  # written before dtypes were
-        return _relabel(fields, time, _parse_labels(labels), document["attrs"])
     kind = document["labels"]
     return _relabel(fields, time, None if kind is None else np.array(labels, kind), document["attrs"])
 
@@ -235,12 +233,10 @@ def _relabel(
     return report if labels is None else report.assign_coords({time: labels})
 
 
-def _parse_labels(labels: list[Any]) -> Array | None:
+def _parse_labels(labels: list[str]) -> Array | None:
     """Dates and whole numbers that are written like this, or text; ``None`` if they are but the frames' numbers."""
-    if list(map(str, labels)) == list(map(str, range(len(labels)))):
+    if labels == list(map(str, range(len(labels)))):
         return None
-    if not all(isinstance(label, str) for label in labels):
-        return np.array(labels)
     if all(re.fullmatch(r"-?\d{1,18}", label) for label in labels):
         numbers = np.array(labels, np.int64)
         return numbers if list(map(str, numbers)) == labels else np.array(labels)
