@@ -9,6 +9,7 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from typing import Any, get_args
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "check_warp",
     "check_whole",
     "message",
+    "require",
 ]
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,6 +41,19 @@ def message(name: str, expected: str, got: object, cure: str) -> str:
     'max_translation: expected a number > 0, got -1; give pixels'
     """
     return f"{name}: expected {expected}, got {got}; {cure}"
+
+
+def require(what: str, extra: str, *packages: str) -> None:
+    """The packages that ``what`` needs must be installed; ``extra`` brings them.
+
+    Raises:
+        ImportError: one is not; with the command that installs it.
+    """
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        cure = f'pip install "torchalign[{extra}]"'
+        expected = f"the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+        raise ImportError(message(what, expected, "no such package", cure))
 
 
 def check_floating(name: str, tensor: object, shape: str = "") -> None:

@@ -39,6 +39,11 @@ __all__ = [
     "simulate_warped_stack",
 ]
 
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 _Floats = NDArray[np.floating[Any]]
 
 _LARGEST = 1e6  # of shifts, offsets and noise: anything finite
