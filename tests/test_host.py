@@ -181,11 +181,12 @@ def test_freed_memory_goes_back_to_the_system(monkeypatch):
 
 
 _FAULTS = """
-import ctypes, resource, torch
+import ctypes, resource, sys, torch
 from torchalign import _host
 
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: one fault a page
 torch.set_num_threads(2)
+kept = _host.fast_memory() if sys.argv[1:] else False
 
 def work(number):
     blocks = [torch.ones(2**19) for _ in range(12)]  # 24 MiB, all of it freed at the end
@@ -197,33 +198,43 @@ for _ in range(4):  # until every thread finds a heap that has been used
     _host.map_on_host(work, range(8))
 before = faults()
 _host.map_on_host(work, range(8))
-print(faults() - before, _host.keep_memory())
+print(faults() - before, kept)
 """
 _PAGES = 24 * 2**20 // os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
 
 
-def _faults(**environment: str) -> tuple[int, bool]:
+def _faults(*asked: str, **environment: str) -> tuple[int, bool]:
     named = {
         name: value for name, value in os.environ.items() if name not in (*_host._LIMITS, "GLIBC_TUNABLES")
     }
     done = subprocess.run(
-        [sys.executable, "-c", _FAULTS], env=named | environment, check=True, capture_output=True, text=True
+        [sys.executable, "-c", _FAULTS, *asked],
+        env=named | environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     count, kept = done.stdout.split()
     return int(count), kept == "True"
 
 
 @pytest.mark.skipif(_host._find_in_libc("mallopt") is None, reason="needs glibc")
-def test_worker_threads_keep_the_memory_of_their_blocks():
-    """Without it each of the 8 blocks takes a page fault for every page."""
-    count, kept = _faults()
+def test_worker_threads_keep_the_memory_of_their_blocks_if_asked():
+    count, kept = _faults("ask")
     assert kept
     assert count < 3 * _PAGES
 
 
 @pytest.mark.skipif(_host._find_in_libc("mallopt") is None, reason="needs glibc")
+def test_nothing_is_set_without_being_asked():
+    """Each of the 8 blocks takes a page fault for every page."""
+    count, _ = _faults()
+    assert count > 4 * _PAGES
+
+
+@pytest.mark.skipif(_host._find_in_libc("mallopt") is None, reason="needs glibc")
 def test_the_environment_has_the_last_word_on_memory():
-    count, kept = _faults(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
+    count, kept = _faults("ask", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     assert not kept
     assert count > 4 * _PAGES
 
