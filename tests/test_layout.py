@@ -17,7 +17,8 @@ ROOT = Path(torchalign.__file__).parent
 # what may import what: a layer sees the layers below its own
 LAYERS = [
     {"types", "_check", "_host"},
-    {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.channels", "functional.fourier", "functional.texture",
+    {"functional.affine", "functional.motion", "functional.sampling", "functional.warp",
+     "functional.channels", "functional.fourier", "functional.texture",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},

@@ -150,11 +150,11 @@ def fast_memory() -> bool:
     A block of frames frees some 30 MiB at its end. glibc hands that back to the system, and the next block takes a
     page fault for every 4 KiB of it, at which threads wait for each other: up to half of the time of a
     :class:`~torchalign.PCC` on two threads. With these limits (``M_MMAP_THRESHOLD`` 32 MiB, ``M_TRIM_THRESHOLD``
-    64 MiB, of ``mallopt``) up to 64 MiB stay at the end of each of its heaps, of which a thread has one. They hold for
-    the whole process; where its environment names limits, those stand. Nothing is set where there is no glibc.
+    64 MiB, of ``mallopt``) up to 64 MiB stay at the end of each of its heaps, of which a thread has one. They hold
+    for the whole process; where its environment names limits, those stand. Without glibc nothing is set.
 
-    Much the same is won by torch's own ``THP_MEM_ALLOC_ENABLE=1``, in the environment before its first tensor: pages
-    of 2 MiB.
+    Much the same is won by torch's own ``THP_MEM_ALLOC_ENABLE=1``, in the environment before its first tensor:
+    pages of 2 MiB.
 
     Example:
         >>> import torchalign as ta
