@@ -57,6 +57,43 @@ def test_map_keeps_order_modes_and_errors(two_threads):
         _host.map_on_host(lambda item: 1 / item, [1, 0])
 
 
+def test_only_numbers_that_may_be_read_are_read():
+    number, flags = torch.tensor(2.5), torch.tensor([True, True])
+    assert _host.read(number) == 2.5
+    assert _host.all_finite(torch.ones(3))
+    assert not _host.all_finite(torch.tensor([1.0, torch.nan]))
+    assert _host.all_true(flags)
+    assert not _host.all_true(torch.tensor([True, False]))
+    assert _host.may_read(number, None, flags)
+    # with a gradient, mapped, or elsewhere they are not asked
+    assert _host.read(number.clone().requires_grad_()) is None
+    assert _host.read(number.to("meta")) is None
+    assert not _host.all_finite(torch.ones(3, requires_grad=True))
+    assert not _host.may_read(number, flags.to("meta"))
+    seen = []
+    torch.func.vmap(lambda flag: flag & (seen.append(_host.all_true(flag)) is None))(flags)
+    assert seen == [False]
+    assert _host.launches_kernels(flags.to("meta"))
+    assert not _host.launches_kernels(flags)
+
+
+def test_pieces_are_what_the_whole_is(monkeypatch):
+    one, other = torch.rand(7, 3, 10), torch.rand(7, 10)
+    sizes = []
+
+    def function(field, weight):
+        sizes.append(len(weight))
+        return field.sum(1) * weight
+
+    whole = _host.in_pieces(function, one, other)
+    monkeypatch.setattr(_host, "_PIECE", 30)
+    assert torch.equal(_host.in_pieces(function, one, other), whole)
+    assert sizes == [7, 3, 3, 1]
+    # what differs in length, or is traced, is not cut
+    assert torch.equal(_host.in_pieces(function, one[:1], other), one[:1].sum(1) * other)
+    assert sizes[4:] == [7]
+
+
 def test_threads_are_put_back(stack, small_blocks, two_threads):
     ta.PCC()(*stack)
     assert torch.get_num_threads() == 2
