@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 import torchalign
+from torchalign.aligner import Aligner, SharedOptions
 
 ROOT = Path(torchalign.__file__).parent
 
@@ -89,3 +93,26 @@ def test_the_maths_does_not_ask_where_it_runs():
             f"{path.name}: {line.strip()}" for line in path.read_text().splitlines() if QUESTIONS.search(line)
         ]
     assert asked == []
+
+
+@pytest.mark.parametrize("kind", [torchalign.PCC, torchalign.ECC, torchalign.LGM])
+def test_shared_options_are_declared_once_and_shown_by_every_method(kind):
+    shared = {
+        name: option
+        for name, option in inspect.signature(Aligner.__init__).parameters.items()
+        if name != "self"
+    }
+    # what a type checker knows of **shared is what the base class takes
+    known = {name: getattr(annotation, "__forward_arg__", annotation) for name, annotation in
+             SharedOptions.__annotations__.items()}  # fmt: skip
+    assert known == {name: option.annotation for name, option in shared.items()}
+    signature = inspect.signature(kind)
+    assert list(signature.parameters)[-len(shared) :] == list(shared)
+    for name, option in shared.items():
+        assert signature.parameters[name] == option
+        assert f"{name}: " in kind.__doc__
+        assert getattr(kind(), name) == option.default
+    assert not any(option.kind is option.VAR_KEYWORD for option in signature.parameters.values())
+    assert "shared" not in inspect.signature(kind.__init__).parameters
+    with pytest.raises(TypeError, match="no_such_option"):
+        kind(no_such_option=1)

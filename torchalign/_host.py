@@ -25,8 +25,8 @@ __all__ = [
     "fast_memory",
     "give_back_memory",
     "in_pieces",
+    "is_known",
     "is_on_host",
-    "is_symbol",
     "is_transformed",
     "launches_kernels",
     "map_on_host",
@@ -83,9 +83,9 @@ def launches_kernels(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def is_symbol(*numbers: object) -> bool:
-    """Whether one of them is no number but a symbol, as sizes can be under torch.export."""
-    return not all(isinstance(number, (int, float)) for number in numbers)
+def is_known(number: object) -> bool:
+    """Whether a size is a number: under torch.export it can be a symbol, which must not be compared."""
+    return isinstance(number, (int, float))
 
 
 def is_transformed(tensor: Tensor) -> bool:

@@ -120,14 +120,14 @@ def half_length(size: tuple[int, int]) -> float:
 
 def normalize(warp: Tensor, size: tuple[int, int]) -> Tensor:
     """A warp (..., 2 or 3, 3) of frames (H, W): in pixels → in normalised coordinates, the last entry 1."""
-    centred = conjugated(warp, _centre(size, warp))
+    centred = conjugated(warp, _frame_centre(size, warp))
     return _in_other_units(centred, 1 / half_length(size))
 
 
 def denormalize(warp: Tensor, size: tuple[int, int]) -> Tensor:
     """The way back."""
     scaled = _in_other_units(warp, half_length(size))
-    moved = conjugated(scaled, -_centre(size, warp))
+    moved = conjugated(scaled, -_frame_centre(size, warp))
     return moved if moved.shape[-2] == 2 else moved / moved[..., 2:, 2:]
 
 
@@ -140,6 +140,6 @@ def _in_other_units(warp: Tensor, factor: float) -> Tensor:
     return torch.cat([scaled, down], dim=-2) / warp[..., 2:, 2:]
 
 
-def _centre(size: tuple[int, int], like: Tensor) -> Tensor:
+def _frame_centre(size: tuple[int, int], like: Tensor) -> Tensor:
     """(2,): the centre (x, y) of a frame of ``size``."""
     return torch.stack([like.new_full((), (side - 1) / 2) for side in reversed(size)])

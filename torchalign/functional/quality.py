@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
-from torchalign.functional.sizes import larger, smaller
+from torchalign.functional.sizes import stride_for
 from torchalign.functional.uncertainty import isotropic
 from torchalign.functional.warp import resample
 from torchalign.types import Estimate, Motion, Status, combine
@@ -171,7 +171,7 @@ def gate_stages(
         :class:`~torchalign.types.Estimate`.
     """
     size = (moving.shape[-2], moving.shape[-1])
-    step = larger(1, smaller(*size) // _LATTICE)
+    step = stride_for(size, _LATTICE)
     homography = any(stage.warp.shape[-2] == 3 for stage in stages)
     if homography:
         stages = [stage._replace(warp=to_homogeneous(stage.warp)) for stage in stages]
