@@ -879,6 +879,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="of torch")
     add_readme_options(parser)
     options = parser.parse_args()
+    ta.fast_memory()
     if options.quick:
         options.frames, options.trials, options.rounds = 8, 20, 2
     if readme_or_run(options, NAME, report, headline):

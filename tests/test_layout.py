@@ -166,6 +166,16 @@ def test_functional_is_pure():
                 assert not ast.unparse(node.func).endswith(".numpy"), name
 
 
+HOST_QUESTIONS = ("is_cuda", ".device.type", "is_symbol", "is_compiling", "is_on_host")
+
+
+@pytest.mark.parametrize("name", ["affine", "ecc", "matching", "motion", "sampling", "sift", "warp"])
+def test_the_maths_does_not_ask_where_it_runs(name):
+    """``_host`` is the one door; what it tells is a number, or a property of the work."""
+    text = modules()[f"functional.{name}"].read_text()
+    assert [question for question in HOST_QUESTIONS if question in text] == []
+
+
 FRESH = """
 import json, sys
 import torch

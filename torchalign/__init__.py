@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from torchalign._host import fast_memory
 from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
 from torchalign.ecc import ECC
@@ -58,6 +59,7 @@ __all__ = [
     "Status",
     "align",
     "apply",
+    "fast_memory",
     "load_report",
     "open_stack",
     "save_report",

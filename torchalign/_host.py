@@ -22,12 +22,12 @@ __all__ = [
     "all_true",
     "carries_gradient",
     "empty_on_host",
+    "fast_memory",
     "give_back_memory",
     "in_pieces",
     "is_known",
     "is_on_host",
     "is_transformed",
-    "keep_memory",
     "launches_kernels",
     "map_on_host",
     "may_read",
@@ -150,14 +150,22 @@ def in_pieces(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 @functools.cache
-def keep_memory() -> bool:
-    """What worker threads free stays with the process, for the next block; whether glibc took it.
+def fast_memory() -> bool:
+    """Freed memory stays with the process from now on; whether glibc took it. For the CPU, and only if you ask.
 
     A block of frames frees some 30 MiB at its end. glibc hands that back to the system, and the next block takes a
-    page fault for every 4 KiB of it, at which threads wait for each other. With these limits up to 64 MiB stay at
-    the end of each of its heaps, of which a thread has one, and stay when the thread ends, until
-    :func:`give_back_memory`. They are the most that glibc comes to by itself, once a program has freed nearly
-    32 MiB in one piece. They hold for the whole process; where its environment names limits, those stand.
+    page fault for every 4 KiB of it, at which threads wait for each other: up to half of the time of a
+    :class:`~torchalign.PCC` on two threads. With these limits (``M_MMAP_THRESHOLD`` 32 MiB, ``M_TRIM_THRESHOLD``
+    64 MiB, of ``mallopt``) up to 64 MiB stay at the end of each of its heaps, of which a thread has one. They hold
+    for the whole process; where its environment names limits, those stand. Without glibc nothing is set.
+
+    Much the same is won by torch's own ``THP_MEM_ALLOC_ENABLE=1``, in the environment before its first tensor:
+    pages of 2 MiB.
+
+    Example:
+        >>> import torchalign as ta
+        >>> ta.fast_memory() in (True, False)
+        True
     """
     mallopt = _find_in_libc("mallopt")
     if mallopt is None or _memory_is_users(os.environ):
@@ -181,7 +189,6 @@ def map_on_host(function: Callable[[Item], Result], items: Sequence[Item]) -> li
     workers = min(torch.get_num_threads(), len(items))
     if workers <= 1:
         return [function(item) for item in items]
-    keep_memory()
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def run(item: Item) -> Result:

@@ -290,6 +290,21 @@ def test_result_does_not_depend_on_chunks_or_order(sample: int, monkeypatch: pyt
     assert same(single.values[0], expected.values[5])
 
 
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("motion", ["translation", "affine"])
+def test_values_are_written_where_they_are_wanted(motion: str) -> None:
+    cube = noise(4, 2, 20, 24)
+    cube[1, 0, 3:9, 4:20] = NAN
+    warps = affine_warps(4) if motion == "affine" else shifts((1.3, -2.6), (0, 0), (0.5, 0.5), (-30, 4))
+    expected = resample(cube, warps, fill_value=7.0)
+    room = torch.full((6, 2, 20, 24), -1.0)
+    got = resample(cube, warps, fill_value=7.0, out=room[1:5])
+    assert same(room[1:5], expected.values)
+    assert got.values.data_ptr() == room[1:5].data_ptr()
+    assert torch.equal(got.validity, expected.validity)
+    assert (room[[0, 5]] == -1).all()
+
+
 def test_leading_dimensions_and_broadcasting() -> None:
     cube, warps = noise(2, 3, 2, 20, 24), affine_warps(6).reshape(2, 3, 2, 3)
     mask = noise(3, 20, 24, seed=5) > 0

@@ -457,49 +457,67 @@ def window_ascent(
     centres = torch.stack((left + 0.5 * (width - 1), top + 0.5 * (height - 1)), -1).to(moving.dtype)
     centres = torch.stack((step_x * centres[..., 0], step_y * centres[..., 1]), -1)  # in pixels
     jacobian = _jacobian(centres, size, motion)  # (..., n, 2, P)
-    orders = wave_orders(frequencies)
-
-    def newton(power: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The step, whether the Hessian is negative definite, its negative, and all windows' pulls and weights."""
-        shift = (jacobian * delta[..., None, None, :]).sum(-1)  # (..., n, 2)
-        derivatives = derivatives_at(power, frequencies, shift, orders)  # (..., n, 3, 3)
-        correlation = (derivatives[..., 0, 0].detach() / energy).clamp(0, 1)
-        emphasis = (weight > 0) * correlation.square()  # ω
-        slope = torch.stack((derivatives[..., 0, 1], derivatives[..., 1, 0]), -1)  # (..., n, 2)
-        mixed = derivatives[..., 1, 1]
-        rows = ((derivatives[..., 0, 2], mixed), (mixed, derivatives[..., 2, 0]))
-        curvature = torch.stack([torch.stack(row, -1) for row in rows], -2)  # (..., n, 2, 2)
-        pulls = emphasis[..., None] * (jacobian * slope.unsqueeze(-1)).sum(-2)  # (..., n, P)
-        weighted = emphasis[..., None, None] * torch.matmul(curvature, jacobian)
-        hessian = torch.matmul(jacobian.mT, weighted).sum(-3)  # (..., P, P)
-        step, definite = _solve(-hessian, pulls.sum(-2))
-        return step.clamp(-0.5, 0.5), definite, -hessian, torch.cat((pulls, emphasis.unsqueeze(-1)), -1)
+    ascent = _Ascent(frequencies, wave_orders(frequencies), jacobian, (weight > 0).to(energy), energy)
 
     delta = moving.new_zeros(*shape[:-3], PARAMETERS[motion])
     for _ in range(steps):
-        step, *_ = newton(power.detach(), delta)
+        step, *_ = ascent.newton(power.detach(), delta)
         delta = delta + step.detach()
-    step, definite, hessian, pulls = newton(power, delta)
+    step, definite, hessian, pulls, emphasis = ascent.newton(power, delta)
     delta = delta + step
     # identical frames are at exactly 0: what rounding leaves there is taken off, and its gradient kept
     none = (delta.detach().abs() < 64 * torch.finfo(delta.dtype).eps).all(-1, keepdim=True)
     delta = torch.where(none, delta - delta.detach(), delta)
 
-    pulls, emphasis = pulls[..., :-1].detach(), pulls[..., -1].detach()
-    inverse = _invert(hessian.detach())
-    # windows that overlap err alike (Conley 1999): pulls are paired by the share of ground that they have in common
-    shared = (1 - (left.unsqueeze(-1) - left.unsqueeze(-2)).abs().to(pulls.dtype) / width).clamp(min=0)
-    shared = shared * (1 - (top.unsqueeze(-1) - top.unsqueeze(-2)).abs().to(pulls.dtype) / height).clamp(
-        min=0
-    )
-    scatter = torch.matmul(pulls.mT, torch.matmul(shared, pulls))
-    covariance = torch.matmul(inverse, torch.matmul(scatter, inverse))
-    used = (emphasis > 0).to(pulls.dtype).sum(-1)
+    emphasis, inverse = emphasis.detach(), _invert(hessian.detach())
+    covariance = inverse @ _scatter(pulls.detach(), left / width, top / height) @ inverse
+    used = (emphasis > 0).to(energy).sum(-1)
     freedom = used - 0.5 * PARAMETERS[motion]
     variance = 0.5 * (covariance[..., 0, 0] + covariance[..., 1, 1]) * used / freedom.clamp(min=0.5)
     sigma = _SIGMA_CALIBRATION * variance.clamp(min=0).sqrt()
     converged = definite & (freedom >= 1) & (step.detach().abs().amax(-1) < _ASCENT_TOLERANCE)
     return WindowFit(_increment(delta, size, motion), sigma, converged & sigma.isfinite())
+
+
+class _Ascent(NamedTuple):
+    """What Newton's steps on the sum of all windows' correlations need."""
+
+    frequencies: tuple[Tensor, Tensor]
+    orders: tuple[Tensor, Tensor]
+    jacobian: Tensor  # (..., n, 2, P), displacement of the windows' centres by each parameter
+    used: Tensor  # (..., n), 1 or 0
+    energy: Tensor  # (..., n), the correlation of a window with itself
+
+    def newton(self, power: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """A step from delta (..., P), whether the Hessian is negative definite, its negative (..., P, P).
+
+        And of every window its pull (..., n, P) and weight ω (..., n).
+        """
+        shift = (self.jacobian * delta[..., None, None, :]).sum(-1)  # (..., n, 2)
+        derivatives = derivatives_at(power, self.frequencies, shift, self.orders)  # (..., n, 3, 3)
+        correlation = (derivatives[..., 0, 0].detach() / self.energy).clamp(0, 1)
+        emphasis = self.used * correlation.square()
+        slope = torch.stack((derivatives[..., 0, 1], derivatives[..., 1, 0]), -1)  # (..., n, 2)
+        mixed = derivatives[..., 1, 1]
+        rows = ((derivatives[..., 0, 2], mixed), (mixed, derivatives[..., 2, 0]))
+        curvature = torch.stack([torch.stack(row, -1) for row in rows], -2)  # (..., n, 2, 2)
+        pulls = emphasis[..., None] * (self.jacobian * slope.unsqueeze(-1)).sum(-2)
+        weighted = emphasis[..., None, None] * torch.matmul(curvature, self.jacobian)
+        hessian = torch.matmul(self.jacobian.mT, weighted).sum(-3)
+        step, definite = _solve(-hessian, pulls.sum(-2))
+        return step.clamp(-0.5, 0.5), definite, -hessian, pulls, emphasis
+
+
+def _scatter(pulls: Tensor, left: Tensor, top: Tensor) -> Tensor:
+    """(..., P, P), of pulls (..., n, P) of windows at (..., n), in units of their size.
+
+    Windows that overlap err alike (Conley 1999): pulls are paired by the share of ground that they have in common.
+    """
+    along_x, along_y = (
+        (1 - (place.unsqueeze(-1) - place.unsqueeze(-2)).abs().to(pulls.dtype)).clamp(min=0)
+        for place in (left, top)
+    )
+    return torch.matmul(pulls.mT, torch.matmul(along_x * along_y, pulls))
 
 
 # ----------------------------------------------------------------------------------------- steps towards a motion

@@ -150,7 +150,7 @@ class Taps(NamedTuple):
         fields = continued.expand(*lead, *continued.shape[-2:]).flatten(-2)
         return cls(fields, line, first.expand(*lead, first.shape[-1]))
 
-    def __call__(self, right: int, down: int) -> Tensor:
+    def at(self, right: int, down: int) -> Tensor:
         """(..., n): the samples so far, −1 … 2, from those at the positions."""
         begin = (down + 1) * self.width + right + 1
         length = self.fields.shape[-1] - (3 * self.width + 3)
@@ -209,13 +209,13 @@ def spline_with_slopes(continued: Tensor, column: Tensor, row: Tensor) -> tuple[
     return value, by_column, by_row
 
 
-def _surroundings(continued: Tensor, column: Tensor, row: Tensor) -> tuple[Taps, Tensor, Tensor]:
+def _surroundings(continued: Tensor, column: Tensor, row: Tensor) -> tuple[Tap, Tensor, Tensor]:
     """The taps around positions, and the positions' fractions."""
     height, width = continued.shape[-2] - 2 * _MARGIN, continued.shape[-1] - 2 * _MARGIN
     column, row = column.clamp(-1, width), row.clamp(-1, height)
     left, top = column.floor(), row.floor()
     taps = Taps.around(continued, left.to(torch.int64), top.to(torch.int64))
-    return taps, column - left, row - top
+    return taps.at, column - left, row - top
 
 
 def _look_up(continued: Tensor, column: Tensor, row: Tensor) -> Tensor:
@@ -336,7 +336,7 @@ class Gather(_Positioned):
         taps = Taps.around(continue_border(planes), *lines)
 
         def tap(right: int, down: int) -> Tensor:
-            taken = taps(right, down)
+            taken = taps.at(right, down)
             return taken.reshape(*taken.shape[:-1], *shape)
 
         return tap
@@ -473,7 +473,7 @@ def _shift_line(
     if last > first:
         sources = [planes.narrow(dim, first + offset + tap, last - first) for tap in range(taps)]
         if taps == 2:
-            torch.lerp(*sources, fraction, out=within)
+            torch.lerp(sources[0], sources[1], fraction, out=within)
         else:
             within.copy_(sources[0])
     out.narrow(dim, 0, first).copy_(planes.narrow(dim, 0, 1))

@@ -167,7 +167,7 @@ def warp(
 # ----------------------------------------------------------------------------------------- checks (host only)
 
 
-def _check(cube: Tensor, warp: Tensor, mask: Tensor | None) -> None:
+def _check(cube: object, warp: Tensor, mask: object) -> None:
     if not isinstance(cube, Tensor):
         expected, cure = "a torch.Tensor (..., T, C, H, W)", "wrap it with torch.as_tensor"
         raise TypeError(message("cube", expected, type(cube).__name__, cure))
@@ -421,8 +421,8 @@ def _resample_in_blocks(
         if options == _PLAIN and planes.usable is None and planes.source is planes.frames:
             together = max(1, _BLOCK_SAMPLES // (height * width))  # bands
             for first in range(0, bands, together):  # the hot case: no mask, and nothing is copied
-                chosen = slice(first, first + together)
-                sampler.bilinear(planes.source[chosen], out=values[index, chosen])
+                part = slice(first, first + together)
+                sampler.bilinear(planes.source[part], out=values[index, part])
             validity[index] = sampler.inside()
         else:
             values[index], validity[index] = _combine(planes, sampler, options)
@@ -431,7 +431,7 @@ def _resample_in_blocks(
     for block, (top, bottom) in _blocks(rest, bands, size, step):
         # neighbours are a view
         neighbours = block[-1] - block[0] == len(block) - 1
-        chosen = slice(block[0], block[-1] + 1) if neighbours else block
+        chosen: slice | list[int] = slice(block[0], block[-1] + 1) if neighbours else block
         planes = _prepare(frames[chosen], None if masks is None else masks[chosen], options)
         gather = _sampler(motion[chosen], size, (top, bottom), cube.dtype, options)
         lines = slice(top // step, -(-bottom // step))
