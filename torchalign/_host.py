@@ -31,7 +31,6 @@ __all__ = [
     "launches_kernels",
     "map_on_host",
     "may_read",
-    "read",
 ]
 
 Item = TypeVar("Item")
@@ -58,11 +57,6 @@ def is_on_host(tensor: Tensor) -> bool:
 def may_read(*tensors: Tensor | None) -> bool:
     """Whether :func:`is_on_host` holds for all of them that are there."""
     return all(tensor is None or is_on_host(tensor) for tensor in tensors)
-
-
-def read(tensor: Tensor) -> float | None:
-    """The value of a tensor of one element; ``None`` where it may not be read."""
-    return float(tensor) if is_on_host(tensor) else None
 
 
 def all_finite(tensor: Tensor) -> bool:
