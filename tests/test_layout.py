@@ -32,6 +32,7 @@ LAYERS = [
      "training.streaming"},
     {"cube", "cube.files", "cube.labels"},
     {"cube.chunks", "cube.georeference", "cube.pixels"},
+    {"cube.regrid"},
     {"cube.reference", "cube.solution"},
     {"cube.run", "cube.stores", "cube.tables"},
     {"cube.rasters"},
@@ -45,8 +46,15 @@ LAYERS = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # within functional: these are the ground of the others, keypoints that of sift
-GROUND = {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.fourier",
-          "functional.sizes", "functional.smoothing"}
+GROUND = {
+    "functional.affine",
+    "functional.motion",
+    "functional.sampling",
+    "functional.warp",
+    "functional.fourier",
+    "functional.sizes",
+    "functional.smoothing",
+}
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
           "functional.sift"}  # fmt: skip
@@ -68,7 +76,18 @@ FOREIGN = {
     },
     "training": {"numpy", "kornia", "torchvision", "torchmetrics", "lightning", "pytorch_lightning"},
     "models": {"kornia", "torchvision"},
-    "cube": {"numpy", "pandas", "xarray", "dask", "rasterio", "pyproj", "zarr", "h5netcdf", "tqdm"},
+    "cube": {
+        "rioxarray",
+        "numpy",
+        "pandas",
+        "xarray",
+        "dask",
+        "rasterio",
+        "pyproj",
+        "zarr",
+        "h5netcdf",
+        "tqdm",
+    },
     "report": {"xarray"},
     "xr": {"numpy", "xarray"},
     "io": {"numpy", "xarray"},

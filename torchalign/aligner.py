@@ -27,6 +27,9 @@ from torchalign.functional.affine import change_origin, identity_warp, split_at_
 from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel
 from torchalign.functional.motion import MotionModel
 from torchalign.functional.quality import gate_stages
+from torchalign.functional.smoothing import triangle_mean
+from torchalign.functional.structure import orientation_field
+from torchalign.functional.texture import Contrast
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.types import Alignment, Estimate, Motion, ShiftField, Status, combine
 
@@ -191,17 +194,24 @@ class Aligner(nn.Module, ABC):
         """
         return None
 
+    @property
+    def score_contrast(self) -> Contrast:
+        """What frames are compared by: ``"local"``, or across sensors ``"structure"``."""
+        return "local"
+
     def score_image(self, image: Tensor, usable: Tensor | None) -> Tensor:
-        """What of the channel seen the gate correlates.
+        """What of the channel the gate correlates, by :attr:`score_contrast`.
 
         Args:
             image: (..., T, H, W), finite: unusable pixels hold 0.
             usable: (..., T, H, W) bool, or ``None`` if all of it is.
 
         Returns:
-            (..., T, H, W), by default the image; or (2, ..., T, H, W), a field of vectors.
+            (..., T, H, W), the image; or for ``"structure"`` (2, ..., T, H, W), the orientation of its gradients.
         """
-        return image
+        if self.score_contrast != "structure":
+            return image
+        return triangle_mean(orientation_field(image, usable), 1)
 
     @abstractmethod
     def estimate_motion(

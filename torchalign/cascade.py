@@ -17,6 +17,7 @@ from torchalign.functional.affine import (
     to_homogeneous,
     translation_warp,
 )
+from torchalign.functional.texture import Contrast
 from torchalign.functional.uncertainty import isotropic
 from torchalign.types import Estimate, Motion
 
@@ -99,9 +100,10 @@ class Cascade(Aligner):
         assert found is not None  # there is at least one stage
         return found
 
-    def score_image(self, image: Tensor, usable: Tensor | None) -> Tensor:
-        """As the last stage scores, see :meth:`Aligner.score_image`."""
-        return self._stages()[-1].score_image(image, usable)
+    @property
+    def score_contrast(self) -> Contrast:
+        """That of the last stage, see :attr:`Aligner.score_contrast`."""
+        return self._stages()[-1].score_contrast
 
     def _stages(self) -> list[Aligner]:
         return list(self.stages)  # type: ignore[arg-type]  # a ModuleList of aligners
