@@ -21,11 +21,12 @@ LAYERS = [
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
      "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
-     "functional.uncertainty",
+     "functional.uncertainty", "functional.shift_field", "functional.local",
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
     {"pcc", "ecc", "lgm"},
+    {"local"},
     {"cascade"},
     {"training", "training.check", "training.embed", "training.kornia", "training.lightning", "training.loss",
      "training.measure", "training.metric", "training.misregistration", "training.probe", "training.statistics",
@@ -46,10 +47,10 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # within functional: these are the ground of the others, keypoints that of sift
 GROUND = {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.fourier",
-          "functional.sizes", "functional.smoothing"}
+          "functional.sizes", "functional.smoothing", "functional.shift_field", "functional.uncertainty"}
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
-          "functional.sift"}  # fmt: skip
+          "functional.sift", "functional.local"}  # fmt: skip
 # what a layer may use besides torch and the standard library
 FOREIGN = {
     **{
@@ -61,6 +62,7 @@ FOREIGN = {
             "functional",
             "aligner",
             "pcc",
+            "local",
             "ecc",
             "lgm",
             "cascade",
