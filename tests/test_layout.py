@@ -21,11 +21,12 @@ LAYERS = [
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
      "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
-     "functional.uncertainty",
+     "functional.uncertainty", "functional.shift_field", "functional.local",
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
     {"pcc", "ecc", "lgm"},
+    {"local"},
     {"cascade"},
     {"training", "training.check", "training.embed", "training.kornia", "training.lightning", "training.loss",
      "training.measure", "training.metric", "training.misregistration", "training.probe", "training.statistics",
@@ -54,10 +55,12 @@ GROUND = {
     "functional.fourier",
     "functional.sizes",
     "functional.smoothing",
+    "functional.shift_field",
+    "functional.uncertainty",
 }
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
-          "functional.sift"}  # fmt: skip
+          "functional.sift", "functional.local"}  # fmt: skip
 # what a layer may use besides torch and the standard library
 FOREIGN = {
     **{
@@ -69,6 +72,7 @@ FOREIGN = {
             "functional",
             "aligner",
             "pcc",
+            "local",
             "ecc",
             "lgm",
             "cascade",

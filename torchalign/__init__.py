@@ -20,8 +20,9 @@ from torchalign.cascade import Cascade
 from torchalign.ecc import ECC
 from torchalign.functional.warp import warp
 from torchalign.lgm import LGM
+from torchalign.local import Local
 from torchalign.pcc import PCC
-from torchalign.types import Alignment, Estimate, Status
+from torchalign.types import Alignment, Estimate, ShiftField, Status
 
 if TYPE_CHECKING:
     from torchalign import datasets as datasets
@@ -61,9 +62,11 @@ __all__ = [
     "AlignmentLoss",
     "Cascade",
     "Estimate",
+    "Local",
     "RandomMisregistration",
     "RandomMisregistration2D",
     "RegistrationError",
+    "ShiftField",
     "Status",
     "align",
     "apply",
