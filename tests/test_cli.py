@@ -16,6 +16,7 @@ pytest.importorskip("h5py")
 import torchalign as ta
 from torchalign import cli
 from torchalign._files import atomic
+from torchalign.cli import outputs
 from torchalign.datasets import simulate_stack
 from torchalign.io import write_cube
 
@@ -201,7 +202,9 @@ def test_python_and_command_line_have_the_same_defaults():
 
     import typer
 
-    command = typer.main.get_command(cli.build_app()).commands["align"]
+    from torchalign.cli.commands import app
+
+    command = typer.main.get_command(app).commands["align"]
     defaults = {parameter.name: parameter.default for parameter in command.params}
     python = inspect.signature(ta.align).parameters
     for name in ("reference", "aligner", "mask", "init", "verify", "device", "batch_size", "progress"):
@@ -533,15 +536,15 @@ def test_help_version_and_no_arguments(capsys):
 
 
 def test_without_typer(monkeypatch, capsys):
-    find = cli.find_spec
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "typer" else find(name))
+    monkeypatch.delitem(sys.modules, "torchalign.cli.commands", raising=False)
+    monkeypatch.setitem(sys.modules, "typer", None)
     assert run("--help") == 2
     assert 'pip install "torchalign[cli]"' in capsys.readouterr().err
 
 
 def test_missing_packages_are_named_before_the_work(monkeypatch, capsys, source, tmp_path):
-    find = cli.find_spec
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("h5py", "spyndex") else find(name))
+    find = outputs.find_spec
+    monkeypatch.setattr(outputs, "find_spec", lambda name: None if name in ("h5py", "spyndex") else find(name))
 
     def work(*arguments, **options):
         raise RuntimeError("too late")

@@ -21,24 +21,20 @@ import xarray as xr
 from torchalign import plot
 from torchalign._check import message
 from torchalign._files import atomic, check_free
-from torchalign._pictures import (
-    STATUS_COLOUR,
-    Array,
+from torchalign.pictures.columns import Array, by_status, check_report, kept_frames, shift_of, status_of
+from torchalign.pictures.frames import (
     Label,
-    by_status,
-    check_report,
+    check_same,
     compare,
-    dark,
+    cube_dims,
     find_bands,
-    find_dims,
     limits,
     load_frames,
-    over_time,
-    shift_of,
-    status_of,
+    reduce_time,
     time_labels,
     to_rgb,
 )
+from torchalign.pictures.style import STATUS_COLOUR, dark
 from torchalign.report import save_report, summarize
 from torchalign.types import Status
 
@@ -204,7 +200,8 @@ def to_html(
     if cube is None and aligned is not None:
         raise ValueError(message("cube", "what was aligned, beside what came back", None, "give both"))
     if cube is not None:
-        _check_pair(report, cube, aligned)
+        count, *_ = check_same(cube, cube if aligned is None else aligned)
+        status_of(report, count)
     import jinja2  # comes with torch
 
     codes = report["status"].values
@@ -229,27 +226,13 @@ def to_html(
         charts=_charts(report, split, parts, stretch),
         time=report["status"].dims[0],
         columns=_columns(report),
-        rows=_rows(report, cube if pictured else None, bands, stretch),
+        rows=_table_rows(report, cube if pictured else None, bands, stretch),
         flagged=codes.size - done,
         pictured=pictured,
         note=_TOO_MANY if cube is not None and not pictured else "",
         csv=_csv(report),
-        attributes={str(name): _text(value) for name, value in report.attrs.items()},
+        attributes={str(name): _attribute_text(value) for name, value in report.attrs.items()},
     )
-
-
-def _check_pair(report: xr.Dataset, cube: xr.DataArray, aligned: xr.DataArray | None) -> None:
-    dims = find_dims(cube)
-    status_of(report, cube.sizes[dims["time"]])
-    if aligned is not None:
-        other = find_dims(aligned, "aligned")
-        shape, got = (
-            [a.sizes[d[role]] for role in ("time", "y", "x")] for a, d in ((cube, dims), (aligned, other))
-        )
-        if shape != got:
-            raise ValueError(
-                message("aligned", f"frames, rows, columns {shape}", got, "give one ta.align's pair")
-            )
 
 
 # --- the numbers on top ---
@@ -361,22 +344,22 @@ def _charts(
 def _load_parts(
     report: xr.Dataset, cube: xr.DataArray, aligned: xr.DataArray, bands: Sequence[Hashable] | None
 ) -> _Parts:
-    sizes = [cube.sizes[find_dims(cube)[role]] for role in ("y", "x")]
+    sizes = [cube.sizes[cube_dims(cube)[role]] for role in ("y", "x")]
     height, width = (min(size, _WINDOW) for size in sizes)
     chosen = _chosen_frames(report, min(max(_PICTURED // max(height * width, 1), _FEWEST), _MOST))
     words = f", the {height} × {width} pixels in the middle of {sizes[0]} × {sizes[1]}"
-    before, after = (_part(each, chosen, (height, width), bands) for each in (cube, aligned))
+    before, after = (_middle_of(each, chosen, (height, width), bands) for each in (cube, aligned))
     few = report.isel({report["status"].dims[0]: chosen})
-    dim = find_dims(before).get("band")
+    dim = cube_dims(before).get("band")
     shown = None if dim is None else before[dim].values.tolist()
     return _Parts(before, after, shown, few, "" if [height, width] == sizes else words)
 
 
-def _part(
+def _middle_of(
     cube: xr.DataArray, frames: list[int], size: tuple[int, int], bands: Sequence[Hashable] | None
 ) -> xr.DataArray:
     """Of the frames the (height, width) in the middle and the bands to display, loaded frame by frame."""
-    dims = find_dims(cube)
+    dims = cube_dims(cube)
     starts = [(cube.sizes[dims[role]] - length) // 2 for role, length in zip(("y", "x"), size, strict=True)]
     rows, columns = (slice(start, start + length) for start, length in zip(starts, size, strict=True))
     part = cube.isel({dims["y"]: rows, dims["x"]: columns})
@@ -390,8 +373,7 @@ def _part(
 
 def _chosen_frames(report: xr.Dataset, most: int = _MOST) -> list[int]:
     """Positions, evenly spread, of aligned frames; of all where none is."""
-    numbers = np.flatnonzero(report["status"].values == Status.OK)
-    numbers = numbers if len(numbers) else np.arange(report["status"].size)
+    numbers = np.flatnonzero(kept_frames(report["status"].values))
     spread = np.linspace(0, len(numbers) - 1, min(len(numbers), most)).round().astype(int)
     return [int(number) for number in numbers[spread]]
 
@@ -400,14 +382,14 @@ def _thumbnails(
     report: xr.Dataset, cube: xr.DataArray, bands: Sequence[Hashable] | None, stretch: tuple[float, float]
 ) -> list[_Picture]:
     """A small picture of every frame as it came, in the colours of the median of the aligned ones."""
-    dims = find_dims(cube)
+    dims = cube_dims(cube)
     step = max(1, -(-max(cube.sizes[dims["y"]], cube.sizes[dims["x"]]) // _THUMBNAIL))
     small = cube.isel({dims["y"]: slice(step // 2, None, step), dims["x"]: slice(step // 2, None, step)})
     count = cube.sizes[dims["time"]]
     frames = [load_frames(small.isel({dims["time"]: [n]}), "cube", bands).values[0] for n in range(count)]
     if not frames:
         return []
-    low, high = limits(over_time(np.stack([frames[n] for n in _chosen_frames(report)]), "median"), stretch)
+    low, high = limits(reduce_time(np.stack([frames[n] for n in _chosen_frames(report)]), "median"), stretch)
     sources = [_jpeg(to_rgb(frame, low, high, clouds=True), quality=75) for frame in frames]
     return [_Picture(source, f"Frame {number}", lazy=True) for number, source in enumerate(sources)]
 
@@ -461,7 +443,7 @@ def _columns(report: xr.Dataset) -> list[_Column]:
     return columns
 
 
-def _rows(
+def _table_rows(
     report: xr.Dataset,
     cube: xr.DataArray | None,
     bands: Sequence[Hashable] | None,
@@ -494,5 +476,5 @@ def _csv(report: xr.Dataset) -> str:
     return _data(content, "text/csv")
 
 
-def _text(value: Any) -> str:
+def _attribute_text(value: Any) -> str:
     return ", ".join(map(str, value.tolist())) if isinstance(value, np.ndarray) and value.ndim else str(value)

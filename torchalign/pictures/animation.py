@@ -10,7 +10,8 @@ import numpy as np
 
 from torchalign._check import message
 from torchalign._files import atomic
-from torchalign._pictures import INK, STATUS_COLOUR, Array, dark
+from torchalign.pictures.columns import Array
+from torchalign.pictures.style import INK, STATUS_COLOUR, dark
 from torchalign.types import Status
 
 if TYPE_CHECKING:
