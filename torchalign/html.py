@@ -34,7 +34,7 @@ from torchalign.pictures.frames import (
     time_labels,
     to_rgb,
 )
-from torchalign.pictures.style import STATUS_COLOUR, dark
+from torchalign.pictures.style import STATUS_COLOUR, STATUS_TEXT_COLOUR
 from torchalign.report import save_report, summarize
 from torchalign.types import Status
 
@@ -44,13 +44,15 @@ if TYPE_CHECKING:
 __all__ = ["save_html", "to_html"]
 
 _MEANING = {
-    Status.OK: "aligned",
-    Status.TOO_FAR: "the shift that was found is larger than allowed",
-    Status.NOT_CONVERGED: "no stable, distinct optimum was found",
-    Status.NO_TEXTURE: "flat, empty or wholly masked",
-    Status.TOO_FEW_MATCHES: "not enough agreeing matches",
-    Status.NOT_BETTER: "would not correlate better than as it came",
-    Status.LOW_SCORE: "correlates too little with the reference",
+    "OK": "aligned",
+    "TOO_FAR": "the shift that was found is larger than allowed",
+    "NOT_CONVERGED": "no stable, distinct optimum was found",
+    "NO_TEXTURE": "flat, empty or wholly masked",
+    "TOO_FEW_MATCHES": "not enough agreeing matches",
+    "NOT_BETTER": "would not correlate better than as it came",
+    "LOW_SCORE": "correlates too little with the reference",
+    "AMBIGUOUS": "more than one place fits",
+    "NOT_CONNECTED": "no consistent chain of pairs ties it to the other frames",
 }
 _WINDOW = 512  # pixels: pictures are of at most so many rows and columns, in the frame's middle
 _PICTURED = 6_000_000  # pixels of all frames in the median and the profiles; of 512 × 512, that is 22 frames
@@ -287,7 +289,9 @@ def _tiles(report: xr.Dataset) -> list[_Tile]:
 
 def _statuses(report: xr.Dataset) -> dict[Status, _Status]:
     return {
-        code: _Status(code.name, STATUS_COLOUR[code], dark(code), _MEANING[code], int(chosen.sum()))
+        code: _Status(
+            code.name, STATUS_COLOUR[code], STATUS_TEXT_COLOUR[code], _MEANING[code.name], int(chosen.sum())
+        )
         for code, chosen in by_status(report["status"].values)
     }
 

@@ -55,8 +55,8 @@ from torchalign.pictures.style import (
     ORANGE,
     SKY,
     STATUS_COLOUR,
+    STATUS_TEXT_COLOUR,
     VERMILLION,
-    dark,
     date_axis,
     draw_points,
     draw_rings,
@@ -736,7 +736,7 @@ def _draw_frames(
             spine.set(edgecolor=STATUS_COLOUR[code], linewidth=1.2 if code == Status.OK else 4.0)
         ax.set_title(frames.labels[number][:10], fontsize=8, color=INK, pad=3)
         words = f"{report['sigma'].values[number]:.3f} px" if code == Status.OK else code.name
-        colour, weight = (INK, "normal") if code == Status.OK else (dark(code), "bold")
+        colour, weight = (INK, "normal") if code == Status.OK else (STATUS_TEXT_COLOUR[code], "bold")
         ax.set_xlabel(words, fontsize=8, color=colour, fontweight=weight, labelpad=3)
     which = f"{shown} of {len(status)} frames as they" if shown < len(status) else "Every frame as it"
     figure.suptitle(f"{which} came, with its σ or the reason why it was left", fontsize=11)

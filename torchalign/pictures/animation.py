@@ -11,7 +11,7 @@ import numpy as np
 from torchalign._check import message
 from torchalign._files import atomic
 from torchalign.pictures.columns import Array
-from torchalign.pictures.style import INK, STATUS_COLOUR, dark
+from torchalign.pictures.style import INK, STATUS_COLOUR, STATUS_TEXT_COLOUR
 from torchalign.types import Status
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def compose(panels: Sequence[Array], size: tuple[int, int], label: str, code: in
     if code != Status.OK:
         status = Status(code)
         left = width + _GAP
-        draw.text((left + 60, 4), f"not moved: {status.name}", fill=dark(status), font=font)
+        draw.text((left + 60, 4), f"not moved: {status.name}", fill=STATUS_TEXT_COLOUR[status], font=font)
         corner = (left + width - 1, _HEAD + height - 1)
         draw.rectangle((left, _HEAD, *corner), outline=STATUS_COLOUR[status], width=_EDGE)
     return picture

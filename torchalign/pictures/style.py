@@ -24,39 +24,21 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, GREY, INK = "#CC79A7", "#56B4E9", "#F0E442", "#8C8C8C", "#222222"
 
-STATUS_COLOUR = {
-    Status.OK: BLUE,
-    Status.TOO_FAR: ORANGE,
-    Status.NOT_CONVERGED: PURPLE,
-    Status.NO_TEXTURE: GREY,
-    Status.TOO_FEW_MATCHES: YELLOW,
-    Status.NOT_BETTER: VERMILLION,
-    Status.LOW_SCORE: SKY,
+# of each status: colour, marker, and the same hue as text on white, with a contrast of 4.5 : 1 at least
+_STATUS_STYLES = {
+    "OK": (BLUE, "o", BLUE),
+    "TOO_FAR": (ORANGE, "^", "#8A5F00"),
+    "NOT_CONVERGED": (PURPLE, "X", "#A3487A"),
+    "NO_TEXTURE": (GREY, "s", "#666666"),
+    "TOO_FEW_MATCHES": (YELLOW, "P", "#6F6600"),
+    "NOT_BETTER": (VERMILLION, "D", "#AE4A00"),
+    "LOW_SCORE": (SKY, "v", "#1F6F9F"),
+    "AMBIGUOUS": (GREEN, "*", "#00694D"),
+    "NOT_CONNECTED": (INK, "h", INK),
 }
-STATUS_MARKER = {
-    Status.OK: "o",
-    Status.TOO_FAR: "^",
-    Status.NOT_CONVERGED: "X",
-    Status.NO_TEXTURE: "s",
-    Status.TOO_FEW_MATCHES: "P",
-    Status.NOT_BETTER: "D",
-    Status.LOW_SCORE: "v",
-}
-# the same hues as text on white, with a contrast of 4.5 : 1 at least
-_TEXT_COLOUR = {
-    Status.OK: BLUE,
-    Status.TOO_FAR: "#8A5F00",
-    Status.NOT_CONVERGED: "#A3487A",
-    Status.NO_TEXTURE: "#666666",
-    Status.TOO_FEW_MATCHES: "#6F6600",
-    Status.NOT_BETTER: "#AE4A00",
-    Status.LOW_SCORE: "#1F6F9F",
-}
-
-
-def dark(code: Status) -> str:
-    """The status' colour as text: most of the bright ones are unreadable on white."""
-    return _TEXT_COLOUR[code]
+STATUS_COLOUR = {code: _STATUS_STYLES[code.name][0] for code in Status}
+STATUS_MARKER = {code: _STATUS_STYLES[code.name][1] for code in Status}
+STATUS_TEXT_COLOUR = {code: _STATUS_STYLES[code.name][2] for code in Status}
 
 
 @functools.cache
