@@ -13,6 +13,7 @@ from torchalign.functional.affine import center_displacement
 from torchalign.functional.quality import normalized_cross_correlation
 from torchalign.functional.warp import resample
 from torchalign.pcc import PCC
+from torchalign.training.measure import aligner_or
 
 __all__ = ["AlignmentLoss", "Kind", "Reduction"]
 
@@ -73,20 +74,12 @@ class AlignmentLoss(nn.Module):
         check_option("reduction", reduction, Reduction)
         check_option("interpolation", interpolation, Literal["bilinear", "bicubic"])
         check_number("max_shift", max_shift, minimum=0, inclusive=False)
-        if aligner is not None and not isinstance(aligner, Aligner):
-            raise TypeError(
-                message(
-                    "aligner",
-                    "an aligner such as ta.PCC()",
-                    type(aligner).__name__,
-                    "or None for the default",
-                )
-            )
+        aligner = aligner_or(aligner, PCC)
         self.kind = kind
         self.reduction = reduction
         self.interpolation = interpolation
         self.max_shift = float(max_shift)
-        self.aligner = (PCC() if aligner is None else aligner) if kind == "shift" else None
+        self.aligner = aligner if kind == "shift" else None
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,11 @@ from torchalign.functional.affine import transform_points
 from torchalign.functional.channels import extract_channel
 from torchalign.types import Status
 
-__all__ = ["Measured", "check_pair", "measure", "per_sample"]
+__all__ = ["Measured", "aligner_or", "check_pair", "measure_residuals", "per_sample"]
 
 # A window of a small frame is at least this long, so that there is something to correlate.
 _LEAST_WINDOW = 48
-# Windows of which less is usable are not asked.
+# Windows of which less is usable are not measured.
 _LEAST_USABLE = 0.5
 
 
@@ -36,7 +37,7 @@ class Measured(NamedTuple):
     seeing: Tensor
 
 
-def measure(
+def measure_residuals(
     aligner: Aligner,
     moving: Tensor,
     reference: Tensor,
@@ -49,7 +50,7 @@ def measure(
     """The residual misregistration of every sample of a batch.
 
     An aligner of translations cannot see a zoom or a rotation about the centre, nor what half of the frame does
-    against the other. So the four corners and the centre are looked at, each by itself.
+    against the other. So the four corners and the centre are measured, each by itself.
 
     Args:
         aligner: what measures.
@@ -68,7 +69,7 @@ def measure(
     size = moving.shape[-2:]
     mask = check_mask("mask", mask, (moving.shape[0], *size), moving)
     reference_mask = check_mask("reference_mask", reference_mask, (moving.shape[0], *size), moving)
-    places = _places((size[0], size[1]), window)
+    places = _window_slices((size[0], size[1]), window)
     count = len(places)
 
     def windows(image: Tensor) -> Tensor:
@@ -100,14 +101,28 @@ def measure(
 
     residual = torch.where(matched, displacement, -1.0).amax(-1)
     excess = torch.where(matched, displacement - 2 * sigma, -1.0).amax(-1).clamp(min=0)
-    lost = (2 * matched.sum(-1) < seeing.sum(-1)) if same_content else ~matched.any(-1)
+    unmatched = (2 * matched.sum(-1) < seeing.sum(-1)) if same_content else ~matched.any(-1)
     nothing = torch.inf if same_content else torch.nan
-    lost_value = torch.where(seeing.any(-1), nothing, torch.nan)
+    without_match = torch.where(seeing.any(-1), nothing, torch.nan)
     return Measured(
-        torch.where(lost | (residual < 0), lost_value, residual),
-        torch.where(lost | (residual < 0), lost_value, excess),
+        torch.where(unmatched | (residual < 0), without_match, residual),
+        torch.where(unmatched | (residual < 0), without_match, excess),
         seeing.any(-1),
     )
+
+
+def aligner_or(aligner: object, default: Callable[[], Aligner]) -> Aligner:
+    """The aligner, or the default where it is ``None``.
+
+    Raises:
+        TypeError: no aligner.
+    """
+    if aligner is None:
+        return default()
+    if not isinstance(aligner, Aligner):
+        got, cure = type(aligner).__name__, "or None for the default"
+        raise TypeError(message("aligner", "an aligner such as ta.PCC()", got, cure))
+    return aligner
 
 
 def _comparable(moving: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +166,7 @@ def per_sample(mask: Tensor | None, images: Tensor) -> Tensor | None:
     return mask.expand(*images.shape[:-3], *size).reshape(images.shape[:-3].numel(), *size)
 
 
-def _places(size: tuple[int, int], window: int) -> list[tuple[slice, slice]]:
+def _window_slices(size: tuple[int, int], window: int) -> list[tuple[slice, slice]]:
     """Rows and columns of the four corners and the centre; of a small frame, all of it."""
     starts, lengths = [], []
     for full in size:

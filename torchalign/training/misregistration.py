@@ -144,17 +144,17 @@ def misregister(
             frames.shape
         )
     values = cube.to(torch.promote_types(cube.dtype, torch.float32))
-    lost = ~values.isfinite()
-    fine = _upsample(_upsample(torch.where(lost, 0.0, values), -1, padding_mode), -2, padding_mode)
+    nonfinite = ~values.isfinite()
+    fine = _upsample(_upsample(torch.where(nonfinite, 0.0, values), -1, padding_mode), -2, padding_mode)
     # fine pixel 2 i is pixel i: about the centre of the first pixel, scaling is linear
     rows = 1 + (torch.arange(3, device=way_there.device) < 2).to(way_there.dtype)  # 2, 2, 1
     fine_way = way_there * rows[: way_there.shape[-2], None] / rows
     moved = resample(fine, fine_way, interpolation="bicubic", padding_mode=padding_mode).values[..., ::2, ::2]
-    if not (is_on_host(lost) and not bool(lost.any())):
+    if not (is_on_host(nonfinite) and not bool(nonfinite.any())):
         plain = resample(cube, way_there, interpolation="bicubic", padding_mode=padding_mode).values
         reach = F.max_pool2d(
-            lost.to(torch.float32).flatten(0, -4), 2 * _REACH + 1, stride=1, padding=_REACH
-        ).reshape(lost.shape)
+            nonfinite.to(torch.float32).flatten(0, -4), 2 * _REACH + 1, stride=1, padding=_REACH
+        ).reshape(nonfinite.shape)
         near = resample(reach, way_there, interpolation="nearest", padding_mode="border").values > 0
         moved = torch.where(near, plain.to(moved.dtype), moved)
     moved = moved.reshape(frames.shape)
@@ -333,17 +333,17 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
                 )
             warp = self._at_size(params["warp"], size, tuple(inpt.shape[-2:]))
             return _like(
-                inpt, misregister(_plain(inpt), warp, kernel=self.kernel, padding_mode=self.padding_mode)
+                inpt, misregister(_as_tensor(inpt), warp, kernel=self.kernel, padding_mode=self.padding_mode)
             )
         if not self.same_on_bands:
             return inpt
         if isinstance(inpt, tv_tensors.Mask):
-            return _like(inpt, self._move_mask(_plain(inpt), params))
+            return _like(inpt, self._move_mask(_as_tensor(inpt), params))
         if isinstance(inpt, tv_tensors.BoundingBoxes):
             return self._move_boxes(inpt, params)
         if _KeyPoints is not None and isinstance(inpt, _KeyPoints):
             way = self._corner_way(params, inpt.canvas_size)
-            return _like(inpt, transform_points(way, _plain(inpt).to(way.dtype)).to(inpt.dtype))
+            return _like(inpt, transform_points(way, _as_tensor(inpt).to(way.dtype)).to(inpt.dtype))
         raise TypeError(
             message("sample", "tensors and tv_tensors", type(inpt).__name__, "put v2.ToImage() before")
         )
@@ -370,7 +370,7 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
             )
         xyxy = v2.functional.convert_bounding_box_format(boxes, new_format=tv_tensors.BoundingBoxFormat.XYXY)
         way = self._corner_way(params, boxes.canvas_size)
-        corners = _plain(xyxy)[..., [[0, 1], [2, 1], [0, 3], [2, 3]]].to(way.dtype)  # (N, 4, 2)
+        corners = _as_tensor(xyxy)[..., [[0, 1], [2, 1], [0, 3], [2, 3]]].to(way.dtype)  # (N, 4, 2)
         moved = transform_points(way, corners.flatten(-3, -2)).reshape(corners.shape)
         around = torch.cat((moved.amin(-2), moved.amax(-2)), -1)  # (N, 4)
         if not boxes.is_floating_point():
@@ -458,7 +458,7 @@ def _is_image(item: object) -> bool:
     return isinstance(item, Tensor)
 
 
-def _plain(item: Any) -> Tensor:
+def _as_tensor(item: Any) -> Tensor:
     plain: Tensor = item.as_subclass(Tensor) if isinstance(item, tv_tensors.TVTensor) else item
     return plain
 
