@@ -18,7 +18,7 @@ import torchalign as ta
 from torchalign.functional.affine import translation_warp
 from torchalign.training.check import AlignmentWarning, MisregistrationError
 from torchalign.training.misregistration import misregister
-from torchalign.training.probe import texture, undisturbed
+from torchalign.training.probe import isolated_randomness, texture
 
 v2 = pytest.importorskip("torchvision.transforms.v2")
 tv = pytest.importorskip("torchvision.tv_tensors")
@@ -634,7 +634,7 @@ def test_training_is_the_same_with_and_without():
             results.append([run(image(), mask()) for _ in range(4)])
         for plain, checked in zip(*results, strict=True):
             assert all(torch.equal(one, two) for one, two in zip(plain, checked, strict=True))
-    with undisturbed():
+    with isolated_randomness():
         inside = torch.rand(1)
     assert torch.equal(torch.rand(1), inside)
 
@@ -774,7 +774,9 @@ def test_a_series_with_one_mask(shape, order):
 def test_features_beside_a_batch_are_no_mask():
     images, features = torch.rand(16, 3, SIDE, SIDE), torch.rand(16, 32)
     check = ta.AlignmentCheck(samples=4)
-    residual = check.inspect(lambda x, y, z: (x.flip(-1), y, z.flip(-1)), images, features, images[:, 0] > 0.5)
+    residual = check.inspect(
+        lambda x, y, z: (x.flip(-1), y, z.flip(-1)), images, features, images[:, 0] > 0.5
+    )
     assert len(residual) == 4
     assert (residual < 0.05).all()
 

@@ -558,7 +558,7 @@ def _cube_lines(cube: xr.DataArray) -> Iterator[str]:
 
 
 @app.command("weights")
-def list_weights(
+def show_weights(
     download: Annotated[
         list[str] | None,
         Option(

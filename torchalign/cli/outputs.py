@@ -157,7 +157,7 @@ def write_result(
     from torchalign.io import write_cube, write_stack
 
     suffix = out.suffix.lower()
-    with _progress_bar(progress if cube.chunks is not None else False):
+    with _dask_bar(progress if cube.chunks is not None else False):
         if suffix in CUBES:
             attrs = _portable_attributes(source.attributes, suffix)
             done = write_cube(_portable(cube, suffix), out, attrs=attrs, report=report, overwrite=overwrite)
@@ -187,7 +187,7 @@ def print_written(*paths: Path) -> None:
 
 
 @contextmanager
-def _progress_bar(progress: bool | None) -> Iterator[None]:
+def _dask_bar(progress: bool | None) -> Iterator[None]:
     """Dask's, for what is lazy."""
     if progress is False or (progress is None and not sys.stderr.isatty()):
         yield

@@ -20,9 +20,9 @@ from torchalign.training.probe import (
     chained,
     copied,
     handed_on,
+    isolated_randomness,
     probe,
     steps_of,
-    undisturbed,
 )
 from torchalign.training.statistics import Residuals, Verdict, empty_residuals, read_verdict, record
 
@@ -305,7 +305,7 @@ class AlignmentCheck(nn.Module):
             sample: as the pipeline takes it.
             named: as the pipeline takes it.
         """
-        with undisturbed(sample, named):
+        with isolated_randomness(sample, named):
             steps = list(self._trace(_bare(pipeline), sample, named))
         self.step = next((step for step in steps if step.slips), self.step)
         return steps
@@ -327,15 +327,15 @@ class AlignmentCheck(nn.Module):
             named: as the pipeline takes it.
         """
         bare = copied(_bare(pipeline))
-        with undisturbed(sample, named):
+        with isolated_randomness(sample, named):
             for attempt in range(attempts):
                 if attempt:  # other random numbers, of generators of its own too
                     chained([step for _, step in steps_of(bare)])(*sample, **named)
-                with undisturbed(sample, named):
+                with isolated_randomness(sample, named):
                     suspect = self._bisect(bare, sample, named)
                 if suspect is None:
                     continue
-                with undisturbed(sample, named):
+                with isolated_randomness(sample, named):
                     step = self._alone(bare, suspect.number, sample, named)
                 self.step = step if step.slips else self._walk(bare, sample, named) or suspect
                 return self.step
@@ -499,7 +499,7 @@ class AlignmentCheck(nn.Module):
         *,
         optional: bool = False,
     ) -> _Probed | None:
-        with torch.no_grad(), undisturbed(sample, named):
+        with torch.no_grad(), isolated_randomness(sample, named):
             try:
                 pairs = probe(augment, sample, named, matrix, samples=self.samples)
             except MissingImageError:

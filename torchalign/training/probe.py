@@ -34,10 +34,10 @@ __all__ = [
     "chained",
     "copied",
     "handed_on",
+    "isolated_randomness",
     "probe",
     "steps_of",
     "texture",
-    "undisturbed",
 ]
 
 Resizing = Literal["nearest", "align_corners"]
@@ -114,28 +114,7 @@ def probe(
         MissingImageError: fewer come out than went in, so that nothing can be compared.
     """
     flat, spec = tree_flatten((tuple(sample), named))
-    slots = {index: slot for index, slot in enumerate(map(_slot_of, flat)) if slot is not None}
-    if not slots:
-        kinds = [type(item).__name__ for item in flat]
-        raise ValueError(
-            message("sample", "at least one image", kinds, "give the augmentation's own arguments")
-        )
-    batch = max((slot.batch or 0 for slot in slots.values()), default=0)
-    if batch:
-        # (samples, features) is no image
-        slots = {
-            i: slot
-            for i, slot in slots.items()
-            if not (_is_flat(flat[i]) and len(flat[i]) == batch != slot.size[1])
-        }
-    if batch and any(_is_flat(flat[index]) for index in slots):
-        # one label (H, W) for an image (T, C, H, W) or (C, T, H, W): a series of one place, not a batch
-        slots, batch = {index: slot._replace(batch=None) for index, slot in slots.items()}, 0
-    # labels beside a batch of images are a batch too, in whatever type they come
-    for index, slot in slots.items():
-        item = flat[index]
-        if slot.batch is None and isinstance(item, Tensor) and item.ndim == 3 and len(item) == batch:
-            slots[index] = slot._replace(is_label=True, batch=batch)
+    slots, batch = _find_slots(flat)
     count = min(batch, samples) if batch else 1
     largest = max((slot.size for slot in slots.values()), key=math.prod)
     first = flat[next(iter(slots))]
@@ -217,7 +196,7 @@ def _texture(count: int, size: tuple[int, int], black_and_white: bool) -> Tensor
 
 
 @contextlib.contextmanager
-def undisturbed(*given: Any) -> Iterator[None]:
+def isolated_randomness(*given: Any) -> Iterator[None]:
     """Put the random states of torch (CPU, and the devices of the tensors given), numpy and Python back."""
     tensors = [item for item in tree_flatten(given)[0] if isinstance(item, Tensor) and item.is_cuda]
     devices = sorted({tensor.get_device() for tensor in tensors})
@@ -296,6 +275,33 @@ def _name(step: Any) -> str:
 def _torchvision() -> Any:
     """The modules of tv_tensors and transforms, if someone has imported them; else none are in the sample."""
     return sys.modules.get("torchvision.tv_tensors"), sys.modules.get("torchvision.transforms.v2")
+
+
+def _find_slots(flat: Sequence[Any]) -> tuple[dict[int, _Slot], int]:
+    """The images and masks of a sample by their position, and how many samples are in the batch (0: no batch)."""
+    slots = {index: slot for index, slot in enumerate(map(_slot_of, flat)) if slot is not None}
+    if not slots:
+        kinds = [type(item).__name__ for item in flat]
+        raise ValueError(
+            message("sample", "at least one image", kinds, "give the augmentation's own arguments")
+        )
+    batch = max((slot.batch or 0 for slot in slots.values()), default=0)
+    if batch:
+        # (samples, features) is no image
+        slots = {
+            i: slot
+            for i, slot in slots.items()
+            if not (_is_flat(flat[i]) and len(flat[i]) == batch != slot.size[1])
+        }
+    if batch and any(_is_flat(flat[index]) for index in slots):
+        # one label (H, W) for an image (T, C, H, W) or (C, T, H, W): a series of one place, not a batch
+        slots, batch = {index: slot._replace(batch=None) for index, slot in slots.items()}, 0
+    # labels beside a batch of images are a batch too, in whatever type they come
+    for index, slot in slots.items():
+        item = flat[index]
+        if slot.batch is None and isinstance(item, Tensor) and item.ndim == 3 and len(item) == batch:
+            slots[index] = slot._replace(is_label=True, batch=batch)
+    return slots, batch
 
 
 def _slot_of(item: Any) -> _Slot | None:
