@@ -535,6 +535,39 @@ def test_help_version_and_no_arguments(capsys):
     assert "median" in said
 
 
+INTERRUPTED_IMPORT = """
+import sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+from torchalign.cli import main
+sys.exit(main(["info", "nothing"]))
+"""
+
+
+def test_an_interruption_leaves_no_traceback(source, tmp_path, monkeypatch, capsys):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "torchalign: error: interrupted\n")
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ta, "align", interrupted, raising=False)
+    assert align(source, "--out", tmp_path / "out.nc") == 130
+    assert capsys.readouterr().err.strip() == "torchalign: error: interrupted"
+    assert not (tmp_path / "out.nc").exists()
+
+
+def test_importing_the_package_imports_no_typer_and_no_torch():
+    code = "import sys, torchalign.cli; print({'typer', 'torch', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_without_typer(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "torchalign.cli.commands", raising=False)
     monkeypatch.setitem(sys.modules, "typer", None)
@@ -544,7 +577,9 @@ def test_without_typer(monkeypatch, capsys):
 
 def test_missing_packages_are_named_before_the_work(monkeypatch, capsys, source, tmp_path):
     find = outputs.find_spec
-    monkeypatch.setattr(outputs, "find_spec", lambda name: None if name in ("h5py", "spyndex") else find(name))
+    monkeypatch.setattr(
+        outputs, "find_spec", lambda name: None if name in ("h5py", "spyndex") else find(name)
+    )
 
     def work(*arguments, **options):
         raise RuntimeError("too late")

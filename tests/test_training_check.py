@@ -840,7 +840,7 @@ def test_the_cure_of_masks_resized_by_nearest():
     check.inspect(lambda x, y: Resize("nearest")(*Mirror()(x, y)), *batch())
     text = str(check.summary())
     assert "misregistered: 4 of 4" in text
-    assert "step 1, Resize" in text
+    assert "the step at fault is number 1, Resize" in text
     assert 'mode="nearest"' in text
     # the cure is one
     assert check.locate([Mirror(), Resize("nearest-exact")], *batch()) is None

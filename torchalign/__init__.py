@@ -14,17 +14,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from torchalign.aligner import Aligner
-from torchalign.cascade import Cascade
-from torchalign.ecc import ECC
-from torchalign.functional.warp import warp
-from torchalign.lgm import LGM
-from torchalign.pcc import PCC
-from torchalign.types import Alignment, Estimate, Status
-
 if TYPE_CHECKING:
+    from torchalign.aligner import Aligner as Aligner
+    from torchalign.cascade import Cascade as Cascade
+    from torchalign.ecc import ECC as ECC
+    from torchalign.functional.warp import warp as warp
     from torchalign.io import open_stack as open_stack
     from torchalign.io import write_stack as write_stack
+    from torchalign.lgm import LGM as LGM
+    from torchalign.pcc import PCC as PCC
     from torchalign.report import load_report as load_report
     from torchalign.report import save_report as save_report
     from torchalign.report import summarize as summarize
@@ -36,6 +34,9 @@ if TYPE_CHECKING:
     from torchalign.training import RandomMisregistration2D as RandomMisregistration2D
     from torchalign.training import RegistrationError as RegistrationError
     from torchalign.training import stream as stream
+    from torchalign.types import Alignment as Alignment
+    from torchalign.types import Estimate as Estimate
+    from torchalign.types import Status as Status
     from torchalign.xr import align as align
     from torchalign.xr import apply as apply
 
@@ -67,11 +68,33 @@ __all__ = [
     "write_stack",
 ]
 
-# where the names live that need more than torch, imported on first use
-_LAZY = {
-    **dict.fromkeys(("align", "apply"), "torchalign.xr"),
-    **dict.fromkeys(("load_report", "save_report", "summarize"), "torchalign.report"),
-    **dict.fromkeys(("open_stack", "write_stack"), "torchalign.io"),
+# Where the names live. Nothing is imported before the first use, not even torch, so that the command line can
+# answer Ctrl-C while it is imported.
+_CORE = ("aligner", "cascade", "ecc", "lgm", "pcc")
+_MODULES = (
+    *_CORE,
+    "datasets",
+    "functional",
+    "html",
+    "io",
+    "models",
+    "plot",
+    "report",
+    "training",
+    "types",
+    "xr",
+)
+_HOMES = {
+    "Aligner": "aligner",
+    "Cascade": "cascade",
+    "ECC": "ecc",
+    "LGM": "lgm",
+    "PCC": "pcc",
+    "warp": "functional.warp",
+    **dict.fromkeys(("Alignment", "Estimate", "Status"), "types"),
+    **dict.fromkeys(("align", "apply"), "xr"),
+    **dict.fromkeys(("load_report", "save_report", "summarize"), "report"),
+    **dict.fromkeys(("open_stack", "write_stack"), "io"),
     **dict.fromkeys(
         (
             "AlignToFirst",
@@ -83,16 +106,20 @@ _LAZY = {
             "RegistrationError",
             "stream",
         ),
-        "torchalign.training",
+        "training",
     ),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'torchalign' has no attribute {name!r}")
+    if name not in _HOMES and name not in _MODULES:
+        raise AttributeError(f"module 'torchalign' has no attribute {name!r}")
+    for module in _CORE:
+        importlib.import_module(f"torchalign.{module}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"torchalign.{_HOMES[name]}"), name)
+    return importlib.import_module(f"torchalign.{name}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*__all__, *_MODULES, "__version__"})

@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 130)
     except Exception as error:
         return _explain(error)
+    if code == 130:  # what newer releases of typer make of Ctrl-C; older ones raise Abort
+        return _fail("interrupted", code)
     return code if isinstance(code, int) else 0
 
 
@@ -46,7 +48,7 @@ def _explain(error: Exception) -> int:
     """One line for what the user can cure; anything else is a bug and keeps its traceback."""
     if isinstance(error, ModuleNotFoundError) and error.name == "typer":
         return _fail('the command line needs typer; pip install "torchalign[cli]"')
-    if type(error).__name__ == "Abort":  # what typer makes of Ctrl-C
+    if type(error).__name__ == "Abort":
         return _fail("interrupted", 130)
     # typer's usage errors are those of click or, in newer releases, of its own copy of it
     say = getattr(error, "format_message", None)

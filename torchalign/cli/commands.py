@@ -358,8 +358,8 @@ def _choose_aligner(given: AlignOptions, cube: xr.DataArray) -> Any:
         raise ValueError(message("--option", expected, ", ".join(sorted(unknown)), cure))
     made = []
     for part, names in zip(parts, known, strict=True):
-        given = {key: value for key, value in options.items() if key in names}
-        made.append(type(part)(**(part._options() | given)))
+        own = {key: value for key, value in options.items() if key in names}
+        made.append(type(part)(**(part._options() | own)))
     return made[0] if stages is None else type(module)(*made)
 
 

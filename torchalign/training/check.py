@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchalign._check import check_mask, check_number, check_option, check_whole, message
+from torchalign._check import check_number, check_option, check_whole, message
 from torchalign.aligner import Aligner
 from torchalign.pcc import PCC
-from torchalign.training.measure import Measured, aligner_or, check_pair, measure_residuals, per_sample
+from torchalign.training.measure import Measured, aligner_or, check_samples, measure_residuals
 from torchalign.training.probe import (
     Claim,
     MissingImageError,
@@ -192,11 +192,8 @@ class AlignmentCheck(nn.Module):
             MisregistrationError: a sample slips, and ``action="raise"``.
             TypeError, ValueError: a dtype or a shape does not fit.
         """
-        check_pair(moving, reference)
-        lead = moving.shape[:-3]
-        mask = check_mask("mask", mask, (*lead, *moving.shape[-2:]), moving)
-        reference_mask = check_mask("reference_mask", reference_mask, (*lead, *moving.shape[-2:]), moving)
-        count = lead.numel()
+        samples = check_samples(moving, reference, mask, reference_mask)
+        count = samples[0].shape[0]
         if ids is not None and ids.numel() != count:
             raise ValueError(
                 message("ids", f"one for each of {count} samples", tuple(ids.shape), "reshape it")
@@ -207,21 +204,11 @@ class AlignmentCheck(nn.Module):
             return moving.new_empty(0)
         rows = self._rows(count, call)
 
-        def chosen(usable: Tensor | None) -> Tensor | None:
-            flat = per_sample(usable, moving)
-            return None if flat is None else _take(flat, rows)
-
         if ids is None:
             ids = torch.arange(count, device=moving.device) + first
         with torch.no_grad():
-            found = measure_residuals(
-                self.aligner,
-                _take(moving.reshape(count, *moving.shape[-3:]), rows),
-                _take(reference.reshape(count, *reference.shape[-3:]), rows),
-                chosen(mask),
-                chosen(reference_mask),
-                window=self.window,
-            )
+            chosen = [None if each is None else _take(each, rows) for each in samples]
+            found = measure_residuals(self.aligner, *chosen, window=self.window)  # type: ignore[arg-type]
         self._record(found, _take(ids.reshape(count), rows))
         self._act(found, lambda: "the pairs are misregistered")
         return found.residual
@@ -288,10 +275,8 @@ class AlignmentCheck(nn.Module):
         self._record(found, ids.reshape(-1)[:count].to(device))
 
         def why() -> str:
-            step = self.locate(augment, *sample, **named)
-            if step is None:
-                return "the augmentation misregisters"
-            return f"the augmentation misregisters; the step at fault is number {step.number}, {step.name}"
+            self.locate(augment, *sample, **named)  # the verdict names the step
+            return "the augmentation misregisters"
 
         self._act(found, why)
         return found.residual
@@ -351,14 +336,7 @@ class AlignmentCheck(nn.Module):
             slip, the step at fault where it is known (from :meth:`locate`, :meth:`trace`, or an alarm), and the
             usual cure. Its text says the same in words.
         """
-        verdict = read_verdict(self._state())
-        showing = verdict.measured + verdict.unmatched - verdict.blank
-        return verdict._replace(
-            tolerance=self.tolerance,
-            mismatched=showing > 1 and verdict.unmatched - verdict.blank > self.max_unmatched * showing,
-            step=self.step if verdict.slipped else None,
-            cure=self._cure(self.resizing) if verdict.slipped else "",
-        )
+        return self._judge(self._state())
 
     def reset(self) -> None:
         """Forget what was recorded."""
@@ -391,9 +369,12 @@ class AlignmentCheck(nn.Module):
     def _record(self, found: Measured, ids: Tensor) -> None:
         if self.worst.device != found.residual.device:
             self.to(found.residual.device)
-        slips = found.excess > self.tolerance
-        for name, tensor in record(self._state(), found.residual, ids, found.seeing, slips)._asdict().items():
+        for name, tensor in self._with_found(self._state(), found, ids)._asdict().items():
             getattr(self, name).copy_(tensor)
+
+    def _with_found(self, state: Residuals, found: Measured, ids: Tensor | None = None) -> Residuals:
+        ids = torch.zeros_like(found.residual, dtype=torch.int64) if ids is None else ids
+        return record(state, found.residual, ids, found.seeing, found.excess > self.tolerance)
 
     def _bisect(self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
         """The step after which the images are no longer registered, though they were before, if the end is not."""
@@ -447,45 +428,36 @@ class AlignmentCheck(nn.Module):
         residual, slips = self._read(found[0])
         return Step(number, name, residual, slips, _CURES[found[1]] if slips else "")
 
-    def _cure(self, resizing: Resizing | None) -> str:
-        """What usually helps: for the step at fault, where it is known."""
-        step = self.step
-        return step.cure if resizing is None and step is not None else _CURES[resizing]
-
     def _read(self, found: Measured) -> tuple[float, bool]:
         """The largest residual, and whether there is a slip: this waits for the device."""
         worst = max(found.residual.tolist(), key=lambda value: -1.0 if value != value else value)
         return worst, bool((found.excess > self.tolerance).any())
 
+    def _judge(self, state: Residuals) -> Verdict:
+        """Read the statistics, and what is known beside them."""
+        verdict = read_verdict(state)
+        matched, showing = verdict.measured, verdict.measured + verdict.unmatched - verdict.blank
+        mismatched = showing > 1 and showing - matched > self.max_unmatched * showing
+        verdict = verdict._replace(tolerance=self.tolerance, mismatched=mismatched)
+        if verdict.slipped:
+            # for the step at fault, where it is known
+            found = self.resizing is None and self.step is not None
+            cure = self.step.cure if found and self.step is not None else _CURES[self.resizing]
+            return verdict._replace(step=self.step, cure=cure)
+        if mismatched:
+            return verdict._replace(cure="check whether one of each pair is flipped, or of another place")
+        return verdict
+
     def _act(self, found: Measured, why: Callable[[], str]) -> None:
         """Read, and warn or raise; nothing is read where that is not asked for."""
         if self.action == "record":
             return
-        seeing = found.seeing.sum()
-        unmatched = (found.residual.isnan() & found.seeing).sum()
-        slipping = (found.excess > self.tolerance).sum()
-        largest = found.residual.nan_to_num(-1.0, posinf=torch.inf).amax() if len(found.residual) else seeing
-        seen, mismatches, slips, worst = torch.stack(
-            [value.to(torch.float64) for value in (seeing, unmatched, slipping, largest)]
-        ).tolist()
-        if slips:
-            extent = (
-                "is blank or cannot be matched at all"
-                if worst == float("inf")
-                else f"is off by up to {worst:.2f} px"
-            )
-            text = (
-                f"{why()}: {slips:.0f} of {seen:.0f} samples: "
-                f"what comes out {extent} (tolerance {self.tolerance:g} px); "
-                f"usual cure: {self._cure(self.resizing)}"
-            )
-        elif seen > 1 and mismatches > self.max_unmatched * seen:
-            text = (
-                f"{mismatches:.0f} of {seen:.0f} pairs do not match at all: "
-                "is one of the two flipped, or another place?"
-            )
-        else:
+        state = self._with_found(empty_residuals(1, found.residual.device), found)
+        verdict = self._judge(state)
+        if not (verdict.slipped or verdict.mismatched):
             return
+        # the reason is found first: it may add the step at fault to the verdict
+        text = f"{why()}; {self._judge(state)}" if verdict.slipped else str(verdict)
         if self.action == "raise":
             raise MisregistrationError(text)
         warnings.warn(text, AlignmentWarning, stacklevel=3)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from torchalign._check import check_mask
 from torchalign.aligner import Aligner
 from torchalign.training.check import AlignmentCheck
-from torchalign.training.measure import check_pair, measure_residuals, per_sample
+from torchalign.training.measure import check_samples, measure_residuals
 from torchalign.training.statistics import Residuals, empty_residuals, merge_residuals, quantile, record
 
 __all__ = ["RegistrationError"]
@@ -74,14 +73,9 @@ class RegistrationError(Metric):
         ids: Tensor | None = None,
     ) -> None:
         """Measure every sample of a batch; arguments as of :meth:`AlignmentCheck.forward`."""
-        check_pair(moving, reference)
-        lead, size = moving.shape[:-3], moving.shape[-2:]
-        usable = [
-            per_sample(check_mask(name, given, (*lead, *size), moving), moving)
-            for name, given in (("mask", mask), ("reference_mask", reference_mask))
-        ]
+        samples = check_samples(moving, reference, mask, reference_mask)
         with torch.no_grad():
-            found = measure_residuals(self.aligner, moving, reference, *usable, window=self.window)
+            found = measure_residuals(self.aligner, *samples, window=self.window)
             if ids is None:
                 ids = self.seen + torch.arange(found.residual.shape[0], device=found.residual.device)
             self._keep(record(self._state(), found.residual, ids.reshape(-1), found.seeing))

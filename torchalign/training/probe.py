@@ -152,7 +152,7 @@ def probe(
     anchor = results[0][:, :1]
     pairs = []
     filled = [_shown(slot, ground, count) for slot in slots.values()]
-    resizings = [None] * len(results)
+    resizings: list[Resizing | None] = [None] * len(results)
     if len(filled) == len(results):
         resizings = [_resizing(before, after[:, :1]) for before, after in zip(filled, results, strict=True)]
     for number, result in enumerate(results):
@@ -390,7 +390,7 @@ def _resizing(before: Tensor, after: Tensor) -> Resizing | None:
         ("nearest", {"mode": "nearest"}),
     ]
     for antialias in (False, True):
-        options = {"mode": "bilinear", "antialias": antialias}
+        options: dict[str, Any] = {"mode": "bilinear", "antialias": antialias}
         ways += [("", options), ("align_corners", {**options, "align_corners": True})]
     for name, options in ways:
         expected = F.interpolate(before, size=size, **options)

@@ -96,17 +96,20 @@ class Verdict(NamedTuple):
 
     def __str__(self) -> str:
         """The verdict in a few lines."""
-        figures = (
-            f"median {self.median:.3g} px, 95 % below {self.p95:.3g} px, largest {self.largest:.3g} px"
-            if self.measured
-            else "no residual"
-        )
+        largest = f"largest {self.largest:.3g} px"
+        if math.isinf(self.largest):
+            largest = "the worst is blank or cannot be matched at all"
+        figures = f"median {self.median:.3g} px, 95 % below {self.p95:.3g} px, {largest}"
         limit = "" if math.isnan(self.tolerance) else f" beyond the tolerance of {self.tolerance:g} px"
-        lines = [f"{self.word}: {self.slipped} of {self.measured} samples slip{limit} ({figures})"]
+        lines = [f"{self.word}: {self.slipped} of {self.measured} samples slip{limit}"]
+        lines[0] += f" ({figures})" if self.measured else ""
+        if self.mismatched:
+            lines.append(f"{self.unmatched - self.blank} samples show something and do not match at all")
         if self.unmatched:
             lines.append(f"{self.unmatched} samples could not be measured, {self.blank} of them blank")
         if self.step is not None:
-            lines.append(f"step {self.step.number}, {self.step.name}, adds {self.step.residual:.3g} px")
+            step = f"number {self.step.number}, {self.step.name}; it adds {self.step.residual:.3g} px"
+            lines.append(f"the step at fault is {step}")
         if self.cure:
             lines.append(f"usual cure: {self.cure}")
         return "\n".join(lines)
