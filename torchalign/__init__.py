@@ -41,32 +41,6 @@ if TYPE_CHECKING:
     from torchalign.xr import apply as apply
 
 __version__ = "0.1.0"
-__all__ = [
-    "ECC",
-    "LGM",
-    "PCC",
-    "AlignToFirst",
-    "Aligner",
-    "Alignment",
-    "AlignmentCallback",
-    "AlignmentCheck",
-    "AlignmentLoss",
-    "Cascade",
-    "Estimate",
-    "RandomMisregistration",
-    "RandomMisregistration2D",
-    "RegistrationError",
-    "Status",
-    "align",
-    "apply",
-    "load_report",
-    "open_stack",
-    "save_report",
-    "stream",
-    "summarize",
-    "warp",
-    "write_stack",
-]
 
 # Where the names live. Nothing is imported before the first use, not even torch, so that the command line can
 # answer Ctrl-C while it is imported.
@@ -109,6 +83,7 @@ _HOMES = {
         "training",
     ),
 }
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

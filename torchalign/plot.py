@@ -34,6 +34,7 @@ from torchalign.pictures.columns import (
     time_of,
 )
 from torchalign.pictures.frames import (
+    Comparison,
     Frames,
     Label,
     Statistic,
@@ -365,10 +366,11 @@ def before_after(
         4
 
     """
+    pair = compare(cube, aligned, bands, statistic, frame, report, stretch, zoom)
     figure, axes = several_axes(ax, (9.6, 9.9), (2, 2))
-    drawn = _draw_before_after(axes, cube, aligned, bands, statistic, frame, report, stretch, zoom)
+    _draw_comparison(axes, pair)
     if ax is None:
-        figure.suptitle(drawn, fontsize=13, color=INK)
+        figure.suptitle(pair.words, fontsize=13, color=INK)
     return figure
 
 
@@ -488,8 +490,9 @@ def summary(
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(9.0, 0.3 + 1.6 * rows))[:, 0]
     axes = top.subplot_mosaic("ABST;abtt", width_ratios=(1.12, 1.12, 1.0, 1.0))
     pictures = np.array([[axes["A"], axes["B"]], [axes["a"], axes["b"]]])
-    drawn = _draw_before_after(pictures, cube, aligned, bands, statistic, None, report, stretch, zoom)
-    axes["A"].set_title(f"Before: {drawn}".replace(" (", "\n(", 1), fontsize=11, color=INK)
+    pair = compare(cube, aligned, bands, statistic, None, report, stretch, zoom)
+    _draw_comparison(pictures, pair)
+    axes["A"].set_title(f"Before: {pair.words}".replace(" (", "\n(", 1), fontsize=11, color=INK)
     shift_scatter(report, true_shift=truth, ax=axes["S"])
     if truth is None:
         score_gain(report, ax=axes["T"])
@@ -582,20 +585,8 @@ def animate(
     return path
 
 
-def _draw_before_after(
-    axes: Array,
-    cube: xr.DataArray,
-    aligned: xr.DataArray,
-    bands: Sequence[Hashable] | None,
-    statistic: Statistic,
-    frame: Label | None,
-    report: xr.Dataset | None,
-    stretch: tuple[float, float],
-    zoom: Zoom | None,
-) -> str:
-    """Into axes (1 or 2, 2): whole above, magnified below; returns what was shown, in words."""
-    check_option("statistic", statistic, Statistic)
-    pair = compare(cube, aligned, bands, statistic, frame, report, stretch, zoom)
+def _draw_comparison(axes: Array, pair: Comparison) -> None:
+    """Into axes (1 or 2, 2): whole above, magnified below."""
     row, column, side = pair.zoom
     titles = ("Before", ": ".join(filter(None, ("After", ", ".join(pair.gains)))))
     for number, (rgb, name) in enumerate(zip(pair.pictures, titles, strict=True)):
@@ -613,7 +604,6 @@ def _draw_before_after(
             spine.set(edgecolor=ORANGE, linewidth=2.0)
     if len(axes) == 2:
         axes[1, 0].set_xlabel(f"{side} × {side} pixels, magnified", fontsize=9)
-    return pair.words
 
 
 def _draw_profile(

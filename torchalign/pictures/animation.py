@@ -57,7 +57,8 @@ def compose(panels: Sequence[Array], size: tuple[int, int], label: str, code: in
     if code != Status.OK:
         status = Status(code)
         left = width + _GAP
-        draw.text((left + 60, 4), f"not moved: {status.name}", fill=STATUS_TEXT_COLOUR[status], font=font)
+        words, colour = f"not moved: {status.name}", STATUS_TEXT_COLOUR[status]
+        draw.text((left + width - 4, 4), words, fill=colour, font=font, anchor="ra")
         corner = (left + width - 1, _HEAD + height - 1)
         draw.rectangle((left, _HEAD, *corner), outline=STATUS_COLOUR[status], width=_EDGE)
     return picture

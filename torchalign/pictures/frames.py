@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import xarray as xr
 
-from torchalign._check import message
+from torchalign._check import check_option, message
 from torchalign._labelled import find_dims, find_nodata
 from torchalign.pictures.columns import Array, kept_frames, status_of
 from torchalign.types import Status
@@ -236,6 +236,7 @@ def compare(
     zoom: Zoom | None,
 ) -> Comparison:
     """The cube before and after, over time or of one frame, in the same colours; flagged frames left out."""
+    check_option("statistic", statistic, Statistic)
     count, *_ = check_same(cube, aligned)
     before, after = load_frames(cube, "cube", bands), load_frames(aligned, "aligned", bands)
     status = status_of(report, count)

@@ -31,16 +31,7 @@ _HOMES = {
     "stream": "streaming",
 }
 
-__all__ = [
-    "AlignToFirst",
-    "AlignmentCallback",
-    "AlignmentCheck",
-    "AlignmentLoss",
-    "RandomMisregistration",
-    "RandomMisregistration2D",
-    "RegistrationError",
-    "stream",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
@@ -50,4 +41,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted(__all__)

@@ -481,10 +481,9 @@ class AlignmentCheck(nn.Module):
             if not pairs and optional:
                 return None
             if not pairs:
-                raise ValueError(
-                    message("sample", "two images or masks, or a claimed matrix", "a single image",
-                            "give matrix=, or augment the image together with its mask")
-                )  # fmt: skip
+                expected = "two images or masks, or a claimed matrix"
+                cure = "give matrix=, or augment the image together with its mask"
+                raise ValueError(message("sample", expected, "a single image", cure))
             found = [
                 measure_residuals(self.aligner, pair.moving, pair.reference, pair.usable, pair.usable,
                         window=self.window, same_content=True)

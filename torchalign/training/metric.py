@@ -44,13 +44,6 @@ class RegistrationError(Metric):
     full_state_update = False
 
     seen: Tensor
-    unmatched: Tensor
-    blank: Tensor
-    slipped: Tensor
-    total: Tensor
-    histogram: Tensor
-    worst: Tensor
-    worst_ids: Tensor
 
     def __init__(
         self, aligner: Aligner | None = None, *, window: int = 96, worst: int = 16, **kwargs: Any

@@ -163,10 +163,9 @@ def probe(
             pairs.append(pair._replace(resizing=resizings[number] or resizings[0]))
     claimed = _claimed(augment, matrix, boxes, moved, device)
     if not pairs and claimed is None and len(slots) > 1:
-        raise MissingImageError(
-            message("augmentation", f"as many images and masks as went in, {len(slots)}", len(results),
-                    "return every one of them, or give matrix= to check what is left against")
-        )  # fmt: skip
+        expected = f"as many images and masks as went in, {len(slots)}"
+        cure = "return every one of them, or give matrix= to check what is left against"
+        raise MissingImageError(message("augmentation", expected, len(results), cure))
     if claimed is not None:
         source = F.interpolate(
             ground[:, None], size=next(iter(slots.values())).size, mode="bilinear", antialias=True
@@ -467,10 +466,8 @@ def _claimed(
         return None
     if not isinstance(claimed, (Tensor, np.ndarray)) or tuple(claimed.shape[-2:]) not in ((2, 3), (3, 3)):
         shape = tuple(getattr(claimed, "shape", ()))
-        raise TypeError(
-            message("matrix", "a tensor or array (2, 3) or (3, 3)", f"{type(claimed).__name__} {shape}",
-                    "what is no claim would go unchecked")
-        )  # fmt: skip
+        expected, cure = "a tensor or array (2, 3) or (3, 3)", "what is no claim would go unchecked"
+        raise TypeError(message("matrix", expected, f"{type(claimed).__name__} {shape}", cure))
     claimed = torch.as_tensor(claimed).detach().to(device, torch.float32)
     return claimed if claimed.ndim == 3 else claimed[None]
 
