@@ -15,8 +15,8 @@ from PIL import Image
 
 import torchalign as ta
 from torchalign import plot
-from torchalign.pictures import frames, style
 from torchalign.datasets import simulate_stack
+from torchalign.pictures import frames, style
 
 
 @pytest.fixture(scope="module")

@@ -456,8 +456,10 @@ class AlignmentCheck(nn.Module):
         verdict = self._judge(state)
         if not (verdict.slipped or verdict.mismatched):
             return
-        # the reason is found first: it may add the step at fault to the verdict
-        text = f"{why()}; {self._judge(state)}" if verdict.slipped else str(verdict)
+        text = str(verdict)
+        if verdict.slipped:
+            reason = why()  # it may find the step at fault, which the verdict then names
+            text = f"{reason}: {str(self._judge(state)).partition(': ')[2]}"
         if self.action == "raise":
             raise MisregistrationError(text)
         warnings.warn(text, AlignmentWarning, stacklevel=3)
