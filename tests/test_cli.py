@@ -14,9 +14,8 @@ pytest.importorskip("typer")
 pytest.importorskip("h5py")
 
 import torchalign as ta
-from torchalign import cli
-from torchalign._files import atomic
-from torchalign.cli import outputs
+from torchalign import _check, cli
+from torchalign.cube.files import atomic
 from torchalign.datasets import simulate_stack
 from torchalign.io import write_cube
 
@@ -505,11 +504,11 @@ def test_killed_while_writing(source, tmp_path):
     out = tmp_path / "killed" / "out.nc"
     code = (
         "import sys, time, torchalign.cli as cli\n"
-        "import torchalign.io as io\n"
-        "store = io._store\n"
+        "import torchalign.cube.stores as stores\n"
+        "store = stores._store\n"
         "def slow(*arguments):\n"
         "    store(*arguments); print('written', flush=True); time.sleep(60)\n"
-        "io._store = slow\n"
+        "stores._store = slow\n"
         "cli.main(sys.argv[1:])"
     )
     arguments = [sys.executable, "-c", code, "align", str(source), "--out", str(out)]
@@ -576,10 +575,8 @@ def test_without_typer(monkeypatch, capsys):
 
 
 def test_missing_packages_are_named_before_the_work(monkeypatch, capsys, source, tmp_path):
-    find = outputs.find_spec
-    monkeypatch.setattr(
-        outputs, "find_spec", lambda name: None if name in ("h5py", "spyndex") else find(name)
-    )
+    find = _check.find_spec
+    monkeypatch.setattr(_check, "find_spec", lambda name: None if name in ("h5py", "spyndex") else find(name))
 
     def work(*arguments, **options):
         raise RuntimeError("too late")

@@ -15,6 +15,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchalign import datasets as datasets
+    from torchalign import functional as functional
+    from torchalign import html as html
+    from torchalign import io as io
+    from torchalign import models as models
+    from torchalign import plot as plot
+    from torchalign import report as report
+    from torchalign import training as training
+    from torchalign import types as types
+    from torchalign import xr as xr
+    from torchalign._host import fast_memory as fast_memory
     from torchalign.aligner import Aligner as Aligner
     from torchalign.cascade import Cascade as Cascade
     from torchalign.ecc import ECC as ECC
@@ -26,6 +37,7 @@ if TYPE_CHECKING:
     from torchalign.report import load_report as load_report
     from torchalign.report import save_report as save_report
     from torchalign.report import summarize as summarize
+    from torchalign.report import to_table as to_table
     from torchalign.training import AlignmentCallback as AlignmentCallback
     from torchalign.training import AlignmentCheck as AlignmentCheck
     from torchalign.training import AlignmentLoss as AlignmentLoss
@@ -64,10 +76,11 @@ _HOMES = {
     "ECC": "ecc",
     "LGM": "lgm",
     "PCC": "pcc",
+    "fast_memory": "_host",
     "warp": "functional.warp",
     **dict.fromkeys(("Alignment", "Estimate", "Status"), "types"),
     **dict.fromkeys(("align", "apply"), "xr"),
-    **dict.fromkeys(("load_report", "save_report", "summarize"), "report"),
+    **dict.fromkeys(("load_report", "save_report", "summarize", "to_table"), "report"),
     **dict.fromkeys(("open_stack", "write_stack"), "io"),
     **dict.fromkeys(
         (

@@ -20,18 +20,17 @@ import xarray as xr
 
 from torchalign import plot
 from torchalign._check import message
-from torchalign._files import atomic, check_free
-from torchalign.pictures.columns import Array, by_status, check_report, kept_frames, shift_of, status_of
+from torchalign.cube.files import atomic, check_free
+from torchalign.cube.labels import find_dims, time_labels
+from torchalign.pictures.columns import Array, by_status, check_pictured, kept_frames, shift_of, status_of
 from torchalign.pictures.frames import (
     Label,
     check_same,
     compare,
-    cube_dims,
-    find_bands,
+    display_bands,
     limits,
     load_frames,
     reduce_time,
-    time_labels,
     to_rgb,
 )
 from torchalign.pictures.style import STATUS_COLOUR, STATUS_TEXT_COLOUR
@@ -42,6 +41,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 __all__ = ["save_html", "to_html"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 _MEANING = {
     "OK": "aligned",
@@ -198,7 +202,7 @@ def to_html(
         (True, False)
 
     """
-    report = check_report(report).compute()
+    report = check_pictured(report).compute()
     if cube is None and aligned is not None:
         raise ValueError(message("cube", "what was aligned, beside what came back", None, "give both"))
     if cube is not None:
@@ -348,13 +352,13 @@ def _charts(
 def _load_parts(
     report: xr.Dataset, cube: xr.DataArray, aligned: xr.DataArray, bands: Sequence[Hashable] | None
 ) -> _Parts:
-    sizes = [cube.sizes[cube_dims(cube)[role]] for role in ("y", "x")]
+    sizes = [cube.sizes[find_dims(cube, "cube")[role]] for role in ("y", "x")]
     height, width = (min(size, _WINDOW) for size in sizes)
     chosen = _chosen_frames(report, min(max(_PICTURED // max(height * width, 1), _FEWEST), _MOST))
     words = f", the {height} × {width} pixels in the middle of {sizes[0]} × {sizes[1]}"
     before, after = (_middle_of(each, chosen, (height, width), bands) for each in (cube, aligned))
     few = report.isel({report["status"].dims[0]: chosen})
-    dim = cube_dims(before).get("band")
+    dim = find_dims(before).get("band")
     shown = None if dim is None else before[dim].values.tolist()
     return _Parts(before, after, shown, few, "" if [height, width] == sizes else words)
 
@@ -363,12 +367,12 @@ def _middle_of(
     cube: xr.DataArray, frames: list[int], size: tuple[int, int], bands: Sequence[Hashable] | None
 ) -> xr.DataArray:
     """Of the frames the (height, width) in the middle and the bands to display, loaded frame by frame."""
-    dims = cube_dims(cube)
+    dims = find_dims(cube, "cube")
     starts = [(cube.sizes[dims[role]] - length) // 2 for role, length in zip(("y", "x"), size, strict=True)]
     rows, columns = (slice(start, start + length) for start, length in zip(starts, size, strict=True))
     part = cube.isel({dims["y"]: rows, dims["x"]: columns})
     if "band" in dims:
-        numbers = find_bands(cube, dims["band"], bands)
+        numbers = display_bands(cube, dims["band"], bands)
         part = part.isel({dims["band"]: numbers})
         if dims["band"] not in part.coords:  # they keep their numbers
             part = part.assign_coords({dims["band"]: numbers})
@@ -386,7 +390,7 @@ def _thumbnails(
     report: xr.Dataset, cube: xr.DataArray, bands: Sequence[Hashable] | None, stretch: tuple[float, float]
 ) -> list[_Picture]:
     """A small picture of every frame as it came, in the colours of the median of the aligned ones."""
-    dims = cube_dims(cube)
+    dims = find_dims(cube, "cube")
     step = max(1, -(-max(cube.sizes[dims["y"]], cube.sizes[dims["x"]]) // _THUMBNAIL))
     small = cube.isel({dims["y"]: slice(step // 2, None, step), dims["x"]: slice(step // 2, None, step)})
     count = cube.sizes[dims["time"]]

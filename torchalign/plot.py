@@ -20,11 +20,12 @@ import numpy as np
 import xarray as xr
 
 from torchalign._check import check_number, check_option, check_whole, message
+from torchalign.cube.labels import find_dims
 from torchalign.pictures import animation
 from torchalign.pictures.columns import (
     Array,
     by_status,
-    check_report,
+    check_pictured,
     check_truth,
     kept_frames,
     shift_of,
@@ -43,7 +44,6 @@ from torchalign.pictures.frames import (
     check_zoom,
     compare,
     crop,
-    cube_dims,
     limits,
     load_frames,
     reduce_time,
@@ -93,6 +93,11 @@ __all__ = [
     "temporal_profile",
 ]
 
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 Along = Literal["time", "y", "x"]
 
 _STRIP = 16  # thumbnails in a row of the summary
@@ -140,7 +145,7 @@ def shift_scatter(
         'shift x, right (pixels)'
 
     """
-    report = check_report(report)
+    report = check_pictured(report)
     truth = check_truth(true_shift, report)
     groups = _groups(report, split)
     figure, ax = one_axes(ax, (5.4, 5.2))
@@ -192,7 +197,7 @@ def shift_error(report: xr.Dataset, true_shift: Any, *, ax: Axes | None = None) 
         ValueError: it lacks a field, or ``true_shift`` has another shape.
 
     """
-    report = check_report(report)
+    report = check_pictured(report)
     truth = check_truth(true_shift, report)
     if truth is None:
         raise ValueError(message("true_shift", "an array (T, 2)", None, "use shift_scatter without a truth"))
@@ -234,7 +239,7 @@ def shifts_over_time(
         ValueError: it lacks a field, or ``true_shift`` has another shape.
 
     """
-    report = check_report(report)
+    report = check_pictured(report)
     truth = check_truth(true_shift, report)
     figure, ax = one_axes(ax, (9.0, 3.6))
     time, is_date = time_of(report)
@@ -294,7 +299,7 @@ def score_gain(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFig
         ValueError: it lacks a field.
 
     """
-    report = check_report(report)
+    report = check_pictured(report)
     figure, ax = one_axes(ax, (5.4, 5.2))
     after, before = report["score"].values, report["score_before"].values
     status = report["status"].values
@@ -440,8 +445,8 @@ def temporal_profile(
         parts = [
             load_frames(each.isel({dims[role]: [number], dims["time"]: kept}), name, bands)
             for each, dims, name in (
-                (cube, cube_dims(cube), "cube"),
-                (aligned, cube_dims(aligned), "aligned"),
+                (cube, find_dims(cube, "cube"), "cube"),
+                (aligned, find_dims(aligned, "aligned"), "aligned"),
             )
         ]
         _draw_profile(pair, parts, role, number, stretch, equalize)
@@ -481,7 +486,7 @@ def summary(
         ValueError: the same.
 
     """
-    report = check_report(report)
+    report = check_pictured(report)
     truth = check_truth(true_shift, report)
     count = report["status"].size
     rows = max(1, -(-min(count, 2 * _STRIP) // _STRIP))
@@ -551,7 +556,7 @@ def animate(
 
     """
     path = Path(path)
-    animation.check_suffix(path)
+    animation.check_animation(path)
     check_option("along", along, Along)
     check_number("frames_per_second", frames_per_second, minimum=0.0, maximum=50.0, inclusive=False)
     check_number("loop", loop, minimum=0, maximum=65535)

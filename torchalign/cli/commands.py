@@ -17,9 +17,6 @@ import xarray as xr
 
 import torchalign
 from torchalign._check import message
-from torchalign._grid import find_grid
-from torchalign._labelled import Cube, find_nodata
-from torchalign._reference import ReferenceName, label_text
 from torchalign.cli.outputs import (
     CUBES,
     PAGES,
@@ -33,15 +30,17 @@ from torchalign.cli.outputs import (
 )
 from torchalign.cli.sources import (
     Source,
-    band_labels,
     is_raster,
     open_mask,
     open_reference,
     open_source,
 )
+from torchalign.cube.georeference import crs_name, find_georeference
+from torchalign.cube.labels import Cube, band_labels, find_dims, label_text, time_labels
+from torchalign.cube.pixels import find_nodata
+from torchalign.cube.reference import ReferenceName
 from torchalign.functional.channels import ChannelName
 from torchalign.models.weights import load_weights, weights_table
-from torchalign.pictures.frames import cube_dims, time_labels
 from torchalign.xr import _ALIGNERS
 
 __all__ = ["app"]
@@ -440,7 +439,7 @@ def apply_to_files(given: ApplyOptions) -> int:
 
 def _without_unknown_empty(cube: xr.DataArray, solution: xr.Dataset) -> xr.DataArray:
     """Without the empty frames that a report has not, for ``align --skip-bad`` has left them out."""
-    time, there = cube_dims(cube)["time"], solution["status"].dims[0]
+    time, there = find_dims(cube)["time"], solution["status"].dims[0]
     if there not in solution.coords:
         return cube
     known = {label_text(label) for label in solution[there].values}
@@ -530,7 +529,7 @@ def _show_report(path: Path, html: Path | None, overwrite: bool) -> int:
 
 def _cube_lines(cube: xr.DataArray) -> Iterator[str]:
     """Lines about dates, bands, grid and pixels."""
-    dims = cube_dims(cube)
+    dims = find_dims(cube)
     time = dims["time"]
     labels = time_labels(cube, time)
     span = f", {labels[0]} to {labels[-1]}" if labels else ""
@@ -540,14 +539,14 @@ def _cube_lines(cube: xr.DataArray) -> Iterator[str]:
     yield f"{len(labels)} frames{span}"
     names, count = band_labels(cube)
     yield f"{count} band{'s' if count > 1 else ''}{': ' + ', '.join(names) if names else ''}"
-    grid = find_grid(Cube(cube, dims))
+    grid = find_georeference(Cube(cube, dims))
     place = ""
     if grid is not None:
         a, b, _, d, e, _ = grid.transform
         place = f" of {abs(a):g} × {abs(e):g} map units, " + (
             "north up" if e < 0 and not (b or d) else "not north up"
         )
-        place += f", {grid.crs.partition(chr(34))[2].partition(chr(34))[0] if grid.crs else 'no CRS'}"
+        place += f", {crs_name(grid.crs) or 'no CRS'}"
     yield f"{cube.sizes[dims['y']]} rows × {cube.sizes[dims['x']]} columns{place}"
     nodata = ", ".join(f"{value:g}" for value in find_nodata(cube)) or (
         "NaN" if cube.dtype.kind == "f" else "none"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import torchalign
-from torchalign._files import atomic
-from torchalign.cli.outputs import check_output, print_written, require
+from torchalign._check import require
+from torchalign.cli.outputs import check_output, print_written
+from torchalign.cube.files import atomic
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -28,7 +29,7 @@ def run_demo(out: Path, frames: int, device: str | None, seed: int) -> int:
         ImportError: a package is missing.
         ValueError: something that is no file of the demo's is in the place of one.
     """
-    require("demo", "spyndex", "matplotlib", "PIL", "h5netcdf", "h5py")
+    require("demo", "demo", "spyndex", "matplotlib", "PIL", "h5netcdf", "h5py")
     from torchalign import plot
     from torchalign.datasets import demo_stack
     from torchalign.html import save_html

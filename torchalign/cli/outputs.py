@@ -6,12 +6,11 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchalign._check import message
-from torchalign._files import is_store
+from torchalign._check import message, require
+from torchalign.cube.files import is_store
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -27,7 +26,6 @@ __all__ = [
     "check_output",
     "check_report_output",
     "print_written",
-    "require",
     "write_page",
     "write_result",
 ]
@@ -37,18 +35,6 @@ TABLES = (".csv", ".json", ".nc", ".nc4", ".netcdf", ".h5")  # reports to be rea
 PAGES = (".html", ".htm")
 
 # --- before the work ---
-
-
-def require(extra: str, *packages: str) -> None:
-    """Name missing packages.
-
-    Raises:
-        ImportError: one of them is not installed.
-    """
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        cure = f'pip install "torchalign[{extra}]"'
-        raise ImportError(message("packages", ", ".join(packages), f"no {', '.join(missing)}", cure))
 
 
 def check_cube_output(path: Path, template: str | None, overwrite: bool) -> None:
@@ -63,7 +49,7 @@ def check_cube_output(path: Path, template: str | None, overwrite: bool) -> None
         if template is not None:
             cure = "name a folder, or leave --template out"
             raise ValueError(message("--template", "GeoTIFFs to name", f"--out {path.name}", cure))
-        require("io", *(("zarr",) if suffix == ".zarr" else ("h5netcdf", "h5py")))
+        require("a cube in one file", "io", *(("zarr",) if suffix == ".zarr" else ("h5netcdf", "h5py")))
         check_output(path, overwrite)
         return
     is_folder = path.is_dir() and not is_store(path)
@@ -71,7 +57,7 @@ def check_cube_output(path: Path, template: str | None, overwrite: bool) -> None
         expected = f"a folder for GeoTIFFs, or a name ending in {', '.join(CUBES)}"
         cure = "a folder's name has no dot, unless it is there already"
         raise ValueError(message("--out", expected, path.name, cure))
-    require("io", "rasterio")
+    require("GeoTIFF", "io", "rasterio")
     if path.exists() and not is_folder:
         raise ValueError(message("output", "a folder", f"{path}, which is none", "choose another name"))
     if is_folder and not overwrite and any(path.iterdir()):
@@ -91,9 +77,9 @@ def check_report_output(path: Path, overwrite: bool) -> None:
     if suffix not in names:
         raise ValueError(message("--report", f"a name ending in {', '.join(names)}", path.name, "rename it"))
     if suffix in PAGES:
-        require("plot", "matplotlib", "PIL")
+        require("a page", "plot", "matplotlib", "PIL")
     elif suffix not in (".csv", ".json"):
-        require("io", "h5netcdf", "h5py")
+        require("a report in netCDF", "io", "h5netcdf", "h5py")
     check_output(path, overwrite)
 
 

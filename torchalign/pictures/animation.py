@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from torchalign._check import message
-from torchalign._files import atomic
+from torchalign.cube.files import atomic
 from torchalign.pictures.columns import Array
 from torchalign.pictures.style import INK, STATUS_COLOUR, STATUS_TEXT_COLOUR
 from torchalign.types import Status
@@ -17,13 +17,13 @@ from torchalign.types import Status
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["SUFFIXES", "check_suffix", "compose", "write"]
+__all__ = ["SUFFIXES", "check_animation", "compose", "write"]
 
 SUFFIXES = (".gif", ".mp4")
 _GAP, _HEAD, _EDGE = 6, 26, 3  # pixels: between the panels, above them, and of a status' frame
 
 
-def check_suffix(path: Path) -> None:
+def check_animation(path: Path) -> None:
     """A name that can be written here, before the work and not after it.
 
     Raises:

@@ -9,12 +9,13 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from torchalign._check import message
+from torchalign.cube.solution import check_report
 from torchalign.types import Status
 
 __all__ = [
     "Array",
     "by_status",
-    "check_report",
+    "check_pictured",
     "check_truth",
     "kept_frames",
     "shift_of",
@@ -27,17 +28,9 @@ __all__ = [
 Array = NDArray[Any]
 
 
-def check_report(report: object) -> xr.Dataset:
-    """A Dataset with the fields that pictures use."""
-    if not isinstance(report, xr.Dataset):
-        cure = "give the second thing that ta.align returns"
-        raise TypeError(message("report", "an xarray.Dataset", type(report).__name__, cure))
-    fields = ("shift_x", "shift_y", "score", "score_before", "sigma", "status")
-    missing = [name for name in fields if name not in report]
-    if missing:
-        cure = "give the report of ta.align with all its fields"
-        raise ValueError(message("report", f"the fields {', '.join(fields)}", f"none of {missing}", cure))
-    return report
+def check_pictured(report: object) -> xr.Dataset:
+    """A report with the fields that pictures use."""
+    return check_report(report, fields=("shift_x", "shift_y", "score", "score_before", "sigma", "status"))
 
 
 def check_truth(true_shift: Any, report: xr.Dataset) -> Array | None:
@@ -56,7 +49,7 @@ def status_of(report: xr.Dataset | None, count: int) -> Array:
     """(T,) int64 of the report; all OK without one."""
     if report is None:
         return np.zeros(count, np.int64)
-    status = check_report(report)["status"].values.astype(np.int64)
+    status = check_pictured(report)["status"].values.astype(np.int64)
     if len(status) != count:
         raise ValueError(
             message("report", f"{count} frames as the cube", len(status), "give the report of this cube")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Hashable, Sequence
-from contextlib import suppress
 from typing import Literal, NamedTuple
 
 import numpy as np
 import xarray as xr
 
 from torchalign._check import check_option, message
-from torchalign._labelled import find_dims, find_nodata
+from torchalign.cube.labels import find_bands, find_dims, find_frame, time_labels
+from torchalign.cube.pixels import find_nodata
 from torchalign.pictures.columns import Array, kept_frames, status_of
 from torchalign.types import Status
 
@@ -44,14 +43,6 @@ class Comparison(NamedTuple):
     words: str
 
 
-def cube_dims(cube: object, name: str = "cube") -> dict[str, Hashable]:
-    """Role → name of the dim; "band" is left out where there is none."""
-    if not isinstance(cube, xr.DataArray):
-        cure = "give what ta.align took and returned"
-        raise TypeError(message(name, "an xarray.DataArray", type(cube).__name__, cure))
-    return find_dims(cube.dims, dict.fromkeys(("time", "band", "y", "x")))
-
-
 def check_same(cube: xr.DataArray, aligned: xr.DataArray) -> tuple[int, int, int]:
     """(T, H, W) of both.
 
@@ -61,7 +52,7 @@ def check_same(cube: xr.DataArray, aligned: xr.DataArray) -> tuple[int, int, int
     """
     shapes = []
     for array, name in ((cube, "cube"), (aligned, "aligned")):
-        dims = cube_dims(array, name)
+        dims = find_dims(array, name)
         shapes.append((array.sizes[dims["time"]], array.sizes[dims["y"]], array.sizes[dims["x"]]))
     if shapes[0] != shapes[1]:
         expected = f"the cube's frames, rows and columns {shapes[0]}"
@@ -71,10 +62,10 @@ def check_same(cube: xr.DataArray, aligned: xr.DataArray) -> tuple[int, int, int
 
 def load_frames(cube: xr.DataArray, name: str, bands: Sequence[Hashable] | None) -> Frames:
     """The display bands, in memory; three of them, or one three times."""
-    dims = cube_dims(cube, name)
+    dims = find_dims(cube, name)
     chosen, words = cube, "one band"
     if "band" in dims:
-        numbers = find_bands(cube, dims["band"], bands)
+        numbers = display_bands(cube, dims["band"], bands)
         chosen = cube.isel({dims["band"]: numbers})
         labelled = dims["band"] in cube.coords
         words = ("bands " if len(numbers) > 1 else "band ") + ", ".join(
@@ -90,8 +81,8 @@ def load_frames(cube: xr.DataArray, name: str, bands: Sequence[Hashable] | None)
     return Frames(values, time_labels(cube, dims["time"]), words)
 
 
-def find_bands(cube: xr.DataArray, dim: Hashable, bands: Sequence[Hashable] | None) -> list[int]:
-    """Positions of the bands to display."""
+def display_bands(cube: xr.DataArray, dim: Hashable, bands: Sequence[Hashable] | None) -> list[int]:
+    """Positions of the bands to display: those asked for, or red, green and blue."""
     labels = cube[dim].values.tolist() if dim in cube.coords else []
     count = cube.sizes[dim]
     if bands is None:
@@ -102,49 +93,11 @@ def find_bands(cube: xr.DataArray, dim: Hashable, bands: Sequence[Hashable] | No
         if count > max(_RGB_BANDS):
             return list(_RGB_BANDS)
         return [0, 1, 2] if count == 3 else [0]
-    chosen = []
-    for band in bands:
-        if band in labels:
-            chosen.append(labels.index(band))
-        elif isinstance(band, (int, np.integer)) and 0 <= band < count:
-            chosen.append(int(band))
-        else:
-            expected = f"positions below {count}" + (f" or labels of {labels}" if labels else "")
-            raise ValueError(message("bands", expected, repr(band), "name one or three bands that exist"))
+    chosen = find_bands(bands, labels, count)
     if len(chosen) not in (1, 3):
         cure = "name the bands for red, green and blue"
         raise ValueError(message("bands", "one or three bands", repr(bands), cure))
     return chosen
-
-
-def find_frame(cube: xr.DataArray, frame: Label) -> int:
-    """The position of one frame, from a label (a date stands for its one frame) or a position."""
-    dim, count = cube_dims(cube)["time"], cube.sizes[cube_dims(cube)["time"]]
-    if dim in cube.coords:
-        label = str(frame) if isinstance(frame, (np.datetime64, datetime.date)) else frame
-        with suppress(KeyError, TypeError, ValueError, IndexError):
-            numbers = xr.DataArray(np.arange(count), {dim: cube[dim]}, [dim])
-            matches = np.ravel(numbers.sel({dim: label}).values)
-            if len(matches) == 1:
-                return int(matches[0])
-    if isinstance(frame, (int, np.integer)) and not isinstance(frame, bool) and -count <= frame < count:
-        return int(frame) % count
-    labels = time_labels(cube, dim)
-    shown = ", ".join(labels if len(labels) < 5 else (labels[0], labels[1], "…", labels[-1]))
-    cure = "name one frame by its label, or by its position"
-    raise ValueError(message("frame", f"one of {count} frames ({shown})", repr(frame), cure))
-
-
-def time_labels(cube: xr.DataArray, dim: Hashable) -> list[str]:
-    """Days in ISO 8601, or whatever the time coordinate holds, or the positions."""
-    if dim not in cube.coords:
-        return [str(number) for number in range(cube.sizes[dim])]
-    values = cube[dim].values
-    if values.dtype.kind == "M":
-        days = np.datetime_as_string(values, unit="D").tolist()
-        # two frames of one day are told apart by the hour
-        return days if len(set(days)) == len(days) else np.datetime_as_string(values, unit="m").tolist()
-    return [str(value) for value in values.tolist()]
 
 
 def reduce_time(values: Array, statistic: Statistic) -> Array:
@@ -240,7 +193,9 @@ def compare(
     count, *_ = check_same(cube, aligned)
     before, after = load_frames(cube, "cube", bands), load_frames(aligned, "aligned", bands)
     status = status_of(report, count)
-    kept = kept_frames(status) if frame is None else np.arange(count) == find_frame(cube, frame)
+    kept = kept_frames(status)
+    if frame is not None:
+        kept = np.arange(count) == find_frame(cube, find_dims(cube)["time"], frame)
     pictures = [reduce_time(frames.values[kept], statistic) for frames in (before, after)]
     low, high = limits(pictures[1], stretch)
     zoom = find_zoom(pictures[1]) if zoom is None else check_zoom(zoom, pictures[1].shape[:2])

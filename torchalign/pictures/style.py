@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from torchalign._check import message
+from torchalign._check import message, require
 from torchalign.pictures.columns import Array
 from torchalign.types import Status
 
@@ -43,6 +43,7 @@ STATUS_TEXT_COLOUR = {code: _STATUS_STYLES[code.name][2] for code in Status}
 
 @functools.cache
 def _figure_class() -> type[Figure]:
+    require("a figure", "plot", "matplotlib")
     from matplotlib.figure import Figure
 
     class NotebookFigure(Figure):
