@@ -19,6 +19,7 @@ from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
 from torchalign.ecc import ECC
 from torchalign.functional.warp import warp
+from torchalign.groupwise import Groupwise
 from torchalign.lgm import LGM
 from torchalign.local import Local
 from torchalign.pcc import PCC
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from torchalign.training import stream as stream
     from torchalign.xr import align as align
     from torchalign.xr import apply as apply
+    from torchalign.xr import extend as extend
 
 __version__ = "0.1.0"
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "AlignmentLoss",
     "Cascade",
     "Estimate",
+    "Groupwise",
     "Local",
     "RandomMisregistration",
     "RandomMisregistration2D",
@@ -70,6 +73,7 @@ __all__ = [
     "Status",
     "align",
     "apply",
+    "extend",
     "fast_memory",
     "load_report",
     "open_stack",
@@ -83,7 +87,7 @@ __all__ = [
 
 # where the names live that need more than torch, imported on first use
 _LAZY = {
-    **dict.fromkeys(("align", "apply"), "torchalign.xr"),
+    **dict.fromkeys(("align", "apply", "extend"), "torchalign.xr"),
     **dict.fromkeys(("load_report", "save_report", "summarize", "to_table"), "torchalign.report"),
     **dict.fromkeys(("open_stack", "write_stack"), "torchalign.io"),
     **dict.fromkeys(
