@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import math
 import mmap
 import os
@@ -191,3 +192,9 @@ def _find_in_libc(name: str) -> Any:
 
 
 _unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual  # torch leaves it without types
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton, which comes with torch's CUDA wheels, can be imported."""
+    return importlib.util.find_spec("triton") is not None
