@@ -12,7 +12,8 @@ Importing this package imports Triton, which comes with torch's CUDA wheels; ``i
 from __future__ import annotations
 
 from torchalign.kernels.channel import see
+from torchalign.kernels.climb import climb
 from torchalign.kernels.resample import resample
 from torchalign.kernels.score import score
 
-__all__ = ["resample", "score", "see"]
+__all__ = ["climb", "resample", "score", "see"]
