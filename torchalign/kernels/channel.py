@@ -50,15 +50,15 @@ def see_frames(
     y = (place // width).to(tl.int64)
     pixels = frames + frame * stride_frame + y * stride_row + x * stride_column
     if MODE == 1:
-        total = tl.load(pixels, mask=live, other=0).to(COMPUTE)
+        total = tl.load(pixels, mask=live).to(COMPUTE)
         for band in range(1, bands):
-            total += tl.load(pixels + tl.cast(band, tl.int64) * stride_band, mask=live, other=0).to(COMPUTE)
+            total += tl.load(pixels + tl.cast(band, tl.int64) * stride_band, mask=live).to(COMPUTE)
         value = divide(total, tl.zeros_like(total) + bands)
     else:
-        value = tl.load(pixels + tl.cast(first_band, tl.int64) * stride_band, mask=live, other=0).to(COMPUTE)
+        value = tl.load(pixels + tl.cast(first_band, tl.int64) * stride_band, mask=live).to(COMPUTE)
         if MODE >= 2:
-            second = tl.load(pixels + tl.cast(second_band, tl.int64) * stride_band, mask=live, other=0).to(COMPUTE)
-            third = tl.load(pixels + tl.cast(third_band, tl.int64) * stride_band, mask=live, other=0).to(COMPUTE)
+            second = tl.load(pixels + tl.cast(second_band, tl.int64) * stride_band, mask=live).to(COMPUTE)
+            third = tl.load(pixels + tl.cast(third_band, tl.int64) * stride_band, mask=live).to(COMPUTE)
             if MODE == 2:
                 value = divide(value + second + third, tl.zeros_like(value) + 3)
             else:

@@ -107,7 +107,7 @@ def resample_frames(
     valid = inside
     for band in range(bands):
         pixels = plane + tl.cast(band, tl.int64) * stride_band
-        nearest = tl.load(pixels + near, mask=live, other=0)
+        nearest = tl.load(pixels + near, mask=live)
         near_usable = live
         if FLOATING:
             near_usable = near_usable & is_finite(nearest.to(COMPUTE))
@@ -175,9 +175,9 @@ def resample_frames(
             if FLOATING or MASKED:
                 result = tl.where(near_usable, result, nearest)
         if FILLED:
-            result = tl.where(inside & near_usable, result, tl.full(result.shape, fill, nearest.dtype))
+            result = tl.where(inside & near_usable, result, tl.full(result.shape, fill, COMPUTE).to(nearest.dtype))
         elif PADDING == 1:
-            result = tl.where(inside, result, tl.zeros_like(result))
+            result = tl.where(inside, result, tl.full(result.shape, 0, COMPUTE).to(nearest.dtype))
         tl.store(out + tl.cast(band, tl.int64) * rows * columns + place, result, mask=live)
         valid = valid & near_usable
     tl.store(validity + frame * rows * columns + place, valid.to(tl.int8), mask=live)

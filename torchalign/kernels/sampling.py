@@ -118,7 +118,7 @@ def cubic_weight(fraction, TAP: tl.constexpr):
 @triton.jit
 def read(pixels, usable, at, at_mask, live, COMPUTE: tl.constexpr, FLOATING: tl.constexpr, MASKED: tl.constexpr):
     """Pixels, 0 where they are unusable; and where they are usable (1 and 0)."""
-    values = tl.load(pixels + at, mask=live, other=0).to(COMPUTE)
+    values = tl.load(pixels + at, mask=live).to(COMPUTE)
     good = live
     if FLOATING:
         good = good & is_finite(values)
