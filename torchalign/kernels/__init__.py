@@ -11,9 +11,24 @@ Importing this package imports Triton, which comes with torch's CUDA wheels; ``i
 
 from __future__ import annotations
 
+from torchalign.kernels.ascend import Geometry, ascend_shifted, ascend_warped, look
 from torchalign.kernels.channel import see
 from torchalign.kernels.climb import climb
+from torchalign.kernels.peak import peak
 from torchalign.kernels.resample import resample
 from torchalign.kernels.score import score
+from torchalign.kernels.turn import common_window, turn
 
-__all__ = ["climb", "resample", "score", "see"]
+__all__ = [
+    "Geometry",
+    "ascend_shifted",
+    "ascend_warped",
+    "climb",
+    "common_window",
+    "look",
+    "peak",
+    "resample",
+    "score",
+    "see",
+    "turn",
+]

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["common_window", "turn", "turn_frames", "window_frames"]
+__all__ = ["common_window", "tukey", "turn", "turn_frames", "window_frames"]
 
 _BLOCK = 1024
 
@@ -47,7 +47,7 @@ def turn_frames(
 
 
 @triton.jit
-def _tukey(position, length, ramp):
+def tukey(position, length, ramp):
     """functional.smoothing.tukey, for a taper that is not 0."""
     from_middle = tl.abs(position - 0.5 * (length - 1))
     angle = (0.5 * length - from_middle) * (1.5707963267948966 / ramp)
@@ -74,14 +74,14 @@ def window_frames(
     place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     live = place < rows * columns
     zero = tl.zeros((BLOCK,), COMPUTE)
-    high = zero + height
-    wide = zero + width
+    high = zero + tl.cast(height, COMPUTE)
+    wide = zero + tl.cast(width, COMPUTE)
     y = (place // columns).to(COMPUTE) * high / rows
     x = (place % columns).to(COMPUTE) * wide / columns
-    along_y = zero + ramp_y
-    along_x = zero + ramp_x
-    own = tl.minimum(_tukey(y, high, along_y), _tukey(y - tl.load(shift + 2 * frame + 1), high, along_y))
-    own *= tl.minimum(_tukey(x, wide, along_x), _tukey(x - tl.load(shift + 2 * frame), wide, along_x))
+    along_y = zero + tl.cast(ramp_y, COMPUTE)
+    along_x = zero + tl.cast(ramp_x, COMPUTE)
+    own = tl.minimum(tukey(y, high, along_y), tukey(y - tl.load(shift + 2 * frame + 1), high, along_y))
+    own *= tl.minimum(tukey(x, wide, along_x), tukey(x - tl.load(shift + 2 * frame), wide, along_x))
     tl.store(window + frame * rows * columns + place, own, mask=live)
 
 
