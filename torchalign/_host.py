@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -198,3 +199,91 @@ _unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual  # torch leaves i
 def has_triton() -> bool:
     """Whether Triton, which comes with torch's CUDA wheels, can be imported."""
     return importlib.util.find_spec("triton") is not None
+
+
+def exceeds(length: int, limit: int) -> bool:
+    """Whether a size is known to be larger: of a symbol, as sizes can be under torch.export, that is not known."""
+    return not is_symbol(length) and length > limit
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """The matrix product in the operands' own precision, whatever the process allows: no TF32, no bfloat16.
+
+    Frame by frame: its sums do not depend, not even in the last bit, on how many others there are.
+    """
+    if left.ndim < right.ndim:
+        left = left.expand(*right.shape[:-2], *left.shape)
+    elif right.ndim < left.ndim:
+        right = right.expand(*left.shape[:-2], *right.shape)
+    if left.dtype != torch.float32 or not _rounds_products(left.device.type):
+        return torch.matmul(left, right)
+    return torch.matmul(left.double(), right.double()).float()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _rounds_products(device: str) -> bool:
+    """Whether the process lets products of float32 be made with shorter mantissas."""
+    backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    try:
+        return backend.matmul.fp32_precision not in ("ieee", "none")
+    except AttributeError:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != "highest"
+
+
+# Tables by what they are of, see keeps_tables; how many numbers they may hold in all.
+_TABLES: dict[Any, Any] = {}
+_MOST_NUMBERS = 2**24
+
+
+def keeps_tables(function: Callable[..., Result]) -> Callable[..., Result]:
+    """A function of sizes and other plain numbers, whose tensors are made once for each device and dtype.
+
+    The keyword ``like`` says on which device and in which dtype. What is kept is never changed nor dropped
+    (a CUDA graph may hold on to it); when the tables are full, others are made anew each time. So they are while
+    somebody traces, or records a CUDA graph, whose memory is not ours.
+    """
+
+    @functools.wraps(function)
+    def kept(*arguments: Any, like: Tensor) -> Result:
+        if not may_keep(like) or is_symbol_in(arguments):
+            return function(*arguments, like=like)
+        key = (function.__module__, function.__qualname__, arguments, like.dtype, _place(like))
+        found = _TABLES.get(key)
+        if found is None:
+            if _is_recording(like):
+                return function(*arguments, like=like)
+            with torch.inference_mode(False), torch.no_grad():
+                found = function(*arguments, like=like)
+            numbers = sum(part.numel() for part in pytree.tree_leaves(found) if isinstance(part, Tensor))
+            if numbers + _TABLES.get("numbers", 0) <= _MOST_NUMBERS:
+                _TABLES["numbers"] = numbers + _TABLES.get("numbers", 0)
+                _TABLES[key] = found
+        return found
+
+    return kept
+
+
+def may_keep(like: Tensor) -> bool:
+    """Whether tensors of its kind are plain ones that outlive the call: nobody traces, maps or fakes them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    return type(like) in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()
+
+
+def is_symbol_in(arguments: Sequence[Any]) -> bool:
+    """Whether one of them, or of their parts, is no number but a symbol."""
+    return any(
+        is_symbol_in(part) if isinstance(part, tuple) else not isinstance(part, (int, float, str))
+        for part in arguments
+    )
+
+
+def _place(like: Tensor) -> Any:
+    """The device; of a GPU the stream too, for another one may come before the table is there."""
+    if like.device.type != "cuda" or _is_recording(like):
+        return like.device
+    return like.device, torch.cuda.current_stream(like.device).stream_id
+
+
+def _is_recording(like: Tensor) -> bool:
+    return like.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -239,7 +239,7 @@ def enhanced_correlation(
                 "reference", f"levels of frames of {frame}", grids[0].frame, "prepare_levels of that size"
             )
         )
-    textures = extract_pyramid(moving, moving_mask, grids=grids, contrast=contrast, blur=sigma_blur)
+    textures = extract_pyramid(moving, moving_mask, grids=grids, contrast=contrast, blur=sigma_blur, periodic=True)
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
     only_shifted = only_shifts(motion, init)
     if init is None:
@@ -345,7 +345,7 @@ def prepare_levels(
     grids = [
         WorkingGrid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies
     ]
-    textures = extract_pyramid(reference, mask, grids=grids, contrast=contrast, blur=sigma_blur)
+    textures = extract_pyramid(reference, mask, grids=grids, contrast=contrast, blur=sigma_blur, periodic=True)
     return [
         prepare_level(texture, grid, motion, taper) for texture, grid in zip(textures, grids, strict=True)
     ]
