@@ -184,7 +184,11 @@ def count(
         raise SystemExit("fake CUDA tensors need a build of torch with CUDA; this one has none")
     with (
         torch.backends.cudnn.flags(enabled=False),
-        mock.patch("torchalign._host.has_triton", lambda: triton),
+        mock.patch("torchalign._host.HAS_TRITON", triton),
+        mock.patch("torchalign._host.may_keep", lambda like: True),  # as it is where nothing is fake
+        mock.patch("torchalign._host._place", lambda like: like.device),
+        mock.patch("torchalign._host._is_recording", lambda like: False),
+        mock.patch.dict("torchalign._host._TABLES", clear=True),
         warnings.catch_warnings(),
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),

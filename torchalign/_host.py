@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -24,14 +25,19 @@ __all__ = [
     "all_true",
     "carries_gradient",
     "empty_on_host",
+    "exceeds",
     "give_back_memory",
     "is_on_host",
     "is_symbol",
     "is_transformed",
     "keep_memory",
+    "keeps_tables",
+    "kernels_for",
     "launches_kernels",
     "map_on_host",
+    "may_keep",
     "may_read",
+    "product",
     "read",
 ]
 
@@ -195,10 +201,33 @@ def _find_in_libc(name: str) -> Any:
 _unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual  # torch leaves it without types
 
 
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton, which comes with torch's CUDA wheels, can be imported."""
-    return importlib.util.find_spec("triton") is not None
+# Triton comes with torch's CUDA wheels; with TRITON_INTERPRET=1 its kernels run on CPU tensors, to be tested.
+HAS_TRITON = importlib.util.find_spec("triton") is not None and os.environ.get("TORCHALIGN_KERNELS") != "0"
+_KERNELS_ON = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+def kernels_for(*tensors: Tensor | None) -> ModuleType | None:
+    """:mod:`torchalign.kernels`, where one launch of it may do what many functions of torch do with these tensors.
+
+    ``None`` where a derivative may be asked for, on other devices, where Triton is missing or the GPU is too old for
+    it, and with ``TORCHALIGN_KERNELS=0`` in the environment. The functions of torch define what is right.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not HAS_TRITON or given[0].device.type != _KERNELS_ON or carries_gradient(*given):
+        return None
+    if torch.jit.is_tracing() or not _runs_triton(given[0].device.index):  # type: ignore[attr-defined, no-untyped-call]
+        return None
+    from torchalign import kernels
+
+    return kernels
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _runs_triton(index: int | None) -> bool:
+    """Whether the GPU is of a kind that Triton knows: from Volta on."""
+    if not torch.cuda.is_available():  # a fake one
+        return True
+    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (7, 0)
 
 
 def exceeds(length: int, limit: int) -> bool:

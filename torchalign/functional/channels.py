@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._check import message
+from torchalign._host import kernels_for
 
-__all__ = ["Channel", "ChannelName", "center_crop", "extract_channel", "gradient_magnitude"]
+__all__ = ["Channel", "ChannelName", "center_crop", "extract_channel", "gradient_magnitude", "see_channel"]
 
 ChannelName = Literal["mean", "luminance", "rgb_mean", "gradients"]
 Channel = SupportsIndex | ChannelName | Callable[[Tensor], Tensor]
@@ -78,6 +79,34 @@ def extract_channel(
     if callable(channel):
         return _checked(channel(cube), cube)
     return cube[..., _band("channel", channel, cube.shape[-3]), :, :]
+
+
+def see_channel(
+    cube: Tensor, mask: Tensor | None, channel: Channel = "mean", *, rgb_bands: Sequence[int] = (3, 2, 1)
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`extract_channel`, 0 where it is unusable, and where it is usable, by one kernel where there is one.
+
+    Args:
+        cube: (..., C, H, W).
+        mask: bool, (..., H, W), True = usable; ``None`` if all of it is.
+        channel: what to see.
+        rgb_bands: the indices of R, G, B among the bands.
+
+    Returns:
+        (..., H, W) in float32 or float64, and bool; ``None`` where there is no kernel for it.
+
+    Raises:
+        ValueError: as :func:`extract_channel`.
+    """
+    kernels = kernels_for(cube)
+    if kernels is None or callable(channel) or channel == "gradients":
+        return None
+    if not isinstance(channel, str):
+        band = _band("channel", channel, cube.shape[-3]) % cube.shape[-3]
+        return kernels.see(cube, mask, "band", (band,))  # type: ignore[no-any-return]
+    if channel == "mean" or cube.shape[-3] < 3:
+        return kernels.see(cube, mask, "mean", ())  # type: ignore[no-any-return]
+    return kernels.see(cube, mask, channel, _rgb_indices(cube, rgb_bands))  # type: ignore[no-any-return]
 
 
 def gradient_magnitude(image: Tensor) -> Tensor:
@@ -151,13 +180,19 @@ def _mean(cube: Tensor) -> Tensor:
 def _rgb(cube: Tensor, rgb_bands: Sequence[int]) -> Tensor:
     if cube.shape[-3] <= 3:
         return cube
+    return torch.stack([cube[..., band, :, :] for band in _rgb_indices(cube, rgb_bands)], dim=-3)
+
+
+def _rgb_indices(cube: Tensor, rgb_bands: Sequence[int]) -> tuple[int, ...]:
+    """Of R, G, B, from 0 on, in a cube of at least three bands."""
+    bands = cube.shape[-3]
+    if bands == 3:
+        return 0, 1, 2
     if len(rgb_bands) != 3:
         raise ValueError(
             message("rgb_bands", "three band indices (R, G, B)", tuple(rgb_bands), "name three bands")
         )
-    return torch.stack(
-        [cube[..., _band("rgb_bands", band, cube.shape[-3]), :, :] for band in rgb_bands], dim=-3
-    )
+    return tuple(_band("rgb_bands", band, bands) % bands for band in rgb_bands)
 
 
 def _band(name: str, band: SupportsIndex, bands: int) -> int:

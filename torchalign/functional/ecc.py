@@ -372,7 +372,7 @@ def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, tape
     products = torch.cat(
         [rows, *(rows[..., i : i + 1, :] * rows[..., i:, :] for i in range(1, rows.shape[-2]))], dim=-2
     )
-    weights = Window.of(grid, taper).whole().flatten(-2).expand(texture.field.flatten(-2).shape)
+    weights = Window.of(grid, taper).whole.flatten(-2).expand(texture.field.flatten(-2).shape)
     if texture.weights is not None:
         weights = weights * texture.weights.flatten(-2)
     corners = _corners(grid, motion)
