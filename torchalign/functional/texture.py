@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign.functional.common_ground import fill_holes
+from torchalign._host import kernels_for
+from torchalign.functional.common_ground import LEAST_WEIGHT, fill_holes
 from torchalign.functional.low_pass import low_pass
 from torchalign.functional.sizes import square_root
 from torchalign.functional.smoothing import nanmedian, triangle_mean
@@ -179,6 +180,11 @@ def _centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     if mask is None:
         mean = image.mean((-2, -1), keepdim=True)
         return mean, image - mean, torch.zeros_like(mean[..., 0, 0], dtype=torch.bool)
+    kernels = kernels_for(image, mask)
+    found = None if kernels is None else kernels.fill(image, mask, LEAST_WEIGHT)
+    if found is not None:
+        filled, (mean, share) = found[0], found[1].unbind(-1)
+        return mean[..., None, None], filled, share < _MIN_USABLE
     share = mask.to(image.dtype).mean((-2, -1), keepdim=True)
     one_pixel = 1 / (image.shape[-2] * image.shape[-1])
     mean = torch.where(mask, image, 0.0).mean((-2, -1), keepdim=True) / share.clamp(min=one_pixel)
@@ -211,7 +217,11 @@ def _weights(mask: Tensor, grid: WorkingGrid) -> Tensor:
     """(..., h, w) in [0, 1]: how much of what lies around a sample is usable."""
     height, width = grid.size
     shape = mask.shape[:-2]
-    share = mask.expand(*shape, *grid.frame).reshape(-1, 1, *grid.frame).to(grid.radius.dtype)
-    coverage = F.interpolate(share, size=(height, width), mode="area").reshape(*shape, height, width)
+    kernels = kernels_for(mask)
+    if kernels is not None:
+        coverage = kernels.coverage(mask.expand(*shape, *grid.frame), (height, width), grid.radius.dtype)
+    else:
+        share = mask.expand(*shape, *grid.frame).reshape(-1, 1, *grid.frame).to(grid.radius.dtype)
+        coverage = F.interpolate(share, size=(height, width), mode="area").reshape(*shape, height, width)
     lowest, highest = _COVERAGE
     return ((triangle_mean(coverage, 3) - lowest) / (highest - lowest)).clamp(0, 1)

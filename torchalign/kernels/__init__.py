@@ -17,6 +17,7 @@ from torchalign.kernels.climb import climb
 from torchalign.kernels.peak import peak
 from torchalign.kernels.resample import resample
 from torchalign.kernels.score import score
+from torchalign.kernels.texture import coverage, fill
 from torchalign.kernels.turn import common_window, turn
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "ascend_warped",
     "climb",
     "common_window",
+    "coverage",
+    "fill",
     "look",
     "peak",
     "resample",
