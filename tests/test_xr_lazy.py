@@ -16,7 +16,7 @@ from series import make_series
 from torch import nn
 
 import torchalign as ta
-from torchalign import _chunks
+from torchalign.cube import chunks as _chunks
 from torchalign.functional.affine import translation_warp
 from torchalign.io import write_cube, write_stack
 from torchalign.types import Alignment, Estimate

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from torchalign._check import check_number, check_option, message
-from torchalign.aligner import Aligner, Motion
-from torchalign.functional.affine import compose_warps, split_at_center, translation_warp
-from torchalign.functional.channels import Channel
+from torchalign._check import check_bool, check_number, check_option, message
+from torchalign.aligner import Aligner, Motion, SharedOptions, undo_init
+from torchalign.functional.affine import compose_warps, translation_warp
 from torchalign.functional.phase import Weighting, phase_correlation
 from torchalign.functional.smoothing import triangle_mean
 from torchalign.functional.structure import orientation_field
 from torchalign.functional.texture import Contrast, Texture, extract_texture
-from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.types import Status
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["PCC"]
 
@@ -54,8 +54,7 @@ class PCC(Aligner):
             satalign do; not differentiable.
         max_sigma: frames whose predicted error is larger, in pixels, count as ``NOT_CONVERGED``. ``None`` is 1 for
             structure, else 0.15.
-        channel, rgb_bands, crop_center, max_translation, min_score, interpolation, padding_mode, fill_value: see
-            :class:`~torchalign.aligner.Aligner`.
+        **shared: those of every method, see :class:`~torchalign.aligner.Aligner`.
 
     Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``TOO_FAR`` where a clearly higher peak lies
     beyond ``max_translation``; ``NOT_CONVERGED`` where no peak stands out of the correlation surface by 5
@@ -85,25 +84,9 @@ class PCC(Aligner):
         robust: bool | None = None,
         upsample_factor: int | None = None,
         max_sigma: float | None = None,
-        channel: Channel = "mean",
-        rgb_bands: Sequence[int] = (3, 2, 1),
-        crop_center: int | Sequence[int] | None = None,
-        max_translation: float = 5.0,
-        min_score: float | None = None,
-        interpolation: Interpolation = "bilinear",
-        padding_mode: PaddingMode = "border",
-        fill_value: float | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(
-            channel=channel,
-            rgb_bands=rgb_bands,
-            crop_center=crop_center,
-            max_translation=max_translation,
-            min_score=min_score,
-            interpolation=interpolation,
-            padding_mode=padding_mode,
-            fill_value=fill_value,
-        )
+        super().__init__(**shared)
         check_number("max_frequency", max_frequency, minimum=0, inclusive=False, maximum=0.5)
         if weighting is not None:
             check_option("weighting", weighting, Weighting)
@@ -111,10 +94,10 @@ class PCC(Aligner):
         check_number("taper", taper, minimum=0, maximum=1)
         check_number("max_sigma", max_sigma, minimum=0, inclusive=False, optional=True)
         check_number("upsample_factor", upsample_factor, minimum=1, maximum=1000, optional=True)
-        if robust is not None and not isinstance(robust, bool):
-            raise TypeError(message("robust", "True, False or None", repr(robust), "give a bool"))
         if upsample_factor is not None and int(upsample_factor) != upsample_factor:
             raise ValueError(message("upsample_factor", "a whole number", upsample_factor, "give an int"))
+        if robust is not None:
+            check_bool("robust", robust)
         self.max_frequency = float(max_frequency)
         structure = contrast == "structure"
         self.weighting: Weighting = weighting or ("none" if structure else "ramp")
@@ -148,13 +131,7 @@ class PCC(Aligner):
         An ``init`` is split into what it does about the frame's centre, which is undone by resampling (exactly
         nothing for a translation), and its translation, from which the peak is refined.
         """
-        start, turn = None, None
-        if init is not None and init.shape[-1] == 2:
-            start = init
-        elif init is not None:
-            start, turn = split_at_center(init, (moving.shape[-2], moving.shape[-1]))
-            turned = resample(moving.unsqueeze(-3), turn, interpolation="bicubic", mask=moving_usable)
-            moving, moving_usable = turned.values.squeeze(-3), turned.validity
+        moving, moving_usable, start, about_centre = undo_init(init, moving, moving_usable)
         found = phase_correlation(
             moving,
             prepared,
@@ -169,15 +146,11 @@ class PCC(Aligner):
             start=start,
         )
         warp = translation_warp(found.shift)
-        if turn is not None:
-            warp = compose_warps(turn, warp)
+        if about_centre is not None:
+            warp = compose_warps(about_centre, warp)
         status = torch.zeros_like(found.flat, dtype=torch.int64)
         sure = found.converged & (found.sigma <= self.max_sigma)
         status = torch.where(sure, status, int(Status.NOT_CONVERGED))
         status = torch.where(found.outside, int(Status.TOO_FAR), status)
         status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
-        return Motion(warp, found.sigma, status, found.inliers, only_shifts=turn is None)
-
-    def _options(self) -> dict[str, Any]:
-        named = ("max_frequency", "weighting", "contrast", "taper", "robust", "upsample_factor", "max_sigma")
-        return {name: getattr(self, name) for name in named} | super()._options()
+        return Motion(warp, found.sigma, status, found.inliers, only_shifts=about_centre is None)

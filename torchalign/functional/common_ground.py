@@ -75,7 +75,7 @@ def shared_ground(moving: Tensor, reference: Tensor, weights: Tensor, usable: Te
     stay there.
 
     Sharper than :func:`agreement`, which it starts from. What differs in brightness only slowly (haze) stays; what
-    is as bright as the ground below it cannot be told.
+    is as bright as the ground below it is not found.
 
     Args:
         moving: (..., H, W), over the reference.
@@ -134,7 +134,7 @@ def _regressed(own: Tensor, other: Tensor, prior: Tensor, forgiven: Tensor) -> T
         alpha = (covariance + floor * slope) / (variance + floor)
         alpha, beta = enlarge(torch.stack((alpha, own_mean - alpha * other_mean)), 4, size).unbind()
         residual = (own - torch.addcmul(beta, alpha, other)).abs()
-        # a quarter of the samples tells the median as well
+        # a quarter of the samples has the same median
         some, weight = (field[..., ::2, ::2].flatten(-2) for field in (residual, chosen))
         better = weight >= weight.mean(-1, keepdim=True)
         scale = 1.4826 * nanmedian(some.masked_fill(~better, torch.nan))[..., None, None]

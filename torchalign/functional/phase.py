@@ -174,7 +174,7 @@ def phase_correlation(
             inliers = inliers * reference_weights
         if weights is not None:
             inliers = inliers * grid.move(rfft2(weights), shift).clamp(0, 1)
-        # each frame gets the window, and the weights, of the ground that both see
+        # each frame gets the window, and the weights, of the ground that both show
         tapered = tapering.common(-shift) * grid.move(rfft2(inliers), -shift)
         reference_tapered = tapering.common(shift) * inliers
         _, power = correlate(tapered, reference_tapered)
@@ -226,7 +226,7 @@ def cross_power(
         return power * (radius * band)
     if weighting == "none":
         return power * band
-    # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype can tell, stands in
+    # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype resolves, stands in
     squared = power.real.square() + power.imag.square()
     floor = torch.finfo(squared.dtype).eps ** 2 * squared.amax((-2, -1), keepdim=True).detach()
     magnitude = (squared + floor + torch.finfo(squared.dtype).tiny).sqrt()

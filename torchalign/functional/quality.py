@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
-from torchalign.functional.sizes import larger, smaller
+from torchalign.functional.sizes import stride_for
 from torchalign.functional.uncertainty import isotropic
-from torchalign.functional.warp import resample_lattice
+from torchalign.functional.warp import resample
 from torchalign.types import Estimate, Motion, Status, combine
 
 __all__ = ["gate", "gate_stages", "normalized_cross_correlation"]
@@ -117,7 +117,7 @@ def gate(
         warp: (..., T, 2, 3) or (..., T, 3, 3), in the coordinates of ``moving``.
         sigma: (..., T), in pixels.
         status: (..., T) int64.
-        moving: (..., T, H, W), the channel seen.
+        moving: (..., T, H, W), the channel.
         reference: (..., 1 or T, H, W).
         moving_usable: bool, broadcastable to ``moving``; ``None`` if all is.
         reference_usable: bool, broadcastable to ``moving``.
@@ -171,42 +171,37 @@ def gate_stages(
         :class:`~torchalign.types.Estimate`.
     """
     size = (moving.shape[-2], moving.shape[-1])
-    step = larger(1, smaller(*size) // _LATTICE)
+    step = stride_for(size, _LATTICE)
     homography = any(stage.warp.shape[-2] == 3 for stage in stages)
     if homography:
         stages = [stage._replace(warp=to_homogeneous(stage.warp)) for stage in stages]
     identity = identity_warp(homography=homography, device=moving.device, dtype=stages[0].warp.dtype)
 
     weight: Tensor | None = None
-    warps, displacements, verdicts, images = [], [], [], []
+    motions, displacements, images = [], [], []
     overlap = None if moving_usable is None else _thin(moving_usable, step)
     if reference_usable is not None:
         usable = _thin(reference_usable, step)
         overlap = usable if overlap is None else overlap & usable
     before = _thin(moving, step)
     for stage, limit in zip(stages, max_translations, strict=True):
-        warp, sigma, status, inliers = stage[:4]
-        displacement = center_displacement(warp, size).norm(dim=-1)
-        finite = warp.isfinite().flatten(-2).all(-1) & sigma.isfinite()
-        status = torch.where((status == 0) & ~finite, int(Status.NOT_CONVERGED), status)
-        status = torch.where((status == 0) & ~(displacement <= limit), int(Status.TOO_FAR), status)
-        trusted = status == 0
-        warp = torch.where(trusted[..., None, None], warp, identity)
+        motion, displacement = _screened(stage, limit, size, identity)
         # bilinear interpolation smooths, which a score would take for misregistration
-        path = warp[..., :2, 2] if stage.only_shifts else warp
-        aligned, inside = resample_lattice(
-            moving.unsqueeze(-3), path, step, interpolation="bicubic", mask=moving_usable
+        path = motion.warp[..., :2, 2] if stage.only_shifts else motion.warp
+        aligned, inside = resample(
+            moving.unsqueeze(-3), path, interpolation="bicubic", mask=moving_usable, step=step
         )
         inside = inside[0] if vector else inside
         overlap = inside if overlap is None else overlap & inside
-        if inliers is not None:
+        if stage.inliers is not None:
             # the root of an inlier weight is the squared local correlation
-            found = _resize(inliers.detach().nan_to_num(0.0).sqrt(), (before.shape[-2], before.shape[-1]))
+            root = stage.inliers.detach().nan_to_num(0.0).sqrt()
+            found = _resize(root, (before.shape[-2], before.shape[-1]))
             # what a stage that is not trusted took for common ground judges no other
-            weight = torch.where(trusted[..., None, None], found, 1.0 if weight is None else weight)
-        warps.append(warp)
+            trusted = (motion.status == 0)[..., None, None]
+            weight = torch.where(trusted, found, 1.0 if weight is None else weight)
+        motions.append(motion)
         displacements.append(displacement)
-        verdicts.append(status)
         images.append(aligned.squeeze(-3))
     assert overlap is not None  # there is at least one stage
     ground = overlap.to(moving.dtype)
@@ -219,12 +214,8 @@ def gate_stages(
     *scores, score_before = _correlate(reference, ground, *images, before)
 
     result: Estimate | None = None
-    for number, (warp, displacement, verdict, score, stage) in enumerate(
-        zip(warps, displacements, verdicts, scores, stages, strict=True)
-    ):
-        judged = _judge(
-            stage._replace(warp=warp, status=verdict), displacement, score, score_before, identity
-        )
+    for number, row in enumerate(zip(motions, displacements, scores, strict=True)):
+        judged = _judge(*row, score_before, identity)
         judged = judged._replace(stage=torch.where(judged.valid, number, -1))
         if result is None:
             result = judged
@@ -237,6 +228,16 @@ def gate_stages(
     low = result.valid & (result.score < min_score)
     left = torch.where(low, int(Status.LOW_SCORE), result.status)
     return _rejected(result._replace(status=left), identity)
+
+
+def _screened(motion: Motion, limit: float, size: tuple[int, int], identity: Tensor) -> tuple[Motion, Tensor]:
+    """The motion after the verdicts that need no score, without a warp where there is one; and how far it moves."""
+    displacement = center_displacement(motion.warp, size).norm(dim=-1)
+    finite = motion.warp.isfinite().flatten(-2).all(-1) & motion.sigma.isfinite()
+    status = torch.where((motion.status == 0) & ~finite, int(Status.NOT_CONVERGED), motion.status)
+    status = torch.where((status == 0) & ~(displacement <= limit), int(Status.TOO_FAR), status)
+    warp = torch.where((status == 0)[..., None, None], motion.warp, identity)
+    return motion._replace(warp=warp, status=status), displacement
 
 
 def _judge(

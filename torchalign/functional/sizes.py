@@ -1,33 +1,27 @@
-"""Arithmetic of sizes that may be symbols, as they are under torch.export: neither compared nor branched on."""
+"""Arithmetic of sizes that are numbers, or symbols, as they can be under torch.export.
+
+A symbol can be computed with. To compare it would pin the program to one answer, and every minimum or maximum of
+symbols becomes part of all that is computed from it: torch then takes many minutes to export a program, or fails.
+"""
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["ceil_to_multiple", "lags_within", "larger", "smaller", "square_root"]
+from torchalign._host import is_known
 
-Number = TypeVar("Number", int, float)
-
-
-def smaller(first: Number, second: Number) -> Number:
-    """The smaller of two sizes.
-
-    >>> smaller(3, 4)
-    3
-    """
-    return torch.sym_min(first, second)  # type: ignore[return-value, unused-ignore]
+__all__ = ["lags_within", "larger", "square_root", "stride_for", "working_length"]
 
 
-def larger(first: Number, second: Number) -> Number:
-    """The larger of two sizes.
+def larger(first: float, second: float) -> float:
+    """The larger of two lengths.
 
-    >>> larger(3, 4)
-    4
+    >>> larger(3, 4.5)
+    4.5
     """
     return torch.sym_max(first, second)  # type: ignore[return-value, unused-ignore]
 
@@ -41,22 +35,37 @@ def square_root(number: float) -> float:
     return torch.sym_sqrt(number)  # type: ignore[attr-defined, no-any-return, unused-ignore]
 
 
-def ceil_to_multiple(length: int, share: float, multiple: int) -> int:
-    """The smallest multiple that is no less than a share of a length.
+def working_length(length: int, max_frequency: float) -> int:
+    """Samples of the coarsest grid, in multiples of 8, that holds a band; never more than the ``length`` in pixels.
 
-    >>> ceil_to_multiple(101, 0.5, 8)
-    56
+    >>> working_length(101, 0.25), working_length(101, 0.5)
+    (56, 101)
     """
     # whole numbers only: a symbol is known exactly, its product with a float is not
-    exact = Fraction(share / multiple).limit_denominator(2**16)
-    return multiple * ((length * exact.numerator + exact.denominator - 1) // exact.denominator)
+    share = Fraction(max_frequency / 4).limit_denominator(2**16)
+    coarse = 8 * ((length * share.numerator + share.denominator - 1) // share.denominator)
+    if is_known(length):
+        return min(length, coarse)
+    if max_frequency > 0.25:
+        return torch.sym_min(length, coarse)  # type: ignore[return-value, unused-ignore]
+    torch._check(length >= 8)  # then it is no finer, which a symbol does not say by itself
+    return coarse
+
+
+def stride_for(size: tuple[int, int], least: int) -> int:
+    """The stride at which at least so many samples a side remain; 1 for symbols, of one lattice for all sizes.
+
+    >>> stride_for((300, 1000), 128)
+    2
+    """
+    return max(1, min(size) // least) if all(map(is_known, size)) else 1
 
 
 def lags_within(samples: int, reach: float, like: Tensor) -> Tensor:
-    """The whole lags within ``reach`` samples that a periodic signal of ``samples`` can tell apart.
+    """The whole lags within ``reach`` samples that a periodic signal of ``samples`` can distinguish.
 
     Args:
-        samples: of the signal.
+        samples: of the signal; of symbols all lags are returned, for their number would be another symbol.
         reach: in samples.
         like: a tensor on the device of the result.
 
@@ -66,6 +75,9 @@ def lags_within(samples: int, reach: float, like: Tensor) -> Tensor:
     >>> lags_within(8, 2.5, torch.zeros(1)), lags_within(4, 9.0, torch.zeros(1))
     (tensor([-2, -1,  0,  1,  2]), tensor([-2, -1,  0,  1]))
     """
+    if not is_known(samples):
+        return torch.arange(samples, device=like.device) - samples // 2
     furthest = math.floor(reach)
-    lowest, highest = -smaller(furthest, samples // 2), smaller(furthest, (samples - 1) // 2)
-    return torch.arange(lowest, highest + 1, device=like.device)
+    return torch.arange(
+        -min(furthest, samples // 2), min(furthest, (samples - 1) // 2) + 1, device=like.device
+    )

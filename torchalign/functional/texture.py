@@ -43,7 +43,7 @@ Contrast = Literal["local", "none", "structure"]
 # Share of usable pixels around a sample (in 15 × 15 samples) at which its weight is 0, and from which it is 1.
 # A soft weight as wide as a hole leaves no pattern of its own to be correlated.
 _COVERAGE = (0.3, 0.9)
-# Frames with less than this share of usable pixels are not worth a guess.
+# Frames with less than this share of usable pixels are empty.
 _MIN_USABLE = 1 / 64
 
 
@@ -54,7 +54,7 @@ class Texture(NamedTuple):
         field: (..., h, w), band-limited and locally normalised; of ``contrast="structure"`` (2, ..., h, w), the two
             parts of a vector.
         weights: (..., h, w) in [0, 1], small where little is usable; ``None`` if all is.
-        flat: (...,) bool, nothing to see: no texture, or too few usable pixels.
+        flat: (...,) bool, no texture, or too few usable pixels.
     """
 
     field: Tensor
@@ -127,8 +127,8 @@ def extract_pyramid(
     bands = [(grid.size, grid.max_frequency) for grid in grids]
     textures = []
     for grid, limited in zip(grids, low_pass(seen, bands, blur=blur, periodic=periodic), strict=True):
-        weights = None if mask is None else _weights(mask, grid)
-        textures.append(_normalize(limited, weights, noise, empty, contrast))
+        weights = None if mask is None else _usable_share(mask, grid)
+        textures.append(_standardized(limited, weights, noise, empty, contrast))
     return textures
 
 
@@ -164,7 +164,7 @@ def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
     """
     detail = image - triangle_mean(image, 2)
     variance = triangle_mean(detail.square(), 2)
-    # a sixteenth of the samples tells the median as well, and sorting is what costs
+    # a sixteenth of the samples has the same median, and sorting is what costs
     sampled = variance[..., ::4, ::4]
     if weights is not None:
         sampled = sampled.masked_fill(weights[..., ::4, ::4] < 0.5, torch.nan)
@@ -192,7 +192,7 @@ def _centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     return mean, centred, share[..., 0, 0] < _MIN_USABLE
 
 
-def _normalize(
+def _standardized(
     limited: Tensor, weights: Tensor | None, noise: Tensor, empty: Tensor, contrast: Contrast
 ) -> Texture:
     """Units of any size become 1; then the local contrast."""
@@ -213,7 +213,7 @@ def _deviation(centred: Tensor) -> Tensor:
     return torch.linalg.vector_norm(centred.detach(), dim=(-2, -1)) / square_root(samples)
 
 
-def _weights(mask: Tensor, grid: WorkingGrid) -> Tensor:
+def _usable_share(mask: Tensor, grid: WorkingGrid) -> Tensor:
     """(..., h, w) in [0, 1]: how much of what lies around a sample is usable."""
     height, width = grid.size
     shape = mask.shape[:-2]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchalign._host import keeps_tables, kernels_for
 from torchalign.functional.fourier import irfft2, shift_phase
-from torchalign.functional.sizes import ceil_to_multiple, larger, smaller
+from torchalign.functional.sizes import larger, working_length
 
 __all__ = ["Window", "WorkingGrid", "ramp_length", "tukey", "working_size"]
 
@@ -113,7 +113,7 @@ def working_size(size: tuple[int, int], max_frequency: float) -> tuple[int, int]
     >>> working_size((256, 101), 0.25), working_size((256, 101), 0.5)
     ((128, 56), (256, 101))
     """
-    height, width = (smaller(length, ceil_to_multiple(length, 2 * max_frequency, 8)) for length in size)
+    height, width = (working_length(length, max_frequency) for length in size)
     return height, width
 
 
