@@ -103,7 +103,8 @@ def test_resample(kind, interpolation, padding, fill, masked):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int16, torch.uint16, torch.int32]
+    "dtype",
+    [torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int16, torch.uint16, torch.int32],
 )
 def test_resample_dtypes(dtype):
     draw = generator(3)
@@ -169,12 +170,17 @@ def test_nothing_is_given_for_nothing():
     )
     assert values.shape == (0, 2, 5, 5)
     assert validity.shape == (0, 5, 5)
-    assert kernels.score(torch.zeros(0, 5, 5), torch.zeros(1, 5, 5), [torch.zeros(0, 2)], None, None, None, 1).shape == (
+    assert kernels.score(
+        torch.zeros(0, 5, 5), torch.zeros(1, 5, 5), [torch.zeros(0, 2)], None, None, None, 1
+    ).shape == (
         0,
         2,
     )
     assert kernels.see(torch.zeros(0, 2, 5, 5), None, "mean", ())[0].shape == (0, 5, 5)
-    assert kernels.resample(torch.zeros(1, 1, 2, 2).bool(), torch.zeros(1, 2), None, "nearest", "border", None) is None
+    assert (
+        kernels.resample(torch.zeros(1, 1, 2, 2).bool(), torch.zeros(1, 2), None, "nearest", "border", None)
+        is None
+    )
 
 
 @pytest.mark.parametrize("kind", ["shift", "affine", "homography"])
@@ -250,7 +256,9 @@ def test_climb(dtype, size):
     )
     spectrum = torch.fft.rfft2(torch.randn(4, height, width, generator=draw, dtype=torch.float64))
     truth = torch.tensor([[1.3, -2.2], [0.0, 0.0], [0.7, 3.0], [0.4, 0.1]], dtype=torch.float64)
-    moved = spectrum * phase.wave(exact[0], truth[:, 1])[:, :, None] * phase.wave(exact[1], truth[:, 0])[:, None]
+    moved = (
+        spectrum * phase.wave(exact[0], truth[:, 1])[:, :, None] * phase.wave(exact[1], truth[:, 0])[:, None]
+    )
     power = moved.conj() * spectrum
     power[3] = 0  # nothing to climb
     start = truth + torch.tensor([0.2, -0.15], dtype=torch.float64)
@@ -269,12 +277,15 @@ def test_climb(dtype, size):
     places = [(0, 0), (0, 1), (1, 0), (0, 2), (2, 0), (1, 1)]
     expected = torch.stack([table[:, i, j] for i, j in places], -1)
     # the slopes are 0 at the optimum: what they are measured by is the curvature
-    torch.testing.assert_close(found[:, :6], expected, rtol=TOLERANCE, atol=float(expected.abs().max()) * TOLERANCE)
+    torch.testing.assert_close(
+        found[:, :6], expected, rtol=TOLERANCE, atol=float(expected.abs().max()) * TOLERANCE
+    )
     assert torch.equal((found[:, 3] < 0) & (found[:, 3] * found[:, 4] > found[:, 5] ** 2), curved)
     sigma = phase._sigma(power, frequencies, shift, torch.ones(height, width, dtype=dtype), orders)
     hxx, hyy, hxy, sxx, syy, sxy = found[:, 3:].unbind(-1)
     variance = (
-        (hyy**2 * sxx - 2 * hyy * hxy * sxy + hxy**2 * syy) + (hxx**2 * syy - 2 * hxx * hxy * sxy + hxy**2 * sxx)
+        (hyy**2 * sxx - 2 * hyy * hxy * sxy + hxy**2 * syy)
+        + (hxx**2 * syy - 2 * hxx * hxy * sxy + hxy**2 * sxx)
     ) / (hxx * hyy - hxy**2) ** 2
     again = phase._SIGMA_CALIBRATION * (0.5 * variance).sqrt()
     torch.testing.assert_close(again[:3], sigma[:3], rtol=1e-4, atol=1e-5)

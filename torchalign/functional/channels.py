@@ -14,8 +14,15 @@ from torch.nn import functional as F
 from torchalign._check import check_bands, message
 from torchalign._host import kernels_for
 
-__all__ = ["Channel", "ChannelName", "center_crop", "check_channel", "extract_channel", "gradient_magnitude",
-           "see_channel"]
+__all__ = [
+    "Channel",
+    "ChannelName",
+    "center_crop",
+    "check_channel",
+    "extract_channel",
+    "gradient_magnitude",
+    "see_channel",
+]
 
 ChannelName = Literal["mean", "luminance", "rgb_mean", "gradients"]
 Channel = SupportsIndex | ChannelName | Callable[[Tensor], Tensor]

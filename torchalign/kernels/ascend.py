@@ -202,10 +202,20 @@ def look_frames(
     y = tl.load(level_y + place, mask=live, other=0)
     column, row = _points(inverse, x, y, half, high, wide, PROJECTIVE)
     field = spline + frame * (rows + 5) * (columns + 5)
-    value = _sample(field, rows, columns, column * divide(zero + columns, wide), row * divide(zero + rows, high), live, SPLINE)
+    value = _sample(
+        field,
+        rows,
+        columns,
+        column * divide(zero + columns, wide),
+        row * divide(zero + rows, high),
+        live,
+        SPLINE,
+    )
     tl.store(values + frame * samples + place, value, mask=live)
     if TAPERED:
-        own = tukey(row, high, zero + tl.cast(ramp_y, COMPUTE)) * tukey(column, wide, zero + tl.cast(ramp_x, COMPUTE))
+        own = tukey(row, high, zero + tl.cast(ramp_y, COMPUTE)) * tukey(
+            column, wide, zero + tl.cast(ramp_x, COMPUTE)
+        )
     else:
         within = (column > -0.5) & (column < wide - 0.5) & (row > -0.5) & (row < high - 0.5)
         own = within.to(COMPUTE)
@@ -705,7 +715,11 @@ def _ascend_warped(
     tolerance: float,
     precise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    warp, reach, seen = torch.empty_like(start).contiguous(), start.new_empty(start.shape[:-2]), torch.empty_like(start).contiguous()
+    warp, reach, seen = (
+        torch.empty_like(start).contiguous(),
+        start.new_empty(start.shape[:-2]),
+        torch.empty_like(start).contiguous(),
+    )
     if warp.numel() == 0:
         return warp, reach, seen
     lines, group = _by_group(regressors, start, 2)

@@ -65,7 +65,9 @@ def see_frames(
                 value = 0.299 * value + 0.587 * second + 0.114 * third
     good = is_finite(value)
     if MASKED:
-        good = good & (tl.load(mask + frame * mask_frame + y * mask_row + x * mask_column, mask=live, other=0) != 0)
+        good = good & (
+            tl.load(mask + frame * mask_frame + y * mask_row + x * mask_column, mask=live, other=0) != 0
+        )
     tl.store(seen + frame * height * width + place, tl.where(good, value, 0.0), mask=live)
     tl.store(usable + frame * height * width + place, good.to(tl.int8), mask=live)
 

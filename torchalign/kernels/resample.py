@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import KINDS, cubic_weight, displacement, divide, is_finite, lerp, padded, read
+from torchalign.kernels.sampling import (
+    KINDS,
+    cubic_weight,
+    displacement,
+    divide,
+    is_finite,
+    lerp,
+    padded,
+    read,
+)
 
 __all__ = ["resample", "resample_frames"]
 
@@ -175,7 +184,9 @@ def resample_frames(
             if FLOATING or MASKED:
                 result = tl.where(near_usable, result, nearest)
         if FILLED:
-            result = tl.where(inside & near_usable, result, tl.full(result.shape, fill, COMPUTE).to(nearest.dtype))
+            result = tl.where(
+                inside & near_usable, result, tl.full(result.shape, fill, COMPUTE).to(nearest.dtype)
+            )
         elif PADDING == 1:
             result = tl.where(inside, result, tl.full(result.shape, 0, COMPUTE).to(nearest.dtype))
         tl.store(out + tl.cast(band, tl.int64) * rows * columns + place, result, mask=live)
@@ -292,7 +303,9 @@ def _like(cube: Tensor, step: int) -> tuple[Tensor, Tensor]:
 
 def _extent(frames: Tensor) -> int:
     """How far the last pixel of a plane lies from the first."""
-    return sum((length - 1) * stride for length, stride in zip(frames.shape[-2:], frames.stride()[-2:], strict=True))
+    return sum(
+        (length - 1) * stride for length, stride in zip(frames.shape[-2:], frames.stride()[-2:], strict=True)
+    )
 
 
 def _range(dtype: torch.dtype) -> tuple[int, int]:

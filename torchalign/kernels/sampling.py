@@ -11,7 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["KINDS", "bounded", "cubic_weight", "displacement", "divide", "is_finite", "lerp", "padded", "read"]
+__all__ = [
+    "KINDS",
+    "bounded",
+    "cubic_weight",
+    "displacement",
+    "divide",
+    "is_finite",
+    "lerp",
+    "padded",
+    "read",
+]
 
 # entries of a motion: a shift (x, y), an affine warp, a homography
 KINDS = {2: 0, 6: 1, 9: 2}
@@ -71,9 +81,9 @@ def displacement(motion, x, y, KIND: tl.constexpr, COMPUTE: tl.constexpr):
         f = tl.load(motion + 5).to(COMPUTE)
         if KIND == 1:
             determinant = a * e - b * d + tl.zeros_like(x)
-            dx = _near_or_nowhere((b * d - e * (a - 1)) * x + (b * f - e * c), determinant) + _near_or_nowhere(
-                -b * y, determinant
-            )
+            dx = _near_or_nowhere(
+                (b * d - e * (a - 1)) * x + (b * f - e * c), determinant
+            ) + _near_or_nowhere(-b * y, determinant)
             dy = _near_or_nowhere(-d * x + (d * c - a * f), determinant) + _near_or_nowhere(
                 (b * d - a * (e - 1)) * y, determinant
             )
@@ -116,7 +126,9 @@ def cubic_weight(fraction, TAP: tl.constexpr):
 
 
 @triton.jit
-def read(pixels, usable, at, at_mask, live, COMPUTE: tl.constexpr, FLOATING: tl.constexpr, MASKED: tl.constexpr):
+def read(
+    pixels, usable, at, at_mask, live, COMPUTE: tl.constexpr, FLOATING: tl.constexpr, MASKED: tl.constexpr
+):
     """Pixels, 0 where they are unusable; and where they are usable (1 and 0)."""
     values = tl.load(pixels + at, mask=live).to(COMPUTE)
     good = live

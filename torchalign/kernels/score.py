@@ -35,7 +35,9 @@ def _nearest(motion, x, y, height, width, KIND: tl.constexpr, COMPUTE: tl.conste
 
 
 @triton.jit
-def _bicubic(plane, usable, column, row, fx, fy, height, width, live, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+def _bicubic(
+    plane, usable, column, row, fx, fy, height, width, live, MASKED: tl.constexpr, COMPUTE: tl.constexpr
+):
     """Keys' kernel over a finite image, which gives way to the bilinear one where it meets an unusable pixel."""
     total = tl.zeros_like(fx)
     met = tl.zeros_like(fx)

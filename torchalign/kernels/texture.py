@@ -216,7 +216,10 @@ def _coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
         height,
         width,
         *size,
-        *(-(-length // samples) + (1 if length % samples else 0) for length, samples in zip((height, width), size, strict=True)),
+        *(
+            -(-length // samples) + (1 if length % samples else 0)
+            for length, samples in zip((height, width), size, strict=True)
+        ),
         COMPUTE=_compute(share),
         BLOCK=_BLOCK,
         enable_fp_fusion=False,
