@@ -557,7 +557,7 @@ def look(
     Returns:
         (..., T, n) twice.
     """
-    lead = warp.shape[:-2]
+    lead, geometry = warp.shape[:-2], Geometry(*geometry)
     return tuple(  # type: ignore[return-value]
         _look(
             spline.expand(*lead, *spline.shape[-2:]),
@@ -672,7 +672,7 @@ def ascend_warped(
     Returns:
         The warps (..., T, 3, 3); the reach (..., T) of the last step, in pixels; and the warps before it.
     """
-    lead = start.shape[:-2]
+    lead, geometry = start.shape[:-2], Geometry(*geometry)
     return tuple(  # type: ignore[return-value]
         _ascend_warped(
             spline.expand(*lead, *spline.shape[-2:]),
