@@ -2,8 +2,8 @@
 
 Convention:
     As in :mod:`torchalign.functional.ecc`: warps are 3 × 3 and normalised (the frame's centre is 0, half of its
-    longer side 1); an increment is composed on the left. Fields are continued beyond their border, by 2 samples
-    before and 3 behind, so that no tap of a spline is outside.
+    longer side 1); an increment is composed on the left. Fields are continued beyond their border, by 3 samples
+    on every side, so that no tap of a spline is outside.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def _sample(field, rows, columns, column, row, live, SPLINE: tl.constexpr):
     top = tl.floor(row)
     fx = column - left
     fy = row - top
-    line = columns + 5
-    at = field + (top.to(tl.int32) + 2) * line + left.to(tl.int32) + 2
+    line = columns + 6
+    at = field + (top.to(tl.int32) + 3) * line + left.to(tl.int32) + 3
     if SPLINE:
         value = tl.zeros_like(fx)
         for j in tl.static_range(4):
@@ -152,8 +152,8 @@ def _sample(field, rows, columns, column, row, live, SPLINE: tl.constexpr):
 
 @triton.jit
 def look_frames(
-    spline,  # (N, h + 5, w + 5)
-    usable,  # (N, h' + 5, w' + 5)
+    spline,  # (N, h + 6, w + 6)
+    usable,  # (N, h' + 6, w' + 6)
     warp,  # (N, 9)
     level_x,  # (n,)
     level_y,  # (n,)
@@ -201,7 +201,7 @@ def look_frames(
     x = tl.load(level_x + place, mask=live, other=0)
     y = tl.load(level_y + place, mask=live, other=0)
     column, row = _points(inverse, x, y, half, high, wide, PROJECTIVE)
-    field = spline + frame * (rows + 5) * (columns + 5)
+    field = spline + frame * (rows + 6) * (columns + 6)
     value = _sample(
         field,
         rows,
@@ -220,7 +220,7 @@ def look_frames(
         within = (column > -0.5) & (column < wide - 0.5) & (row > -0.5) & (row < high - 0.5)
         own = within.to(COMPUTE)
     if MASKED:
-        mask = usable + frame * (usable_rows + 5) * (usable_columns + 5)
+        mask = usable + frame * (usable_rows + 6) * (usable_columns + 6)
         share = _sample(
             mask,
             usable_rows,
@@ -264,7 +264,7 @@ def _entry(vector, places, PLACE: tl.constexpr):
 
 @triton.jit
 def step_warped(
-    spline,  # (N, h + 5, w + 5)
+    spline,  # (N, h + 6, w + 6)
     start,  # (N, 9)
     moves,  # (N,), 0 and 1
     weights,  # (N, n)
@@ -320,7 +320,7 @@ def step_warped(
     half = tl.maximum(high, wide) * 0.5
     nothing = rest * 0
     limit = nothing + tl.cast(longest, COMPUTE)
-    field = spline + frame * (rows + 5) * (columns + 5)
+    field = spline + frame * (rows + 6) * (columns + 6)
     rows_of = regressors + (frame // group) * lines * samples
 
     entries = start + 9 * frame
@@ -546,8 +546,8 @@ def look(
     """The moving frames as a warp shows them over the reference's samples, and the ground that both have.
 
     Args:
-        spline: (..., T, h + 5, w + 5), coefficients of a cubic B-spline, continued.
-        usable: (..., T, h' + 5, w' + 5), how much is usable, continued; or ``None``.
+        spline: (..., T, h + 6, w + 6), coefficients of a cubic B-spline, continued.
+        usable: (..., T, h' + 6, w' + 6), how much is usable, continued; or ``None``.
         warp: (..., T, 3, 3), normalised.
         level_weights: (..., 1 or T, n), of the reference.
         geometry: of the level.
@@ -604,8 +604,8 @@ def _look(
         common,
         samples,
         group,
-        *(length - 5 for length in spline.shape[-2:]),
-        *(length - 5 for length in mask.shape[-2:]),
+        *(length - 6 for length in spline.shape[-2:]),
+        *(length - 6 for length in mask.shape[-2:]),
         *map(float, frame),
         *(ramps or (1.0, 1.0)),
         MASKED=usable is not None,
@@ -659,7 +659,7 @@ def ascend_warped(
     """Steps of frames under any warp, until none moves a point of the frame by more than a tolerance.
 
     Args:
-        spline: (..., T, h + 5, w + 5), coefficients of a cubic B-spline, continued.
+        spline: (..., T, h + 6, w + 6), coefficients of a cubic B-spline, continued.
         start: (..., T, 3, 3), normalised.
         moves: bool, (..., T), the frames that move at all.
         weights: (..., T, n).
@@ -743,7 +743,7 @@ def _ascend_warped(
         level_x.shape[0],
         group,
         regressors.shape[-2],
-        *(length - 5 for length in spline.shape[-2:]),
+        *(length - 6 for length in spline.shape[-2:]),
         iterations,
         *map(float, frame),
         longest,
