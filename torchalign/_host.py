@@ -39,7 +39,6 @@ __all__ = [
     "may_keep",
     "may_read",
     "product",
-    "read",
 ]
 
 Item = TypeVar("Item")
@@ -66,11 +65,6 @@ def is_on_host(tensor: Tensor) -> bool:
 def may_read(*tensors: Tensor | None) -> bool:
     """Whether :func:`is_on_host` holds for all of them that are there."""
     return all(tensor is None or is_on_host(tensor) for tensor in tensors)
-
-
-def read(tensor: Tensor) -> float | None:
-    """The value of a tensor of one element; ``None`` where it may not be read."""
-    return float(tensor) if is_on_host(tensor) else None
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -51,6 +51,7 @@ def __dir__() -> list[str]:
 # What `aligner=` knows by name.
 _ALIGNERS: dict[str, Callable[[], nn.Module]] = {
     "auto": lambda: Cascade(PCC(), ECC()),
+    "cross": lambda: PCC(contrast="structure"),
     "pcc": PCC,
     "ecc": ECC,
     "lgm": LGM,
@@ -117,8 +118,9 @@ def align(
               without band, one picture for every band), for example a frame of another cube, or an array
               (C, H, W) or (T, C, H, W). In pixels without a declared nodata value the cube's applies.
         aligner: a module, for example ``torchalign.PCC(channel="mean")``; it is neither changed nor moved.
-            Or a name, for default options: ``"auto"``, ``"pcc"``, ``"ecc"`` or ``"lgm"``. ``"auto"`` stands for the
-            best general choice of the installed release; in this one it is ``Cascade(PCC(), ECC())``.
+            Or a name, for default options: ``"auto"``, ``"cross"``, ``"pcc"``, ``"ecc"`` or ``"lgm"``. ``"cross"``
+            is for frames and a reference of different sensors, ``PCC(contrast="structure")``. ``"auto"`` stands for
+            the best general choice of the installed release; in this one it is ``Cascade(PCC(), ECC())``.
         mask: bool, **True = usable**: a DataArray with some of time, y and x, on the cube's coordinates, or
             an array broadcastable to (T, H, W). Acts in the estimate, the warp and the reference taken over
             time.

@@ -27,6 +27,7 @@ from torchalign.cube.labels import (
     match,
 )
 from torchalign.cube.pixels import Pixels, find_nodata
+from torchalign.cube.regrid import onto_grid
 from torchalign.functional.affine import (
     center_displacement,
     change_origin,
@@ -136,10 +137,12 @@ def find_reference(reference: Any, reader: FrameReader, estimate: Estimator) -> 
     if labelled.dtype.kind not in "iuf":
         cure = "convert it with .astype"
         raise TypeError(message("reference", "an integer or floating dtype", labelled.dtype, cure))
+    labelled, done = onto_grid(labelled, reader.cube)
     variable = match(labelled, "reference", reader.cube, CUBE)
     nodata = find_nodata(labelled) or reader.pixels.nodata
     given = Pixels(labelled.dtype, reader.pixels.compute, nodata)
-    return ReferenceSource(type(reference).__name__, variable, given)
+    name = type(reference).__name__
+    return ReferenceSource(f"{name}, {done}" if done else name, variable, given)
 
 
 def _make_reference(word: Any, reader: FrameReader, estimate: Estimator) -> ReferenceSource:
@@ -149,7 +152,7 @@ def _make_reference(word: Any, reader: FrameReader, estimate: Estimator) -> Refe
     if name == "iterative":
         if not reader.frames:
             return reader.source(name, over_time("median", reader))
-        values, rounds = _settle(reader, estimate)
+        values, rounds = _iterated_median(reader, estimate)
         return reader.source(f"iterative (median of the aligned stack, {rounds} rounds)", values)
     number, labels = 0, cube.coordinate("time")
     if name == "clearest":
@@ -302,7 +305,7 @@ class _Margins:
 # --- "iterative" ---
 
 
-def _settle(reader: FrameReader, estimate: Estimator) -> tuple[Tensor, int]:
+def _iterated_median(reader: FrameReader, estimate: Estimator) -> tuple[Tensor, int]:
     """Estimate against the median of what was aligned before, until the frames stop moving; the last median."""
     median = over_time("median", reader)
     found = estimate(reader.source("median", median))

@@ -283,7 +283,8 @@ def _remaining_shift(
     moving, moving_usable = channel_source._extract_channel(aligned, seen)
     frames = reference if reference.ndim == 4 else reference[None]
     still, still_usable = channel_source._extract_channel(frames, reference_usable)
-    remaining = phase_correlation(moving, still, moving_usable, still_usable)
+    contrast = channel_source.score_contrast
+    remaining = phase_correlation(moving, still, moving_usable, still_usable, contrast=contrast)
     measured = found.valid & remaining.converged & ~remaining.flat & ~remaining.outside
     return remaining.shift.masked_fill(~measured[:, None], torch.nan)
 
