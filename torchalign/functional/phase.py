@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from torchalign._check import message
+from torchalign._host import kernels_for
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave
 from torchalign.functional.sizes import lags_within, square_root
@@ -165,7 +166,7 @@ def phase_correlation(
 
     orders = wave_orders(grid.frequencies)
     tapering = Window.of(grid, taper)
-    window = tapering.whole()
+    window = tapering.whole
     spectrum, power = correlate(window, window)
     surface = irfft2(power, samples)
     peak = coarse_peak(surface, (height, width), max_translation)
@@ -268,6 +269,11 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     # a shift between two samples may have its highest sample half a diagonal beyond the limit
     square = step_x * step_x + step_y * step_y
     reach = max_translation + 0.5 * square_root(square)
+    kernels = kernels_for(surface)
+    if kernels is not None:
+        found = kernels.peak(surface, (step_y, step_x), reach, _OUTSIDE_MARGIN, _MIN_SIGNIFICANCE)
+        if found is not None:
+            return _Peak(*found)
     near_y = lags_within(rows, reach / step_y, surface)
     near_x = lags_within(columns, reach / step_x, surface)
     values = surface.detach()
@@ -338,6 +344,12 @@ def refine_peak(
     Returns:
         shift (..., 2); the last step (..., 2); and whether the Hessian is negative definite there (...,).
     """
+    kernels = kernels_for(power, start)
+    if kernels is not None:
+        climbed = kernels.climb(power, frequencies, start, steps + 1)
+        if climbed is not None:
+            shift, last, derivatives = climbed
+            return shift, last, _is_peak(derivatives[..., 3], derivatives[..., 4], derivatives[..., 5])
     shift = start.detach()
     fixed = power.detach()
     orders = wave_orders(frequencies) if orders is None else orders
@@ -357,12 +369,16 @@ def _newton_step(
     derivatives = derivatives_at(power, frequencies, shift, orders)  # (..., 3, 3): [order in y, order in x]
     gx, gy = derivatives[..., 0, 1], derivatives[..., 1, 0]
     hxx, hyy, hxy = derivatives[..., 0, 2], derivatives[..., 2, 0], derivatives[..., 1, 1]
-    product = hxx * hyy
-    determinant = product - hxy.square()
-    curved = (hxx < 0) & (determinant > torch.finfo(hxx.dtype).eps * product)
-    safe = torch.where(curved, determinant, 1.0)
+    curved = _is_peak(hxx, hyy, hxy)
+    safe = torch.where(curved, hxx * hyy - hxy.square(), 1.0)
     step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1) / safe[..., None]
     return torch.where(curved[..., None], step, 0.0).clamp(-0.5, 0.5), curved
+
+
+def _is_peak(hxx: Tensor, hyy: Tensor, hxy: Tensor) -> Tensor:
+    """Whether a Hessian is negative definite."""
+    product = hxx * hyy
+    return (hxx < 0) & (product - hxy.square() > torch.finfo(hxx.dtype).eps * product)
 
 
 def derivatives_at(
