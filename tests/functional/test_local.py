@@ -153,7 +153,7 @@ def test_tiles_agree_with_the_whole(monkeypatch):
     whole = estimate_shifts(cube, prepare_ground(reference, spacing=8), start(1), spacing=8)
     monkeypatch.setattr(local, "_LARGEST_TILE", 11)
     tiles = local._Tiles.of(size, 8)
-    assert tiles.count >= 4
+    assert tiles.number >= 4
     assert all(start % 8 == 0 for starts in tiles.starts for start in starts)
     assert tiles.starts[0][-1] + tiles.size[0] == size[0]
     tiled = estimate_shifts(cube, prepare_ground(reference, spacing=8), start(1), spacing=8)

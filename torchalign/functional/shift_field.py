@@ -237,7 +237,7 @@ def _node_points(field: ShiftField) -> Tensor:
 
 def _through_nodes(field: ShiftField, values: Tensor) -> ShiftField:
     """The field of values (..., T, n·m, 2) at the nodes of another one."""
-    lattice = values.mT.unflatten(-1, field.coefficients.shape[-2:])
+    lattice = values.mT.reshape(field.coefficients.shape)
     return field._replace(coefficients=fit_nodes(lattice))
 
 

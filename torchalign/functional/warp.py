@@ -229,7 +229,7 @@ def _check(cube: object, warp: Tensor, mask: object) -> None:
         raise ValueError(message("mask", expected, tuple(mask.shape), cure))
 
 
-def _check_field(field: ShiftField, cube: Tensor) -> None:
+def _check_field(field: object, cube: Tensor) -> None:
     if not isinstance(field, ShiftField):
         cure = "give an estimate's field, or build a torchalign.types.ShiftField"
         raise TypeError(message("field", "a ShiftField", type(field).__name__, cure))
