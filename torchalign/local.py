@@ -13,7 +13,7 @@ from torchalign._check import check_number, check_whole, message
 from torchalign.aligner import Aligner, Job, Motion
 from torchalign.functional.affine import translation_warp
 from torchalign.functional.channels import Channel
-from torchalign.functional.local import Ground, acceptable, estimate_shifts, prepare_ground
+from torchalign.functional.local import Ground, acceptable, estimate_shifts, lattice_size, prepare_ground
 from torchalign.functional.uncertainty import largest_sigma
 from torchalign.functional.warp import Interpolation, PaddingMode
 from torchalign.pcc import PCC
@@ -38,8 +38,8 @@ class Local(Aligner):
     :func:`~torchalign.functional.local.estimate_shifts`.
 
     Alone it starts from the translation that :class:`~torchalign.pcc.PCC` finds, from ``init`` on. Last in a
-    cascade it starts from what the stages before it found: ``Cascade(PCC(), Local())``. The estimate's ``warp`` stays that
-    global one, its ``field`` holds the shifts on top of it, and the cube is resampled once, by both.
+    cascade it starts from what the stages before it found: ``Cascade(PCC(), Local())``. The estimate's ``warp``
+    stays that global one, its ``field`` holds the shifts on top of it, and the cube is resampled once, by both.
 
     **Never worse than the warp.** A field is kept only if the frame is clearly likelier with it (by 5 nats) and its
     score, on the same ground, no more than 0.001 lower, if it is nowhere longer than ``max_deviation``, and if it
@@ -117,6 +117,11 @@ class Local(Aligner):
         check_number("max_deviation", max_deviation, minimum=0, inclusive=False, maximum=1e6)
         self.max_deviation = float(max_deviation)
         self.start = PCC(max_translation=self.max_translation)
+
+    def field_nodes(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Of the lattice over the crop, see :meth:`Aligner.field_nodes`."""
+        crop = size if self.crop_center is None else self.crop_center
+        return lattice_size((min(size[0], crop[0]), min(size[1], crop[1])), self.spacing)
 
     def _block_pixels(self) -> int:
         return _BLOCK_PIXELS

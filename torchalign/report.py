@@ -29,8 +29,8 @@ def save_report(
 
     ``.nc`` keeps everything. ``.json`` keeps everything but coordinates along time beside the labels. ``.csv`` is
     a table for spreadsheets, one row a frame: its label, the status in words, the numbers, the warp row by row and
-    the grid that its pixels are of; of the attributes it has the grid alone. All three give
-    :func:`torchalign.apply` the same warps, to the last bit.
+    the grid that its pixels are of; of the attributes it has the grid alone, and of local shifts their length. All
+    three give :func:`torchalign.apply` the same warps, to the last bit, and the first two the same fields.
 
     Args:
         report: of :func:`torchalign.align`, or a plain :class:`~torchalign.Estimate` of one series.

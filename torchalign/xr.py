@@ -17,6 +17,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from torchalign._check import check_option, message
+from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
 from torchalign.cube.chunks import Companion, compute_together, is_lazy
 from torchalign.cube.georeference import FRAME_TRANSFORM, georeference_frames, metres_per_pixel
@@ -47,7 +48,15 @@ from torchalign.cube.series import (
     warp_variable,
     without_season,
 )
-from torchalign.cube.solution import build_report, check_report, find_warps, report_fields, summarize
+from torchalign.cube.solution import (
+    build_report,
+    check_report,
+    find_field,
+    find_warps,
+    report_fields,
+    summarize,
+    unpack_field,
+)
 from torchalign.cube.tables import read_report
 from torchalign.ecc import ECC
 from torchalign.functional.warp import Interpolation, PaddingMode
@@ -174,7 +183,9 @@ def align(
         in pixels; ``shift_x`` and ``shift_y``, the displacement of the frame's centre in pixels, right and
         down; ``shift_x_metres`` and ``shift_y_metres``, the same along the map's axes (north is positive)
         where the grid is regular and has a unit of length; ``score``, ``score_before``, ``sigma`` (pixels),
-        ``status``, a :class:`~torchalign.Status`, and of ``verify`` ``residual_x`` and ``residual_y``, like the
+        ``status``, a :class:`~torchalign.Status`; of an aligner with :class:`~torchalign.Local` the ``field``, its
+        ``field_sigma`` and ``field_lattice``, and its length over the frame, ``local_shift_median`` and
+        ``local_shift_p95``, in pixels; and of ``verify`` ``residual_x`` and ``residual_y``, like the
         shifts (NaN for frames that were not aligned, or where nothing could be measured). Its attributes hold the
         grid and, unless it is lazy, the numbers of :func:`torchalign.summarize`.
 
@@ -218,7 +229,8 @@ def align(
     if not is_lazy(datacube):  # else each chunk chooses for itself, on the machine that computes it
         device, module = where, place_module(module, where)
     batch, metres = check_batch(batch_size), metres_per_pixel(cube)
-    operation = AlignFrames(pixels, device, batch, module, verify, metres)
+    nodes = module.field_nodes(cube.size) if isinstance(module, Aligner) else None
+    operation = AlignFrames(pixels, device, batch, module, verify, metres, nodes=nodes)
     usable = find_mask(mask, "mask", cube)
     others = (
         mask_companion(usable),
@@ -227,11 +239,12 @@ def align(
     )
 
     def estimate(source: ReferenceSource) -> Found:
-        only = AlignFrames(pixels, device, batch, module, verify, metres, makes_pixels=False)
+        only = replace(operation, makes_pixels=False)
         _, fields = run(only, cube, (reference_companion(source, cube), *others))
         known = compute_together(fields) if is_lazy(datacube) else fields  # now, and without the pixels
-        warp, status = (np.array(known[name]) for name in ("warp", "status"))
-        return Found(torch.from_numpy(warp), torch.from_numpy(status) == 0)
+        told = {name: torch.from_numpy(np.array(values)) for name, values in known.items()}
+        field = unpack_field(told["field"], told["field_lattice"]) if "field" in told else None
+        return Found(told["warp"], told["status"] == 0, field)
 
     with torch.no_grad(), progress_bar(progress, cube, "align") as advance:
         reader = FrameReader(cube, pixels, usable, where)
@@ -517,14 +530,18 @@ def apply(
     if warps is None:
         cure = "pass a report, its path, an Estimate or warps"
         raise TypeError(message("estimate", "a report", "None", cure))
+    fields = find_field(_read_solution(estimate), "estimate", cube, grid)
     if mode == "shift-coords":
+        if fields[0] is not None and bool((fields[0].variable != 0).any()):
+            cure = 'use mode="resample", or the report of an aligner without Local'
+            raise ValueError(message("mode", '"resample" for local shifts', repr(mode), cure))
         warp = warps.read(torch.device("cpu"), slice(None))
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})
     pixels = Pixels.of(cube, fill_value, "fill_value")
     operation = WarpFrames(pixels, device, check_batch(batch_size), interpolation, padding_mode, fill_value)
     usable = mask_companion(find_mask(mask, "mask", cube))
     with torch.no_grad(), progress_bar(progress, cube, "apply") as advance:
-        values, _ = run(operation, cube, (warps, usable), advance)
+        values, _ = run(operation, cube, (warps, usable, *fields), advance)
     moved = datacube.copy(data=values.astype(np.bool_) if is_bool else values)
     return moved.drop_vars(FRAME_TRANSFORM, errors="ignore")
 
@@ -542,4 +559,8 @@ def _find_aligner(aligner: object) -> nn.Module:
 
 
 def _find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = None) -> Companion | None:
-    return find_warps(read_report(Path(given)) if isinstance(given, (str, Path)) else given, name, cube, grid)
+    return find_warps(_read_solution(given), name, cube, grid)
+
+
+def _read_solution(given: Any) -> Any:
+    return read_report(Path(given)) if isinstance(given, (str, Path)) else given

@@ -80,6 +80,8 @@ def read_report(path: Path) -> xr.Dataset:
 def to_table(report: xr.Dataset) -> pd.DataFrame:
     """One row a frame, by its label: the status in words, the numbers, the warp row by row (``warp_00`` …).
 
+    Of a field of local shifts it has the length alone.
+
     Args:
         report: of :func:`torchalign.align`, or read by :func:`torchalign.load_report`; a lazy one is computed.
 
@@ -102,7 +104,7 @@ def to_table(report: xr.Dataset) -> pd.DataFrame:
         if array.dims == (time,):
             columns[str(name)] = array.values
     for name, array in known.items():
-        if array.dims != (time,):  # the entries of a matrix
+        if array.ndim == 3 and array.sizes.get("col"):  # the entries of a matrix; a field is no table
             values = array.transpose(time, ...).values
             for row, column in np.ndindex(*values.shape[1:]):
                 columns[f"{name}_{row}{column}"] = values[:, row, column]

@@ -6,7 +6,7 @@ The chain, each link a function that works alone:
    a frame can be read at any position without an interpolation that would pull towards whole pixels.
 2. :func:`estimate_shifts`: Gauss–Newton on all samples at once. The field is a cubic B-spline over a lattice of
    nodes, the frame is read at :math:`W^{-1} q + u(q)`, its local contrast compared with the reference's, every
-   sample weighted by similarity, masks and its own residual variance. First in a part of the band, then in all of it.
+   sample weighted by similarity, masks and its own residual variance. First in a part of the band.
 3. The prior: bending and membrane energy of the coefficients, times a smoothness that is chosen for every frame by
    marginal likelihood, among eight values.
 4. The posterior: the predicted error of the field at every node, and the evidence in nats for a field against none.
@@ -309,7 +309,7 @@ def _slopes(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Blocks(NamedTuple):
-    """A symmetric block tridiagonal matrix: of three rows of nodes a block, in the order (component, row, column)."""
+    """A symmetric block tridiagonal matrix: a block holds three rows of nodes."""
 
     diagonal: Tensor  # (N, B, s, s)
     beside: Tensor  # (N, B - 1, s, s), of a block and the one after it
