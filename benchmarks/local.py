@@ -2,10 +2,10 @@
 
 Ground truth: a real high-resolution scene (Landsat-7, ``../shared/data/landsat7_rgb.tif``) is warped at four times
 the resolution by a known field, then averaged over 4 × 4 pixels: no interpolation kernel under test made the truth,
-and the aliasing is that of a sensor. Every frame has its own field, a shift of up to ± 1 px, a gain, an offset, noise
-of 0.005, and opaque clouds over 30 % where a row says so. The frames are 256 × 256. Errors are those of warp and field
-together, in pixels, over pixels that are clear and inside the frame; in the second pair of columns only where the
-field's own σ is below 0.05 px, for the scene holds water, which shows nothing.
+and the aliasing is that of a sensor. Every frame has its own field, a shift of up to ± 1 px, a gain, an offset,
+noise of 0.005, and opaque clouds over 30 % where a row says so. The frames are 256 × 256. Errors are those of warp
+and field together, in pixels, over pixels that are clear and inside the frame; ``sure`` where the field's own σ is
+below 0.05 px, for the scene holds water, which shows nothing.
 
 Beside it: OpenCV's DIS and Farnebäck, scikit-image's ILK and TV-L1 (standardised images; none of them takes the
 frame's global shift or a mask), and AROSICS' local tie points where it is installed.
@@ -59,7 +59,7 @@ class Frames(NamedTuple):
 
 
 def shape_of(kind: str, random: np.random.Generator) -> np.ndarray:
-    """(2, n, n) x and y of a field over the frame and a margin, of mean 0 and greatest length 1 within the frame."""
+    """(2, n, n): a field (x, y) over the frame and a margin, of mean 0 and greatest length 1 within it."""
     n = SIZE + 2 * MARGIN
     y, x = np.mgrid[:n, :n] - float(MARGIN)
     half = (SIZE - 1) / 2
@@ -74,7 +74,9 @@ def shape_of(kind: str, random: np.random.Generator) -> np.ndarray:
         field *= np.array([1.0, 0.4])[:, None, None] / field.std()
     elif kind == "jitter":
         periods, phases = random.uniform(60, 120, 2), random.uniform(0, 2 * np.pi, 2)
-        field = np.stack([a * np.sin(2 * np.pi * y / p + f) for a, p, f in zip((1.0, 0.6), periods, phases)])
+        field = np.stack(
+            [a * np.sin(2 * np.pi * y / p + f) for a, p, f in zip((1.0, 0.6), periods, phases, strict=True)]
+        )
     elif kind == "step":
         edge = half + random.uniform(-20, 20) + random.uniform(-0.2, 0.2) * (y - half)
         angle = random.uniform(0, 2 * np.pi)
@@ -87,7 +89,8 @@ def shape_of(kind: str, random: np.random.Generator) -> np.ndarray:
 
 
 def read_at(field: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return np.stack([map_coordinates(part, [y + MARGIN, x + MARGIN], order=1, mode="nearest") for part in field])
+    at = [y + MARGIN, x + MARGIN]
+    return np.stack([map_coordinates(part, at, order=1, mode="nearest") for part in field])
 
 
 def simulate(row: Row, frames: int, seed: int) -> Frames:
@@ -110,11 +113,13 @@ def simulate(row: Row, frames: int, seed: int) -> Frames:
     for _ in range(frames):
         forward = row.amplitude * shape_of(row.kind, random) + random.uniform(-1, 1, (2, 1, 1))
         dx, dy = FACTOR * read_at(forward, *fine)
-        frame = average(map_coordinates(spline, [rows + corner + dy, columns + corner + dx], order=3, prefilter=False))
+        at = [rows + corner + dy, columns + corner + dx]
+        frame = average(map_coordinates(spline, at, order=3, prefilter=False))
         field = np.zeros((2, SIZE, SIZE))
         for _ in range(30):  # frame(p) shows p + forward(p): field(q) = −forward(q + field(q))
             field = -read_at(forward, y + field[1], x + field[0])
-        frame = random.uniform(0.7, 1.3) * frame + random.uniform(-0.05, 0.05) + random.normal(0, 0.005, frame.shape)
+        gain, offset = random.uniform(0.7, 1.3), random.uniform(-0.05, 0.05)
+        frame = gain * frame + offset + random.normal(0, 0.005, frame.shape)
         cloud = np.zeros(frame.shape, bool)
         while cloud.mean() < row.clouds:
             cy, cx, radius = *random.uniform(0, SIZE, 2), random.uniform(SIZE / 20, SIZE / 6)
@@ -133,7 +138,8 @@ def simulate(row: Row, frames: int, seed: int) -> Frames:
 def displacement(estimate: ta.Estimate) -> tuple[np.ndarray, np.ndarray]:
     """(T, 2, H, W) of warp and field together; and the field's σ (T, H, W), inf without one."""
     axis = torch.arange(float(SIZE))
-    backward = torch.stack(torch.broadcast_tensors(*backward_displacement(estimate.warp, axis, axis[:, None])), 1)
+    dx, dy = torch.broadcast_tensors(*backward_displacement(estimate.warp, axis, axis[:, None]))
+    backward = torch.stack((dx, dy), 1)
     if estimate.field is None:
         return backward.expand(-1, 2, SIZE, SIZE).numpy(), np.full((len(backward), SIZE, SIZE), np.inf)
     shifts = torch.stack(field_at(estimate.field, axis, axis), 1)
@@ -148,7 +154,9 @@ def ours(aligner: ta.Aligner) -> Callable[[Frames], tuple[np.ndarray, np.ndarray
     return run
 
 
-def pair_by_pair(flow: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[Frames], tuple[np.ndarray, None]]:
+def pair_by_pair(
+    flow: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> Callable[[Frames], tuple[np.ndarray, None]]:
     def run(data: Frames) -> tuple[np.ndarray, None]:
         return np.stack([flow(data.reference, frame) for frame in data.cube]), None
 
@@ -233,7 +241,8 @@ def main() -> None:
     for number, (name, row) in enumerate(ROWS.items()):
         rows[name] = measure(row, options.frames, options.seed + number, not options.alone)
         for method, result in rows[name].items():
-            print(f"{name:30s} {method:17s}", " ".join(f"{key} {value:.4g}" for key, value in result.items()), flush=True)
+            numbers = " ".join(f"{key} {value:.4g}" for key, value in result.items())
+            print(f"{name:30s} {method:17s} {numbers}", flush=True)
     if options.write:
         packages = ("torchalign", "torch", "opencv-python-headless", "scikit-image")
         write_results("local", {"machine": machine(), "versions": versions(*packages), "rows": rows})

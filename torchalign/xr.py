@@ -62,6 +62,7 @@ from torchalign.ecc import ECC
 from torchalign.functional.warp import Interpolation, PaddingMode
 from torchalign.groupwise import Groupwise
 from torchalign.lgm import LGM
+from torchalign.local import Local
 from torchalign.pcc import PCC
 from torchalign.types import Estimate
 
@@ -78,6 +79,7 @@ _ALIGNERS: dict[str, Callable[[], nn.Module]] = {
     "cross": lambda: PCC(contrast="structure"),
     "pcc": PCC,
     "ecc": ECC,
+    "local": lambda: Cascade(PCC(), Local()),
     "lgm": LGM,
 }
 
@@ -150,7 +152,8 @@ def align(
               without band, one picture for every band), for example a frame of another cube, or an array
               (C, H, W) or (T, C, H, W). In pixels without a declared nodata value the cube's applies.
         aligner: a module, for example ``torchalign.PCC(channel="mean")``; it is neither changed nor moved.
-            Or a name, for default options: ``"auto"``, ``"cross"``, ``"pcc"``, ``"ecc"`` or ``"lgm"``. ``"cross"``
+            Or a name, for default options: ``"auto"``, ``"cross"``, ``"pcc"``, ``"ecc"``, ``"local"`` or ``"lgm"``.
+            ``"local"`` is ``Cascade(PCC(), Local())``. ``"cross"``
             is for frames and a reference of different sensors, ``PCC(contrast="structure")``. ``"auto"`` stands for
             the best general choice of the installed release; in this one it is ``Cascade(PCC(), ECC())``.
         mask: bool, **True = usable**: a DataArray with some of time, y and x, on the cube's coordinates, or

@@ -247,7 +247,7 @@ def _tile_ground(image: Tensor, mask: Tensor | None, spacing: int) -> _TileGroun
     fields, weights = [], []
     at = image.new_zeros(1, 1, 1)
     for level, frame in zip(levels, frames, strict=True):
-        field, _ = _read_frames(frame, level, at, at)
+        field = _read_frames(frame, level, at, at)[0]
         fields.append(local_contrast(field, frame.weights))
         edge = _edge(level.y, size[0])[:, None] * _edge(level.x, size[1])
         weights.append(edge.expand(field.shape) if frame.weights is None else edge * frame.weights)
@@ -259,8 +259,10 @@ def _edge(position: Tensor, length: int) -> Tensor:
     return ((from_border + 1) / _EDGE).clamp(0, 1)
 
 
-def _read_frames(frames: _Frames, level: _Level, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """The frames at the samples moved by (dx, dy), (N, h, w); and weights, 0 outside and where unusable."""
+def _read_frames(
+    frames: _Frames, level: _Level, dx: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The frames at the samples moved by (dx, dy), (N, h, w); 1 inside, 0 outside; and how usable it is there."""
     (height, width), pad = frames.frame, _PAD
     y, x = level.y[:, None] + dy, level.x + dx
     inside = (y > -0.5) & (y < height - 0.5) & (x > -0.5) & (x < width - 0.5)
@@ -283,13 +285,13 @@ def _read_frames(frames: _Frames, level: _Level, dx: Tensor, dy: Tensor) -> tupl
         assert sums is not None
         value = down[j] * sums if value is None else torch.addcmul(value, down[j], sums)
     assert value is not None
-    weights = inside.to(value.dtype).expand(value.shape)
+    usable: Tensor | None = None
     if frames.weights is not None:
         near_y = ((row + 0.5) * (h / height)).round().long().clamp(0, h - 1)
         near_x = ((column + 0.5) * (w / width)).round().long().clamp(0, w - 1)
         near = (near_y * w + near_x).expand(count, h, w).reshape(count, h * w)
-        weights = weights * frames.weights.flatten(1).gather(1, near).reshape(count, h, w)
-    return value, weights
+        usable = frames.weights.flatten(1).gather(1, near).reshape(count, h, w)
+    return value, inside.to(value.dtype).expand(value.shape), usable
 
 
 def _slopes(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -502,10 +504,10 @@ def _linearize(
     ux, uy = local.unbind(1)
     dx, dy = _backward(warp, level)
     dx, dy = dx + ux, dy + uy
-    own, usable = _read_frames(frames, level, dx, dy)
-    own = local_contrast(own, None if frames.weights is None else usable)
+    own, inside, usable = _read_frames(frames, level, dx, dy)
+    own = local_contrast(own, usable)
     similarity = agreement(own, field.expand(own.shape), fine=True)
-    weight = similarity * usable * weights
+    weight = similarity * inside * (weights if usable is None else usable * weights)
     residual = field - own
     square = weight * residual.square()
     around = triangle_mean(square, 3) / (triangle_mean(weight, 3) + 1e-3)
