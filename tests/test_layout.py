@@ -36,7 +36,7 @@ LAYERS = [
     {"cube.regrid"},
     {"cube.reference", "cube.solution"},
     {"cube.run", "cube.series", "cube.stores", "cube.tables"},
-    {"cube.rasters"},
+    {"cube.displacements", "cube.rasters"},
     {"datasets", "io", "report", "xr"},
     {"pictures", "pictures.animation", "pictures.columns", "pictures.frames", "pictures.style"},
     {"plot"},

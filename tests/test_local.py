@@ -328,3 +328,45 @@ def test_rasters_of_the_displacement(labelled, frames, tmp_path):
     assert np.median(np.hypot(*(bands[:2] - truth))) < 0.03
     if len(bands) == 4:
         np.testing.assert_allclose(bands[3], -10 * bands[1], rtol=1e-5)
+
+
+def test_pictures_and_the_page(labelled):
+    pytest.importorskip("matplotlib")
+    from torchalign import html, io, plot
+
+    report = labelled[-1]
+    figure = plot.local_shifts(report, "2020-02-01")
+    arrows, lengths, by_row, _ = figure.axes[:4]
+    quiver = arrows.collections[0]
+    table = io.tie_points(report).query("frame == '2020-02-01'")
+    np.testing.assert_allclose(quiver.U, table["local_x"], atol=1e-6)
+    np.testing.assert_allclose(quiver.C, table["sigma"], atol=1e-6)
+    assert lengths.images[0].get_array().max() < 2
+    assert len(by_row.lines) == 3
+    assert "Local shifts on top of the warp" in html.to_html(report)
+    with pytest.raises(ValueError, match="report: expected the field"):
+        plot.local_shifts(report.drop_vars("field"))
+
+
+def test_command_line(labelled, tmp_path):
+    pytest.importorskip("rasterio")
+    pytest.importorskip("typer")
+    from torchalign.cli import main
+
+    array, still, *_ = labelled
+    cube = array.expand_dims(band=["a"], axis=1)
+    ta.write_stack(cube, tmp_path / "in")
+    picture = still.expand_dims(time=array["time"][:1], band=["a"])
+    ta.write_stack(picture.transpose("time", "band", "y", "x"), tmp_path / "still")
+    (reference,) = (tmp_path / "still").glob("*.tif")
+    report = tmp_path / "report.json"
+    given = ["align", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--reference", str(reference)]
+    given += ["--aligner", "pcc", "--local", "--option", "spacing=16", "--report", str(report)]
+    assert main(given) == 0
+    found = ta.load_report(report)
+    assert found.sizes["node_x"] == labelled[-1].sizes["node_x"]
+    assert (found["local_shift_p95"] > 0.3).all()
+    again = ["apply", str(tmp_path / "in"), "--out", str(tmp_path / "again"), "--report", str(report)]
+    assert main(again) == 0
+    first, second = (ta.open_stack(tmp_path / name).values for name in ("out", "again"))
+    np.testing.assert_array_equal(first, second)

@@ -339,6 +339,10 @@ def _charts(
             plot.shifts_over_time(report), f"Shift x and y of {count} along time, with σ{reach}.", wide=True
         ),
     ]
+    if "local_shift_p95" in report and "field" in report and report["local_shift_p95"].any():
+        most = f"up to {report['local_shift_p95'].values.max():.2f} pixels (95 % of a frame)"
+        caption = f"Local shifts on top of the warp, {most}; the frame where they are largest."
+        charts.append(_chart(plot.local_shifts(report), caption, wide=True))
     if parts is not None and len(shift):
         options: dict[str, Any] = {"report": parts.report, "bands": parts.bands, "stretch": stretch}
         figure = plot.temporal_profile(parts.before, parts.after, **options)

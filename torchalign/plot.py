@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 import xarray as xr
 
 from torchalign._check import check_number, check_option, check_whole, message
-from torchalign.cube.labels import find_dims
+from torchalign.cube.displacements import field_of
+from torchalign.cube.labels import find_dims, find_frame, time_labels
+from torchalign.functional.shift_field import field_at
 from torchalign.pictures import animation
 from torchalign.pictures.columns import (
     Array,
@@ -70,7 +73,7 @@ from torchalign.pictures.style import (
     several_axes,
     zoom_outline,
 )
-from torchalign.types import Status
+from torchalign.types import ShiftField, Status
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,6 +87,7 @@ __all__ = [
     "Zoom",
     "animate",
     "before_after",
+    "local_shifts",
     "matches",
     "score_gain",
     "shift_error",
@@ -282,6 +286,76 @@ def shifts_over_time(
     ax.margins(y=0.12)
     finish_axes(ax, columns=4)
     return figure
+
+
+def local_shifts(
+    report: xr.Dataset, frame: Label | None = None, *, ax: Sequence[Axes] | Array | None = None
+) -> Figure | SubFigure:
+    """The field of local shifts of one frame: arrows coloured by σ, its length, and its profiles.
+
+    Arrows show where the ground at a node was moved on top of the warp, magnified. The profiles are the mean over
+    each row and over each column: jitter of a platform shows in one of them alone.
+
+    Args:
+        report: of :func:`torchalign.align` with :class:`torchalign.Local`.
+        frame: its label, or else its position; default: the one with the largest local shifts.
+        ax: four axes to draw into; default: a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: the report is no Dataset.
+        ValueError: it has no field; an unknown frame; another number of axes.
+    """
+    report = check_pictured(report)
+    field = field_of(report)
+    if field is None:
+        cure = "align with torchalign.Cascade(torchalign.PCC(), torchalign.Local())"
+        raise ValueError(message("report", "the field of an aligner with Local", "none", cure))
+    time = report["status"].dims[0]
+    labels = time_labels(report["status"], time)
+    strongest = int(np.argmax(report["local_shift_p95"].values))
+    number = strongest if frame is None else find_frame(report["status"], time, frame)
+    figure, axes = several_axes(ax, (10.0, 8.6), (2, 2))
+    one = field._replace(**{name: part[number : number + 1] for name, part in field._asdict().items()})
+    _draw_local_shifts(axes, one, tuple(report.attrs.get("grid_size", (0, 0))))
+    if ax is None:
+        figure.suptitle(f"Local shifts, {labels[number]}", fontsize=13, color=INK)
+    return figure
+
+
+def _draw_local_shifts(axes: Array, field: ShiftField, size: tuple[int, int]) -> None:
+    """Arrows, length, and the profiles by row and by column, of one frame."""
+    (left, top), (step_x, step_y) = field.origin[0].tolist(), field.spacing[0].tolist()
+    n, m = field.coefficients.shape[-2:]
+    height, width = (
+        length or int(step * (count - 3))
+        for length, step, count in zip(size, (step_y, step_x), (n, m), strict=True)
+    )
+    arrows, lengths, by_row, by_column = axes.ravel()
+    nodes_x, nodes_y = left + step_x * np.arange(1, m - 1), top + step_y * np.arange(1, n - 1)
+    nodes_x, nodes_y = nodes_x[nodes_x < width], nodes_y[nodes_y < height]
+    dx, dy = (-part[0].numpy() for part in field_at(field, torch.tensor(nodes_x), torch.tensor(nodes_y)))
+    sigma = field.sigma[0, 1 : 1 + len(nodes_y), 1 : 1 + len(nodes_x)].numpy()
+    style: dict[str, Any] = {"angles": "xy", "pivot": "mid", "cmap": "cividis_r", "width": 0.004}
+    drawn = arrows.quiver(nodes_x, nodes_y, dx, dy, sigma, **style)
+    arrows.figure.colorbar(drawn, ax=arrows, label="σ (pixels)", shrink=0.8)
+    arrows.quiverkey(drawn, 0.85, 1.04, 1.0, "1 px", labelpos="E")
+    arrows.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect="equal")
+    arrows.set_title("Moved by, on top of the warp", loc="left")
+    step = max(1, max(height, width) // 256)
+    x, y = torch.arange(0.0, width, step).double(), torch.arange(0.0, height, step).double()
+    dx, dy = (-part[0].numpy() for part in field_at(field, x, y))
+    picture = lengths.imshow(np.hypot(dx, dy), extent=(-0.5, width - 0.5, height - 0.5, -0.5), cmap="magma")
+    lengths.figure.colorbar(picture, ax=lengths, label="pixels", shrink=0.8)
+    lengths.set(title="Length")
+    for ax, along, axis, word in ((by_row, y, 1, "row"), (by_column, x, 0, "column")):
+        for part, name, colour in ((dx, "x, right", BLUE), (dy, "y, down", ORANGE)):
+            ax.plot(along.numpy(), part.mean(axis), color=colour, label=name)
+        ax.axhline(0, color=GREY, linewidth=0.6, zorder=0)
+        ax.set(title=f"Mean over each {word}", xlabel=f"{word} (pixels)", ylabel="shift (pixels)")
+        finish_axes(ax)
 
 
 def score_gain(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:

@@ -60,7 +60,7 @@ _WITH_GRADIENT = 4
 # The smoothness that is tried, λ of the prior precision: powers of 6, from this one on.
 _LEAST_POWER, _TRIED = -2, 8
 # Errors on simulated frames of all kinds are this share of what the posterior predicts (benchmarks/local.py).
-_SIGMA_CALIBRATION = 0.65
+_SIGMA_CALIBRATION = 0.74
 # Ground counts by half in the score where the field is known to so many pixels only.
 _KNOWN = 0.1
 # A field must make the frame so much likelier, in nats, and nowhere fold it: det(I + ∂u) exceeds this.
