@@ -340,7 +340,7 @@ def test_pictures_and_the_page(labelled):
     quiver = arrows.collections[0]
     table = io.tie_points(report).query("frame == '2020-02-01'")
     np.testing.assert_allclose(quiver.U, table["local_x"], atol=1e-6)
-    np.testing.assert_allclose(quiver.C, table["sigma"], atol=1e-6)
+    np.testing.assert_allclose(quiver.get_array(), table["sigma"], atol=1e-6)
     assert lengths.images[0].get_array().max() < 2
     assert len(by_row.lines) == 3
     assert "Local shifts on top of the warp" in html.to_html(report)
