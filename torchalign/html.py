@@ -343,6 +343,7 @@ def _charts(
         most = f"up to {report['local_shift_p95'].values.max():.2f} pixels (95 % of a frame)"
         caption = f"Local shifts on top of the warp, {most}; the frame where they are largest."
         charts.append(_chart(plot.local_shifts(report), caption, wide=True))
+    charts += _series_charts(report)
     if parts is not None and len(shift):
         options: dict[str, Any] = {"report": parts.report, "bands": parts.bands, "stretch": stretch}
         figure = plot.temporal_profile(parts.before, parts.after, **options)
@@ -350,6 +351,24 @@ def _charts(
             f"One row and one column along time{parts.words}: edges that wiggle before run straight after."
         )
         charts.append(_chart(figure, caption, wide=True))
+    return charts
+
+
+def _series_charts(report: xr.Dataset) -> list[_Picture]:
+    """Of a series without a reference; none of another."""
+    if "closure" not in report or "pair_moving" not in report.attrs:
+        return []
+    count = np.size(report.attrs["pair_moving"])
+    charts = [
+        _chart(plot.network(report), f"{count} pairs of frames, from which all positions follow.", wide=True),
+        _chart(
+            plot.pair_residuals(report),
+            "What each pair says less what the positions say: how well pairs agree, no accuracy.",
+        ),
+    ]
+    if "sun_elevation" in report and bool(np.isfinite(report["sun_elevation"].values).any()):
+        words = "Shift along the shadow against the sun's height: what follows it is no displacement of the frame."
+        charts.append(_chart(plot.sun_shift(report), words))
     return charts
 
 

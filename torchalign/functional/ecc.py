@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._check import message
-from torchalign._host import all_true, carries_gradient, keeps_tables, kernels_for
+from torchalign._host import all_true, carries_gradient, kernels_for
 from torchalign.functional.affine import (
     composed,
     from_homogeneous,
