@@ -247,7 +247,7 @@ def enhanced_correlation(
     if grids[0].frame != frame:
         expected, cure = f"levels of frames of {frame}", "prepare_levels of that size"
         raise ValueError(message("reference", expected, grids[0].frame, cure))
-    textures = extract_pyramid(moving, moving_mask, grids=grids, contrast=contrast, blur=sigma_blur, periodic=True)
+    textures = extract_pyramid(moving, moving_mask, grids=grids, contrast=contrast, blur=sigma_blur)
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
     only_shifted = only_shifts(motion, init)
     init = moving.new_zeros((*shape, 2)) if init is None else init
@@ -344,7 +344,7 @@ def prepare_levels(
     grids = [
         WorkingGrid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies
     ]
-    textures = extract_pyramid(reference, mask, grids=grids, contrast=contrast, blur=sigma_blur, periodic=True)
+    textures = extract_pyramid(reference, mask, grids=grids, contrast=contrast, blur=sigma_blur)
     return [
         prepare_level(texture, grid, motion, taper) for texture, grid in zip(textures, grids, strict=True)
     ]
