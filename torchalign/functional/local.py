@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from torchalign.functional.affine import change_origin
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2
+from torchalign.functional.low_pass import band_response
 from torchalign.functional.sampling import spline_response, spline_weights
 from torchalign.functional.shift_field import spline_basis, spline_slope
 from torchalign.functional.smoothing import triangle_mean
@@ -201,7 +202,8 @@ def _prepare_frames(image: Tensor, mask: Tensor | None, levels: list[_Level]) ->
     for level in levels:
         whole = WorkingGrid.of(size, size, level.grid.max_frequency, image)
         y, x = (spline_response(frequency) for frequency in whole.frequencies)
-        coefficients = irfft2(spectrum * (whole.roll_off / (y[:, None] * x)), size)
+        gain = band_response(whole.radius, whole.max_frequency) / (y[:, None] * x)
+        coefficients = irfft2(spectrum * gain, size)
         scale = coefficients.detach().square().mean((-2, -1)).sqrt()
         blank = (scale <= noise) | ~torch.isfinite(scale)
         coefficients = coefficients / torch.where(blank, 1.0, scale)[..., None, None]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchalign._host import keeps_tables
 from torchalign.functional.fourier import fft, irfft2, rfft
 
-__all__ = ["low_pass"]
+__all__ = ["band_response", "low_pass"]
 
 # Share of the kept band, from its outer edge, over which the low-pass rolls off: a sharp edge would ring.
 _ROLL_OFF = 0.2
@@ -54,7 +54,7 @@ def low_pass(
     return [_limit(spectrum, (image.shape[-2], image.shape[-1]), *band, blur) for band in bands]
 
 
-def _response(frequency: Tensor, max_frequency: float, blur: float) -> Tensor:
+def band_response(frequency: Tensor, max_frequency: float, blur: float = 0.0) -> Tensor:
     """What is kept of frequencies, in cycles per pixel: 1 in the band, falling to 0 at its edge as a cosine."""
     edge = ((max_frequency - frequency) / (_ROLL_OFF * max_frequency)).clamp(0, 1)
     response = 0.5 - 0.5 * torch.cos(math.pi * edge)
@@ -98,7 +98,7 @@ def _radial_response(
     """(h, w//2+1), for a spectrum of the frame and a transform back of the grid's size."""
     y, x = _frequencies(frame, size, like)
     gain = size[0] * size[1] / (frame[0] * frame[1])
-    return _response(torch.hypot(x, y), max_frequency, blur) * gain
+    return band_response(torch.hypot(x, y), max_frequency, blur) * gain
 
 
 @keeps_tables
