@@ -44,11 +44,7 @@ def message(name: str, expected: str, got: object, cure: str) -> str:
 
 
 def require(what: str, extra: str, *packages: str) -> None:
-    """The packages that ``what`` needs must be installed; ``extra`` brings them.
-
-    Raises:
-        ImportError: one is not; with the command that installs it.
-    """
+    """The packages that ``what`` needs must be installed; ``extra`` brings them."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         cure = f'pip install "torchalign[{extra}]"'

@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_option, message
+from torchalign._check import check_bool, check_option, check_whole, message
 from torchalign.cascade import Cascade
 from torchalign.cube.chunks import Companion, compute_together, is_lazy
 from torchalign.cube.georeference import FRAME_TRANSFORM, georeference_frames, metres_per_pixel
@@ -25,7 +25,6 @@ from torchalign.cube.reference import Found, FrameReader, ReferenceSource, find_
 from torchalign.cube.run import (
     AlignFrames,
     WarpFrames,
-    check_batch,
     find_device,
     mask_companion,
     place_module,
@@ -168,17 +167,16 @@ def align(
         >>> shift = report[["shift_x", "shift_y"]].sel(time=2020).round(1)
         >>> float(shift.shift_x), float(shift.shift_y), aligned.dims
         (2.0, 1.0, ('time', 'y', 'x'))
-
     """
     cube = Cube.of(datacube, {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim})
-    if not isinstance(verify, bool):
-        raise TypeError(message("verify", "True or False", repr(verify), "give a bool"))
+    check_bool("verify", verify)
     module = _find_aligner(aligner)
     where = find_device(device, module)
     pixels = Pixels.of(cube, getattr(module, "fill_value", None), "aligner.fill_value")
     if not is_lazy(datacube):  # else each chunk chooses for itself, on the machine that computes it
         device, module = where, place_module(module, where)
-    batch, metres = check_batch(batch_size), metres_per_pixel(cube)
+    metres = metres_per_pixel(cube)
+    batch = None if batch_size is None else check_whole("batch_size", batch_size)
     operation = AlignFrames(pixels, device, batch, module, verify, metres)
     usable = find_mask(mask, "mask", cube)
     others = (
@@ -285,7 +283,8 @@ def apply(
         warp = warps.read(torch.device("cpu"), slice(None))
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})
     pixels = Pixels.of(cube, fill_value, "fill_value")
-    operation = WarpFrames(pixels, device, check_batch(batch_size), interpolation, padding_mode, fill_value)
+    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    operation = WarpFrames(pixels, device, batch, interpolation, padding_mode, fill_value)
     usable = mask_companion(find_mask(mask, "mask", cube))
     with torch.no_grad(), progress_bar(progress, cube, "apply") as advance:
         values, _ = run(operation, cube, (warps, usable), advance)

@@ -38,7 +38,6 @@ class Source(NamedTuple):
         cube: the variable to align.
         others: of the same file; empty for GeoTIFFs.
         attributes: of the whole file.
-
     """
 
     cube: xr.DataArray
@@ -75,11 +74,6 @@ def open_source(
         skip: a variable that is not the one, for it is the mask.
         masks: the cube may be one of masks or classes: empty GeoTIFFs are kept, and a variable that is bool is
             taken where there is none of numbers.
-
-    Raises:
-        ValueError: nothing there, or nothing that can be read; several variables; unknown bands.
-        ImportError: no reader for it is installed.
-
     """
     for path in paths:
         if not path.exists():
@@ -237,12 +231,7 @@ def _frames_in_a_chunk(cube: xr.DataArray) -> int:
 
 
 def open_mask(mask: str, source: Source, *, invert: bool, pattern: str) -> xr.DataArray:
-    """True = usable, from a variable of the input, another file, or GeoTIFFs of one band.
-
-    Raises:
-        ValueError: nothing of that name; several variables or bands; values beside 0 and 1.
-
-    """
+    """True = usable, from a variable of the input, another file, or GeoTIFFs of one band."""
     if mask in source.others:
         array = source.others[mask]
     else:
@@ -274,12 +263,7 @@ def _as_usable(values: Array, *, invert: bool) -> Array:
 
 
 def open_reference(reference: str, pattern: str) -> str | xr.DataArray:
-    """A word or a label as it is; of a path that is there the picture, or the pictures, in it.
-
-    Raises:
-        ValueError: nothing that can be read there.
-
-    """
+    """A word or a label as it is; of a path that is there the picture, or the pictures, in it."""
     if reference in get_args(ReferenceName):  # whatever lies around under that name
         return reference
     path = Path(reference)

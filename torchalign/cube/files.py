@@ -22,11 +22,7 @@ def is_store(path: Path) -> bool:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Nothing is overwritten that was not meant to be.
-
-    Raises:
-        FileExistsError: ``path`` is there.
-    """
+    """Nothing is overwritten that was not meant to be."""
     if os.path.lexists(path) and not overwrite:
         cure = "pass overwrite=True or choose another name"
         raise FileExistsError(message("path", "a new name", f"{path}, which exists", cure))

@@ -29,12 +29,7 @@ _CURE = "give a file that save_report wrote"
 
 
 def check_suffix(path: Path) -> None:
-    """A name whose ending says which format.
-
-    Raises:
-        ValueError: another one.
-        ImportError: what reads and writes netCDF is not installed.
-    """
+    """A name whose ending says which format."""
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise ValueError(message("path", f"a name ending in {', '.join(_SUFFIXES)}", path.name, "rename it"))
@@ -55,13 +50,7 @@ def write_report(report: xr.Dataset, path: Path) -> None:
 
 
 def read_report(path: Path) -> xr.Dataset:
-    """What :func:`write_report` wrote, in memory.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: another suffix, or no report.
-        ImportError: netCDF without h5netcdf.
-    """
+    """What :func:`write_report` wrote, in memory."""
     check_suffix(path)
     if not path.is_file():
         raise FileNotFoundError(message("path", "a report", f"{path}, which is not there", "check the path"))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchalign._check import check_floating, check_mask, check_number, check_option, message
+from torchalign._check import check_floating, check_mask, check_option, check_whole, message
 from torchalign._host import all_true, is_on_host, map_on_host
 from torchalign.functional.keypoints import (
     erode,
@@ -33,6 +33,7 @@ from torchalign.functional.keypoints import (
 )
 from torchalign.functional.sift import (
     Blobs,
+    ScaleSpace,
     describe,
     detect_blobs,
     dominant_orientation,
@@ -137,10 +138,7 @@ class Extractor(nn.Module, ABC):
 
     def __init__(self, max_num_keypoints: int = 1024) -> None:
         super().__init__()
-        check_number("max_num_keypoints", max_num_keypoints, minimum=1)
-        if int(max_num_keypoints) != max_num_keypoints:
-            raise ValueError(message("max_num_keypoints", "a whole number", max_num_keypoints, "give an int"))
-        self.max_num_keypoints = int(max_num_keypoints)
+        self.max_num_keypoints = check_whole("max_num_keypoints", max_num_keypoints)
 
     @abstractmethod
     def extract(self, image: Tensor, usable: Tensor | None, empty: Tensor) -> Features:
@@ -226,20 +224,25 @@ class SIFT(Extractor):
         """See :meth:`Extractor.extract`."""
         space = scale_space(image)
         blobs = detect_blobs(space, usable, self.max_num_keypoints)
-        blobs = _only_valid(blobs)
+        count = count_valid_rows(blobs.valid)
+        blobs = each_field(blobs, lambda field: field[:, :count])
         orientation = None if self.upright else dominant_orientation(space, blobs)
-        descriptors = describe(space, blobs, orientation)
+        descriptors = self._describe(image, space, blobs, orientation)
         if orientation is None:
             orientation = torch.zeros_like(blobs.sigma)
         features = Features(blobs.points, blobs.response, descriptors, blobs.valid, blobs.sigma, orientation)
         return self._filled(features)
+
+    def _describe(self, image: Tensor, space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Tensor:
+        """Unit descriptors (B, K, D) of keypoints, without an orientation upright."""
+        return describe(space, blobs, orientation)
 
     def extra_repr(self) -> str:
         """The options."""
         return f"{super().extra_repr()}, upright={self.upright}"
 
 
-class DoGHardNet(Extractor):
+class DoGHardNet(SIFT):
     """SIFT's keypoints, described by HardNet, kornia's network. Mishchuk et al. 2017, arXiv:1705.10872.
 
     Args:
@@ -252,23 +255,12 @@ class DoGHardNet(Extractor):
         self.network: Any = network.requires_grad_(False)  # kornia's, without types
         self.train(False)
 
-    def extract(self, image: Tensor, usable: Tensor | None, empty: Tensor) -> Features:
-        """See :meth:`Extractor.extract`."""
-        space = scale_space(image)
-        blobs = detect_blobs(space, usable, self.max_num_keypoints)
-        blobs = _only_valid(blobs)
-        orientation = dominant_orientation(space, blobs)
+    def _describe(self, image: Tensor, space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Tensor:
+        assert orientation is not None  # never upright
         patches = patches_at(image, blobs.points, blobs.sigma, orientation, side=self.network.patch_size)
         dtype = next(self.network.parameters()).dtype
         described = self.network(patches.flatten(0, 1).unsqueeze(1).to(dtype)).unflatten(0, patches.shape[:2])
-        descriptors = F.normalize(described.to(image.dtype), dim=-1) * blobs.valid.unsqueeze(-1)
-        features = Features(blobs.points, blobs.response, descriptors, blobs.valid, blobs.sigma, orientation)
-        return self._filled(features)
-
-
-def _only_valid(blobs: Blobs) -> Blobs:
-    count = count_valid_rows(blobs.valid)
-    return each_field(blobs, lambda field: field[:, :count])
+        return F.normalize(described.to(image.dtype), dim=-1) * blobs.valid.unsqueeze(-1)
 
 
 class DenseExtractor(Extractor):
@@ -315,7 +307,7 @@ class DenseExtractor(Extractor):
         """See :meth:`Extractor.extract`."""
         dtype = image.dtype
         height, width = image.shape[-2:]
-        peaks, scores, features = self.maps(self._padded(image.to(self._dtype())))
+        peaks, scores, features = self.maps(self._padded(image.to(next(self.network.parameters()).dtype)))
         peaks, scores = peaks[..., :height, :width], scores[..., :height, :width]
         allowed = strict_maxima(peaks, self.radius) & inside(height, width, self.radius, peaks)
         allowed = allowed & ~empty.view(-1, 1, 1)
@@ -335,9 +327,6 @@ class DenseExtractor(Extractor):
         wanted = (max(self.least, -(-side // self.multiple) * self.multiple) for side in (height, width))
         down, right = (side - have for side, have in zip(wanted, (height, width), strict=True))
         return F.pad(image.unsqueeze(1), (0, right, 0, down), mode="replicate").squeeze(1)
-
-    def _dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
 
 
 class SuperPoint(DenseExtractor):

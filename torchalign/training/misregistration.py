@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -256,24 +256,17 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_options(
-            max_translation=max_translation,
-            max_deformation=max_deformation,
-            motion=motion,
-            p=p,
-            kernel=kernel,
-            padding_mode=padding_mode,
-        )
         check_option("per", per, Per)
-        self.max_translation = float(max_translation)
-        self.max_deformation = float(max_deformation)
+        self.max_translation = max_translation
+        self.max_deformation = max_deformation
         self.motion = motion
-        self.p = float(p)
+        self.p = p
         self.per = per
         self.same_on_bands = bool(same_on_bands)
         self.return_warp = bool(return_warp)
         self.kernel = kernel
         self.padding_mode = padding_mode
+        check_options(vars(self))
         self._randomness = Randomness(generator)
 
     def forward(self, *inputs: Any) -> Any:
@@ -381,22 +374,13 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         return warp if size == other else rescale_warp(warp, (other[1] / size[1], other[0] / size[0]))
 
 
-def check_options(
-    *,
-    max_translation: object,
-    max_deformation: object,
-    motion: object,
-    p: object,
-    kernel: object,
-    padding_mode: object,
-) -> None:
+def check_options(options: Mapping[str, Any]) -> None:
     """What both shells check of their options."""
-    check_number("max_translation", max_translation, minimum=0, maximum=1e6)
-    check_number("max_deformation", max_deformation, minimum=0, maximum=1e6)
-    check_option("motion", motion, MotionModel)
-    check_number("p", p, minimum=0, maximum=1)
-    check_option("kernel", kernel, Kernel)
-    check_option("padding_mode", padding_mode, PaddingMode)
+    for name in ("max_translation", "max_deformation"):
+        check_number(name, options[name], minimum=0, maximum=1e6)
+    check_number("p", options["p"], minimum=0, maximum=1)
+    for name, choices in (("motion", MotionModel), ("kernel", Kernel), ("padding_mode", PaddingMode)):
+        check_option(name, options[name], choices)
 
 
 class Randomness:
