@@ -266,7 +266,12 @@ class DoGHardNet(SIFT):
 class DenseExtractor(Extractor):
     """Extractors whose network has a score of every pixel: SuperPoint, DISK, ALIKED, XFeat.
 
-    :meth:`maps` runs the network, :meth:`describe` reads its descriptors at the points found. Class attributes:
+    :meth:`maps` runs the network, :meth:`describe` reads its descriptors at the points found.
+
+    Args:
+        network: with its weights; that of :mod:`kornia.feature`, but for SuperPoint.
+        max_num_keypoints: K.
+        threshold: least score of a keypoint.
 
     Attributes:
         multiple: of the sides that the network wants; the image is continued by its last row and column.
@@ -330,13 +335,7 @@ class DenseExtractor(Extractor):
 
 
 class SuperPoint(DenseExtractor):
-    """SuperPoint, see :mod:`torchalign.models.superpoint`. DeTone et al. 2018, arXiv:1712.07629.
-
-    Args:
-        network: with its weights.
-        max_num_keypoints: K.
-        threshold: least probability of a keypoint.
-    """
+    """SuperPoint, see :mod:`torchalign.models.superpoint`. DeTone et al. 2018, arXiv:1712.07629."""
 
     multiple = CELL
     radius = 4
@@ -353,13 +352,7 @@ class SuperPoint(DenseExtractor):
 
 
 class DISK(DenseExtractor):
-    """DISK, kornia's network. Tyszkiewicz et al. 2020, arXiv:2006.13566.
-
-    Args:
-        network: :class:`kornia.feature.DISK` with its weights.
-        max_num_keypoints: K.
-        threshold: least logit of a keypoint.
-    """
+    """DISK, kornia's network; its scores are logits. Tyszkiewicz et al. 2020, arXiv:2006.13566."""
 
     multiple = 16
 
@@ -381,10 +374,7 @@ class DISK(DenseExtractor):
 class ALIKED(DenseExtractor):
     """ALIKED, kornia's network; deformable convolutions by torchvision. Zhao et al. 2023, arXiv:2304.03608.
 
-    Args:
-        network: :class:`kornia.feature.ALIKED` with its weights.
-        max_num_keypoints: K.
-        threshold: least score of a keypoint. Below that of ALIKED's own (0.2): landscapes score low.
+    The threshold is below ALIKED's own (0.2): landscapes score low.
     """
 
     multiple = 32
@@ -450,12 +440,9 @@ class ALIKED(DenseExtractor):
 
 
 class XFeat(DenseExtractor):
-    """XFeat, kornia's network. Potje et al. 2024, arXiv:2404.19174.
+    """XFeat, the network of kornia's. Potje et al. 2024, arXiv:2404.19174.
 
-    Args:
-        network: :class:`kornia.feature.XFeat`'s network with its weights.
-        max_num_keypoints: K.
-        threshold: least probability of a keypoint; they are ranked by its product with their reliability.
+    The threshold is of the probability; keypoints are ranked by its product with their reliability.
     """
 
     multiple = 32
