@@ -168,7 +168,7 @@ def misregister(
 
 def _upsample(image: Tensor, dim: int, padding_mode: PaddingMode) -> Tensor:
     """Twice as long: every sample, followed by the one half-way to the next."""
-    length, taps = image.shape[dim], 2 * _REACH
+    length = image.shape[dim]
     index = torch.arange(1 - _REACH, length + _REACH, device=image.device)
     if padding_mode == "reflection":  # about the outer edge
         index = index % (2 * length)
@@ -178,20 +178,17 @@ def _upsample(image: Tensor, dim: int, padding_mode: PaddingMode) -> Tensor:
         inside = ((index >= 0) & (index < length)).to(image.dtype)
         extended = extended * (inside if dim == -1 else inside[:, None])
     between = torch.zeros_like(image)
-    for tap in range(taps):
-        between = between + _half_way(tap) * extended.narrow(dim, tap, length)
+    for tap, weight in enumerate(_half_way()):
+        between = between + weight * extended.narrow(dim, tap, length)
     return torch.stack((image, between), dim).flatten(dim - 1, dim)
 
 
 @functools.cache
-def _half_way(tap: int) -> float:
-    """Weight of a tap of the sinc half-way between the middle two, under a Kaiser window; they add up to 1."""
-    weights = []
-    for k in range(2 * _REACH):
-        x = k - _REACH + 0.5
-        window = torch.special.i0(torch.tensor(6.0 * math.sqrt(1 - (x / _REACH) ** 2), dtype=torch.float64))
-        weights.append(math.sin(math.pi * x) / (math.pi * x) * float(window))
-    return weights[tap] / sum(weights)
+def _half_way() -> list[float]:
+    """Weights of the taps of the sinc half-way between the middle two, under a Kaiser window; they add up to 1."""
+    x = torch.arange(2 * _REACH, dtype=torch.float64) - _REACH + 0.5
+    weights = torch.sinc(x) * torch.special.i0(6.0 * (1 - (x / _REACH) ** 2).sqrt())
+    return (weights / weights.sum()).tolist()
 
 
 class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision has no types

@@ -329,36 +329,26 @@ def _filled(item: Any, slot: _Slot, ground: Tensor, count: int) -> Any:
     """The item with the texture in it."""
     image = _resized(ground[:, None], slot.size)  # (n, 1, H, W)
     if slot.channels_last:
+        filled = np.array(item, order="C")  # of numpy or PIL
+        scale = 1 if isinstance(item, np.ndarray) and filled.dtype.kind not in "iu" else 255
         single = image[0, 0].cpu().numpy()
-        if not isinstance(item, np.ndarray):  # PIL
-            filled = np.asarray(item).copy()
-            scaled = single > 0.5 if slot.is_label else 255 * single
-            filled[...] = scaled.astype(filled.dtype)[(...,) + (None,) * (filled.ndim - 2)]
-            return sys.modules["PIL.Image"].fromarray(filled)
-        if slot.is_label:
-            return (single > 0.5).astype(item.dtype)
-        scale = 255 if item.dtype.kind in "iu" else 1
-        return np.ascontiguousarray(
-            np.broadcast_to(
-                (scale * single).astype(item.dtype)[(...,) + (None,) * (item.ndim - 2)], item.shape
-            )
-        )
+        single = single > 0.5 if slot.is_label else scale * single
+        filled[...] = single.astype(filled.dtype)[(...,) + (None,) * (filled.ndim - 2)]
+        return filled if isinstance(item, np.ndarray) else sys.modules["PIL.Image"].fromarray(filled)
     if slot.batch is None:
         image = image[0, 0]  # (H, W)
     else:
         item = item[:count]
         image = image[:, 0].reshape(count, *(1,) * (item.ndim - 3), *slot.size)
     if slot.is_label:
-        values = (image > 0.5).to(item.dtype)
-    else:
-        values = (
-            image.to(item.dtype) if item.dtype.is_floating_point else (255 * image).round().to(item.dtype)
-        )
-    filled = values.expand(item.shape).clone()
+        image = image > 0.5
+    elif not item.dtype.is_floating_point:
+        image = (255 * image).round()
+    values = image.to(item.dtype).expand(item.shape).clone()
     tv_tensors, _ = _torchvision()
     if tv_tensors is not None and isinstance(item, tv_tensors.TVTensor):
-        return tv_tensors.wrap(filled, like=item)
-    return filled
+        return tv_tensors.wrap(values, like=item)
+    return values
 
 
 def _is_flat(item: Any) -> bool:
