@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchalign._check import message, require
 from torchalign.cube.files import is_store
+from torchalign.cube.tables import REPORT_SUFFIXES
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = [
     "CUBES",
     "PAGES",
-    "TABLES",
     "check_apart",
     "check_cube_output",
     "check_output",
@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 CUBES = (".nc", ".nc4", ".zarr")  # names of outputs that are one cube
-TABLES = (".csv", ".json", ".nc", ".nc4", ".netcdf", ".h5")  # reports to be read again
 PAGES = (".html", ".htm")
 
 # --- before the work ---
@@ -63,7 +62,7 @@ def check_cube_output(path: Path, template: str | None, overwrite: bool) -> None
 def check_report_output(path: Path, overwrite: bool) -> None:
     """A table or a page."""
     suffix = path.suffix.lower()
-    names = (*TABLES, *PAGES)
+    names = (*REPORT_SUFFIXES, *PAGES)
     if suffix not in names:
         raise ValueError(message("--report", f"a name ending in {', '.join(names)}", path.name, "rename it"))
     if suffix in PAGES:

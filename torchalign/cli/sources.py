@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from torchalign._check import message
-from torchalign.cube.files import is_store
+from torchalign.cube.files import NETCDF, is_store
 from torchalign.cube.labels import Array, band_labels, find_bands, find_dims
 from torchalign.cube.reference import ReferenceName
 
@@ -25,7 +25,6 @@ __all__ = [
     "open_source",
 ]
 
-_NETCDF = (".nc", ".nc4", ".netcdf", ".h5")
 _RASTERS = (".tif", ".tiff")
 _LAZY_BYTES = 2**27  # a cube above this is not taken into memory whole
 _CHUNK_BYTES = 2**24  # of a lazy one: several chunks are held, as floats, at the same time
@@ -158,9 +157,9 @@ def _open_dataset(path: Path) -> Iterator[xr.Dataset]:
     options: dict[str, Any] = {"decode_coords": "all"}  # grid mappings (the CRS) travel with the cube
     if _is_zarr(path):
         options |= {"engine": "zarr", "chunks": None}
-    elif path.suffix.lower() not in _NETCDF:
+    elif path.suffix.lower() not in NETCDF:
         kind = f"a {path.suffix or 'nameless'} file"
-        expected = f"a folder of GeoTIFFs, GeoTIFFs, a netCDF file ({', '.join(_NETCDF)}) or a Zarr store"
+        expected = f"a folder of GeoTIFFs, GeoTIFFs, a netCDF file ({', '.join(NETCDF)}) or a Zarr store"
         raise ValueError(message("SRC", expected, kind, "convert it, for example with gdal_translate"))
     try:
         with warnings.catch_warnings():  # a store without consolidated metadata is slower to open, no more
@@ -267,7 +266,7 @@ def open_reference(reference: str, pattern: str) -> str | xr.DataArray:
     if reference in get_args(ReferenceName):  # whatever lies around under that name
         return reference
     path = Path(reference)
-    if not path.exists() or not (is_raster(path) or _is_zarr(path) or path.suffix.lower() in _NETCDF):
+    if not path.exists() or not (is_raster(path) or _is_zarr(path) or path.suffix.lower() in NETCDF):
         return reference
     array = _open_array("--reference", reference, pattern, "a file")
     dim = find_dims(array)["time"] if array.ndim == 4 else None

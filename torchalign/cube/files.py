@@ -11,8 +11,9 @@ from pathlib import Path
 
 from torchalign._check import message
 
-__all__ = ["atomic", "check_free", "discard", "is_store", "put_in_place", "temporary_sibling"]
+__all__ = ["NETCDF", "atomic", "check_free", "discard", "is_store", "put_in_place", "temporary_sibling"]
 
+NETCDF = (".nc", ".nc4", ".netcdf", ".h5")  # endings of names
 _STORE_MARKS = (".zgroup", "zarr.json", ".zmetadata")  # one of these is in every Zarr store
 
 

@@ -13,15 +13,14 @@ import pandas as pd
 import xarray as xr
 
 from torchalign._check import message, require
-from torchalign.cube.files import atomic
+from torchalign.cube.files import NETCDF, atomic
 from torchalign.cube.labels import Array
 from torchalign.cube.solution import build_report, check_report, summarize
 from torchalign.types import Status
 
-__all__ = ["check_suffix", "read_report", "to_table", "write_report"]
+__all__ = ["REPORT_SUFFIXES", "check_suffix", "read_report", "to_table", "write_report"]
 
-_NETCDF = (".nc", ".nc4", ".netcdf", ".h5")
-_SUFFIXES = (*_NETCDF, ".csv", ".json")
+REPORT_SUFFIXES = (".csv", ".json", *NETCDF)
 _GRID_COLUMNS = ("grid_height", "grid_width", *(f"grid_transform_{letter}" for letter in "abcdef"))
 _CRS_COLUMN, _LABEL_COLUMN = "grid_crs", "label_dtype"
 _CURE = "give a file that save_report wrote"
@@ -30,9 +29,11 @@ _CURE = "give a file that save_report wrote"
 def check_suffix(path: Path) -> None:
     """A name whose ending says which format."""
     suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise ValueError(message("path", f"a name ending in {', '.join(_SUFFIXES)}", path.name, "rename it"))
-    if suffix in _NETCDF:
+    if suffix not in REPORT_SUFFIXES:
+        raise ValueError(
+            message("path", f"a name ending in {', '.join(REPORT_SUFFIXES)}", path.name, "rename it")
+        )
+    if suffix in NETCDF:
         require("a report in netCDF", "io", "h5netcdf")
 
 
