@@ -17,11 +17,14 @@ ROOT = Path(torchalign.__file__).parent
 # what may import what: a layer sees the layers below its own
 LAYERS = [
     {"types", "_check", "_host"},
+    {"kernels", "kernels.ascend", "kernels.channel", "kernels.climb", "kernels.peak", "kernels.resample",
+     "kernels.sampling", "kernels.score", "kernels.texture", "kernels.turn"},
     {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.channels",
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
      "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
      "functional.uncertainty", "functional.shift_field", "functional.local", "functional.network",
+     "functional.low_pass",
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
@@ -56,6 +59,7 @@ GROUND = {
     "functional.smoothing",
     "functional.shift_field",
     "functional.uncertainty",
+    "functional.low_pass",
 }
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
@@ -80,6 +84,7 @@ FOREIGN = {
     },
     "training": {"numpy", "kornia", "torchvision", "torchmetrics", "lightning", "pytorch_lightning"},
     "models": {"kornia", "torchvision"},
+    "kernels": {"triton"},
     "cube": {
         "rioxarray",
         "numpy",

@@ -149,7 +149,6 @@ def save_html(
         TypeError: as :func:`to_html`.
         ValueError: another suffix; as :func:`to_html`.
         FileExistsError: the file is there.
-
     """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
@@ -200,7 +199,6 @@ def to_html(
         >>> page = to_html(xr.Dataset({**dict.fromkeys(fields, zeros), "warp": warp}))
         >>> "3 of 3 frames aligned" in page, "://" in page
         (True, False)
-
     """
     report = check_pictured(report).compute()
     if cube is None and aligned is not None:

@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_option, message
+from torchalign._check import check_bool, check_option, check_whole, message
 from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
 from torchalign.cube.chunks import Companion, compute_together, is_lazy
@@ -27,7 +27,6 @@ from torchalign.cube.reference import Found, FrameReader, ReferenceSource, find_
 from torchalign.cube.run import (
     AlignFrames,
     WarpFrames,
-    check_batch,
     find_device,
     mask_companion,
     place_module,
@@ -210,19 +209,16 @@ def align(
         >>> shift = report[["shift_x", "shift_y"]].sel(time=2020).round(1)
         >>> float(shift.shift_x), float(shift.shift_y), aligned.dims
         (2.0, 1.0, ('time', 'y', 'x'))
-
     """
     cube = Cube.of(datacube, {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim})
-    if not isinstance(verify, bool):
-        raise TypeError(message("verify", "True or False", repr(verify), "give a bool"))
+    check_bool("verify", verify)
+    batch = None if batch_size is None else check_whole("batch_size", batch_size)
     module = _find_aligner(aligner)
     word = reference if isinstance(reference, str) else None
     if word in ("groupwise", "previous"):
         _check_series(word, reference_mask, init, sun)
         chosen = _Series(word, _series_module(module, aligner) if word == "groupwise" else module, sun)
-        return _align_series(
-            datacube, cube, chosen, mask, _Running(device, check_batch(batch_size), progress)
-        )
+        return _align_series(datacube, cube, chosen, mask, _Running(device, batch, progress))
     if isinstance(module, Groupwise) or sun is not None:
         name, got = ("aligner", "Groupwise") if isinstance(module, Groupwise) else ("sun", "a value")
         cure = 'pass reference="groupwise"'
@@ -231,7 +227,7 @@ def align(
     pixels = Pixels.of(cube, getattr(module, "fill_value", None), "aligner.fill_value")
     if not is_lazy(datacube):  # else each chunk chooses for itself, on the machine that computes it
         device, module = where, place_module(module, where)
-    batch, metres = check_batch(batch_size), metres_per_pixel(cube)
+    metres = metres_per_pixel(cube)
     nodes = module.field_nodes(cube.size) if isinstance(module, Aligner) else None
     operation = AlignFrames(pixels, device, batch, module, verify, metres, nodes=nodes)
     usable = find_mask(mask, "mask", cube)
@@ -423,7 +419,8 @@ def extend(
     usable = find_mask(mask, "mask", cube)
     new_reader = FrameReader(cube, pixels, usable, where)
     old_reader = FrameReader(old, Pixels.of(old), find_mask(archive_mask, "archive_mask", old), where)
-    running = _Running(device if is_lazy(datacube) else where, check_batch(batch_size), progress)
+    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    running = _Running(device if is_lazy(datacube) else where, batch, progress)
     with torch.no_grad(), progress_bar(progress, cube, "extend") as advance:
         there = sun_tensor(find_sun(None, old), where)
         angles = find_sun(sun, cube)
@@ -542,7 +539,8 @@ def apply(
         warp = warps.read(torch.device("cpu"), slice(None))
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})
     pixels = Pixels.of(cube, fill_value, "fill_value")
-    operation = WarpFrames(pixels, device, check_batch(batch_size), interpolation, padding_mode, fill_value)
+    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    operation = WarpFrames(pixels, device, batch, interpolation, padding_mode, fill_value)
     usable = mask_companion(find_mask(mask, "mask", cube))
     with torch.no_grad(), progress_bar(progress, cube, "apply") as advance:
         values, _ = run(operation, cube, (warps, usable, *fields), advance)

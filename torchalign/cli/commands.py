@@ -21,7 +21,6 @@ from torchalign.cascade import Cascade
 from torchalign.cli.outputs import (
     CUBES,
     PAGES,
-    TABLES,
     check_apart,
     check_cube_output,
     check_report_output,
@@ -40,6 +39,7 @@ from torchalign.cube.georeference import crs_name, find_georeference
 from torchalign.cube.labels import Cube, band_labels, find_dims, label_text, time_labels
 from torchalign.cube.pixels import find_nodata
 from torchalign.cube.reference import ReferenceName
+from torchalign.cube.tables import REPORT_SUFFIXES
 from torchalign.functional.channels import ChannelName
 from torchalign.local import Local
 from torchalign.models.weights import load_weights, weights_table
@@ -509,7 +509,7 @@ def show_info(given: InfoOptions) -> int:
 def _is_report(path: Path) -> bool:
     if path.suffix.lower() in (".csv", ".json"):
         return True
-    if path.suffix.lower() not in TABLES or not path.is_file():
+    if path.suffix.lower() not in REPORT_SUFFIXES or not path.is_file():
         return False
     try:
         with xr.open_dataset(path, engine="h5netcdf") as dataset:

@@ -221,9 +221,6 @@ def regrid_warp(warp: Tensor, source: Georeference, target: Georeference) -> Ten
     Returns:
         In the shape, dtype and device of ``warp``.
 
-    Raises:
-        ValueError: another CRS, or grids rotated against each other.
-
     Example:
         >>> import torch
         >>> from torchalign.functional.affine import translation_warp
@@ -280,9 +277,6 @@ def georeference_frames(cube: Cube, warp: Tensor) -> xr.Variable:
     Args:
         cube: the frames.
         warp: (T, 2, 3) or (T, 3, 3), in pixels of the cube.
-
-    Raises:
-        ValueError: a cube without a grid; homographies, which no georeference can express.
     """
     grid = find_georeference(cube)
     if grid is None:
@@ -311,11 +305,7 @@ def georeference_frames(cube: Cube, warp: Tensor) -> xr.Variable:
 
 
 def frame_transforms(cube: Cube) -> list[tuple[float, ...] | None]:
-    """The transform of every frame: its own, or that of the cube; ``None`` where there is neither.
-
-    Raises:
-        ValueError: a cube that was cropped and has no coordinates that tell where.
-    """
+    """The transform of every frame: its own, or that of the cube; ``None`` where there is neither."""
     grid, own = find_georeference(cube), cube.array.coords.get(FRAME_TRANSFORM)
     if own is None or own.dims != (cube.dims["time"],):
         return [None if grid is None else grid.transform] * cube.sizes["time"]

@@ -132,10 +132,6 @@ def find_reference(
         reader: of the frames.
         estimate: estimates all frames against a reference, for ``"iterative"``.
         prefers: whether the second of two solutions is clearly better, for ``"iterative"``.
-
-    Raises:
-        TypeError: an argument of another kind.
-        ValueError: no frame of that label, or several; pixels that do not fit.
     """
     if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim == 0:
         reference = getattr(reference, "values", reference)[()]  # a label, `cube.time[3]`

@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_whole, message
+from torchalign._check import message
 from torchalign._host import give_back_memory
 from torchalign.aligner import Aligner
 from torchalign.cube.chunks import Companion, chunk_sizes, is_lazy, map_chunks, parts_along_time, undisturbed
@@ -36,7 +36,6 @@ __all__ = [
     "AlignFrames",
     "Operation",
     "WarpFrames",
-    "check_batch",
     "find_device",
     "mask_companion",
     "place_module",
@@ -351,11 +350,7 @@ class WarpFrames(Operation):
 
 
 def find_device(device: torch.device | str | None, module: nn.Module | None) -> torch.device:
-    """Of this machine: what was asked for, where the module is if that is not the CPU, else CUDA or the CPU.
-
-    Raises:
-        ValueError: there is no such device.
-    """
+    """Of this machine: what was asked for, where the module is if that is not the CPU, else CUDA or the CPU."""
     if device is None:
         state = [] if module is None else [*module.parameters(), *module.buffers()]
         moved = [tensor.device for tensor in state if tensor.device.type != "cpu"]
@@ -373,23 +368,9 @@ def place_module(module: nn.Module, device: torch.device) -> nn.Module:
     return module if there else copy.deepcopy(module).to(device)
 
 
-def check_batch(size: int | None) -> int | None:
-    """A whole number of frames, or None.
-
-    Raises:
-        TypeError: another kind of thing.
-        ValueError: less than 1.
-    """
-    return None if size is None else check_whole("batch_size", size)
-
-
 @contextmanager
 def progress_bar(progress: bool | None, cube: Cube, word: str) -> Iterator[Callable[[int], object]]:
-    """A function to call with the number of frames done.
-
-    Raises:
-        ImportError: a bar is asked for, and there is no tqdm.
-    """
+    """A function to call with the number of frames done."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from torchalign import __version__
 from torchalign._check import message
 from torchalign.cube.chunks import Companion, is_lazy
 from torchalign.cube.georeference import (
@@ -76,6 +76,11 @@ _FIELD_DIMS: dict[str, tuple[str, ...]] = {
     "field": ("component", "node_y", "node_x"),
     "field_sigma": ("node_y", "node_x"),
     "field_lattice": ("lattice",),
+}
+_ATTRS = {
+    "Conventions": "CF-1.11",
+    "title": "How each frame was aligned, and how far to trust it",
+    "torchalign_version": __version__,
 }
 
 
@@ -261,7 +266,7 @@ def build_report(
     """
     time = time if cube is None else cube.dims["time"]
     variables = {name: _variable(name, fields[name], time) for name in _FIELDS if name in fields}
-    report = xr.Dataset(variables, _time_coords(cube, variables, time), _general_attrs() | dict(attrs))
+    report = xr.Dataset(variables, _time_coords(cube, variables, time), _ATTRS | dict(attrs))
     if cube is not None:
         grid = find_georeference(cube)
         if grid is not None:
@@ -316,18 +321,6 @@ def _time_coords(cube: Cube | None, fields: Mapping[str, Any], time: Hashable) -
     return along.drop_vars(others).compute().coords
 
 
-def _general_attrs() -> dict[str, Any]:
-    try:
-        version = metadata.version("torchalign")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        version = "unknown"
-    return {
-        "Conventions": "CF-1.11",
-        "title": "How each frame was aligned, and how far to trust it",
-        "torchalign_version": version,
-    }
-
-
 def report_georeference(report: xr.Dataset) -> Georeference | None:
     """The grid whose pixels the warps of a report are in; ``None`` where the cube had none."""
     size, transform = report.attrs.get("grid_size"), report.attrs.get("grid_transform")
@@ -341,12 +334,7 @@ def report_georeference(report: xr.Dataset) -> Georeference | None:
 def check_report(
     report: object, name: str = "report", fields: Sequence[str] = ("warp", "status")
 ) -> xr.Dataset:
-    """A Dataset with these fields.
-
-    Raises:
-        TypeError: no Dataset.
-        ValueError: without them.
-    """
+    """A Dataset with these fields."""
     cure = "pass what torchalign.align returns second, or what load_report reads"
     if not isinstance(report, xr.Dataset):
         raise TypeError(message(name, "an xarray.Dataset", type(report).__name__, cure))
@@ -367,10 +355,6 @@ def find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = No
         name: of the argument.
         cube: the frames.
         grid: the cube that plain warps were made on; a report knows its own.
-
-    Raises:
-        TypeError: an argument of another kind.
-        ValueError: a frame that is missing; a grid that is not known.
     """
     if given is None:
         return None

@@ -420,7 +420,11 @@ class _Shifted(NamedTuple):
             (search.max_iterations, steps.tolerance),
         )
         unit = half_length(grid.frame)
-        return to_homogeneous(translation_warp(shift / unit)), reach, to_homogeneous(translation_warp(seen / unit))
+        return (
+            to_homogeneous(translation_warp(shift / unit)),
+            reach,
+            to_homogeneous(translation_warp(seen / unit)),
+        )
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference, precise at any price."""
