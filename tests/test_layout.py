@@ -16,9 +16,9 @@ ROOT = Path(torchalign.__file__).parent
 
 # what may import what: a layer sees the layers below its own
 LAYERS = [
-    {"types", "_check", "_host"},
     {"kernels", "kernels.ascend", "kernels.channel", "kernels.climb", "kernels.peak", "kernels.resample",
      "kernels.sampling", "kernels.score", "kernels.texture", "kernels.turn"},
+    {"types", "_check", "_host"},
     {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.channels",
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
      "functional.common_ground", "functional.structure", "functional.sizes",
