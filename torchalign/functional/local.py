@@ -22,6 +22,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,6 +53,8 @@ __all__ = [
 # (Wider than where shifts of a whole frame are estimated: there is less ground to average over, and what is folded
 # back pulls by less than what is missing.)
 _BANDS = (0.125, 0.32)
+# Share of a band, from its outer edge, over which it falls to nothing.
+_ROLL_OFF = 0.2
 _ROUNDS = (3, 4)
 # The round in which the smoothness is chosen, and what it is before.
 _CHOOSE, _FIRST_SMOOTHNESS = 3, 36.0
@@ -201,7 +204,9 @@ def _prepare_frames(image: Tensor, mask: Tensor | None, levels: list[_Level]) ->
     for level in levels:
         whole = WorkingGrid.of(size, size, level.grid.max_frequency, image)
         y, x = (spline_response(frequency) for frequency in whole.frequencies)
-        coefficients = irfft2(spectrum * (whole.roll_off / (y[:, None] * x)), size)
+        edge = (whole.max_frequency - whole.radius) / (_ROLL_OFF * whole.max_frequency)
+        in_band = 0.5 - 0.5 * torch.cos(math.pi * edge.clamp(0, 1))
+        coefficients = irfft2(spectrum * (in_band / (y[:, None] * x)), size)
         scale = coefficients.detach().square().mean((-2, -1)).sqrt()
         blank = (scale <= noise) | ~torch.isfinite(scale)
         coefficients = coefficients / torch.where(blank, 1.0, scale)[..., None, None]
