@@ -38,7 +38,7 @@ LAYERS = [
     {"cube.run", "cube.series", "cube.stores", "cube.tables"},
     {"cube.rasters"},
     {"datasets", "io", "report", "xr"},
-    {"pictures", "pictures.animation", "pictures.columns", "pictures.frames", "pictures.style"},
+    {"pictures", "pictures.animation", "pictures.columns", "pictures.frames", "pictures.series", "pictures.style"},
     {"plot"},
     {"html"},
     {"cli", "cli.commands", "cli.demo", "cli.outputs", "cli.sources"},

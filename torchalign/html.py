@@ -339,6 +339,7 @@ def _charts(
             plot.shifts_over_time(report), f"Shift x and y of {count} along time, with σ{reach}.", wide=True
         ),
     ]
+    charts += _series_charts(report)
     if parts is not None and len(shift):
         options: dict[str, Any] = {"report": parts.report, "bands": parts.bands, "stretch": stretch}
         figure = plot.temporal_profile(parts.before, parts.after, **options)
@@ -346,6 +347,24 @@ def _charts(
             f"One row and one column along time{parts.words}: edges that wiggle before run straight after."
         )
         charts.append(_chart(figure, caption, wide=True))
+    return charts
+
+
+def _series_charts(report: xr.Dataset) -> list[_Picture]:
+    """Of a series without a reference; none of another."""
+    if "closure" not in report or "pair_moving" not in report.attrs:
+        return []
+    count = np.size(report.attrs["pair_moving"])
+    charts = [
+        _chart(plot.network(report), f"{count} pairs of frames, from which all positions follow.", wide=True),
+        _chart(
+            plot.pair_residuals(report),
+            "What each pair says less what the positions say: how well pairs agree, no accuracy.",
+        ),
+    ]
+    if "sun_elevation" in report and bool(np.isfinite(report["sun_elevation"].values).any()):
+        words = "Shift along the shadow against the sun's height: what follows it is no displacement of the frame."
+        charts.append(_chart(plot.sun_shift(report), words))
     return charts
 
 

@@ -49,6 +49,14 @@ from torchalign.pictures.frames import (
     reduce_time,
     to_rgb,
 )
+from torchalign.pictures.series import (
+    check_series,
+    draw_closure,
+    draw_network,
+    draw_pair_residuals,
+    draw_sun_shift,
+    sun_known,
+)
 from torchalign.pictures.style import (
     BLUE,
     GREY,
@@ -84,12 +92,16 @@ __all__ = [
     "Zoom",
     "animate",
     "before_after",
+    "closure",
     "matches",
+    "network",
+    "pair_residuals",
     "score_gain",
     "shift_error",
     "shift_scatter",
     "shifts_over_time",
     "summary",
+    "sun_shift",
     "temporal_profile",
 ]
 
@@ -735,6 +747,100 @@ def _draw_frames(
         ax.set_xlabel(words, fontsize=8, color=colour, fontweight=weight, labelpad=3)
     which = f"{shown} of {len(status)} frames as they" if shown < len(status) else "Every frame as it"
     figure.suptitle(f"{which} came, with its σ or the reason why it was left", fontsize=11)
+
+
+# --- a series without a reference ---
+
+
+def pair_residuals(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
+    """What pairs of frames say less what the positions say: a matrix of frames by day of year.
+
+    Dark squares agree; a bright row is a frame that its pairs disagree about, a bright block two seasons that
+    do. White pairs were not compared, or count nothing.
+
+    Args:
+        report: from ``ta.align(cube, "groupwise")``.
+        ax: to draw into; default: a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: the report is no Dataset.
+        ValueError: it is of another reference.
+    """
+    report = check_series(report)
+    figure, ax = one_axes(ax, (6.0, 5.2))
+    figure.colorbar(draw_pair_residuals(report, ax), ax=ax, shrink=0.8)
+    return figure
+
+
+def network(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
+    """The pairs that hold a series together: frames at their date and day of year, the more weight the darker.
+
+    Args:
+        report: from ``ta.align(cube, "groupwise")``.
+        ax: to draw into; default: a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: the report is no Dataset.
+        ValueError: it is of another reference.
+    """
+    report = check_series(report)
+    figure, ax = one_axes(ax, (9.0, 4.0))
+    draw_network(report, ax)
+    finish_axes(ax)
+    return figure
+
+
+def sun_shift(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
+    """Shift along the shadow against the cotangent of the sun's elevation, and the season term through it.
+
+    Args:
+        report: from ``ta.align(cube, "groupwise")``, where the sun's place was known.
+        ax: to draw into; default: a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: the report is no Dataset.
+        ValueError: it is of another reference, or does not know where the sun stood.
+    """
+    report = check_series(report)
+    if not sun_known(report):
+        cure = "align a cube with dates and a CRS, or pass sun="
+        raise ValueError(message("report", "one that knows where the sun stood", "no sun_elevation", cure))
+    figure, ax = one_axes(ax, (5.6, 4.4))
+    draw_sun_shift(report, ax)
+    finish_axes(ax)
+    return figure
+
+
+def closure(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
+    """How well each frame's pairs agree, along time. No accuracy: an error that all its pairs share closes.
+
+    Args:
+        report: from ``ta.align(cube, "groupwise")``.
+        ax: to draw into; default: a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: the report is no Dataset.
+        ValueError: it is of another reference.
+    """
+    report = check_series(report)
+    figure, ax = one_axes(ax, (9.0, 3.0))
+    draw_closure(report, ax)
+    if time_of(report)[1] and report["status"].size:
+        date_axis(ax)
+    finish_axes(ax)
+    return figure
 
 
 # --- local features ---

@@ -292,7 +292,7 @@ def _align_series(
         if isinstance(module, Groupwise):
             angles = find_sun(series.sun, cube) if module.season != "none" else None
             solution = module.place(see_frames(module, reader), sun_tensor(angles, where))
-            estimate, fields = solution.estimate, series_fields(solution, cube.size, metres)
+            estimate, fields = solution.estimate, series_fields(solution, cube.size, metres, angles)
             attrs["reference"] = "groupwise (the median of all positions is 0)"
             attrs |= {"season": module.season, **pair_attrs(solution)}
         else:
@@ -410,12 +410,13 @@ def extend(
     running = _Running(device if is_lazy(datacube) else where, check_batch(batch_size), progress)
     with torch.no_grad(), progress_bar(progress, cube, "extend") as advance:
         there = sun_tensor(find_sun(None, old), where)
-        here = sun_tensor(find_sun(sun, cube), where)
+        angles = find_sun(sun, cube)
+        here = sun_tensor(angles, where)
         positions = ArchivePositions.of(report, there, where)
         frames = see_frames(module, new_reader), see_frames(module, old_reader)
         solution = module.extend(*frames, positions.shift, positions.sigma, positions.accepted)
         solution = without_season(solution, positions.season_shift(here, cube.sizes["time"]))
-        fields = series_fields(solution, cube.size, metres_per_pixel(cube))
+        fields = series_fields(solution, cube.size, metres_per_pixel(cube), angles)
         values = _move_frames(cube, module.aligner, pixels, solution.estimate, usable, running, advance)
     aligned = datacube.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
     return aligned, _longer_report(report, build_report(fields, cube, {}))

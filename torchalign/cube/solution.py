@@ -45,6 +45,8 @@ _FIELDS = {
     "sigma_season": ("pixel", "part of sigma that comes from the sun's place and from parts that disagree"),
     "season_shift_x": ("pixel", "shift that the sun's place explains, to the right"),
     "season_shift_y": ("pixel", "shift that the sun's place explains, downwards"),
+    "sun_elevation": ("degree", "of the sun, above the horizon"),
+    "sun_azimuth": ("degree", "of the sun, clockwise from the image's up"),
     "residual_x": ("pixel", "displacement left after alignment, measured again, to the right"),
     "residual_y": ("pixel", "displacement left after alignment, measured again, downwards"),
     "shift_x_metres": ("m", "displacement of the frame's centre, towards greater x"),
