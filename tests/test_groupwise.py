@@ -14,8 +14,8 @@ import torch
 from scenes import fractal, fractal_stack
 
 import torchalign as ta
-from torchalign.cube.sun import sun_position
 from torchalign import groupwise
+from torchalign.cube.sun import sun_position
 from torchalign.functional import network
 from torchalign.groupwise import Groupwise
 
