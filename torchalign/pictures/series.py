@@ -8,8 +8,7 @@ import numpy as np
 import xarray as xr
 
 from torchalign._check import message
-from torchalign.cube.solution import check_report
-from torchalign.pictures.columns import Array, time_of
+from torchalign.pictures.columns import Array, check_pictured, time_of
 from torchalign.pictures.style import BLUE, GREY, INK, ORANGE, VERMILLION
 from torchalign.types import Status
 
@@ -33,7 +32,7 @@ def check_series(report: object) -> xr.Dataset:
         TypeError: no Dataset.
         ValueError: a report of another kind.
     """
-    checked = check_report(report)
+    checked = check_pictured(report)
     if "closure" not in checked or "pair_moving" not in checked.attrs:
         cure = 'give the report of ta.align(cube, "groupwise")'
         raise ValueError(message("report", "one with closure and pairs", sorted(map(str, checked)), cure))
