@@ -460,11 +460,10 @@ def watched() -> Iterator[tuple[dict[str, float], dict[tuple[int, int], int]]]:
         (ecc._Warped, "of", "textures"),
         (ecc._Search, "climb", "search"),
         (ecc, "_better_of", "search"),
-        (ecc._Look, "at", "search"),
+        (ecc._WarpedSamples, "at", "search"),
         (ecc, "_assess", "assess"),
         (aligner_module, "gate_stages", "gate"),
         (aligner_module, "resample", "warp"),
-        (aligner_module, "resample_into", "warp"),
     ]
     before = [(owner, name, owner.__dict__[name]) for owner, name, _ in places]
     before += [(owner, "values", owner.__dict__["values"]) for owner in (ecc._Shifted, ecc._Warped)]
@@ -880,6 +879,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="of torch")
     add_readme_options(parser)
     options = parser.parse_args()
+    ta.fast_memory()
     if options.quick:
         options.frames, options.trials, options.rounds = 8, 20, 2
     if readme_or_run(options, NAME, report, headline):

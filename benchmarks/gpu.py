@@ -110,7 +110,7 @@ def stages(frames: int, size: int, device: torch.device, rounds: int, rate: floa
     cube, reference = stack(frames, size, device)
     aligner = ta.PCC()
     call = aligner._check(cube, reference, None, None, None)
-    seen = aligner._see_block(call)
+    seen = aligner._prepare_block(call)
 
     def estimate() -> Any:
         return aligner.estimate_motion(
@@ -126,7 +126,7 @@ def stages(frames: int, size: int, device: torch.device, rounds: int, rate: floa
     masks = 0 if seen.usable is None else size_of(seen.usable)
     plane = size_of(seen.moving) + masks
     jobs: dict[str, tuple[Callable[[], object], int]] = {
-        "channel, and what of it is finite": (lambda: aligner._see(cube, None), size_of(cube) + plane),
+        "channel, and what of it is finite": (lambda: aligner._extract_channel(cube, None), size_of(cube) + plane),
         "reference": (lambda: aligner.prepare_reference(call.reference, call.usable), plane // frames),
         "estimate": (estimate, plane),
         "gate": (judge, plane),

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from torchalign.functional.warp import translate
+from torchalign.functional.warp import resample
 
 BLOCK = 5
 MARGIN = 16  # pixels left out at the border: kernels may differ there, and a Fourier shift wraps around
@@ -98,9 +98,9 @@ def grid_sample(cube: Tensor, shift: Tensor, mode: str = "bilinear") -> Tensor:
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "nearest": lambda cube, shift: translate(cube, shift, interpolation="nearest").values,
-    "bilinear": lambda cube, shift: translate(cube, shift).values,
-    "bicubic (Keys, A = −1/2)": lambda cube, shift: translate(cube, shift, interpolation="bicubic").values,
+    "nearest": lambda cube, shift: resample(cube, shift, interpolation="nearest").values,
+    "bilinear": lambda cube, shift: resample(cube, shift).values,
+    "bicubic (Keys, A = −1/2)": lambda cube, shift: resample(cube, shift, interpolation="bicubic").values,
     "bicubic, A = −3/4 (torch, OpenCV)": lambda cube, shift: convolve(cube, shift, keys(-0.75), 2),
     "Lanczos-2": lambda cube, shift: convolve(cube, shift, lanczos(2), 2),
     "Lanczos-3": lambda cube, shift: convolve(cube, shift, lanczos(3), 3),

@@ -456,6 +456,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
     add_readme_options(parser)
     options = parser.parse_args()
+    ta.fast_memory()
     if options.quick:
         options.rounds, options.frames, options.largest = 2, 64, 256
     # results of another device stand beside those of the CPU

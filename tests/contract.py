@@ -25,6 +25,7 @@ from torchalign.functional.affine import (
     invert_warp,
     translation_warp,
 )
+from torchalign.types import combine
 
 NAN, INF = float("nan"), float("inf")
 SIZE = (96, 104)  # even, not square, no power of two
@@ -117,14 +118,24 @@ def assert_sound(estimate: ta.Estimate, limit: float) -> None:
     frames = estimate.status.shape
     assert estimate.warp.shape[: len(frames)] == frames
     assert estimate.warp.shape[-2:] in ((2, 3), (3, 3))
-    assert {tuple(field.shape) for field in estimate[1:]} == {tuple(frames)}
-    assert estimate.status.dtype == torch.int64
+    numbers = {"score", "score_before", "sigma", "status", "stage"}
+    assert {tuple(getattr(estimate, name).shape) for name in numbers} == {tuple(frames)}
+    assert estimate.covariance.shape == (*frames, 2, 2)
+    assert estimate.status.dtype == estimate.stage.dtype == torch.int64
+    assert torch.equal(estimate.stage == -1, ~estimate.valid)
     assert estimate.warp.isfinite().all()
     assert estimate.score.isfinite().all()
     assert estimate.score_before.isfinite().all()
     assert not estimate.sigma.isnan().any()
     assert (estimate.sigma >= 0).all()
     assert estimate.sigma[estimate.valid].isfinite().all()
+    assert estimate.sigma[~estimate.valid].isinf().all()
+    assert torch.equal(estimate.covariance, estimate.covariance.mT)
+    axes = torch.linalg.eigvalsh(estimate.covariance[estimate.valid].double())
+    assert (axes >= -1e-6 * axes.abs().amax(-1, keepdim=True)).all()
+    torch.testing.assert_close(
+        estimate.sigma[estimate.valid].double(), axes[:, 1].clamp(min=0).sqrt(), rtol=1e-3, atol=1e-6
+    )
     assert estimate.score.abs().le(1).all()
     assert estimate.score_before.abs().le(1).all()
     assert (estimate.score >= estimate.score_before)[estimate.valid].all()
@@ -162,9 +173,7 @@ class Results:
         assert aligned.shape == data.cube.shape
         assert aligned.device.type == estimate.warp.device.type == device.type
         assert estimate.valid.all()
-        assert_sound(
-            estimate._replace(**{name: field.cpu() for name, field in estimate._asdict().items()}), 5.0
-        )
+        assert_sound(estimate.map(lambda field: field.cpu()), 5.0)
         assert shift_errors(estimate, data.shift).max() < case.accuracy
 
     def test_forward_is_estimate_then_warp(self, case):
@@ -177,7 +186,7 @@ class Results:
             aligner = case.make(**options)
             aligned, estimate = aligner(data.cube, data.reference)
             again = aligner.estimate(data.cube, data.reference)
-            assert all(torch.equal(one, other) for one, other in zip(estimate, again, strict=True))
+            assert all(torch.equal(one, other) for one, other in zip(estimate[:-1], again[:-1], strict=True))
             assert torch.equal(aligned, ta.warp(data.cube, estimate.warp, **options))
 
     def test_leading_dimensions(self, case):
@@ -193,12 +202,12 @@ class Results:
             aligned, estimate = case.make()(cube, reference)
             assert aligned.shape == cube.shape, name
             assert estimate.status.shape == (2, 3), name
-            flat = ta.Estimate(*(field.flatten(0, 1) for field in estimate))
+            flat = estimate.map(lambda field: field.flatten(0, 1))
             assert_same(case, flat, single.estimate, 1e-4)
             torch.testing.assert_close(aligned.flatten(0, 1), single.aligned, atol=1e-3, rtol=0)
         deep = case.make().estimate(cube[None, :, None], data.reference)  # (1, 2, 1, 3, C, H, W)
         assert deep.warp.shape == (1, 2, 1, 3, *single.estimate.warp.shape[-2:])
-        assert_same(case, ta.Estimate(*(field.flatten(0, 3) for field in deep)), single.estimate, 1e-4)
+        assert_same(case, deep.map(lambda field: field.flatten(0, 3)), single.estimate, 1e-4)
 
     def test_a_reference_per_frame(self, case):
         data = stack()
@@ -214,7 +223,7 @@ class Results:
         aligned, estimate = case.make()(data.cube.to(dtype), data.reference.to(dtype))
         assert aligned.dtype == dtype
         expected = torch.float64 if dtype == torch.float64 else torch.float32
-        assert {field.dtype for field in estimate[:4]} == {expected}
+        assert {field.dtype for field in estimate[:5]} == {expected}
         assert estimate.valid.all()
         coarse = {torch.float16: 0.01, torch.bfloat16: 0.05}.get(
             dtype, 0.0
@@ -236,7 +245,7 @@ class Results:
         order = torch.tensor([4, 2, 0, 5, 1, 3])
         estimate = case.make().estimate(cube, data.reference)
         shuffled = case.make().estimate(cube[order], data.reference)
-        assert_same(case, shuffled, ta.Estimate(*(field[order] for field in estimate)))
+        assert_same(case, shuffled, estimate.map(lambda field: field[order]))
 
     def test_number_of_frames_and_chunks(self, case, monkeypatch):
         frames = 12
@@ -255,9 +264,7 @@ class Results:
             ]
             assert_same(
                 case,
-                ta.Estimate(
-                    *(torch.cat(fields) for fields in zip(*(p.estimate for p in parts), strict=True))
-                ),
+                combine(torch.cat, [part.estimate for part in parts]),
                 estimate,
             )
             joined = torch.cat([part.aligned for part in parts])
@@ -284,7 +291,7 @@ class Results:
                     mask.flip(0)[row],
                     None if given is None else given[row],
                 )
-                assert_same(case, one, ta.Estimate(*(field[row] for field in whole)))
+                assert_same(case, one, whole.map(lambda field, row=row: field[row]))
 
     def test_identical_frames(self, case):
         data = stack()
@@ -322,7 +329,9 @@ class Results:
         assert estimate.status[BAD] != 0
         assert torch.equal(estimate.warp[BAD], identity_like(estimate.warp[BAD]))
         assert equal(aligned[BAD], cube[BAD])
-        for name, field, expected in zip(estimate._fields, estimate, good.estimate, strict=True):
+        for name, field, expected in zip(
+            estimate._fields[:-1], estimate[:-1], good.estimate[:-1], strict=True
+        ):
             assert torch.equal(without(field, BAD), without(expected, BAD)), name
         assert torch.equal(without(aligned, BAD), without(good.aligned, BAD))
 
@@ -613,7 +622,7 @@ class Behaviour:
         ):
             assert repr(other) == repr(aligner) or not other.training
             estimate = other.estimate(data.cube, data.reference)
-            assert all(torch.equal(one, two) for one, two in zip(estimate, expected, strict=True))
+            assert all(torch.equal(one, two) for one, two in zip(estimate[:-1], expected[:-1], strict=True))
         # a module's dtype is not the cube's
         assert_same(
             case,
@@ -629,7 +638,7 @@ class Behaviour:
         first = aligner.estimate(data.cube, data.reference)
         aligner(spoil(other.cube, "nan"), other.reference)
         again = aligner.estimate(data.cube, data.reference)
-        assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+        assert all(torch.equal(one, two) for one, two in zip(first[:-1], again[:-1], strict=True))
         assert dict(vars(aligner)) == before
 
     def test_inputs_are_not_written(self, case):

@@ -15,7 +15,7 @@ pytest.importorskip("h5py")
 
 import torchalign as ta
 from torchalign import cli
-from torchalign._files import atomic
+from torchalign.cube.files import atomic
 from torchalign.datasets import simulate_stack
 from torchalign.io import write_cube
 
@@ -502,11 +502,11 @@ def test_killed_while_writing(source, tmp_path):
     out = tmp_path / "killed" / "out.nc"
     code = (
         "import sys, time, torchalign.cli as cli\n"
-        "import torchalign.io as io\n"
-        "store = io._store\n"
+        "import torchalign.cube.stores as stores\n"
+        "store = stores._store\n"
         "def slow(*arguments):\n"
         "    store(*arguments); print('written', flush=True); time.sleep(60)\n"
-        "io._store = slow\n"
+        "stores._store = slow\n"
         "cli.main(sys.argv[1:])"
     )
     arguments = [sys.executable, "-c", code, "align", str(source), "--out", str(out)]

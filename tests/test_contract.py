@@ -28,6 +28,7 @@ OPTIONS = {
     "PCC classic": Case(partial(ta.PCC, **old), accuracy=0.2, steadiness=0.12),
     "PCC plain": Case(partial(ta.PCC, weighting="none", contrast="none", taper=0.5), steadiness=0.07),
     "PCC grid": Case(partial(ta.PCC, weighting="sqrt", upsample_factor=50), steadiness=0.05, grid=0.02),
+    "PCC structure": Case(partial(ta.PCC, contrast="structure", robust=True), accuracy=0.1, steadiness=0.1),
     "PCC gradients": Case(partial(ta.PCC, channel="gradients"), accuracy=0.1, steadiness=0.05),
     "ECC affine": Case(partial(ta.ECC, motion="affine"), accuracy=0.1, steadiness=0.05, global_search=False),
     "ECC homography": Case(

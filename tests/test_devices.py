@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchalign as ta
 from torchalign.aligner import Aligner
+from torchalign.types import combine
 
 SIZE = (64, 72)
 
@@ -53,6 +54,7 @@ ALIGNERS = {
     "sqrt": Proof(partial(ta.PCC, weighting="sqrt", taper=1.0)),
     "none": Proof(partial(ta.PCC, weighting="none", max_frequency=0.1)),
     "grid": Proof(partial(ta.PCC, upsample_factor=20), forward_mode=False),
+    "structure": Proof(partial(ta.PCC, contrast="structure", robust=True)),
     "band": Proof(partial(ta.PCC, channel=-1, min_score=0.2)),
     "luminance, nearest": Proof(
         partial(ta.PCC, channel="luminance", interpolation="nearest", padding_mode="zeros"),
@@ -139,7 +141,7 @@ def check(aligned, estimate, cube):
     assert aligned.device.type == "cuda"
     assert aligned.shape == cube.shape
     assert aligned.dtype == cube.dtype
-    for field in estimate:
+    for field in estimate[:-1]:
         assert field.device.type == "cuda"
         assert field.shape[: cube.ndim - 3] == cube.shape[:-3]
 
@@ -335,7 +337,7 @@ def test_autocast_changes_nothing(device, proof, dtype):
         # in a network: what comes before is in half precision, and is worth no more
         half = aligner.estimate(cube.to(dtype), reference.to(dtype))
     assert found.aligned.dtype == torch.float32
-    assert_same(found.estimate, ta.Estimate(*(field.cpu() for field in expected.estimate)))
+    assert_same(found.estimate, expected.estimate.map(lambda field: field.cpu()))
     assert half.warp.dtype == torch.float32
     coarse = {torch.float16: 0.02, torch.bfloat16: 0.2}[dtype]
     both = half.valid & expected.estimate.valid
@@ -382,8 +384,8 @@ def test_captured_in_a_cuda_graph(cuda, proof):
         graph.replay()
         expected = aligner(data, reference)
         assert_same(
-            ta.Estimate(*(field.clone() for field in found.estimate)),
-            ta.Estimate(*(field.cpu() for field in expected.estimate)),
+            found.estimate.map(lambda field: field.clone()),
+            expected.estimate.map(lambda field: field.cpu()),
         )
         torch.testing.assert_close(found.aligned, expected.aligned, atol=1e-4, rtol=0, equal_nan=True)
 
@@ -441,7 +443,7 @@ def test_graphed_by_torch(cuda, proof):
     for part, (aligned, estimate) in zip((cube, cube.flip(0)), expected, strict=True):
         found = graphed(part, reference)
         assert isinstance(found, ta.Alignment)
-        assert_same(*(ta.Estimate(*(x.cpu() for x in one)) for one in (found.estimate, estimate)))
+        assert_same(*(one.map(lambda field: field.cpu()) for one in (found.estimate, estimate)))
         torch.testing.assert_close(found.aligned, aligned, atol=1e-4, rtol=0)
 
 
@@ -455,7 +457,7 @@ def test_precision_of_matrix_products_changes_nothing(cuda, proof):
         found = aligner.estimate(cube, reference)
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert_same(*(ta.Estimate(*(field.cpu() for field in one)) for one in (found, expected)))
+    assert_same(*(one.map(lambda field: field.cpu()) for one in (found, expected)))
 
 
 @pytest.mark.parametrize("name", ["default", "ECC", "ECC affine", "ECC homography", "Cascade"])
@@ -477,8 +479,8 @@ def test_frames_of_a_device_do_not_know_of_each_other(cuda, name):
     aligner = ALIGNERS[name].make().to(cuda)
     together = aligner.estimate(cube, reference)
     apart = [aligner.estimate(part, reference) for part in cube.split(5)]
-    for fields, expected in zip(zip(*apart, strict=True), together, strict=True):
-        torch.testing.assert_close(torch.cat(fields), expected, atol=1e-4, rtol=1e-4)
+    for found, expected in zip(combine(torch.cat, apart)[:-1], together[:-1], strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("reference", ["median", "clearest", "iterative"])
@@ -657,7 +659,7 @@ def test_compile_with_masks_and_gradients(quiet):
         results.append(run(leaf, reference, mask, mask[0]).estimate)
         results[-1].warp[..., 2].sum().backward()
         slopes.append(leaf.grad)
-    assert_same(*(ta.Estimate(*(field.detach() for field in result)) for result in results))
+    assert_same(*(result.map(lambda field: field.detach()) for result in results))
     torch.testing.assert_close(*slopes, atol=1e-3 * float(slopes[1].abs().max()), rtol=1e-2)
 
 

@@ -57,6 +57,41 @@ def test_map_keeps_order_modes_and_errors(two_threads):
         _host.map_on_host(lambda item: 1 / item, [1, 0])
 
 
+def test_only_numbers_that_may_be_read_are_read():
+    number, flags = torch.tensor(2.5), torch.tensor([True, True])
+    assert _host.all_finite(torch.ones(3))
+    assert not _host.all_finite(torch.tensor([1.0, torch.nan]))
+    assert _host.all_true(flags)
+    assert not _host.all_true(torch.tensor([True, False]))
+    assert _host.may_read(number, None, flags)
+    # with a gradient, mapped, or elsewhere they are not asked
+    assert not _host.may_read(number.clone().requires_grad_())
+    assert not _host.all_finite(torch.ones(3, requires_grad=True))
+    assert not _host.may_read(number, flags.to("meta"))
+    seen = []
+    torch.func.vmap(lambda flag: flag & (seen.append(_host.all_true(flag)) is None))(flags)
+    assert seen == [False]
+    assert _host.launches_kernels(flags.to("meta"))
+    assert not _host.launches_kernels(flags)
+
+
+def test_pieces_are_what_the_whole_is(monkeypatch):
+    one, other = torch.rand(7, 3, 10), torch.rand(7, 10)
+    sizes = []
+
+    def function(field, weight):
+        sizes.append(len(weight))
+        return field.sum(1) * weight
+
+    whole = _host.in_pieces(function, one, other)
+    monkeypatch.setattr(_host, "_PIECE", 30)
+    assert torch.equal(_host.in_pieces(function, one, other), whole)
+    assert sizes == [7, 3, 3, 1]
+    # what differs in length, or is traced, is not cut
+    assert torch.equal(_host.in_pieces(function, one[:1], other), one[:1].sum(1) * other)
+    assert sizes[4:] == [7]
+
+
 def test_threads_are_put_back(stack, small_blocks, two_threads):
     ta.PCC()(*stack)
     assert torch.get_num_threads() == 2
@@ -181,11 +216,12 @@ def test_freed_memory_goes_back_to_the_system(monkeypatch):
 
 
 _FAULTS = """
-import ctypes, resource, torch
+import ctypes, resource, sys, torch
 from torchalign import _host
 
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: one fault a page
 torch.set_num_threads(2)
+kept = _host.fast_memory() if sys.argv[1:] else False
 
 def work(number):
     blocks = [torch.ones(2**19) for _ in range(12)]  # 24 MiB, all of it freed at the end
@@ -197,33 +233,43 @@ for _ in range(4):  # until every thread finds a heap that has been used
     _host.map_on_host(work, range(8))
 before = faults()
 _host.map_on_host(work, range(8))
-print(faults() - before, _host.keep_memory())
+print(faults() - before, kept)
 """
 _PAGES = 24 * 2**20 // os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
 
 
-def _faults(**environment: str) -> tuple[int, bool]:
+def _faults(*asked: str, **environment: str) -> tuple[int, bool]:
     named = {
         name: value for name, value in os.environ.items() if name not in (*_host._LIMITS, "GLIBC_TUNABLES")
     }
     done = subprocess.run(
-        [sys.executable, "-c", _FAULTS], env=named | environment, check=True, capture_output=True, text=True
+        [sys.executable, "-c", _FAULTS, *asked],
+        env=named | environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     count, kept = done.stdout.split()
     return int(count), kept == "True"
 
 
 @pytest.mark.skipif(_host._find_in_libc("mallopt") is None, reason="needs glibc")
-def test_worker_threads_keep_the_memory_of_their_blocks():
-    """Without it each of the 8 blocks takes a page fault for every page."""
-    count, kept = _faults()
+def test_worker_threads_keep_the_memory_of_their_blocks_if_asked():
+    count, kept = _faults("ask")
     assert kept
     assert count < 3 * _PAGES
 
 
 @pytest.mark.skipif(_host._find_in_libc("mallopt") is None, reason="needs glibc")
+def test_nothing_is_set_without_being_asked():
+    """Each of the 8 blocks takes a page fault for every page."""
+    count, _ = _faults()
+    assert count > 4 * _PAGES
+
+
+@pytest.mark.skipif(_host._find_in_libc("mallopt") is None, reason="needs glibc")
 def test_the_environment_has_the_last_word_on_memory():
-    count, kept = _faults(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
+    count, kept = _faults("ask", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     assert not kept
     assert count > 4 * _PAGES
 

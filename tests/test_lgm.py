@@ -382,7 +382,7 @@ def test_fake_cuda(fake, options):
     given = (cube, cube, mask, mask[:1])
     init = torch.empty(3, 2, 3, device="cuda")
     estimate = aligner.estimate(*given, init=init)
-    assert {field.device.type for field in estimate} == {"cuda"}
+    assert {field.device.type for field in estimate[:-1]} == {"cuda"}
     assert estimate.status.shape == (3,)
     found = aligner.matches(*given, init=init)
     assert {field.device.type for field in found} == {"cuda"}

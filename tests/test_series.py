@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from series import UTM, make_series
 from torch import nn
 
 import torchalign as ta
-from torchalign._grid import Grid, find_grid, regrid_warp
-from torchalign._labelled import Cube
+from torchalign.cube.georeference import Georeference, find_georeference, regrid_warp
+from torchalign.cube.labels import Cube
+from torchalign.cube.solution import report_georeference
 from torchalign.functional.affine import compose_warps, invert_warp, transform_points, translation_warp
-from torchalign.report import as_report, report_grid
+from torchalign.report import as_report
 from torchalign.types import Alignment, Estimate, Status
 
 
@@ -53,7 +55,18 @@ class Fixed(nn.Module):
         identity = torch.eye(warp.shape[-2], 3)
         warp = torch.where(status[:, None, None] == 0, warp, identity)
         aligned = ta.warp(cube, warp)
-        return Alignment(aligned, Estimate(warp, ones, 0.5 * ones, 0.1 * ones, status))
+        return Alignment(
+            aligned,
+            Estimate(
+                warp,
+                ones,
+                0.5 * ones,
+                0.1 * ones,
+                0.01 * torch.eye(2).expand(frames, 2, 2),
+                status,
+                0 * status,
+            ),
+        )
 
 
 # --- references ---
@@ -129,8 +142,8 @@ def test_iterative_on_frames_of_which_none_is_usable():
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_the_median_of_aligned_frames_by_blocks_of_rows(rows, monkeypatch):
     """Against all at once, by hand: translations, an affine motion and a homography, and rows cut anywhere."""
-    from torchalign import _reference
-    from torchalign._labelled import Pixels
+    from torchalign.cube import reference as _reference
+    from torchalign.cube.pixels import Pixels
 
     series = make_series(4, 40, bands=1, dtype="float32", nodata=None)
     lazy = rows == 7  # and frame by frame
@@ -140,12 +153,13 @@ def test_the_median_of_aligned_frames_by_blocks_of_rows(rows, monkeypatch):
     warp[0, :2, 2] = torch.tensor([2.3, -4.6])
     warp[1, :2, :2] = torch.tensor([[0.98, 0.2], [-0.2, 1.03]])
     warp[2, 2, :2] = 1e-3
+    reader = _reference.FrameReader(cube, Pixels.of(cube), None, torch.device("cpu"))
     found = _reference.Found(warp, torch.tensor([True, True, True, False]))
     monkeypatch.setattr(_reference, "_REFERENCE_BYTES", rows * 4 * 40 * 4)
     monkeypatch.setattr(_reference, "_READ_BYTES", 11 * 4 * 40 * 4)
     for name in ("_LOAD_BYTES", "_DECODE_BYTES", "_SORT_BYTES"):
         monkeypatch.setattr(_reference, name, 1 if lazy else 2**20)
-    made = _reference.over_time("median", cube, Pixels.of(cube), None, torch.device("cpu"), found)
+    made = _reference.over_time("median", reader, found)
     frames = torch.from_numpy(series.cube.values[:3])
     whole = ta.warp(frames, warp[:3], interpolation="bicubic", fill_value=float("nan"))
     expected = np.ma.median(np.ma.masked_invalid(whole.numpy()), 0).filled(np.nan)
@@ -256,7 +270,8 @@ def test_a_10_m_solution_on_20_m_bands_equals_the_native_one(two_resolutions):
     _, report = align(fine.cube, fine.reference, verify=False)
     _, native = align(coarse, coarse_reference, verify=False)
     grids = [
-        find_grid(Cube.of(array, dict.fromkeys(("time", "band", "y", "x")))) for array in (fine.cube, coarse)
+        find_georeference(Cube.of(array, dict.fromkeys(("time", "band", "y", "x"))))
+        for array in (fine.cube, coarse)
     ]
     carried = regrid_warp(torch.from_numpy(report.warp.values), *grids)[:, :2, 2].numpy()
     assert np.abs(carried - shifts(native)).max() < 0.02
@@ -274,7 +289,7 @@ def test_a_10_m_solution_on_20_m_bands_equals_the_native_one(two_resolutions):
 @pytest.mark.parametrize("homography", [False, True])
 def test_grids_of_any_size_origin_and_direction(homography):
     """A point on the map goes to the same place, whichever grid the warp is written on."""
-    source = Grid((10.0, 0.0, 499_980.0, 0.0, -10.0, 5_000_040.0), (120, 100), UTM)
+    source = Georeference((10.0, 0.0, 499_980.0, 0.0, -10.0, 5_000_040.0), (120, 100), UTM)
     warp = torch.tensor([[1.01, 0.02, 1.7], [-0.03, 0.99, -2.2]], dtype=torch.float64)
     if homography:
         warp = torch.cat((warp, torch.tensor([[1e-4, -2e-4, 1.0]])))
@@ -286,7 +301,7 @@ def test_grids_of_any_size_origin_and_direction(homography):
         (-10.0, 0, 501_000.0, 0, -5.0, 5_000_000.0),  # mirrored
     ]
     for transform in transforms:
-        target = Grid(transform, (50, 40), UTM)
+        target = Georeference(transform, (50, 40), UTM)
 
         def on_map(pixels, grid):
             return (pixels + 0.5).numpy() @ grid.linear.T + grid.corner
@@ -312,7 +327,9 @@ def test_grids_that_cannot_be_related_raise(two_resolutions):
         ta.apply(coarse.drop_vars(["x", "y"]), report)
     with pytest.raises(ValueError, match="grids with the same axes"):
         regrid_warp(
-            torch.eye(2, 3), Grid((1, 0, 0, 0, -1, 0), (9, 9)), Grid((1, 0.1, 0, -0.1, -1, 0), (9, 9))
+            torch.eye(2, 3),
+            Georeference((1, 0, 0, 0, -1, 0), (9, 9)),
+            Georeference((1, 0.1, 0, -0.1, -1, 0), (9, 9)),
         )
     # without coordinates, but of the same size: the same pixels
     plain = fine.cube.drop_vars(["x", "y"])
@@ -444,14 +461,14 @@ def test_the_corrected_georeference_says_what_resampling_does():
         [[[1.01, 0.02, 1.5], [-0.03, 0.98, -0.75]], [[1.0, 0, 0], [0, 1.0, 0]]], dtype=torch.float64
     )
     texts = ta.apply(cube, warp, mode="shift-coords").geotransform.values
-    corrected = Grid.from_gdal(texts[0], (32, 32))
+    corrected = Georeference.from_gdal(texts[0], (32, 32))
     points = torch.tensor([[0.0, 0.0], [31.0, 4.0], [7.5, 20.25]], dtype=torch.float64)
     moved = transform_points(warp[0], points).numpy()
     expected = np.stack([499_980 + 10 * (moved[:, 0] + 0.5), 5_000_040 - 10 * (moved[:, 1] + 0.5)], -1)
     found = (points.numpy() + 0.5) @ corrected.linear.T + corrected.corner
     np.testing.assert_allclose(found, expected, atol=1e-6)
     # a frame that was not moved keeps its numbers to the last bit
-    assert texts[1] == find_grid(Cube.of(cube, dict.fromkeys(("time", "band", "y", "x")))).to_gdal()
+    assert texts[1] == find_georeference(Cube.of(cube, dict.fromkeys(("time", "band", "y", "x")))).to_gdal()
 
 
 def test_what_a_georeference_cannot_express_raises():
@@ -543,10 +560,12 @@ def test_reports_written_and_read_give_the_same_bits(suffix, dtype, tmp_path):
     assert again.status.values[3] == Status.NO_TEXTURE
     assert np.isinf(again.sigma[3])
     assert (
-        report_grid(again).transform == report_grid(report).transform == (10, 0, 499_980, 0, -10, 5_000_040)
+        report_georeference(again).transform
+        == report_georeference(report).transform
+        == (10, 0, 499_980, 0, -10, 5_000_040)
     )
     assert again.attrs["status_counts"] == "OK: 4, NO_TEXTURE: 1"
-    assert report_grid(again).crs == report_grid(report).crs == UTM
+    assert report_georeference(again).crs == report_georeference(report).crs == UTM
     if suffix != "csv":
         assert again.attrs["aligner"] == report.attrs["aligner"]
     for given in (again, path, str(path)):
@@ -658,9 +677,9 @@ def test_plain_estimates_are_saved_too(tmp_path):
     xr.testing.assert_allclose(ta.load_report(path).drop_attrs(), report.drop_attrs(), rtol=1e-5)
     bare = ta.load_report(ta.save_report(estimate, tmp_path / "bare.json"))
     np.testing.assert_array_equal(bare.warp, estimate.warp)
-    assert report_grid(bare) is None
+    assert report_georeference(bare) is None
     with pytest.raises(ValueError, match=r"^estimate: expected fields \(T, …\)"):
-        as_report(Estimate(*(field[None] for field in estimate)))
+        as_report(estimate.map(lambda field: field[None]))
     with pytest.raises(ValueError, match=r"^estimate: expected one warp for each frame"):
         as_report(estimate, series.cube[:2])
 
@@ -701,7 +720,10 @@ def test_aligning_again_finds_nothing():
 
 def test_warp_there_and_back_is_the_identity_on_any_grid():
     warp = torch.tensor([[1.0, 0.01, 2.0], [0.02, 1.0, -3.0]], dtype=torch.float64)
-    ten, sixty = Grid((10, 0, 0, 0, -10, 0), (60, 60)), Grid((60, 0, 120, 0, -60, -60), (10, 10))
+    ten, sixty = (
+        Georeference((10, 0, 0, 0, -10, 0), (60, 60)),
+        Georeference((60, 0, 120, 0, -60, -60), (10, 10)),
+    )
     there = regrid_warp(warp, ten, sixty)
     torch.testing.assert_close(regrid_warp(there, sixty, ten), warp)
     both = compose_warps(there, invert_warp(there))
@@ -756,3 +778,47 @@ def test_sixty_geotiffs(tmp_path):
             ):
                 assert getattr(one, name) == getattr(other, name), name
     assert len(list((tmp_path / "out").iterdir())) == 60
+
+
+def test_a_table_has_one_row_a_frame_and_the_status_in_words():
+    status = [ta.Status.OK, ta.Status.LOW_SCORE, ta.Status.TOO_FAR]
+    estimate = Estimate(
+        torch.eye(2, 3).repeat(3, 1, 1) + torch.arange(18.0).reshape(3, 2, 3),
+        *torch.arange(9.0).reshape(3, 3),
+        torch.eye(2).repeat(3, 1, 1),
+        torch.tensor(status),
+        torch.zeros(3).long(),
+    )
+    table = ta.to_table(as_report(estimate))
+    assert table.index.tolist() == [0, 1, 2]
+    assert table.status.tolist() == ["OK", "LOW_SCORE", "TOO_FAR"]
+    assert table.loc[2, "score"] == 2
+    for row in range(2):
+        for column in range(3):
+            expected = estimate.warp[:, row, column].numpy()
+            np.testing.assert_array_equal(table[f"warp_{row}{column}"], expected)
+    dated = as_report(estimate).assign_coords(
+        time=np.array(["2020-01-01", "2021-01-01", "2022-01-01"], "M8[ns]")
+    )
+    assert ta.to_table(dated).loc["2021", "status"].tolist() == ["LOW_SCORE"]
+    with pytest.raises(TypeError, match=r"^report: expected an xarray\.Dataset"):
+        ta.to_table(estimate)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "use"),
+    [
+        ("h5netcdf", "io", lambda path: ta.load_report(path / "report.nc")),
+        ("zarr", "io", lambda path: ta.io.write_cube(make_series(4, 40).cube, path / "cube.zarr")),
+        ("rasterio", "io", lambda path: ta.open_stack(path)),
+        ("matplotlib", "plot", lambda path: ta.plot._figure_class.__wrapped__()),
+        ("torchmetrics", "training", lambda path: ta.training.RegistrationError),
+    ],
+)
+def test_what_is_missing_says_so_and_how_to_get_it(package, extra, use, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "torchalign.training.metric", raising=False)
+    with pytest.raises(
+        ImportError, match=rf'the package {package}, got no such package; pip install "torchalign\[{extra}\]"'
+    ):
+        use(tmp_path)

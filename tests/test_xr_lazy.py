@@ -16,7 +16,7 @@ from series import make_series
 from torch import nn
 
 import torchalign as ta
-from torchalign import _chunks
+from torchalign.cube import chunks as _chunks
 from torchalign.functional.affine import translation_warp
 from torchalign.io import write_cube, write_stack
 from torchalign.types import Alignment, Estimate
@@ -39,9 +39,11 @@ class Counting(nn.Module):
     def forward(self, cube, reference, mask=None, reference_mask=None, *, init=None):
         CALLS.append(len(cube))
         warp = translation_warp(cube.new_tensor([1.5, 0.0]).expand(len(cube), 2))
-        one = cube.new_ones(len(cube))
+        one, none = cube.new_ones(len(cube)), torch.zeros(len(cube), dtype=torch.int64)
         aligned = ta.warp(cube, warp, mask=mask)
-        return Alignment(aligned, Estimate(warp, one, one, one, torch.zeros(len(cube), dtype=torch.int64)))
+        return Alignment(
+            aligned, Estimate(warp, one, one, one, torch.diag_embed(warp[..., 2] * 0 + 1), none, none)
+        )
 
 
 @pytest.fixture(autouse=True)

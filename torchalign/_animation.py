@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from torchalign._check import message
-from torchalign._files import atomic
 from torchalign._pictures import INK, STATUS_COLOUR, Array, dark
+from torchalign.cube.files import atomic
 from torchalign.types import Status
 
 if TYPE_CHECKING:

@@ -1,10 +1,15 @@
-"""Argument checks and their wording: what was expected, what came, and the cure. Host only, no maths."""
+"""Argument checks and their wording: what was expected, what came, and the cure. Host only, no maths.
+
+Public functions and Modules call them, once a call. What is called from there takes its arguments as they are.
+All raise TypeError for another kind of thing or another dtype, ValueError for a value, a shape or a device.
+"""
 
 from __future__ import annotations
 
 import numbers
 import operator
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from typing import Any, get_args
 
 import torch
@@ -12,6 +17,7 @@ from torch import Tensor
 
 __all__ = [
     "check_bands",
+    "check_bool",
     "check_crop",
     "check_cube",
     "check_floating",
@@ -22,7 +28,10 @@ __all__ = [
     "check_warp",
     "check_whole",
     "message",
+    "require",
 ]
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def message(name: str, expected: str, got: object, cure: str) -> str:
@@ -34,29 +43,40 @@ def message(name: str, expected: str, got: object, cure: str) -> str:
     return f"{name}: expected {expected}, got {got}; {cure}"
 
 
-def check_floating(name: str, tensor: object, shape: str) -> None:
-    """``tensor`` must be a tensor of a floating dtype; ``shape`` says in words what it should look like.
+def require(what: str, extra: str, *packages: str) -> None:
+    """The packages that ``what`` needs must be installed; ``extra`` brings them.
 
     Raises:
-        TypeError: it is not.
+        ImportError: one is not; with the command that installs it.
     """
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        cure = f'pip install "torchalign[{extra}]"'
+        expected = f"the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+        raise ImportError(message(what, expected, "no such package", cure))
+
+
+def check_floating(name: str, tensor: object, shape: str = "") -> None:
+    """``tensor`` must be a tensor of a floating dtype; ``shape`` says in words what is expected of its shape."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(
-            message(name, f"a torch.Tensor {shape}", type(tensor).__name__, "wrap it with torch.as_tensor")
-        )
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(message(name, "a floating dtype", tensor.dtype, "convert it with .float()"))
+        cure = "wrap it with torch.as_tensor, or use ta.align for xarray"
+        raise TypeError(message(name, f"a torch.Tensor {shape}".rstrip(), type(tensor).__name__, cure))
+    if tensor.dtype not in _FLOATING:
+        cure = "convert it with .float(), or use ta.align, which restores the dtype"
+        raise TypeError(message(name, "a floating dtype", tensor.dtype, cure))
 
 
 def check_option(name: str, value: object, choices: Any) -> None:
-    """``value`` must be one of a ``Literal``'s arguments.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """``value`` must be one of a ``Literal``'s arguments."""
     allowed = get_args(choices)
     if value not in allowed:
         raise ValueError(message(name, f"one of {allowed}", repr(value), "choose one of these"))
+
+
+def check_bool(name: str, value: object) -> None:
+    """``value`` must be ``True`` or ``False``."""
+    if not isinstance(value, bool):
+        raise TypeError(message(name, "True or False", repr(value), "give a bool"))
 
 
 def check_number(
@@ -68,17 +88,10 @@ def check_number(
     inclusive: bool = True,
     optional: bool = False,
 ) -> None:
-    """``value`` must be a real number within bounds (or ``None`` where ``optional``).
-
-    Raises:
-        TypeError: not a number.
-        ValueError: out of bounds, or NaN.
-    """
+    """``value`` must be a real number within bounds (or ``None`` where ``optional``)."""
     if value is None and optional:
         return
-    bounds = f"a number {'≥' if inclusive else '>'} {minimum:g} and ≤ {maximum:g}" + (
-        " or None" if optional else ""
-    )
+    bounds = f"a number {'≥' if inclusive else '>'} {minimum:g} and ≤ {maximum:g}{' or None' * optional}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(message(name, bounds, f"{value!r} ({type(value).__name__})", "give a plain number"))
     number = float(value)
@@ -88,12 +101,7 @@ def check_number(
 
 
 def check_whole(name: str, value: object, *, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
-    """``value`` must be a whole number within bounds; returned as an int.
-
-    Raises:
-        TypeError: no integer.
-        ValueError: out of bounds.
-    """
+    """``value`` must be a whole number within bounds; returned as an int."""
     expected = f"a whole number from {minimum} to {maximum}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(message(name, expected, f"{value!r} ({type(value).__name__})", "give an int"))
@@ -104,31 +112,14 @@ def check_whole(name: str, value: object, *, minimum: int = 1, maximum: int = 2*
 
 
 def check_cube(cube: Tensor) -> None:
-    """A floating cube (..., T, C, H, W).
-
-    Raises:
-        TypeError: not a floating tensor.
-        ValueError: fewer than four dimensions, or an empty frame.
-    """
-    _check_floating("cube", cube)
+    """A floating cube (..., T, C, H, W)."""
+    check_floating("cube", cube)
     if cube.ndim < 4:
-        raise ValueError(
-            message(
-                "cube",
-                "shape (..., T, C, H, W)",
-                tuple(cube.shape),
-                "add the missing dimensions, e.g. cube[:, None]",
-            )
-        )
+        cure = "add the missing dimensions, e.g. cube[:, None]"
+        raise ValueError(message("cube", "shape (..., T, C, H, W)", tuple(cube.shape), cure))
     if min(cube.shape[-3:]) < 1:
-        raise ValueError(
-            message(
-                "cube",
-                "at least one band and one pixel",
-                tuple(cube.shape),
-                "drop the empty dimension's source",
-            )
-        )
+        cure = "drop the empty dimension's source"
+        raise ValueError(message("cube", "at least one band and one pixel", tuple(cube.shape), cure))
 
 
 def check_reference(reference: Tensor, cube: Tensor) -> Tensor:
@@ -136,22 +127,12 @@ def check_reference(reference: Tensor, cube: Tensor) -> Tensor:
 
     Returns:
         (..., 1 or T, C, H, W), with as many dimensions as ``cube``.
-
-    Raises:
-        TypeError: another dtype than the cube's.
-        ValueError: another shape or device.
     """
-    _check_floating("reference", reference)
+    check_floating("reference", reference)
     if reference.dtype != cube.dtype:
-        raise TypeError(
-            message(
-                "reference",
-                f"the cube's dtype {cube.dtype}",
-                reference.dtype,
-                "convert it: reference.to(cube.dtype)",
-            )
-        )
-    _check_device("reference", reference, cube)
+        cure = "convert it: reference.to(cube.dtype)"
+        raise TypeError(message("reference", f"the cube's dtype {cube.dtype}", reference.dtype, cure))
+    _check_same_device("reference", reference, cube)
     one = (*cube.shape[:-4], *cube.shape[-3:])
     shape = tuple(reference.shape)
     if len(shape) == cube.ndim and shape == tuple(cube.shape):  # ndim first, or export pins T where T == C
@@ -160,135 +141,69 @@ def check_reference(reference: Tensor, cube: Tensor) -> Tensor:
         return reference.unsqueeze(-4)
     if shape == tuple(cube.shape[-3:]):  # one reference for every series of a batch
         return reference.reshape(*(1,) * (cube.ndim - 3), *shape)
-    raise ValueError(
-        message(
-            "reference",
-            f"shape {one}, or {tuple(cube.shape)} for one per frame",
-            shape,
-            "same bands, same grid as the cube",
-        )
-    )
+    expected = f"shape {one}, or {tuple(cube.shape)} for one per frame"
+    raise ValueError(message("reference", expected, shape, "same bands, same grid as the cube"))
 
 
 def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor | None:
-    """A bool mask that broadcasts to ``shape``; returned as given.
-
-    Raises:
-        TypeError: not a bool tensor.
-        ValueError: it does not broadcast, or is on another device.
-    """
+    """A bool mask that broadcasts to ``shape``; returned as given."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(
-            message(
-                name,
-                "a bool tensor, True = usable",
-                kind,
-                "a cloud mask with 1 = cloud becomes `clouds == 0`",
-            )
-        )
-    _check_device(name, mask, like)
+        cure = "a cloud mask with 1 = cloud becomes `clouds == 0`"
+        raise TypeError(message(name, "a bool tensor, True = usable", kind, cure))
+    _check_same_device(name, mask, like)
     fits = mask.ndim <= len(shape) and all(
         have in (1, want) for have, want in zip(reversed(mask.shape), reversed(shape), strict=False)
     )
     if not fits:
-        raise ValueError(
-            message(
-                name,
-                f"a shape that broadcasts to {tuple(shape)}",
-                tuple(mask.shape),
-                "one value per frame and pixel, no band axis",
-            )
-        )
+        expected = f"a shape that broadcasts to {tuple(shape)}"
+        cure = "one value per frame and pixel, no band axis"
+        raise ValueError(message(name, expected, tuple(mask.shape), cure))
     return mask
 
 
 def check_warp(name: str, warp: Tensor, batch: Sequence[int], like: Tensor) -> None:
-    """A warp (..., T, 2, 3) or (..., T, 3, 3) for frames of batch shape ``batch``.
-
-    Raises:
-        TypeError: not a floating tensor.
-        ValueError: another shape or device.
-    """
-    _check_floating(name, warp)
-    _check_device(name, warp, like)
+    """A warp (..., T, 2, 3) or (..., T, 3, 3) for frames of batch shape ``batch``."""
+    check_floating(name, warp)
+    _check_same_device(name, warp, like)
     if tuple(warp.shape) not in ((*batch, 2, 3), (*batch, 3, 3)):
-        raise ValueError(
-            message(
-                name,
-                f"shape {(*batch, 2, 3)} or {(*batch, 3, 3)}",
-                tuple(warp.shape),
-                "one matrix per frame, moving → reference",
-            )
-        )
+        expected = f"shape {(*batch, 2, 3)} or {(*batch, 3, 3)}"
+        cure = "one matrix per frame, moving → reference"
+        raise ValueError(message(name, expected, tuple(warp.shape), cure))
 
 
 def check_crop(crop_center: Any) -> tuple[int, int] | None:
-    """``None``, an int, or (h, w), each ≥ 1; returned as (h, w).
-
-    Raises:
-        TypeError: no integers.
-        ValueError: not one or two of them, or below 1.
-    """
+    """``None``, an int, or (h, w), each ≥ 1; returned as (h, w)."""
     if crop_center is None:
         return None
     values = tuple(crop_center) if isinstance(crop_center, Sequence) else (crop_center, crop_center)
+    expected, cure = "an int ≥ 1, or two (h, w)", "give whole pixels"
     if any(isinstance(value, bool) or not hasattr(value, "__index__") for value in values):
-        raise TypeError(message("crop_center", "an int or (h, w)", repr(crop_center), "give whole pixels"))
+        raise TypeError(message("crop_center", expected, repr(crop_center), cure))
     sizes = tuple(operator.index(value) for value in values)
     if len(sizes) != 2 or min(sizes) < 1:
-        raise ValueError(
-            message("crop_center", "an int ≥ 1, or two (h, w)", repr(crop_center), "give whole pixels")
-        )
+        raise ValueError(message("crop_center", expected, repr(crop_center), cure))
     return sizes[0], sizes[1]
 
 
 def check_bands(rgb_bands: object) -> tuple[int, int, int]:
-    """Three band indices, returned as ints.
-
-    Raises:
-        TypeError: not a sequence of integers.
-        ValueError: not three of them.
-    """
-    expected, cure = "three band indices (R, G, B)", "name three bands, e.g. (3, 2, 1)"
+    """Three band indices, returned as ints."""
+    expected, cure = "three band indices (R, G, B)", "give three integers, e.g. (3, 2, 1)"
+    complaint = message("rgb_bands", expected, repr(rgb_bands), cure)
     if isinstance(rgb_bands, str) or not isinstance(rgb_bands, Iterable):
-        raise TypeError(message("rgb_bands", expected, repr(rgb_bands), cure))
+        raise TypeError(complaint)
     try:
         bands = tuple(operator.index(band) for band in rgb_bands)
     except TypeError:
-        raise TypeError(message("rgb_bands", expected, repr(rgb_bands), cure)) from None
+        raise TypeError(complaint) from None
     if len(bands) != 3:
-        raise ValueError(message("rgb_bands", expected, repr(rgb_bands), cure))
+        raise ValueError(complaint)
     return bands[0], bands[1], bands[2]
 
 
-def _check_floating(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(
-            message(
-                name,
-                "a torch.Tensor",
-                type(tensor).__name__,
-                "wrap it with torch.as_tensor, or use ta.align for xarray",
-            )
-        )
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(
-            message(
-                name,
-                "a floating dtype",
-                tensor.dtype,
-                "convert it (`.float()`), or use ta.align, which restores the dtype",
-            )
-        )
-
-
-def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+def _check_same_device(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
-        raise ValueError(
-            message(
-                name, f"the cube's device {like.device}", tensor.device, f"move it: {name}.to(cube.device)"
-            )
-        )
+        cure = f"move it: {name}.to(cube.device)"
+        raise ValueError(message(name, f"the cube's device {like.device}", tensor.device, cure))

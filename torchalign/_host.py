@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import mmap
 import os
 import sys
@@ -17,18 +18,26 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "all_finite",
+    "all_true",
     "carries_gradient",
     "empty_on_host",
+    "fast_memory",
     "give_back_memory",
+    "in_pieces",
+    "is_known",
     "is_on_host",
-    "is_symbol",
-    "keep_memory",
+    "is_transformed",
+    "launches_kernels",
     "map_on_host",
+    "may_read",
 ]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Samples of one piece of a computation whose steps stay in the cache.
+_PIECE = 2**16
 # A result of this many bytes and more is put into huge pages.
 _HUGE_RESULT = 2**23
 # Parameters of ``mallopt``, and the variables by which a user sets them, or others that go with them.
@@ -45,9 +54,37 @@ def is_on_host(tensor: Tensor) -> bool:
     return not carries_gradient(tensor)
 
 
-def is_symbol(*numbers: object) -> bool:
-    """Whether one of them is no number but a symbol, as sizes can be under torch.export."""
-    return not all(isinstance(number, (int, float)) for number in numbers)
+def may_read(*tensors: Tensor | None) -> bool:
+    """Whether :func:`is_on_host` holds for all of them that are there."""
+    return all(tensor is None or is_on_host(tensor) for tensor in tensors)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every number is known to be finite: a tensor that may not be read is not asked.
+
+    One sum tells: a NaN or an infinity survives it. (A sum that overflows tells a harmless lie.)
+    """
+    return is_on_host(tensor) and math.isfinite(float(tensor.sum()))
+
+
+def all_true(tensor: Tensor) -> bool:
+    """Whether all of a bool tensor is known to be True: one that may not be read is not asked."""
+    return is_on_host(tensor) and bool(tensor.all())
+
+
+def launches_kernels(tensor: Tensor) -> bool:
+    """Whether an operation on it is a launch on a device: few large ones are then faster than many small ones."""
+    return tensor.device.type != "cpu"
+
+
+def is_known(number: object) -> bool:
+    """Whether a size is a number: under torch.export it can be a symbol, which must not be compared."""
+    return isinstance(number, (int, float))
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether it runs under a transform of torch.func (vmap, grad, jvp), which lets nothing but tensors through."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def carries_gradient(*tensors: Tensor) -> bool:
@@ -90,15 +127,39 @@ def give_back_memory() -> None:
         malloc_trim(0)
 
 
+def in_pieces(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function(*tensors)``, some rows of the first axis at a time where results are large and nobody traces.
+
+    On the eager CPU what one operation writes is then still in the cache when the next one reads it. The last of
+    the tensors is as large as the result.
+    """
+    length = tensors[-1].shape[-1]
+    if not may_read(*tensors) or tensors[-1].ndim != 2 or len({len(tensor) for tensor in tensors}) > 1:
+        return function(*tensors)
+    together = max(1, _PIECE // max(1, length))
+    if len(tensors[-1]) <= together:
+        return function(*tensors)
+    parts = zip(*(tensor.split(together) for tensor in tensors), strict=True)  # type: ignore[no-untyped-call]
+    return torch.cat([function(*part) for part in parts])
+
+
 @functools.cache
-def keep_memory() -> bool:
-    """What worker threads free stays with the process, for the next block; whether glibc took it.
+def fast_memory() -> bool:
+    """Freed memory stays with the process from now on; whether glibc took it. For the CPU, and only if you ask.
 
     A block of frames frees some 30 MiB at its end. glibc hands that back to the system, and the next block takes a
-    page fault for every 4 KiB of it, at which threads wait for each other. With these limits up to 64 MiB stay at
-    the end of each of its heaps, of which a thread has one, and stay when the thread ends, until
-    :func:`give_back_memory`. They are the most that glibc comes to by itself, once a program has freed nearly
-    32 MiB in one piece. They hold for the whole process; where its environment names limits, those stand.
+    page fault for every 4 KiB of it, at which threads wait for each other: up to half of the time of a
+    :class:`~torchalign.PCC` on two threads. With these limits (``M_MMAP_THRESHOLD`` 32 MiB, ``M_TRIM_THRESHOLD``
+    64 MiB, of ``mallopt``) up to 64 MiB stay at the end of each of its heaps, of which a thread has one. They hold
+    for the whole process; where its environment names limits, those stand. Without glibc nothing is set.
+
+    Much the same is won by torch's own ``THP_MEM_ALLOC_ENABLE=1``, in the environment before its first tensor:
+    pages of 2 MiB.
+
+    Example:
+        >>> import torchalign as ta
+        >>> ta.fast_memory() in (True, False)
+        True
     """
     mallopt = _find_in_libc("mallopt")
     if mallopt is None or _memory_is_users(os.environ):
@@ -122,7 +183,6 @@ def map_on_host(function: Callable[[Item], Result], items: Sequence[Item]) -> li
     workers = min(torch.get_num_threads(), len(items))
     if workers <= 1:
         return [function(item) for item in items]
-    keep_memory()
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def run(item: Item) -> Result:

@@ -6,9 +6,7 @@ told apart with any colour vision; a status differs in its marker too.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Hashable, Sequence
-from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,8 +14,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from torchalign._check import message
-from torchalign._labelled import find_dims as _find_dims
-from torchalign._labelled import find_nodata
+from torchalign.cube.labels import find_bands, find_dims, find_frame, time_labels
+from torchalign.cube.pixels import find_nodata
 from torchalign.types import Status
 
 Statistic = Literal["median", "mean"]
@@ -89,20 +87,12 @@ def dark(code: Status) -> str:
 # --- the cube as pictures ---
 
 
-def find_dims(cube: object, name: str = "cube") -> dict[str, Hashable]:
-    """Role → name of the dim; "band" is left out where there is none."""
-    if not isinstance(cube, xr.DataArray):
-        cure = "give what ta.align took and returned"
-        raise TypeError(message(name, "an xarray.DataArray", type(cube).__name__, cure))
-    return _find_dims(cube.dims, dict.fromkeys(("time", "band", "y", "x")))
-
-
 def load_frames(cube: xr.DataArray, name: str, bands: Sequence[Hashable] | None) -> Frames:
     """The display bands, in memory; three of them, or one three times."""
     dims = find_dims(cube, name)
     chosen, words = cube, "one band"
     if "band" in dims:
-        numbers = find_bands(cube, dims["band"], bands)
+        numbers = display_bands(cube, dims["band"], bands)
         chosen = cube.isel({dims["band"]: numbers})
         labelled = dims["band"] in cube.coords
         words = ("bands " if len(numbers) > 1 else "band ") + ", ".join(
@@ -118,8 +108,8 @@ def load_frames(cube: xr.DataArray, name: str, bands: Sequence[Hashable] | None)
     return Frames(values, time_labels(cube, dims["time"]), words)
 
 
-def find_bands(cube: xr.DataArray, dim: Hashable, bands: Sequence[Hashable] | None) -> list[int]:
-    """Positions of the bands to display."""
+def display_bands(cube: xr.DataArray, dim: Hashable, bands: Sequence[Hashable] | None) -> list[int]:
+    """Positions of the bands to display: those asked for, or red, green and blue."""
     labels = cube[dim].values.tolist() if dim in cube.coords else []
     count = cube.sizes[dim]
     if bands is None:
@@ -130,49 +120,11 @@ def find_bands(cube: xr.DataArray, dim: Hashable, bands: Sequence[Hashable] | No
         if count > max(_RGB_BANDS):
             return list(_RGB_BANDS)
         return [0, 1, 2] if count == 3 else [0]
-    chosen = []
-    for band in bands:
-        if band in labels:
-            chosen.append(labels.index(band))
-        elif isinstance(band, (int, np.integer)) and 0 <= band < count:
-            chosen.append(int(band))
-        else:
-            expected = f"positions below {count}" + (f" or labels of {labels}" if labels else "")
-            raise ValueError(message("bands", expected, repr(band), "name one or three bands that exist"))
+    chosen = find_bands(bands, labels, count)
     if len(chosen) not in (1, 3):
         cure = "name the bands for red, green and blue"
         raise ValueError(message("bands", "one or three bands", repr(bands), cure))
     return chosen
-
-
-def find_frame(cube: xr.DataArray, frame: Label) -> int:
-    """The position of one frame, from a label (a date stands for its one frame) or a position."""
-    dim, count = find_dims(cube)["time"], cube.sizes[find_dims(cube)["time"]]
-    if dim in cube.coords:
-        label = str(frame) if isinstance(frame, (np.datetime64, datetime.date)) else frame
-        with suppress(KeyError, TypeError, ValueError, IndexError):
-            numbers = xr.DataArray(np.arange(count), {dim: cube[dim]}, [dim])
-            matches = np.ravel(numbers.sel({dim: label}).values)
-            if len(matches) == 1:
-                return int(matches[0])
-    if isinstance(frame, (int, np.integer)) and not isinstance(frame, bool) and -count <= frame < count:
-        return int(frame) % count
-    labels = time_labels(cube, dim)
-    shown = ", ".join(labels if len(labels) < 5 else (labels[0], labels[1], "…", labels[-1]))
-    cure = "name one frame by its label, or by its position"
-    raise ValueError(message("frame", f"one of {count} frames ({shown})", repr(frame), cure))
-
-
-def time_labels(cube: xr.DataArray, dim: Hashable) -> list[str]:
-    """Days in ISO 8601, or whatever the time coordinate holds, or the positions."""
-    if dim not in cube.coords:
-        return [str(number) for number in range(cube.sizes[dim])]
-    values = cube[dim].values
-    if values.dtype.kind == "M":
-        days = np.datetime_as_string(values, unit="D").tolist()
-        # two frames of one day are told apart by the hour
-        return days if len(set(days)) == len(days) else np.datetime_as_string(values, unit="m").tolist()
-    return [str(value) for value in values.tolist()]
 
 
 def over_time(values: Array, statistic: Statistic) -> Array:
@@ -269,7 +221,7 @@ def compare(
     status = status_of(report, len(before.values))
     kept = status == Status.OK
     if frame is not None:
-        kept = np.arange(len(status)) == find_frame(cube, frame)
+        kept = np.arange(len(status)) == find_frame(cube, find_dims(cube)["time"], frame)
     if not kept.any():  # better all than none
         kept[:] = True
     pictures = [over_time(frames.values[kept], statistic) for frames in (before, after)]

@@ -14,15 +14,13 @@ import numpy as np
 import xarray as xr
 
 from torchalign._check import message
-from torchalign._files import is_store
-from torchalign._labelled import Array, find_dims
-from torchalign._reference import ReferenceName
+from torchalign.cube.files import is_store
+from torchalign.cube.labels import Array, band_labels, find_bands, find_dims
+from torchalign.cube.reference import ReferenceName
 
 __all__ = [
     "CUBES",
     "Source",
-    "band_labels",
-    "cube_dims",
     "is_raster",
     "open_mask",
     "open_reference",
@@ -109,19 +107,6 @@ def open_source(
         yield Source(cube, others, dataset.attrs)
 
 
-def cube_dims(cube: xr.DataArray) -> dict[str, Any]:
-    """Role → name of the dim."""
-    return find_dims(cube.dims, dict.fromkeys(("time", "band", "y", "x")))
-
-
-def band_labels(cube: xr.DataArray) -> tuple[list[str], int]:
-    """The labels, none where there are none, and the number of the bands."""
-    band = cube_dims(cube).get("band")
-    if band is None:
-        return [], 1
-    return [str(label) for label in cube[band].values] if band in cube.coords else [], cube.sizes[band]
-
-
 # --- GeoTIFFs ---
 
 
@@ -143,7 +128,7 @@ def _open_stack(
             message("SRC", "one folder, or files", got, "give the files, as the shell lists them")
         )
     source: Any = folders[0] if folders else list(paths)
-    chosen = None if bands is None else [int(b) if b.isdecimal() else b for b in _split(bands)]
+    chosen = None if bands is None else _split(bands)
     options: dict[str, Any] = {"pattern": pattern, "bands": chosen, "errors": "skip" if skip_bad else "raise"}
     chunks = None
     if lazy or (lazy is None and find_spec("dask") is not None):
@@ -211,7 +196,7 @@ def _find_variable(
     candidates = []
     for key, array in dataset.data_vars.items():
         try:
-            cube_dims(array)
+            find_dims(array)
         except ValueError:
             continue
         if array.dtype.kind in ("biuf" if masks else "iuf") and key != skip:
@@ -234,32 +219,22 @@ def _split(bands: str) -> list[str]:
 
 
 def _select_bands(cube: xr.DataArray, bands: str) -> xr.DataArray:
-    dims = cube_dims(cube)
+    dims = find_dims(cube)
     if "band" not in dims:
         raise ValueError(
             message("--bands", "a cube with bands", f"one with {cube.dims}", "leave --bands out")
         )
-    labels, count = band_labels(cube)
-    numbers = []
-    for wanted in _split(bands):
-        if wanted in labels:  # a label goes before a position
-            numbers.append(labels.index(wanted))
-        elif wanted.isdecimal() and int(wanted) < count:
-            numbers.append(int(wanted))
-        else:
-            expected = f"some of {labels}" if labels else f"numbers below {count}"
-            raise ValueError(message("--bands", expected, repr(wanted), "separate them by commas"))
-    return cube.isel({dims["band"]: numbers})
+    return cube.isel({dims["band"]: find_bands(_split(bands), *band_labels(cube), name="--bands")})
 
 
 def _chunked(cube: xr.DataArray) -> xr.DataArray:
     """Whole frames, a few in a chunk."""
-    time = cube_dims(cube)["time"]
+    time = find_dims(cube)["time"]
     return cube.chunk({time: _frames_in_a_chunk(cube), **{dim: -1 for dim in cube.dims if dim != time}})
 
 
 def _frames_in_a_chunk(cube: xr.DataArray) -> int:
-    frame_bytes = cube.nbytes // max(1, cube.sizes[cube_dims(cube)["time"]])
+    frame_bytes = cube.nbytes // max(1, cube.sizes[find_dims(cube)["time"]])
     return max(1, _CHUNK_BYTES // max(1, frame_bytes))
 
 
@@ -279,7 +254,7 @@ def open_mask(mask: str, source: Source, *, invert: bool, pattern: str) -> xr.Da
         array = _open_array(
             "--mask", mask, pattern, f"a variable of SRC ({sorted(source.others)}), a file or a folder"
         )
-    dims = cube_dims(array) if array.ndim == 4 else {}
+    dims = find_dims(array) if array.ndim == 4 else {}
     if "band" in dims:
         if array.sizes[dims["band"]] != 1:
             got = f"{array.sizes[dims['band']]} bands"
@@ -311,7 +286,7 @@ def open_reference(reference: str, pattern: str) -> str | xr.DataArray:
     if not path.exists() or not (is_raster(path) or _is_zarr(path) or path.suffix.lower() in _NETCDF):
         return reference
     array = _open_array("--reference", reference, pattern, "a file")
-    dim = cube_dims(array)["time"] if array.ndim == 4 else None
+    dim = find_dims(array)["time"] if array.ndim == 4 else None
     return array.isel({dim: 0}, drop=True) if dim is not None and array.sizes[dim] == 1 else array
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 import math
-import operator
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,30 +21,47 @@ from torchalign._check import (
     check_option,
     check_reference,
     check_warp,
-    message,
 )
-from torchalign._host import empty_on_host, is_on_host, map_on_host
-from torchalign.functional.affine import MotionModel, change_origin, identity_warp
-from torchalign.functional.channels import Channel, ChannelName, center_crop, extract_channel
+from torchalign._host import all_finite, empty_on_host, is_transformed, map_on_host, may_read
+from torchalign.functional.affine import change_origin, identity_warp, split_at_center
+from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel
+from torchalign.functional.motion import MotionModel
 from torchalign.functional.quality import gate_stages
-from torchalign.functional.warp import Interpolation, PaddingMode, resample, resample_into, translate
-from torchalign.types import Alignment, Estimate, Motion, Status
+from torchalign.functional.smoothing import triangle_mean
+from torchalign.functional.structure import orientation_field
+from torchalign.functional.texture import Contrast
+from torchalign.functional.warp import Interpolation, PaddingMode, resample
+from torchalign.types import Alignment, Estimate, Motion, ShiftField, Status, combine
 
-__all__ = ["Aligner", "Job", "Motion", "full_precision"]
+__all__ = ["Aligner", "Block", "Job", "Motion", "SharedOptions", "full_precision", "undo_init"]
 
 # Eager CPU: pixels of one block of frames. Fewer cost calls, more leave the cache.
 _BLOCK_PIXELS = 2**20
 
 
+class SharedOptions(TypedDict, total=False):
+    """The options that :class:`Aligner` takes, by which a type checker knows the ``**shared`` of a method."""
+
+    channel: Channel
+    rgb_bands: Sequence[int]
+    crop_center: int | Sequence[int] | None
+    max_translation: float
+    min_score: float | None
+    interpolation: Interpolation
+    padding_mode: PaddingMode
+    fill_value: float | None
+
+
 class Aligner(nn.Module, ABC):
     """Options that every method shares, and the way from a cube to an alignment.
 
-    A method implements :meth:`estimate_motion`, and says in ``motion`` what it can move.
+    A method implements :meth:`estimate_motion`, and says in ``motion`` what it can move. Its constructor takes its
+    own options and ``**shared``, which it hands on; its signature and its docstring then show those options too.
 
     Args:
-        channel: what of the bands the estimate sees: a band index, ``"mean"``, ``"luminance"``, ``"rgb_mean"``,
-            ``"gradients"``, or a callable or Module (..., C, H, W) → (..., H, W), which sees what lies under a
-            mask. All bands are warped.
+        channel: the image of the bands that is registered: a band index, ``"mean"``, ``"luminance"``,
+            ``"rgb_mean"``, ``"gradients"``, or a callable or Module (..., C, H, W) → (..., H, W), which is given
+            what lies under a mask too. All bands are warped.
         rgb_bands: the indices of R, G, B.
         crop_center: estimate from the central int or (h, w) pixels only; the whole frame is warped.
         max_translation: limit of the displacement of the frame's centre, in pixels.
@@ -59,6 +76,11 @@ class Aligner(nn.Module, ABC):
     """
 
     motion: MotionModel = "translation"
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        if "__init__" in vars(cls):
+            _show_shared_options(cls)
 
     def __init__(
         self,
@@ -77,8 +99,7 @@ class Aligner(nn.Module, ABC):
         check_number("min_score", min_score, minimum=-1, maximum=1, optional=True)
         check_option("interpolation", interpolation, Interpolation)
         check_option("padding_mode", padding_mode, PaddingMode)
-        if isinstance(channel, str) or not callable(channel):
-            _check_channel(channel)
+        check_channel(channel)
         if fill_value is None or fill_value == fill_value:  # NaN is a fill value like any other
             check_number("fill_value", fill_value, optional=True)
         self.channel = channel
@@ -107,34 +128,30 @@ class Aligner(nn.Module, ABC):
         """
         check_cube(cube)
         # one region around all of it: torch.export can save no size that is handed from one to the next
-        with torch.autocast(device_type=cube.device.type, enabled=False):
+        with full_precision(cube):
             return self._align(self._check(cube, reference, mask, reference_mask, init))
 
     def _align(self, job: Any) -> Alignment:
-        cube = job.cube
         blocks = self._blocks(job)
         if len(blocks) == 1:
-            estimate, only_shifts = self._estimate(job)
-            if only_shifts:
-                shift = estimate.warp[..., :2, 2]
-                aligned = translate(cube, shift, mask=job.mask, **self._resampling()).values
-            else:
-                aligned = resample(cube, estimate.warp, mask=job.mask, **self._resampling()).values
-            return Alignment(self._keep_rejected(aligned, cube, estimate), estimate)
-
-        # a block that was just estimated is still in the cache
-        aligned = empty_on_host(cube.shape, cube.dtype)
+            return self._align_block(job)
+        aligned = empty_on_host(job.cube.shape, job.cube.dtype)
 
         def align(part: slice) -> Estimate:
-            block = job.part(part)
-            estimate, _ = self._estimate(block)
-            out = aligned[part]
-            resample_into(out, block.cube, estimate.warp, mask=block.mask, **self._resampling())
-            if self.fill_value is not None:
-                out.copy_(self._keep_rejected(out, block.cube, estimate))
-            return estimate
+            # a block that was just estimated is still in the cache
+            return self._align_block(job.part(part), aligned[part]).estimate
 
         return Alignment(aligned, _concatenate(self._map(align, blocks)))
+
+    def _align_block(self, job: Any, out: Tensor | None = None) -> Alignment:
+        estimate, only_shifts = self._estimate(job)
+        warp = estimate.warp[..., :2, 2] if only_shifts else estimate.warp
+        aligned = resample(job.cube, warp, mask=job.mask, out=out, **self._resampling()).values
+        if self.fill_value is not None:
+            # the fill is for what a warp leaves empty; a frame without a warp stays as it came
+            kept = torch.where(estimate.valid[..., None, None, None], aligned, job.cube)
+            aligned = kept if out is None else out.copy_(kept)
+        return Alignment(aligned, estimate)
 
     def estimate(
         self,
@@ -161,7 +178,7 @@ class Aligner(nn.Module, ABC):
             ValueError: a shape or a device does not fit.
         """
         check_cube(cube)
-        with torch.autocast(device_type=cube.device.type, enabled=False):
+        with full_precision(cube):
             job = self._check(cube, reference, mask, reference_mask, init)
             return self._estimate_all(job, self._blocks(job))
 
@@ -176,6 +193,25 @@ class Aligner(nn.Module, ABC):
             Anything; by default nothing.
         """
         return None
+
+    @property
+    def score_contrast(self) -> Contrast:
+        """What frames are compared by: ``"local"``, or across sensors ``"structure"``."""
+        return "local"
+
+    def score_image(self, image: Tensor, usable: Tensor | None) -> Tensor:
+        """What of the channel the gate correlates, by :attr:`score_contrast`.
+
+        Args:
+            image: (..., T, H, W), finite: unusable pixels hold 0.
+            usable: (..., T, H, W) bool, or ``None`` if all of it is.
+
+        Returns:
+            (..., T, H, W), the image; or for ``"structure"`` (2, ..., T, H, W), the orientation of its gradients.
+        """
+        if self.score_contrast != "structure":
+            return image
+        return triangle_mean(orientation_field(image, usable), 1)
 
     @abstractmethod
     def estimate_motion(
@@ -207,7 +243,6 @@ class Aligner(nn.Module, ABC):
         reference_mask: Tensor | None,
         init: Tensor | None,
     ) -> Any:
-        check_cube(cube)
         reference = check_reference(reference, cube)
         batch, size = cube.shape[:-3], cube.shape[-2:]
         mask = check_mask("mask", mask, (*batch, *size), cube)
@@ -216,17 +251,16 @@ class Aligner(nn.Module, ABC):
             check_warp("init", init, batch, cube)
         if mask is not None:
             mask = mask.expand(*batch, *size)
-        with full_precision(cube):
-            seen, usable = self._see(reference, reference_mask)
-            # what all blocks share is prepared once, the rest with its block
-            shared = seen.shape[0] == 1 and (usable is None or usable.shape[0] == 1)
-            prepared = _Prepared(self.prepare_reference(seen, usable)) if shared else None
-        return Job(cube, mask, seen, usable, prepared, init)
+        image, usable = self._extract_channel(reference, reference_mask)
+        # what all blocks share is prepared once, the rest with its block
+        shared = image.shape[0] == 1 and (usable is None or usable.shape[0] == 1)
+        prepared = _Prepared(self.prepare_reference(image, usable)) if shared else None
+        return Job(cube, mask, image, usable, prepared, init)
 
     def _blocks(self, job: Any) -> list[slice]:
         """What is estimated together, along the first axis: everything, but for the eager CPU."""
-        # first of all the host: under a trace, the number of frames must not be looked at
-        if not all(map(is_on_host, [*job.tensors(), *self.parameters()])):
+        # first of all the host: under a trace, the number of frames must not be asked for
+        if not may_read(*job.tensors(), *self.parameters()):
             return [slice(None)]
         rows, pixels = job.cube.shape[0], math.prod(job.cube.shape[1:-3]) * math.prod(job.cube.shape[-2:])
         limit = self._block_pixels()
@@ -251,46 +285,49 @@ class Aligner(nn.Module, ABC):
 
     def _estimate(self, job: Any) -> tuple[Estimate, bool]:
         """The estimate of a block; and whether its warps are translations, whatever the data."""
-        with full_precision(job.cube):
-            seen = self._see_block(job)
-            motion = self._find_motion(job, seen)
-            return self._judge([motion], [self.max_translation], job, seen), motion.only_shifts
+        block = self._prepare_block(job)
+        motion = self._find_motion(job, block)
+        return self._judge([motion], [self.max_translation], job, block), motion.only_shifts
 
-    def _see_block(self, job: Job) -> _Seen:
+    def _prepare_block(self, job: Job) -> Block:
         """What a method is given of a block: the channel, cropped, and an init in its coordinates."""
-        moving, usable = self._see(job.cube, job.mask)
+        moving, usable = self._extract_channel(job.cube, job.mask)
         _, origin = center_crop(job.cube, self.crop_center)
-        init, lost = (None, None) if job.init is None else _readable(job.init.to(moving.dtype))
+        init, nonfinite = (None, None) if job.init is None else _finite(job.init.to(moving.dtype))
         if init is not None and origin != (0, 0):
             init = change_origin(init, origin)
         prepared = job.prepared or _Prepared(self.prepare_reference(job.reference, job.usable))
-        return _Seen(moving, usable, prepared.value, init, lost, origin)
+        return Block(moving, usable, prepared.value, init, nonfinite, origin)
 
-    def _find_motion(self, job: Job, seen: _Seen) -> Motion:
-        """The method's own word; a frame whose init was no number has not converged."""
+    def _find_motion(self, job: Job, block: Block) -> Motion:
+        """The method's own word; a frame whose init was not finite has not converged."""
         motion = self.estimate_motion(
-            seen.moving, seen.usable, job.reference, job.usable, seen.prepared, seen.init
+            block.moving, block.usable, job.reference, job.usable, block.prepared, block.init
         )
-        if seen.lost is None:
+        if block.nonfinite is None:
             return motion
-        return motion._replace(status=torch.where(seen.lost, int(Status.NOT_CONVERGED), motion.status))
+        return motion._replace(status=torch.where(block.nonfinite, int(Status.NOT_CONVERGED), motion.status))
 
     def _judge(
-        self, motions: Sequence[Motion], max_translations: Sequence[float], job: Job, seen: _Seen
+        self, motions: Sequence[Motion], max_translations: Sequence[float], job: Job, block: Block
     ) -> Estimate:
         """The gate's word, in the coordinates of the whole frame."""
+        moving = self.score_image(block.moving, block.usable)
         estimate = gate_stages(
             motions,
-            seen.moving,
-            job.reference,
-            moving_usable=seen.usable,
+            moving,
+            self.score_image(job.reference, job.usable),
+            vector=moving.ndim > block.moving.ndim,
+            moving_usable=block.usable,
             reference_usable=job.usable,
             max_translations=max_translations,
             min_score=self.min_score,
         )
-        if seen.origin == (0, 0):
+        if estimate.field is None and is_transformed(estimate.warp):
+            estimate = estimate._replace(field=ShiftField.empty_like(estimate.warp))
+        if block.origin == (0, 0):
             return estimate
-        back = change_origin(estimate.warp, (-seen.origin[0], -seen.origin[1]))
+        back = change_origin(estimate.warp, (-block.origin[0], -block.origin[1]))
         if back.shape[-2] == 3:
             back = back / back[..., 2:, 2:]
         # the conjugate of an identity is one but for rounding; a rejected frame's must be exact
@@ -303,47 +340,36 @@ class Aligner(nn.Module, ABC):
             "fill_value": self.fill_value,
         }
 
-    def _keep_rejected(self, aligned: Tensor, cube: Tensor, estimate: Estimate) -> Tensor:
-        """The fill is for what a warp leaves empty; a frame without a warp stays as it came."""
-        if self.fill_value is None:
-            return aligned
-        return torch.where(estimate.valid[..., None, None, None], aligned, cube)
-
-    def _see(self, cube: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _extract_channel(self, cube: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The channel in float32 or float64, cropped, 0 where unusable; and where it is usable."""
         window, _ = center_crop(cube, self.crop_center)
         if window.dtype.itemsize < 4 and not callable(self.channel):
             window = window.float()
         if mask is not None:
             mask = center_crop(mask.expand(*mask.shape[:-2], *cube.shape[-2:]), self.crop_center)[0]
-            if self.channel == "gradients":  # a masked value must not be seen from next door either
+            if self.channel == "gradients":  # a masked value must not reach its neighbours either
                 window = torch.where(mask.unsqueeze(-3), window, torch.nan)
-        seen = extract_channel(window, self.channel, rgb_bands=self.rgb_bands)
-        if seen.dtype.itemsize < 4:
-            seen = seen.float()
-        if mask is None and is_on_host(seen) and math.isfinite(float(seen.sum())):
-            return seen, None  # one read tells that all is finite, where reading costs no synchronisation
-        usable = seen.isfinite()
+        image = extract_channel(window, self.channel, rgb_bands=self.rgb_bands)
+        if image.dtype.itemsize < 4:
+            image = image.float()
+        if mask is None and all_finite(image):
+            return image, None
+        usable = image.isfinite()
         if mask is not None:
             usable = usable & mask
-        return torch.where(usable, seen, 0.0), usable
+        return torch.where(usable, image, 0.0), usable
 
     def extra_repr(self) -> str:
         """The options, as they are written in the constructor."""
         return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
 
     def _options(self) -> dict[str, Any]:
-        named = (
-            "channel",
-            "rgb_bands",
-            "crop_center",
-            "max_translation",
-            "min_score",
-            "interpolation",
-            "padding_mode",
-            "fill_value",
-        )
-        return {name: getattr(self, name) for name in named if not isinstance(getattr(self, name), nn.Module)}
+        named = {
+            name: getattr(self, name)
+            for name in inspect.signature(type(self)).parameters
+            if hasattr(self, name)
+        }
+        return {name: value for name, value in named.items() if not isinstance(value, nn.Module)}
 
 
 class _Prepared(NamedTuple):
@@ -380,52 +406,72 @@ class Job(NamedTuple):
         )
 
 
-class _Seen(NamedTuple):
+class Block(NamedTuple):
     """What of a block a method is given."""
 
     moving: Tensor  # (..., T, h, w), the channel, cropped
     usable: Tensor | None
     prepared: Any
     init: Tensor | None  # in the coordinates of the crop
-    lost: Tensor | None  # (..., T), where an init was no number
+    nonfinite: Tensor | None  # (..., T), where an init was not finite
     origin: tuple[int, int]  # (x, y) of the crop
 
+    def is_over(self, other: Block) -> bool:
+        """Whether both are the same crop."""
+        return self.origin == other.origin and self.moving.shape[-2:] == other.moving.shape[-2:]
 
-def _readable(init: Tensor) -> tuple[Tensor, Tensor]:
-    """Warps that are no numbers are replaced by the identity; and where (..., T)."""
-    lost = ~init.isfinite().flatten(-2).all(-1)
+
+def _finite(init: Tensor) -> tuple[Tensor, Tensor]:
+    """The identity instead of warps that are not finite; and where those are (..., T)."""
+    nonfinite = ~init.isfinite().flatten(-2).all(-1)
     identity = identity_warp(homography=init.shape[-2] == 3, device=init.device, dtype=init.dtype)
-    return torch.where(lost[..., None, None], identity, init), lost
+    return torch.where(nonfinite[..., None, None], identity, init), nonfinite
 
 
 def _concatenate(parts: list[Estimate]) -> Estimate:
-    return Estimate(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    return combine(torch.cat, parts)
 
 
-def full_precision(cube: Tensor) -> contextlib.AbstractContextManager[Any]:
+def undo_init(
+    init: Tensor | None, moving: Tensor, usable: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The frames with what an init does about their centre undone, for methods that find what is left.
+
+    Args:
+        init: as :meth:`Aligner.estimate_motion` is given it.
+        moving: (..., T, H, W).
+        usable: (..., T, H, W) bool, or ``None``.
+
+    Returns:
+        ``(moving, usable, start, about_centre)``: the frames, resampled unless the init is a translation; where
+        they are usable; the init's translation (..., T, 2), or ``None``; the warp that was undone
+        (..., T, 2 or 3, 3), or ``None``.
+    """
+    if init is None or init.shape[-1] == 2:
+        return moving, usable, init, None
+    start, about_centre = split_at_center(init, (moving.shape[-2], moving.shape[-1]))
+    undone = resample(moving.unsqueeze(-3), about_centre, interpolation="bicubic", mask=usable)
+    return undone.values.squeeze(-3).nan_to_num(), undone.validity, start, about_centre
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
     """FFTs and sampling positions need float32, whatever the network around uses."""
-    if not torch.is_autocast_enabled(cube.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device_type=cube.device.type, enabled=False)
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _check_channel(channel: object) -> None:
-    """An index or a name; the number of bands is known only when a cube comes."""
-    if isinstance(channel, str):
-        check_option("channel", channel, ChannelName)
+def _show_shared_options(kind: type[Aligner]) -> None:
+    """The signature and the docstring of a method name the options behind ``**shared``, as if written there."""
+    constructor: Any = vars(kind)["__init__"]
+    signature = inspect.signature(constructor)
+    own = [parameter for name, parameter in signature.parameters.items() if name != "shared"]
+    if len(own) == len(signature.parameters):
         return
-    if not isinstance(channel, bool) and hasattr(channel, "__index__"):
-        try:
-            operator.index(channel)
-        except TypeError:  # a tensor with a fraction has the method too
-            pass
-        else:
-            return
-    raise TypeError(
-        message(
-            "channel",
-            "a band index, a name or a callable",
-            f"{channel!r} ({type(channel).__name__})",
-            "see the docstring",
-        )
-    )
+    options = inspect.signature(Aligner.__init__).parameters
+    shown = [
+        option for name, option in options.items() if name != "self" and name not in signature.parameters
+    ]
+    constructor.__signature__ = signature.replace(parameters=[*own, *shown])
+    text = re.search(r"(?<=Args:\n).*?(?=\n\n)", inspect.cleandoc(Aligner.__doc__ or ""), re.DOTALL)
+    if kind.__doc__ and text:
+        lines = inspect.cleandoc(kind.__doc__).splitlines()
+        kind.__doc__ = "\n".join(text.group() if "**shared:" in line else line for line in lines)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchalign._check import message
-from torchalign.aligner import Aligner, Job, full_precision
+from torchalign.aligner import Aligner, Block, Job
 from torchalign.functional.affine import (
     center_displacement,
     change_origin,
@@ -17,9 +17,13 @@ from torchalign.functional.affine import (
     to_homogeneous,
     translation_warp,
 )
+from torchalign.functional.texture import Contrast
+from torchalign.functional.uncertainty import isotropic
 from torchalign.types import Estimate, Motion
 
 __all__ = ["Cascade"]
+
+_ONE_BY_ONE = "give them one by one: Cascade(PCC(), ECC())"
 
 
 class Cascade(Aligner):
@@ -57,14 +61,7 @@ class Cascade(Aligner):
             raise ValueError(message("stages", "at least one aligner", "none", "give e.g. PCC(), ECC()"))
         for stage in stages:
             if not isinstance(stage, Aligner):
-                raise TypeError(
-                    message(
-                        "stages",
-                        "aligners",
-                        type(stage).__name__,
-                        "give them one by one: Cascade(PCC(), ECC())",
-                    )
-                )
+                raise TypeError(message("stages", "aligners", type(stage).__name__, _ONE_BY_ONE))
         last = stages[-1]
         super().__init__(
             max_translation=last.max_translation,
@@ -103,6 +100,11 @@ class Cascade(Aligner):
         assert found is not None  # there is at least one stage
         return found
 
+    @property
+    def score_contrast(self) -> Contrast:
+        """That of the last stage, see :attr:`Aligner.score_contrast`."""
+        return self._stages()[-1].score_contrast
+
     def _stages(self) -> list[Aligner]:
         return list(self.stages)  # type: ignore[arg-type]  # a ModuleList of aligners
 
@@ -120,30 +122,28 @@ class Cascade(Aligner):
         )
 
     def _estimate(self, jobs: _Jobs) -> tuple[Estimate, bool]:
-        with full_precision(jobs.cube):
-            whole = (jobs.cube.shape[-2], jobs.cube.shape[-1])
-            motions, init = [], None
-            for stage, job in zip(self._stages(), jobs.jobs, strict=True):
-                seen = stage._see_block(job)
-                if init is not None:
-                    seen = seen._replace(init=_change_origin(init, seen.origin), lost=None)
-                motion = stage._find_motion(job, seen)
-                back = (-seen.origin[0], -seen.origin[1])
-                view = (seen.origin, seen.moving.shape[-2:])
-                motion = motion._replace(warp=_change_origin(motion.warp, back))
-                start = job.init.to(motion.warp.dtype) if init is None and job.init is not None else init
-                init = _next_init(start, motion, stage, whole)
-                motions.append((motion, view))
-            # what the last stage sees decides; inliers over another view would be in the wrong place
-            judged = [
-                motion._replace(
-                    warp=_change_origin(motion.warp, seen.origin),
-                    inliers=motion.inliers if own == view else None,
-                )
-                for motion, own in motions
-            ]
-            limits = [stage.max_translation for stage in self._stages()]
-            return self._judge(judged, limits, job, seen), all(motion.only_shifts for motion in judged)
+        whole = (jobs.cube.shape[-2], jobs.cube.shape[-1])
+        motions: list[tuple[Motion, Block]] = []
+        init = None
+        for stage, job in zip(self._stages(), jobs.jobs, strict=True):
+            block = stage._prepare_block(job)
+            if init is not None:
+                block = block._replace(init=_change_origin(init, block.origin), nonfinite=None)
+            motion = stage._find_motion(job, block)
+            motion = motion._replace(warp=_change_origin(motion.warp, (-block.origin[0], -block.origin[1])))
+            start = job.init.to(motion.warp.dtype) if init is None and job.init is not None else init
+            init = _next_init(start, motion, stage, whole)
+            motions.append((motion, block))
+        # the channel and crop of the last stage decide; inliers over another crop would be in the wrong place
+        judged = [
+            motion._replace(
+                warp=_change_origin(motion.warp, block.origin),
+                inliers=motion.inliers if own.is_over(block) else None,
+            )
+            for motion, own in motions
+        ]
+        limits = [stage.max_translation for stage in self._stages()]
+        return self._judge(judged, limits, job, block), all(motion.only_shifts for motion in judged)
 
     def _map(self, function: Callable[[slice], Estimate], blocks: list[slice]) -> list[Estimate]:
         stateful = any(callable(stage.channel) for stage in self._stages())
@@ -205,12 +205,16 @@ def _last_trusted(first: Motion, second: Motion) -> Motion:
     if warps[0].shape[-2] != warps[1].shape[-2]:
         warps = to_homogeneous(warps[0]), to_homogeneous(warps[1])
     trusted = second.status == 0
+    covariances = [
+        isotropic(one.sigma) if one.covariance is None else one.covariance for one in (first, second)
+    ]
     return Motion(
         torch.where(trusted[..., None, None], warps[1], warps[0]),
         torch.where(trusted, second.sigma, first.sigma),
         torch.where(trusted, second.status, first.status),
         second.inliers,
         first.only_shifts and second.only_shifts,
+        torch.where(trusted[..., None, None], covariances[1], covariances[0]),
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from torchalign._check import message
-from torchalign._files import atomic, is_store
+from torchalign.cube.files import atomic, is_store
 
 if TYPE_CHECKING:
     import typer
@@ -458,8 +458,8 @@ def _align(
     from typing import get_args
 
     import torchalign
-    from torchalign._reference import ReferenceName
     from torchalign._sources import open_mask, open_reference, open_source
+    from torchalign.cube.reference import ReferenceName
 
     # a mask may be a variable of SRC, and a reference a word or a label
     named = [mask, None if reference in get_args(ReferenceName) else reference]
@@ -548,11 +548,10 @@ def _without_unknown_empty(cube: "xr.DataArray", solution: "xr.Dataset") -> "xr.
     """Without the empty frames that a report has not, for ``align --skip-bad`` has left them out."""
     import numpy as np
 
-    from torchalign._labelled import find_nodata
-    from torchalign._reference import label_text
-    from torchalign._sources import cube_dims
+    from torchalign.cube.labels import find_dims, label_text
+    from torchalign.cube.pixels import find_nodata
 
-    time, there = cube_dims(cube)["time"], solution["status"].dims[0]
+    time, there = find_dims(cube)["time"], solution["status"].dims[0]
     if there not in solution.coords:
         return cube
     known = {label_text(label) for label in solution[there].values}
@@ -673,7 +672,7 @@ def _find_channel(wanted: str, cube: "xr.DataArray") -> int | str:
     """A channel's name as it is; the label or the index of a band as an index."""
     from typing import get_args
 
-    from torchalign._sources import band_labels
+    from torchalign.cube.labels import band_labels
     from torchalign.functional.channels import ChannelName
 
     if wanted in get_args(ChannelName):
@@ -814,12 +813,11 @@ def _describe(cube: "xr.DataArray") -> Iterator[str]:
     """Lines about dates, bands, grid and pixels."""
     import numpy as np
 
-    from torchalign._grid import find_grid
-    from torchalign._labelled import Cube, find_nodata
-    from torchalign._pictures import time_labels
-    from torchalign._sources import band_labels, cube_dims
+    from torchalign.cube.georeference import crs_name, find_georeference
+    from torchalign.cube.labels import Cube, band_labels, find_dims, time_labels
+    from torchalign.cube.pixels import find_nodata
 
-    dims = cube_dims(cube)
+    dims = find_dims(cube)
     time = dims["time"]
     labels = time_labels(cube, time)
     span = f", {labels[0]} to {labels[-1]}" if labels else ""
@@ -829,14 +827,14 @@ def _describe(cube: "xr.DataArray") -> Iterator[str]:
     yield f"{len(labels)} frames{span}"
     names, count = band_labels(cube)
     yield f"{count} band{'s' if count > 1 else ''}{': ' + ', '.join(names) if names else ''}"
-    grid = find_grid(Cube(cube, dims))
+    grid = find_georeference(Cube(cube, dims))
     place = ""
     if grid is not None:
         a, b, _, d, e, _ = grid.transform
         place = f" of {abs(a):g} × {abs(e):g} map units, " + (
             "north up" if e < 0 and not (b or d) else "not north up"
         )
-        place += f", {grid.crs.partition(chr(34))[2].partition(chr(34))[0] if grid.crs else 'no CRS'}"
+        place += f", {crs_name(grid.crs) or 'no CRS'}"
     yield f"{cube.sizes[dims['y']]} rows × {cube.sizes[dims['x']]} columns{place}"
     nodata = ", ".join(f"{value:g}" for value in find_nodata(cube)) or (
         "NaN" if cube.dtype.kind == "f" else "none"

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._check import check_number, check_option, message
-from torchalign.functional.affine import MotionModel, change_origin, invert_warp
+from torchalign.functional.affine import change_origin, invert_warp
+from torchalign.functional.motion import MotionModel
 from torchalign.functional.warp import warp
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ __all__ = [
     "simulate_stack",
     "simulate_warped_stack",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 _Floats = NDArray[np.floating[Any]]
 

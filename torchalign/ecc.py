@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from torchalign._check import check_number, check_option, check_whole, message
-from torchalign.aligner import Aligner, Motion
-from torchalign.functional.affine import MotionModel, only_shifts
-from torchalign.functional.channels import Channel
+from torchalign.aligner import Aligner, Motion, SharedOptions
 from torchalign.functional.ecc import (
     Gradients,
     Level,
@@ -19,9 +16,12 @@ from torchalign.functional.ecc import (
     enhanced_correlation,
     prepare_levels,
 )
-from torchalign.functional.texture import Contrast
-from torchalign.functional.warp import Interpolation, PaddingMode
+from torchalign.functional.motion import MotionModel, only_shifts
+from torchalign.functional.texture import Brightness
 from torchalign.types import Status
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["ECC"]
 
@@ -66,8 +66,7 @@ class ECC(Aligner):
             clouds, and costs nothing on clear frames (``benchmarks/README.md``).
         gradients: ``"implicit"`` or ``"unrolled"``.
         max_sigma: frames whose predicted error is larger, in pixels, count as ``NOT_CONVERGED``.
-        channel, rgb_bands, crop_center, max_translation, min_score, interpolation, padding_mode, fill_value: see
-            :class:`~torchalign.aligner.Aligner`.
+        **shared: those of every method, see :class:`~torchalign.aligner.Aligner`.
 
     Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``NOT_CONVERGED`` where the last step was longer
     than ``tolerance``, the correlation is no more than that of unrelated scenes (5 standard deviations), or σ
@@ -98,32 +97,16 @@ class ECC(Aligner):
         gauss_kernel_size: int | None = None,
         sigma_blur: float | None = None,
         max_frequency: float = 0.25,
-        contrast: Contrast = "local",
+        contrast: Brightness = "local",
         taper: float = 0.15,
         robust: Robust = "agreement",
         gradients: Gradients = "implicit",
         max_sigma: float = 0.1,
-        channel: Channel = "mean",
-        rgb_bands: Sequence[int] = (3, 2, 1),
-        crop_center: int | Sequence[int] | None = None,
-        max_translation: float = 5.0,
-        min_score: float | None = None,
-        interpolation: Interpolation = "bilinear",
-        padding_mode: PaddingMode = "border",
-        fill_value: float | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(
-            channel=channel,
-            rgb_bands=rgb_bands,
-            crop_center=crop_center,
-            max_translation=max_translation,
-            min_score=min_score,
-            interpolation=interpolation,
-            padding_mode=padding_mode,
-            fill_value=fill_value,
-        )
+        super().__init__(**shared)
         check_option("motion", motion, MotionModel)
-        check_option("contrast", contrast, Contrast)
+        check_option("contrast", contrast, Brightness)
         check_option("robust", robust, Robust)
         check_option("gradients", gradients, Gradients)
         check_number("tolerance", tolerance, minimum=0, inclusive=False)
@@ -197,20 +180,3 @@ class ECC(Aligner):
             "contrast": self.contrast,
             "sigma_blur": blur,
         }
-
-    def _options(self) -> dict[str, Any]:
-        named = (
-            "motion",
-            "levels",
-            "max_iterations",
-            "tolerance",
-            "gauss_kernel_size",
-            "sigma_blur",
-            "max_frequency",
-            "contrast",
-            "taper",
-            "robust",
-            "gradients",
-            "max_sigma",
-        )
-        return {name: getattr(self, name) for name in named} | super()._options()

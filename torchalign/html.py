@@ -20,7 +20,6 @@ import xarray as xr
 
 from torchalign import plot
 from torchalign._check import message
-from torchalign._files import atomic, check_free
 from torchalign._pictures import (
     STATUS_COLOUR,
     Array,
@@ -29,16 +28,16 @@ from torchalign._pictures import (
     check_report,
     compare,
     dark,
-    find_bands,
-    find_dims,
+    display_bands,
     limits,
     load_frames,
     over_time,
     shift_of,
     status_of,
-    time_labels,
     to_rgb,
 )
+from torchalign.cube.files import atomic, check_free
+from torchalign.cube.labels import find_dims, time_labels
 from torchalign.report import save_report, summarize
 from torchalign.types import Status
 
@@ -46,6 +45,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 __all__ = ["save_html", "to_html"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 _MEANING = {
     Status.OK: "aligned",
@@ -239,7 +243,7 @@ def to_html(
 
 
 def _check_pair(report: xr.Dataset, cube: xr.DataArray, aligned: xr.DataArray | None) -> None:
-    dims = find_dims(cube)
+    dims = find_dims(cube, "cube")
     status_of(report, cube.sizes[dims["time"]])
     if aligned is not None:
         other = find_dims(aligned, "aligned")
@@ -361,7 +365,7 @@ def _charts(
 def _load_parts(
     report: xr.Dataset, cube: xr.DataArray, aligned: xr.DataArray, bands: Sequence[Hashable] | None
 ) -> _Parts:
-    sizes = [cube.sizes[find_dims(cube)[role]] for role in ("y", "x")]
+    sizes = [cube.sizes[find_dims(cube, "cube")[role]] for role in ("y", "x")]
     height, width = (min(size, _WINDOW) for size in sizes)
     chosen = _chosen_frames(report, min(max(_PICTURED // max(height * width, 1), _FEWEST), _MOST))
     words = f", the {height} × {width} pixels in the middle of {sizes[0]} × {sizes[1]}"
@@ -376,12 +380,12 @@ def _part(
     cube: xr.DataArray, frames: list[int], size: tuple[int, int], bands: Sequence[Hashable] | None
 ) -> xr.DataArray:
     """Of the frames the (height, width) in the middle and the bands to display, loaded frame by frame."""
-    dims = find_dims(cube)
+    dims = find_dims(cube, "cube")
     starts = [(cube.sizes[dims[role]] - length) // 2 for role, length in zip(("y", "x"), size, strict=True)]
     rows, columns = (slice(start, start + length) for start, length in zip(starts, size, strict=True))
     part = cube.isel({dims["y"]: rows, dims["x"]: columns})
     if "band" in dims:
-        numbers = find_bands(cube, dims["band"], bands)
+        numbers = display_bands(cube, dims["band"], bands)
         part = part.isel({dims["band"]: numbers})
         if dims["band"] not in part.coords:  # they keep their numbers
             part = part.assign_coords({dims["band"]: numbers})
@@ -400,7 +404,7 @@ def _thumbnails(
     report: xr.Dataset, cube: xr.DataArray, bands: Sequence[Hashable] | None, stretch: tuple[float, float]
 ) -> list[_Picture]:
     """A small picture of every frame as it came, in the colours of the median of the aligned ones."""
-    dims = find_dims(cube)
+    dims = find_dims(cube, "cube")
     step = max(1, -(-max(cube.sizes[dims["y"]], cube.sizes[dims["x"]]) // _THUMBNAIL))
     small = cube.isel({dims["y"]: slice(step // 2, None, step), dims["x"]: slice(step // 2, None, step)})
     count = cube.sizes[dims["time"]]

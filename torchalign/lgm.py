@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchalign._check import check_option, check_whole, message
+from torchalign._check import check_bool, check_cube, check_option, check_whole, message
 from torchalign._host import is_on_host
-from torchalign.aligner import Aligner, Job, full_precision
+from torchalign.aligner import Aligner, Job, SharedOptions, full_precision, undo_init
 from torchalign.functional.affine import (
-    MotionModel,
     compose_warps,
     identity_warp,
     invert_warp,
-    only_shifts,
-    split_at_center,
     transform_points,
     translation_warp,
 )
-from torchalign.functional.channels import Channel
+from torchalign.functional.common_ground import agreement, fill_small_holes, shared_ground
 from torchalign.functional.fourier import rfft2
 from torchalign.functional.matching import (
     INLIER_RADIUS,
@@ -35,19 +32,25 @@ from torchalign.functional.matching import (
     significance,
     window_ascent,
 )
+from torchalign.functional.motion import MotionModel, only_shifts
 from torchalign.functional.phase import phase_correlation
-from torchalign.functional.texture import (
-    Grid,
-    Texture,
-    agreement,
-    extract_texture,
-    fill_small_holes,
-    shared_ground,
+from torchalign.functional.texture import Texture, extract_texture
+from torchalign.functional.warp import resample
+from torchalign.functional.working_grid import WorkingGrid
+from torchalign.models.extractors import (
+    SIFT,
+    FeatureModel,
+    Features,
+    build_extractor,
+    count_valid_rows,
+    each_field,
+    join_fields,
 )
-from torchalign.functional.warp import Interpolation, PaddingMode, resample
-from torchalign.models.extractors import SIFT, FeatureModel, Features, build_extractor
 from torchalign.models.weights import Weights
 from torchalign.types import Motion, Status
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["LGM", "MatchedPoints"]
 
@@ -56,12 +59,12 @@ Matcher = Literal["guided", "mnn", "lightglue"]
 _KEYPOINTS = 1024
 
 # A guided match may lie so far, in pixels, beyond what `max_translation` allows: a keypoint is not exact, and what
-# is a little too far should be seen to be.
+# is a little too far should be found to be.
 _MARGIN = 3.0
 # Radius of the second, guided matching around a first fit of more than a translation.
 _SECOND_RADIUS = 6.0
 _MAX_FREQUENCY = 0.25
-# How far, in pixels, the peak of the correlation may lie from the whole pixel that the matches tell.
+# How far, in pixels, the peak of the correlation may lie from the whole pixel of the matches.
 _REACH = 1.5
 # Frames with a shorter side, in pixels, have no keypoints.
 _LEAST_SIDE = 16
@@ -104,10 +107,10 @@ class LGM(Aligner):
        allows; for more than a translation the mutually most similar of all, then once more around the first fit;
     3. the motion that most matches agree with, then Tukey-weighted least squares;
     4. a verdict on whether that many could agree by chance;
-    5. correlation (``refine``): where the fit brings both to the same ground, what is cloud or change is told from
-       it pixel by pixel (:func:`~torchalign.functional.texture.shared_ground`). A translation is the peak of
-       :func:`~torchalign.functional.phase.phase_correlation` over all the ground that both show; a richer motion
-       is what 128 windows of 32² pixels, at the matches that agree, correlate best under, all for one motion.
+    5. correlation (``refine``): where the fit brings both to the same ground, cloud and change are separated
+       from it pixel by pixel (:func:`~torchalign.functional.common_ground.shared_ground`). A translation is the
+       peak of :func:`~torchalign.functional.phase.phase_correlation` over all the ground that both show. A richer
+       motion is the one under which 128 windows of 32² pixels, at the matches that agree, correlate best.
 
     Bias: keypoints scatter by 0.1 to 0.5 px, and pull to the grid where a model does not place them between the
     pixels. After step 5 the bias is that of :class:`~torchalign.pcc.PCC`, less than 0.01 px; for more than a
@@ -115,7 +118,7 @@ class LGM(Aligner):
     ``benchmarks/README.md``.
 
     ``max_translation`` bounds the displacement of the frame's *centre*. A rotation about a corner moves the centre
-    far: raise the limit where frames may be turned or shifted by much, the search costs the same.
+    far: raise the limit where frames may be rotated or shifted by much, the search costs the same.
 
     Args:
         feature_model: a name that :func:`~torchalign.models.extractors.build_extractor` knows, or a Module
@@ -131,8 +134,7 @@ class LGM(Aligner):
         feature_weights: of a named feature model: a path or a state dict; default: where they are found.
         matcher_weights: the same of LightGlue.
         allow_download: fetch missing weights from their official address.
-        channel, rgb_bands, crop_center, max_translation, min_score, interpolation, padding_mode, fill_value: see
-            :class:`~torchalign.aligner.Aligner`.
+        **shared: those of every method, see :class:`~torchalign.aligner.Aligner`.
 
     Raises:
         FileNotFoundError: weights that are needed are not here.
@@ -141,8 +143,8 @@ class LGM(Aligner):
     ``max_translation``; ``TOO_FEW_MATCHES`` where no more agree than chance could bring about; then what the gate
     says.
 
-    An ``init`` is undone about the frame's centre before features are looked for, and guided matches are looked for
-    around its translation.
+    An ``init`` is undone about the frame's centre before features are extracted, and guided matches lie around
+    its translation.
 
     References:
         Lowe 2004, doi:10.1023/B:VISI.0000029664.99615.94 (SIFT); Lindenberger et al. 2023, arXiv:2306.13643
@@ -161,25 +163,9 @@ class LGM(Aligner):
         feature_weights: Weights | None = None,
         matcher_weights: Weights | None = None,
         allow_download: bool = False,
-        channel: Channel = "mean",
-        rgb_bands: Sequence[int] = (3, 2, 1),
-        crop_center: int | Sequence[int] | None = None,
-        max_translation: float = 5.0,
-        min_score: float | None = None,
-        interpolation: Interpolation = "bilinear",
-        padding_mode: PaddingMode = "border",
-        fill_value: float | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(
-            channel=channel,
-            rgb_bands=rgb_bands,
-            crop_center=crop_center,
-            max_translation=max_translation,
-            min_score=min_score,
-            interpolation=interpolation,
-            padding_mode=padding_mode,
-            fill_value=fill_value,
-        )
+        super().__init__(**shared)
         check_option("motion", motion, MotionModel)
         max_num_keypoints = check_whole("max_num_keypoints", max_num_keypoints)
         if isinstance(feature_model, nn.Module):
@@ -190,27 +176,19 @@ class LGM(Aligner):
             max_num_keypoints = own if isinstance(own, int) else max_num_keypoints
         if batch_size is not None:
             batch_size = check_whole("batch_size", batch_size)
-        for name, value in (("refine", refine), ("allow_download", allow_download)):
-            if not isinstance(value, bool):
-                raise TypeError(message(name, "True or False", repr(value), "give a bool"))
+        check_bool("refine", refine)
+        check_bool("allow_download", allow_download)
         if not isinstance(matcher_model, nn.Module) and matcher_model not in get_args(Matcher):
-            raise ValueError(
-                message(
-                    "matcher_model",
-                    f"one of {get_args(Matcher)} or a Module",
-                    repr(matcher_model),
-                    "choose one",
-                )
-            )
+            expected = f"one of {get_args(Matcher)} or a Module"
+            raise ValueError(message("matcher_model", expected, repr(matcher_model), "choose one"))
         for name, weights, model, named in (
             ("feature_weights", feature_weights, feature_model, isinstance(feature_model, str)),
             ("matcher_weights", matcher_weights, matcher_model, matcher_model == "lightglue"),
         ):
             if weights is not None and not named:
                 got = type(model).__name__ if isinstance(model, nn.Module) else repr(model)
-                raise ValueError(
-                    message(name, f"None with {got}, which takes none", _described(weights), "leave it out")
-                )
+                expected = f"None with {got}, which takes none"
+                raise ValueError(message(name, expected, _described(weights), "leave it out"))
         self.feature_model = feature_model if isinstance(feature_model, str) else type(feature_model).__name__
         self.matcher_model = matcher_model if isinstance(matcher_model, str) else type(matcher_model).__name__
         self.max_num_keypoints = max_num_keypoints
@@ -223,7 +201,7 @@ class LGM(Aligner):
         if isinstance(feature_model, nn.Module):
             self.extractor = feature_model
         elif feature_model == "sift" and feature_weights is None:
-            # frames that are not turned are better described without a guess of how they are
+            # frames that are not rotated are better described without a guess of their orientation
             self.extractor = SIFT(self.max_num_keypoints, upright=motion == "translation")
         else:
             self.extractor = build_extractor(
@@ -246,14 +224,14 @@ class LGM(Aligner):
         """The reference's keypoints and texture, see :meth:`Aligner.prepare_reference`."""
         if _is_nothing(image):
             return None
-        images, seen = image.reshape(-1, *image.shape[-2:]), _flat(usable, image)
+        images, masks = image.reshape(-1, *image.shape[-2:]), _flat(usable, image)
         rows = self._rows(images, self.max_num_keypoints)
-        # without a limit the number of frames must not be looked at, a trace may leave it open
+        # without a limit the number of frames is not asked for: a trace may leave it open
         parts = [slice(None)]
         if rows is not None:
             parts = [slice(first, first + rows) for first in range(0, len(images), rows)]
-        features: Features = _joined(
-            [self._extract(images[part], None if seen is None else seen[part]) for part in parts]
+        features: Features = join_fields(
+            [self._extract(images[part], None if masks is None else masks[part]) for part in parts]
         )
         features = _trimmed(features)
         texture = extract_texture(image, usable, max_frequency=_MAX_FREQUENCY) if self.refine else None
@@ -279,12 +257,19 @@ class LGM(Aligner):
             self._refined(part) if self.refine else self._fitted(part)
             for part in self._parts(moving, moving_usable, reference, reference_usable, prepared, init)
         ]
-        warp, sigma, status, inliers, _ = _joined(parts)
+        found: Motion = join_fields(parts)
+        warp, sigma, status, inliers = found[:4]
         if inliers is not None:
             inliers = inliers.reshape(*lead, *inliers.shape[1:])
         warp = warp.reshape(*lead, *warp.shape[1:])
+        covariance = None if found.covariance is None else found.covariance.reshape(*lead, 2, 2)
         return Motion(
-            warp, sigma.reshape(lead), status.reshape(lead), inliers, only_shifts(self.motion, init)
+            warp,
+            sigma.reshape(lead),
+            status.reshape(lead),
+            inliers,
+            only_shifts(self.motion, init),
+            covariance,
         )
 
     def matches(
@@ -302,8 +287,9 @@ class LGM(Aligner):
         Returns:
             :class:`MatchedPoints`, in pixels of the whole frame.
         """
-        job = self._check(cube, reference, mask, reference_mask, init)
+        check_cube(cube)
         with full_precision(cube):
+            job = self._check(cube, reference, mask, reference_mask, init)
             parts = [self._tie_points(job.part(rows)) for rows in self._blocks(job)]
         return MatchedPoints(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -341,7 +327,7 @@ class LGM(Aligner):
 
         features, texture, _ = prepared
         if math.prod(prepared.lead) != 1:  # one for all stays one
-            features = _each(
+            features = each_field(
                 features,
                 lambda field: each(field) if field.ndim == 3 else each(field.unsqueeze(-1)).squeeze(-1),
             )
@@ -369,15 +355,8 @@ class LGM(Aligner):
 
     def _correspond(self, part: _Part) -> _Found:
         """Keypoints, matches, the motion they agree on, and whether to believe it."""
-        moving, usable = part.moving, part.usable
-        size = (moving.shape[-2], moving.shape[-1])
-        start, turn = None, None
-        if part.init is not None and part.init.shape[-1] == 2:
-            start = part.init
-        elif part.init is not None:
-            start, turn = split_at_center(part.init, size)
-            turned = resample(moving.unsqueeze(-3), turn, interpolation="bicubic", mask=usable)
-            moving, usable = turned.values.squeeze(-3).nan_to_num(), turned.validity
+        size = (part.moving.shape[-2], part.moving.shape[-1])
+        moving, usable, start, about_centre = undo_init(part.init, part.moving, part.usable)
         features, others = self._extract(moving.detach(), usable), part.features
         rows = features.keypoints.shape[-2]
         features = _trimmed(features)
@@ -430,18 +409,15 @@ class LGM(Aligner):
         status = torch.where(too_far, int(Status.TOO_FAR), status)
         empty = ~(features.valid.any(-1) & others.valid.any(-1))
         status = torch.where(empty, int(Status.NO_TEXTURE), status)
-        return _Found(points, targets, matches.index >= 0, found, evidence, status, turn, rows)
+        return _Found(points, targets, matches.index >= 0, found, evidence, status, about_centre, rows)
 
     def _fitted(self, part: _Part) -> Motion:
-        """What the matches tell."""
+        """The motion of the matches."""
         found = self._correspond(part)
-        warp = found.fit.warp
-        if found.turn is not None:
-            warp = compose_warps(found.turn, warp)
-        return Motion(warp, found.fit.sigma, found.status)
+        return Motion(found.whole(found.fit.warp), found.fit.sigma, found.status)
 
     def _refined(self, part: _Part) -> Motion:
-        """What correlation tells, where the motion of the matches brings both to the same ground."""
+        """The motion by correlation, where that of the matches brings both to the same ground."""
         found = self._correspond(part)
         rough = found.fit.warp.detach()
         if self.motion == "translation":
@@ -451,16 +427,15 @@ class LGM(Aligner):
             ground = None
             for _ in range(2):  # windows that show the same ground do not pull; after the first pass they do
                 warp, sigma, inliers, ground = self._ascended(part, found, warp.detach(), sigma, ground)
-        if found.turn is not None:
-            warp = compose_warps(found.turn, warp)
-        return Motion(warp, sigma, found.status, inliers)
+        return Motion(found.whole(warp), sigma, found.status, inliers)
 
-    def _seen(self, part: _Part, found: _Found, warp: Tensor) -> tuple[Tensor, Tensor]:
+    def _on_reference(self, part: _Part, found: _Found, warp: Tensor) -> tuple[Tensor, Tensor]:
         """The frames (N, H, W) on the reference, and where both are usable."""
-        path = warp if found.turn is None else compose_warps(found.turn, warp)
-        seen = resample(part.moving.unsqueeze(-3), path, interpolation="bicubic", mask=part.usable)
-        usable = seen.validity if part.reference_usable is None else seen.validity & part.reference_usable
-        return seen.values.squeeze(-3), usable
+        moved = resample(
+            part.moving.unsqueeze(-3), found.whole(warp), interpolation="bicubic", mask=part.usable
+        )
+        usable = moved.validity if part.reference_usable is None else moved.validity & part.reference_usable
+        return moved.values.squeeze(-3), usable
 
     def _correlated(self, part: _Part, found: _Found, rough: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A translation: the whole of the ground that both show, correlated."""
@@ -469,17 +444,16 @@ class LGM(Aligner):
         # by whole pixels, the rest in the spectral domain: nothing is interpolated
         whole = rough[..., 2].round()
         left = rough[..., 2] - whole
-        seen, usable = self._seen(part, found, translation_warp(whole))
-        on_it, there = self._seen(part, found, rough)
+        moved, usable = self._on_reference(part, found, translation_warp(whole))
+        on_it, there = self._on_reference(part, found, rough)
         with torch.no_grad():
-            field, _, _ = extract_texture(seen, usable, max_frequency=_MAX_FREQUENCY)
-            grid = Grid.of(size, (field.shape[-2], field.shape[-1]), _MAX_FREQUENCY, field)
-            moved = grid.move(rfft2(field), left)
-            same = agreement(moved, part.texture, fine=True)
+            field, _, _ = extract_texture(moved, usable, max_frequency=_MAX_FREQUENCY)
+            grid = WorkingGrid.of(size, (field.shape[-2], field.shape[-1]), _MAX_FREQUENCY, field)
+            same = agreement(grid.move(rfft2(field), left), part.texture, fine=True)
         ground = usable & shared_ground(on_it, part.reference, same, usable & there)
         texture = Texture(part.texture, part.weights, torch.zeros_like(found.status, dtype=torch.bool))
         refined = phase_correlation(
-            seen, texture, ground, max_translation=_REACH, max_frequency=_MAX_FREQUENCY, start=left
+            moved, texture, ground, max_translation=_REACH, max_frequency=_MAX_FREQUENCY, start=left
         )
         assert refined.inliers is not None
         better = refined.converged
@@ -492,9 +466,9 @@ class LGM(Aligner):
         """A richer motion: windows around the matches that agree."""
         size = (part.moving.shape[-2], part.moving.shape[-1])
         assert part.texture is not None
-        seen, usable = self._seen(part, found, rough)
+        moved, usable = self._on_reference(part, found, rough)
         shared = usable if ground is None else usable & ground
-        texture = extract_texture(seen, shared, max_frequency=_MAX_FREQUENCY)
+        texture = extract_texture(moved, shared, max_frequency=_MAX_FREQUENCY)
         assert texture.weights is not None
         # holes must lie on the same ground in both, or their pattern is what is correlated
         field, reference_field = texture.field, part.texture * texture.weights
@@ -512,52 +486,35 @@ class LGM(Aligner):
         better = refined.converged
         warp = torch.where(better[..., None, None], compose_warps(rough, refined.warp), rough)
         same = agreement(field.detach(), reference_field, fine=True)
-        ground = shared_ground(seen.detach(), part.reference, same, usable)
+        ground = shared_ground(moved.detach(), part.reference, same, usable)
         inliers = agreement(field, reference_field)
         return warp, torch.where(better, refined.sigma, sigma), inliers, ground
 
     def _tie_points(self, job: Job) -> list[Tensor]:
         """The fields of :class:`MatchedPoints` of a block."""
-        seen = self._see_block(job)
-        lead = seen.moving.shape[:-2]
-        if seen.prepared is None or _is_nothing(seen.moving):
-            nowhere = seen.moving.new_zeros(*lead, self.max_num_keypoints, 2)
+        block = self._prepare_block(job)
+        lead = block.moving.shape[:-2]
+        if block.prepared is None or _is_nothing(block.moving):
+            nowhere = block.moving.new_zeros(*lead, self.max_num_keypoints, 2)
             return [nowhere, nowhere, torch.zeros_like(nowhere[..., 0], dtype=torch.bool), nowhere[..., 0]]
-        columns: list[list[Tensor]] = [[], [], [], []]
-        for part in self._parts(
-            seen.moving, seen.usable, job.reference, job.usable, seen.prepared, seen.init
-        ):
-            found = self._correspond(part)
-            points = (
-                found.points
-                if found.turn is None
-                else transform_points(invert_warp(found.turn), found.points)
-            )
-            points = points.nan_to_num(0.0, 0.0, 0.0)  # an init may be singular
-            offset = torch.stack([points.new_full((), side) for side in seen.origin])
-            targets = torch.where(found.matched.unsqueeze(-1), found.targets, points)
-            weight = found.fit.weight * (found.status == 0).unsqueeze(-1)
-            missing = found.rows - points.shape[-2]
-            for column, field in zip(
-                columns, (points + offset, targets + offset, found.matched, weight), strict=True
-            ):
-                rows = (0, 0, 0, missing) if field.ndim == 3 else (0, missing)
-                column.append(F.pad(field, rows))
+        parts = self._parts(block.moving, block.usable, job.reference, job.usable, block.prepared, block.init)
+        columns = zip(*(self._tie_points_of(part, block.origin) for part in parts), strict=True)
         return [torch.cat(column).reshape(*lead, *column[0].shape[1:]) for column in columns]
 
-    def _options(self) -> dict[str, Any]:
-        named = (
-            "feature_model",
-            "matcher_model",
-            "max_num_keypoints",
-            "motion",
-            "refine",
-            "batch_size",
-            "feature_weights",
-            "matcher_weights",
-            "allow_download",
-        )
-        return {name: getattr(self, name) for name in named} | super()._options()
+    def _tie_points_of(self, part: _Part, origin: tuple[int, int]) -> list[Tensor]:
+        found = self._correspond(part)
+        points = found.points
+        if found.about_centre is not None:
+            points = transform_points(invert_warp(found.about_centre), points)
+        points = points.nan_to_num(0.0, 0.0, 0.0)  # an init may be singular
+        offset = torch.stack([points.new_full((), side) for side in origin])
+        targets = torch.where(found.matched.unsqueeze(-1), found.targets, points)
+        weight = found.fit.weight * (found.status == 0).unsqueeze(-1)
+        missing = found.rows - points.shape[-2]
+        return [
+            F.pad(field, (0, 0) * (field.ndim - 2) + (0, missing))
+            for field in (points + offset, targets + offset, found.matched, weight)
+        ]
 
 
 class _Reference(NamedTuple):
@@ -581,22 +538,25 @@ class _Part(NamedTuple):
     def rows(self, first: int, count: int) -> _Part:
         def cut(field: Any) -> Any:
             if isinstance(field, Features):
-                return field if field.keypoints.shape[0] == 1 else _each(field, cut)
+                return field if field.keypoints.shape[0] == 1 else each_field(field, cut)
             return field[first : first + count]
 
-        part: _Part = _each(self, cut)
-        return part
+        return each_field(self, cut)
 
 
 class _Found(NamedTuple):
-    points: Tensor  # (N, K, 2), in the frame after its turn
+    points: Tensor  # (N, K, 2), in the frame as it was extracted from
     targets: Tensor  # (N, K, 2)
     matched: Tensor  # (N, K) bool
     fit: MotionFit
     evidence: Tensor  # (N,)
     status: Tensor  # (N,)
-    turn: Tensor | None
+    about_centre: Tensor | None  # what of an init was undone before
     rows: int  # K before those were dropped in which no frame has a keypoint
+
+    def whole(self, warp: Tensor) -> Tensor:
+        """A warp of the points' frames as one of the frames that came."""
+        return warp if self.about_centre is None else compose_warps(self.about_centre, warp)
 
 
 def _is_nothing(image: Tensor) -> bool:
@@ -610,27 +570,8 @@ def _flat(usable: Tensor | None, image: Tensor) -> Tensor | None:
 
 def _trimmed(features: Features) -> Features:
     """Without the last rows, where no frame has a keypoint, if that may be read: what follows grows as K²."""
-    if not is_on_host(features.valid) or not len(features.valid):
-        return features
-    rows = torch.arange(1, features.valid.shape[-1] + 1, device=features.valid.device)
-    count = max(1, int((features.valid * rows).amax()))
-    trimmed: Features = _each(features, lambda field: field[:, :count])
-    return trimmed
-
-
-def _each(fields: Any, change: Callable[[Any], Any]) -> Any:
-    """A named tuple of the same kind, with every field changed that is not None."""
-    return type(fields)(*(None if field is None else change(field) for field in fields))
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    """Named tuples of one kind, as one; fields that are no tensors stay as they are."""
-    if len(parts) == 1:
-        return parts[0]
-    columns: Any = zip(*parts, strict=True)
-    return type(parts[0])(
-        *(torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns)
-    )
+    count = count_valid_rows(features.valid)
+    return each_field(features, lambda field: field[:, :count])
 
 
 def _described(weights: Weights | None) -> str | None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from torchalign._check import check_number, check_option, message
-from torchalign.aligner import Aligner, Motion
-from torchalign.functional.affine import compose_warps, split_at_center, translation_warp
-from torchalign.functional.channels import Channel
+from torchalign._check import check_bool, check_number, check_option, message
+from torchalign.aligner import Aligner, Motion, SharedOptions, undo_init
+from torchalign.functional.affine import compose_warps, translation_warp
 from torchalign.functional.phase import Weighting, phase_correlation
 from torchalign.functional.texture import Contrast, Texture, extract_texture
-from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.types import Status
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["PCC"]
 
@@ -34,19 +34,25 @@ class PCC(Aligner):
     bias stays below 0.01 px at every fraction of a pixel (``benchmarks/README.md``); with 0.5, the field's
     usual choice, it reaches 0.07 px on the same scenes.
 
+    Across sensors (optical and radar, visible and infrared, a picture and a map) brightness does not correlate.
+    ``contrast="structure"`` correlates :func:`the orientation of gradients
+    <torchalign.functional.structure.orientation_field>` instead, as vectors; ``score`` is then the correlation of
+    these vectors. What physics leaves stays: red against near infrared differs by 0.2 to 0.4 px over vegetation.
+
     Args:
         max_frequency: the band that is used, in cycles per pixel, in (0, 0.5].
         weighting: ψ: ``"ramp"`` (|f|), ``"sqrt"``, ``"phase"`` (classic), ``"none"``; see
-            :func:`~torchalign.functional.phase.cross_power`.
-        contrast: ``"local"`` or ``"none"``.
+            :func:`~torchalign.functional.phase.cross_power`. ``None`` is ``"none"`` for structure, else ``"ramp"``.
+        contrast: ``"local"`` or ``"none"`` for one sensor, ``"structure"`` across sensors.
         taper: share of each axis over which the window falls off, in [0, 1]; unless it is 0, at least 8 pixels on
             each side, or a quarter of a small frame.
-        robust: weight by agreement and correlate a second time.
+        robust: weight by agreement and correlate a second time. ``None`` is no for structure, else yes. (Across
+            sensors the weights cost more than they gain; of one sensor's negative they gain.)
         upsample_factor: ``None`` for Newton, or n for the best of a grid of 1/n pixel, as scikit-image and
             satalign do; not differentiable.
-        max_sigma: frames whose predicted error is larger, in pixels, count as ``NOT_CONVERGED``.
-        channel, rgb_bands, crop_center, max_translation, min_score, interpolation, padding_mode, fill_value: see
-            :class:`~torchalign.aligner.Aligner`.
+        max_sigma: frames whose predicted error is larger, in pixels, count as ``NOT_CONVERGED``. ``None`` is 1 for
+            structure, else 0.15.
+        **shared: those of every method, see :class:`~torchalign.aligner.Aligner`.
 
     Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``TOO_FAR`` where a clearly higher peak lies
     beyond ``max_translation``; ``NOT_CONVERGED`` where no peak stands out of the correlation surface by 5
@@ -70,52 +76,43 @@ class PCC(Aligner):
         self,
         *,
         max_frequency: float = 0.25,
-        weighting: Weighting = "ramp",
+        weighting: Weighting | None = None,
         contrast: Contrast = "local",
         taper: float = 0.15,
-        robust: bool = True,
+        robust: bool | None = None,
         upsample_factor: int | None = None,
-        max_sigma: float = 0.15,
-        channel: Channel = "mean",
-        rgb_bands: Sequence[int] = (3, 2, 1),
-        crop_center: int | Sequence[int] | None = None,
-        max_translation: float = 5.0,
-        min_score: float | None = None,
-        interpolation: Interpolation = "bilinear",
-        padding_mode: PaddingMode = "border",
-        fill_value: float | None = None,
+        max_sigma: float | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(
-            channel=channel,
-            rgb_bands=rgb_bands,
-            crop_center=crop_center,
-            max_translation=max_translation,
-            min_score=min_score,
-            interpolation=interpolation,
-            padding_mode=padding_mode,
-            fill_value=fill_value,
-        )
+        super().__init__(**shared)
         check_number("max_frequency", max_frequency, minimum=0, inclusive=False, maximum=0.5)
-        check_option("weighting", weighting, Weighting)
+        if weighting is not None:
+            check_option("weighting", weighting, Weighting)
         check_option("contrast", contrast, Contrast)
         check_number("taper", taper, minimum=0, maximum=1)
-        check_number("max_sigma", max_sigma, minimum=0, inclusive=False)
+        check_number("max_sigma", max_sigma, minimum=0, inclusive=False, optional=True)
         check_number("upsample_factor", upsample_factor, minimum=1, maximum=1000, optional=True)
-        if not isinstance(robust, bool):
-            raise TypeError(message("robust", "True or False", repr(robust), "give a bool"))
         if upsample_factor is not None and int(upsample_factor) != upsample_factor:
             raise ValueError(message("upsample_factor", "a whole number", upsample_factor, "give an int"))
+        if robust is not None:
+            check_bool("robust", robust)
         self.max_frequency = float(max_frequency)
-        self.weighting = weighting
+        structure = contrast == "structure"
+        self.weighting: Weighting = weighting or ("none" if structure else "ramp")
         self.contrast = contrast
         self.taper = float(taper)
-        self.robust = robust
-        self.max_sigma = float(max_sigma)
+        self.robust = not structure if robust is None else robust
+        self.max_sigma = (1.0 if structure else 0.15) if max_sigma is None else float(max_sigma)
         self.upsample_factor = None if upsample_factor is None else int(upsample_factor)
 
     def prepare_reference(self, image: Tensor, usable: Tensor | None) -> Texture:
         """The reference's texture, see :meth:`Aligner.prepare_reference`."""
         return extract_texture(image, usable, max_frequency=self.max_frequency, contrast=self.contrast)
+
+    @property
+    def score_contrast(self) -> Contrast:
+        """See :attr:`Aligner.score_contrast`."""
+        return "structure" if self.contrast == "structure" else "local"
 
     def estimate_motion(
         self,
@@ -131,13 +128,7 @@ class PCC(Aligner):
         An ``init`` is split into what it does about the frame's centre, which is undone by resampling (exactly
         nothing for a translation), and its translation, from which the peak is refined.
         """
-        start, turn = None, None
-        if init is not None and init.shape[-1] == 2:
-            start = init
-        elif init is not None:
-            start, turn = split_at_center(init, (moving.shape[-2], moving.shape[-1]))
-            turned = resample(moving.unsqueeze(-3), turn, interpolation="bicubic", mask=moving_usable)
-            moving, moving_usable = turned.values.squeeze(-3), turned.validity
+        moving, moving_usable, start, about_centre = undo_init(init, moving, moving_usable)
         found = phase_correlation(
             moving,
             prepared,
@@ -152,15 +143,11 @@ class PCC(Aligner):
             start=start,
         )
         warp = translation_warp(found.shift)
-        if turn is not None:
-            warp = compose_warps(turn, warp)
+        if about_centre is not None:
+            warp = compose_warps(about_centre, warp)
         status = torch.zeros_like(found.flat, dtype=torch.int64)
         sure = found.converged & (found.sigma <= self.max_sigma)
         status = torch.where(sure, status, int(Status.NOT_CONVERGED))
         status = torch.where(found.outside, int(Status.TOO_FAR), status)
         status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
-        return Motion(warp, found.sigma, status, found.inliers, only_shifts=turn is None)
-
-    def _options(self) -> dict[str, Any]:
-        named = ("max_frequency", "weighting", "contrast", "taper", "robust", "upsample_factor", "max_sigma")
-        return {name: getattr(self, name) for name in named} | super()._options()
+        return Motion(warp, found.sigma, status, found.inliers, only_shifts=about_centre is None)

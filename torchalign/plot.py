@@ -23,7 +23,7 @@ import numpy as np
 import xarray as xr
 
 from torchalign import _animation
-from torchalign._check import check_number, check_option, message
+from torchalign._check import check_number, check_option, message, require
 from torchalign._pictures import (
     BLUE,
     GREY,
@@ -46,7 +46,6 @@ from torchalign._pictures import (
     compare,
     crop,
     dark,
-    find_dims,
     limits,
     load_frames,
     over_time,
@@ -57,6 +56,7 @@ from torchalign._pictures import (
     time_of,
     to_rgb,
 )
+from torchalign.cube.labels import find_dims
 from torchalign.types import Status
 
 if TYPE_CHECKING:
@@ -79,6 +79,11 @@ __all__ = [
     "summary",
     "temporal_profile",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 Along = Literal["time", "y", "x"]
 
@@ -752,6 +757,7 @@ def _draw_frames(
 
 @functools.cache
 def _figure_class() -> type[Figure]:
+    require("a figure", "plot", "matplotlib")
     from matplotlib.figure import Figure
 
     class NotebookFigure(Figure):

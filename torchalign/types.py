@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.utils.data._utils import collate
 
-__all__ = ["Alignment", "Estimate", "Motion", "Status"]
+__all__ = ["Alignment", "Estimate", "Motion", "ShiftField", "Status"]
 
 
 class Status(IntEnum):
@@ -25,6 +27,36 @@ class Status(IntEnum):
     TOO_FEW_MATCHES = 4  # local features: not enough agreeing matches
     NOT_BETTER = 5  # the score did not improve on the identity
     LOW_SCORE = 6  # the score stayed below `min_score`
+    AMBIGUOUS = (
+        7  # more than one place fits: a second peak, a direction that nothing fixes, a pattern of the grid
+    )
+    NOT_CONNECTED = 8  # groupwise: no consistent chain of pairs ties the frame to the others
+
+
+class ShiftField(NamedTuple):
+    """Local shifts on top of a warp W, one row a frame: ``aligned(q) = frame(W⁻¹ q + field(q))``.
+
+    A cubic B-spline over the reference, the residual of the *backward* map, in pixels (x, y). Coefficient (i, j),
+    and its σ, belongs to the point ``origin + (j, i) · spacing``. A field of no coefficients (n = m = 0) is none.
+
+    Attributes:
+        coefficients: (..., T, 2, n, m), of the spline, x then y.
+        sigma: (..., T, n, m), predicted 1-σ error of the field there, in pixels.
+        origin: (..., T, 2), (x, y) of the first coefficient, in pixels of the frame.
+        spacing: (..., T, 2), between two coefficients along x and y, in pixels.
+    """
+
+    coefficients: Tensor
+    sigma: Tensor
+    origin: Tensor
+    spacing: Tensor
+
+    @classmethod
+    def empty_like(cls, warp: Tensor) -> ShiftField:
+        """The field of no coefficients for warps (..., T, 2 or 3, 3)."""
+        lead = warp.shape[:-2]
+        none, points = warp.new_zeros((*lead, 2, 0, 0)), warp.new_zeros((*lead, 2))
+        return cls(none, none[..., 0, :, :], points, points)
 
 
 class Estimate(NamedTuple):
@@ -35,20 +67,55 @@ class Estimate(NamedTuple):
             ``p_ref = A · p_mov + t`` in pixels (x, y); the exact identity where ``status != 0``.
         score: (..., T), zero-normalised cross-correlation with the reference after alignment.
         score_before: (..., T), the same with the identity.
-        sigma: (..., T), predicted 1-σ error of the translation per axis, in pixels; inf where ``status != 0``.
+        sigma: (..., T), predicted 1-σ error of the translation, in pixels: the root of the larger eigenvalue of
+            ``covariance``; inf where ``status != 0``.
+        covariance: (..., T, 2, 2), of the translation (x, y) of the frame's centre, in px²: a frame that shows only
+            stripes is known across them and not along them. inf on the diagonal where ``status != 0``.
         status: (..., T) int64, a :class:`Status` for every frame.
+        stage: (..., T) int64, which stage of a cascade the warp is of: 0 for one method, −1 where none was
+            accepted.
+        field: local shifts on top of ``warp``; ``None`` where the method finds none (under a transform of
+            ``torch.func``, which can return nothing but tensors, a field of no coefficients).
     """
 
     warp: Tensor
     score: Tensor
     score_before: Tensor
     sigma: Tensor
+    covariance: Tensor
     status: Tensor
+    stage: Tensor
+    field: ShiftField | None = None
 
     @property
     def valid(self) -> Tensor:
         """(..., T) bool: the frames that were aligned, ``status == Status.OK``."""
         return self.status == 0
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Estimate:
+        """The same with every tensor put through ``function``, those of the field too.
+
+        >>> import torch
+        >>> one = torch.ones(3)
+        >>> estimate = Estimate(torch.eye(2, 3).expand(3, 2, 3), one, one, one, torch.eye(2).expand(3, 2, 2),
+        ...     torch.tensor([0, 3, 0]), torch.tensor([0, -1, 0]))
+        >>> estimate.map(lambda rows: rows[1:]).status
+        tensor([3, 0])
+        """
+        return combine(lambda tensors: function(tensors[0]), [self])
+
+
+def combine(function: Callable[[tuple[Tensor, ...]], Tensor], estimates: Sequence[Estimate]) -> Estimate:
+    """Field by field what ``function`` makes of the tensors of several estimates, e.g. ``torch.cat``.
+
+    Where some have a field of shifts and others none, there is none.
+    """
+    columns: Any = zip(*(estimate[:-1] for estimate in estimates), strict=True)
+    fields = [estimate.field for estimate in estimates if estimate.field is not None]
+    together = None
+    if len(fields) == len(estimates):
+        together = ShiftField(*(function(column) for column in zip(*fields, strict=True)))
+    return Estimate(*map(function, columns), field=together)  # type: ignore[misc, arg-type]  # seven of them
 
 
 class Motion(NamedTuple):
@@ -61,6 +128,8 @@ class Motion(NamedTuple):
         inliers: (..., T, h, w) weights of common ground over the reference, or ``None``.
         only_shifts: every warp is a translation, whatever the data: a GPU, which is not asked for its numbers, then
             resamples with one row and one column of indices a frame.
+        covariance: (..., T, 2, 2), of the translation of the frame's centre, in px²; ``None``: σ² everywhere.
+        field: local shifts on top of the warps, or ``None``.
     """
 
     warp: Tensor
@@ -68,6 +137,8 @@ class Motion(NamedTuple):
     status: Tensor
     inliers: Tensor | None = None
     only_shifts: bool = False
+    covariance: Tensor | None = None
+    field: ShiftField | None = None
 
 
 class Alignment(NamedTuple):
@@ -79,5 +150,14 @@ class Alignment(NamedTuple):
 
 # an exported program that returns these can then be saved and loaded; torch has no public name for it yet
 if hasattr(pytree, "_register_namedtuple"):
-    for _kind in (Estimate, Alignment):
+    for _kind in (ShiftField, Estimate, Alignment):
         pytree._register_namedtuple(_kind, serialized_type_name=f"torchalign.types.{_kind.__name__}")
+
+
+def _collate(batch: Sequence[Estimate], *, collate_fn_map: Any = None) -> Estimate:
+    """A batch of a DataLoader, which by itself knows no ``None``."""
+    return combine(lambda tensors: collate.collate(tensors, collate_fn_map=collate_fn_map), batch)
+
+
+# torch's table of how types are collated is where a library adds its own
+collate.default_collate_fn_map[Estimate] = _collate

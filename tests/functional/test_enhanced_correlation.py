@@ -9,7 +9,7 @@ import scipy.ndimage
 import torch
 from scenes import Waves, assert_derivative, fractal_stack, pairs
 
-from torchalign.functional import ecc
+from torchalign.functional import sampling
 from torchalign.functional.affine import (
     center_displacement,
     identity_warp,
@@ -365,25 +365,34 @@ def test_values_do_not_depend_on_whether_gradients_are_wanted():
 # --------------------------------------------------------------------------------------------------------- parts
 
 
-def test_the_spline_interpolates():
+def test_the_spline_interpolates(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     field = torch.randn(1, 24, 32, generator=generator, dtype=torch.float64)
     spectrum = rfft2(field)
     y, x = torch.fft.fftfreq(24, dtype=torch.float64), torch.fft.rfftfreq(32, dtype=torch.float64)
-    response = ecc._spline_response(y)[:, None] * ecc._spline_response(x)
-    coefficients = ecc._pad(irfft2(spectrum / response, (24, 32)))
+    response = sampling.spline_response(y)[:, None] * sampling.spline_response(x)
+    coefficients = sampling.continue_border(irfft2(spectrum / response, (24, 32)))
     at = torch.arange(4, 20, dtype=torch.float64)
-    values = ecc._spline(coefficients, at[None], at[None])
+    values = sampling.spline_at(coefficients, at[None], at[None])
     torch.testing.assert_close(values[0], field[0, at.long(), at.long()], atol=1e-10, rtol=0)
     # tap by tap and two by two (as on a GPU) are the same, and the slopes are those of the values
     column, row = (at + 0.27).requires_grad_(), (at - 0.11).requires_grad_()
-    by_tap, by_column, by_row = ecc._spline_with_slopes(coefficients, column[None], row[None])
-    for sample in (ecc._spline, ecc._spline_by_look_up):
-        torch.testing.assert_close(sample(coefficients, column[None], row[None]), by_tap, atol=1e-10, rtol=0)
+    by_tap, by_column, by_row = sampling.spline_with_slopes(coefficients, column[None], row[None])
+
+    def sampled(sample, *given, on_a_device):
+        monkeypatch.setattr(sampling, "launches_kernels", lambda tensor: on_a_device)
+        return sample(*given)
+
+    for on_a_device in (False, True):
+        values = sampled(sampling.spline_at, coefficients, column[None], row[None], on_a_device=on_a_device)
+        torch.testing.assert_close(values, by_tap, atol=1e-10, rtol=0)
     # so are the bilinear samples, which scipy knows too, and beyond the border is the border
-    padded, far = ecc._pad(field), torch.linspace(-9, 45, 16, dtype=torch.float64)
-    plain = ecc._bilinear(padded, far[None], far.flip(0)[None])
-    torch.testing.assert_close(plain, ecc._look_up(padded, far[None], far.flip(0)[None]), atol=1e-10, rtol=0)
+    padded, far = sampling.continue_border(field), torch.linspace(-9, 45, 16, dtype=torch.float64)
+    plain, looked_up = (
+        sampled(sampling.bilinear_at, padded, far[None], far.flip(0)[None], on_a_device=on_a_device)
+        for on_a_device in (False, True)
+    )
+    torch.testing.assert_close(plain, looked_up, atol=1e-10, rtol=0)
     oracle = scipy.ndimage.map_coordinates(field[0].numpy(), [far.flip(0), far], order=1, mode="nearest")
     torch.testing.assert_close(plain[0], torch.from_numpy(oracle), atol=1e-10, rtol=0)
     expected = torch.autograd.grad(by_tap.sum(), (column, row))

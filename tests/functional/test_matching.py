@@ -16,17 +16,17 @@ from torchalign.functional.affine import (
     translation_warp,
 )
 from torchalign.functional.matching import (
-    DEGREES,
     consensus,
     mutual_matches,
     reweighted_fit,
     significance,
     window_ascent,
 )
+from torchalign.functional.motion import PARAMETERS
 from torchalign.functional.texture import extract_texture
 
 SIZE = (200, 240)
-MOTIONS = list(DEGREES)
+MOTIONS = list(PARAMETERS)
 CENTRE = torch.tensor([(SIZE[1] - 1) / 2, (SIZE[0] - 1) / 2], dtype=torch.float64)
 
 

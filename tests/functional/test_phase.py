@@ -10,8 +10,10 @@ import pytest
 import torch
 from scenes import Waves, assert_derivative, fractal_stack, pairs
 
+from torchalign.functional.common_ground import agreement
 from torchalign.functional.phase import coarse_peak, cross_power, phase_correlation, refine_peak
-from torchalign.functional.texture import agreement, band_limit, local_contrast, working_size
+from torchalign.functional.texture import band_limit, local_contrast
+from torchalign.functional.working_grid import working_size
 
 NAN, INF = float("nan"), float("inf")
 TRUTH = torch.tensor([[1.3, -0.6], [0.0, 0.0], [-2.25, 3.1], [0.5, 0.5], [-0.02, 0.03]])

@@ -225,7 +225,7 @@ def test_a_stage_that_is_not_trusted_judges_no_other(scene):
     alone = gate_stages([good], moving, reference, max_translations=[5.0])
     both = gate_stages([good, failed], moving, reference, max_translations=[5.0, 5.0])
     assert alone.valid.all()
-    for field, expected in zip(both, alone, strict=True):
+    for field, expected in zip(both[:-1], alone[:-1], strict=True):
         assert torch.equal(field, expected)
 
 
@@ -237,7 +237,7 @@ def test_gate_handles_frames_one_by_one(scene):
     for t in range(3):
         row = slice(t, t + 1)
         one = gate(warp[row], sigma[row], status[row], moving[row], reference)
-        assert all(torch.equal(a, b[row]) for a, b in zip(one, whole, strict=True))
+        assert all(torch.equal(a, b[row]) for a, b in zip(one[:-1], whole[:-1], strict=True))
     spoilt = moving.clone()
     spoilt[1] = NAN
     other = gate(
@@ -248,7 +248,7 @@ def test_gate_handles_frames_one_by_one(scene):
         reference,
         moving_usable=~spoilt.isnan(),
     )
-    for field, expected in zip(other, whole, strict=True):
+    for field, expected in zip(other[:-1], whole[:-1], strict=True):
         torch.testing.assert_close(field[::2], expected[::2], atol=1e-5, rtol=0)
     homographies = torch.cat([warp, torch.tensor([0.0, 0.0, 1.0]).expand(3, 1, 3)], -2)
     estimate = gate(homographies, sigma, torch.tensor([0, 1, 0]), moving, reference)

@@ -12,8 +12,9 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
+from torchalign import _host
 from torchalign.functional.affine import identity_warp, to_homogeneous, translation_warp
-from torchalign.functional.warp import resample, resample_lattice, translate, warp
+from torchalign.functional.warp import resample, warp
 
 implementation = importlib.import_module("torchalign.functional.warp")
 NAN, INF = float("nan"), float("inf")
@@ -53,10 +54,10 @@ def same(one: Tensor, other: Tensor) -> bool:
 def tensor_path(monkeypatch: pytest.MonkeyPatch):
     """A function that resamples on the traceable path, taken in eager mode on the CPU only under autograd."""
 
-    def run(*args, function=resample, **options):
+    def run(*args, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(implementation, "is_on_host", lambda tensor: False)
-            return function(*args, **options)
+            patch.setattr(_host, "is_on_host", lambda tensor: False)
+            return resample(*args, **options)
 
     return run
 
@@ -65,7 +66,7 @@ def tensor_path(monkeypatch: pytest.MonkeyPatch):
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test on both implementations, and let even tiny frames be sliced on the host."""
     if request.param == "tensor":
-        monkeypatch.setattr(implementation, "is_on_host", lambda tensor: False)
+        monkeypatch.setattr(_host, "is_on_host", lambda tensor: False)
     monkeypatch.setattr(implementation, "_SMALLEST_SLICED", 1)
     return request.param
 
@@ -237,8 +238,8 @@ def test_fast_path_equals_general_path(
     assert torch.equal(fast.validity, general.validity)
     if motion == "translation":
         for shifted in (
-            translate(cube, warps[:, :, 2], **options),
-            tensor_path(cube, warps[:, :, 2], function=translate, **options),
+            resample(cube, warps[:, :, 2], **options),
+            tensor_path(cube, warps[:, :, 2], **options),
         ):
             torch.testing.assert_close(shifted.values, fast.values, atol=1e-6, rtol=1e-6, equal_nan=True)
             assert torch.equal(shifted.validity, fast.validity)
@@ -265,8 +266,8 @@ def test_a_lattice_is_part_of_the_whole(
     # known to be translations, they are shifts
     for known in (warps, warps[..., 2]) if motion == "translation" else (warps,):
         for lattice in (
-            resample_lattice(cube, known, step, **options),
-            tensor_path(cube, known, step, function=resample_lattice, **options),
+            resample(cube, known, step=step, **options),
+            tensor_path(cube, known, step=step, **options),
         ):
             torch.testing.assert_close(
                 lattice.values, whole.values[..., ::step, ::step], atol=1e-6, rtol=1e-6, equal_nan=True
@@ -287,6 +288,21 @@ def test_result_does_not_depend_on_chunks_or_order(sample: int, monkeypatch: pyt
     assert torch.equal(got.validity, expected.validity[order])
     single = resample(cube[5:6], warps[5:6])
     assert same(single.values[0], expected.values[5])
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("motion", ["translation", "affine"])
+def test_values_are_written_where_they_are_wanted(motion: str) -> None:
+    cube = noise(4, 2, 20, 24)
+    cube[1, 0, 3:9, 4:20] = NAN
+    warps = affine_warps(4) if motion == "affine" else shifts((1.3, -2.6), (0, 0), (0.5, 0.5), (-30, 4))
+    expected = resample(cube, warps, fill_value=7.0)
+    room = torch.full((6, 2, 20, 24), -1.0)
+    got = resample(cube, warps, fill_value=7.0, out=room[1:5])
+    assert same(room[1:5], expected.values)
+    assert got.values.data_ptr() == room[1:5].data_ptr()
+    assert torch.equal(got.validity, expected.validity)
+    assert (room[[0, 5]] == -1).all()
 
 
 def test_leading_dimensions_and_broadcasting() -> None:
@@ -312,7 +328,7 @@ def test_strided_cube_and_large_result() -> None:
     cube = noise(150, 150, 40, 3).permute(2, 3, 0, 1)
     warps = shifts(*((0.1 * t, -0.05 * t) for t in range(40)))
     values = warp(cube, warps)
-    assert values.numel() * 4 >= importlib.import_module("torchalign._host")._HUGE_RESULT
+    assert values.numel() * 4 >= _host._HUGE_RESULT
     assert same(values[17:18], warp(cube[17:18].contiguous(), warps[17:18]))
 
 
@@ -536,13 +552,13 @@ def test_autocast_leaves_the_grid_in_float32() -> None:
 def test_gradients(interpolation, padding_mode, motion) -> None:
     cube = noise(2, 1, 5, 6, dtype=torch.float64).requires_grad_()
     if motion == "shift":
-        warps, function = torch.tensor([[0.31, -0.42], [1.27, 0.63]], dtype=torch.float64), translate
+        warps = torch.tensor([[0.31, -0.42], [1.27, 0.63]], dtype=torch.float64)
     else:
-        warps, function = affine_warps(2, homography=motion == "homography", dtype=torch.float64), resample
+        warps = affine_warps(2, homography=motion == "homography", dtype=torch.float64)
     warps.requires_grad_()
 
     def values(cube: Tensor, warps: Tensor) -> Tensor:
-        return function(cube, warps, interpolation=interpolation, padding_mode=padding_mode).values
+        return resample(cube, warps, interpolation=interpolation, padding_mode=padding_mode).values
 
     assert torch.autograd.gradcheck(values, (cube, warps))
 
@@ -596,7 +612,7 @@ def test_exports_with_any_number_of_frames() -> None:
     class Warp(torch.nn.Module):
         def forward(self, cube: Tensor, warps: Tensor) -> Tensor:
             moved = warp(cube, warps, interpolation="bicubic")
-            return torch.cat((moved, translate(cube, warps[..., 2], interpolation="bicubic").values))
+            return torch.cat((moved, resample(cube, warps[..., 2], interpolation="bicubic").values))
 
     frames = torch.export.Dim("frames", min=2, max=64)
     example = (noise(3, 2, 20, 24), affine_warps(3))
@@ -608,10 +624,8 @@ def test_exports_with_any_number_of_frames() -> None:
 @interpolations
 def test_maps(interpolation) -> None:
     cube, warps = noise(4, 3, 2, 66, 66), affine_warps(12).reshape(4, 3, 2, 3)
-    moved = torch.func.vmap(lambda *given: translate(*given, interpolation=interpolation))(
-        cube, warps[..., 2]
-    )
-    expected = translate(cube, warps[..., 2], interpolation=interpolation)
+    moved = torch.func.vmap(lambda *given: resample(*given, interpolation=interpolation))(cube, warps[..., 2])
+    expected = resample(cube, warps[..., 2], interpolation=interpolation)
     torch.testing.assert_close(tuple(moved), tuple(expected))
     function = torch.func.vmap(lambda cube, warps: warp(cube, warps, interpolation=interpolation))
     torch.testing.assert_close(function(cube, warps), warp(cube, warps, interpolation=interpolation))
@@ -624,7 +638,7 @@ def test_jacobian_of_one_frame() -> None:
     cube, shift = noise(1, 1, 66, 66, dtype=torch.float64), torch.tensor([[0.3, 0.4]], dtype=torch.float64)
 
     def values(shift: Tensor) -> Tensor:
-        return translate(cube, shift).values
+        return resample(cube, shift).values
 
     jacobian = torch.func.jacfwd(values)(shift)[0, 0, ..., 0, :]
     step = 1e-6 * torch.eye(2, dtype=torch.float64)
@@ -662,7 +676,7 @@ def test_stays_on_its_device_without_synchronising(interpolation, padding_mode, 
                 values, validity = resample(cube, motion, mask=given, fill_value=fill_value, **options)
                 assert (values.device.type, values.dtype, values.shape) == ("cuda", dtype, cube.shape)
                 assert (validity.device.type, validity.dtype) == ("cuda", torch.bool)
-        assert translate(cube, torch.rand(4, 2, device="cuda"), **options).values.device.type == "cuda"
+        assert resample(cube, torch.rand(4, 2, device="cuda"), **options).values.device.type == "cuda"
 
 
 # -------------------------------------------------------------------------------------------------- bad input
@@ -686,7 +700,7 @@ CUBE, WARP = torch.zeros(2, 1, 4, 5), identity_warp(2)
         (lambda: warp(CUBE, WARP[:, :, :2]), ValueError, "warp: expected shape"),
         (lambda: warp(CUBE, identity_warp(3)), ValueError, "leading dimensions"),
         (lambda: warp(CUBE, identity_warp(2, device="meta")), ValueError, "warp: expected the cube's device"),
-        (lambda: translate(CUBE, torch.zeros(2, 3)), ValueError, "shift: expected shape"),
+        (lambda: warp(CUBE, torch.zeros(3, 2)), ValueError, "leading dimensions"),
         (lambda: warp(CUBE, WARP, interpolation="cubic"), ValueError, "'nearest', 'bilinear', 'bicubic'"),
         (lambda: warp(CUBE, WARP, padding_mode="wrap"), ValueError, "'border', 'zeros', 'reflection'"),
         (lambda: warp(CUBE.to(torch.uint8), WARP, fill_value=-1), ValueError, "0 … 255"),

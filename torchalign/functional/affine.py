@@ -15,7 +15,6 @@ scene.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,23 +22,23 @@ from torch import Tensor
 from torchalign._check import check_floating
 
 __all__ = [
-    "MotionModel",
+    "adjugate",
     "center_displacement",
     "change_origin",
     "compose_warps",
+    "composed",
+    "conjugated",
     "from_homogeneous",
     "identity_warp",
     "invert_warp",
-    "only_shifts",
+    "mapped",
+    "multiply",
     "rescale_warp",
     "split_at_center",
     "to_homogeneous",
     "transform_points",
     "translation_warp",
 ]
-
-# What a warp may do: 2, 3, 4, 6 and 8 degrees of freedom.
-MotionModel = Literal["translation", "euclidean", "similarity", "affine", "homography"]
 
 
 def _check_warp(warp: Tensor, name: str = "warp") -> None:
@@ -84,7 +83,7 @@ def _as_pair(value: Tensor | float | Sequence[float], like: Tensor, name: str) -
     return torch.stack([like.new_full((), component) for component in values])  # (2,)
 
 
-def _multiply(left: Tensor, right: Tensor) -> Tensor:
+def multiply(left: Tensor, right: Tensor) -> Tensor:
     """Product of (..., n, k) and (..., k, m), element by element, in the operands' own precision."""
     return (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)  # (..., n, k, 1) · (..., 1, k, m)
 
@@ -164,6 +163,11 @@ def to_homogeneous(warp: Tensor) -> Tensor:
                 [ 0.0000,  0.0000,  1.0000]])
     """
     _check_warp(warp)
+    return _three_rows(warp)
+
+
+def _three_rows(warp: Tensor) -> Tensor:
+    """:func:`to_homogeneous`."""
     if warp.shape[-2] == 3:
         return warp
     last_row = torch.eye(3, device=warp.device, dtype=warp.dtype)[2:]  # (1, 3)
@@ -212,22 +216,22 @@ def invert_warp(warp: Tensor) -> Tensor:
     """
     _check_warp(warp)
     if warp.shape[-2] == 3:
-        first, second, third = warp.unbind(
-            -2
-        )  # the rows r₀, r₁, r₂; the columns of adj are their cross products
-        adjugate = torch.stack(
-            (
-                torch.linalg.cross(second, third),
-                torch.linalg.cross(third, first),
-                torch.linalg.cross(first, second),
-            ),
-            -1,
-        )
-        determinant = (first * adjugate[..., 0]).sum(-1)
-        return adjugate / determinant[..., None, None]
+        numerator, determinant = adjugate(warp)
+        return numerator / determinant[..., None, None]
     (a, b, x), (c, d, y) = (row.unbind(-1) for row in warp.unbind(-2))
     numerator = torch.stack((d, -b, b * y - d * x, -c, a, c * x - a * y), -1)
     return numerator.reshape(warp.shape) / (a * d - b * c)[..., None, None]
+
+
+def adjugate(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Adjugate (..., 3, 3) and determinant (...,) of (..., 3, 3); its columns are cross products of rows."""
+    first, second, third = matrix.unbind(-2)
+    columns = (
+        torch.linalg.cross(second, third),
+        torch.linalg.cross(third, first),
+        torch.linalg.cross(first, second),
+    )
+    return torch.stack(columns, -1), (first * columns[0]).sum(-1)
 
 
 def compose_warps(first: Tensor, second: Tensor) -> Tensor:
@@ -253,10 +257,15 @@ def compose_warps(first: Tensor, second: Tensor) -> Tensor:
     _check_warp(first, "first")
     _check_warp(second, "second")
     _check_same_kind(first, second, "first", "second")
+    return composed(first, second)
+
+
+def composed(first: Tensor, second: Tensor) -> Tensor:
+    """:func:`compose_warps` of warps that are known to be some, for the loops of an estimate."""
     if first.shape[-2] == 2 and second.shape[-2] == 2:
-        linear = _multiply(second[..., :2], first[..., :2])
+        linear = multiply(second[..., :2], first[..., :2])
         return _assemble(linear, _apply_linear(second, first[..., 2]) + second[..., 2])
-    return _multiply(to_homogeneous(second), to_homogeneous(first))
+    return multiply(_three_rows(second), _three_rows(first))
 
 
 def _apply_linear(warp: Tensor, vector: Tensor) -> Tensor:
@@ -289,12 +298,15 @@ def transform_points(warp: Tensor, points: Tensor) -> Tensor:
     _check_same_kind(warp, points, "warp", "points")
     if points.ndim < 2:
         raise ValueError(f"points: expected shape (..., N, 2), got {tuple(points.shape)}; use points[None]")
+    return mapped(warp, points)
+
+
+def mapped(warp: Tensor, points: Tensor) -> Tensor:
+    """:func:`transform_points` of what is known to be a warp and points, for the loops of an estimate."""
     x, y = points.unbind(-1)  # (..., N)
     rows = warp[..., None, :, :]  # (..., 1, 2 or 3, 3), one matrix for all N points
-    mapped = (
-        rows[..., 0] * x.unsqueeze(-1) + rows[..., 1] * y.unsqueeze(-1) + rows[..., 2]
-    )  # (..., N, 2 or 3)
-    return mapped if warp.shape[-2] == 2 else mapped[..., :2] / mapped[..., 2:]
+    moved = rows[..., 0] * x.unsqueeze(-1) + rows[..., 1] * y.unsqueeze(-1) + rows[..., 2]  # (..., N, 2 or 3)
+    return moved if warp.shape[-2] == 2 else moved[..., :2] / moved[..., 2:]
 
 
 def change_origin(warp: Tensor, origin: Tensor | Sequence[float]) -> Tensor:
@@ -322,15 +334,18 @@ def change_origin(warp: Tensor, origin: Tensor | Sequence[float]) -> Tensor:
                 [ 0., -1.,  0.]])
     """
     _check_warp(warp)
-    offset = _as_pair(origin, warp, "origin")  # (..., 2)
+    return conjugated(warp, _as_pair(origin, warp, "origin"))
+
+
+def conjugated(warp: Tensor, offset: Tensor) -> Tensor:
+    """:func:`change_origin` of what is known to be a warp and an offset (..., 2), for the loops of an estimate."""
     if warp.shape[-2] == 2:
         # (A − I)·o, not A·o − o: for a warp near the identity the two large terms would cancel
         identity = torch.eye(2, device=warp.device, dtype=warp.dtype)
         moved = ((warp[..., :2] - identity) * offset.unsqueeze(-2)).sum(-1)
         return _assemble(warp[..., :2], warp[..., 2] + moved)
-    there = to_homogeneous(translation_warp(-offset))
-    back = to_homogeneous(translation_warp(offset))
-    return _multiply(_multiply(there, warp), back)
+    there, back = (_three_rows(translation_warp(move)) for move in (-offset, offset))
+    return multiply(multiply(there, warp), back)
 
 
 def rescale_warp(warp: Tensor, scale: Tensor | float | Sequence[float]) -> Tensor:
@@ -366,20 +381,6 @@ def rescale_warp(warp: Tensor, scale: Tensor | float | Sequence[float]) -> Tenso
     return change_origin(scaled, (0.5, 0.5))
 
 
-def only_shifts(motion: MotionModel, init: Tensor | None) -> bool:
-    """Whether warps that are found can be nothing but shifts, whatever the data.
-
-    Args:
-        motion: what is estimated.
-        init: what from: (..., T, 2), (..., T, 2 or 3, 3), of which the linear part is kept, or ``None``.
-
-    Example:
-        >>> only_shifts("translation", None), only_shifts("translation", identity_warp(3))
-        (True, False)
-    """
-    return motion == "translation" and (init is None or init.shape[-1] == 2)
-
-
 def center_displacement(warp: Tensor, size: tuple[int, int]) -> Tensor:
     """How far the centre of a frame moves, ``W(c) − c`` with ``c = ((W − 1) / 2, (H − 1) / 2)``.
 
@@ -405,27 +406,27 @@ def center_displacement(warp: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def split_at_center(warp: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A warp as a *turn*, which leaves the frame's centre in place, and then a translation.
+    """A warp as a motion that leaves the frame's centre in place, and then a translation.
 
     Args:
         warp: (..., 2, 3) or (..., 3, 3).
         size: (H, W) in pixels.
 
     Returns:
-        The translation (..., 2), and the turn, in the shape of ``warp``: ``warp = translation ∘ turn``. The turn of
-        a pure translation is the exact identity.
+        The translation (..., 2), and the centred motion, in the shape of ``warp``, which is
+        ``translation ∘ centred``. That of a pure translation is the exact identity.
 
     Example:
-        >>> shift, turn = split_at_center(torch.tensor([[0.0, -1.0, 10.0], [1.0, 0.0, 0.0]]), (10, 10))
-        >>> shift, transform_points(turn, torch.tensor([[4.5, 4.5]]))
+        >>> shift, centred = split_at_center(torch.tensor([[0.0, -1.0, 10.0], [1.0, 0.0, 0.0]]), (10, 10))
+        >>> shift, transform_points(centred, torch.tensor([[4.5, 4.5]]))
         (tensor([1., 0.]), tensor([[4.5000, 4.5000]]))
     """
     translation = center_displacement(warp, size)
-    turn = compose_warps(warp, translation_warp(-translation))
+    centred = compose_warps(warp, translation_warp(-translation))
     # for a pure translation the two cancel to the last bit only if told so
     eye = torch.eye(2, dtype=warp.dtype, device=warp.device)
     plain = (warp[..., :2, :2] == eye).flatten(-2).all(-1)
     if warp.shape[-2] == 3:
         plain = plain & (warp[..., 2, :2] == 0).all(-1)
-    identity = identity_warp(homography=turn.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
-    return translation, torch.where(plain[..., None, None], identity, turn)
+    identity = identity_warp(homography=centred.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
+    return translation, torch.where(plain[..., None, None], identity, centred)

@@ -1,4 +1,4 @@
-"""What of the C bands the estimate sees: (..., C, H, W) → (..., H, W)."""
+"""The one image of C bands that is registered: (..., C, H, W) → (..., H, W)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._check import message
+from torchalign._check import check_bands, message
 
-__all__ = ["Channel", "ChannelName", "center_crop", "extract_channel", "gradient_magnitude"]
+__all__ = ["Channel", "ChannelName", "center_crop", "check_channel", "extract_channel", "gradient_magnitude"]
 
 ChannelName = Literal["mean", "luminance", "rgb_mean", "gradients"]
 Channel = SupportsIndex | ChannelName | Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ def extract_channel(
 
     Args:
         cube: (..., C, H, W).
-        channel: what to see.
+        channel: see above.
         rgb_bands: the indices of R, G, B among the bands.
 
     Returns:
@@ -56,28 +56,39 @@ def extract_channel(
         >>> extract_channel(cube, "mean").flatten(), extract_channel(cube, -1).flatten()
         (tensor([1.5000, 5.5000]), tensor([3., 7.]))
     """
+    check_channel(channel)
+    if not isinstance(channel, str):
+        if callable(channel):
+            return _checked_result(channel(cube), cube)
+        return cube[..., _band("channel", channel, cube.shape[-3]), :, :]
+    if channel == "mean":
+        return _mean(cube)
+    rgb = _rgb(cube, rgb_bands)
+    if channel == "rgb_mean" or (channel == "luminance" and rgb.shape[-3] < 3):
+        return _mean(rgb)
+    if channel == "luminance":
+        red, green, blue = rgb.unbind(-3)
+        return _LUMINANCE[0] * red + _LUMINANCE[1] * green + _LUMINANCE[2] * blue
+    return gradient_magnitude(_mean(rgb))
+
+
+def check_channel(channel: object) -> None:
+    """An index or a name or a callable; the number of bands is known only when a cube comes.
+
+    Raises:
+        TypeError: none of these.
+        ValueError: an unknown name.
+    """
+    expected = f"a band index, one of {get_args(ChannelName)}, or a callable"
     if isinstance(channel, str):
         if channel not in get_args(ChannelName):
-            raise ValueError(
-                message(
-                    "channel",
-                    f"a band index, one of {get_args(ChannelName)}, or a callable",
-                    repr(channel),
-                    "choose one",
-                )
-            )
-        if channel == "mean":
-            return _mean(cube)
-        rgb = _rgb(cube, rgb_bands)
-        if channel == "rgb_mean" or (channel == "luminance" and rgb.shape[-3] < 3):
-            return _mean(rgb)
-        if channel == "luminance":
-            red, green, blue = rgb.unbind(-3)
-            return _LUMINANCE[0] * red + _LUMINANCE[1] * green + _LUMINANCE[2] * blue
-        return gradient_magnitude(_mean(rgb))
-    if callable(channel):
-        return _checked(channel(cube), cube)
-    return cube[..., _band("channel", channel, cube.shape[-3]), :, :]
+            raise ValueError(message("channel", expected, repr(channel), "choose one"))
+    elif not callable(channel):
+        try:
+            operator.index(None if isinstance(channel, bool) else channel)  # type: ignore[arg-type]
+        except TypeError:
+            got = f"{channel!r} ({type(channel).__name__})"
+            raise TypeError(message("channel", expected, got, "give an integer or a name")) from None
 
 
 def gradient_magnitude(image: Tensor) -> Tensor:
@@ -151,45 +162,25 @@ def _mean(cube: Tensor) -> Tensor:
 def _rgb(cube: Tensor, rgb_bands: Sequence[int]) -> Tensor:
     if cube.shape[-3] <= 3:
         return cube
-    if len(rgb_bands) != 3:
-        raise ValueError(
-            message("rgb_bands", "three band indices (R, G, B)", tuple(rgb_bands), "name three bands")
-        )
-    return torch.stack(
-        [cube[..., _band("rgb_bands", band, cube.shape[-3]), :, :] for band in rgb_bands], dim=-3
-    )
+    bands = [_band("rgb_bands", band, cube.shape[-3]) for band in check_bands(rgb_bands)]
+    return torch.stack([cube[..., band, :, :] for band in bands], dim=-3)
 
 
 def _band(name: str, band: SupportsIndex, bands: int) -> int:
-    try:
-        index = operator.index(band)
-    except TypeError:
-        raise TypeError(
-            message(
-                name,
-                "a band index, a name or a callable",
-                f"{band!r} ({type(band).__name__})",
-                "give an integer",
-            )
-        ) from None
+    """The index of a band that is there."""
+    index = operator.index(band)
     if not -bands <= index < bands:
-        raise ValueError(
-            message(name, f"a band index in [{-bands}, {bands - 1}]", index, f"the cube has {bands} bands")
-        )
+        expected = f"a band index in [{-bands}, {bands - 1}]"
+        raise ValueError(message(name, expected, index, f"the cube has {bands} bands"))
     return index
 
 
-def _checked(channel: Tensor, cube: Tensor) -> Tensor:
+def _checked_result(channel: object, cube: Tensor) -> Tensor:
+    """What a callable made of the bands, if it is one image a frame."""
     expected = (*cube.shape[:-3], *cube.shape[-2:])
     if not isinstance(channel, Tensor):
         raise TypeError(message("channel(cube)", "a tensor", type(channel).__name__, "return (..., H, W)"))
     if tuple(channel.shape) != tuple(expected) or not channel.is_floating_point():
-        raise ValueError(
-            message(
-                "channel(cube)",
-                f"a floating tensor {tuple(expected)}",
-                f"{channel.dtype} {tuple(channel.shape)}",
-                "reduce the band axis, dim=-3",
-            )
-        )
+        got, cure = f"{channel.dtype} {tuple(channel.shape)}", "reduce the band axis, dim=-3"
+        raise ValueError(message("channel(cube)", f"a floating tensor {tuple(expected)}", got, cure))
     return channel

@@ -26,14 +26,13 @@ displaces by 0.05 px, a bilinear or Keys' kernel by 0.13 px; on this one a splin
 
 References:
     Evangelidis & Psarakis 2008, doi:10.1109/TPAMI.2008.113; Baker & Matthews 2004,
-    doi:10.1023/B:VISI.0000011205.11775.fd; Unser 1999, doi:10.1109/79.799930 (B-splines); Sigg & Hadwiger 2005, in
-    GPU Gems 2, chapter 20 (their taps two by two).
+    doi:10.1023/B:VISI.0000011205.11775.fd.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
@@ -41,29 +40,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._check import message
-from torchalign._host import carries_gradient, is_on_host
+from torchalign._host import all_true, carries_gradient
 from torchalign.functional.affine import (
-    MotionModel,
-    change_origin,
+    composed,
     from_homogeneous,
     invert_warp,
-    only_shifts,
     to_homogeneous,
     translation_warp,
 )
-from torchalign.functional.fourier import irfft2, rfft2, turn_spectrum
-from torchalign.functional.texture import (
-    Contrast,
-    Grid,
-    Texture,
-    Window,
-    agreement,
-    extract_pyramid,
-    nanmedian,
-    pool,
-    tukey,
-    working_size,
+from torchalign.functional.common_ground import agreement
+from torchalign.functional.fourier import irfft2, rfft2, shift_phase
+from torchalign.functional.motion import (
+    MotionModel,
+    denormalize,
+    half_length,
+    jacobian,
+    normalize,
+    only_shifts,
+    warp_of,
 )
+from torchalign.functional.sampling import (
+    bilinear_at,
+    continue_border,
+    spline_at,
+    spline_response,
+    spline_with_slopes,
+)
+from torchalign.functional.smoothing import block_sums, nanmedian
+from torchalign.functional.texture import Brightness, Texture, extract_pyramid
+from torchalign.functional.working_grid import Window, WorkingGrid, tukey, working_size
 
 __all__ = [
     "EnhancedCorrelation",
@@ -100,8 +105,6 @@ _BLOCK = 3
 _SIGMA_CALIBRATION = 1.1
 # A point farther out than this, in samples, is nowhere.
 _NOWHERE = 1e7
-# Samples of all frames that are taken at a time, on the CPU.
-_PIECE = 2**16
 # Relative to its trace: what keeps a Hessian with a blind direction from having an inverse without bounds.
 _RIDGE = 1e-6
 # A direction is blind whose curvature is less than this many ridges, inverted.
@@ -145,7 +148,7 @@ class Level(NamedTuple):
         corners: (8, P), how each parameter displaces the frame's corners, x of the four and then y, in pixels.
     """
 
-    grid: Grid
+    grid: WorkingGrid
     field: Tensor
     products: Tensor
     weights: Tensor
@@ -182,7 +185,7 @@ def enhanced_correlation(
     max_iterations: int = 4,
     tolerance: float = 0.02,
     max_frequency: float = 0.25,
-    contrast: Contrast = "local",
+    contrast: Brightness = "local",
     sigma_blur: float = 0.0,
     taper: float = 0.15,
     robust: Robust = "agreement",
@@ -242,21 +245,14 @@ def enhanced_correlation(
         )
     grids = [level.grid for level in reference]
     if grids[0].frame != frame:
-        raise ValueError(
-            message(
-                "reference", f"levels of frames of {frame}", grids[0].frame, "prepare_levels of that size"
-            )
-        )
+        expected, cure = f"levels of frames of {frame}", "prepare_levels of that size"
+        raise ValueError(message("reference", expected, grids[0].frame, cure))
     textures = extract_pyramid(moving, moving_mask, grids=grids, contrast=contrast, blur=sigma_blur)
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
     only_shifted = only_shifts(motion, init)
-    if init is None:
-        init = moving.new_zeros((*shape, 2))
-    start = translation_warp(init) if init.shape[-1] == 2 else init
-    homography = motion == "homography" or start.shape[-2] == 3
-    start = _normalize(to_homogeneous(start), frame).expand(*shape, 3, 3)
-    lost = ~start.isfinite().flatten(-2).all(-1)
-    start = torch.where(lost[..., None, None], torch.eye(3, dtype=start.dtype, device=start.device), start)
+    init = moving.new_zeros((*shape, 2)) if init is None else init
+    homography = motion == "homography" or init.shape[-2:] == (3, 3)
+    start, finite = _finite_start(init, frame, shape)
     pyramid: list[_Shifted | _Warped] = [
         _Shifted.of(texture, level.grid, taper)
         if only_shifted
@@ -264,44 +260,39 @@ def enhanced_correlation(
         for texture, level in zip(textures, reference, strict=True)
     ]
 
-    search = _Search(motion, robust, max_iterations)
+    search = _Search(motion, robust, max_iterations, tolerance)
     unroll = gradients == "unrolled"
-    begin = start if unroll else start.detach()
-    warp: Tensor | None = None
-    for number, (level, frames) in reversed(list(enumerate(zip(reference, pyramid, strict=True)))):
-        if not unroll:
-            level, frames = _detach(level), frames.detach()
-        near, rough = _NEAR * level.grid.spacing(), level
-        if number == 0:
-            near = max(_NEAR, tolerance)
-            if isinstance(frames, _Warped):  # samples are what costs, and every fourth will do to come near
-                rough = _every_second(level)
-        if warp is None:
-            look = _Look.at(begin, rough, frames, precise=False)
-        else:
-            look = _better_of(begin, warp, rough, frames)
-        warp = search.climb(look, rough, frames, near, precise=False).warp
-    assert warp is not None  # there is at least one level
-    # once more on the finest level, from near the optimum, with weights and samples from there
-    state = search.climb(_Look.at(warp, level, frames, precise=True), level, frames, tolerance, precise=True)
-    warp = state.warp
     finest, frames = reference[0], pyramid[0]
+    if unroll:
+        state = search.descend(start, reference, pyramid)
+    else:
+        fixed = [_detach(level) for level in reference], [frames.detach() for frames in pyramid]
+        state = search.descend(start.detach(), *fixed)
+    warp = state.warp
     if not unroll and carries_gradient(finest.field, frames[0]):
         warp = implicit_step(state, finest, frames, motion)
     if not unroll and carries_gradient(start):
         # the optimum does not move with where the search began: the derivative is exactly 0
         warp = warp + 0.0 * (start - start.detach())
     quality = _detach(_assess(state, _detach(finest), tolerance))
-    found = _denormalize(_settle(warp), frame)
-    flat = finest.flat | frames.flat
+    found = denormalize(_settle(warp), frame)
     return EnhancedCorrelation(
         found if homography else from_homogeneous(found),
         quality.sigma,
         quality.significance,
-        flat.expand(shape),
-        quality.converged & ~lost,
+        (finest.flat | frames.flat).expand(shape),
+        quality.converged & finite,
         state.inliers,
     )
+
+
+def _finite_start(init: Tensor, frame: tuple[int, int], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Normalised (..., T, 3, 3), the identity where an init is no number; and where (..., T) it is one."""
+    warp = translation_warp(init) if init.shape[-1] == 2 else init
+    start = normalize(to_homogeneous(warp), frame).expand(*shape, 3, 3)
+    finite = start.isfinite().flatten(-2).all(-1)
+    identity = torch.eye(3, dtype=start.dtype, device=start.device)
+    return torch.where(finite[..., None, None], start, identity), finite
 
 
 def level_frequencies(
@@ -332,7 +323,7 @@ def prepare_levels(
     motion: MotionModel = "affine",
     max_frequency: float = 0.25,
     levels: int | None = None,
-    contrast: Contrast = "local",
+    contrast: Brightness = "local",
     sigma_blur: float = 0.0,
     taper: float = 0.15,
 ) -> list[Level]:
@@ -350,14 +341,16 @@ def prepare_levels(
     """
     frame = (reference.shape[-2], reference.shape[-1])
     frequencies = level_frequencies(frame, max_frequency, levels)
-    grids = [Grid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies]
+    grids = [
+        WorkingGrid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies
+    ]
     textures = extract_pyramid(reference, mask, grids=grids, contrast=contrast, blur=sigma_blur)
     return [
         prepare_level(texture, grid, motion, taper) for texture, grid in zip(textures, grids, strict=True)
     ]
 
 
-def prepare_level(texture: Texture, grid: Grid, motion: MotionModel, taper: float = 0.15) -> Level:
+def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, taper: float = 0.15) -> Level:
     r"""The reference's derivatives by the parameters, :math:`\nabla r \cdot \partial W / \partial p`.
 
     Args:
@@ -370,7 +363,7 @@ def prepare_level(texture: Texture, grid: Grid, motion: MotionModel, taper: floa
     field = irfft2(spectrum, grid.size)
     slope_x, slope_y = _differentiate(spectrum, grid)
     x, y = _coordinates(grid)
-    basis_x, basis_y = _basis(motion, x, y)  # (P, n)
+    basis_x, basis_y = jacobian(motion, x, y)  # (P, n)
     derivatives = slope_x[..., None, :] * basis_x + slope_y[..., None, :] * basis_y  # (..., P, n)
     values = field.flatten(-2)[..., None, :]
     rows = torch.cat([torch.ones_like(values), values, derivatives], dim=-2)
@@ -394,7 +387,7 @@ class _Shifted(NamedTuple):
     window: Window
 
     @classmethod
-    def of(cls, texture: Texture, grid: Grid, taper: float) -> _Shifted:
+    def of(cls, texture: Texture, grid: WorkingGrid, taper: float) -> _Shifted:
         weights = None if texture.weights is None else rfft2(texture.weights)
         return cls(rfft2(texture.field) * _response(grid), weights, texture.flat, Window.of(grid, taper))
 
@@ -420,22 +413,22 @@ class _Shifted(NamedTuple):
     def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
         """The values, and their derivatives by x and y of the reference."""
         grid = level.grid
-        turned = turn_spectrum(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
-        by_x, by_y = _differentiate(turned, grid)
-        return irfft2(turned, grid.size).flatten(-2), by_x, by_y
+        shifted = shift_phase(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
+        by_x, by_y = _differentiate(shifted, grid)
+        return irfft2(shifted, grid.size).flatten(-2), by_x, by_y
 
 
 class _Warped(NamedTuple):
     """Moving frames under any warp: a cubic B-spline through twice as many samples as the band needs."""
 
-    spline: Tensor  # (..., T, 2h, 2w), its coefficients, padded
-    weights: Tensor | None  # (..., T, h, w), what is usable, padded
+    spline: Tensor  # (..., T, 2h, 2w), its coefficients, continued beyond the border
+    weights: Tensor | None  # (..., T, h, w), what is usable, likewise
     flat: Tensor  # (..., T) bool
     taper: float
     projective: bool
 
     @classmethod
-    def of(cls, texture: Texture, grid: Grid, taper: float, projective: bool) -> _Warped:
+    def of(cls, texture: Texture, grid: WorkingGrid, taper: float, projective: bool) -> _Warped:
         rows, columns = grid.size
         size = (_OVERSAMPLING * rows, _OVERSAMPLING * columns)
         spectrum = rfft2(texture.field) * _response(grid)
@@ -446,17 +439,17 @@ class _Warped(NamedTuple):
         middle = spectrum.new_zeros((*spectrum.shape[:-2], size[0] - rows, spectrum.shape[-1]))
         padded = torch.cat([spectrum[..., :positive, :], middle, spectrum[..., positive:, :]], dim=-2)
         gain = size[0] * size[1] / (rows * columns)
-        coefficients = padded * (gain / (_spline_response(y)[:, None] * _spline_response(x)))
-        weights = None if texture.weights is None else _pad(texture.weights)
-        return cls(_pad(irfft2(coefficients, size)), weights, texture.flat, taper, projective)
+        coefficients = padded * (gain / (spline_response(y)[:, None] * spline_response(x)))
+        weights = None if texture.weights is None else continue_border(texture.weights)
+        return cls(continue_border(irfft2(coefficients, size)), weights, texture.flat, taper, projective)
 
     def detach(self) -> _Warped:
         return _detach(self)
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference; else bilinear, for a fifth of the price."""
-        column, row = self._sources(warp, level, _unpadded(self.spline))
-        return _spline(self.spline, column, row) if precise else _bilinear(self.spline, column, row)
+        column, row = self._sources(warp, level, _samples_of(self.spline))
+        return spline_at(self.spline, column, row) if precise else bilinear_at(self.spline, column, row)
 
     def ground(self, warp: Tensor, level: Level) -> Tensor:
         """(..., T, n) in [0, 1]: the windows, and what is usable, of both."""
@@ -464,27 +457,27 @@ class _Warped(NamedTuple):
         x, y = self._sources(warp, level, (height, width))
         own = tukey(x, width, self.taper) * tukey(y, height, self.taper)
         if self.weights is not None:
-            usable = _bilinear(self.weights, *self._sources(warp, level, _unpadded(self.weights)))
+            usable = bilinear_at(self.weights, *self._sources(warp, level, _samples_of(self.weights)))
             # between two ones lies a one, but for rounding
             own = own * torch.where(usable > 1 - 1e-5, 1.0, usable)
         return torch.minimum(level.weights, own)
 
     def stepped(self, warp: Tensor, increment: Tensor, motion: MotionModel) -> Tensor:
         """The step composed to the warp."""
-        stepped = _multiply(_warp_of(increment, motion), warp)
+        stepped = composed(warp, warp_of(increment, motion))
         return stepped / stepped[..., 2:, 2:]
 
     def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
         """The values, and their derivatives by x and y of the reference."""
-        size = _unpadded(self.spline)
+        size = _samples_of(self.spline)
         column, row = self._sources(warp, level, size)
-        values, by_column, by_row = _spline_with_slopes(self.spline, column, row)
+        values, by_column, by_row = spline_with_slopes(self.spline, column, row)
         (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-2) for row in invert_warp(warp)[..., None].unbind(-3))
         depth = g * level.x + h * level.y + i
         x, y = (a * level.x + b * level.y + c) / depth, (d * level.x + e * level.y + f) / depth
         height, width = level.grid.frame
         slope_x, slope_y = (
-            slope * (_half(level.grid.frame) * samples / length)
+            slope * (half_length(level.grid.frame) * samples / length)
             for slope, samples, length in ((by_column, size[1], width), (by_row, size[0], height))
         )
         by_x = (slope_x * (a - x * g) + slope_y * (d - y * g)) / depth
@@ -496,7 +489,7 @@ class _Warped(NamedTuple):
         inverse = torch.linalg.inv_ex(warp).inverse
         # what is no number, or would overflow below, is far away: every position is one
         x, y, last = inverse.nan_to_num(_NOWHERE).clamp(-_NOWHERE, _NOWHERE)[..., None].unbind(-3)
-        half, (height, width) = _half(level.grid.frame), level.grid.frame
+        half, (height, width) = half_length(level.grid.frame), level.grid.frame
         # the change of units is made on the matrices, which are small
         rows = [
             (row * half + last * ((length - 1) / 2)) * (samples / length)
@@ -544,17 +537,46 @@ class _Search(NamedTuple):
     motion: MotionModel
     robust: Robust
     max_iterations: int
+    tolerance: float
+
+    def descend(
+        self, start: Tensor, levels: Sequence[Level], pyramid: Sequence[_Shifted | _Warped]
+    ) -> _State:
+        """From the coarsest level to the finest; there once more, with weights and samples from nearby."""
+        warp: Tensor | None = None
+        for number in reversed(range(len(levels))):
+            level = rough = levels[number]
+            frames, near = pyramid[number], _NEAR * level.grid.spacing()
+            if number == 0:
+                near = max(_NEAR, self.tolerance)
+                if isinstance(
+                    frames, _Warped
+                ):  # samples are what costs, and every fourth will do to come near
+                    rough = _every_second(level)
+            if warp is None:
+                samples = _WarpedSamples.at(start, rough, frames, precise=False)
+            else:
+                samples = _better_of(start, warp, rough, frames)
+            warp = self.climb(samples, rough, frames, near, precise=False).warp
+        assert warp is not None  # there is at least one level
+        samples = _WarpedSamples.at(warp, level, frames, precise=True)
+        return self.climb(samples, level, frames, self.tolerance, precise=True)
 
     def climb(
-        self, look: _Look, level: Level, moving: _Shifted | _Warped, tolerance: float, *, precise: bool
+        self,
+        samples: _WarpedSamples,
+        level: Level,
+        moving: _Shifted | _Warped,
+        tolerance: float,
+        *,
+        precise: bool,
     ) -> _State:
         """Weights, then steps, until none moves a point of a frame by more than ``tolerance`` pixels.
 
-        A frame that has converged stays as it is, whatever the others do. On the eager CPU, where a look costs
-        nothing, the steps end when all have.
+        A frame that has converged stays as it is, whatever the others do. Where it may be read that all have, the
+        steps end.
         """
-        warp, values, common = look
-        on_host = all(map(is_on_host, (warp, moving[0], level.field)))
+        warp, values, common = samples
         inliers = self._inliers(values, common, level)
         weights = common if inliers is None else common * inliers.flatten(-2)
         system = _solve(weights.square(), level)
@@ -570,7 +592,7 @@ class _Search(NamedTuple):
             warp = torch.where(moves[..., None, None], stepped, warp)
             reach = torch.where(moves, last, reach)
             moves = moves & (last > tolerance)
-            if on_host and not bool(moves.any()):
+            if all_true(~moves):
                 break
         return _State(warp, reach, values, common, system, inliers)
 
@@ -585,31 +607,31 @@ class _Search(NamedTuple):
         return agreement(_unflatten(ours, -1, size), theirs)
 
 
-class _Look(NamedTuple):
-    """The moving frames as a warp shows them."""
+class _WarpedSamples(NamedTuple):
+    """The moving frames' samples under a warp, over the reference."""
 
     warp: Tensor  # (..., T, 3, 3)
     values: Tensor  # (..., T, n)
     common: Tensor  # (..., T, n) in [0, 1], the ground that both have
 
     @classmethod
-    def at(cls, warp: Tensor, level: Level, moving: _Shifted | _Warped, *, precise: bool) -> _Look:
+    def at(cls, warp: Tensor, level: Level, moving: _Shifted | _Warped, *, precise: bool) -> _WarpedSamples:
         return cls(warp, moving.values(warp, level, precise=precise), moving.ground(warp, level))
 
 
-def _better_of(start: Tensor, warp: Tensor, level: Level, moving: _Shifted | _Warped) -> _Look:
+def _better_of(start: Tensor, warp: Tensor, level: Level, moving: _Shifted | _Warped) -> _WarpedSamples:
     """Where a coarser level led astray (clouds have more contrast there than the ground), the start is better."""
-    looks = [_Look.at(candidate, level, moving, precise=False) for candidate in (warp, start)]
+    both = [_WarpedSamples.at(candidate, level, moving, precise=False) for candidate in (warp, start)]
     scores = []
-    for _, values, common in looks:
+    for _, values, common in both:
         weighted = common * values
         product = _inner(weighted, level.texture.unsqueeze(-2))
         norm = torch.linalg.vecdot(weighted, values)[..., None] * _inner(common, level.squares.unsqueeze(-2))
         scores.append(product * torch.rsqrt(norm + torch.finfo(norm.dtype).tiny))
     worse = scores[1] > scores[0]  # (..., T, 1)
-    return _Look(
-        torch.where(worse[..., None], looks[1].warp, looks[0].warp),
-        *(_choose(worse, one, other) for one, other in zip(looks[1][1:], looks[0][1:], strict=True)),
+    return _WarpedSamples(
+        torch.where(worse[..., None], both[1].warp, both[0].warp),
+        *(_choose(worse, one, other) for one, other in zip(both[1][1:], both[0][1:], strict=True)),
     )
 
 
@@ -628,7 +650,7 @@ def _every_second(level: Level) -> Level:
         return _unflatten(values, -1, (rows, columns))[..., ::2, ::2].flatten(-2)
 
     return Level(
-        Grid.of(grid.frame, (rows // 2, columns // 2), grid.max_frequency, level.field),
+        WorkingGrid.of(grid.frame, (rows // 2, columns // 2), grid.max_frequency, level.field),
         level.field[..., ::2, ::2],
         thin(level.products),
         thin(level.weights),
@@ -738,7 +760,7 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     times = 0
     while times < _BLOCK and min(size) >= 16 * 2**times:  # compared, not computed: a size may be a symbol
         times += 1
-    sums = pool(_unflatten(pulls, -1, size), times)  # (..., T, 2 + P, h / b, w / b)
+    sums = block_sums(_unflatten(pulls, -1, size), times)  # (..., T, 2 + P, h / b, w / b)
     # what every block does to the two translations
     lever = system.inverse[..., :2, :]
     mean = system.mean[..., 2:, None]
@@ -747,7 +769,10 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     freedom = blocks / max(1, blocks - level.regressors.shape[-2])
     variance = freedom * sums.square().sum(-1).mean(-1)
     sigma = (
-        _SIGMA_CALIBRATION * _half(level.grid.frame) * variance.sqrt() / seen.correlation.square().square()
+        _SIGMA_CALIBRATION
+        * half_length(level.grid.frame)
+        * variance.sqrt()
+        / seen.correlation.square().square()
     )
 
     ground = state.common.square()
@@ -813,7 +838,7 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
     system, gain, along, direction = _detach(system), gain.detach(), along.detach(), direction.detach()
     level, by_x, by_y = _detach(level), by_x.detach(), by_y.detach()
     # a small increment k composed to the warp shifts the frame on the reference by −(its displacement)
-    basis_x, basis_y = _basis(motion, level.x, level.y)
+    basis_x, basis_y = jacobian(motion, level.x, level.y)
     moved = -(by_x[..., None, :] * basis_x + by_y[..., None, :] * basis_y)  # (..., T, P, n)
     change = torch.matmul(system.weights[..., None, :] * moved, level.regressors.mT)  # (..., T, P, 2 + P)
     change = change - change[..., :1] * system.mean[..., None, :]
@@ -822,27 +847,22 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
         / along[..., None]
         * (change[..., 1] - (change[..., 2:] * system.solved[..., None, :]).sum(-1))
     )
-    jacobian = gain_by[..., None, :] * direction[..., :, None] + gain[..., None, None] * (
+    matrix = gain_by[..., None, :] * direction[..., :, None] + gain[..., None, None] * (
         system.inverse @ change[..., 2:].mT
     )
-    inverse = torch.linalg.inv_ex(jacobian).inverse
+    inverse = torch.linalg.inv_ex(matrix).inverse
     sound = inverse.isfinite().flatten(-2).all(-1)
     inverse = torch.where(sound[..., None, None], inverse, 0.0)
     step = -(inverse * increment[..., None, :]).sum(-1)
-    return _multiply(_warp_of(step - step.detach(), motion), warp)
+    return composed(warp, warp_of(step - step.detach(), motion))
 
 
 # ------------------------------------------------------------------------------------------------- coordinates
 
 
-def _half(frame: tuple[int, int]) -> float:
-    """The unit of length of normalised coordinates, in pixels."""
-    return max(frame) / 2
-
-
-def _coordinates(grid: Grid) -> tuple[Tensor, Tensor]:
+def _coordinates(grid: WorkingGrid) -> tuple[Tensor, Tensor]:
     """(n,) x and y of the samples, in halves of the frame from its centre."""
-    (height, width), half = grid.frame, _half(grid.frame)
+    (height, width), half = grid.frame, half_length(grid.frame)
     kind: dict[str, Any] = {"device": grid.radius.device, "dtype": grid.radius.dtype}
     x = (torch.arange(grid.size[1], **kind) * (width / grid.size[1]) - (width - 1) / 2) / half
     y = (torch.arange(grid.size[0], **kind) * (height / grid.size[0]) - (height - 1) / 2) / half
@@ -850,31 +870,13 @@ def _coordinates(grid: Grid) -> tuple[Tensor, Tensor]:
     return x.expand(shape).flatten(), y[:, None].expand(shape).flatten()
 
 
-def _corners(grid: Grid, motion: MotionModel) -> Tensor:
+def _corners(grid: WorkingGrid, motion: MotionModel) -> Tensor:
     """(8, P), see :class:`Level`."""
-    (height, width), half = grid.frame, _half(grid.frame)
+    (height, width), half = grid.frame, half_length(grid.frame)
     sign = 2 * torch.arange(4, device=grid.radius.device) - 3  # −3, −1, 1, 3: left, left, right, right
     x = sign.sign().to(grid.radius.dtype) * ((width - 1) / 2 / half)
     y = (sign % 4 - 2).to(grid.radius.dtype) * ((height - 1) / 2 / half)  # up and down in turns
-    return half * torch.cat(_basis(motion, x, y), dim=-1).mT
-
-
-def _normalize(warp: Tensor, frame: tuple[int, int]) -> Tensor:
-    """(..., 3, 3) in pixels → in halves of the frame from its centre."""
-    return _scale(change_origin(warp, ((frame[1] - 1) / 2, (frame[0] - 1) / 2)), 1 / _half(frame))
-
-
-def _denormalize(warp: Tensor, frame: tuple[int, int]) -> Tensor:
-    """The way back."""
-    moved = change_origin(_scale(warp, _half(frame)), (-(frame[1] - 1) / 2, -(frame[0] - 1) / 2))
-    return moved / moved[..., 2:, 2:]  # the last entry 1, as everybody has it
-
-
-def _scale(warp: Tensor, factor: float) -> Tensor:
-    """The same motion in units that are 1 / factor as long: S W S⁻¹; and the last entry 1."""
-    up = torch.cat([warp[..., :2, :2], warp[..., :2, 2:] * factor], dim=-1)
-    down = torch.cat([warp[..., 2:, :2] / factor, warp[..., 2:, 2:]], dim=-1)
-    return torch.cat([up, down], dim=-2) / warp[..., 2:, 2:]
+    return half * torch.cat(jacobian(motion, x, y), dim=-1).mT
 
 
 def _settle(warp: Tensor) -> Tensor:
@@ -887,49 +889,6 @@ def _settle(warp: Tensor) -> Tensor:
     return settled + (warp - warp.detach()).nan_to_num(0.0)
 
 
-# ---------------------------------------------------------------------------------------------- motion models
-
-
-def _basis(motion: MotionModel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(P, n) twice: how each parameter displaces the points, in x and in y, at the identity."""
-    one, none = torch.ones_like(x), torch.zeros_like(x)
-    columns = [(one, none), (none, one)]
-    if motion in ("euclidean", "similarity"):
-        columns.append((-y, x))
-    if motion == "similarity":
-        columns.append((x, y))
-    if motion in ("affine", "homography"):
-        columns += [(x, none), (y, none), (none, x), (none, y)]
-    if motion == "homography":
-        columns += [(x * x, x * y), (x * y, y * y)]
-    by_x, by_y = zip(*columns, strict=True)
-    return torch.stack(by_x), torch.stack(by_y)
-
-
-def _warp_of(parameters: Tensor, motion: MotionModel) -> Tensor:
-    """(..., P) → (..., 3, 3), a member of the motion model, which for small parameters moves as its basis says."""
-    x, y, *rest = parameters.unbind(-1)
-    one, none = torch.ones_like(x), torch.zeros_like(x)
-    linear = (one, none, none, one)
-    down = (none, none)
-    if motion == "euclidean":
-        cosine, sine = rest[0].cos(), rest[0].sin()
-        linear = (cosine, -sine, sine, cosine)
-    elif motion == "similarity":
-        linear = (1 + rest[1], -rest[0], rest[0], 1 + rest[1])
-    elif motion in ("affine", "homography"):
-        linear = (1 + rest[0], rest[1], rest[2], 1 + rest[3])
-    if motion == "homography":
-        down = (-rest[4], -rest[5])
-    a, b, c, d = linear
-    return _unflatten(torch.stack([a, b, x, c, d, y, *down, one], dim=-1), -1, (3, 3))
-
-
-def _multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Product of (..., 3, 3) and (..., 3, 3), in the operands' own precision (no TF32)."""
-    return (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
-
-
 def _places(parameters: int, device: torch.device) -> Tensor:
     """(P, P): where in the packed upper triangle of a symmetric matrix its entries are."""
     index = torch.arange(parameters, device=device)
@@ -937,18 +896,18 @@ def _places(parameters: int, device: torch.device) -> Tensor:
     return low * parameters - low * (low - 1) // 2 + high - low
 
 
-# --------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- spectra and shapes
 
 
-def _response(grid: Grid) -> Tensor:
+def _response(grid: WorkingGrid) -> Tensor:
     """(h, w//2+1): the root of the ramp |f|, within the band."""
     share = grid.radius / grid.max_frequency
     return share.sqrt() * (share < 1)
 
 
-def _differentiate(spectrum: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def _differentiate(spectrum: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tensor]:
     """(..., n) twice, the derivatives of a field by x and y, per half of the frame."""
-    omega_y, omega_x = (2 * math.pi * _half(grid.frame) * frequency for frequency in grid.frequencies)
+    omega_y, omega_x = (2 * math.pi * half_length(grid.frame) * frequency for frequency in grid.frequencies)
     by_x, by_y = (
         irfft2(torch.complex(-spectrum.imag * omega, spectrum.real * omega), grid.size).flatten(-2)
         for omega in (omega_x, omega_y[:, None])
@@ -956,176 +915,14 @@ def _differentiate(spectrum: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return by_x, by_y
 
 
-def _shift_of(warp: Tensor, grid: Grid) -> Tensor:
+def _shift_of(warp: Tensor, grid: WorkingGrid) -> Tensor:
     """(..., 2), the translation (x, y) of a normalised warp, in pixels."""
-    return warp[..., :2, 2] * _half(grid.frame)
+    return warp[..., :2, 2] * half_length(grid.frame)
 
 
-def _spline_response(frequency: Tensor) -> Tensor:
-    """Of the samples of a cubic B-spline, (1, 4, 1) / 6; frequencies in cycles per sample."""
-    return (2 + (2 * math.pi * frequency).cos()) / 3
-
-
-def _pad(field: Tensor) -> Tensor:
-    """(..., h, w) → (..., h + 5, w + 5): the border continued so far that no tap of a spline is beyond it."""
-    flat = F.pad(field.reshape(-1, 1, *field.shape[-2:]), (2, 3, 2, 3), mode="replicate")
-    return flat.reshape(*field.shape[:-2], *flat.shape[-2:])
-
-
-def _unpadded(field: Tensor) -> tuple[int, int]:
-    return field.shape[-2] - 5, field.shape[-1] - 5
-
-
-class _Taps(NamedTuple):
-    """Samples of padded fields (..., T, h + 5, w + 5) around positions (..., T, n), beyond the border the border.
-
-    One index serves all taps: they differ by where the fields are taken to begin.
-    """
-
-    fields: Tensor  # (..., T, m), flattened
-    width: int  # of the padded lines
-    first: Tensor  # (..., T, n), index of the samples at −1, −1
-    x: Tensor  # (..., T, n), the positions' fractions
-    y: Tensor
-
-    @classmethod
-    def around(cls, field: Tensor, column: Tensor, row: Tensor) -> _Taps:
-        height, width = _unpadded(field)
-        column, row = column.clamp(-1, width), row.clamp(-1, height)
-        left, top = column.floor(), row.floor()
-        first = (top.to(torch.int64) + 1) * (width + 5) + (left.to(torch.int64) + 1)
-        shape = _broadcast(field.shape[:-2], column.shape[:-1])
-        fields = field.expand(*shape, *field.shape[-2:]).flatten(-2)
-        return cls(fields, width + 5, first.expand(*shape, -1), column - left, row - top)
-
-    def at(self, right: int, down: int) -> Tensor:
-        """(..., T, n): the samples so far, −1 … 2, from those at or before the positions."""
-        begin = (down + 1) * self.width + right + 1
-        length = self.fields.shape[-1] - (3 * self.width + 3)
-        return self.fields.narrow(-1, begin, length).gather(-1, self.first)
-
-
-def _bilinear(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    """(..., T, n) of padded fields at positions among their samples; beyond the border is the border."""
-    if field.device.type != "cpu":
-        return _look_up(field, column, row)
-    return _in_pieces(_bilinear_by_taps, field, column, row)
-
-
-def _spline(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    """The same of cubic B-splines, given by their coefficients."""
-    if field.device.type != "cpu":
-        return _spline_by_look_up(field, column, row)
-    return _in_pieces(_spline_by_taps, field, column, row)
-
-
-def _in_pieces(
-    sample: Callable[[Tensor, Tensor, Tensor], Tensor], field: Tensor, column: Tensor, row: Tensor
-) -> Tensor:
-    """Of so many frames at a time that a tap and its neighbours are still in the cache."""
-    # first of all the host: under a trace, the number of frames must not be looked at
-    if not (is_on_host(field) and is_on_host(column)) or column.ndim != 2 or len(field) != len(column):
-        return sample(field, column, row)
-    frames = max(1, _PIECE // column.shape[-1])
-    if len(field) <= frames:
-        return sample(field, column, row)
-    parts = [slice(first, first + frames) for first in range(0, len(field), frames)]
-    return torch.cat([sample(field[part], column[part], row[part]) for part in parts])
-
-
-def _bilinear_by_taps(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    taps = _Taps.around(field, column, row)
-    above = torch.lerp(taps.at(0, 0), taps.at(1, 0), taps.x)
-    below = torch.lerp(taps.at(0, 1), taps.at(1, 1), taps.x)
-    return torch.lerp(above, below, taps.y)
-
-
-def _spline_by_taps(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    taps = _Taps.around(field, column, row)
-    across, down = _spline_weights(taps.x), _spline_weights(taps.y)
-    lines = []
-    for j in (-1, 0, 1, 2):
-        line = across[0] * taps.at(-1, j)
-        for i in (0, 1, 2):
-            line = torch.addcmul(line, across[i + 1], taps.at(i, j))
-        lines.append(line)
-    value = down[0] * lines[0]
-    for weight, line in zip(down[1:], lines[1:], strict=True):
-        value = torch.addcmul(value, weight, line)
-    return value
-
-
-def _look_up(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    """:func:`_bilinear` in one kernel: fast on a GPU; on the CPU it takes several times as long as the taps do."""
-    height, width = field.shape[-2:]
-    # pixel centres to torch's corners, spelled out: align_corners=False, and 2 samples of padding
-    at = torch.stack([column * (2 / width) + (5 / width - 1), row * (2 / height) + (5 / height - 1)], dim=-1)
-    shape = _broadcast(field.shape[:-2], column.shape[:-1])
-    flat = field.expand(*shape, height, width).reshape(-1, 1, height, width)
-    at = at.expand(*shape, -1, 2).reshape(-1, 1, column.shape[-1], 2)
-    found = F.grid_sample(flat, at, mode="bilinear", padding_mode="border", align_corners=False)
-    return found.reshape(*shape, column.shape[-1])
-
-
-def _spline_by_look_up(field: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    """:func:`_spline` by four look-ups: each is of two by two of the taps (Sigg & Hadwiger 2005)."""
-    (left, right, along), (top, bottom, down) = _pairs(column), _pairs(row)
-    above = torch.lerp(_look_up(field, left, top), _look_up(field, right, top), along)
-    below = torch.lerp(_look_up(field, left, bottom), _look_up(field, right, bottom), along)
-    return torch.lerp(above, below, down)
-
-
-def _pairs(position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where to look up the two left and the two right taps of a cubic B-spline; the weight of the right ones."""
-    whole = position.floor()
-    fraction = position - whole
-    rest = 1 - fraction
-    first, last = rest * rest * rest * (1 / 6), fraction * fraction * fraction * (1 / 6)
-    right = _right_share(fraction)
-    return whole - first / (1 - right), whole + 1 + last / right, right
-
-
-def _spline_weights(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights of the coefficients at −1, 0, 1, 2 from ⌊x⌋."""
-    rest = 1 - fraction
-    first, last = rest * rest * rest * (1 / 6), fraction * fraction * fraction * (1 / 6)
-    # what is left of the two sides, written so that the four sum to 1
-    right = _right_share(fraction)
-    return first, 1 - right - first, right - last, last
-
-
-def _right_share(fraction: Tensor) -> Tensor:
-    """Weight of the two right taps together: 1/6 + (f + f²)/2 − f³/3."""
-    return ((0.5 - fraction * (1 / 3)) * fraction + 0.5) * fraction + (1 / 6)
-
-
-def _spline_slopes(fraction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The derivatives of the weights."""
-    rest = 1 - fraction
-    return (
-        -0.5 * rest * rest,
-        (1.5 * fraction - 2) * fraction,
-        (2 - 1.5 * rest) * rest,
-        0.5 * fraction * fraction,
-    )
-
-
-def _spline_with_slopes(field: Tensor, column: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The cubic B-spline, and its derivatives by column and row, tap by tap: differentiable in every mode."""
-    taps = _Taps.around(field, column, row)
-    across = [_spline_weights(taps.x), _spline_slopes(taps.x)]
-    down = [_spline_weights(taps.y), _spline_slopes(taps.y)]
-    value = by_column = by_row = torch.zeros_like(column)
-    for j in range(4):
-        line = line_slope = torch.zeros_like(column)
-        for i in range(4):
-            tap = taps.at(i - 1, j - 1)
-            line = line + across[0][i] * tap
-            line_slope = line_slope + across[1][i] * tap
-        value = value + down[0][j] * line
-        by_column = by_column + down[0][j] * line_slope
-        by_row = by_row + down[1][j] * line
-    return value, by_column, by_row
+def _samples_of(continued: Tensor) -> tuple[int, int]:
+    """(rows, columns) of a field before its border was continued."""
+    return continued.shape[-2] - 6, continued.shape[-1] - 6
 
 
 def _broadcast(*shapes: Sequence[int]) -> torch.Size:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["fft", "irfft2", "rfft", "rfft2", "turn_spectrum", "wave"]
+__all__ = ["fft", "irfft2", "rfft", "rfft2", "shift_phase", "wave"]
 
 
 def fft(signal: Tensor, dim: int = -1) -> Tensor:
@@ -41,7 +41,7 @@ def irfft2(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
     return _or_empty(lambda values: torch.fft.irfft2(values, s=size), spectrum)
 
 
-def turn_spectrum(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> Tensor:
+def shift_phase(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> Tensor:
     """The spectrum times e^{iω·t}: its content moved by −t.
 
     Args:

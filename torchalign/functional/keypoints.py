@@ -35,7 +35,7 @@ __all__ = [
 _SAMPLED_SIDE = 128
 # A frame whose percentiles lie closer than this many roundings of their size is flat.
 _FLAT = 64
-# Frames with less than this share of usable pixels are not worth a guess.
+# Frames with less than this share of usable pixels are empty.
 _MIN_USABLE = 1 / 64
 
 

@@ -35,20 +35,28 @@ import torch
 from torch import Tensor
 
 from torchalign.functional.affine import (
-    MotionModel,
+    adjugate,
     change_origin,
-    compose_warps,
+    composed,
     identity_warp,
+    mapped,
+    multiply,
     to_homogeneous,
-    transform_points,
     translation_warp,
 )
 from torchalign.functional.fourier import rfft2
+from torchalign.functional.motion import (
+    PARAMETERS,
+    MotionModel,
+    denormalize,
+    half_length,
+    jacobian,
+    warp_of,
+)
 from torchalign.functional.phase import cross_power, derivatives_at, multiplicity, wave_orders
-from torchalign.functional.texture import tukey
+from torchalign.functional.working_grid import tukey
 
 __all__ = [
-    "DEGREES",
     "Matches",
     "MotionFit",
     "WindowFit",
@@ -59,10 +67,7 @@ __all__ = [
     "window_ascent",
 ]
 
-# Parameters of each motion, and the number of matches that define one.
-DEGREES: dict[MotionModel, int] = {
-    "translation": 2, "euclidean": 3, "similarity": 4, "affine": 6, "homography": 8,
-}  # fmt: skip
+# The number of matches that define a motion.
 _MINIMAL: dict[MotionModel, int] = {
     "translation": 1, "euclidean": 2, "similarity": 2, "affine": 3, "homography": 4,
 }  # fmt: skip
@@ -337,7 +342,7 @@ def reweighted_fit(
     normal, _ = _normal_equations(warp, points, targets, inner, size, motion)
     # of the displacement of the centre, where the other parameters displace nothing
     covariance = _invert(normal)
-    freedom = inner.sum(-1) - 0.5 * DEGREES[motion]
+    freedom = inner.sum(-1) - 0.5 * PARAMETERS[motion]
     spread = 0.5 * (inner * square).sum(-1) / freedom.clamp(min=0.5) / _TUKEY_VARIANCE
     determined = (freedom > 0) & covariance.isfinite().flatten(-2).all(-1)
     variance = torch.where(determined, 0.5 * (covariance[..., 0, 0] + covariance[..., 1, 1]), 0.0)
@@ -451,100 +456,89 @@ def window_ascent(
 
     centres = torch.stack((left + 0.5 * (width - 1), top + 0.5 * (height - 1)), -1).to(moving.dtype)
     centres = torch.stack((step_x * centres[..., 0], step_y * centres[..., 1]), -1)  # in pixels
-    jacobian = _jacobian(centres, size, motion)  # (..., n, 2, P)
-    orders = wave_orders(frequencies)
+    by_motion = _jacobian(centres, size, motion)  # (..., n, 2, P)
+    ascent = _Ascent(frequencies, wave_orders(frequencies), by_motion, (weight > 0).to(energy), energy)
 
-    def newton(power: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The step, whether the Hessian is negative definite, its negative, and all windows' pulls and weights."""
-        shift = (jacobian * delta[..., None, None, :]).sum(-1)  # (..., n, 2)
-        derivatives = derivatives_at(power, frequencies, shift, orders)  # (..., n, 3, 3)
-        correlation = (derivatives[..., 0, 0].detach() / energy).clamp(0, 1)
-        emphasis = (weight > 0) * correlation.square()  # ω
-        slope = torch.stack((derivatives[..., 0, 1], derivatives[..., 1, 0]), -1)  # (..., n, 2)
-        mixed = derivatives[..., 1, 1]
-        rows = ((derivatives[..., 0, 2], mixed), (mixed, derivatives[..., 2, 0]))
-        curvature = torch.stack([torch.stack(row, -1) for row in rows], -2)  # (..., n, 2, 2)
-        pulls = emphasis[..., None] * (jacobian * slope.unsqueeze(-1)).sum(-2)  # (..., n, P)
-        weighted = emphasis[..., None, None] * torch.matmul(curvature, jacobian)
-        hessian = torch.matmul(jacobian.mT, weighted).sum(-3)  # (..., P, P)
-        step, definite = _solve(-hessian, pulls.sum(-2))
-        return step.clamp(-0.5, 0.5), definite, -hessian, torch.cat((pulls, emphasis.unsqueeze(-1)), -1)
-
-    delta = moving.new_zeros(*shape[:-3], DEGREES[motion])
+    delta = moving.new_zeros(*shape[:-3], PARAMETERS[motion])
     for _ in range(steps):
-        step, *_ = newton(power.detach(), delta)
+        step, *_ = ascent.newton(power.detach(), delta)
         delta = delta + step.detach()
-    step, definite, hessian, pulls = newton(power, delta)
+    step, definite, hessian, pulls, emphasis = ascent.newton(power, delta)
     delta = delta + step
     # identical frames are at exactly 0: what rounding leaves there is taken off, and its gradient kept
     none = (delta.detach().abs() < 64 * torch.finfo(delta.dtype).eps).all(-1, keepdim=True)
     delta = torch.where(none, delta - delta.detach(), delta)
 
-    pulls, emphasis = pulls[..., :-1].detach(), pulls[..., -1].detach()
-    inverse = _invert(hessian.detach())
-    # windows that overlap err alike (Conley 1999): pulls are paired by the share of ground that they have in common
-    shared = (1 - (left.unsqueeze(-1) - left.unsqueeze(-2)).abs().to(pulls.dtype) / width).clamp(min=0)
-    shared = shared * (1 - (top.unsqueeze(-1) - top.unsqueeze(-2)).abs().to(pulls.dtype) / height).clamp(
-        min=0
-    )
-    scatter = torch.matmul(pulls.mT, torch.matmul(shared, pulls))
-    covariance = torch.matmul(inverse, torch.matmul(scatter, inverse))
-    used = (emphasis > 0).to(pulls.dtype).sum(-1)
-    freedom = used - 0.5 * DEGREES[motion]
+    emphasis, inverse = emphasis.detach(), _invert(hessian.detach())
+    covariance = inverse @ _scatter(pulls.detach(), left / width, top / height) @ inverse
+    used = (emphasis > 0).to(energy).sum(-1)
+    freedom = used - 0.5 * PARAMETERS[motion]
     variance = 0.5 * (covariance[..., 0, 0] + covariance[..., 1, 1]) * used / freedom.clamp(min=0.5)
     sigma = _SIGMA_CALIBRATION * variance.clamp(min=0).sqrt()
     converged = definite & (freedom >= 1) & (step.detach().abs().amax(-1) < _ASCENT_TOLERANCE)
     return WindowFit(_increment(delta, size, motion), sigma, converged & sigma.isfinite())
 
 
-# ----------------------------------------------------------------------------------------- the motions' algebra
+class _Ascent(NamedTuple):
+    """What Newton's steps on the sum of all windows' correlations need."""
+
+    frequencies: tuple[Tensor, Tensor]
+    orders: tuple[Tensor, Tensor]
+    jacobian: Tensor  # (..., n, 2, P), displacement of the windows' centres by each parameter
+    used: Tensor  # (..., n), 1 or 0
+    energy: Tensor  # (..., n), the correlation of a window with itself
+
+    def newton(self, power: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """A step from delta (..., P), whether the Hessian is negative definite, its negative (..., P, P).
+
+        And of every window its pull (..., n, P) and weight ω (..., n).
+        """
+        shift = (self.jacobian * delta[..., None, None, :]).sum(-1)  # (..., n, 2)
+        derivatives = derivatives_at(power, self.frequencies, shift, self.orders)  # (..., n, 3, 3)
+        correlation = (derivatives[..., 0, 0].detach() / self.energy).clamp(0, 1)
+        emphasis = self.used * correlation.square()
+        slope = torch.stack((derivatives[..., 0, 1], derivatives[..., 1, 0]), -1)  # (..., n, 2)
+        mixed = derivatives[..., 1, 1]
+        rows = ((derivatives[..., 0, 2], mixed), (mixed, derivatives[..., 2, 0]))
+        curvature = torch.stack([torch.stack(row, -1) for row in rows], -2)  # (..., n, 2, 2)
+        pulls = emphasis[..., None] * (self.jacobian * slope.unsqueeze(-1)).sum(-2)
+        weighted = emphasis[..., None, None] * torch.matmul(curvature, self.jacobian)
+        hessian = torch.matmul(self.jacobian.mT, weighted).sum(-3)
+        step, definite = _solve(-hessian, pulls.sum(-2))
+        return step.clamp(-0.5, 0.5), definite, -hessian, pulls, emphasis
+
+
+def _scatter(pulls: Tensor, left: Tensor, top: Tensor) -> Tensor:
+    """(..., P, P), of pulls (..., n, P) of windows at (..., n), in units of their size.
+
+    Windows that overlap err alike (Conley 1999): pulls are paired by the share of ground that they have in common.
+    """
+    along_x, along_y = (
+        (1 - (place.unsqueeze(-1) - place.unsqueeze(-2)).abs().to(pulls.dtype)).clamp(min=0)
+        for place in (left, top)
+    )
+    return torch.matmul(pulls.mT, torch.matmul(along_x * along_y, pulls))
+
+
+# ----------------------------------------------------------------------------------------- steps towards a motion
 
 
 def _jacobian(points: Tensor, size: tuple[int, int], motion: MotionModel) -> Tensor:
-    """(..., 2, P): displacement of points (..., 2) by each parameter of a motion's increment, at the identity."""
-    scale = 2 / max(size)
-    x = (points[..., 0] - (size[1] - 1) / 2) * scale
-    y = (points[..., 1] - (size[0] - 1) / 2) * scale
-    one, zero = torch.ones_like(x), torch.zeros_like(x)
-    rows = {
-        "translation": ((one, zero), (zero, one)),
-        "euclidean": ((one, zero, -y), (zero, one, x)),
-        "similarity": ((one, zero, -y, x), (zero, one, x, y)),
-        "affine": ((one, zero, x, y, zero, zero), (zero, one, zero, zero, x, y)),
-        "homography": (
-            (one, zero, x, y, zero, zero, -x * x, -x * y),
-            (zero, one, zero, zero, x, y, -x * y, -y * y),
-        ),
-    }[motion]
-    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+    """(..., 2, P): displacement of points (..., 2), in pixels, by each parameter of :func:`_increment`."""
+    half = half_length(size)
+    x, y = ((points[..., axis] - (size[1 - axis] - 1) / 2) / half for axis in (0, 1))
+    return torch.stack(jacobian(motion, x, y, dim=-1), -2)
 
 
 def _increment(delta: Tensor, size: tuple[int, int], motion: MotionModel) -> Tensor:
-    """The warp of parameters (..., P), whose derivative at 0 is :func:`_jacobian`."""
-    if motion == "translation":
-        return translation_warp(delta)
-    scale = 2 / max(size)
-    shift, rest = delta[..., :2], delta[..., 2:] * scale
-    one = torch.ones_like(rest[..., 0])
-    if motion == "euclidean":
-        cos, sin = rest[..., 0].cos(), rest[..., 0].sin()
-        linear = (cos, -sin, sin, cos)
-    elif motion == "similarity":
-        linear = (one + rest[..., 1], -rest[..., 0], rest[..., 0], one + rest[..., 1])
-    else:
-        linear = (one + rest[..., 0], rest[..., 1], rest[..., 2], one + rest[..., 3])
-    a, b, c, d = linear
-    values = [a, b, shift[..., 0], c, d, shift[..., 1]]
-    if motion == "homography":
-        values += [rest[..., 4] * scale, rest[..., 5] * scale, one]
-    centred = torch.stack(values, -1).reshape(*delta.shape[:-1], -1, 3)
-    return change_origin(centred, (-(size[1] - 1) / 2, -(size[0] - 1) / 2))
+    """The warp of parameters (..., P) that displace the frame's longer edge by so many pixels."""
+    return denormalize(warp_of(delta / half_length(size), motion), size)
 
 
 def _residuals(warp: Tensor, points: Tensor, targets: Tensor) -> Tensor:
     """(..., K, 2): what is left between mapped points and targets; far where a point is at infinity."""
-    mapped = transform_points(warp, points)
-    return torch.where(mapped.isfinite(), targets - mapped, 1e6)
+    moved = mapped(warp, points)
+    return torch.where(moved.isfinite(), targets - moved, 1e6)
 
 
 def _biweight(square: Tensor, radius: Tensor | float) -> Tensor:
@@ -561,11 +555,11 @@ def _normal_equations(
     residual = _residuals(warp, points, targets)  # (..., K, 2)
     used = weight > 0
     # the jacobian where the points are mapped to; nowhere far, for 0 · ∞ is no number
-    jacobian = _jacobian(torch.where(used.unsqueeze(-1), targets - residual, 0.0), size, motion)
-    weighted = (jacobian * weight[..., None, None]).flatten(-3, -2)  # (..., 2K, P)
-    jacobian = jacobian.flatten(-3, -2)
+    by_motion = _jacobian(torch.where(used.unsqueeze(-1), targets - residual, 0.0), size, motion)
+    weighted = (by_motion * weight[..., None, None]).flatten(-3, -2)  # (..., 2K, P)
+    by_motion = by_motion.flatten(-3, -2)
     residual = torch.where(used.unsqueeze(-1), residual, 0.0).flatten(-2)
-    return torch.matmul(weighted.mT, jacobian), torch.matmul(weighted.mT, residual.unsqueeze(-1)).squeeze(-1)
+    return torch.matmul(weighted.mT, by_motion), torch.matmul(weighted.mT, residual.unsqueeze(-1)).squeeze(-1)
 
 
 def _step(
@@ -586,15 +580,15 @@ def _step(
         delta = (inner.unsqueeze(-1) * residual).sum(-2) / torch.where(total > 0, total, 1.0)
     else:
         delta, _ = _solve(*_normal_equations(warp, points, targets, inner, size, motion))
-    warp = compose_warps(warp, _increment(delta, size, motion))
+    warp = composed(warp, _increment(delta, size, motion))
     if motion == "homography":
         warp = warp / warp[..., 2:, 2:]
     return warp, (inner, square)
 
 
 def _regular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A symmetric matrix (..., P, P) with a breath of its trace on the diagonal; the unit matrix, and False, where
-    it is not positive definite.
+    """A symmetric matrix (..., P, P) and a ridge of rounding's size; the unit matrix, and False, where it is not
+    positive definite.
     """
     count = matrix.shape[-1]
     eye = torch.eye(count, device=matrix.device, dtype=matrix.dtype)
@@ -659,39 +653,23 @@ def _minimal(points: Tensor, targets: Tensor, motion: MotionModel, longest: int)
         return torch.cat((linear, offset.unsqueeze(-1)), -1), sound
     # columns (x, y, 1); with the first three, barycentric coordinates
     source, image = (torch.cat((side, torch.ones_like(side[..., :1])), -1).mT for side in (points, targets))
-    inverse, area = _adjugate(source[..., :3])
+    inverse, area = adjugate(source[..., :3])
     safe = torch.where(area == 0, 1.0, area)[..., None, None]
-    _, image_area = _adjugate(image[..., :3])
+    _, image_area = adjugate(image[..., :3])
     zoom = image_area.abs() / torch.where(area == 0, 1.0, area).abs()
     sound = (area.abs() >= least**2) & (zoom <= _LARGEST_ZOOM**2) & (zoom >= _LARGEST_ZOOM**-2)
     # a picture is not mirrored
     sound = sound & (area * image_area > 0)
     if motion == "affine":
-        return _product(image, inverse / safe)[..., :2, :], sound
+        return multiply(image, inverse / safe)[..., :2, :], sound
     # a projective basis: the three points scaled so that their sum is the fourth
-    own = _product(inverse / safe, source[..., 3:])  # (..., 3, 1)
-    image_inverse, _ = _adjugate(image[..., :3])
+    own = multiply(inverse / safe, source[..., 3:])  # (..., 3, 1)
+    image_inverse, _ = adjugate(image[..., :3])
     image_safe = torch.where(image_area == 0, 1.0, image_area)[..., None, None]
-    other = _product(image_inverse / image_safe, image[..., 3:])
+    other = multiply(image_inverse / image_safe, image[..., 3:])
     # no three in line, and the same side of the horizon
     sound = sound & (own.abs().amin((-2, -1)) > 0.1) & (own * other > 0).all(-1).all(-1)
     ratio = other / torch.where(own == 0, 1.0, own)
-    warp = _product(image[..., :3] * ratio.mT, inverse / safe)
+    warp = multiply(image[..., :3] * ratio.mT, inverse / safe)
     corner = warp[..., 2:, 2:]
     return warp / torch.where(corner == 0, 1.0, corner), sound & (corner.squeeze((-2, -1)) > 0)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product, element by element, in the operands' precision."""
-    return (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
-
-
-def _adjugate(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Adjugate and determinant of (..., 3, 3)."""
-    first, second, third = matrix.unbind(-2)
-    columns = (
-        torch.linalg.cross(second, third),
-        torch.linalg.cross(third, first),
-        torch.linalg.cross(first, second),
-    )
-    return torch.stack(columns, -1), (first * columns[0]).sum(-1)

@@ -4,7 +4,7 @@ The chain, each link a function that works alone:
 
 1. :func:`~torchalign.functional.texture.extract_texture`: the band limit and the local contrast.
 2. :func:`cross_power`, :func:`coarse_peak`: the weighted cross-power spectrum and the peak of its inverse.
-3. :func:`~torchalign.functional.texture.agreement`: where do the two frames, brought together, show the same
+3. :func:`~torchalign.functional.common_ground.agreement`: where do the two frames, brought together, show the same
    ground? Both are weighted by it, in the same place of the ground, and correlated again.
 4. :func:`refine_peak`: Newton's ascent on the trigonometric polynomial that the correlation is: no grid, no
    interpolation, differentiable by the implicit function theorem.
@@ -28,18 +28,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from torchalign._host import is_symbol
-from torchalign.functional.fourier import irfft2, rfft2, turn_spectrum, wave
-from torchalign.functional.texture import (
-    Contrast,
-    Grid,
-    Texture,
-    Window,
-    agreement,
-    extract_pyramid,
-    extract_texture,
-    working_size,
-)
+from torchalign.functional.common_ground import agreement
+from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave
+from torchalign.functional.sizes import lags_within, square_root
+from torchalign.functional.texture import Contrast, Texture, extract_pyramid, extract_texture
+from torchalign.functional.working_grid import Window, WorkingGrid, working_size
 
 __all__ = [
     "PhaseShift",
@@ -65,6 +58,8 @@ _NEWTON_STEPS = 3
 _NEWTON_TOLERANCE = 1e-2
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor (benchmarks/accuracy.py).
 _SIGMA_CALIBRATION = 1.07
+# And across sensors, where each shows edges of its own, by this one more (benchmarks/sensors.py).
+_STRUCTURE_CALIBRATION = 3.2
 
 
 class PhaseShift(NamedTuple):
@@ -99,9 +94,9 @@ def phase_correlation(
     max_translation: float = 5.0,
     max_frequency: float = 0.25,
     contrast: Contrast = "local",
-    weighting: Weighting = "ramp",
+    weighting: Weighting | None = None,
     taper: float = 0.15,
-    robust: bool = True,
+    robust: bool | None = None,
     upsample_factor: int | None = None,
     start: Tensor | None = None,
 ) -> PhaseShift:
@@ -115,11 +110,13 @@ def phase_correlation(
         reference_mask: the same for ``reference``.
         max_translation: limit of the length of the shift, in pixels.
         max_frequency: the band that is kept, in cycles per pixel; 0.5 is everything.
-        contrast: ``"local"`` for :func:`local_contrast`, ``"none"`` for the mean removed.
-        weighting: of the cross-power spectrum, see :func:`cross_power`.
+        contrast: see :func:`extract_texture`.
+        weighting: of the cross-power spectrum, see :func:`cross_power`. ``None`` is ``"none"`` for the contrast
+            ``"structure"``, whose fields have no 1/f spectrum, and else ``"ramp"``.
         taper: share of each axis over which the window falls off (Tukey), in [0, 1]; unless it is 0, at least 8
             pixels on each side, or a quarter of a small frame.
-        robust: weight by :func:`agreement` and correlate a second time.
+        robust: weight by :func:`agreement` and correlate a second time. ``None`` is no for ``"structure"``, whose
+            weights across sensors cost more than they gain, and else yes.
         upsample_factor: ``None`` for Newton; n for the best of a grid of 1/n pixel (not differentiable).
         start: (..., 2), a shift to refine, where it correlates better than the coarse peak does.
 
@@ -138,9 +135,13 @@ def phase_correlation(
     """
     height, width = moving.shape[-2:]
     size = working_size((height, width), max_frequency)
-    grid = Grid.of((height, width), size, max_frequency, moving)
+    grid = WorkingGrid.of((height, width), size, max_frequency, moving)
 
-    ((field, weights, moving_flat),) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast)
+    (texture,) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast)
+    field, weights, moving_flat = texture
+    vector = texture.is_vector
+    weighting = weighting or ("none" if vector else "ramp")
+    robust = not vector if robust is None else robust
     if not isinstance(reference, Texture):
         reference = extract_texture(reference, reference_mask, max_frequency=max_frequency, contrast=contrast)
     reference_field, reference_weights, reference_flat = reference
@@ -150,7 +151,8 @@ def phase_correlation(
         """The moving frame's spectrum under its window, and the cross-power: (..., h, w//2+1)."""
         spectrum = rfft2(field * own)
         reference_spectrum = rfft2(reference_field * other)
-        return spectrum, cross_power(spectrum, reference_spectrum, grid.radius, max_frequency, weighting)
+        power = cross_power(spectrum, reference_spectrum, grid.radius, max_frequency, weighting)
+        return spectrum, power.sum(0) if vector else power
 
     orders = wave_orders(grid.frequencies)
     tapering = Window.of(grid, taper)
@@ -165,13 +167,13 @@ def phase_correlation(
     inliers = None
     effective = window.square()
     if robust:
-        inliers = agreement(grid.move(spectrum, shift), reference_field * window)
+        inliers = agreement(grid.move(spectrum, shift), reference_field * window, vector=vector)
         # holes too must lie on the same ground in both, or their pattern is what is correlated
         if reference_weights is not None:
             inliers = inliers * reference_weights
         if weights is not None:
             inliers = inliers * grid.move(rfft2(weights), shift).clamp(0, 1)
-        # each frame gets the window, and the weights, of the ground that both see
+        # each frame gets the window, and the weights, of the ground that both show
         tapered = tapering.common(-shift) * grid.move(rfft2(inliers), -shift)
         reference_tapered = tapering.common(shift) * inliers
         _, power = correlate(tapered, reference_tapered)
@@ -183,6 +185,8 @@ def phase_correlation(
         refined = _upsampled_peak(power, grid.frequencies, shift, upsample_factor)
         step, curved = torch.zeros_like(shift), torch.ones_like(outside)
     sigma = _sigma(power, grid.frequencies, refined, effective, orders)
+    if vector:
+        sigma = _STRUCTURE_CALIBRATION * sigma
     climbed = (refined - shift).norm(dim=-1)
     # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)
     near = (climbed <= 2 * height / size[0]) | (climbed <= 2 * width / size[1])
@@ -221,7 +225,7 @@ def cross_power(
         return power * (radius * band)
     if weighting == "none":
         return power * band
-    # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype can tell, stands in
+    # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype resolves, stands in
     squared = power.real.square() + power.imag.square()
     floor = torch.finfo(squared.dtype).eps ** 2 * squared.amax((-2, -1), keepdim=True).detach()
     magnitude = (squared + floor + torch.finfo(squared.dtype).tiny).sqrt()
@@ -254,10 +258,9 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     step_y, step_x = size[0] / rows, size[1] / columns
     # a shift between two samples may have its highest sample half a diagonal beyond the limit
     square = step_x * step_x + step_y * step_y
-    diagonal = torch.sym_sqrt(square) if is_symbol(square) else math.sqrt(square)  # type: ignore[attr-defined, unused-ignore]
-    reach = max_translation + 0.5 * diagonal
-    near_y = _lags(rows, reach / step_y, surface)
-    near_x = _lags(columns, reach / step_x, surface)
+    reach = max_translation + 0.5 * square_root(square)
+    near_y = lags_within(rows, reach / step_y, surface)
+    near_x = lags_within(columns, reach / step_x, surface)
     values = surface.detach()
     near = values.index_select(-2, near_y % rows).index_select(-1, near_x % columns)
     within = torch.hypot(near_x * step_x, near_y[:, None] * step_y) <= reach
@@ -282,7 +285,9 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     return _Peak(shift, significance, outside, inside, spread)
 
 
-def _higher_of(peak: _Peak, start: Tensor, power: Tensor, grid: Grid, orders: tuple[Tensor, Tensor]) -> _Peak:
+def _higher_of(
+    peak: _Peak, start: Tensor, power: Tensor, grid: WorkingGrid, orders: tuple[Tensor, Tensor]
+) -> _Peak:
     """A given shift instead of the coarse peak, where the correlation is higher there."""
     samples = grid.size[0] * grid.size[1]
     value = derivatives_at(power.detach(), grid.frequencies, start.detach(), orders)
@@ -296,14 +301,6 @@ def _higher_of(peak: _Peak, start: Tensor, power: Tensor, grid: Grid, orders: tu
         torch.where(better, height, peak.height),
         peak.spread,
     )
-
-
-def _lags(samples: int, reach: float, like: Tensor) -> Tensor:
-    """The whole lags within ``reach`` samples that a surface of ``samples`` can tell apart."""
-    if is_symbol(samples):  # torch.export: all of them, or their number would be another symbol
-        return torch.arange(samples, device=like.device) - samples // 2
-    lowest, highest = max(-math.floor(reach), -(samples // 2)), min(math.floor(reach), (samples - 1) // 2)
-    return torch.arange(lowest, highest + 1, device=like.device)
 
 
 def refine_peak(
@@ -435,7 +432,7 @@ def _sigma(
     derivatives = derivatives_at(power, frequencies, shift, orders)
     hxx, hyy, hxy = derivatives[..., 0, 2], derivatives[..., 2, 0], derivatives[..., 1, 1]
     omega_y, omega_x = (2 * math.pi * frequency for frequency in frequencies)
-    pull = turn_spectrum(power, frequencies, shift).imag  # (..., H, W//2+1)
+    pull = shift_phase(power, frequencies, shift).imag  # (..., H, W//2+1)
     # a bin and its conjugate pull alike: together (2·pull)², hence 4 where two are counted
     square = pull.square() * multiplicity(frequencies[1]).square()
     by_row, by_column = square.sum(-1), square.sum(-2)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import is_symbol
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
-from torchalign.functional.warp import resample_lattice
-from torchalign.types import Estimate, Motion, Status
+from torchalign.functional.sizes import stride_for
+from torchalign.functional.uncertainty import isotropic
+from torchalign.functional.warp import resample
+from torchalign.types import Estimate, Motion, Status, combine
 
 __all__ = ["gate", "gate_stages", "normalized_cross_correlation"]
 
@@ -116,7 +117,7 @@ def gate(
         warp: (..., T, 2, 3) or (..., T, 3, 3), in the coordinates of ``moving``.
         sigma: (..., T), in pixels.
         status: (..., T) int64.
-        moving: (..., T, H, W), the channel seen.
+        moving: (..., T, H, W), the channel.
         reference: (..., 1 or T, H, W).
         moving_usable: bool, broadcastable to ``moving``; ``None`` if all is.
         reference_usable: bool, broadcastable to ``moving``.
@@ -148,6 +149,7 @@ def gate_stages(
     moving_usable: Tensor | None = None,
     reference_usable: Tensor | None = None,
     min_score: float | None = None,
+    vector: bool = False,
 ) -> Estimate:
     """:func:`gate` for several motions of one stack, each found from the one before.
 
@@ -157,65 +159,64 @@ def gate_stages(
 
     Args:
         stages: at least one :class:`~torchalign.types.Motion`.
-        moving: (..., T, H, W), the channel seen.
-        reference: (..., 1 or T, H, W).
+        moving: (..., T, H, W), the channel seen; of ``vector`` (2, ..., T, H, W).
+        reference: (..., 1 or T, H, W), likewise.
         max_translations: in pixels, one a stage.
         moving_usable: bool, broadcastable to ``moving``; ``None`` if all is.
         reference_usable: bool, broadcastable to ``moving``.
         min_score: or ``None``.
+        vector: the images have two parts, and scores are the correlation of vectors: products are inner products.
 
     Returns:
         :class:`~torchalign.types.Estimate`.
     """
     size = (moving.shape[-2], moving.shape[-1])
-    shortest = min(size)
-    # torch.export takes every pixel: a program has one lattice for all sizes
-    step = 1 if is_symbol(shortest) else max(1, shortest // _LATTICE)
+    step = stride_for(size, _LATTICE)
     homography = any(stage.warp.shape[-2] == 3 for stage in stages)
     if homography:
         stages = [stage._replace(warp=to_homogeneous(stage.warp)) for stage in stages]
     identity = identity_warp(homography=homography, device=moving.device, dtype=stages[0].warp.dtype)
 
     weight: Tensor | None = None
-    warps, displacements, verdicts, images = [], [], [], []
+    motions, displacements, images = [], [], []
     overlap = None if moving_usable is None else _thin(moving_usable, step)
     if reference_usable is not None:
         usable = _thin(reference_usable, step)
         overlap = usable if overlap is None else overlap & usable
     before = _thin(moving, step)
-    for (warp, sigma, status, inliers, only_shifts), limit in zip(stages, max_translations, strict=True):
-        displacement = center_displacement(warp, size).norm(dim=-1)
-        finite = warp.isfinite().flatten(-2).all(-1) & sigma.isfinite()
-        status = torch.where((status == 0) & ~finite, int(Status.NOT_CONVERGED), status)
-        status = torch.where((status == 0) & ~(displacement <= limit), int(Status.TOO_FAR), status)
-        trusted = status == 0
-        warp = torch.where(trusted[..., None, None], warp, identity)
+    for stage, limit in zip(stages, max_translations, strict=True):
+        motion, displacement = _screened(stage, limit, size, identity)
         # bilinear interpolation smooths, which a score would take for misregistration
-        path = warp[..., :2, 2] if only_shifts else warp
-        aligned, inside = resample_lattice(
-            moving.unsqueeze(-3), path, step, interpolation="bicubic", mask=moving_usable
+        path = motion.warp[..., :2, 2] if stage.only_shifts else motion.warp
+        aligned, inside = resample(
+            moving.unsqueeze(-3), path, interpolation="bicubic", mask=moving_usable, step=step
         )
+        inside = inside[0] if vector else inside
         overlap = inside if overlap is None else overlap & inside
-        if inliers is not None:
+        if stage.inliers is not None:
             # the root of an inlier weight is the squared local correlation
-            found = _resize(inliers.detach().nan_to_num(0.0).sqrt(), (before.shape[-2], before.shape[-1]))
+            root = stage.inliers.detach().nan_to_num(0.0).sqrt()
+            found = _resize(root, (before.shape[-2], before.shape[-1]))
             # what a stage that is not trusted took for common ground judges no other
-            weight = torch.where(trusted[..., None, None], found, 1.0 if weight is None else weight)
-        warps.append(warp)
+            trusted = (motion.status == 0)[..., None, None]
+            weight = torch.where(trusted, found, 1.0 if weight is None else weight)
+        motions.append(motion)
         displacements.append(displacement)
-        verdicts.append(status)
         images.append(aligned.squeeze(-3))
     assert overlap is not None  # there is at least one stage
     ground = overlap.to(moving.dtype)
-    *scores, score_before = _correlate(
-        _thin(reference, step), ground if weight is None else ground * weight, *images, before
-    )
+    if weight is not None:
+        ground = ground * weight
+    compared = [_thin(reference, step), *images, before]
+    if vector:
+        ground, *compared = torch.cat((ground, ground), -2), *(torch.cat((*parts,), -2) for parts in compared)
+    reference, *images, before = compared
+    *scores, score_before = _correlate(reference, ground, *images, before)
 
     result: Estimate | None = None
-    for warp, displacement, verdict, score, stage in zip(
-        warps, displacements, verdicts, scores, stages, strict=True
-    ):
-        judged = _judge(warp, stage.sigma, verdict, displacement, score, score_before, identity)
+    for number, row in enumerate(zip(motions, displacements, scores, strict=True)):
+        judged = _judge(*row, score_before, identity)
+        judged = judged._replace(stage=torch.where(judged.valid, number, -1))
         if result is None:
             result = judged
             continue
@@ -225,23 +226,26 @@ def gate_stages(
     if min_score is None:
         return result
     low = result.valid & (result.score < min_score)
-    left = torch.full_like(result.status, int(Status.LOW_SCORE))
-    none = torch.full_like(result.sigma, torch.inf)
-    return _choose(
-        low, Estimate(identity.expand_as(result.warp), score_before, score_before, none, left), result
-    )
+    left = torch.where(low, int(Status.LOW_SCORE), result.status)
+    return _rejected(result._replace(status=left), identity)
+
+
+def _screened(motion: Motion, limit: float, size: tuple[int, int], identity: Tensor) -> tuple[Motion, Tensor]:
+    """The motion after the verdicts that need no score, without a warp where there is one; and how far it moves."""
+    displacement = center_displacement(motion.warp, size).norm(dim=-1)
+    finite = motion.warp.isfinite().flatten(-2).all(-1) & motion.sigma.isfinite()
+    status = torch.where((motion.status == 0) & ~finite, int(Status.NOT_CONVERGED), motion.status)
+    status = torch.where((status == 0) & ~(displacement <= limit), int(Status.TOO_FAR), status)
+    warp = torch.where((status == 0)[..., None, None], motion.warp, identity)
+    return motion._replace(warp=warp, status=status), displacement
 
 
 def _judge(
-    warp: Tensor,
-    sigma: Tensor,
-    status: Tensor,
-    displacement: Tensor,
-    score: Tensor,
-    score_before: Tensor,
-    identity: Tensor,
+    motion: Motion, displacement: Tensor, score: Tensor, score_before: Tensor, identity: Tensor
 ) -> Estimate:
     """One motion against none, see :func:`gate`."""
+    sigma, status = motion.sigma, motion.status
+    covariance = isotropic(sigma) if motion.covariance is None else motion.covariance
     # without a positive correlation there is no common ground to be better on
     gained = (score >= score_before) & (score > 0)
     in_place = (
@@ -251,22 +255,58 @@ def _judge(
     )
     status = torch.where((status == 0) & ~gained & ~in_place, int(Status.NOT_BETTER), status)
     moved = (status == 0) & ~in_place
-    sigma = torch.where(in_place, (sigma.square() + 0.5 * displacement.square()).sqrt(), sigma)
-    return Estimate(
-        torch.where(moved[..., None, None], warp, identity),
+    # a move that was not made is part of the error, in all directions: it is told no better than to its length
+    left = torch.where(in_place, 0.5 * displacement.square(), 0.0)
+    estimate = Estimate(
+        torch.where(moved[..., None, None], motion.warp, identity),
         torch.where(moved, score, score_before),
         score_before,
-        torch.where(status == 0, sigma, torch.inf),
+        (sigma.square() + left).sqrt(),
+        covariance + isotropic(left.sqrt()),
         status,
+        torch.zeros_like(status),
+        motion.field,
+    )
+    return _rejected(estimate, identity)
+
+
+def _rejected(estimate: Estimate, identity: Tensor) -> Estimate:
+    """What is said of a frame that was left as it came, where one was."""
+    valid = estimate.valid
+    sigma = torch.where(valid, estimate.sigma, torch.inf)
+    rows = valid[..., None, None]
+    field = estimate.field
+    if field is not None:
+        field = field._replace(
+            coefficients=torch.where(rows[..., None], field.coefficients, 0.0),
+            sigma=torch.where(rows, field.sigma, torch.inf),
+        )
+    return estimate._replace(
+        warp=torch.where(rows, estimate.warp, identity),
+        score=torch.where(valid, estimate.score, estimate.score_before),
+        sigma=sigma,
+        covariance=torch.where(rows, estimate.covariance, isotropic(sigma)),
+        stage=torch.where(valid, estimate.stage, -1),
+        field=field,
     )
 
 
 def _choose(condition: Tensor, first: Estimate, second: Estimate) -> Estimate:
     """Row by row."""
-    return Estimate(
-        torch.where(condition[..., None, None], first.warp, second.warp),
-        *(torch.where(condition, one, other) for one, other in zip(first[1:], second[1:], strict=True)),
-    )
+
+    def choose(pair: tuple[Tensor, ...]) -> Tensor:
+        rows = condition.reshape(*condition.shape, *[1] * (pair[0].ndim - condition.ndim))
+        return torch.where(rows, pair[0], pair[1])
+
+    fields = [estimate.field for estimate in (first, second) if estimate.field is not None]
+    if len(fields) == 1:  # the other one shifts nothing, of which it is sure
+        none = fields[0]._replace(
+            coefficients=torch.zeros_like(fields[0].coefficients), sigma=torch.zeros_like(fields[0].sigma)
+        )
+        first, second = (
+            one if one.field is not None else one._replace(field=none) for one in (first, second)
+        )
+    return combine(choose, [first, second])
 
 
 def _thin(image: Tensor, step: int) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign.functional.keypoints import erode, highest
+from torchalign.functional.sampling import bilinear
 
 __all__ = [
     "Blobs",
@@ -224,7 +225,7 @@ def describe(space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Ten
     Args:
         space: as given to :func:`detect_blobs`.
         blobs: the keypoints.
-        orientation: (B, K) radians, or ``None`` for upright descriptors, which tell more where nothing is turned.
+        orientation: (B, K) radians, or ``None`` for upright descriptors, which tell more where nothing is rotated.
     """
     reach = (_CELLS + 1) * _CELL_WIDTH  # linear ramps end a cell's width beyond the outermost centres
     x, y = grid = _square(_SAMPLES, reach / _SAMPLES, blobs.points)
@@ -234,8 +235,8 @@ def describe(space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Ten
         along_x, along_y = _gradients_at(space, blobs, sigma * x, sigma * y, between=False)
     else:
         cosine, sine = orientation.cos().unsqueeze(-1), orientation.sin().unsqueeze(-1)
-        turned = sigma * (cosine * x - sine * y), sigma * (sine * x + cosine * y)
-        along_x, along_y = _gradients_at(space, blobs, *turned, between=False)
+        rotated = sigma * (cosine * x - sine * y), sigma * (sine * x + cosine * y)
+        along_x, along_y = _gradients_at(space, blobs, *rotated, between=False)
         along_x, along_y = (
             torch.addcmul(cosine * along_x, sine, along_y),
             torch.addcmul(cosine * along_y, sine, along_x, value=-1),
@@ -267,7 +268,7 @@ def describe(space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Ten
 def patches_at(
     image: Tensor, points: Tensor, sigma: Tensor, orientation: Tensor, *, side: int = 32, reach: float = 6.0
 ) -> Tensor:
-    """Square patches around keypoints, as large as their scale and turned with them: for descriptors by networks.
+    """Square patches around keypoints, as large as their scale and rotated with them: for descriptors by networks.
 
     Each is read bilinearly from the image averaged over 1, 2, 4, … pixels, so that its samples are hardly further
     apart than the pixels they are read from are wide.
@@ -304,8 +305,8 @@ def patches_at(
     pixel = torch.exp2(level.to(x)).unsqueeze(-1)
     # a pixel of level l has its centre among those of the 2^l pixels it is the mean of
     x, y = (
-        (points[..., axis].unsqueeze(-1) + sigma * turned + 0.5) / pixel - 0.5
-        for axis, turned in enumerate((cosine * x - sine * y, sine * x + cosine * y))
+        (points[..., axis].unsqueeze(-1) + sigma * rotated + 0.5) / pixel - 0.5
+        for axis, rotated in enumerate((cosine * x - sine * y, sine * x + cosine * y))
     )
     patches = _bilinear(flat, start, height, width, x, y)
     return patches.view(*patches.shape[:-1], side, side)
@@ -469,17 +470,11 @@ def _gradients_at(
 
     if not between:
         return at(1, 0) - at(-1, 0), at(0, 1) - at(0, -1)
-    right, down = x - left, y - top
-    first, second = ([at(dx, dy) for dx in (-1, 0, 1, 2)] for dy in (0, 1))
-    above, below = ([at(dx, dy) for dx in (0, 1)] for dy in (-1, 2))
-
-    def mean(corners: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        upper, lower = torch.lerp(corners[0], corners[1], right), torch.lerp(corners[2], corners[3], right)
-        return torch.lerp(upper, lower, down)
-
+    samples = {(i, j): at(i, j) for j in range(-1, 3) for i in range(-1, 3) if i in (0, 1) or j in (0, 1)}
+    fractions = x - left, y - top
     return (
-        mean((first[2] - first[0], first[3] - first[1], second[2] - second[0], second[3] - second[1])),
-        mean((second[1] - above[0], second[2] - above[1], below[0] - first[1], below[1] - first[2])),
+        bilinear(lambda i, j: samples[i + 1, j] - samples[i - 1, j], *fractions),
+        bilinear(lambda i, j: samples[i, j + 1] - samples[i, j - 1], *fractions),
     )
 
 
@@ -490,10 +485,8 @@ def _bilinear(flat: Tensor, start: Tensor, height: Tensor, width: Tensor, x: Ten
     y = y.clamp(min=0).minimum((height - 1.001).to(y))
     left, top = x.long(), y.long()
     corner = (start + top * width + left).flatten(1)
-    below = corner + width.expand_as(left).flatten(1)
-    values = [flat.gather(1, index).view(x.shape) for index in (corner, corner + 1, below, below + 1)]
-    upper, lower = torch.lerp(values[0], values[1], x - left), torch.lerp(values[2], values[3], x - left)
-    return torch.lerp(upper, lower, y - top)
+    row = width.expand_as(left).flatten(1)
+    return bilinear(lambda i, j: flat.gather(1, corner + i + j * row).view(x.shape), x - left, y - top)
 
 
 def _norm(x: Tensor, y: Tensor) -> Tensor:

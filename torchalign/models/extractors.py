@@ -13,15 +13,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchalign._check import check_floating, check_mask, check_number, check_option, message
-from torchalign._host import is_on_host, map_on_host
+from torchalign._host import all_true, is_on_host, map_on_host
 from torchalign.functional.keypoints import (
     erode,
     highest,
@@ -54,6 +54,9 @@ __all__ = [
     "SuperPoint",
     "XFeat",
     "build_extractor",
+    "count_valid_rows",
+    "each_field",
+    "join_fields",
 ]
 
 # Smaller frames are continued, by what is not usable.
@@ -93,6 +96,36 @@ class Features(NamedTuple):
     valid: Tensor
     scales: Tensor | None = None
     orientations: Tensor | None = None
+
+
+Fields = TypeVar("Fields", bound=tuple[Any, ...])
+
+
+def each_field(fields: Fields, change: Callable[[Any], Any]) -> Fields:
+    """A named tuple of the same kind, with every field changed that is not ``None``."""
+    kind: Callable[..., Fields] = type(fields)
+    return kind(*(None if field is None else change(field) for field in fields))
+
+
+def join_fields(parts: Sequence[Fields]) -> Fields:
+    """Named tuples of one kind, as one; fields that are no tensors are the first one's."""
+    if len(parts) == 1:
+        return parts[0]
+    kind: Callable[..., Fields] = type(parts[0])
+    columns: Any = zip(*parts, strict=True)
+    return kind(*(torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns))
+
+
+def count_valid_rows(valid: Tensor) -> int:
+    """How many rows from the first on may hold a keypoint of any frame, where that may be read, or else all.
+
+    Args:
+        valid: (B, K) bool.
+    """
+    if not is_on_host(valid) or not len(valid):
+        return valid.shape[-1]
+    rows = torch.arange(1, valid.shape[-1] + 1, device=valid.device)
+    return max(1, int((valid * rows).amax()))
 
 
 class Extractor(nn.Module, ABC):
@@ -142,37 +175,24 @@ class Extractor(nn.Module, ABC):
             parts = map_on_host(
                 lambda rows: self._extract(image[rows], None if usable is None else usable[rows]), blocks
             )
-            columns: Any = zip(*parts, strict=True)
-            fields: Any = (None if column[0] is None else torch.cat(column) for column in columns)
-            return Features(*fields)
+            return join_fields(parts)
 
     def _extract(self, image: Tensor, usable: Tensor | None) -> Features:
+        """The keypoints of frames of any size and in any units."""
         height, width = image.shape[-2:]
         if min(height, width) < _LEAST_SIDE:
             missing = (0, max(0, _LEAST_SIDE - width), 0, max(0, _LEAST_SIDE - height))
             usable = torch.ones_like(image, dtype=torch.bool) if usable is None else usable
             image, usable = F.pad(image, missing), F.pad(usable, missing)
-        stretched, seen, empty = stretch_contrast(image, usable)
-        # where reading a number costs nothing: with all of it usable there is nothing to stay away from
-        whole = is_on_host(image) and bool(seen.all())
-        return self.extract(stretched, None if whole else seen, empty)
-
-    def _worth(self, valid: Tensor) -> int:
-        """How many rows may hold a keypoint (they come first): where it costs nothing to know, or else all."""
-        if not is_on_host(valid) or not len(valid):
-            return valid.shape[-1]
-        return max(1, int(valid.sum(-1).max()))
+        stretched, usable, empty = stretch_contrast(image, usable)
+        return self.extract(stretched, None if all_true(usable) else usable, empty)
 
     def _filled(self, features: Features) -> Features:
         """As many rows as there have to be."""
         missing = self.max_num_keypoints - features.valid.shape[-1]
         if not missing:
             return features
-        rows: Any = (
-            None if field is None else F.pad(field, (0, 0) * (field.ndim - 2) + (0, missing))
-            for field in features
-        )
-        return Features(*rows)
+        return each_field(features, lambda field: F.pad(field, (0, 0) * (field.ndim - 2) + (0, missing)))
 
     def train(self, mode: bool = True) -> Extractor:
         """Stays in evaluation mode, whatever the module around does: batch statistics are not to be touched."""
@@ -188,8 +208,8 @@ class SIFT(Extractor):
 
     Args:
         max_num_keypoints: K.
-        upright: descriptors are not turned with the dominant orientation: they tell more, where frames are not
-            turned against each other by more than some 15°.
+        upright: descriptors are not rotated to the dominant orientation. They are more distinctive where frames
+            are not rotated against each other by more than some 15°.
 
     Example:
         >>> frame = torch.rand(1, 96, 96, generator=torch.Generator().manual_seed(0))
@@ -206,7 +226,7 @@ class SIFT(Extractor):
         """See :meth:`Extractor.extract`."""
         space = scale_space(image)
         blobs = detect_blobs(space, usable, self.max_num_keypoints)
-        blobs = _first(blobs, self._worth(blobs.valid))
+        blobs = _only_valid(blobs)
         orientation = None if self.upright else dominant_orientation(space, blobs)
         descriptors = describe(space, blobs, orientation)
         if orientation is None:
@@ -236,22 +256,23 @@ class DoGHardNet(Extractor):
         """See :meth:`Extractor.extract`."""
         space = scale_space(image)
         blobs = detect_blobs(space, usable, self.max_num_keypoints)
-        blobs = _first(blobs, self._worth(blobs.valid))
+        blobs = _only_valid(blobs)
         orientation = dominant_orientation(space, blobs)
         patches = patches_at(image, blobs.points, blobs.sigma, orientation, side=self.network.patch_size)
         dtype = next(self.network.parameters()).dtype
-        seen = self.network(patches.flatten(0, 1).unsqueeze(1).to(dtype)).unflatten(0, patches.shape[:2])
-        descriptors = F.normalize(seen.to(image.dtype), dim=-1) * blobs.valid.unsqueeze(-1)
+        described = self.network(patches.flatten(0, 1).unsqueeze(1).to(dtype)).unflatten(0, patches.shape[:2])
+        descriptors = F.normalize(described.to(image.dtype), dim=-1) * blobs.valid.unsqueeze(-1)
         features = Features(blobs.points, blobs.response, descriptors, blobs.valid, blobs.sigma, orientation)
         return self._filled(features)
 
 
-def _first(blobs: Blobs, count: int) -> Blobs:
-    return Blobs(*(field[:, :count] for field in blobs))
+def _only_valid(blobs: Blobs) -> Blobs:
+    count = count_valid_rows(blobs.valid)
+    return each_field(blobs, lambda field: field[:, :count])
 
 
 class DenseExtractor(Extractor):
-    """Extractors whose network tells for every pixel whether it is a keypoint: SuperPoint, DISK, ALIKED, XFeat.
+    """Extractors whose network has a score of every pixel: SuperPoint, DISK, ALIKED, XFeat.
 
     :meth:`maps` runs the network, :meth:`describe` reads its descriptors at the points found. Class attributes:
 
@@ -259,16 +280,21 @@ class DenseExtractor(Extractor):
         multiple: of the sides that the network wants; the image is continued by its last row and column.
         least: side that the network wants at least.
         radius: of the neighbourhood in which a keypoint is the only one, and its least distance from the border.
+        threshold: least score of a keypoint, unless another is given.
     """
 
     multiple = 8
     least = 32
     radius = 2
+    threshold = 0.0
 
-    def __init__(self, network: nn.Module, max_num_keypoints: int = 1024, *, threshold: float) -> None:
+    def __init__(
+        self, network: nn.Module, max_num_keypoints: int = 1024, *, threshold: float | None = None
+    ) -> None:
         super().__init__(max_num_keypoints)
         self.network: Any = network.requires_grad_(False)  # kornia's, without types
-        self.threshold = threshold
+        if threshold is not None:
+            self.threshold = threshold
         self.train(False)
 
     @abstractmethod
@@ -276,8 +302,8 @@ class DenseExtractor(Extractor):
         """From (B, H, W), sides fit for the network.
 
         Returns:
-            ``(peaks, scores, features)``: (B, H, W), whose maxima are the keypoints and whose quadratics tell where
-            between the pixels they are; (B, H, W), by which they are ranked, valid where above ``threshold``; what
+            ``(peaks, scores, features)``: (B, H, W), whose maxima are the keypoints and whose quadratics place them
+            between the pixels; (B, H, W), by which they are ranked, valid where above ``threshold``; what
             :meth:`describe` reads.
         """
 
@@ -297,8 +323,8 @@ class DenseExtractor(Extractor):
             allowed = allowed & erode(usable, _MASK_REACH)
         value, index = highest(scores.flatten(1), allowed.flatten(1), self.max_num_keypoints)
         valid = value > self.threshold
-        worth = self._worth(valid)
-        value, index, valid = value[:, :worth], index[:, :worth], valid[:, :worth]
+        rows = count_valid_rows(valid)
+        value, index, valid = value[:, :rows], index[:, :rows], valid[:, :rows]
         points = pixel_of(index, width) + quadratic_offset(peaks, index)
         descriptors = self.describe(features, points) * valid.unsqueeze(-1)
         value = torch.where(valid, value, 0.0)
@@ -325,11 +351,7 @@ class SuperPoint(DenseExtractor):
 
     multiple = CELL
     radius = 4
-
-    def __init__(
-        self, network: SuperPointNet, max_num_keypoints: int = 1024, *, threshold: float = 5e-4
-    ) -> None:
-        super().__init__(network, max_num_keypoints, threshold=threshold)
+    threshold = 5e-4
 
     def maps(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`DenseExtractor.maps`."""
@@ -351,9 +373,6 @@ class DISK(DenseExtractor):
     """
 
     multiple = 16
-
-    def __init__(self, network: nn.Module, max_num_keypoints: int = 1024, *, threshold: float = 0.0) -> None:
-        super().__init__(network, max_num_keypoints, threshold=threshold)
 
     def maps(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`DenseExtractor.maps`."""
@@ -380,8 +399,11 @@ class ALIKED(DenseExtractor):
     """
 
     multiple = 32
+    threshold = 0.01
 
-    def __init__(self, network: nn.Module, max_num_keypoints: int = 1024, *, threshold: float = 0.01) -> None:
+    def __init__(
+        self, network: nn.Module, max_num_keypoints: int = 1024, *, threshold: float | None = None
+    ) -> None:
         _use_torchvision(network)
         super().__init__(network, max_num_keypoints, threshold=threshold)
 
@@ -409,7 +431,7 @@ class ALIKED(DenseExtractor):
     def describe(self, features: Tensor, points: Tensor) -> Tensor:
         """See :meth:`DenseExtractor.describe`.
 
-        From the 3 × 3 features of every keypoint the head tells 16 or 32 places around it, reads the features
+        From the 3 × 3 features of every keypoint the head predicts 16 or 32 places around it, reads the features
         there, and sums them through a matrix each.
         """
         head = self.network.desc_head
@@ -485,7 +507,7 @@ def _as_rgb(image: Tensor) -> Tensor:
 
 
 class _DeformableConv2d(nn.Module):
-    """A convolution that reads each of its 3 × 3 neighbours at a place of its own, told by another convolution."""
+    """A convolution that reads its 3 × 3 neighbours at places of their own, which another convolution predicts."""
 
     def __init__(self, offset_conv: Any, regular_conv: Any) -> None:
         super().__init__()

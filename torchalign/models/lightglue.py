@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torchalign._check import message
 from torchalign._host import is_on_host, map_on_host
 from torchalign.functional.matching import Matches
-from torchalign.models.extractors import Features
+from torchalign.models.extractors import Features, each_field
 from torchalign.models.weights import Weights, check_placed, load_into, load_weights
 
 __all__ = ["LightGlue", "build_matcher"]
@@ -99,11 +99,8 @@ class LightGlue(nn.Module):
         check_placed("LightGlue", self, features0.keypoints)
         batch, batch1 = len(features0.keypoints), len(features1.keypoints)
         if batch1 not in (1, batch):
-            raise ValueError(
-                message(
-                    "features1", f"1 or {batch} references", batch1, "give one for all frames, or one each"
-                )
-            )
+            cure = "give one for all frames, or one each"
+            raise ValueError(message("features1", f"1 or {batch} references", batch1, cure))
         with torch.autocast(features0.keypoints.device.type, enabled=False):
             if is_on_host(features0.descriptors) and is_on_host(features1.descriptors):
                 return self._one_by_one(features0, features1, size)
@@ -119,13 +116,13 @@ class LightGlue(nn.Module):
     def _one_by_one(self, features0: Features, features1: Features, size: Sequence[int]) -> Matches:
         """The eager CPU: every pair as it would be alone, without padding."""
         count = features0.keypoints.shape[1]
-        references = [_only_valid(features1, row) for row in range(len(features1.keypoints))]
+        references = [_valid_of_frame(features1, row) for row in range(len(features1.keypoints))]
         prepared = [(self._tokens(reference, size, padded=False), places) for reference, places in references]
 
         def pair(row: int) -> tuple[Tensor, Tensor]:
             index = torch.full((count,), -1, dtype=torch.int64, device=features0.keypoints.device)
             weight = features0.descriptors.new_zeros(count)
-            features, places0 = _only_valid(features0, row)
+            features, places0 = _valid_of_frame(features0, row)
             tokens1, places1 = prepared[row % len(prepared)]
             if len(places0) and len(places1):
                 found = self._match(self._tokens(features, size, padded=False), tokens1, stop=True)
@@ -141,7 +138,7 @@ class LightGlue(nn.Module):
         return Matches(*(torch.stack(field) for field in zip(*rows, strict=True)))
 
     def _tokens(self, features: Features, size: Sequence[int], *, padded: bool = True) -> _Tokens:
-        """Projected descriptors and positions, after the first self-attention, which sees one side only."""
+        """Projected descriptors and positions, after the first self-attention, which is within one side."""
         dtype = self.network.posenc.Wr.weight.dtype
         x, y = features.keypoints.unbind(-1)
         places = torch.stack((x - size[1] / 2, y - size[0] / 2), -1) / (max(size) / 2)
@@ -154,13 +151,13 @@ class LightGlue(nn.Module):
             places = torch.cat((places, 2 * scales.unsqueeze(-1), orientations.unsqueeze(-1)), -1)
         states = self.network.input_proj(features.descriptors.to(dtype))
         tokens = _Tokens(states, self.network.posenc(places.to(dtype)), features.valid if padded else None)
-        return self._look_within(0, tokens)
+        return self._attend_within(0, tokens)
 
-    def _look_within(self, layer: int, tokens: _Tokens) -> _Tokens:
+    def _attend_within(self, layer: int, tokens: _Tokens) -> _Tokens:
         block = self.network.transformers[layer].self_attn
         return tokens._replace(states=block(tokens.states, tokens.positions, _key_mask(tokens.valid)))
 
-    def _look_across(self, layer: int, tokens0: _Tokens, tokens1: _Tokens) -> tuple[_Tokens, _Tokens]:
+    def _attend_across(self, layer: int, tokens0: _Tokens, tokens1: _Tokens) -> tuple[_Tokens, _Tokens]:
         block = self.network.transformers[layer].cross_attn
 
         def heads(states: Tensor) -> Tensor:
@@ -170,11 +167,11 @@ class LightGlue(nn.Module):
         values0, values1 = heads(block.to_v(tokens0.states)), heads(block.to_v(tokens1.states))
 
         def update(states: Tensor, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
-            seen = F.scaled_dot_product_attention(query, key, value, attn_mask=_key_mask(valid))
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=_key_mask(valid))
             if valid is not None:
-                seen = seen.nan_to_num()  # nothing to look at
-            told = block.to_out(seen.transpose(1, 2).flatten(-2))
-            return states + block.ffn(torch.cat((states, told), -1))
+                attended = attended.nan_to_num()  # where there is nothing to attend to
+            message_in = block.to_out(attended.transpose(1, 2).flatten(-2))
+            return states + block.ffn(torch.cat((states, message_in), -1))
 
         return (
             tokens0._replace(states=update(tokens0.states, keys0, keys1, values1, tokens1.valid)),
@@ -189,8 +186,8 @@ class LightGlue(nn.Module):
         for layer in range(last + 1):
             ahead0, ahead1 = tokens0, tokens1
             if layer > 0:  # else done already
-                ahead0, ahead1 = self._look_within(layer, ahead0), self._look_within(layer, ahead1)
-            ahead0, ahead1 = self._look_across(layer, ahead0, ahead1)
+                ahead0, ahead1 = self._attend_within(layer, ahead0), self._attend_within(layer, ahead1)
+            ahead0, ahead1 = self._attend_across(layer, ahead0, ahead1)
             if self.depth_confidence <= 0:
                 tokens0, tokens1 = ahead0, ahead1
                 continue
@@ -272,7 +269,7 @@ def build_matcher(
         cure = "choose one of these, or matcher_model='guided'"
         raise ValueError(message("feature_model", expected, repr(feature_model), cure))
     name, options = _MODELS[feature_model]
-    tensors = _renamed(load_weights(name, weights, allow_download=allow_download))
+    tensors = _current_names(load_weights(name, weights, allow_download=allow_download))
     options = dict(options)
     depth_confidence = options.pop("depth_confidence", 0.95)
     network = _build_network(options)
@@ -298,7 +295,7 @@ def _build_network(options: Mapping[str, Any]) -> nn.Module:
         sdpa.enable_flash_sdp(flash)
 
 
-def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names of older files as the layers have them now; without what belongs to other networks, or to none."""
     renamed = {}
     for name, tensor in tensors.items():
@@ -310,15 +307,14 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _key_mask(valid: Tensor | None) -> Tensor | None:
-    """(B, 1, 1, K): what every head of every query may look at."""
+    """(B, 1, 1, K): what every head of every query may attend to."""
     return None if valid is None else valid[:, None, None, :]
 
 
-def _only_valid(features: Features, row: int) -> tuple[Features, Tensor]:
+def _valid_of_frame(features: Features, row: int) -> tuple[Features, Tensor]:
     """The valid keypoints of one frame, as a batch of one, and their places. Reads numbers: on the CPU only."""
     places = features.valid[row].nonzero().squeeze(-1)
-    fields: Any = (None if field is None else field[row : row + 1, places] for field in features)
-    return Features(*fields), places
+    return each_field(features, lambda field: field[row : row + 1, places]), places
 
 
 def _assign(

@@ -43,7 +43,7 @@ class _Layer(nn.Module):
 
 
 class SuperPointNet(nn.Module):
-    """The network: (B, C, H, W), sides multiples of 8 → where a keypoint is, and what it looks like.
+    """The network: (B, C, H, W), sides multiples of 8 → where keypoints are, and their descriptors.
 
     Args:
         channels: C, 1 but for special sensors.
@@ -98,24 +98,19 @@ class SuperPointNet(nn.Module):
             ValueError: they are of neither layout.
         """
         if "conv1a.weight" in tensors:
-            tensors = {_renamed(name): tensor for name, tensor in tensors.items()}
+            tensors = {_open_name(name): tensor for name, tensor in tensors.items()}
         first = tensors.get("backbone.0.0.conv.weight")
         if first is None or first.ndim != 4:
-            raise ValueError(
-                message(
-                    "weights for superpoint",
-                    "names like conv1a.weight or backbone.0.0.conv.weight",
-                    f"{list(tensors)[:3]} …",
-                    "give weights of SuperPoint",
-                )
-            )
+            expected = "names like conv1a.weight or backbone.0.0.conv.weight"
+            got, cure = f"{list(tensors)[:3]} …", "give weights of SuperPoint"
+            raise ValueError(message("weights for superpoint", expected, got, cure))
         with torch.device("cpu"):
             network = cls(first.shape[1], batch_norm="backbone.0.0.bn.weight" in tensors)
         load_into(network, tensors, "weights for superpoint")
         return network
 
 
-def _renamed(name: str) -> str:
+def _open_name(name: str) -> str:
     """``conv2b.bias`` → ``backbone.1.1.conv.bias``, ``convPa.weight`` → ``detector.0.conv.weight``."""
     if match := _STAGE.fullmatch(name):
         return f"backbone.{int(match[1]) - 1}.{'ab'.index(match[2])}.conv.{match[3]}"

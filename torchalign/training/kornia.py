@@ -8,7 +8,8 @@ import torch
 from kornia.augmentation import GeometricAugmentationBase2D
 from torch import Tensor
 
-from torchalign.functional.affine import MotionModel, invert_warp, to_homogeneous
+from torchalign.functional.affine import invert_warp, to_homogeneous
+from torchalign.functional.motion import MotionModel
 from torchalign.functional.warp import PaddingMode
 from torchalign.training.misregistration import Kernel, Randomness, check_options, misregister, random_warp
 

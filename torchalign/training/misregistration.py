@@ -22,7 +22,6 @@ from torchvision.transforms import v2
 from torchalign._check import check_number, check_option, message
 from torchalign._host import is_on_host
 from torchalign.functional.affine import (
-    MotionModel,
     change_origin,
     identity_warp,
     invert_warp,
@@ -30,6 +29,7 @@ from torchalign.functional.affine import (
     to_homogeneous,
     transform_points,
 )
+from torchalign.functional.motion import MotionModel
 from torchalign.functional.warp import PaddingMode, resample
 
 __all__ = ["Kernel", "Per", "RandomMisregistration", "misregister", "random_warp"]

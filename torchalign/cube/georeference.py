@@ -12,16 +12,27 @@ import xarray as xr
 from torch import Tensor
 
 from torchalign._check import message
-from torchalign._labelled import Cube
-from torchalign.functional.affine import change_origin, rescale_warp
+from torchalign.cube.labels import SAME_GRID, Cube
+from torchalign.functional.affine import change_origin, from_homogeneous, rescale_warp
 
-__all__ = ["Grid", "find_grid", "metres_per_pixel", "regrid_warp"]
+__all__ = [
+    "FRAME_TRANSFORM",
+    "Georeference",
+    "crs_name",
+    "find_georeference",
+    "frame_transforms",
+    "georeference_frames",
+    "is_same_grid",
+    "metres_per_pixel",
+    "regrid_warp",
+]
 
-_TOLERANCE = 1e-3  # pixels; coordinates that agree to this are the same grid
+FRAME_TRANSFORM = "geotransform"  # the coordinate along time of frames that have a georeference each
+
 _UNITS_IN_METRES = dict.fromkeys(("m", "metre", "metres", "meter", "meters"), 1.0) | {"km": 1000.0}
 
 
-class Grid(NamedTuple):
+class Georeference(NamedTuple):
     """A raster's georeference.
 
     Attributes:
@@ -57,71 +68,69 @@ class Grid(NamedTuple):
         return " ".join(repr(float(value)) for value in (c, a, b, f, d, e))
 
     @classmethod
-    def from_gdal(cls, text: str, size: tuple[int, int], crs: str = "") -> Grid:
+    def from_gdal(cls, text: str, size: tuple[int, int], crs: str = "") -> Georeference:
         """The inverse of :meth:`to_gdal`."""
         c, a, b, f, d, e = (float(value) for value in text.split())
         return cls((a, b, c, d, e, f), size, crs)
 
 
-def find_grid(cube: Cube) -> Grid | None:
+def find_georeference(cube: Cube) -> Georeference | None:
     """The grid of a cube: from its coordinates, to the last bit from its ``GeoTransform`` where that agrees.
 
     Returns:
         ``None`` where there is neither, or the coordinates are not regular.
     """
-    array, size = cube.array, (cube.sizes["y"], cube.sizes["x"])
+    array, size = cube.array, cube.size
     attrs = _mapping_attrs(array)
     exact = None
     with suppress(ValueError, AttributeError):
-        exact = Grid.from_gdal(str(attrs["GeoTransform"]), size) if "GeoTransform" in attrs else None
+        exact = Georeference.from_gdal(str(attrs["GeoTransform"]), size) if "GeoTransform" in attrs else None
     crs = _find_crs(array)
-    labelled = {role: cube.dims[role] in array.coords for role in ("y", "x")}
-    if not any(labelled.values()):
+    coordinates = [cube.coordinate(role) for role in ("y", "x")]
+    if all(coordinate is None for coordinate in coordinates):
         return None if exact is None else exact._replace(crs=crs)
-    if not all(labelled.values()):
-        return None
-    centres = {role: array[cube.dims[role]].values for role in ("y", "x")}
-    if any(
-        values.ndim != 1 or values.dtype.kind not in "iuf" or not len(values) for values in centres.values()
-    ):
+    centres = {
+        role: coordinate.values
+        for role, coordinate in zip(("y", "x"), coordinates, strict=True)
+        if coordinate is not None and coordinate.ndim == 1 and coordinate.dtype.kind in "iuf"
+    }
+    if len(centres) < 2 or not all(map(len, centres.values())):
         return None
     if exact is not None and _agrees(exact, centres["x"], centres["y"]):
         return exact._replace(crs=crs)
-    steps = {role: regular_step(values) for role, values in centres.items()}
+    steps = {role: _regular_step(values) for role, values in centres.items()}
     if exact is not None:  # a crop: the steps are those of the file, the corner moved by whole pixels
         for role, own in (("x", exact.transform[0]), ("y", exact.transform[4])):
             count, step = len(centres[role]), steps[role]
-            if own and (
-                count == 1 or (step is not None and abs(step - own) <= _TOLERANCE * abs(own) / count)
-            ):
+            if own and (count == 1 or (step is not None and abs(step - own) <= SAME_GRID * abs(own) / count)):
                 steps[role] = own
     dx, dy = steps["x"], steps["y"]
     if dx is None or dy is None:
         return None
     corner = float(centres["x"][0]) - 0.5 * dx, float(centres["y"][0]) - 0.5 * dy
-    return Grid((dx, 0.0, corner[0], 0.0, dy, corner[1]), size, crs)
+    return Georeference((dx, 0.0, corner[0], 0.0, dy, corner[1]), size, crs)
 
 
-def _agrees(grid: Grid, x: np.ndarray, y: np.ndarray) -> bool:
+def _agrees(grid: Georeference, x: np.ndarray, y: np.ndarray) -> bool:
     """Whether the grid's first and last pixel centres are these, to a thousandth of a pixel."""
     a, b, c, d, e, f = grid.transform
     if b or d or not (a and e):
         return False
     for step, corner, values in ((a, c, x), (e, f, y)):
         expected = corner + step * (np.array([0, len(values) - 1]) + 0.5)
-        if not np.abs(expected - values[[0, -1]].astype(np.float64)).max() <= _TOLERANCE * abs(step):
+        if not np.abs(expected - values[[0, -1]].astype(np.float64)).max() <= SAME_GRID * abs(step):
             return False
     return True
 
 
-def regular_step(values: np.ndarray) -> float | None:
+def _regular_step(values: np.ndarray) -> float | None:
     """The step of a regular coordinate; ``None`` if it is irregular, or has a single value."""
     if len(values) < 2 or values.dtype.kind not in "iuf":
         return None
     numbers = values.astype(np.float64)
     step = (numbers[-1] - numbers[0]) / (len(numbers) - 1)
     noise = 4 * np.abs(numbers).max() * np.finfo(np.result_type(values.dtype, np.float16)).eps
-    if step == 0 or not np.abs(np.diff(numbers) - step).max() <= _TOLERANCE * abs(step) + noise:
+    if step == 0 or not np.abs(np.diff(numbers) - step).max() <= SAME_GRID * abs(step) + noise:
         return None
     return float(step)
 
@@ -133,14 +142,14 @@ def metres_per_pixel(cube: Cube) -> dict[str, float]:
     """
     found = {}
     for role in ("x", "y"):
-        array, dim = cube.array, cube.dims[role]
-        step = regular_step(array[dim].values) if dim in array.coords else None
-        if step is None:
+        coordinate = cube.coordinate(role)
+        step = None if coordinate is None else _regular_step(coordinate.values)
+        if coordinate is None or step is None:
             continue
-        units = str(array[dim].attrs.get("units", "")).lower()
+        units = str(coordinate.attrs.get("units", "")).lower()
         metres = _UNITS_IN_METRES.get(units)
         if metres is None and not units.startswith("deg"):
-            metres = _metres_of_crs(array)
+            metres = _metres_of_crs(cube.array)
         if metres is not None:
             found[role] = step * metres
     return found
@@ -175,30 +184,32 @@ def _is_same_crs(first: str, second: str) -> bool:
     try:
         from rasterio.crs import CRS
     except ImportError:
-        return _crs_name(first) == _crs_name(second)
+        plain = [re.sub(r"\W+", " ", crs_name(wkt)).strip().lower() for wkt in (first, second)]
+        return plain[0] == plain[1]
     return bool(CRS.from_wkt(first) == CRS.from_wkt(second))
 
 
-def _crs_name(wkt: str) -> str:
+def crs_name(wkt: str) -> str:
+    """What a CRS is called; ``""`` where it is not known."""
     found = re.search(r'"([^"]*)"', wkt)
-    return re.sub(r"\W+", " ", found.group(1)).strip().lower() if found else wkt
+    return found.group(1) if found else wkt
 
 
-def is_same_grid(first: Grid, second: Grid) -> bool:
+def is_same_grid(first: Georeference, second: Georeference) -> bool:
     """The same pixels, to a thousandth of one."""
     if first.size != second.size or not _is_same_crs(first.crs, second.crs):
         return False
     height, width = first.size
     corners = np.array([(0, 0), (width, 0), (0, height), (width, height)], np.float64)
     apart = corners @ (first.linear - second.linear).T + (first.corner - second.corner)
-    return bool(np.abs(np.linalg.solve(first.linear, apart.T)).max() <= _TOLERANCE)
+    return bool(np.abs(np.linalg.solve(first.linear, apart.T)).max() <= SAME_GRID)
 
 
-def regrid_warp(warp: Tensor, source: Grid, target: Grid) -> Tensor:
+def regrid_warp(warp: Tensor, source: Georeference, target: Georeference) -> Tensor:
     """The same motion of the ground, from pixels of one grid to pixels of another.
 
     Pixel sizes may differ, and so may origins, extents and the direction of the axes; both grids must be of one
-    CRS and not turned against each other. An identity stays an exact identity.
+    CRS and not rotated against each other. An identity stays an exact identity.
 
     Args:
         warp: (..., 2, 3) or (..., 3, 3), moving → reference, in pixels of ``source``.
@@ -209,29 +220,98 @@ def regrid_warp(warp: Tensor, source: Grid, target: Grid) -> Tensor:
         In the shape, dtype and device of ``warp``.
 
     Raises:
-        ValueError: another CRS, or grids turned against each other.
+        ValueError: another CRS, or grids rotated against each other.
 
     Example:
         >>> import torch
         >>> from torchalign.functional.affine import translation_warp
-        >>> ten = Grid((10.0, 0.0, 0.0, 0.0, -10.0, 0.0), (100, 100))
-        >>> twenty = Grid((20.0, 0.0, 200.0, 0.0, -20.0, -300.0), (20, 30))
+        >>> ten = Georeference((10.0, 0.0, 0.0, 0.0, -10.0, 0.0), (100, 100))
+        >>> twenty = Georeference((20.0, 0.0, 200.0, 0.0, -20.0, -300.0), (20, 30))
         >>> regrid_warp(translation_warp(torch.tensor([1.0, -2.0])), ten, twenty)
         tensor([[ 1.0000,  0.0000,  0.5000],
                 [ 0.0000,  1.0000, -1.0000]])
     """
     if not _is_same_crs(source.crs, target.crs):
-        got = f"{_crs_name(source.crs)!r} and {_crs_name(target.crs)!r}"
+        got = f"{crs_name(source.crs)!r} and {crs_name(target.crs)!r}"
         raise ValueError(message("grid", "one CRS", got, "reproject one of them with .rio.reproject"))
     if is_same_grid(source, target):
         return warp
     scale = np.linalg.solve(target.linear, source.linear)  # old pixel size / new pixel size
     height, width = target.size
-    turned = abs(scale[0, 1]) * height + abs(scale[1, 0]) * width
-    if not turned <= _TOLERANCE:
+    rotated = abs(scale[0, 1]) * height + abs(scale[1, 0]) * width
+    if not rotated <= SAME_GRID:
         cure = "reproject one of them with .rio.reproject_match"
         raise ValueError(message("grid", "grids with the same axes", f"{source} and {target}", cure))
     # first the size of the pixels, with the source's corner kept, and then the corner
     rescaled = rescale_warp(warp.double(), (float(scale[0, 0]), float(scale[1, 1])))
     origin = np.linalg.solve(target.linear, target.corner - source.corner)
     return change_origin(rescaled, (float(origin[0]), float(origin[1]))).to(warp.dtype)
+
+
+# --- a georeference for each frame ---
+
+
+def georeference_frames(cube: Cube, warp: Tensor) -> xr.Variable:
+    """Of every frame, the six numbers of GDAL that put its pixels where the warp would have.
+
+    With the grid that they correct in the attributes, so that they can be carried over to a part of it.
+
+    Args:
+        cube: the frames.
+        warp: (T, 2, 3) or (T, 3, 3), in pixels of the cube.
+
+    Raises:
+        ValueError: a cube without a grid; homographies, which no georeference can express.
+    """
+    grid = find_georeference(cube)
+    if grid is None:
+        got = f"{cube.array.dims} without a regular grid"
+        cure = "give it coordinates along y and x, or pass mode='resample'"
+        raise ValueError(message("datacube", "a georeference to correct", got, cure))
+    warp = warp.double()
+    if warp.shape[-2] == 3:
+        if not bool((warp[:, 2, :2] == 0).all()):
+            cure = "pass mode='resample', or estimate another motion"
+            raise ValueError(
+                message("estimate", "warps that a georeference can express", "homographies", cure)
+            )
+        warp = from_homogeneous(warp)
+    cornered = change_origin(warp, (-0.5, -0.5)).numpy()  # a georeference counts from the outer corner
+    texts = []
+    for matrix in cornered:
+        own = grid
+        if not np.array_equal(matrix, np.eye(2, 3)):
+            (a, b), (d, e) = grid.linear @ matrix[:, :2]
+            c, f = grid.linear @ matrix[:, 2] + grid.corner
+            own = grid._replace(transform=(a, b, c, d, e, f))
+        texts.append(own.to_gdal())
+    of = {"grid": grid.to_gdal(), "height": grid.size[0], "width": grid.size[1]}
+    return xr.Variable((cube.dims["time"],), np.array(texts, dtype=np.str_), of)
+
+
+def frame_transforms(cube: Cube) -> list[tuple[float, ...] | None]:
+    """The transform of every frame: its own, or that of the cube; ``None`` where there is neither.
+
+    Raises:
+        ValueError: a cube that was cropped and has no coordinates that tell where.
+    """
+    grid, own = find_georeference(cube), cube.array.coords.get(FRAME_TRANSFORM)
+    if own is None or own.dims != (cube.dims["time"],):
+        return [None if grid is None else grid.transform] * cube.sizes["time"]
+    frames = [Georeference.from_gdal(str(text), cube.size) for text in own.values]
+    if grid is None or "grid" not in own.attrs:
+        return [frame.transform for frame in frames]
+    before = Georeference.from_gdal(
+        str(own.attrs["grid"]), (int(own.attrs["height"]), int(own.attrs["width"]))
+    )
+    labelled = all(cube.coordinate(role) is not None for role in ("y", "x"))
+    if not labelled and before.size != grid.size:
+        got = f"{grid.size}, without y and x coordinates that tell where"
+        cure = 'crop before apply(…, mode="shift-coords")'
+        raise ValueError(message("cube", f"the size of its georeferences, {before.size}", got, cure))
+    if not labelled or before.transform == grid.transform:
+        return [frame.transform for frame in frames]
+    # the cube was cropped, or its pixels made larger: the frames' grids with it
+    back = np.linalg.inv(before.matrix)
+    moved = [(frame.matrix @ back @ grid.matrix)[:2].ravel() for frame in frames]
+    return [tuple(float(value) for value in transform) for transform in moved]

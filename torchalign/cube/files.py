@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torchalign._check import message
 
-__all__ = ["atomic", "check_free", "discard", "is_store", "put_in_place", "workshop_beside"]
+__all__ = ["atomic", "check_free", "discard", "is_store", "put_in_place", "temporary_sibling"]
 
 _STORE_MARKS = (".zgroup", "zarr.json", ".zmetadata")  # one of these is in every Zarr store
 
@@ -28,11 +28,8 @@ def check_free(path: Path, overwrite: bool) -> None:
         FileExistsError: ``path`` is there.
     """
     if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(
-            message(
-                "path", "a new name", f"{path}, which exists", "pass overwrite=True or choose another name"
-            )
-        )
+        cure = "pass overwrite=True or choose another name"
+        raise FileExistsError(message("path", "a new name", f"{path}, which exists", cure))
     if path.is_dir() and not is_store(path):
         raise FileExistsError(message("path", "no folder of yours", path, "remove it or choose another name"))
 
@@ -44,22 +41,22 @@ def atomic(path: Path) -> Iterator[Path]:
     Whatever happens before the end, nothing is ever seen at ``path`` that is not complete, and what was there
     is there again. Whoever is killed leaves a folder whose name begins with a dot and ends in ``.partial``.
     """
-    workshop = workshop_beside(path)
+    written = temporary_sibling(path)
     try:
-        yield workshop / path.name
-        put_in_place(workshop / path.name, path)
+        yield written
+        put_in_place(written, path)
     finally:
-        discard(workshop, path)
+        discard(written, path)
 
 
-def workshop_beside(path: Path) -> Path:
-    """A new folder on the same file system."""
+def temporary_sibling(path: Path) -> Path:
+    """The same name in a new folder beside ``path``, on the same file system."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)) / path.name
 
 
 def put_in_place(written: Path, path: Path) -> None:
-    """``written``, in its workshop, takes the place of ``path``."""
+    """``written``, a temporary sibling, takes the place of ``path``."""
     old = written.with_name(f"{path.name}.old")
     try:
         if path.is_dir():  # a folder cannot be replaced in one step: out of the way first
@@ -70,7 +67,7 @@ def put_in_place(written: Path, path: Path) -> None:
             os.replace(old, path)
 
 
-def discard(workshop: Path, path: Path) -> None:
-    """Remove a workshop, unless it keeps the only copy of what was there."""
-    if os.path.lexists(path) or not os.path.lexists(workshop / f"{path.name}.old"):
-        shutil.rmtree(workshop, ignore_errors=True)
+def discard(written: Path, path: Path) -> None:
+    """Remove a temporary sibling and its folder, unless it keeps the only copy of what was there."""
+    if os.path.lexists(path) or not os.path.lexists(written.with_name(f"{path.name}.old")):
+        shutil.rmtree(written.parent, ignore_errors=True)

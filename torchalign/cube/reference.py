@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,20 +13,21 @@ import xarray as xr
 from torch import Tensor
 
 from torchalign._check import message
-from torchalign._chunks import is_lazy
 from torchalign._host import give_back_memory
-from torchalign._labelled import (
+from torchalign.cube.chunks import is_lazy
+from torchalign.cube.labels import (
     CUBE,
     MASK,
     Array,
     Cube,
-    Pixels,
-    describe,
-    find_nodata,
+    find_frame,
     label_axes,
+    label_text,
     load,
     match,
 )
+from torchalign.cube.pixels import Pixels, find_nodata
+from torchalign.cube.regrid import onto_grid
 from torchalign.functional.affine import (
     center_displacement,
     change_origin,
@@ -38,7 +38,14 @@ from torchalign.functional.affine import (
 from torchalign.functional.quality import normalized_cross_correlation
 from torchalign.functional.warp import resample
 
-__all__ = ["ReferenceName", "ReferenceSource", "decode_reference", "find_reference", "label_text"]
+__all__ = [
+    "Found",
+    "FrameReader",
+    "ReferenceName",
+    "ReferenceSource",
+    "find_reference",
+    "over_time",
+]
 
 # What `reference=` knows by name, beside the labels of frames.
 ReferenceName = Literal["median", "mean", "first", "clearest", "iterative"]
@@ -72,34 +79,49 @@ class ReferenceSource:
     variable: xr.Variable  # over some of time, band, y and x; always y and x
     pixels: Pixels
 
+
+@dataclass(frozen=True)
+class FrameReader:
+    """The frames as a reference is made of them: NaN wherever a pixel is not to be used."""
+
+    cube: Cube
+    pixels: Pixels
+    usable: xr.Variable | None  # bool over some of time, y and x
+    device: torch.device
+
     @property
-    def roles(self) -> tuple[str, ...]:
-        """The axes of what an aligner is given."""
-        return CUBE if "time" in self.variable.dims else CUBE[1:]
+    def frames(self) -> int:
+        """T."""
+        return self.cube.sizes["time"]
+
+    def frame(self, number: int) -> Tensor:
+        """(C, H, W); all NaN where there is no such frame."""
+        one = slice(number, number + 1)
+        raw = load(self.cube.variable, CUBE, time=one)
+        seen = None if self.usable is None else load(self.usable, MASK, time=one)
+        values = self.decode(raw, seen)
+        return values[0] if len(values) else values.new_full(values.shape[1:], torch.nan)
+
+    def decode(self, raw: Array, seen: Array | None) -> Tensor:
+        """(t, C, h, w) from pixels of that shape, and what of them is usable, (t or 1, h or 1, w or 1)."""
+        values = self.pixels.decode(raw, self.device)
+        values.nan_to_num_(torch.nan, torch.nan, torch.nan)  # infinities are not usable either
+        if seen is not None:
+            values.masked_fill_(~torch.from_numpy(np.array(seen)).to(self.device)[:, None], torch.nan)
+        return values
+
+    def source(self, name: str, values: Tensor) -> ReferenceSource:
+        """A reference of computed pixels, (C, H, W)."""
+        host = values.cpu().numpy()
+        return ReferenceSource(name, xr.Variable(CUBE[1:], host), Pixels(host.dtype, self.pixels.compute, ()))
 
 
-def decode_reference(pixels: Pixels, raw: Array, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """(C, H, W), or (t, C, H, W) with one per frame, from an array with these axes; ``shape`` is (C, H, W)."""
-    values = pixels.decode(raw, device)
-    return values.expand(*values.shape[:-3], *shape)
-
-
-def find_reference(
-    reference: Any,
-    cube: Cube,
-    pixels: Pixels,
-    usable: xr.Variable | None,
-    device: torch.device,
-    estimate: Estimator,
-) -> ReferenceSource:
+def find_reference(reference: Any, reader: FrameReader, estimate: Estimator) -> ReferenceSource:
     """What the argument ``reference`` of :func:`torchalign.align` stands for.
 
     Args:
         reference: a word, a label of time, or pixels.
-        cube: the frames.
-        pixels: how they are decoded.
-        usable: bool over some of time, y and x.
-        device: where to compute.
+        reader: of the frames.
         estimate: estimates all frames against a reference, for ``"iterative"``.
 
     Raises:
@@ -110,99 +132,63 @@ def find_reference(
         reference = getattr(reference, "values", reference)[()]  # a label, `cube.time[3]`
     is_label = isinstance(reference, (str, np.generic, datetime.date, int, float))
     if is_label and not isinstance(reference, bool):
-        return _make_reference(reference, cube, pixels, usable, device, estimate)
-    labelled = label_axes(reference, "reference", cube, CUBE)
+        return _make_reference(reference, reader, estimate)
+    labelled = label_axes(reference, "reference", reader.cube, CUBE)
     if labelled.dtype.kind not in "iuf":
         cure = "convert it with .astype"
         raise TypeError(message("reference", "an integer or floating dtype", labelled.dtype, cure))
-    variable = match(labelled, "reference", cube, CUBE)
-    given = Pixels(labelled.dtype, pixels.compute, find_nodata(labelled) or pixels.nodata)
-    return ReferenceSource(type(reference).__name__, variable, given)
+    labelled, done = onto_grid(labelled, reader.cube)
+    variable = match(labelled, "reference", reader.cube, CUBE)
+    nodata = find_nodata(labelled) or reader.pixels.nodata
+    given = Pixels(labelled.dtype, reader.pixels.compute, nodata)
+    name = type(reference).__name__
+    return ReferenceSource(f"{name}, {done}" if done else name, variable, given)
 
 
-def _make_reference(
-    word: Any,
-    cube: Cube,
-    pixels: Pixels,
-    usable: xr.Variable | None,
-    device: torch.device,
-    estimate: Estimator,
-) -> ReferenceSource:
-    def source(name: str, values: Tensor) -> ReferenceSource:
-        host = values.cpu().numpy()
-        return ReferenceSource(name, xr.Variable(CUBE[1:], host), Pixels(host.dtype, pixels.compute, ()))
-
-    name = str(word)
+def _make_reference(word: Any, reader: FrameReader, estimate: Estimator) -> ReferenceSource:
+    name, cube = str(word), reader.cube
     if name in ("median", "mean"):
-        return source(name, over_time(name, cube, pixels, usable, device))
+        return reader.source(name, over_time(name, reader))
     if name == "iterative":
-        if not cube.sizes["time"]:
-            return source(name, over_time("median", cube, pixels, usable, device))
-        values, rounds = _settle(cube, pixels, usable, device, estimate, source)
-        return source(f"iterative (median of the aligned stack, {rounds} rounds)", values)
-    number = 0
+        if not reader.frames:
+            return reader.source(name, over_time("median", reader))
+        values, rounds = _settle(reader, estimate)
+        return reader.source(f"iterative (median of the aligned stack, {rounds} rounds)", values)
+    number, labels = 0, cube.coordinate("time")
     if name == "clearest":
-        number = _clearest(cube, pixels, usable, device)
+        number = _clearest(reader)
     elif name != "first":
-        number = _frame_number(word, cube)
-    if name not in get_args(ReferenceName):
-        name = label_text(cube.array[cube.dims["time"]].values[number])
-    elif name == "clearest" and cube.dims["time"] in cube.array.coords and cube.sizes["time"]:
-        name = f"clearest ({label_text(cube.array[cube.dims['time']].values[number])})"
-    frame = visible(cube, pixels, usable, device, time=slice(number, number + 1))
-    shape = tuple(cube.sizes[role] for role in CUBE[1:])
-    return source(name, frame[0] if len(frame) else frame.new_full(shape, torch.nan))
-
-
-def visible(
-    cube: Cube, pixels: Pixels, usable: xr.Variable | None, device: torch.device, **parts: slice
-) -> Tensor:
-    """(t, C, h, w), NaN wherever a pixel is not to be used."""
-    raw = load(cube.variable, CUBE, **parts)
-    seen = None if usable is None else load(usable, MASK, **parts)
-    return _mark(raw, seen, pixels, device)
-
-
-def _mark(raw: Array, seen: Array | None, pixels: Pixels, device: torch.device) -> Tensor:
-    values = pixels.decode(raw, device)
-    values.nan_to_num_(torch.nan, torch.nan, torch.nan)  # infinities are not usable either
-    if seen is not None:
-        values.masked_fill_(~torch.from_numpy(np.array(seen)).to(device)[:, None], torch.nan)
-    return values
+        words = get_args(ReferenceName)
+        number = find_frame(cube.array, cube.dims["time"], word, "reference", words=words, positions=False)
+    if name != "first" and labels is not None and reader.frames:
+        label = label_text(labels.values[number])
+        name = f"clearest ({label})" if name == "clearest" else label
+    return reader.source(name, reader.frame(number))
 
 
 # --- over time ---
 
 
-def over_time(
-    word: str,
-    cube: Cube,
-    pixels: Pixels,
-    usable: xr.Variable | None,
-    device: torch.device,
-    found: Found | None = None,
-) -> Tensor:
+def over_time(word: str, reader: FrameReader, found: Found | None = None) -> Tensor:
     """(C, H, W), "median" or "mean" of the usable pixels, by blocks of rows; NaN where there are none.
 
     Args:
         word: ``"median"`` or ``"mean"``.
-        cube: the frames.
-        pixels: how they are decoded.
-        usable: bool over some of time, y and x.
-        device: where to compute.
+        reader: of the frames.
         found: warps to align the frames with; only valid ones are taken. ``None``: all frames, as they are.
     """
-    frames, bands, height, width = (cube.sizes[role] for role in CUBE)
-    result = torch.full((bands, height, width), torch.nan, dtype=pixels.compute, device=device)
+    frames, bands, height, width = (reader.cube.sizes[role] for role in CUBE)
+    compute = reader.pixels.compute
+    result = torch.full((bands, height, width), torch.nan, dtype=compute, device=reader.device)
     samples = frames * bands * width  # of one row
     # a lazy cube is read anew for every block of rows: few and large ones, which are then worked on in parts
-    read = max(1, _READ_BYTES // max(1, samples * cube.array.dtype.itemsize))
-    work = max(1, _REFERENCE_BYTES // max(1, samples * pixels.compute.itemsize))
+    read = max(1, _READ_BYTES // max(1, samples * reader.cube.array.dtype.itemsize))
+    work = max(1, _REFERENCE_BYTES // max(1, samples * compute.itemsize))
     chosen = np.arange(frames) if found is None else np.flatnonzero(found.valid.cpu().numpy())
     margins = _Margins(found, (height, width))
     for first in range(0, height if samples else 0, read):
         last = min(first + read, height)
-        block = _Block.load(cube, pixels, usable, margins.source(first, last), device)
+        block = _Block.load(reader, margins.source(first, last))
         for top in range(first, last, work):
             bottom = min(top + work, last)
             values = result.new_empty(len(chosen), bands, bottom - top, width)
@@ -220,16 +206,13 @@ class _Block:
     raw: Array  # (T, C, h, W)
     seen: Array | None  # (T or 1, h or 1, W or 1)
     top: int  # the number of its first row
-    pixels: Pixels
-    device: torch.device
+    reader: FrameReader
 
     @classmethod
-    def load(
-        cls, cube: Cube, pixels: Pixels, usable: xr.Variable | None, rows: slice, device: torch.device
-    ) -> _Block:
-        raw = _load_rows(cube.variable, CUBE, rows)
-        seen = None if usable is None else _load_rows(usable, MASK, rows)
-        return cls(raw, seen, rows.start, pixels, device)
+    def load(cls, reader: FrameReader, rows: slice) -> _Block:
+        raw = _load_rows(reader.cube.variable, CUBE, rows)
+        seen = None if reader.usable is None else _load_rows(reader.usable, MASK, rows)
+        return cls(raw, seen, rows.start, reader)
 
     def decode(self, frames: Array, rows: slice) -> Tensor:
         """(len(frames), C, h, W), NaN wherever a pixel is not to be used."""
@@ -238,7 +221,7 @@ class _Block:
         if seen is not None:
             seen = seen if len(seen) == 1 else seen[frames]
             seen = seen if seen.shape[1] == 1 else seen[:, within]
-        return _mark(self.raw[frames, :, within], seen, self.pixels, self.device)
+        return self.reader.decode(self.raw[frames, :, within], seen)
 
 
 def _fill(
@@ -322,32 +305,23 @@ class _Margins:
 # --- "iterative" ---
 
 
-def _settle(
-    cube: Cube,
-    pixels: Pixels,
-    usable: xr.Variable | None,
-    device: torch.device,
-    estimate: Estimator,
-    source: Callable[[str, Tensor], ReferenceSource],
-) -> tuple[Tensor, int]:
+def _settle(reader: FrameReader, estimate: Estimator) -> tuple[Tensor, int]:
     """Estimate against the median of what was aligned before, until the frames stop moving; the last median."""
-    size, frames = (cube.sizes["y"], cube.sizes["x"]), cube.sizes["time"]
-    median = over_time("median", cube, pixels, usable, device)
-    found = estimate(source("median", median))
+    median = over_time("median", reader)
+    found = estimate(reader.source("median", median))
     # displaced or clouded so much that their median shows nothing
-    if int(found.valid.sum()) < _ENOUGH * frames:
-        number = _clearest(cube, pixels, usable, device)
-        frame = visible(cube, pixels, usable, device, time=slice(number, number + 1))[0]
-        found = max((found, estimate(source("clearest", frame))), key=lambda one: int(one.valid.sum()))
+    if int(found.valid.sum()) < _ENOUGH * reader.frames:
+        clearest = reader.source("clearest", reader.frame(_clearest(reader)))
+        found = max((found, estimate(clearest)), key=lambda one: int(one.valid.sum()))
     rounds, previous = 0, found
     while rounds < _MOST_ROUNDS:
         rounds, found = rounds + 1, _anchor(found)
-        if int(found.valid.sum()) < min(_FEWEST, frames):  # too few for a median: all frames as they are
-            return over_time("median", cube, pixels, usable, device), rounds
-        if rounds > 1 and _is_still(found, previous, size):
+        if int(found.valid.sum()) < min(_FEWEST, reader.frames):  # too few: all frames as they are
+            return over_time("median", reader), rounds
+        if rounds > 1 and _is_still(found, previous, reader.cube.size):
             break
-        previous, median = found, over_time("median", cube, pixels, usable, device, found)
-        found = estimate(source("median", median))
+        previous, median = found, over_time("median", reader, found)
+        found = estimate(reader.source("median", median))
     return median, rounds
 
 
@@ -378,44 +352,20 @@ def _anchor(found: Found) -> Found:
 # --- one of the frames ---
 
 
-def _clearest(cube: Cube, pixels: Pixels, usable: xr.Variable | None, device: torch.device) -> int:
+def _clearest(reader: FrameReader) -> int:
     """The frame with most ground: the share of its usable pixels times its correlation with the median.
 
     Clouds that no mask tells of, other seasons and displaced frames correlate less.
     """
-    median = over_time("median", cube, pixels, usable, device).nanmean(0)  # (H, W)
+    median = over_time("median", reader).nanmean(0)  # (H, W)
     best, clearest = -1.0, 0
-    for number in range(cube.sizes["time"]):
-        frame = visible(cube, pixels, usable, device, time=slice(number, number + 1))[0].nanmean(0)
+    for number in range(reader.frames):
+        frame = reader.frame(number).nanmean(0)
         ground = (frame.isfinite() & median.isfinite())[None]
         correlation = normalized_cross_correlation(
             frame.nan_to_num(0.0)[None], median.nan_to_num(0.0)[None], ground
         )
-        worth = float(ground.double().mean()) * float(correlation.clamp(min=0))
-        if worth > best:
-            best, clearest = worth, number
+        clearness = float(ground.double().mean()) * float(correlation.clamp(min=0))
+        if clearness > best:
+            best, clearest = clearness, number
     return clearest
-
-
-def _frame_number(label: Any, cube: Cube) -> int:
-    """The one frame of that label; a date is that of all frames of the day, and nothing is near enough."""
-    dim = cube.dims["time"]
-    if isinstance(label, np.datetime64) or type(label) is datetime.date:
-        label = str(label)  # its unit is its resolution
-    matches: list[int] = []
-    if dim in cube.array.coords:
-        numbers = xr.DataArray(np.arange(cube.sizes["time"]), {dim: cube.array[dim]}, [dim])
-        with suppress(KeyError, TypeError, ValueError):
-            matches = numbers.sel({dim: label}).values.ravel().tolist()
-    if len(matches) != 1:
-        words = ", ".join(map(repr, get_args(ReferenceName)))
-        expected = f"{words} or the label of exactly one frame"
-        got = f"{label!r}, that of {len(matches)} among {describe(cube.array, dim)}"
-        cure = f"write the label of {dim!r} in full, or pass a frame, datacube.isel({dim}=0)"
-        raise ValueError(message("reference", expected, got, cure))
-    return matches[0]
-
-
-def label_text(label: Hashable | np.generic) -> str:
-    """A time coordinate's entry as text; a date in ISO 8601, as short as it can be."""
-    return str(np.datetime_as_string(label, unit="auto") if isinstance(label, np.datetime64) else label)

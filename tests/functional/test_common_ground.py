@@ -6,8 +6,9 @@ import pytest
 import torch
 from scenes import Waves, pairs
 
-from torchalign.functional import texture
-from torchalign.functional.texture import pool, shared_ground
+from torchalign.functional import smoothing
+from torchalign.functional.common_ground import shared_ground
+from torchalign.functional.smoothing import block_sums, triangle_mean
 
 SIZE = (97, 130)
 
@@ -52,8 +53,8 @@ def test_what_is_not_usable_may_be_anything(cloudy, value):
 def test_poolings_are_the_chains_of_additions(monkeypatch, shape, order, dtype):
     # those of a GPU, on the CPU
     image = torch.rand(shape, dtype=dtype)
-    expected = [texture._triangle(image, order), pool(image, order)]
-    monkeypatch.setattr(texture, "_pools", lambda image: True)
-    found = [texture._triangle(image, order), pool(image, order)]
+    expected = [triangle_mean(image, order), block_sums(image, order)]
+    monkeypatch.setattr(smoothing, "launches_kernels", lambda image: True)
+    found = [triangle_mean(image, order), block_sums(image, order)]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(pool(image, 0), image)
+    assert torch.equal(block_sums(image, 0), image)

@@ -1,4 +1,7 @@
-"""Lazy cubes: dask's chunks along time, each worked on by one task. Only who has such cubes needs dask."""
+"""What goes with the frames of a cube, and dask's chunks along time, each worked on by one task.
+
+Only who has lazy cubes needs dask.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,24 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xarray as xr
+from torch import Tensor
 
 from torchalign._host import give_back_memory
-from torchalign._labelled import CUBE, Array, Cube
+from torchalign.cube.labels import CUBE, Array, Cube, axes_of, load
 
 __all__ = [
+    "Companion",
     "chunk_sizes",
     "compute_together",
     "is_lazy",
     "map_chunks",
     "parts_along_time",
+    "rows_after",
     "share",
     "undisturbed",
 ]
@@ -33,6 +39,23 @@ _threads_held: list[int] = []  # the number of threads before the first of those
 def is_lazy(variable: xr.Variable | xr.DataArray) -> bool:
     """Whether it is made of dask's chunks."""
     return variable.chunks is not None
+
+
+class Companion(NamedTuple):
+    """What goes with the frames, such as a mask or a reference: of each frame its own, or one for all."""
+
+    variable: xr.Variable  # over some of the roles
+    roles: tuple[str, ...]  # the first is time
+    decode: Callable[[Array, torch.device], Tensor]  # from an array with an axis for each role
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The roles of its arrays; without time where it is the same for all frames."""
+        return axes_of(self.variable, self.roles)
+
+    def read(self, device: torch.device, batch: slice) -> Tensor:
+        """What belongs to a batch of frames."""
+        return self.decode(load(self.variable, self.axes, time=batch), device)
 
 
 def chunk_sizes(cube: Cube, batch_size: int | None) -> tuple[int, ...]:

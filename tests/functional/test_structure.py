@@ -1,0 +1,136 @@
+"""The orientation of edges: whatever the sign and the size of their contrast."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scenes import fractal, fractal_stack
+from scipy import ndimage
+
+import torchalign as ta
+from torchalign.datasets import simulate_stack
+from torchalign.functional.phase import phase_correlation
+from torchalign.functional.structure import orientation_field
+from torchalign.functional.texture import extract_texture
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("degrees", [0, 20, 45, 90, 135, 160])
+def test_the_angle_is_doubled(degrees):
+    angle = math.radians(degrees)
+    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")
+    ramp = x * math.cos(angle) + y * math.sin(angle)
+    middle = orientation_field(ramp)[:, 20, 20]
+    expected = torch.tensor([math.cos(2 * angle), math.sin(2 * angle)])
+    torch.testing.assert_close(middle / middle.norm(), expected, atol=1e-5, rtol=0)
+    # strength 1, of which mean and median are nearly 1 too (less at the border): b = 1/2, clipped at 1/4
+    assert float(middle.norm()) == pytest.approx(0.25 * math.tanh(2), abs=2e-3)
+
+
+@pytest.mark.parametrize(("gain", "offset"), [(-1, 0), (1e-3, 5), (-40, 1e3)])
+def test_gain_offset_and_sign_do_not_matter(gain, offset):
+    image = noise(2, 50, 61)
+    torch.testing.assert_close(
+        orientation_field(gain * image + offset), orientation_field(image), atol=1e-7, rtol=1e-6
+    )
+
+
+def test_scipy_finds_the_same():
+    image = noise(60, 70)
+    smooth = ndimage.convolve(image.numpy(), np.outer([1, 2, 1], [1, 2, 1]) / 16, mode="nearest")
+    gx, gy = (ndimage.convolve1d(smooth, [0.5, 0, -0.5], axis=axis, mode="nearest") for axis in (1, 0))
+    inner = (slice(2, -2), slice(2, -2))
+    angle = np.arctan2(gy, gx)[inner]
+    field = orientation_field(image)[:, 2:-2, 2:-2].numpy()
+    length = np.hypot(*field)
+    np.testing.assert_allclose(field[0], length * np.cos(2 * angle), atol=1e-9)
+    np.testing.assert_allclose(field[1], length * np.sin(2 * angle), atol=1e-9)
+    # the local mean is close to a Gaussian's of 10 pixels
+    strength = np.hypot(gx, gy)
+    local = ndimage.gaussian_filter(strength, 10, mode="nearest")
+    relative = strength / (local + np.median(local))
+    assert (
+        np.abs(np.hypot(*orientation_field(image).numpy()) - 0.25 * np.tanh(4 * relative))[inner].max() < 0.03
+    )
+
+
+def test_a_mask_hides_what_is_under_it_and_its_edge():
+    image = noise(1, 64, 64)
+    mask = torch.ones(1, 64, 64, dtype=torch.bool)
+    mask[:, 20:30, 20:30] = False
+    spoilt = torch.where(mask, image, 1e6)
+    field, other = orientation_field(image, mask), orientation_field(spoilt, mask)
+    assert torch.equal(field, other)
+    assert (field[..., 18:32, 18:32] == 0).all()
+    assert (field[..., 16, 16:34].norm(dim=0) > 0).all()
+    # away from the hole the field is nearly what it is without one
+    assert (field - orientation_field(image))[..., 45:, 45:].abs().max() < 0.01
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, -1e4, 1e-30])
+def test_a_flat_image_has_no_structure(value):
+    image = torch.full((1, 40, 40), value, requires_grad=True)
+    field = orientation_field(image)
+    assert (field == 0).all()
+    field.sum().backward()
+    assert (image.grad == 0).all()
+    assert extract_texture(image.detach(), contrast="structure").flat.all()
+
+
+def test_it_is_differentiable():
+    image = noise(9, 10).requires_grad_()
+    assert torch.autograd.gradcheck(lambda given: orientation_field(given), (image,), atol=1e-4)
+
+
+def test_the_shift_of_a_negative():
+    data = fractal_stack(6, size=(96, 104), noise=0.002)
+    aligner = ta.PCC(contrast="structure", robust=True, channel=0)
+    estimate = aligner.estimate(1 - data.cube, data.reference)
+    assert estimate.valid.all()
+    assert (estimate.warp[..., 2] - data.shift).norm(dim=-1).max() < 0.03
+    assert (estimate.score > 0.8).all()
+    # brightness finds nothing there
+    assert not ta.PCC(channel=0).estimate(1 - data.cube, data.reference).valid.any()
+
+
+def test_a_radar_like_image_is_found_and_an_unrelated_one_is_flagged():
+    data = fractal_stack(8, size=(160, 160), bands=1, noise=0.0)
+
+    def radar(image):
+        level = (image - image.min()) / (image.max() - image.min())
+        looks = -torch.rand(4, *image.shape, generator=random).clamp(min=1e-6).log()
+        return ((1 - level) ** 2 + 0.05) * looks.mean(0)
+
+    random = torch.Generator().manual_seed(0)
+    aligner = ta.PCC(contrast="structure")
+    estimate = aligner.estimate(radar(data.cube), data.reference)
+    assert estimate.valid.float().mean() >= 0.75
+    error = (estimate.warp[..., 2] - data.shift).norm(dim=-1)[estimate.valid]
+    assert error.max() < 1
+    other = simulate_stack(fractal((832, 832), bands=1, seed=7), frames=8, size=(160, 160)).cube
+    assert not aligner.estimate(radar(data.cube), other).valid.any()
+
+
+def test_defaults_follow_the_contrast_and_can_be_overruled():
+    assert (ta.PCC().weighting, ta.PCC().robust, ta.PCC().max_sigma) == ("ramp", True, 0.15)
+    across = ta.PCC(contrast="structure")
+    assert (across.weighting, across.robust, across.max_sigma) == ("none", False, 1.0)
+    chosen = ta.PCC(contrast="structure", weighting="ramp", robust=True, max_sigma=0.2)
+    assert (chosen.weighting, chosen.robust, chosen.max_sigma) == ("ramp", True, 0.2)
+    with pytest.raises(ValueError, match="contrast"):
+        ta.ECC(contrast="structure")
+
+
+def test_the_function_and_the_module_agree():
+    data = fractal_stack(3, size=(96, 104), noise=0.002)
+    moving, reference = data.cube[:, 0], data.reference[:1]
+    found = phase_correlation(moving, reference, contrast="structure")
+    estimate = ta.PCC(contrast="structure", channel=0).estimate(data.cube, data.reference)
+    torch.testing.assert_close(found.shift, estimate.warp[..., 2], atol=1e-6, rtol=0)
+    assert found.inliers is None

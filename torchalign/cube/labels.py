@@ -1,0 +1,377 @@
+"""A DataArray as a cube: its dims, bands and frames found by name, masks and references matched with it by label.
+
+Nothing is estimated here and nothing is loaded before it is needed.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchalign._check import message
+
+__all__ = [
+    "CUBE",
+    "MASK",
+    "SAME_GRID",
+    "Array",
+    "Cube",
+    "axes_of",
+    "band_labels",
+    "find_bands",
+    "find_dims",
+    "find_frame",
+    "find_mask",
+    "label_axes",
+    "label_text",
+    "labels_in_words",
+    "load",
+    "match",
+    "rename_dims",
+    "spatial_dims",
+    "time_labels",
+]
+
+_NAMES = {
+    "time": ("time", "t", "date"),
+    "band": ("band", "bands", "channel", "wavelength", "variable"),
+    "y": ("y", "lat", "latitude", "northing", "row"),
+    "x": ("x", "lon", "longitude", "easting", "col"),
+}
+CUBE = ("time", "band", "y", "x")  # (T, C, H, W)
+MASK = ("time", "y", "x")  # (T, H, W)
+SAME_GRID = 1e-3  # pixels; coordinates that agree to this are the same grid
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Cube:
+    """A DataArray seen as (T, C, H, W), whatever its dims are called and their order; nothing is loaded."""
+
+    array: xr.DataArray
+    dims: Mapping[str, Hashable]  # "time", "y", "x" and maybe "band" → the name of the dim
+
+    @classmethod
+    def of(cls, array: object, given: Mapping[str, Hashable | None] | None = None) -> Cube:
+        """Find the dims, but for those that are given by role.
+
+        Raises:
+            TypeError: no DataArray of numbers.
+            ValueError: dims that cannot be told.
+        """
+        dims = find_dims(array, "datacube", given)
+        assert isinstance(array, xr.DataArray)  # as find_dims has seen
+        if array.dtype.kind not in "iuf":
+            cure = 'convert it with .astype("uint8") or .astype("float32")'
+            raise TypeError(message("datacube", "an integer or floating dtype", array.dtype, cure))
+        return cls(array, dims)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Role → length; 1 for a band dim that is not there."""
+        return {role: self.array.sizes[self.dims[role]] if role in self.dims else 1 for role in CUBE}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.sizes["y"], self.sizes["x"]
+
+    @property
+    def variable(self) -> xr.Variable:
+        """With the roles as dims."""
+        return rename_dims(self.array, {dim: role for role, dim in self.dims.items()})
+
+    def coordinate(self, role: str) -> xr.DataArray | None:
+        """The labels along a role; ``None`` where there are none."""
+        dim = self.dims.get(role)
+        return self.array[dim] if dim in self.array.coords else None
+
+    def view(self, values: Array) -> Array:
+        """(T, C, H, W) of values that lie in the order of the array's own dims."""
+        present = [role for role in CUBE if role in self.dims]
+        view = values.transpose([self.array.get_axis_num(self.dims[role]) for role in present])
+        return view if "band" in self.dims else view[:, None]
+
+
+# --- dims ---
+
+
+def find_dims(
+    array: object, name: str = "datacube", given: Mapping[str, Hashable | None] | None = None
+) -> dict[str, Hashable]:
+    """Role → name of the dim; "band" is left out where there is none.
+
+    Args:
+        array: the cube, ``name`` to the user.
+        name: of the argument.
+        given: role → name of its dim, where the user says it.
+
+    Raises:
+        TypeError: no DataArray.
+        ValueError: dims that cannot be told.
+    """
+    if not isinstance(array, xr.DataArray):
+        cure = "align tensors with aligner(cube, reference), or give the array dims with xarray.DataArray"
+        if isinstance(array, xr.Dataset):
+            cure = 'use dataset.to_dataarray("band")'
+        raise TypeError(message(name, "an xarray.DataArray", type(array).__name__, cure))
+    dims = array.dims
+    found = {role: dim for role, dim in (given or {}).items() if dim is not None}
+    for role, dim in found.items():
+        if dim not in dims or list(found.values()).count(dim) > 1:
+            raise ValueError(message(f"{role}_dim", f"one dim of {dims}", repr(dim), "name each dim once"))
+    for role in (role for role in CUBE if role not in found):
+        named = [dim for dim in dims if str(dim).lower() in _NAMES[role] and dim not in found.values()]
+        if len(named) > 1:
+            cure = f"say which with {role}_dim=, and what the other is, or select from it with .isel"
+            raise ValueError(message(name, f"one {role} dim", f"{named} among {dims}", cure))
+        found |= dict.fromkeys([role] * len(named), *named)
+    unknown = [dim for dim in dims if dim not in found.values()]
+    missing = [role for role in MASK if role not in found]
+    if missing or unknown:
+        cures = [f"name it with {role}_dim={dim!r}" for role in missing or ["band"] for dim in unknown]
+        cures += [f"or select from it with .isel({dim}=…)" for dim in unknown]
+        cures += [f'add it with .expand_dims("{role}")' for role in missing if not unknown]
+        got = f"{dims} with unknown {unknown}"
+        if missing:
+            names = (f"{role} (or {' or '.join(_NAMES[role][1:])})" for role in missing)
+            got = f"{dims} without {' and '.join(names)}"
+        raise ValueError(message(name, "the dims time, y, x and maybe band", got, ", ".join(cures)))
+    return found
+
+
+def rename_dims(array: xr.DataArray, names: Mapping[Hashable, str]) -> xr.Variable:
+    """The array's variable under other dim names, neither loaded nor copied."""
+    variable = array.variable.copy(deep=False)
+    variable.dims = [names[dim] for dim in array.dims]
+    return variable
+
+
+def axes_of(variable: xr.Variable, roles: Sequence[str]) -> tuple[str, ...]:
+    """The roles, the first of which is time; without it where the variable is the same for all frames."""
+    return tuple(roles if "time" in variable.dims else roles[1:])
+
+
+def load(source: xr.Variable, roles: Sequence[str], **parts: slice) -> Array:
+    """A part of source in memory, one axis for each role, of size 1 where source lacks it."""
+    part = source.isel({role: rows for role, rows in parts.items() if role in source.dims}).load()
+    values: Array = part.transpose(*(role for role in roles if role in part.dims)).to_numpy()
+    return values[tuple(slice(None) if role in part.dims else None for role in roles)]
+
+
+# --- labels ---
+
+
+def label_text(label: Hashable | np.generic) -> str:
+    """A coordinate's entry as text; a date in ISO 8601, as short as it can be."""
+    return str(np.datetime_as_string(label, unit="auto") if isinstance(label, np.datetime64) else label)
+
+
+def time_labels(array: xr.DataArray, dim: Hashable) -> list[str]:
+    """Days in ISO 8601, or whatever the time coordinate holds, or the positions."""
+    if dim not in array.coords:
+        return [str(number) for number in range(array.sizes[dim])]
+    values = array[dim].values
+    if values.dtype.kind == "M":
+        days = np.datetime_as_string(values, unit="D").tolist()
+        # two frames of one day are told apart by the hour
+        return days if len(set(days)) == len(days) else np.datetime_as_string(values, unit="m").tolist()
+    return [str(value) for value in values.tolist()]
+
+
+def labels_in_words(array: xr.DataArray, dim: Hashable) -> str:
+    """How many labels there are along a dim, and some of them."""
+    if dim not in array.coords:
+        return f"{array.sizes[dim]} without labels"
+    values = array[dim].values
+    ends = [label_text(value) for value in (values if len(values) < 5 else values[[0, 1, -1]])]
+    shown = ", ".join(ends if len(values) < 5 else (*ends[:2], "…", ends[2]))
+    return f"{len(values)} labels ({shown})"
+
+
+def band_labels(cube: xr.DataArray) -> tuple[list[str], int]:
+    """The labels, none where there are none, and the number of the bands."""
+    band = find_dims(cube).get("band")
+    if band is None:
+        return [], 1
+    return [str(label) for label in cube[band].values] if band in cube.coords else [], cube.sizes[band]
+
+
+def find_bands(
+    wanted: Any, labels: Sequence[Hashable | None], count: int, *, first: int = 0, name: str = "bands"
+) -> list[int]:
+    """Positions of bands, from 0.
+
+    Args:
+        wanted: one or several labels or numbers; a label goes before a number, and text may hold a number.
+        labels: of the bands; none, or ``None`` for those without.
+        count: of the bands.
+        first: the number of the first band to the user; 1 for GDAL.
+        name: of the argument.
+
+    Raises:
+        ValueError: a band that is not there.
+    """
+    found = []
+    for band in [wanted] if isinstance(wanted, (str, int, np.integer)) else wanted:
+        if band is not None and band in labels:
+            found.append(labels.index(band))
+        elif str(band).isdecimal() and first <= int(band) < first + count:
+            found.append(int(band) - first)
+        else:
+            named = [label for label in labels if label is not None]
+            numbers = f"the numbers {first} … {first + count - 1}"
+            expected = f"some of {named} or of {numbers}" if named else numbers
+            raise ValueError(message(name, expected, repr(band), "choose among these"))
+    return found
+
+
+def find_frame(
+    array: xr.DataArray,
+    dim: Hashable,
+    label: Any,
+    name: str = "frame",
+    *,
+    words: Sequence[str] = (),
+    positions: bool = True,
+) -> int:
+    """The position of the one frame of that label; a date is that of all frames of the day.
+
+    Args:
+        array: the cube.
+        dim: its time dim.
+        label: nothing is near enough.
+        name: of the argument.
+        words: what else the user may say.
+        positions: whether a whole number that is no label is a position.
+
+    Raises:
+        ValueError: no frame, or several of them.
+    """
+    count = array.sizes[dim]
+    if isinstance(label, np.datetime64) or type(label) is datetime.date:
+        label = str(label)  # its unit is its resolution
+    matches: list[int] = []
+    if dim in array.coords:
+        numbers = xr.DataArray(np.arange(count), {dim: array[dim]}, [dim])
+        with suppress(KeyError, TypeError, ValueError, IndexError):
+            matches = numbers.sel({dim: label}).values.ravel().tolist()
+    is_number = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
+    if positions and is_number and len(matches) != 1 and -count <= label < count:
+        return int(label) % count
+    if len(matches) != 1:
+        others = f", or a position below {count}" if positions else ""
+        expected = f"{', '.join([*map(repr, words), 'the label of exactly one frame'])}{others}"
+        got = f"{label!r}, found {len(matches)} times among {labels_in_words(array, dim)}"
+        cure = f"write the label of {dim!r} in full, or pass a frame, datacube.isel({dim}=0)"
+        raise ValueError(message(name, expected, got, cure))
+    return matches[0]
+
+
+# --- what goes with a cube ---
+
+
+def find_mask(mask: object, name: str, cube: Cube) -> xr.Variable | None:
+    """A bool variable over some of time, y, x."""
+    if mask is None:
+        return None
+    labelled = label_axes(mask, name, cube, MASK)
+    if labelled.dtype != np.bool_:
+        cure = "cloud masks are mostly 1 = cloud: pass `mask == 0`; if 1 = usable, `mask.astype(bool)`"
+        raise TypeError(message(name, "bool, True = usable", labelled.dtype, cure))
+    return match(labelled, name, cube, MASK)
+
+
+def label_axes(values: object, name: str, cube: Cube, roles: Sequence[str]) -> xr.DataArray:
+    """Arrays get the cube's dims, from the last; a mask's axes of size 1 are dropped, to be broadcast."""
+    if isinstance(values, xr.DataArray):
+        return values
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    if not isinstance(values, np.ndarray):
+        expected = "a DataArray, an array or a tensor"
+        if "band" in roles:  # a reference
+            expected += ", 'median', 'mean', 'first', 'clearest', 'iterative' or a time label"
+        raise TypeError(message(name, expected, type(values).__name__, "wrap it with numpy.asarray"))
+    present = [role for role in roles if role in cube.dims]
+    if not 2 <= values.ndim <= len(present):
+        expected = f"2 to {len(present)} axes, the last of ({', '.join(present)})"
+        raise ValueError(message(name, expected, f"shape {values.shape}", "index or reshape it"))
+    labelled = xr.DataArray(values, dims=[cube.dims[role] for role in present[-values.ndim :]])
+    if "band" in roles:
+        return labelled
+    return labelled.isel(
+        {dim: 0 for dim, size in labelled.sizes.items() if size == 1 != cube.array.sizes[dim]}
+    )
+
+
+def spatial_dims(other: xr.DataArray, cube: Cube) -> dict[str, Hashable]:
+    """Role → dim of another array, by its names and by those of the cube; what has no role is left out."""
+    own = {dim: role for role, dim in cube.dims.items()}
+    named = {dim: role for dim in other.dims for role in CUBE if str(dim).lower() in _NAMES[role]}
+    known = named | own
+    return {known[dim]: dim for dim in other.dims if dim in known}
+
+
+def match(other: xr.DataArray, name: str, cube: Cube, roles: Sequence[str]) -> xr.Variable:
+    """A DataArray on the cube's coordinates, over some of the roles; or an error that says why not."""
+    found = spatial_dims(other, cube)
+    is_mask = "band" not in roles
+    if len(found) < other.ndim or not (is_mask or {"y", "x"} <= set(found)):
+        cure = "rename its dims like the cube's, or select from them with .isel"
+        raise ValueError(message(name, f"the dims {tuple(cube.dims.values())}", other.dims, cure))
+    # a mask is for all bands; one reference is for all frames, of whatever date it is
+    single = found.get("band" if is_mask else "time")
+    if single is not None and other.sizes[single] == 1:
+        other = other.isel({found.pop("band" if is_mask else "time"): 0})
+    elif single is not None and is_mask:
+        cure = f"reduce it, for example with {name}.all({single!r})"
+        raise ValueError(message(name, "one mask for all bands", dict(other.sizes), cure))
+    if "band" in found:
+        other = _match_bands(other, name, cube, found["band"])
+    for role in (role for role in found if role != "band"):
+        if not _same_coordinate(cube.array, cube.dims[role], other, found[role]):
+            expected = f"the cube's {cube.dims[role]!r}, {labels_in_words(cube.array, cube.dims[role])}"
+            cure = "bring it onto the cube's coordinates with .sel, .reindex_like or .rio.reproject_match"
+            raise ValueError(message(name, expected, labels_in_words(other, found[role]), cure))
+    return rename_dims(other, {dim: role for role, dim in found.items()})
+
+
+def _match_bands(other: xr.DataArray, name: str, cube: Cube, dim: Hashable) -> xr.DataArray:
+    """The cube's bands of other, by label where both have labels, else by position."""
+    own = cube.dims.get("band")
+    expected = f"{cube.sizes['band']} bands"
+    if own in cube.array.coords and dim in other.coords:
+        wanted, labels = cube.array[own].values, other[dim].values
+        if np.array_equal(wanted, labels):
+            return other
+        if len(set(labels)) == len(labels) and set(wanted) <= set(labels):
+            return other.sel({dim: wanted})
+        expected = f"the bands of {labels_in_words(cube.array, own)}"
+    elif other.sizes[dim] == cube.sizes["band"]:
+        return other
+    cure = f"align the bands that both have, or compare all with one, {name}.isel({dim}=0)"
+    raise ValueError(message(name, expected, labels_in_words(other, dim), cure))
+
+
+def _same_coordinate(first: xr.DataArray, dim: Hashable, second: xr.DataArray, other_dim: Hashable) -> bool:
+    if first.sizes[dim] != second.sizes[other_dim]:
+        return False
+    if dim not in first.coords or other_dim not in second.coords:
+        return True
+    a, b = first[dim].values, second[other_dim].values
+    if len(a) < 2 or a.dtype.kind not in "iuf" or b.dtype.kind not in "iuf":
+        return bool(np.array_equal(a, b))
+    pixel = abs(float(a[-1]) - float(a[0])) / (len(a) - 1)
+    return bool(np.allclose(a.astype(np.float64), b.astype(np.float64), rtol=0, atol=SAME_GRID * pixel))

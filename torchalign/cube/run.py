@@ -1,0 +1,394 @@
+"""The one loop over the frames of a cube, batch by batch: an eager cube is one chunk, dask has several.
+
+:class:`AlignFrames` and :class:`WarpFrames` are what is done to a batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from torchalign._check import check_whole, message
+from torchalign._host import give_back_memory
+from torchalign.aligner import Aligner
+from torchalign.cube.chunks import Companion, chunk_sizes, is_lazy, map_chunks, parts_along_time, undisturbed
+from torchalign.cube.labels import CUBE, MASK, Array, Cube, load
+from torchalign.cube.pixels import Pixels, keep_nodata
+from torchalign.cube.reference import ReferenceSource
+from torchalign.cube.solution import promised_fields, report_fields
+from torchalign.functional.affine import identity_warp, to_homogeneous
+from torchalign.functional.phase import phase_correlation
+from torchalign.functional.warp import Interpolation, PaddingMode, Resampled, resample
+from torchalign.pcc import PCC
+from torchalign.types import Estimate
+
+__all__ = [
+    "AlignFrames",
+    "Operation",
+    "WarpFrames",
+    "check_batch",
+    "find_device",
+    "mask_companion",
+    "place_module",
+    "progress_bar",
+    "reference_companion",
+    "run",
+]
+
+_CPU_BATCH_BYTES, _CUDA_BATCH_BYTES = 2**26, 2**30
+_TASK_BATCH_BYTES = 2**24  # of each of dask's tasks on the CPU, several of which run side by side
+
+
+# --- the loop ---
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is done to a batch of frames; it travels to dask's workers."""
+
+    pixels: Pixels
+    device: torch.device | str | None
+    batch_size: int | None
+
+    makes_pixels = True
+
+    def find_device(self) -> torch.device:
+        """Where to compute, on the machine that does."""
+        return find_device(self.device, None)
+
+    def on(self, device: torch.device) -> Operation:
+        """With all that it computes with there."""
+        return self
+
+    def promised(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """What it tells of every frame: the shape and the dtype of one."""
+        return {}
+
+    def as_promised(self, fields: dict[str, Array]) -> dict[str, Array]:
+        """Fields of the promised shapes; dask has made its arrays of them before anything was computed."""
+        return fields
+
+    def run(
+        self, raw: Array, device: torch.device, *companions: Tensor | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Pixels like raw, (t, C, H, W), and what is told of each frame."""
+        raise NotImplementedError
+
+
+def run(
+    operation: Operation,
+    cube: Cube,
+    companions: Sequence[Companion | None],
+    advance: Callable[[int], object] = lambda frames: None,
+) -> tuple[Any, dict[str, Any]]:
+    """Pixels in the order of the cube's own dims, and what is told of each frame; dask arrays if it is lazy."""
+    if is_lazy(cube.array):
+        chunks = chunk_sizes(cube, operation.batch_size)
+        kinds = [None if one is None else (one.axes, one.roles, one.decode) for one in companions]
+        parts = [
+            [None] * len(chunks) if one is None else parts_along_time(one.variable, one.axes, chunks)
+            for one in companions
+        ]
+        return map_chunks(_run_chunk, (operation, kinds), cube, chunks, parts, operation.promised())
+    values = np.empty(cube.array.shape, cube.array.dtype) if operation.makes_pixels else None
+    out = None if values is None else cube.view(values)
+    fields = _run_batches(operation, cube.variable, companions, out, _CPU_BATCH_BYTES, advance)
+    give_back_memory()
+    return values, fields
+
+
+def _run_chunk(
+    shared: tuple[Operation, Sequence[Any]], raw: Array, *parts: Array | None
+) -> tuple[Array, dict[str, Array]]:
+    """A task of dask: the pixels of a chunk, (t, C, H, W), and its rows of the report."""
+    operation, kinds = shared
+    companions = [
+        None if part is None or kind is None else Companion(xr.Variable(kind[0], part), *kind[1:])
+        for kind, part in zip(kinds, parts, strict=True)
+    ]
+    with undisturbed(operation.find_device()), torch.no_grad():
+        out = np.empty_like(raw) if operation.makes_pixels else None
+        frames = xr.Variable(CUBE, raw)
+        fields = _run_batches(operation, frames, companions, out, _TASK_BATCH_BYTES)
+    return raw if out is None else out, operation.as_promised(fields)
+
+
+def _run_batches(
+    operation: Operation,
+    frames: xr.Variable,
+    companions: Sequence[Companion | None],
+    out: Array | None,
+    budget: int,
+    advance: Callable[[int], object] = lambda frames: None,
+) -> dict[str, Array]:
+    """Put pixels into out, (T, C, H, W), and return what is told of each frame."""
+    device = operation.find_device()
+    operation = operation.on(device)
+    whole = slice(None)
+    fixed = [
+        None if one is None or "time" in one.axes else one.read(device, whole) for one in companions
+    ]  # once for all frames
+    count, made = frames.sizes["time"], []
+    step = _frames_at_a_time(operation, frames, device, budget)
+    for first in range(0, max(count, 1), step):  # an empty cube is one empty batch
+        batch = slice(first, first + step)
+        raw = load(frames, CUBE, time=batch)
+        own = [
+            one.read(device, batch) if one is not None and "time" in one.axes else same
+            for one, same in zip(companions, fixed, strict=True)
+        ]
+        values, fields = operation.run(raw, device, *own)
+        if out is not None:
+            out[batch] = values
+        made.append(fields)
+        advance(len(raw))
+    return {name: np.concatenate([fields[name] for fields in made]) for name in made[0]}
+
+
+def _frames_at_a_time(operation: Operation, frames: xr.Variable, device: torch.device, budget: int) -> int:
+    """As the user says, or what fits the budget, in bytes of the CPU."""
+    if operation.batch_size is not None:
+        return operation.batch_size
+    samples = int(np.prod([frames.sizes.get(role, 1) for role in CUBE[1:]]))
+    if device.type == "cuda":
+        budget = min(_CUDA_BATCH_BYTES, torch.cuda.mem_get_info(device)[0] // 16)
+    return max(1, budget // max(1, samples * operation.pixels.compute.itemsize))
+
+
+# --- what goes with the frames ---
+
+
+def mask_companion(usable: xr.Variable | None) -> Companion | None:
+    """A mask, (t, H, W) or (H, W), each of the sizes maybe 1."""
+    return None if usable is None else Companion(usable, MASK, _decode_mask)
+
+
+def _decode_mask(values: Array, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.array(values)).to(device)
+
+
+def reference_companion(source: ReferenceSource, cube: Cube) -> Companion:
+    """Pixels of a reference, (C, H, W), or (t, C, H, W) with one per frame."""
+    shape = tuple(cube.sizes[role] for role in CUBE[1:])
+    return Companion(source.variable, CUBE, partial(_decode_reference, source.pixels, shape))
+
+
+def _decode_reference(pixels: Pixels, shape: tuple[int, ...], values: Array, device: torch.device) -> Tensor:
+    decoded = pixels.decode(values, device)
+    return decoded.expand(*decoded.shape[:-3], *shape)  # one band, or one row, for all
+
+
+# --- align ---
+
+
+@dataclass(frozen=True)
+class AlignFrames(Operation):
+    """Estimate, resample and measure again; with ``makes_pixels=False``, estimate only."""
+
+    aligner: nn.Module
+    verify: bool
+    metres: dict[str, float]  # of a pixel
+    makes_pixels: bool = True
+
+    def find_device(self) -> torch.device:
+        """Where the aligner is, if nobody says otherwise."""
+        return find_device(self.device, self.aligner)
+
+    def on(self, device: torch.device) -> AlignFrames:
+        """With the aligner there."""
+        return replace(self, aligner=place_module(self.aligner, device))
+
+    @property
+    def _rows(self) -> int:
+        """Of the warps that the aligner makes; of a lazy cube they must be known beforehand."""
+        motions = {str(getattr(part, "motion", "")) for part in self.aligner.modules()}
+        return 3 if "homography" in motions else 2
+
+    def promised(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """The fields of a report."""
+        residual = self.verify and self.makes_pixels
+        return promised_fields(self.pixels.compute, self._rows, residual=residual, metres=self.metres)
+
+    def as_promised(self, fields: dict[str, Array]) -> dict[str, Array]:
+        """With warps of the rows that were promised."""
+        warp, rows = fields["warp"], self._rows
+        if warp.shape[1] < rows:
+            warp = to_homogeneous(torch.from_numpy(warp)).numpy()
+        elif warp.shape[1] > rows:
+            if not (warp[:, 2] == (0, 0, 1)).all():
+                cure = 'give its class an attribute motion = "homography", so that it is known beforehand'
+                raise ValueError(message("aligner", "warps (T, 2, 3)", f"homographies {warp.shape}", cure))
+            warp = warp[:, :2]
+        return fields | {"warp": warp}
+
+    def run(
+        self, raw: Array, device: torch.device, *companions: Tensor | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """The companions: the reference, two masks, and warps to start from."""
+        reference, usable, reference_usable, init = companions
+        frames = self.pixels.decode(raw, device)
+        options = {"mask": usable, "reference_mask": reference_usable}
+        options |= {} if init is None else {"init": init.to(frames)}
+        size = (raw.shape[-2], raw.shape[-1])
+        if not self.makes_pixels:
+            only = getattr(self.aligner, "estimate", None)
+            found = (
+                only(frames, reference, **options) if only else self.aligner(frames, reference, **options)[1]
+            )
+            return raw, report_fields(found, None, size, self.metres)
+        aligned, found = self.aligner(frames, reference, **options)
+        if getattr(self.aligner, "fill_value", None) is not None:
+            aligned = keep_nodata(aligned, frames, found.warp)
+        residual = None
+        if self.verify and reference is not None:
+            residual = _remaining_shift(self.aligner, aligned, usable, found, reference, reference_usable)
+        del frames  # what is large is given back before more of it is made
+        encoded = self.pixels.encode(aligned, raw)
+        rejected = ~found.valid.cpu().numpy()
+        encoded[rejected] = raw[rejected]
+        return encoded, report_fields(found, residual, size, self.metres)
+
+
+def _remaining_shift(
+    module: nn.Module,
+    aligned: Tensor,
+    usable: Tensor | None,
+    found: Estimate,
+    reference: Tensor,
+    reference_usable: Tensor | None,
+) -> Tensor:
+    """(t, 2), how far aligned frames still are from the reference; NaN where that cannot be measured."""
+    if not len(aligned):
+        return aligned.new_empty(0, 2)
+    inside = aligned.new_ones(len(aligned), 1, *aligned.shape[-2:])
+    if usable is not None:
+        inside = inside * usable.reshape(-1, 1, *usable.shape[-2:])
+    # the mask moved with its frame, and borders are repeated beyond it
+    seen = resample(inside, found.warp, interpolation="nearest", padding_mode="zeros").values.squeeze(1) > 0
+    if reference_usable is not None:
+        reference_usable = reference_usable.expand(
+            -1 if reference_usable.ndim == 3 else 1, *reference.shape[-2:]
+        )
+    # the channel and the crop are those of the estimate; a module of another kind is taken to see the mean
+    channel_source = module if isinstance(module, Aligner) else PCC()
+    moving, moving_usable = channel_source._extract_channel(aligned, seen)
+    frames = reference if reference.ndim == 4 else reference[None]
+    still, still_usable = channel_source._extract_channel(frames, reference_usable)
+    contrast = channel_source.score_contrast
+    remaining = phase_correlation(moving, still, moving_usable, still_usable, contrast=contrast)
+    measured = found.valid & remaining.converged & ~remaining.flat & ~remaining.outside
+    return remaining.shift.masked_fill(~measured[:, None], torch.nan)
+
+
+# --- apply ---
+
+
+@dataclass(frozen=True)
+class WarpFrames(Operation):
+    """Resample with warps that are known."""
+
+    interpolation: Interpolation
+    padding_mode: PaddingMode
+    fill_value: float | None
+
+    def run(
+        self, raw: Array, device: torch.device, *companions: Tensor | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """The companions: warps, which are on the host, and a mask."""
+        warp, usable = companions
+        assert warp is not None
+        identity = identity_warp(homography=warp.shape[-2] == 3, dtype=warp.dtype)
+        kept = (warp != identity).flatten(1).any(1).numpy()[:, None, None, None]
+        # read while they are on the host: of shifts a GPU needs a line of indices, not an image
+        shifts = warp.shape[-2] == 2 and bool((warp[..., :2] == identity[..., :2]).all())
+        warp = warp.to(device, self.pixels.compute)
+        move = partial(resample, warp=warp[..., 2] if shifts else warp)
+        options: dict[str, Any] = {"padding_mode": self.padding_mode, "mask": usable}
+        if self.interpolation == "nearest":
+            return np.where(kept, self._copy(raw, partial(move, **options), device), raw), {}
+        frames = self.pixels.decode(raw, device)
+        options |= {"interpolation": self.interpolation, "fill_value": self.fill_value}
+        aligned = move(frames, **options).values
+        if self.fill_value is not None:
+            aligned = keep_nodata(aligned, frames, warp)
+        return np.where(kept, self.pixels.encode(aligned, raw), raw), {}
+
+    def _copy(self, raw: Array, move: Callable[..., Resampled], device: torch.device) -> Array:
+        """Pixels copied as they are: torch has few operations for unsigned integers, but bits are bits."""
+        native = np.array(raw, dtype=self.pixels.native, order="C")
+        kind = np.dtype(f"i{native.itemsize}") if native.dtype.kind == "u" else native.dtype
+        fill = self.fill_value
+        if fill is not None:
+            if np.isnan(fill) and self.pixels.dtype.kind != "f":
+                fill = self.pixels.nodata[0]  # checked: there is one
+            fill = np.array(fill).astype(native.dtype).view(kind)[()].item()
+        bits = torch.from_numpy(native.view(kind)).to(device)
+        copied = move(bits, interpolation="nearest", fill_value=fill).values
+        return copied.cpu().numpy().view(native.dtype).astype(raw.dtype)
+
+
+# --- where, and how many at a time ---
+
+
+def find_device(device: torch.device | str | None, module: nn.Module | None) -> torch.device:
+    """Of this machine: what was asked for, where the module is if that is not the CPU, else CUDA or the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device is None:
+        state = [] if module is None else [*module.parameters(), *module.buffers()]
+        moved = [tensor.device for tensor in state if tensor.device.type != "cpu"]
+        device = moved[0] if moved else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        cure = 'use device="cpu", or None to choose'
+        raise ValueError(message("device", "a torch device of this machine", repr(device), cure)) from error
+
+
+def place_module(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module itself if it is on the device, else a copy of it there."""
+    there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
+    return module if there else copy.deepcopy(module).to(device)
+
+
+def check_batch(size: int | None) -> int | None:
+    """A whole number of frames, or None.
+
+    Raises:
+        TypeError: another kind of thing.
+        ValueError: less than 1.
+    """
+    return None if size is None else check_whole("batch_size", size)
+
+
+@contextmanager
+def progress_bar(progress: bool | None, cube: Cube, word: str) -> Iterator[Callable[[int], object]]:
+    """A function to call with the number of frames done.
+
+    Raises:
+        ImportError: a bar is asked for, and there is no tqdm.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if progress:
+            raise ImportError(message("progress", "tqdm", "no such package", "pip install tqdm")) from None
+        progress = False
+    if progress is False or is_lazy(cube.array):  # dask has bars of its own
+        yield lambda frames: None
+        return
+    # delay: seconds until it shows; disable=None: only on a terminal or in a notebook
+    options: dict[str, Any] = {} if progress else {"delay": 2.0, "disable": None}
+    with tqdm(total=cube.sizes["time"], desc=word, unit="frame", **options) as bar:
+        yield bar.update

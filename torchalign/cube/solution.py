@@ -1,0 +1,383 @@
+"""The report of an alignment, one row a frame: how it is made, summed up, and found again for a cube."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from functools import partial
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from torchalign._check import message
+from torchalign.cube.chunks import Companion, is_lazy
+from torchalign.cube.georeference import Georeference, find_georeference, metres_per_pixel, regrid_warp
+from torchalign.cube.labels import Array, Cube, label_text, labels_in_words
+from torchalign.functional.affine import center_displacement
+from torchalign.types import Estimate, Status
+
+__all__ = [
+    "ReportSummary",
+    "as_report",
+    "build_report",
+    "check_report",
+    "find_warps",
+    "promised_fields",
+    "report_fields",
+    "report_georeference",
+    "summarize",
+]
+
+# name: (unit, what it is); in this order in every report
+_FIELDS = {
+    "warp": ("pixel", "matrix from moving to reference points (x, y)"),
+    "shift_x": ("pixel", "displacement of the frame's centre, to the right"),
+    "shift_y": ("pixel", "displacement of the frame's centre, downwards"),
+    "score": ("1", "correlation with the reference after alignment"),
+    "score_before": ("1", "correlation with the reference before alignment"),
+    "sigma": ("pixel", "predicted standard error of the translation"),
+    "status": ("1", "OK: aligned; else the frame was left as it came, and why"),
+    "residual_x": ("pixel", "displacement left after alignment, measured again, to the right"),
+    "residual_y": ("pixel", "displacement left after alignment, measured again, downwards"),
+    "shift_x_metres": ("m", "displacement of the frame's centre, towards greater x"),
+    "shift_y_metres": ("m", "displacement of the frame's centre, towards greater y"),
+    "residual_x_metres": ("m", "displacement left after alignment, towards greater x"),
+    "residual_y_metres": ("m", "displacement left after alignment, towards greater y"),
+}
+
+
+class ReportSummary(NamedTuple):
+    """A report in a few numbers, over the frames that were aligned; NaN for what was not measured.
+
+    ``print`` it, or take a field.
+
+    Attributes:
+        frames: T.
+        counts: of every status that occurs, by its name.
+        shift_median: of the length of the displacement of the frames' centres, in pixels.
+        shift_p95: its 95th percentile.
+        shift_median_metres: the same in metres, NaN where the grid has no unit of length.
+        shift_p95_metres: the same.
+        residual_median: of the length of what is left after alignment, in pixels.
+        ce90: circular error, 90 %: nine in ten frames have no more left than this, in pixels.
+        ce90_metres: the same in metres.
+    """
+
+    frames: int
+    counts: dict[str, int]
+    shift_median: float
+    shift_p95: float
+    shift_median_metres: float
+    shift_p95_metres: float
+    residual_median: float
+    ce90: float
+    ce90_metres: float
+
+    def __str__(self) -> str:
+        """Lines for people."""
+        others = ", ".join(f"{name} {count}" for name, count in self.counts.items() if name != "OK")
+        lines = [
+            f"{self.counts.get('OK', 0)} of {self.frames} frames aligned" + (f" ({others})" if others else "")
+        ]
+        for label, first, pixels, metres in (
+            ("shift", "median", self.shift_median, self.shift_median_metres),
+            ("", "p95", self.shift_p95, self.shift_p95_metres),
+            ("residual", "median", self.residual_median, np.nan),
+            ("", "CE90", self.ce90, self.ce90_metres),
+        ):
+            if np.isfinite(pixels):
+                in_metres = f" = {metres:.3g} m" if np.isfinite(metres) else ""
+                lines.append(f"{label:<9}{first:<7}{pixels:.3f} px{in_metres}")
+        return "\n".join(lines)
+
+    def attrs(self) -> dict[str, Any]:
+        """As attributes of a report; what was not measured is left out."""
+        numbers = {
+            name: float(value)
+            for name, value in zip(self._fields[2:], self[2:], strict=True)
+            if np.isfinite(value)
+        }
+        return {
+            "frames": self.frames,
+            "frames_aligned": self.counts.get("OK", 0),
+            "status_counts": ", ".join(f"{name}: {count}" for name, count in self.counts.items()),
+            **numbers,
+        }
+
+
+def summarize(report: xr.Dataset) -> ReportSummary:
+    """What a report says, in a few numbers; a lazy report is computed.
+
+    Args:
+        report: of :func:`torchalign.align`, or read by :func:`load_report`.
+
+    Raises:
+        TypeError: no Dataset.
+        ValueError: a Dataset without ``status`` and ``warp``.
+
+    Example:
+        >>> one, none = torch.ones(1), torch.zeros(1).long()
+        >>> estimate = ta.Estimate(torch.eye(2, 3)[None], one, one, one, torch.eye(2)[None], none, none)
+        >>> print(summarize(as_report(estimate)))
+        1 of 1 frames aligned
+        shift    median 0.000 px
+                 p95    0.000 px
+    """
+    check_report(report)
+    needed = [name for name in report.data_vars if str(name) in _FIELDS and name != "warp"]
+    known = report[needed].compute()
+    status = known["status"].values
+    counts = {code.name: int((status == code).sum()) for code in Status}
+    aligned = status == Status.OK
+
+    def length(x: str, y: str) -> Array:
+        if x not in known or y not in known:
+            return np.empty(0)
+        values: Array = np.hypot(known[x].values[aligned], known[y].values[aligned])
+        return values[np.isfinite(values)]
+
+    def percentile(values: Array, rank: float) -> float:
+        return float(np.percentile(values, rank)) if len(values) else float("nan")
+
+    shift, metres = length("shift_x", "shift_y"), length("shift_x_metres", "shift_y_metres")
+    residual, residual_metres = (
+        length("residual_x", "residual_y"),
+        length("residual_x_metres", "residual_y_metres"),
+    )
+    return ReportSummary(
+        len(status),
+        {name: count for name, count in counts.items() if count},
+        percentile(shift, 50),
+        percentile(shift, 95),
+        percentile(metres, 50),
+        percentile(metres, 95),
+        percentile(residual, 50),
+        percentile(residual, 90),
+        percentile(residual_metres, 90),
+    )
+
+
+# --- made ---
+
+
+def report_fields(
+    estimate: Estimate, residual: Tensor | None, size: tuple[int, int], metres: Mapping[str, float]
+) -> dict[str, Array]:
+    """The fields of a report that come with a batch of frames, on the host.
+
+    Args:
+        estimate: of (T,) frames.
+        residual: (T, 2), (x, y) in pixels.
+        size: (H, W) of the frames.
+        metres: in a pixel along ``"x"`` and ``"y"``, signed; without those that are not known.
+    """
+    shift = center_displacement(estimate.warp, size)  # (T, 2), (x, y)
+    fields = {"warp": estimate.warp, "shift_x": shift[:, 0], "shift_y": shift[:, 1], "score": estimate.score}
+    fields |= {"score_before": estimate.score_before, "sigma": estimate.sigma, "status": estimate.status}
+    if residual is not None:
+        fields |= {"residual_x": residual[:, 0], "residual_y": residual[:, 1]}
+    for name in [name for name in fields if name.startswith(("shift", "residual")) and name[-1] in metres]:
+        fields[f"{name}_metres"] = fields[name] * metres[name[-1]]
+    found = {name: np.asarray(tensor.detach().cpu().numpy()) for name, tensor in fields.items()}
+    return found | {"status": found["status"].astype(np.int8)}
+
+
+def promised_fields(
+    dtype: torch.dtype, rows: int, *, residual: bool, metres: Mapping[str, float]
+) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """What :func:`report_fields` will give: the shape and the dtype of one frame's."""
+    numbers = torch.empty(0, dtype=dtype)
+    warp, covariance, codes = numbers.reshape(0, rows, 3), numbers.reshape(0, 2, 2), numbers.long()
+    empty = Estimate(warp, numbers, numbers, numbers, covariance, codes, codes)
+    fields = report_fields(empty, numbers.reshape(0, 2) if residual else None, (1, 1), metres)
+    return {name: (values.shape[1:], values.dtype) for name, values in fields.items()}
+
+
+def build_report(
+    fields: Mapping[str, Any], cube: Cube | None, attrs: Mapping[str, Any], time: Hashable = "time"
+) -> xr.Dataset:
+    """Label what was measured.
+
+    Args:
+        fields: name → (T,) or (T, 2 or 3, 3), of :func:`report_fields`; numpy or dask.
+        cube: for the coordinates along time, the grid and the metres; ``None`` if there is none.
+        attrs: of the report: the aligner, the reference.
+        time: the time dim, where there is no cube.
+    """
+    time = time if cube is None else cube.dims["time"]
+    variables = {name: _variable(name, fields[name], time) for name in _FIELDS if name in fields}
+    report = xr.Dataset(variables, _time_coords(cube, variables, time), _general_attrs() | dict(attrs))
+    if cube is not None:
+        grid = find_georeference(cube)
+        if grid is not None:
+            report.attrs["grid_transform"] = list(grid.transform)
+            report.attrs |= {"grid_crs": grid.crs} if grid.crs else {}
+        report.attrs["grid_size"] = list(cube.size)
+    if not any(is_lazy(variable) for variable in variables.values()):
+        report.attrs |= summarize(report).attrs()
+    return report
+
+
+def as_report(estimate: Estimate, like: xr.DataArray | None = None) -> xr.Dataset:
+    """A report of a plain :class:`~torchalign.Estimate` of tensors.
+
+    Args:
+        estimate: of one series, (T, …).
+        like: the cube it was made on, for dates, grid and metres.
+
+    Raises:
+        ValueError: a batch of series; another number of frames than the cube's.
+    """
+    if estimate.warp.ndim != 3:
+        cure = "take one series, estimate.map(lambda rows: rows[i])"
+        raise ValueError(message("estimate", "fields (T, …)", tuple(estimate.warp.shape), cure))
+    cube = None if like is None else Cube.of(like)
+    if cube is not None and cube.sizes["time"] != len(estimate.warp):
+        got = f"{len(estimate.warp)} frames for a cube of {cube.sizes['time']}"
+        raise ValueError(message("estimate", "one warp for each frame", got, "give the cube it was made on"))
+    size, metres = ((1, 1), {}) if cube is None else (cube.size, metres_per_pixel(cube))
+    fields = report_fields(estimate, None, size, metres)
+    return build_report(fields, cube, {"aligner": "unknown", "reference": "unknown"})
+
+
+def _variable(name: str, values: Any, time: Hashable) -> xr.Variable:
+    units, long_name = _FIELDS[name]
+    attrs: dict[str, Any] = {"units": units, "long_name": long_name}
+    if name == "status":
+        attrs |= {
+            "flag_values": np.array(list(Status), np.int8),
+            "flag_meanings": " ".join(code.name for code in Status),
+        }
+    return xr.Variable((time, "row", "col")[: values.ndim], values, attrs)
+
+
+def _time_coords(cube: Cube | None, fields: Mapping[str, Any], time: Hashable) -> Any:
+    if cube is None:
+        return {}
+    along = cube.array[time]
+    taken = {"row", "col", *fields} - {time}  # names that the report itself uses
+    others = [name for name, coord in along.coords.items() if coord.dims != (time,) or name in taken]
+    return along.drop_vars(others).compute().coords
+
+
+def _general_attrs() -> dict[str, Any]:
+    try:
+        version = metadata.version("torchalign")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        version = "unknown"
+    return {
+        "Conventions": "CF-1.11",
+        "title": "How each frame was aligned, and how far to trust it",
+        "torchalign_version": version,
+    }
+
+
+def report_georeference(report: xr.Dataset) -> Georeference | None:
+    """The grid whose pixels the warps of a report are in; ``None`` where the cube had none."""
+    size, transform = report.attrs.get("grid_size"), report.attrs.get("grid_transform")
+    if size is None or transform is None:
+        return None
+    a, b, c, d, e, f = (float(value) for value in transform)
+    crs = str(report.attrs.get("grid_crs", ""))
+    return Georeference((a, b, c, d, e, f), (int(size[0]), int(size[1])), crs)
+
+
+def check_report(report: object, name: str = "report") -> None:
+    """A Dataset with ``warp`` and ``status``.
+
+    Raises:
+        TypeError: no Dataset.
+        ValueError: without them.
+    """
+    cure = "pass what torchalign.align returns second, or what load_report reads"
+    if not isinstance(report, xr.Dataset):
+        raise TypeError(message(name, "an xarray.Dataset", type(report).__name__, cure))
+    if "warp" not in report or "status" not in report:
+        raise ValueError(message(name, "the variables warp and status", sorted(map(str, report)), cure))
+
+
+# --- for a cube ---
+
+
+def find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = None) -> Companion | None:
+    """The warps of an earlier solution, of the cube's frames and in its pixels.
+
+    Args:
+        given: a report, an estimate, or warps; ``name`` to the user.
+        name: of the argument.
+        cube: the frames.
+        grid: the cube that plain warps were made on; a report knows its own.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: a frame that is missing; a grid that is not known.
+    """
+    if given is None:
+        return None
+    own, size = find_georeference(cube), cube.size
+    if isinstance(given, xr.Dataset):
+        if grid is not None:
+            cure = "leave grid= out: a report knows its grid"
+            raise ValueError(message("grid", "None with a report", type(grid).__name__, cure))
+        variable = _match_frames(given, name, cube)
+        source = report_georeference(given)
+        source_size = tuple(int(length) for length in given.attrs.get("grid_size", size))
+    else:
+        variable = _plain_warps(given, name, cube)
+        other = cube if grid is None else Cube.of(grid)
+        source, source_size = find_georeference(other), other.size
+    if source is None or own is None:
+        if source_size != size:
+            got = f"{source_size} pixels and the cube's {size}, one of them without a grid"
+            cure = "give both coordinates along y and x, with .assign_coords or .rio.write_transform"
+            raise ValueError(message(name, "grids that are known", got, cure))
+        source = own  # they are taken to be the same
+    return Companion(variable, ("time", "row", "col"), partial(_decode_warps, source, own))
+
+
+def _decode_warps(
+    source: Georeference | None, target: Georeference | None, warps: Array, device: torch.device
+) -> Tensor:
+    """Warps of one grid in pixels of another; on the host, where a user of them reads what they are."""
+    tensor = torch.from_numpy(np.array(warps))
+    return tensor if source is None or target is None else regrid_warp(tensor, source, target)
+
+
+def _plain_warps(given: Any, name: str, cube: Cube) -> xr.Variable:
+    values = given.warp if isinstance(given, Estimate) else given
+    values = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if values.dtype.kind != "f" or values.ndim != 3 or values.shape[1:] not in ((2, 3), (3, 3)):
+        got = f"{values.dtype} {values.shape}"
+        cure = "pass a report, its path, an Estimate of one series, or its warps"
+        raise TypeError(message(name, "floating warps (T, 2, 3) or (T, 3, 3)", got, cure))
+    if len(values) != cube.sizes["time"]:
+        got = f"{len(values)} warps for {cube.sizes['time']} frames"
+        raise ValueError(message(name, "one warp for each frame", got, "select the frames they belong to"))
+    return xr.Variable(("time", "row", "col"), values)
+
+
+def _match_frames(report: xr.Dataset, name: str, cube: Cube) -> xr.Variable:
+    """The warps of the cube's frames, by label where both have labels."""
+    check_report(report, name)
+    there, here = report["status"].dims[0], cube.coordinate("time")
+    warp, frames = report["warp"].transpose(there, ...), cube.sizes["time"]
+    if there in report.coords and here is not None:
+        labels = [label_text(label) for label in report[there].values]
+        wanted = [label_text(label) for label in here.values]
+        if labels != wanted:
+            missing = [label for label in wanted if label not in set(labels)]
+            if missing or len(set(labels)) < len(labels):
+                got = f"none of {', '.join(missing[:3])}" if missing else "labels that occur twice"
+                expected = f"every frame of the cube among {labels_in_words(report['status'], there)}"
+                raise ValueError(message(name, expected, got, "select frames with .sel, or drop the labels"))
+            number = {label: position for position, label in enumerate(labels)}
+            warp = warp.isel({there: [number[label] for label in wanted]})
+    elif report.sizes[there] != frames:
+        got = f"{report.sizes[there]} for {frames} frames"
+        raise ValueError(message(name, "one warp for each frame", got, "give both labels along time"))
+    # an eager cube would compute a lazy report anew for every batch
+    keep = is_lazy(warp) and is_lazy(cube.array)
+    return xr.Variable(("time", "row", "col"), warp.variable._data if keep else warp.to_numpy())

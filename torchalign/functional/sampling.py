@@ -1,0 +1,481 @@
+r"""One reader of samples: where a value is wanted, which samples lie around, how a kernel weighs them.
+
+A *tap* is a sample at a whole distance from the one at or before a position. An interpolation is a sum of taps,
+
+.. math:: f(x, y) = \sum_j k(y - j) \sum_i k(x - i)\, f_{ij}
+
+and all kernels here (bilinear, Keys' bicubic, the cubic B-spline and its slope) are weights of two or four taps
+along each axis. What differs is how taps are taken: :class:`Taps` gathers them around any positions,
+:class:`Lines` takes whole rows and then columns where all positions of a frame are shifted alike, and
+:class:`Slices` copies them where the shift is a number on the host.
+
+References:
+    Keys 1981, doi:10.1109/TASSP.1981.1163711; Unser 1999, doi:10.1109/79.799930 (B-splines); Sigg & Hadwiger
+    2005, in GPU Gems 2, chapter 20 (their taps two by two).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchalign._host import in_pieces, launches_kernels
+
+__all__ = [
+    "Gather",
+    "Lines",
+    "PaddingMode",
+    "Positions",
+    "Sampler",
+    "Slices",
+    "Taps",
+    "bilinear",
+    "bilinear_at",
+    "continue_border",
+    "cubic_weights",
+    "spline_at",
+    "spline_response",
+    "spline_slopes",
+    "spline_weights",
+    "spline_with_slopes",
+    "weighted_sum",
+]
+
+Scalar = TypeVar("Scalar", Tensor, float)
+PaddingMode = Literal["border", "zeros", "reflection"]
+# The sample so far right and down of the one at or before each position.
+Tap = Callable[[int, int], Tensor]
+
+# Keys' kernel with A = −1/2 leaves planes in place. OpenCV's and torch's −3/4 leaves 1 % less error on a real
+# scene, but misplaces long waves by up to 0.047 px (Lanczos-3, cut to six taps: 0.019 px), against 0.0006 px
+# here: more than the registration's own error. Measured by benchmarks/interpolation.py.
+_CUBIC_A = -0.5
+# Fields are continued by so many samples: all taps of a position further out lie on the border.
+_MARGIN = 3
+
+
+# ------------------------------------------------------------------------------------------------------- kernels
+
+
+def bilinear(tap: Tap, x: Tensor, y: Tensor) -> Tensor:
+    """Of two by two taps; x and y are the fractions. A constant stays one, and fraction 0 copies."""
+    above = torch.lerp(tap(0, 0), tap(1, 0), x)
+    below = torch.lerp(tap(0, 1), tap(1, 1), x)
+    return torch.lerp(above, below, y)
+
+
+def weighted_sum(tap: Tap, across: Sequence[Tensor], down: Sequence[Tensor]) -> Tensor:
+    """Of four by four taps, −1 … 2 along each axis, by the weights along x and y."""
+    total: Tensor | None = None
+    for j, weight in enumerate(down, -1):
+        line = across[0] * tap(-1, j)
+        for i in (0, 1, 2):
+            line = torch.addcmul(line, across[i + 1], tap(i, j))
+        total = weight * line if total is None else torch.addcmul(total, weight, line)
+    assert total is not None
+    return total
+
+
+def cubic_weights(fraction: Scalar, *, magnitudes: bool = False) -> tuple[Scalar, ...]:
+    """Keys' weights of the taps −1, 0, 1, 2, or their magnitudes; (0, 1, 0, 0) at fraction 0."""
+    a, rest = _CUBIC_A, 1 - fraction
+    weights = (
+        ((a * fraction - 2 * a) * fraction + a) * fraction,
+        ((a + 2) * fraction - (a + 3)) * fraction * fraction + 1,
+        ((a + 2) * rest - (a + 3)) * rest * rest + 1,
+        ((a * rest - 2 * a) * rest + a) * rest,
+    )
+    return tuple(abs(weight) for weight in weights) if magnitudes else weights
+
+
+def spline_weights(fraction: Tensor) -> tuple[Tensor, ...]:
+    """The cubic B-spline's weights of the coefficients −1, 0, 1, 2; they sum to 1."""
+    rest = 1 - fraction
+    first, last = rest * rest * rest * (1 / 6), fraction * fraction * fraction * (1 / 6)
+    right = _right_share(fraction)
+    return first, 1 - right - first, right - last, last
+
+
+def spline_slopes(fraction: Tensor) -> tuple[Tensor, ...]:
+    """The derivatives of :func:`spline_weights`."""
+    rest = 1 - fraction
+    return (
+        -0.5 * rest * rest,
+        (1.5 * fraction - 2) * fraction,
+        (2 - 1.5 * rest) * rest,
+        0.5 * fraction * fraction,
+    )
+
+
+def spline_response(frequency: Tensor) -> Tensor:
+    """Of the samples of a cubic B-spline, (1, 4, 1) / 6; frequencies in cycles per sample."""
+    return (2 + (2 * math.pi * frequency).cos()) / 3
+
+
+def _right_share(fraction: Tensor) -> Tensor:
+    """A B-spline's weight of the two right taps together: 1/6 + (f + f²)/2 − f³/3."""
+    return ((0.5 - fraction * (1 / 3)) * fraction + 0.5) * fraction + (1 / 6)
+
+
+# ------------------------------------------------------------------------------------------ fields, any positions
+
+
+def continue_border(field: Tensor) -> Tensor:
+    """(..., h, w) → (..., h + 6, w + 6): the border is continued so far that no tap lies beyond it."""
+    flat = F.pad(field.reshape(-1, 1, *field.shape[-2:]), (_MARGIN,) * 4, mode="replicate")
+    return flat.reshape(*field.shape[:-2], *flat.shape[-2:])
+
+
+class Taps(NamedTuple):
+    """Samples of continued fields around whole positions; beyond the border is the border.
+
+    One index serves all taps: they differ by where the fields are taken to begin.
+    """
+
+    fields: Tensor  # (..., m), flattened
+    width: int  # of the continued lines
+    first: Tensor  # (..., n), index of the tap (−1, −1)
+
+    @classmethod
+    def around(cls, continued: Tensor, column: Tensor, row: Tensor) -> Taps:
+        """Of (..., h + 6, w + 6) around int64 (..., n), −2 … h and −2 … w; leading dimensions broadcast."""
+        line = continued.shape[-1]
+        first = (row + 2) * line + (column + 2)
+        lead = torch.broadcast_shapes(continued.shape[:-2], first.shape[:-1])  # type: ignore[no-untyped-call]
+        fields = continued.expand(*lead, *continued.shape[-2:]).flatten(-2)
+        return cls(fields, line, first.expand(*lead, first.shape[-1]))
+
+    def at(self, right: int, down: int) -> Tensor:
+        """(..., n): the samples so far, −1 … 2, from those at the positions."""
+        begin = (down + 1) * self.width + right + 1
+        length = self.fields.shape[-1] - (3 * self.width + 3)
+        return self.fields.narrow(-1, begin, length).gather(-1, self.first)
+
+
+def bilinear_at(continued: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    """A field between its samples.
+
+    Args:
+        continued: (..., h + 6, w + 6), see :func:`continue_border`.
+        column: (..., n), positions among the h × w samples, any finite number.
+        row: (..., n).
+
+    Returns:
+        (..., n).
+    """
+    if launches_kernels(continued):
+        return _look_up(continued, column, row)
+    return in_pieces(lambda *given: bilinear(*_surroundings(*given)), continued, column, row)
+
+
+def spline_at(continued: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    """A cubic B-spline between its coefficients, which are given as the samples are to :func:`bilinear_at`."""
+    if launches_kernels(continued):
+        # each look-up is of two by two of the taps
+        (left, right, along), (top, bottom, down) = _pairs(column), _pairs(row)
+        above, below = (
+            torch.lerp(_look_up(continued, left, line), _look_up(continued, right, line), along)
+            for line in (top, bottom)
+        )
+        return torch.lerp(above, below, down)
+
+    def sample(*given: Tensor) -> Tensor:
+        tap, x, y = _surroundings(*given)
+        return weighted_sum(tap, spline_weights(x), spline_weights(y))
+
+    return in_pieces(sample, continued, column, row)
+
+
+def spline_with_slopes(continued: Tensor, column: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`spline_at` and its derivatives by column and row, tap by tap: differentiable in every mode."""
+    tap, x, y = _surroundings(continued, column, row)
+    across, across_slope = spline_weights(x), spline_slopes(x)
+    down, down_slope = spline_weights(y), spline_slopes(y)
+    value = by_column = by_row = torch.zeros_like(column)
+    for j in range(4):
+        line = line_slope = torch.zeros_like(column)
+        for i in range(4):
+            sample = tap(i - 1, j - 1)
+            line = line + across[i] * sample
+            line_slope = line_slope + across_slope[i] * sample
+        value = value + down[j] * line
+        by_column = by_column + down[j] * line_slope
+        by_row = by_row + down_slope[j] * line
+    return value, by_column, by_row
+
+
+def _surroundings(continued: Tensor, column: Tensor, row: Tensor) -> tuple[Tap, Tensor, Tensor]:
+    """The taps around positions, and the positions' fractions."""
+    height, width = continued.shape[-2] - 2 * _MARGIN, continued.shape[-1] - 2 * _MARGIN
+    column, row = column.clamp(-1, width), row.clamp(-1, height)
+    left, top = column.floor(), row.floor()
+    taps = Taps.around(continued, left.to(torch.int64), top.to(torch.int64))
+    return taps.at, column - left, row - top
+
+
+def _look_up(continued: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    """:func:`bilinear_at` as one launch on a device."""
+    height, width = continued.shape[-2:]
+    # pixel centres to torch's corners, spelled out: align_corners=False, and the margin
+    shift = 2 * _MARGIN + 1
+    x, y = column * (2 / width) + (shift / width - 1), row * (2 / height) + (shift / height - 1)
+    shape = torch.broadcast_shapes(continued.shape[:-2], column.shape[:-1])  # type: ignore[no-untyped-call]
+    flat = continued.expand(*shape, height, width).reshape(-1, 1, height, width)
+    at = torch.stack([x, y], dim=-1).expand(*shape, -1, 2).reshape(-1, 1, column.shape[-1], 2)
+    found = F.grid_sample(flat, at, mode="bilinear", padding_mode="border", align_corners=False)
+    return found.reshape(*shape, column.shape[-1])
+
+
+def _pairs(position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where to look up the two left and the two right taps of a cubic B-spline; the weight of the right ones."""
+    whole = position.floor()
+    fraction = position - whole
+    first, _, _, last = spline_weights(fraction)
+    right = _right_share(fraction)
+    return whole - first / (1 - right), whole + 1 + last / right, right
+
+
+# --------------------------------------------------------------------------------------- frames, for every pixel
+
+
+class Positions(NamedTuple):
+    """Source positions of output pixels, whole and fractional part, broadcastable to (..., T, h, w)."""
+
+    column: Tensor  # int64, ⌊x⌋
+    row: Tensor  # int64, ⌊y⌋
+    x: Tensor  # 0 … 1, x − ⌊x⌋
+    y: Tensor
+
+    def nearest(self) -> tuple[Tensor, Tensor]:
+        """Column and row of the nearest source pixel, int64; a tie goes right and down."""
+        return self.column + (self.x >= 0.5), self.row + (self.y >= 0.5)
+
+    def inside(self, size: tuple[int, int]) -> Tensor:
+        """(..., T, h, w) bool: where the nearest source pixel is one of the frame's."""
+        column, row = self.nearest()
+        # axis by axis: of translations these are lines
+        return ((row >= 0) & (row < size[0])) & ((column >= 0) & (column < size[1]))
+
+
+class Sampler(Protocol):
+    """Reads planes (..., T, C, H, W) at the output's source positions; outside is padded."""
+
+    def inside(self) -> Tensor:
+        """(..., T, h, w) bool: where the nearest source pixel is one of the frame's."""
+
+    def nearest(self, planes: Tensor) -> Tensor:
+        """(..., T, C, h, w), of any dtype: values are only moved."""
+
+    def bilinear(self, planes: Tensor) -> Tensor:
+        """(..., T, C, h, w)."""
+
+    def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
+        """(..., T, C, h, w)."""
+
+
+def _padded(index: Tensor, length: int, padding_mode: PaddingMode) -> Tensor:
+    """Indices into a line of ``length`` pixels, which is continued beyond its ends."""
+    if padding_mode == "reflection":  # … 1 0 | 0 1 2 … L−1 | L−1 L−2 …, period 2L
+        index = index.remainder(2 * length)
+        index = torch.minimum(index, 2 * length - 1 - index)
+    return index.clamp(0, length - 1)
+
+
+class _Positioned:
+    """What :class:`Gather` and :class:`Lines` are made of."""
+
+    def __init__(self, positions: Positions, size: tuple[int, int], padding_mode: PaddingMode) -> None:
+        self.positions = positions
+        self.size = size
+        self.padding_mode: PaddingMode = padding_mode
+        # a band dimension for the weights: (..., T, 1, h, w), or (..., T, 1, 1, 1) of shifts
+        self.x, self.y = positions.x.unsqueeze(-3), positions.y.unsqueeze(-3)
+
+    def inside(self) -> Tensor:
+        """See :class:`Sampler`."""
+        return self.positions.inside(self.size)
+
+
+class Gather(_Positioned):
+    """Any positions, any device, all frames at once: integer indices into flattened frames."""
+
+    def nearest(self, planes: Tensor) -> Tensor:
+        """See :class:`Sampler`."""
+        return self._take(planes, *self.positions.nearest())
+
+    def bilinear(self, planes: Tensor) -> Tensor:
+        """See :class:`Sampler`."""
+        return bilinear(self._taps(planes), self.x, self.y)
+
+    def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
+        """See :class:`Sampler`."""
+        across, down = (cubic_weights(fraction, magnitudes=magnitudes) for fraction in (self.x, self.y))
+        return weighted_sum(self._taps(planes), across, down)
+
+    def _take(self, planes: Tensor, column: Tensor, row: Tensor) -> Tensor:
+        """Pixels at any (column, row): (..., T, C, H, W) → (..., T, C, h, w)."""
+        (height, width), mode = self.size, self.padding_mode
+        index = _padded(row, height, mode) * width + _padded(column, width, mode)  # (..., T, h, w)
+        flat = planes.flatten(-2)  # (..., T, C, H·W)
+        flat_index = index.flatten(-2).unsqueeze(-2)  # (..., T, 1, h·w)
+        taken = flat.gather(-1, flat_index.expand(*flat.shape[:-1], flat_index.shape[-1]))
+        return taken.reshape(*taken.shape[:-1], *index.shape[-2:])
+
+    def _taps(self, planes: Tensor) -> Tap:
+        column, row = self.positions[:2]
+        if self.padding_mode == "reflection":
+            return lambda right, down: self._take(planes, column + right, row + down)
+        shape = torch.broadcast_shapes(column.shape[-2:], row.shape[-2:])  # type: ignore[no-untyped-call]
+        row, column = row.clamp(-2, self.size[0]), column.clamp(-2, self.size[1])
+        lines = (part.expand(*part.shape[:-2], *shape).flatten(-2).unsqueeze(-2) for part in (column, row))
+        taps = Taps.around(continue_border(planes), *lines)
+
+        def tap(right: int, down: int) -> Tensor:
+            taken = taps.at(right, down)
+            return taken.reshape(*taken.shape[:-1], *shape)
+
+        return tap
+
+
+class Lines(_Positioned):
+    """Frames that are shifted: rows are taken whole, then columns, by one line of indices a frame and axis.
+
+    Of columns (..., T, 1, w) and rows (..., T, h, 1). That saves a GPU most of its index traffic, and of a lattice
+    most rows are never touched.
+    """
+
+    def nearest(self, planes: Tensor) -> Tensor:
+        """See :class:`Sampler`."""
+        column, row = self.positions.nearest()
+        (lines,) = self._rows(planes, row, range(1))
+        return self._columns(lines, column, range(1))[0]
+
+    def bilinear(self, planes: Tensor) -> Tensor:
+        """See :class:`Sampler`."""
+        column, row = self.positions[:2]
+        above, below = self._rows(planes, row, range(2))
+        left, right = self._columns(torch.lerp(above, below, self.y), column, range(2))
+        return torch.lerp(left, right, self.x)
+
+    def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
+        """See :class:`Sampler`."""
+        column, row = self.positions[:2]
+        across, down = (cubic_weights(fraction, magnitudes=magnitudes) for fraction in (self.x, self.y))
+        lines = _combine(down, self._rows(planes, row, range(-1, 3)))
+        return _combine(across, self._columns(lines, column, range(-1, 3)))
+
+    def _rows(self, planes: Tensor, row: Tensor, taps: range) -> tuple[Tensor, ...]:
+        """(..., T, C, H, W) → for each tap (..., T, C, h, W), the rows (..., T, h, 1), so far down."""
+        (height, width), lead = self.size, planes.shape[:-2]
+        index = _padded(row.mT + _upright(taps, row), height, self.padding_mode)  # (..., T, taps, h)
+        first = torch.arange(math.prod(lead), device=planes.device).reshape(lead) * height
+        index = first[..., None, None] + index.unsqueeze(-3)  # (..., T, C, taps, h)
+        taken = planes.reshape(-1, width).index_select(0, index.flatten())
+        return taken.reshape(*index.shape, width).unbind(-3)
+
+    def _columns(self, lines: Tensor, column: Tensor, taps: range) -> tuple[Tensor, ...]:
+        """(..., T, C, h, W) → for each tap (..., T, C, h, w), the columns (..., T, 1, w), so far right."""
+        index = _padded(column + _upright(taps, column), self.size[1], self.padding_mode)  # (..., T, taps, w)
+        shape = (*lines.shape[:-1], *index.shape[-2:])
+        index = index.flatten(-2)[..., None, None, :]
+        taken = lines.gather(-1, index.expand(*lines.shape[:-1], index.shape[-1]))
+        return taken.reshape(shape).unbind(-2)
+
+
+def _upright(taps: range, like: Tensor) -> Tensor:
+    return torch.arange(taps.start, taps.stop, device=like.device)[:, None]
+
+
+def _combine(weights: Sequence[Tensor], taps: Sequence[Tensor]) -> Tensor:
+    total = weights[0] * taps[0]
+    for weight, tap in zip(weights[1:], taps[1:], strict=True):
+        total = torch.addcmul(total, weight, tap)
+    return total
+
+
+class Slices:
+    """One shift (x, y), known on the host: whole pixels are slices, fractions one pass along each axis.
+
+    The fast path of the eager CPU: it takes a quarter of the time of gathering four taps.
+    """
+
+    def __init__(self, shift: tuple[float, float], size: tuple[int, int]) -> None:
+        self.size = size
+        (self.column, self.x), (self.row, self.y) = (
+            (math.floor(-component), -component - math.floor(-component)) for component in shift
+        )
+
+    def _nearest(self) -> tuple[int, int]:
+        return self.column + (self.x >= 0.5), self.row + (self.y >= 0.5)
+
+    def inside(self) -> Tensor:
+        """See :class:`Sampler`."""
+        column, row = self._nearest()
+        (top, bottom), (left, right) = (
+            _overlap(offset, length, 1) for offset, length in zip((row, column), self.size, strict=True)
+        )
+        inside = torch.zeros(self.size, dtype=torch.bool, device="cpu")
+        inside[top:bottom, left:right] = True
+        return inside
+
+    def nearest(self, planes: Tensor) -> Tensor:
+        """See :class:`Sampler`."""
+        column, row = self._nearest()
+        return _shift_line(_shift_line(planes, -1, column), -2, row)
+
+    def bilinear(self, planes: Tensor, out: Tensor | None = None) -> Tensor:
+        """See :class:`Sampler`."""
+        return _shift_line(_shift_line(planes, -1, self.column, self.x), -2, self.row, self.y, out=out)
+
+    def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
+        """See :class:`Sampler`."""
+        height, width = self.size
+        # beyond the border lies the border, so no offset need be larger
+        row, column = (
+            min(max(offset, -length - 2), length + 1)
+            for offset, length in zip((self.row, self.column), self.size, strict=True)
+        )
+        margins = (max(0, 1 - column), max(0, column + 2), max(0, 1 - row), max(0, row + 2))
+        padded = F.pad(planes.reshape(-1, 1, height, width), margins, mode="replicate")
+        top, left = max(0, row - 1), max(0, column - 1)
+        padded = padded[..., top : top + height + 3, left : left + width + 3]
+        for dim, length, fraction in ((-2, height, self.y), (-1, width, self.x)):
+            weights = cubic_weights(fraction, magnitudes=magnitudes)
+            total = padded.narrow(dim, 0, length) * weights[0]
+            for tap in (1, 2, 3):
+                total.add_(padded.narrow(dim, tap, length), alpha=weights[tap])
+            padded = total
+        return padded.reshape(planes.shape)
+
+
+def _overlap(offset: int, length: int, taps: int) -> tuple[int, int]:
+    """First and last + 1 output index whose ``taps`` sources, from index + offset on, are all inside."""
+    first = min(max(0, -offset), length)
+    return first, max(first, min(length, length - offset - taps + 1))
+
+
+def _shift_line(
+    planes: Tensor, dim: int, offset: int, fraction: float = 0.0, *, out: Tensor | None = None
+) -> Tensor:
+    """Along one axis, what lies at index + offset + fraction; beyond the border is the border."""
+    length, taps = planes.shape[dim], 1 if fraction == 0 else 2
+    if offset == 0 and fraction == 0 and out is None:
+        return planes
+    first, last = _overlap(offset, length, taps)
+    if out is None:
+        out = torch.empty_like(planes, memory_format=torch.contiguous_format)
+    within = out.narrow(dim, first, last - first)
+    if last > first:
+        sources = [planes.narrow(dim, first + offset + tap, last - first) for tap in range(taps)]
+        if taps == 2:
+            torch.lerp(sources[0], sources[1], fraction, out=within)
+        else:
+            within.copy_(sources[0])
+    out.narrow(dim, 0, first).copy_(planes.narrow(dim, 0, 1))
+    out.narrow(dim, last, length - last).copy_(planes.narrow(dim, length - 1, 1))
+    return out

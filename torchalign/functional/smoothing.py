@@ -1,0 +1,105 @@
+"""Local means and sums over blocks, and the one median that works on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchalign._host import launches_kernels
+
+__all__ = ["block_sums", "enlarge", "halve", "nanmedian", "triangle_mean"]
+
+
+def triangle_mean(image: Tensor, order: int) -> Tensor:
+    """Mean with triangular weights over 2·2ⁿ − 1 samples a side: two boxes of 2ⁿ by repeated doubling.
+
+    A chain of 2n additions an axis: much faster than a convolution or a pooling on the CPU. On a GPU two poolings
+    are: three kernels instead of 4n + 2.
+    """
+    length = 2**order
+    flat = image.reshape(-1, 1, *image.shape[-2:])
+    result = F.pad(flat, (length - 1,) * 4, mode="replicate")
+    if launches_kernels(image):
+        return F.avg_pool2d(F.avg_pool2d(result, length, 1), length, 1).reshape(image.shape)
+    for dim in (-1, -2):
+        for _ in range(2):
+            for power in range(order):
+                count = result.shape[dim] - 2**power
+                result = result.narrow(dim, 0, count) + result.narrow(dim, 2**power, count)
+    return (result * (1 / length**4)).reshape(image.shape)
+
+
+def block_sums(image: Tensor, times: int) -> Tensor:
+    """Sums over blocks of 2ⁿ × 2ⁿ; what is missing of the last ones is 0.
+
+    Args:
+        image: (..., H, W).
+        times: n.
+
+    Returns:
+        (..., ⌈H / 2ⁿ⌉, ⌈W / 2ⁿ⌉).
+    """
+    block = 2**times
+    missing = [(length + block - 1) // block * block - length for length in image.shape[-2:]]
+    if any(missing):
+        image = F.pad(image, (0, missing[1], 0, missing[0]))
+    if launches_kernels(image) and times > 0:
+        flat = image.reshape(-1, 1, *image.shape[-2:])
+        sums = F.avg_pool2d(flat, block, divisor_override=1)
+        return sums.reshape(*image.shape[:-2], *sums.shape[-2:])
+    # halving by slices: much faster than a pooling on the CPU
+    for _ in range(times):
+        image = image[..., ::2, :] + image[..., 1::2, :]
+        image = image[..., ::2] + image[..., 1::2]
+    return image
+
+
+def halve(image: Tensor) -> Tensor:
+    """Means of 2 × 2 pixels; the last row or column counts twice where there is no other."""
+    height, width = image.shape[-2:]
+    if height % 2:
+        image = torch.cat((image, image[..., -1:, :]), -2)
+    if width % 2:
+        image = torch.cat((image, image[..., -1:]), -1)
+    image = image[..., ::2, :] + image[..., 1::2, :]
+    return 0.25 * (image[..., ::2] + image[..., 1::2])
+
+
+def nanmedian(values: Tensor, dim: int = -1) -> Tensor:
+    """The (lower) median of what is not NaN, along one dimension; NaN where nothing is.
+
+    :func:`torch.nanmedian`, but for ``torch.use_deterministic_algorithms(True)``, under which torch refuses medians
+    on CUDA, because of their indices: then the same values are found by sorting.
+
+    Args:
+        values: any shape.
+        dim: along which.
+
+    Returns:
+        ``values`` without that dimension.
+
+    >>> nanmedian(torch.tensor([[4.0, torch.nan, 1.0, 3.0, 2.0], [torch.nan] * 5]))
+    tensor([2., nan])
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return values.nanmedian(dim).values
+    ordered = values.sort(dim).values  # NaN last
+    count = (~ordered.isnan()).sum(dim, keepdim=True)
+    return ordered.gather(dim, (count - 1).clamp(min=0) // 2).squeeze(dim)
+
+
+def enlarge(image: Tensor, times: int, size: tuple[int, int]) -> Tensor:
+    """Bilinear samples of blocks of ``times`` × ``times`` pixels at the pixels.
+
+    Args:
+        image: (..., ⌈H / times⌉, ⌈W / times⌉).
+        times: pixels of a block a side.
+        size: (H, W).
+
+    Returns:
+        (..., H, W).
+    """
+    flat = image.reshape(-1, 1, *image.shape[-2:])
+    large = F.interpolate(flat, scale_factor=float(times), mode="bilinear", align_corners=False)
+    return large[..., : size[0], : size[1]].reshape(*image.shape[:-2], *size)

@@ -1,0 +1,123 @@
+"""The working grid: the samples, coarser than the pixels, that hold the band of an image which is registered.
+
+Convention:
+    On every grid the first sample lies on the first pixel, and sample (i, j) of h × w at pixel (i·H/h, j·W/w):
+    there is no half pixel to be kept in mind between them. Frequencies are in cycles per pixel of the frame.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchalign.functional.fourier import irfft2, shift_phase
+from torchalign.functional.sizes import larger, working_length
+
+__all__ = ["Window", "WorkingGrid", "tukey", "working_size"]
+
+# Share of the kept band, from its outer edge, over which the low-pass rolls off: a sharp edge would ring.
+_ROLL_OFF = 0.2
+# The window falls off over at least this many pixels on each side, where the frame allows it.
+_LEAST_RAMP = 8
+
+
+class WorkingGrid(NamedTuple):
+    """The working grid of h × w samples over a frame of H × W pixels; all in pixels of the frame."""
+
+    frame: tuple[int, int]
+    size: tuple[int, int]
+    max_frequency: float
+    frequencies: tuple[Tensor, Tensor]  # (h,), (w//2+1,), cycles per pixel
+    radius: Tensor  # (h, w//2+1), |f|
+    roll_off: Tensor  # (h, w//2+1): 1 in the band, falling to 0 at its edge as a cosine
+
+    @classmethod
+    def of(
+        cls, frame: tuple[int, int], size: tuple[int, int], max_frequency: float, like: Tensor
+    ) -> WorkingGrid:
+        """The grid of ``size`` over frames of ``frame``; tensors on the device and in the dtype of ``like``."""
+        # bin k is k cycles per frame, on either grid
+        rows, columns = size
+        # (not torch.fft.fftfreq, which knows no symbolic spacing)
+        y = (torch.arange(rows, device=like.device) + rows // 2) % rows - rows // 2
+        x = torch.arange(columns // 2 + 1, device=like.device, dtype=like.dtype) / frame[1]
+        y = y.to(like.dtype) / frame[0]
+        radius = torch.hypot(x, y[:, None])
+        edge = (max_frequency - radius) / (_ROLL_OFF * max_frequency)
+        roll_off = 0.5 - 0.5 * torch.cos(math.pi * edge.clamp(0, 1))
+        return cls(frame, size, max_frequency, (y, x), radius, roll_off)
+
+    def spacing(self) -> float:
+        """Pixels from one sample to the next, along the axis where they are further apart."""
+        y, x = self.frame[0] / self.size[0], self.frame[1] / self.size[1]
+        return larger(y, x)
+
+    def move(self, spectrum: Tensor, shift: Tensor) -> Tensor:
+        """(..., h, w): the field of a spectrum with its content moved by ``shift`` (..., 2)."""
+        return irfft2(shift_phase(spectrum, self.frequencies, -shift), self.size)
+
+
+class Window(NamedTuple):
+    """The Tukey window over a :class:`WorkingGrid`, as one profile an axis."""
+
+    frame: tuple[int, int]
+    taper: float
+    positions: tuple[Tensor, Tensor]  # (h,), (w,), of the samples, in pixels
+    profiles: tuple[Tensor, Tensor]  # (h,), (w,)
+
+    @classmethod
+    def of(cls, grid: WorkingGrid, taper: float) -> Window:
+        """The window of a grid, see :func:`tukey`."""
+        y, x = (
+            torch.arange(samples, device=grid.radius.device, dtype=grid.radius.dtype) * length / samples
+            for length, samples in zip(grid.frame, grid.size, strict=True)
+        )
+        profiles = tukey(y, grid.frame[0], taper), tukey(x, grid.frame[1], taper)
+        return cls(grid.frame, taper, (y, x), profiles)
+
+    def whole(self) -> Tensor:
+        """(h, w)."""
+        return self.profiles[0][:, None] * self.profiles[1]
+
+    def common(self, shift: Tensor) -> Tensor:
+        """(..., h, w): of the ground that a frame shifted by ``shift`` (..., 2) has in common with it."""
+        y, x = (
+            torch.minimum(profile, tukey(position - shift[..., 1 - axis, None], length, self.taper))
+            for axis, (profile, position, length) in enumerate(
+                zip(self.profiles, self.positions, self.frame, strict=True)
+            )
+        )
+        return y[..., :, None] * x[..., None, :]
+
+
+def working_size(size: tuple[int, int], max_frequency: float) -> tuple[int, int]:
+    """The coarsest grid (h, w), in multiples of 8, that holds the band; never finer than the frame's.
+
+    >>> working_size((256, 101), 0.25), working_size((256, 101), 0.5)
+    ((128, 56), (256, 101))
+    """
+    height, width = (working_length(length, max_frequency) for length in size)
+    return height, width
+
+
+def tukey(position: Tensor, length: int, taper: float) -> Tensor:
+    """The Tukey window of ``length`` pixels at (fractional) pixel positions: 0 beyond the frame's outer edge.
+
+    Args:
+        position: any shape, in pixels.
+        length: of the frame along this axis.
+        taper: share of the axis over which the window falls off; unless it is 0, at least 8 pixels on each side,
+            or a quarter of a small frame.
+
+    Returns:
+        In [0, 1], in the shape of ``position``.
+    """
+    if taper <= 0:
+        return ((position > -0.5) & (position < length - 0.5)).to(position.dtype)
+    ramp = max(0.5 * taper * length, min(_LEAST_RAMP, 0.25 * length))  # pixels
+    from_middle = (position - 0.5 * (length - 1)).abs()
+    # sin² from 0 at the outer edge to 1
+    return ((0.5 * length - from_middle) * (0.5 * math.pi / ramp)).clamp(0, 0.5 * math.pi).sin().square()
