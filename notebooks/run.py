@@ -27,7 +27,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 HERE = Path(__file__).resolve().parent
 
 # The widest picture that is committed, in pixels, and how many colours it has.
-WIDEST, COLOURS = 1100, 128
+WIDEST, COLOURS = 1100, 256
 
 
 def without_paths(text: str) -> str:
@@ -48,7 +48,7 @@ def small_png(encoded: str) -> str:
         size = (WIDEST, round(picture.height * WIDEST / picture.width))
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     made = io.BytesIO()
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(made, "png", optimize=True)
+    picture.quantize(COLOURS, kmeans=4, dither=Image.Dither.NONE).save(made, "png", optimize=True)
     return base64.b64encode(made.getvalue()).decode()
 
 
