@@ -19,6 +19,7 @@ from torchalign.cube.georeference import Georeference, find_georeference, regrid
 from torchalign.cube.labels import Cube
 from torchalign.cube.solution import report_georeference
 from torchalign.functional.affine import compose_warps, invert_warp, transform_points, translation_warp
+from torchalign.pictures import style
 from torchalign.report import as_report
 from torchalign.types import Alignment, Estimate, Status
 
@@ -691,7 +692,7 @@ def test_bad_reports_raise_with_a_cure(tmp_path):
         ta.save_report(report, tmp_path / "report.pickle")
     with pytest.raises(TypeError, match=r"^report: expected an xarray.Dataset"):
         ta.save_report(series.cube, tmp_path / "report.nc")
-    with pytest.raises(ValueError, match=r"^report: expected the variables warp and status"):
+    with pytest.raises(ValueError, match=r"^report: expected the variables warp, status"):
         ta.save_report(report.drop_vars("warp"), tmp_path / "report.nc")
     with pytest.raises(FileNotFoundError, match="not there"):
         ta.load_report(tmp_path / "gone.csv")
@@ -811,7 +812,7 @@ def test_a_table_has_one_row_a_frame_and_the_status_in_words():
         ("h5netcdf", "io", lambda path: ta.load_report(path / "report.nc")),
         ("zarr", "io", lambda path: ta.io.write_cube(make_series(4, 40).cube, path / "cube.zarr")),
         ("rasterio", "io", lambda path: ta.open_stack(path)),
-        ("matplotlib", "plot", lambda path: ta.plot._figure_class.__wrapped__()),
+        ("matplotlib", "plot", lambda path: style._figure_class.__wrapped__()),
         ("torchmetrics", "training", lambda path: ta.training.RegistrationError),
     ],
 )

@@ -27,6 +27,7 @@ from torchalign.functional.affine import change_origin, identity_warp, split_at_
 from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel
 from torchalign.functional.motion import MotionModel
 from torchalign.functional.quality import gate_stages
+from torchalign.functional.shift_field import move_origin
 from torchalign.functional.smoothing import triangle_mean
 from torchalign.functional.structure import orientation_field
 from torchalign.functional.texture import Contrast
@@ -146,7 +147,9 @@ class Aligner(nn.Module, ABC):
     def _align_block(self, job: Any, out: Tensor | None = None) -> Alignment:
         estimate, only_shifts = self._estimate(job)
         warp = estimate.warp[..., :2, 2] if only_shifts else estimate.warp
-        aligned = resample(job.cube, warp, mask=job.mask, out=out, **self._resampling()).values
+        aligned = resample(
+            job.cube, warp, mask=job.mask, out=out, field=estimate.field, **self._resampling()
+        ).values
         if self.fill_value is not None:
             # the fill is for what a warp leaves empty; a frame without a warp stays as it came
             kept = torch.where(estimate.valid[..., None, None, None], aligned, job.cube)
@@ -331,7 +334,10 @@ class Aligner(nn.Module, ABC):
         if back.shape[-2] == 3:
             back = back / back[..., 2:, 2:]
         # the conjugate of an identity is one but for rounding; a rejected frame's must be exact
-        return estimate._replace(warp=torch.where(estimate.valid[..., None, None], back, estimate.warp))
+        estimate = estimate._replace(warp=torch.where(estimate.valid[..., None, None], back, estimate.warp))
+        if estimate.field is None:
+            return estimate
+        return estimate._replace(field=move_origin(estimate.field, (-block.origin[0], -block.origin[1])))
 
     def _resampling(self) -> dict[str, Any]:
         return {

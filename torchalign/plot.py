@@ -11,9 +11,6 @@ Colours are those of Okabe and Ito, told apart with any colour vision; a status 
 
 from __future__ import annotations
 
-import functools
-import io
-import operator
 import os
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -22,41 +19,57 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xarray as xr
 
-from torchalign import _animation
-from torchalign._check import check_number, check_option, message, require
-from torchalign._pictures import (
+from torchalign._check import check_number, check_option, check_whole, message
+from torchalign.cube.labels import find_dims
+from torchalign.pictures import animation
+from torchalign.pictures.columns import (
+    Array,
+    by_status,
+    check_pictured,
+    check_truth,
+    kept_frames,
+    shift_of,
+    sigma_of,
+    status_label,
+    status_of,
+    time_of,
+)
+from torchalign.pictures.frames import (
+    Comparison,
+    Frames,
+    Label,
+    Statistic,
+    Zoom,
+    check_same,
+    check_zoom,
+    compare,
+    crop,
+    limits,
+    load_frames,
+    reduce_time,
+    to_rgb,
+)
+from torchalign.pictures.style import (
     BLUE,
     GREY,
     INK,
     ORANGE,
     SKY,
     STATUS_COLOUR,
-    STATUS_MARKER,
+    STATUS_TEXT_COLOUR,
     VERMILLION,
-    Array,
-    Frames,
-    Label,
-    Statistic,
-    Zoom,
-    by_status,
-    check_report,
-    check_same,
-    check_truth,
-    check_zoom,
-    compare,
-    crop,
-    dark,
-    limits,
-    load_frames,
-    over_time,
-    shift_of,
-    sigma_of,
-    status_label,
-    status_of,
-    time_of,
-    to_rgb,
+    date_axis,
+    draw_points,
+    draw_rings,
+    draw_truth,
+    finish_axes,
+    marker_size,
+    marker_style,
+    new_figure,
+    one_axes,
+    several_axes,
+    zoom_outline,
 )
-from torchalign.cube.labels import find_dims
 from torchalign.types import Status
 
 if TYPE_CHECKING:
@@ -132,23 +145,23 @@ def shift_scatter(
         'shift x, right (pixels)'
 
     """
-    report = check_report(report)
+    report = check_pictured(report)
     truth = check_truth(true_shift, report)
     groups = _groups(report, split)
-    figure, ax = _axes(ax, (5.4, 5.2))
-    shift, sigma, size = shift_of(report), sigma_of(report), _size(report)
+    figure, ax = one_axes(ax, (5.4, 5.2))
+    shift, sigma, size = shift_of(report), sigma_of(report), marker_size(report)
     status = report["status"].values
     moved = (status == Status.OK)[:, None]
     placed = shift if truth is None else np.where(moved | np.isnan(truth), shift, truth)
     ax.axhline(0, color=GREY, linewidth=0.6, zorder=0)
     ax.axvline(0, color=GREY, linewidth=0.6, zorder=0)
     if truth is not None:
-        _circles(ax, truth[:, 0], truth[:, 1], label="truth")
+        draw_truth(ax, truth[:, 0], truth[:, 1], label="truth")
     for code, chosen in by_status(status):
         if code != Status.OK:
             label = status_label(code, chosen)
-            look = {**_marker(code, size), "s": 60 * size**2, "label": label}
-            ax.scatter(placed[chosen, 0], placed[chosen, 1], zorder=4, **look)
+            drawn_as = {**marker_style(code, size), "s": 60 * size**2, "label": label}
+            ax.scatter(placed[chosen, 0], placed[chosen, 1], zorder=4, **drawn_as)
             continue
         for (words, members), group in zip(groups, _GROUPS, strict=False):
             drawn = chosen & members
@@ -158,11 +171,11 @@ def shift_scatter(
                 label = f"{words} ({drawn.sum()}), median {x:+.2f}, {y:+.2f}"
                 cross: dict[str, Any] = {"marker": "+", "markersize": 18, "markeredgewidth": 2.5}
                 ax.plot(x, y, **cross, linestyle="none", color=group["color"], zorder=5)
-            _points(ax, placed[drawn], sigma[drawn], label, size=size, **group)
+            draw_points(ax, placed[drawn], sigma[drawn], label, size=size, **group)
     reach = 1.12 * max(float(np.abs(placed).max(initial=0.0)), 0.1)
     ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")  # y down, as in the image
     ax.set(xlabel="shift x, right (pixels)", ylabel="shift y, down (pixels)", title="Shift of each frame")
-    _finish(ax)
+    finish_axes(ax)
     return figure
 
 
@@ -184,25 +197,27 @@ def shift_error(report: xr.Dataset, true_shift: Any, *, ax: Axes | None = None) 
         ValueError: it lacks a field, or ``true_shift`` has another shape.
 
     """
-    report = check_report(report)
+    report = check_pictured(report)
     truth = check_truth(true_shift, report)
     if truth is None:
         raise ValueError(message("true_shift", "an array (T, 2)", None, "use shift_scatter without a truth"))
-    figure, ax = _axes(ax, (5.4, 5.2))
+    figure, ax = one_axes(ax, (5.4, 5.2))
     sigma, status = sigma_of(report), report["status"].values
     error = shift_of(report) - truth
     accepted = (status == Status.OK) & np.isfinite(error).all(1)
     radius = np.hypot(*error[accepted].T)
     reach = max(0.01, 1.15 * float((np.abs(error[accepted]) + sigma[accepted, None]).max(initial=0.0)))
-    _rings(ax, reach)
-    _points(ax, error[accepted], sigma[accepted], f"found − true ± σ ({accepted.sum()})", size=_size(report))
+    draw_rings(ax, reach)
+    draw_points(
+        ax, error[accepted], sigma[accepted], f"found − true ± σ ({accepted.sum()})", size=marker_size(report)
+    )
     for code, chosen in by_status(status):
         if code != Status.OK:
-            ax.scatter([], [], **_marker(code), s=50, label=status_label(code, chosen))
+            ax.scatter([], [], **marker_style(code), s=50, label=status_label(code, chosen))
     ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")
     median = f": median {np.median(radius):.4f} px" if len(radius) else ""
     ax.set(xlabel="error x (pixels)", ylabel="error y (pixels)", title=f"Error{median}")
-    _finish(ax)
+    finish_axes(ax)
     return figure
 
 
@@ -224,16 +239,16 @@ def shifts_over_time(
         ValueError: it lacks a field, or ``true_shift`` has another shape.
 
     """
-    report = check_report(report)
+    report = check_pictured(report)
     truth = check_truth(true_shift, report)
-    figure, ax = _axes(ax, (9.0, 3.6))
+    figure, ax = one_axes(ax, (9.0, 3.6))
     time, is_date = time_of(report)
     shift, sigma, status = shift_of(report), sigma_of(report), report["status"].values
-    accepted, size = status == Status.OK, _size(report)
+    accepted, size = status == Status.OK, marker_size(report)
     ax.axhline(0, color=GREY, linewidth=0.6, zorder=0)
     for axis, (name, colour, marker) in enumerate((("x, right", BLUE, "o"), ("y, down", ORANGE, "s"))):
         if truth is not None:
-            _circles(ax, time, truth[:, axis], marker=marker, label="truth" if axis == 0 else "")
+            draw_truth(ax, time, truth[:, axis], marker=marker, label="truth" if axis == 0 else "")
         ax.errorbar(
             time[accepted],
             shift[accepted, axis],
@@ -259,13 +274,13 @@ def shifts_over_time(
                 lw=0.8,
                 alpha=0.6 * size**2,
             )
-            look = {**_marker(code, size), "s": 50 * size**2, "label": status_label(code, chosen)}
-            ax.scatter(time[chosen], np.zeros(chosen.sum()), **look)
+            drawn_as = {**marker_style(code, size), "s": 50 * size**2, "label": status_label(code, chosen)}
+            ax.scatter(time[chosen], np.zeros(chosen.sum()), **drawn_as)
     if is_date and len(time):
-        _date_axis(ax)
+        date_axis(ax)
     ax.set(xlabel="" if is_date else "frame", ylabel="shift (pixels)", title="Shifts over time")
     ax.margins(y=0.12)
-    _finish(ax, columns=4)
+    finish_axes(ax, columns=4)
     return figure
 
 
@@ -284,24 +299,24 @@ def score_gain(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFig
         ValueError: it lacks a field.
 
     """
-    report = check_report(report)
-    figure, ax = _axes(ax, (5.4, 5.2))
+    report = check_pictured(report)
+    figure, ax = one_axes(ax, (5.4, 5.2))
     after, before = report["score"].values, report["score_before"].values
     status = report["status"].values
-    size = _size(report)
+    size = marker_size(report)
     order = np.argsort(np.fmax(after, before), kind="stable")
     rank = np.empty(len(order))
     rank[order] = np.arange(len(order))
     for code, chosen in by_status(status):
         colour = STATUS_COLOUR[code]
-        open_look: dict[str, Any] = {"facecolors": "white", "edgecolors": colour, "linewidths": size}
-        look = {**_marker(code, size), "s": 26 * size**2, "label": status_label(code, chosen)}
+        open_marker: dict[str, Any] = {"facecolors": "white", "edgecolors": colour, "linewidths": size}
+        drawn_as = {**marker_style(code, size), "s": 26 * size**2, "label": status_label(code, chosen)}
         ax.hlines(rank[chosen], before[chosen], after[chosen], colour, linewidth=1.2 * size, alpha=0.6)
-        ax.scatter(before[chosen], rank[chosen], s=22 * size**2, zorder=3, **open_look)
-        ax.scatter(after[chosen], rank[chosen], zorder=4, **look)
+        ax.scatter(before[chosen], rank[chosen], s=22 * size**2, zorder=3, **open_marker)
+        ax.scatter(after[chosen], rank[chosen], zorder=4, **drawn_as)
     ax.set(xlabel="correlation, before (open) → after (filled)")
     ax.set(ylabel="frames, ordered by score", yticks=[], title="Score of each frame")
-    _finish(ax)
+    finish_axes(ax)
     return figure
 
 
@@ -356,10 +371,11 @@ def before_after(
         4
 
     """
-    figure, axes = _several_axes(ax, (9.6, 9.9), (2, 2))
-    drawn = _draw_before_after(axes, cube, aligned, bands, statistic, frame, report, stretch, zoom)
+    pair = compare(cube, aligned, bands, statistic, frame, report, stretch, zoom)
+    figure, axes = several_axes(ax, (9.6, 9.9), (2, 2))
+    _draw_comparison(axes, pair)
     if ax is None:
-        figure.suptitle(drawn, fontsize=13, color=INK)
+        figure.suptitle(pair.words, fontsize=13, color=INK)
     return figure
 
 
@@ -411,34 +427,27 @@ def temporal_profile(
         (5, 30, 3)
 
     """
-    cubes = (cube, aligned)
-    dims = [find_dims(each, name) for each, name in zip(cubes, ("cube", "aligned"), strict=True)]
-    shapes = [
-        tuple(each.sizes[d[role]] for role in ("time", "y", "x")) for each, d in zip(cubes, dims, strict=True)
-    ]
-    if shapes[0] != shapes[1]:
-        expected = f"the cube's frames, rows and columns {shapes[0]}"
-        raise ValueError(message("aligned", expected, shapes[1], "give the pair of one ta.align"))
-    count, height, width = shapes[0]
-    kept = status_of(report, count) == Status.OK
-    if not kept.any():  # better all than none
-        kept[:] = True
+    count, height, width = check_same(cube, aligned)
+    kept = kept_frames(status_of(report, count))
     if row is None and column is None:
-        row, column = _busiest(over_time(load_frames(aligned, "aligned", bands).values[kept], "median"))
-    slices = []
-    for role, index, size in (("y", row, height), ("x", column, width)):
-        if index is not None:
-            number = _check_index("row" if role == "y" else "column", index, size)
-            slices.append((role, number))
-    figure, axes = _several_axes(ax, (10.4, 4.8 * len(slices)), (len(slices), 2))
+        row, column = _busiest(reduce_time(load_frames(aligned, "aligned", bands).values[kept], "median"))
+    slices = [
+        (role, check_whole(name, index, minimum=-size, maximum=size - 1) % size)
+        for role, name, index, size in (("y", "row", row, height), ("x", "column", column, width))
+        if index is not None
+    ]
+    figure, axes = several_axes(ax, (10.4, 4.8 * len(slices)), (len(slices), 2))
     if len(axes) != len(slices):
         raise ValueError(
             message("ax", f"{2 * len(slices)} axes", 2 * len(axes), "two for a row, two for a column")
         )
     for pair, (role, number) in zip(axes, slices, strict=True):
         parts = [
-            load_frames(each.isel({d[role]: [number], d["time"]: kept}), name, bands)
-            for each, d, name in zip(cubes, dims, ("cube", "aligned"), strict=True)
+            load_frames(each.isel({dims[role]: [number], dims["time"]: kept}), name, bands)
+            for each, dims, name in (
+                (cube, find_dims(cube, "cube"), "cube"),
+                (aligned, find_dims(aligned, "aligned"), "aligned"),
+            )
         ]
         _draw_profile(pair, parts, role, number, stretch, equalize)
     return figure
@@ -477,17 +486,18 @@ def summary(
         ValueError: the same.
 
     """
-    report = check_report(report)
+    report = check_pictured(report)
     truth = check_truth(true_shift, report)
     count = report["status"].size
     rows = max(1, -(-min(count, 2 * _STRIP) // _STRIP))
-    figure = _new_figure(18.0, 9.9 + 1.6 * rows)
+    figure = new_figure(18.0, 9.9 + 1.6 * rows)
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr, call-arg]
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(9.0, 0.3 + 1.6 * rows))[:, 0]
     axes = top.subplot_mosaic("ABST;abtt", width_ratios=(1.12, 1.12, 1.0, 1.0))
     pictures = np.array([[axes["A"], axes["B"]], [axes["a"], axes["b"]]])
-    drawn = _draw_before_after(pictures, cube, aligned, bands, statistic, None, report, stretch, zoom)
-    axes["A"].set_title(f"Before: {drawn}".replace(" (", "\n(", 1), fontsize=11, color=INK)
+    pair = compare(cube, aligned, bands, statistic, None, report, stretch, zoom)
+    _draw_comparison(pictures, pair)
+    axes["A"].set_title(f"Before: {pair.words}".replace(" (", "\n(", 1), fontsize=11, color=INK)
     shift_scatter(report, true_shift=truth, ax=axes["S"])
     if truth is None:
         score_gain(report, ax=axes["T"])
@@ -546,21 +556,21 @@ def animate(
 
     """
     path = Path(path)
-    _animation.check_suffix(path)
+    animation.check_animation(path)
     check_option("along", along, Along)
     check_number("frames_per_second", frames_per_second, minimum=0.0, maximum=50.0, inclusive=False)
     check_number("loop", loop, minimum=0, maximum=65535)
     check_number("panel", panel, minimum=16, maximum=4096)
+    count, *_ = check_same(cube, aligned)
+    if not count:
+        raise ValueError(message("cube", "at least one frame", "none", "give a cube with frames"))
+    status = status_of(report, count)
     before, after = load_frames(cube, "cube", bands), load_frames(aligned, "aligned", bands)
-    check_same(before, after)
-    if not before.values.size:
-        raise ValueError(message("cube", "at least one frame", "none", "nothing to animate"))
-    status = status_of(report, len(before.values))
     pixels = [frames.values for frames in (before, after)]
     if zoom is not None:
         pixels = [crop(values, check_zoom(zoom, values.shape[1:3])) for values in pixels]
-    good = status == Status.OK if (status == Status.OK).any() else np.ones(len(status), bool)
-    low, high = limits(over_time(after.values[good], "median"), stretch)
+    good = kept_frames(status)
+    low, high = limits(reduce_time(after.values[good], "median"), stretch)
     labels = before.labels
     if along != "time":
         axis, word = (1, "row") if along == "y" else (2, "column")
@@ -571,29 +581,17 @@ def animate(
         status = np.zeros(len(labels), np.int64)
     size = _panel_size(pixels[0].shape[1:3], panel, along)
     pictures = [
-        _animation.compose(
+        animation.compose(
             [to_rgb(values[number], low, high, clouds=True) for values in pixels], size, labels[number], code
         )
         for number, code in enumerate(status)
     ]
-    _animation.write(pictures, path, frames_per_second, int(loop))
+    animation.write(pictures, path, frames_per_second, int(loop))
     return path
 
 
-def _draw_before_after(
-    axes: Array,
-    cube: xr.DataArray,
-    aligned: xr.DataArray,
-    bands: Sequence[Hashable] | None,
-    statistic: Statistic,
-    frame: Label | None,
-    report: xr.Dataset | None,
-    stretch: tuple[float, float],
-    zoom: Zoom | None,
-) -> str:
-    """Into axes (1 or 2, 2): whole above, magnified below; returns what was shown, in words."""
-    check_option("statistic", statistic, Statistic)
-    pair = compare(cube, aligned, bands, statistic, frame, report, stretch, zoom)
+def _draw_comparison(axes: Array, pair: Comparison) -> None:
+    """Into axes (1 or 2, 2): whole above, magnified below."""
     row, column, side = pair.zoom
     titles = ("Before", ": ".join(filter(None, ("After", ", ".join(pair.gains)))))
     for number, (rgb, name) in enumerate(zip(pair.pictures, titles, strict=True)):
@@ -604,14 +602,13 @@ def _draw_before_after(
         if len(axes) == 1:
             continue
         part = axes[1, number]
-        whole.add_patch(_square(column - 0.5, row - 0.5, side))
+        whole.add_patch(zoom_outline(column - 0.5, row - 0.5, side))
         part.imshow(crop(rgb, pair.zoom), interpolation="nearest")
         part.set(xticks=[], yticks=[])
         for spine in part.spines.values():
             spine.set(edgecolor=ORANGE, linewidth=2.0)
     if len(axes) == 2:
         axes[1, 0].set_xlabel(f"{side} × {side} pixels, magnified", fontsize=9)
-    return pair.words
 
 
 def _draw_profile(
@@ -625,7 +622,7 @@ def _draw_profile(
     """Into two axes: the stripes of one row (role "y") or column ("x") along time, before and after."""
     # (T, 1, W, 3) or (T, H, 1, 3) → (T, N, 3)
     stripes = [part.values[:, 0] if role == "y" else part.values[:, :, 0] for part in parts]
-    low, high = limits(over_time(stripes[1][:, None], "median"), stretch)
+    low, high = limits(reduce_time(stripes[1][:, None], "median"), stretch)
     title = f"x–t slice of row {number}" if role == "y" else f"y–t slice of column {number}"
     for ax, values, name in zip(axes, stripes, ("before", "after"), strict=True):
         rgb = to_rgb(_equalize(values) if equalize else values, low, high, clouds=True)
@@ -688,17 +685,6 @@ def _panel_size(shape: tuple[int, ...], panel: int, along: Along) -> tuple[int, 
     return height * scale, width * scale
 
 
-def _check_index(name: str, index: object, size: int) -> int:
-    """A whole number within ± size, from 0."""
-    expected, cure = f"a whole number in [{-size}, {size})", "choose one inside the frame"
-    if isinstance(index, bool) or not hasattr(index, "__index__"):
-        raise TypeError(message(name, expected, repr(index), cure))
-    number = operator.index(index)
-    if not -size <= number < size:
-        raise ValueError(message(name, expected, number, cure))
-    return number % size
-
-
 def _groups(report: xr.Dataset, split: Any) -> list[tuple[str, Array]]:
     """Frames up to ``split`` and after it, as words and masks; without one all frames, in one group."""
     count = report["status"].size
@@ -731,8 +717,7 @@ def _draw_frames(
     shown = min(len(status), 2 * _STRIP)
     columns = min(max(shown, 1), _STRIP)
     grid = figure.subplots(max(1, -(-shown // columns)), columns, squeeze=False)
-    good = frames.values[status == Status.OK]
-    low, high = limits(over_time(good if len(good) else frames.values, "median"), stretch)
+    low, high = limits(reduce_time(frames.values[kept_frames(status)], "median"), stretch)
     chosen = np.linspace(0, len(status) - 1, shown).round().astype(int)
     for place, ax in enumerate(grid.ravel()):
         ax.set(xticks=[], yticks=[])
@@ -746,152 +731,10 @@ def _draw_frames(
             spine.set(edgecolor=STATUS_COLOUR[code], linewidth=1.2 if code == Status.OK else 4.0)
         ax.set_title(frames.labels[number][:10], fontsize=8, color=INK, pad=3)
         words = f"{report['sigma'].values[number]:.3f} px" if code == Status.OK else code.name
-        colour, weight = (INK, "normal") if code == Status.OK else (dark(code), "bold")
+        colour, weight = (INK, "normal") if code == Status.OK else (STATUS_TEXT_COLOUR[code], "bold")
         ax.set_xlabel(words, fontsize=8, color=colour, fontweight=weight, labelpad=3)
     which = f"{shown} of {len(status)} frames as they" if shown < len(status) else "Every frame as it"
     figure.suptitle(f"{which} came, with its σ or the reason why it was left", fontsize=11)
-
-
-# --- style ---
-
-
-@functools.cache
-def _figure_class() -> type[Figure]:
-    require("a figure", "plot", "matplotlib")
-    from matplotlib.figure import Figure
-
-    class NotebookFigure(Figure):
-        """Shows itself in a notebook; a plain Figure does so only once pyplot was imported there."""
-
-        def _repr_png_(self) -> bytes:
-            buffer = io.BytesIO()
-            self.savefig(buffer, format="png")
-            return buffer.getvalue()
-
-    return NotebookFigure
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    """Sizes in inches."""
-    return _figure_class()(figsize=(width, height), layout="constrained")
-
-
-def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure | SubFigure, Axes]:
-    if ax is None:
-        figure = _new_figure(*size)
-        return figure, figure.subplots()
-    return ax.figure, ax
-
-
-def _several_axes(
-    ax: Sequence[Axes] | Array | None, size: tuple[float, float], shape: tuple[int, int]
-) -> tuple[Figure | SubFigure, Array]:
-    """New axes of that shape, or those given as (n, 2); pairs are before and after."""
-    if ax is None:
-        figure = _new_figure(*size)
-        return figure, figure.subplots(*shape, squeeze=False)
-    axes = np.array(ax, dtype=object).ravel()
-    if len(axes) not in (2, 4):
-        cure = "give before and after side by side, as figure.subplots(2, 2)"
-        raise ValueError(message("ax", "two or four axes", len(axes), cure))
-    return axes[0].figure, axes.reshape(-1, 2)
-
-
-def _size(report: xr.Dataset) -> float:
-    """Of markers and lines: smaller where there are many frames, so that they do not hide each other."""
-    return float(np.clip(np.sqrt(150 / max(report["status"].size, 1)), 0.45, 1.0))
-
-
-def _marker(code: Status, size: float = 1.0) -> dict[str, Any]:
-    return {
-        "marker": STATUS_MARKER[code],
-        "color": STATUS_COLOUR[code],
-        "edgecolors": INK,
-        "linewidths": 0.5 * size**2,
-    }
-
-
-def _points(
-    ax: Axes,
-    points: Array,
-    sigma: Array,
-    label: str,
-    *,
-    size: float = 1.0,
-    marker: str = "o",
-    color: str = BLUE,
-    ecolor: str = SKY,
-) -> None:
-    """(n, 2) with bars of 1 σ in both axes."""
-    ax.errorbar(
-        points[:, 0],
-        points[:, 1],
-        xerr=sigma,
-        yerr=sigma,
-        linestyle="none",
-        marker=marker,
-        markersize=4.5 * size,
-        elinewidth=size,
-        color=color,
-        ecolor=ecolor,
-        label=label,
-        zorder=3,
-    )
-
-
-def _circles(ax: Axes, x: Array, y: Array, *, marker: str = "o", label: str = "") -> None:
-    """The truth: open, so that what was found is seen inside."""
-    look: dict[str, Any] = {"facecolors": "none", "edgecolors": INK, "linewidths": 0.8, "s": 100}
-    ax.scatter(x, y, marker=marker, label=label or None, zorder=2, **look)
-
-
-def _rings(ax: Axes, reach: float) -> None:
-    """Circles of equal error, labelled, at round numbers."""
-    from matplotlib.patches import Circle
-
-    power = 10.0 ** np.floor(np.log10(reach))
-    step = next(step for step in (power / 5, power / 2, power, 2 * power, 5 * power) if reach / step < 4)
-    for number in range(1, int(reach / step * 1.42) + 1):
-        radius = number * step
-        ax.add_patch(
-            Circle((0, 0), radius, fill=False, edgecolor=GREY, linewidth=0.6, linestyle="--", zorder=1)
-        )
-        if radius < reach:
-            ax.annotate(
-                f"{radius:.3g} px", (0, -radius), color="#666666", fontsize=7, ha="center", va="bottom"
-            )
-    ax.plot(0, 0, marker="+", color=INK, markersize=9, zorder=2)
-
-
-def _square(left: float, top: float, side: int) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((left, top), side, side, fill=False, edgecolor=ORANGE, linewidth=2.0)
-
-
-def _date_axis(ax: Axes) -> None:
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-
-    locator = AutoDateLocator(maxticks=9)  # type: ignore[no-untyped-call]
-    ax.xaxis.set_major_locator(locator)
-    ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
-
-
-def _finish(ax: Axes, *, columns: int = 2) -> None:
-    ax.title.set(fontsize=11, color=INK)
-    ax.grid(True, color="#E6E6E6", linewidth=0.6, zorder=0)
-    ax.set_axisbelow(True)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    handles, labels = ax.get_legend_handles_labels()
-    if handles:
-        # matplotlib lists error bars last; the flagged belong there
-        flagged = [label.split(" (")[0] in set(Status.__members__) - {"OK"} for label in labels]
-        order = sorted(range(len(labels)), key=flagged.__getitem__)
-        handles, labels = [handles[number] for number in order], [labels[number] for number in order]
-        # below the axis: inside, it would hide frames; the pad, in letters, is for ticks and label
-        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 5.0}
-        ax.legend(handles, labels, fontsize=8, ncols=columns, frameon=False, **below)
 
 
 # --- local features ---
@@ -954,7 +797,7 @@ def matches(
             message("found", "one frame's K points", fields[3].shape, "give found of one series")
         )
     points, targets, matched, weight = fields
-    figure, ax = _axes(ax, (10.0, 5.2))
+    figure, ax = one_axes(ax, (10.0, 5.2))
     width, gap = pictures[0].shape[1], max(2, pictures[0].shape[1] // 40)
     between = np.ones((pictures[0].shape[0], gap))
     ax.imshow(np.nan_to_num(np.hstack([pictures[0], between, pictures[1]])), cmap="gray", vmin=0, vmax=1)
@@ -976,6 +819,6 @@ def matches(
             ax.scatter(x, y, s=5, color=colour, label=label, zorder=3)
     ax.set(title=f"{agree.sum()} of {matched.sum()} matches agree", xticks=[], yticks=[])
     ax.set(xlabel="frame, and the reference")
-    _finish(ax)
+    finish_axes(ax)
     ax.grid(False)
     return figure

@@ -152,7 +152,7 @@ def _make_reference(word: Any, reader: FrameReader, estimate: Estimator) -> Refe
     if name == "iterative":
         if not reader.frames:
             return reader.source(name, over_time("median", reader))
-        values, rounds = _settle(reader, estimate)
+        values, rounds = _iterated_median(reader, estimate)
         return reader.source(f"iterative (median of the aligned stack, {rounds} rounds)", values)
     number, labels = 0, cube.coordinate("time")
     if name == "clearest":
@@ -305,7 +305,7 @@ class _Margins:
 # --- "iterative" ---
 
 
-def _settle(reader: FrameReader, estimate: Estimator) -> tuple[Tensor, int]:
+def _iterated_median(reader: FrameReader, estimate: Estimator) -> tuple[Tensor, int]:
     """Estimate against the median of what was aligned before, until the frames stop moving; the last median."""
     median = over_time("median", reader)
     found = estimate(reader.source("median", median))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -285,8 +285,10 @@ def report_georeference(report: xr.Dataset) -> Georeference | None:
     return Georeference((a, b, c, d, e, f), (int(size[0]), int(size[1])), crs)
 
 
-def check_report(report: object, name: str = "report") -> None:
-    """A Dataset with ``warp`` and ``status``.
+def check_report(
+    report: object, name: str = "report", fields: Sequence[str] = ("warp", "status")
+) -> xr.Dataset:
+    """A Dataset with these fields.
 
     Raises:
         TypeError: no Dataset.
@@ -295,8 +297,10 @@ def check_report(report: object, name: str = "report") -> None:
     cure = "pass what torchalign.align returns second, or what load_report reads"
     if not isinstance(report, xr.Dataset):
         raise TypeError(message(name, "an xarray.Dataset", type(report).__name__, cure))
-    if "warp" not in report or "status" not in report:
-        raise ValueError(message(name, "the variables warp and status", sorted(map(str, report)), cure))
+    if not {*fields} <= {*report}:
+        expected = f"the variables {', '.join(fields)}"
+        raise ValueError(message(name, expected, sorted(map(str, report)), cure))
+    return report
 
 
 # --- for a cube ---

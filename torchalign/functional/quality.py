@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
+from torchalign.functional.shift_field import is_zero
 from torchalign.functional.sizes import stride_for
 from torchalign.functional.uncertainty import isotropic
 from torchalign.functional.warp import resample
-from torchalign.types import Estimate, Motion, Status, combine
+from torchalign.types import Estimate, Motion, ShiftField, Status, combine
 
 __all__ = ["gate", "gate_stages", "normalized_cross_correlation"]
 
@@ -153,8 +154,9 @@ def gate_stages(
 ) -> Estimate:
     """:func:`gate` for several motions of one stack, each found from the one before.
 
-    A frame keeps its last acceptable motion; a later one that lowers the score by more than 0.001 is undone. Where
-    none is acceptable, the verdict is that on the first. All scores are taken over the same ground: what lies
+    A frame keeps its last acceptable motion; a later one that lowers the score by more than 0.001 is undone, and
+    one with a field of local shifts needs one before it that was accepted. Where none is acceptable, the verdict is
+    that on the first. All scores are taken over the same ground: what lies
     inside the frame for every stage that was trusted, and is an inlier for the last of them that tells inliers.
 
     Args:
@@ -189,7 +191,12 @@ def gate_stages(
         # bilinear interpolation smooths, which a score would take for misregistration
         path = motion.warp[..., :2, 2] if stage.only_shifts else motion.warp
         aligned, inside = resample(
-            moving.unsqueeze(-3), path, interpolation="bicubic", mask=moving_usable, step=step
+            moving.unsqueeze(-3),
+            path,
+            interpolation="bicubic",
+            mask=moving_usable,
+            step=step,
+            field=motion.field,
         )
         inside = inside[0] if vector else inside
         overlap = inside if overlap is None else overlap & inside
@@ -221,7 +228,10 @@ def gate_stages(
             result = judged
             continue
         worse = result.valid & (judged.score < result.score - _WORSE)
-        result = _choose(judged.valid & ~worse, judged, result)
+        accepted = judged.valid & ~worse
+        if judged.field is not None:  # a field is added to a motion that was accepted without it
+            accepted = accepted & result.valid & ~is_zero(judged.field)
+        result = _choose(accepted, judged, result)
     assert result is not None
     if min_score is None:
         return result
@@ -237,7 +247,9 @@ def _screened(motion: Motion, limit: float, size: tuple[int, int], identity: Ten
     status = torch.where((motion.status == 0) & ~finite, int(Status.NOT_CONVERGED), motion.status)
     status = torch.where((status == 0) & ~(displacement <= limit), int(Status.TOO_FAR), status)
     warp = torch.where((status == 0)[..., None, None], motion.warp, identity)
-    return motion._replace(warp=warp, status=status), displacement
+    return motion._replace(
+        warp=warp, status=status, field=_kept_field(motion.field, status == 0)
+    ), displacement
 
 
 def _judge(
@@ -265,7 +277,7 @@ def _judge(
         covariance + isotropic(left.sqrt()),
         status,
         torch.zeros_like(status),
-        motion.field,
+        _kept_field(motion.field, moved),
     )
     return _rejected(estimate, identity)
 
@@ -275,19 +287,24 @@ def _rejected(estimate: Estimate, identity: Tensor) -> Estimate:
     valid = estimate.valid
     sigma = torch.where(valid, estimate.sigma, torch.inf)
     rows = valid[..., None, None]
-    field = estimate.field
-    if field is not None:
-        field = field._replace(
-            coefficients=torch.where(rows[..., None], field.coefficients, 0.0),
-            sigma=torch.where(rows, field.sigma, torch.inf),
-        )
     return estimate._replace(
         warp=torch.where(rows, estimate.warp, identity),
         score=torch.where(valid, estimate.score, estimate.score_before),
         sigma=sigma,
         covariance=torch.where(rows, estimate.covariance, isotropic(sigma)),
         stage=torch.where(valid, estimate.stage, -1),
-        field=field,
+        field=_kept_field(estimate.field, valid),
+    )
+
+
+def _kept_field(field: ShiftField | None, kept: Tensor) -> ShiftField | None:
+    """No shifts, of a σ of inf, where a frame's field is not kept."""
+    if field is None:
+        return None
+    rows = kept[..., None, None]
+    return field._replace(
+        coefficients=torch.where(rows[..., None], field.coefficients, 0.0),
+        sigma=torch.where(rows, field.sigma, torch.inf),
     )
 
 
@@ -299,10 +316,8 @@ def _choose(condition: Tensor, first: Estimate, second: Estimate) -> Estimate:
         return torch.where(rows, pair[0], pair[1])
 
     fields = [estimate.field for estimate in (first, second) if estimate.field is not None]
-    if len(fields) == 1:  # the other one shifts nothing, of which it is sure
-        none = fields[0]._replace(
-            coefficients=torch.zeros_like(fields[0].coefficients), sigma=torch.zeros_like(fields[0].sigma)
-        )
+    if len(fields) == 1:  # the other one shifts nothing
+        none = _kept_field(fields[0], torch.zeros_like(condition))
         first, second = (
             one if one.field is not None else one._replace(field=none) for one in (first, second)
         )

@@ -119,7 +119,7 @@ def extract_pyramid(
     Returns:
         One :class:`Texture` a grid.
     """
-    mean, centred, empty = _centre(image, mask)
+    mean, centred, empty = centre(image, mask)
     seen = orientation_field(centred, mask) if contrast == "structure" else centred
     spectrum = _periodic_spectrum(seen, grids[0])
     # a frame whose deviation is the rounding error of its mean is flat
@@ -129,7 +129,7 @@ def extract_pyramid(
     textures = []
     for grid in grids:
         limited = _limit(spectrum, grid, blur)
-        weights = None if mask is None else _usable_share(mask, grid)
+        weights = None if mask is None else usable_share(mask, grid)
         textures.append(_standardized(limited, weights, noise, empty, contrast))
     return textures
 
@@ -184,7 +184,7 @@ def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
     return contrast if weights is None else contrast * weights
 
 
-def _centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The mean of what is usable (..., 1, 1), the image less it with its holes filled, and whether it is empty."""
     if mask is None:
         mean = image.mean((-2, -1), keepdim=True)
@@ -217,7 +217,7 @@ def _deviation(centred: Tensor) -> Tensor:
     return torch.linalg.vector_norm(centred.detach(), dim=(-2, -1)) / square_root(samples)
 
 
-def _usable_share(mask: Tensor, grid: WorkingGrid) -> Tensor:
+def usable_share(mask: Tensor, grid: WorkingGrid) -> Tensor:
     """(..., h, w) in [0, 1]: how much of what lies around a sample is usable."""
     height, width = grid.size
     shape = mask.shape[:-2]

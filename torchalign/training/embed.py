@@ -12,6 +12,7 @@ from torchalign._check import check_cube, check_mask, check_option, message
 from torchalign.aligner import Aligner
 from torchalign.functional.smoothing import nanmedian
 from torchalign.pcc import PCC
+from torchalign.training.measure import aligner_or
 
 __all__ = ["AlignToFirst", "Onto"]
 
@@ -47,20 +48,11 @@ class AlignToFirst(nn.Module):
 
     def __init__(self, aligner: Aligner | None = None, *, onto: Onto | int = "first") -> None:
         super().__init__()
-        if aligner is not None and not isinstance(aligner, Aligner):
-            raise TypeError(
-                message(
-                    "aligner",
-                    "an aligner such as ta.PCC()",
-                    type(aligner).__name__,
-                    "or None for the default",
-                )
-            )
         if isinstance(onto, str):
             check_option("onto", onto, Onto)
         elif isinstance(onto, bool) or not hasattr(onto, "__index__"):
             raise TypeError(message("onto", '"first", "median" or an index', repr(onto), "name a frame"))
-        self.aligner = PCC(interpolation="bicubic") if aligner is None else aligner
+        self.aligner = aligner_or(aligner, lambda: PCC(interpolation="bicubic"))
         self.onto: Onto | int = onto if isinstance(onto, str) else operator.index(onto)
 
     def forward(self, series: Tensor, mask: Tensor | None = None) -> Tensor:

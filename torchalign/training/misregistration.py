@@ -144,17 +144,17 @@ def misregister(
             frames.shape
         )
     values = cube.to(torch.promote_types(cube.dtype, torch.float32))
-    lost = ~values.isfinite()
-    fine = _upsample(_upsample(torch.where(lost, 0.0, values), -1, padding_mode), -2, padding_mode)
+    nonfinite = ~values.isfinite()
+    fine = _upsample(_upsample(torch.where(nonfinite, 0.0, values), -1, padding_mode), -2, padding_mode)
     # fine pixel 2 i is pixel i: about the centre of the first pixel, scaling is linear
     rows = 1 + (torch.arange(3, device=way_there.device) < 2).to(way_there.dtype)  # 2, 2, 1
     fine_way = way_there * rows[: way_there.shape[-2], None] / rows
     moved = resample(fine, fine_way, interpolation="bicubic", padding_mode=padding_mode).values[..., ::2, ::2]
-    if not (is_on_host(lost) and not bool(lost.any())):
+    if not (is_on_host(nonfinite) and not bool(nonfinite.any())):
         plain = resample(cube, way_there, interpolation="bicubic", padding_mode=padding_mode).values
         reach = F.max_pool2d(
-            lost.to(torch.float32).flatten(0, -4), 2 * _REACH + 1, stride=1, padding=_REACH
-        ).reshape(lost.shape)
+            nonfinite.to(torch.float32).flatten(0, -4), 2 * _REACH + 1, stride=1, padding=_REACH
+        ).reshape(nonfinite.shape)
         near = resample(reach, way_there, interpolation="nearest", padding_mode="border").values > 0
         moved = torch.where(near, plain.to(moved.dtype), moved)
     moved = moved.reshape(frames.shape)
@@ -296,11 +296,8 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
                 message("sample", "a tensor, Image or Video", found, "convert PIL images with v2.ToImage()")
             )
         if frames.ndim < 3:
-            raise ValueError(
-                message(
-                    "image", "shape (..., C, H, W)", tuple(frames.shape), "add the band axis: image[None]"
-                )
-            )
+            cure = "add the band axis: image[None]"
+            raise ValueError(message("image", "shape (..., C, H, W)", tuple(frames.shape), cure))
         lead, bands, size = tuple(frames.shape[:-3]), frames.shape[-3], tuple(frames.shape[-2:])
         drawn = lead
         if lead and self.per == "sample":
@@ -326,24 +323,21 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         size, lead = params["size"], params["lead"]
         if _is_image(inpt):
             if tuple(inpt.shape[:-3]) != lead:
-                raise ValueError(
-                    message(
-                        "images", f"leading dimensions {lead}", tuple(inpt.shape[:-3]), "call once for each"
-                    )
-                )
+                expected, cure = f"leading dimensions {lead}", "call once for each"
+                raise ValueError(message("images", expected, tuple(inpt.shape[:-3]), cure))
             warp = self._at_size(params["warp"], size, tuple(inpt.shape[-2:]))
             return _like(
-                inpt, misregister(_plain(inpt), warp, kernel=self.kernel, padding_mode=self.padding_mode)
+                inpt, misregister(_as_tensor(inpt), warp, kernel=self.kernel, padding_mode=self.padding_mode)
             )
         if not self.same_on_bands:
             return inpt
         if isinstance(inpt, tv_tensors.Mask):
-            return _like(inpt, self._move_mask(_plain(inpt), params))
+            return _like(inpt, self._move_mask(_as_tensor(inpt), params))
         if isinstance(inpt, tv_tensors.BoundingBoxes):
             return self._move_boxes(inpt, params)
         if _KeyPoints is not None and isinstance(inpt, _KeyPoints):
             way = self._corner_way(params, inpt.canvas_size)
-            return _like(inpt, transform_points(way, _plain(inpt).to(way.dtype)).to(inpt.dtype))
+            return _like(inpt, transform_points(way, _as_tensor(inpt).to(way.dtype)).to(inpt.dtype))
         raise TypeError(
             message("sample", "tensors and tv_tensors", type(inpt).__name__, "put v2.ToImage() before")
         )
@@ -352,10 +346,9 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         """(..., H, W), (..., N, H, W): labels of the frames of leading dimensions ``...``."""
         lead = params["lead"]
         if tuple(mask.shape[: len(lead)]) != lead or mask.ndim - len(lead) not in (2, 3):
-            raise ValueError(
-                message("mask", f"shape {(*lead, 'H', 'W')} or {(*lead, 'N', 'H', 'W')}", tuple(mask.shape),
-                        "give one mask per frame")
-            )  # fmt: skip
+            expected = f"shape {(*lead, 'H', 'W')} or {(*lead, 'N', 'H', 'W')}"
+            cure = "give one mask per frame"
+            raise ValueError(message("mask", expected, tuple(mask.shape), cure))
         warp = self._at_size(params["warp"], params["size"], tuple(mask.shape[-2:]))
         bands = mask if mask.ndim - len(lead) == 3 else mask.unsqueeze(-3)
         return misregister(bands, warp, kernel="nearest", padding_mode=self.padding_mode).reshape(mask.shape)
@@ -363,14 +356,11 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
     def _move_boxes(self, boxes: Any, params: dict[str, Any]) -> Any:
         """The box around a box's moved corners."""
         if boxes.format.value not in ("XYXY", "XYWH", "CXCYWH"):
-            raise ValueError(
-                message(
-                    "boxes", "XYXY, XYWH or CXCYWH", boxes.format.value, "convert them with v2.functional"
-                )
-            )
+            cure = "convert them with v2.functional"
+            raise ValueError(message("boxes", "XYXY, XYWH or CXCYWH", boxes.format.value, cure))
         xyxy = v2.functional.convert_bounding_box_format(boxes, new_format=tv_tensors.BoundingBoxFormat.XYXY)
         way = self._corner_way(params, boxes.canvas_size)
-        corners = _plain(xyxy)[..., [[0, 1], [2, 1], [0, 3], [2, 3]]].to(way.dtype)  # (N, 4, 2)
+        corners = _as_tensor(xyxy)[..., [[0, 1], [2, 1], [0, 3], [2, 3]]].to(way.dtype)  # (N, 4, 2)
         moved = transform_points(way, corners.flatten(-3, -2)).reshape(corners.shape)
         around = torch.cat((moved.amin(-2), moved.amax(-2)), -1)  # (N, 4)
         if not boxes.is_floating_point():
@@ -381,11 +371,8 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
     def _corner_way(self, params: dict[str, Any], canvas: tuple[int, int]) -> Tensor:
         """The way of points reference → moving, with (0, 0) the frame's corner, as boxes have it."""
         if params["lead"]:
-            raise ValueError(
-                message(
-                    "boxes", "a sample of one image", f"frames {params['lead']}", "move them frame by frame"
-                )
-            )
+            cure = "move them frame by frame"
+            raise ValueError(message("boxes", "a sample of one image", f"frames {params['lead']}", cure))
         warp = self._at_size(params["warp"], params["size"], tuple(canvas))
         return change_origin(invert_warp(warp), (-0.5, -0.5))
 
@@ -422,9 +409,8 @@ class Randomness:
     def __init__(self, generator: torch.Generator | None) -> None:
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(
-                message("generator", "a torch.Generator or None", type(generator).__name__,
-                        "torch.Generator().manual_seed(seed)")
-            )  # fmt: skip
+                message("generator", "a torch.Generator", type(generator).__name__, "or None for torch's own")
+            )
         self.generator = generator
         self._worker_seed: int | None = None
 
@@ -458,7 +444,7 @@ def _is_image(item: object) -> bool:
     return isinstance(item, Tensor)
 
 
-def _plain(item: Any) -> Tensor:
+def _as_tensor(item: Any) -> Tensor:
     plain: Tensor = item.as_subclass(Tensor) if isinstance(item, tv_tensors.TVTensor) else item
     return plain
 
