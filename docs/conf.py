@@ -104,6 +104,7 @@ def _skip() -> Exception:
 
 
 def setup(app: Any) -> None:
+    """Formulas by :func:`visit_math`."""
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
 
 

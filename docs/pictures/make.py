@@ -38,6 +38,7 @@ def colour(image: np.ndarray) -> np.ndarray:
 
 
 def show(ax, image, title="", **options) -> None:
+    """An image without axes."""
     ax.imshow(image, **options)
     ax.set_title(title)
     ax.set_xticks([])
@@ -77,8 +78,8 @@ def hero():
     error = np.hypot(*(found - truth.values - origin)[ok].T)
     ax.set_title(f"{ok.sum()} dates aligned, {(~ok).sum()} overcast: flagged, untouched")
     sigma = np.median(report["sigma"].values[ok])
-    ax.legend(title=f"median error {np.median(error):.3f} px, σ {sigma:.3f} px (smaller than the dots)", fontsize=9, title_fontsize=9, ncols=3,
-              loc="upper left", framealpha=0.95)  # fmt: skip
+    title = f"median error {np.median(error):.3f} px, σ {sigma:.3f} px (smaller than the dots)"
+    ax.legend(title=title, fontsize=9, title_fontsize=9, ncols=3, loc="upper left", framealpha=0.95)
     ax.set_ylim(-5.4, 6.9)
     return figure
 
@@ -275,6 +276,7 @@ PICTURES = {function.__name__: function for function in (hero, peak, second_pass
 
 
 def main() -> None:
+    """Draw what is asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
