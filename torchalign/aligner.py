@@ -24,7 +24,7 @@ from torchalign._check import (
 )
 from torchalign._host import all_finite, empty_on_host, is_transformed, map_on_host, may_read
 from torchalign.functional.affine import change_origin, identity_warp, split_at_center
-from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel
+from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel, see_channel
 from torchalign.functional.motion import MotionModel
 from torchalign.functional.quality import gate_stages
 from torchalign.functional.shift_field import move_origin
@@ -349,10 +349,14 @@ class Aligner(nn.Module, ABC):
     def _extract_channel(self, cube: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The channel in float32 or float64, cropped, 0 where unusable; and where it is usable."""
         window, _ = center_crop(cube, self.crop_center)
+        if mask is not None:
+            mask = center_crop(mask.expand(*mask.shape[:-2], *cube.shape[-2:]), self.crop_center)[0]
+        found = see_channel(window, mask, self.channel, rgb_bands=self.rgb_bands)
+        if found is not None:
+            return found
         if window.dtype.itemsize < 4 and not callable(self.channel):
             window = window.float()
         if mask is not None:
-            mask = center_crop(mask.expand(*mask.shape[:-2], *cube.shape[-2:]), self.crop_center)[0]
             if self.channel == "gradients":  # a masked value must not reach its neighbours either
                 window = torch.where(mask.unsqueeze(-3), window, torch.nan)
         image = extract_channel(window, self.channel, rgb_bands=self.rgb_bands)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchalign._host import kernels_for
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
 from torchalign.functional.shift_field import is_zero
 from torchalign.functional.sizes import stride_for
@@ -180,45 +182,20 @@ def gate_stages(
     identity = identity_warp(homography=homography, device=moving.device, dtype=stages[0].warp.dtype)
 
     weight: Tensor | None = None
-    motions, displacements, images = [], [], []
-    overlap = None if moving_usable is None else _thin(moving_usable, step)
-    if reference_usable is not None:
-        usable = _thin(reference_usable, step)
-        overlap = usable if overlap is None else overlap & usable
-    before = _thin(moving, step)
+    motions, displacements = [], []
     for stage, limit in zip(stages, max_translations, strict=True):
         motion, displacement = _screened(stage, limit, size, identity)
-        # bilinear interpolation smooths, which a score would take for misregistration
-        path = motion.warp[..., :2, 2] if stage.only_shifts else motion.warp
-        aligned, inside = resample(
-            moving.unsqueeze(-3),
-            path,
-            interpolation="bicubic",
-            mask=moving_usable,
-            step=step,
-            field=motion.field,
-        )
-        inside = inside[0] if vector else inside
-        overlap = inside if overlap is None else overlap & inside
         if stage.inliers is not None:
             # the root of an inlier weight is the squared local correlation
             root = stage.inliers.detach().nan_to_num(0.0).sqrt()
-            found = _resize(root, (before.shape[-2], before.shape[-1]))
+            found = _resize(root, (-(-size[0] // step), -(-size[1] // step)))
             # what a stage that is not trusted took for common ground judges no other
             trusted = (motion.status == 0)[..., None, None]
             weight = torch.where(trusted, found, 1.0 if weight is None else weight)
         motions.append(motion)
         displacements.append(displacement)
-        images.append(aligned.squeeze(-3))
-    assert overlap is not None  # there is at least one stage
-    ground = overlap.to(moving.dtype)
-    if weight is not None:
-        ground = ground * weight
-    compared = [_thin(reference, step), *images, before]
-    if vector:
-        ground, *compared = torch.cat((ground, ground), -2), *(torch.cat((*parts,), -2) for parts in compared)
-    reference, *images, before = compared
-    *scores, score_before = _correlate(reference, ground, *images, before)
+    usable = moving_usable, reference_usable
+    *scores, score_before = _scores(moving, reference, motions, usable, weight, step, vector=vector)
 
     result: Estimate | None = None
     for number, row in enumerate(zip(motions, displacements, scores, strict=True)):
@@ -238,6 +215,48 @@ def gate_stages(
     low = result.valid & (result.score < min_score)
     left = torch.where(low, int(Status.LOW_SCORE), result.status)
     return _rejected(result._replace(status=left), identity)
+
+
+def _scores(
+    moving: Tensor,
+    reference: Tensor,
+    motions: Sequence[Motion],
+    usable: tuple[Tensor | None, Tensor | None],
+    weight: Tensor | None,
+    step: int,
+    *,
+    vector: bool,
+) -> Sequence[Tensor]:
+    """Correlations with the reference, under each motion and under none, over the ground that is seen in all cases."""
+    warps = [motion.warp for motion in motions]
+    if all(motion.only_shifts for motion in motions):
+        warps = [warp[..., :2, 2] for warp in warps]
+    plain = not vector and all(motion.field is None for motion in motions)
+    kernels = kernels_for(moving, reference, weight, *warps) if plain else None
+    if kernels is not None:
+        return kernels.score(moving, reference, warps, *usable, weight, step).unbind(-1)  # type: ignore[no-any-return]
+    overlap: Tensor | None = None
+    for part in usable:
+        if part is not None:
+            overlap = _thin(part, step) if overlap is None else overlap & _thin(part, step)
+    images = []
+    for motion in motions:
+        # bilinear interpolation smooths, which a score would take for misregistration
+        path = motion.warp[..., :2, 2] if motion.only_shifts else motion.warp
+        options: dict[str, Any] = {"interpolation": "bicubic", "mask": usable[0], "field": motion.field}
+        aligned, inside = resample(moving.unsqueeze(-3), path, step=step, **options)
+        inside = inside[0] if vector else inside
+        overlap = inside if overlap is None else overlap & inside
+        images.append(aligned.squeeze(-3))
+    assert overlap is not None  # there is at least one stage
+    ground = overlap.to(moving.dtype)
+    if weight is not None:
+        ground = ground * weight
+    compared = [_thin(reference, step), *images, _thin(moving, step)]
+    if vector:
+        ground, *compared = torch.cat((ground, ground), -2), *(torch.cat((*parts,), -2) for parts in compared)
+    first, *others = compared
+    return _correlate(first, ground, *others)
 
 
 def _screened(motion: Motion, limit: float, size: tuple[int, int], identity: Tensor) -> tuple[Motion, Tensor]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from torchalign._check import check_floating, check_option, message
-from torchalign._host import all_finite, all_true, empty_on_host, may_read
+from torchalign._host import all_finite, all_true, empty_on_host, kernels_for, may_read
 from torchalign.functional.sampling import Gather, Lines, PaddingMode, Positions, Sampler, Slices
 from torchalign.functional.shift_field import field_at, is_zero
 from torchalign.types import ShiftField
@@ -130,8 +130,13 @@ def resample(
         field = None if 0 in field.coefficients.shape[-2:] else _expand_field(field, cube.shape[:-3])
     lead, size = cube.shape[:-3], (cube.shape[-2], cube.shape[-1])
     warp = warp.expand(*lead, *warp.shape[-1 if warp.shape[-1] == 2 else -2 :])
-    if mask is not None:
-        mask = mask.expand(*lead, *size).unsqueeze(-3)  # (..., T, 1, H, W)
+    mask = None if mask is None else mask.expand(*lead, *size)
+    kernels = kernels_for(cube, warp, mask) if field is None else None
+    if kernels is not None:
+        found = kernels.resample(cube, warp, mask, interpolation, padding_mode, fill_value, step)
+        if found is not None:
+            return Resampled(found[0] if out is None else out.copy_(found[0]), found[1])
+    mask = None if mask is None else mask.unsqueeze(-3)  # (..., T, 1, H, W)
     options = _Options(interpolation, padding_mode, fill_value, step)
     if may_read(cube, warp, mask, *(field or ())):
         return _resample_in_blocks(cube, warp, mask, options, out, field)
