@@ -28,7 +28,7 @@ WAITS = {
     "ta.Groupwise": ("groupwise", hasattr(ta, "Groupwise")),
     '"groupwise"': ("groupwise", hasattr(ta, "Groupwise")),
     "ta.extend": ("groupwise", hasattr(ta, "extend")),
-    "align(dataset": ("data", (ROOT / "torchalign/cube/variables.py").exists()),
+    "aligned_dataset": ("data", (ROOT / "torchalign/cube/variables.py").exists()),
     'grid="union"': ("data", "grid" in ta.open_stack.__kwdefaults__),
 }
 # What a page says to a shell, beside the command torchalign.
