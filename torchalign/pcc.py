@@ -41,7 +41,7 @@ class PCC(Aligner):
 
     Args:
         max_frequency: the band that is used, in cycles per pixel, in (0, 0.5].
-        weighting: ψ: ``"ramp"`` (|f|), ``"sqrt"``, ``"phase"`` (classic), ``"none"``; see
+        weighting: ψ: ``"ramp"`` (``|f|``), ``"sqrt"``, ``"phase"`` (classic), ``"none"``; see
             :func:`~torchalign.functional.phase.cross_power`. ``None`` is ``"none"`` for structure, else ``"ramp"``.
         contrast: ``"local"`` or ``"none"`` for one sensor, ``"structure"`` across sensors.
         taper: share of each axis over which the window falls off, in [0, 1]; unless it is 0, at least 8 pixels on

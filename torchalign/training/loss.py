@@ -44,7 +44,7 @@ class AlignmentLoss(nn.Module):
         reduction: ``"mean"`` or ``"sum"`` over samples, or ``"none"``.
         aligner: of ``"shift"``; ``None``: ``ta.PCC()``.
         interpolation: of ``warp``; ``"bicubic"`` or ``"bilinear"``.
-        max_shift: samples of ``"shift"`` whose |t| is larger cost no more than this, with no gradient; pixels.
+        max_shift: samples of ``"shift"`` whose ``|t|`` is larger cost no more than this, with no gradient; pixels.
 
     Raises:
         TypeError: an option has the wrong type.
