@@ -155,7 +155,7 @@ def simulate_stack(
         True
     """
     _check_scene(scene)
-    size = _check_pair("size", size, "(H, W)", 1)
+    size = _whole_pair("size", size, "(H, W)", 1)
     check_whole("frames", frames, minimum=0)
     check_whole("factor", factor, minimum=1)
     _check_bounded(max_shift=max_shift, offset=offset, noise=noise)
@@ -277,7 +277,7 @@ def simulate_warped_stack(
     """
     _check_scene(scene)
     check_option("motion", motion, MotionModel)
-    size = _check_pair("size", size, "(H, W)", 1)
+    size = _whole_pair("size", size, "(H, W)", 1)
     check_whole("frames", frames, minimum=0)
     check_whole("factor", factor, minimum=1)
     _check_bounded(max_shift=max_shift, offset=offset, noise=noise)
@@ -375,7 +375,7 @@ def _check_ranges(**ranges: tuple[float, float]) -> None:
             raise ValueError(message(name, "(low, high)", pair, "put the smaller number first"))
 
 
-def _check_pair(name: str, pair: object, expected: str, minimum: int) -> tuple[int, int]:
+def _whole_pair(name: str, pair: object, expected: str, minimum: int) -> tuple[int, int]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ValueError(message(name, expected, repr(pair), f"give two whole numbers ≥ {minimum}"))
     return check_whole(name, pair[0], minimum=minimum), check_whole(name, pair[1], minimum=minimum)
@@ -388,7 +388,7 @@ def _check_blur(name: str, sigma: float, smallest: float, *, inclusive: bool = T
 
 def _check_origin(origin: tuple[int, int], room: tuple[int, int], margin: int) -> tuple[int, int]:
     """``room``: how many scene pixels a window and its margins can move, (y, x)."""
-    origin = _check_pair("origin", origin, "(y, x)", 0)
+    origin = _whole_pair("origin", origin, "(y, x)", 0)
     if not all(margin <= value <= margin + free for value, free in zip(origin, room, strict=True)):
         expected = f"y in {margin} … {margin + room[0]} and x in {margin} … {margin + room[1]}"
         cure = "move it inwards, lower max_shift, or leave it out for the scene's centre"
@@ -485,7 +485,7 @@ def demo_stack(
     import xarray as xr
 
     check_whole("frames", frames, minimum=4)
-    size = _check_pair("size", size, "(H, W)", 1)
+    size = _whole_pair("size", size, "(H, W)", 1)
     _check_bounded(max_shift=max_shift, noise=noise)
     if scene is None:
         scene = open_demo_scene()
