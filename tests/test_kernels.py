@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton", reason="Triton comes with torch's CUDA wheels; this torch has none")
 
@@ -108,12 +107,7 @@ KERNELS = {
         {"COMPUTE": "float32", "BLOCK": 256},
     ),
 }
-POINTERS = (
-    "frames motion mask values validity moving reference motions moving_usable reference_usable weight scores seen "
-    "usable power fy fx start found last derivatives surface spectrum shift turned window image means filled share "
-    "spline warp level_x level_y level_weights common moves weights regressors inverses solutions rests corners "
-    "warps reaches weighted shifts blurred"
-).split()
+POINTERS = ["frames", "motion", "mask", "values", "validity", "moving", "reference", "motions", "moving_usable", "reference_usable", "weight", "scores", "seen", "usable", "power", "fy", "fx", "start", "found", "last", "derivatives", "surface", "spectrum", "shift", "turned", "window", "image", "means", "filled", "share", "spline", "warp", "level_x", "level_y", "level_weights", "common", "moves", "weights", "regressors", "inverses", "solutions", "rests", "corners", "warps", "reaches", "weighted", "shifts", "blurred"]
 
 
 def compiled(name: str, capability: int, **constants: object):
