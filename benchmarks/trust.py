@@ -22,7 +22,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import HERE, add_readme_options, described, machine, pixels, read_results, table, update_readme, versions
+from common import (
+    HERE,
+    add_readme_options,
+    described,
+    machine,
+    pixels,
+    read_results,
+    table,
+    update_readme,
+    versions,
+)
 from common import write_results
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,7 +67,9 @@ class Scenes:
             grey = np.asarray(Image.open(landsat), dtype=np.float32).mean(-1)[300:1700, 400:1800]
             self.scenes.append((grey - grey.mean()) / grey.std())
 
-    def pair(self, rng: np.random.Generator, size: tuple[int, int], factor: int = FACTOR, smear: Any = None) -> tuple[Array, Array, Array]:
+    def pair(
+        self, rng: np.random.Generator, size: tuple[int, int], factor: int = FACTOR, smear: Any = None
+    ) -> tuple[Array, Array, Array]:
         """Two windows, (H, W) each, and the shift (x, y) in pixels that brings the first onto the second."""
         scene = self.scenes[rng.integers(len(self.scenes))]
         if smear is not None:
@@ -74,7 +86,9 @@ class Scenes:
 
 def _spectral(size: int, response: Callable[[Tensor], Tensor], random: torch.Generator) -> Tensor:
     radius = torch.hypot(torch.fft.rfftfreq(size), torch.fft.fftfreq(size)[:, None])
-    field = torch.fft.irfft2(torch.fft.rfft2(torch.randn(size, size, generator=random)) * response(radius), s=(size, size))
+    field = torch.fft.irfft2(
+        torch.fft.rfft2(torch.randn(size, size, generator=random)) * response(radius), s=(size, size)
+    )
     return (field - field.mean()) / field.std()
 
 
@@ -127,8 +141,12 @@ def clouds(scenes: Scenes, rng: np.random.Generator) -> Draw:
     """Opaque clouds over 10–30 %, not masked."""
     size = a_size(rng)
     m, r, t = scenes.pair(rng, size)
-    radius = torch.from_numpy(np.hypot(*np.meshgrid(np.fft.fftfreq(size[0]), np.fft.rfftfreq(size[1]), indexing="ij")))
-    field = np.fft.irfft2(np.fft.rfft2(rng.normal(size=size)) * np.asarray(radius.clamp(min=0.01)) ** -1.7, s=size)
+    radius = torch.from_numpy(
+        np.hypot(*np.meshgrid(np.fft.fftfreq(size[0]), np.fft.rfftfreq(size[1]), indexing="ij"))
+    )
+    field = np.fft.irfft2(
+        np.fft.rfft2(rng.normal(size=size)) * np.asarray(radius.clamp(min=0.01)) ** -1.7, s=size
+    )
     cloudy = field > np.quantile(field, 1 - rng.uniform(0.1, 0.3))
     m = np.where(cloudy, 4 + 0.3 * field / field.std(), m)
     return Draw(m + noise(rng, size), r + noise(rng, size), t, 0.15)
@@ -159,7 +177,9 @@ def fill(scenes: Scenes, rng: np.random.Generator) -> Draw:
     m, r, t = scenes.pair(rng, size)
     inside, value = area(rng, size), rng.choice([0.0, 255.0, -9999.0, 65535.0, 5.0])
     m, r = 10 + m + noise(rng, size), 10 + r + noise(rng, size)
-    return Draw(np.where(inside, m, value), np.where(inside, r, value), t, 0.03 if inside.mean() > 0.4 else None)
+    return Draw(
+        np.where(inside, m, value), np.where(inside, r, value), t, 0.03 if inside.mean() > 0.4 else None
+    )
 
 
 def water(scenes: Scenes, rng: np.random.Generator) -> Draw:
@@ -167,7 +187,9 @@ def water(scenes: Scenes, rng: np.random.Generator) -> Draw:
     size = a_size(rng)
     m, r, t = scenes.pair(rng, size)
     low, high = np.quantile(r, rng.uniform(0.1, 0.4)), np.quantile(r, rng.uniform(0.75, 0.95))
-    m, r = (np.clip(20 + 200 * (image - low) / (high - low), 20, 255).round().clip(20, 220) for image in (m, r))
+    m, r = (
+        np.clip(20 + 200 * (image - low) / (high - low), 20, 255).round().clip(20, 220) for image in (m, r)
+    )
     return Draw(m, r, t, 0.05)
 
 
@@ -216,7 +238,9 @@ def aperture(scenes: Scenes, rng: np.random.Generator) -> Draw:
         frequency = np.fft.rfftfreq(scene.shape[axis])
         response = np.exp(-2 * (math.pi * length * frequency) ** 2)
         shape = (-1, 1) if axis == 0 else (1, -1)
-        spread = np.fft.irfft(np.fft.rfft(scene, axis=axis) * response.reshape(shape), n=scene.shape[axis], axis=axis)
+        spread = np.fft.irfft(
+            np.fft.rfft(scene, axis=axis) * response.reshape(shape), n=scene.shape[axis], axis=axis
+        )
         spread = spread - spread.mean()
         return spread / spread.std()
 
@@ -317,7 +341,10 @@ def little_in_common(scenes: Scenes, rng: np.random.Generator) -> Draw:
     m, r, t = scenes.pair(rng, size)
     share = rng.uniform(0.15, 0.4)
     own = [scenes.pair(rng, size)[0] for _ in range(2)]
-    m, r = (math.sqrt(share) * image + math.sqrt(1 - share) * other for image, other in zip((m, r), own, strict=True))
+    m, r = (
+        math.sqrt(share) * image + math.sqrt(1 - share) * other
+        for image, other in zip((m, r), own, strict=True)
+    )
     return Draw(m + noise(rng, size), r + noise(rng, size), t)
 
 
@@ -378,13 +405,22 @@ def measure(draw: Draw, make: Callable[[float], ta.Aligner]) -> dict[str, float]
     size = draw.reference.shape
     centre = np.array([(size[1] - 1) / 2, (size[0] - 1) / 2])
     warp = estimate.warp[0, :2].double().numpy()
-    error = warp[:, :2] @ (centre - draw.truth) + warp[:, 2] - centre if False else warp[:, :2] @ centre + warp[:, 2] - centre - draw.truth
+    error = (
+        warp[:, :2] @ (centre - draw.truth) + warp[:, 2] - centre
+        if False
+        else warp[:, :2] @ centre + warp[:, 2] - centre - draw.truth
+    )
     covariance = estimate.covariance[0].double().numpy()
     values, axes = np.linalg.eigh(covariance)
     z = (axes.T @ error) / np.sqrt(np.maximum(values, 1e-12))
     length = float(np.hypot(*error))
     along = math.sqrt(max(1e-12, error @ covariance @ error)) / max(length, 1e-9)
-    return row | {"error": length, "along": along, "ratio": length / max(along, 1e-6), "z": [abs(float(v)) for v in z]}
+    return row | {
+        "error": length,
+        "along": along,
+        "ratio": length / max(along, 1e-6),
+        "z": [abs(float(v)) for v in z],
+    }
 
 
 def run(kind: str, method: str, scenes: Scenes, draws: int, seed: int) -> list[dict[str, Any]]:
@@ -418,7 +454,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scene", type=Path, default=HERE.parent.parent / "shared/data/landsat7_rgb.tif")
     parser.add_argument("--draws", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
@@ -442,7 +480,16 @@ def main() -> None:
             )
             if given.rows:
                 for i, one in enumerate(rows):
-                    print("  ", i, ta.Status(one["status"]).name, {k: v if k == "z" else f"{v:.3f}" for k, v in one.items() if isinstance(v, (float, list))})
+                    print(
+                        "  ",
+                        i,
+                        ta.Status(one["status"]).name,
+                        {
+                            k: v if k == "z" else f"{v:.3f}"
+                            for k, v in one.items()
+                            if isinstance(v, (float, list))
+                        },
+                    )
 
 
 if __name__ == "__main__":

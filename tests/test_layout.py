@@ -57,7 +57,7 @@ GROUND = {
 }
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
-          "functional.sift"}  # fmt: skip
+          "functional.sift", "functional.uncertainty"}  # fmt: skip
 # what a layer may use besides torch and the standard library
 FOREIGN = {
     **{

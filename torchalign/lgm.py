@@ -447,7 +447,7 @@ class LGM(Aligner):
         moved, usable = self._on_reference(part, found, translation_warp(whole))
         on_it, there = self._on_reference(part, found, rough)
         with torch.no_grad():
-            field, _, _ = extract_texture(moved, usable, max_frequency=_MAX_FREQUENCY)
+            field = extract_texture(moved, usable, max_frequency=_MAX_FREQUENCY).field
             grid = WorkingGrid.of(size, (field.shape[-2], field.shape[-1]), _MAX_FREQUENCY, field)
             same = agreement(grid.move(rfft2(field), left), part.texture, fine=True)
         ground = usable & shared_ground(on_it, part.reference, same, usable & there)
