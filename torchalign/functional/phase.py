@@ -57,6 +57,8 @@ _OUTSIDE_MARGIN = 1.2
 _NEWTON_STEPS = 3
 # The last Newton step of an estimate that has converged is shorter than this, in pixels (float32 stalls at 1e-5).
 _NEWTON_TOLERANCE = 1e-2
+# Holes are divided by where what lies off them is at least this share of what is mostly usable.
+_LEAST_COVER = 0.6
 # What is taken off for the weights' own correlation is of the second order: no more than this, on no longer a way
 # than that, in pixels.
 _LARGEST_CORRECTION, _LONGEST_WAY = 0.5, 4.0
@@ -448,13 +450,20 @@ class _Pair(NamedTuple):
         return inliers, own, self.tapering.common(shift) * inliers
 
     def holes(self) -> Tensor | None:
-        """(...,) bool: the pairs of which one has a hole; ``None`` where none can have."""
-        covers = [texture.cover for texture in (self.moving, self.reference) if texture.cover is not None]
+        """(...,) bool: the pairs of which one has a hole, and around them enough is left; ``None``: none can have.
+
+        Pixels missing here and there are filled well enough; of what is further from any there may be nothing.
+        """
         found: Tensor | None = None
-        for cover in covers:
-            some = cover.amin((-2, -1)) < 1
+        enough: Tensor | None = None
+        for texture in (self.moving, self.reference):
+            if texture.cover is None or texture.weights is None:
+                continue
+            some = texture.cover.amin((-2, -1)) < 1
+            left = texture.cover.mean((-2, -1)) >= _LEAST_COVER * texture.weights.mean((-2, -1))
             found = some if found is None else found | some
-        return found
+            enough = left if enough is None else enough & left
+        return None if found is None or enough is None else found & enough
 
 
 class _Refined(NamedTuple):
