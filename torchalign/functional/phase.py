@@ -57,8 +57,9 @@ _OUTSIDE_MARGIN = 1.2
 _NEWTON_STEPS = 3
 # The last Newton step of an estimate that has converged is shorter than this, in pixels (float32 stalls at 1e-5).
 _NEWTON_TOLERANCE = 1e-2
-# Holes are divided by where what lies off them is at least this share of what is mostly usable.
-_LEAST_COVER = 0.6
+# Holes are divided by where they, and what is next to them, are at least this share of a frame; and where what lies
+# off them is at least that share of what is mostly usable.
+_LEAST_HOLES, _LEAST_COVER = 0.06, 0.6
 # What is taken off for the weights' own correlation is of the second order: no more than this, on no longer a way
 # than that, in pixels.
 _LARGEST_CORRECTION, _LONGEST_WAY = 0.5, 4.0
@@ -459,7 +460,7 @@ class _Pair(NamedTuple):
         for texture in (self.moving, self.reference):
             if texture.cover is None or texture.weights is None:
                 continue
-            some = texture.cover.amin((-2, -1)) < 1
+            some = texture.cover.mean((-2, -1)) < 1 - _LEAST_HOLES
             left = texture.cover.mean((-2, -1)) >= _LEAST_COVER * texture.weights.mean((-2, -1))
             found = some if found is None else found | some
             enough = left if enough is None else enough & left

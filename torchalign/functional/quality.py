@@ -14,7 +14,12 @@ from torchalign.functional.uncertainty import isotropic
 from torchalign.functional.warp import resample
 from torchalign.types import Estimate, Motion, Status, combine
 
-__all__ = ["gate", "gate_stages", "normalized_cross_correlation"]
+__all__ = [
+    "gate",
+    "gate_stages",
+    "normalized_cross_correlation",
+    "rejected",
+]
 
 # A frame whose score does not gain by a move this small (in σ, in pixels) is left in place; a larger move without
 # a gain is a mistake. Below a quarter of a pixel the seasons change a score more than the move does.
@@ -227,7 +232,7 @@ def gate_stages(
         return result
     low = result.valid & (result.score < min_score)
     left = torch.where(low, int(Status.LOW_SCORE), result.status)
-    return _rejected(result._replace(status=left), identity)
+    return rejected(result._replace(status=left))
 
 
 def _screened(motion: Motion, limit: float, size: tuple[int, int], identity: Tensor) -> tuple[Motion, Tensor]:
@@ -267,11 +272,13 @@ def _judge(
         torch.zeros_like(status),
         motion.field,
     )
-    return _rejected(estimate, identity)
+    return rejected(estimate)
 
 
-def _rejected(estimate: Estimate, identity: Tensor) -> Estimate:
-    """What is said of a frame that was left as it came, where one was."""
+def rejected(estimate: Estimate) -> Estimate:
+    """What is said of a frame that was left as it came, where one was: the identity, and the scores of that."""
+    warp = estimate.warp
+    identity = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
     valid = estimate.valid
     sigma = torch.where(valid, estimate.sigma, torch.inf)
     rows = valid[..., None, None]
