@@ -38,7 +38,7 @@ _SQUARE, _LEAST_FILL = 5, 0.01
 # At a cut the first pixel is as far off the fill as the third; at a shore, or where a sensor saturates, it is not.
 _SHARPNESS = 0.8
 # A hot pixel is so many times as far off its neighbours along its row and its column as neighbours are on the mean.
-_HOT = 7.0
+_HOT = 10.0
 
 
 def undeclared_fill(image: Tensor, usable: Tensor | None = None) -> Tensor:

@@ -57,6 +57,9 @@ _OUTSIDE_MARGIN = 1.2
 _NEWTON_STEPS = 3
 # The last Newton step of an estimate that has converged is shorter than this, in pixels (float32 stalls at 1e-5).
 _NEWTON_TOLERANCE = 1e-2
+# Lines of the spectrum, up to so many bins wide to either side, are of stripes where at no shift they correlate by
+# this share more than their ground would.
+_LINE, _STATIC = 2, 0.12
 # Holes are divided by where they, and what is next to them, are at least this share of a frame; and where what lies
 # off them is at least that share of what is mostly usable.
 _LEAST_HOLES, _LEAST_COVER = 0.06, 0.6
@@ -157,7 +160,9 @@ def phase_correlation(
     pair = _Pair(texture, reference, grid, Window.of(grid, taper), weighting)
     window = pair.tapering.whole()
     spectrum, power = pair.correlate(window, window)
-    surface = irfft2(power, size)
+    rows, columns = _lines(grid)
+    # without the two lines on which a detector's stripes lie, which fit at no shift
+    surface = irfft2(power * ~(rows | columns), size)
     peak = coarse_peak(surface, (height, width), max_translation)
     if start is not None:
         peak = _higher_of(peak, start, power, grid, wave_orders(grid.frequencies))
@@ -170,6 +175,8 @@ def phase_correlation(
         _, power = pair.correlate(own, effective)
         if not vector and upsample_factor is None:
             holes = pair.holes()
+    if not vector:
+        power = _without_stripes(power, grid, shift)
     together = shift if robust else torch.zeros_like(shift)
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
     if holes is not None:
@@ -419,6 +426,35 @@ def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Te
         torch.stack([centre[..., 0] + offsets[best % count], centre[..., 1] + offsets[best // count]], -1)
         / factor
     )
+
+
+def _without_stripes(power: Tensor, grid: WorkingGrid, shift: Tensor) -> Tensor:
+    r"""The cross-power without the lines of columns, or rows, that stay where they are while the ground moves.
+
+    What is constant along an axis, as the gains of a detector's columns are, has its spectrum on a line. Where that
+    line correlates at no shift by more than the ground there would, it is left out.
+    """
+    fixed = power.detach()
+    masks = []
+    for axis, near in enumerate(_lines(grid)):
+        line = torch.where(near, fixed, 0.0).sum(axis - 2)  # (..., n)
+        along = grid.frequencies[1 - axis]
+        turned = line * wave(along, shift.detach()[..., axis])
+        # as if all of it were ground: what would be left of it at no shift
+        ground = turned.real.clamp(min=0)
+        expected = (ground * wave(along, shift.detach()[..., axis]).real).sum(-1)
+        static = line.real.sum(-1) > expected + _STATIC * ground.sum(-1)
+        masks.append(~(static[..., None, None] & near))
+    return power * (masks[0] & masks[1])
+
+
+def _lines(grid: WorkingGrid) -> tuple[Tensor, Tensor]:
+    """Bool, (h, 1) and (1, w//2+1): frequencies of what is constant along y, or x, as far as windows spread it."""
+    y, x = (
+        frequency.abs() * length < torch.sym_min(float(_LINE), samples / 32) + 0.5
+        for frequency, length, samples in zip(grid.frequencies, grid.frame, grid.size, strict=True)
+    )
+    return y[:, None], x[None]
 
 
 class _Pair(NamedTuple):

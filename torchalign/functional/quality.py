@@ -159,8 +159,9 @@ def gate_stages(
     """:func:`gate` for several motions of one stack, each found from the one before.
 
     A frame keeps its last acceptable motion; a later one that lowers the score by more than 0.001 is undone. Where
-    none is acceptable, the verdict is that on the first. All scores are taken over the same ground: what lies
-    inside the frame for every stage that was trusted, and is an inlier for the last of them that tells inliers.
+    none is acceptable, or the first is ``AMBIGUOUS``, the verdict is that on the first. All scores are taken over
+    the same ground: what lies inside the frame for every stage that was trusted, and is an inlier for the last
+    that tells inliers.
 
     Args:
         stages: at least one :class:`~torchalign.types.Motion`.
@@ -226,7 +227,9 @@ def gate_stages(
             result = judged
             continue
         worse = result.valid & (judged.score < result.score - _WORSE)
-        result = _choose(judged.valid & ~worse, judged, result)
+        # where more than one place fits, a later stage climbs to the one it happens to start near
+        doubted = result.status == int(Status.AMBIGUOUS)
+        result = _choose(judged.valid & ~worse & ~doubted, judged, result)
     assert result is not None
     if min_score is None:
         return result

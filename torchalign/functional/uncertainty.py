@@ -11,7 +11,17 @@ from torch import Tensor
 
 from torchalign.functional.working_grid import WorkingGrid
 
-__all__ = ["PeakQuality", "assess_peak", "isotropic", "largest_sigma", "overlap_curvature", "sandwich"]
+__all__ = [
+    "PeakQuality",
+    "assess_peak",
+    "isotropic",
+    "largest_direction",
+    "largest_sigma",
+    "overlap_curvature",
+    "sandwich",
+    "shared_slope",
+    "weights_error",
+]
 
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor (benchmarks/accuracy.py).
 _SIGMA_CALIBRATION = 1.07
@@ -53,6 +63,65 @@ def sandwich(hessian: tuple[Tensor, Tensor, Tensor], scatter: tuple[Tensor, Tens
     xy = ((hxx * hyy + hxy.square()) * gxy - hyy * hxy * gxx - hxx * hxy * gyy) / safe
     matrix = torch.stack((xx, xy, xy, yy), dim=-1).reshape(*xx.shape, 2, 2)
     return torch.where(regular[..., None, None], matrix, isotropic(torch.full_like(xx, torch.inf)))
+
+
+def largest_direction(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, y), the direction of the larger axis of symmetric (..., 2, 2) matrices."""
+    difference = (covariance[..., 0, 0] - covariance[..., 1, 1]).nan_to_num(0.0)
+    angle = 0.5 * torch.atan2(2 * covariance[..., 0, 1].nan_to_num(0.0), difference)
+    return angle.cos(), angle.sin()
+
+
+def shared_slope(
+    residual: Tensor, reference: Tensor, weights: Tensor, direction: tuple[Tensor, Tensor]
+) -> Tensor:
+    r"""Share of the reference's slope along a direction that is ground, and not its noise.
+
+    .. math:: 1 - \frac{\sum w\, (\partial_d (m - r))^2}{2 \sum w\, (\partial_d r)^2}
+
+    Two frames of one ground differ by the noise of both. Along a direction that the ground does not show, their
+    slopes are noise: the share is 0. Where they have only ρ in common, in all directions, it is (1 + ρ²) / 2.
+
+    Args:
+        residual: (..., h, w), of the two frames, brought together and to one contrast.
+        reference: (..., h, w).
+        weights: (..., h, w).
+        direction: (x, y) of a unit vector, (...,) each.
+
+    Returns:
+        (...,), at most 1; 1 where the reference has no slope.
+    """
+    weights = weights[..., 1:-1, 1:-1]
+
+    def energy(field: Tensor) -> Tensor:
+        by_x = field[..., 1:-1, 2:] - field[..., 1:-1, :-2]
+        by_y = field[..., 2:, 1:-1] - field[..., :-2, 1:-1]
+        along = direction[0][..., None, None] * by_x + direction[1][..., None, None] * by_y
+        return (weights * along.square()).sum((-2, -1))
+
+    whole = energy(reference)
+    return 1 - energy(residual) / torch.where(whole > 0, 2 * whole, torch.inf)
+
+
+def weights_error(reference: Tensor, weights: Tensor, grid: WorkingGrid) -> Tensor:
+    """(...,): what the weights leave of an error in small and smooth frames, in px; see :func:`assess_peak`.
+
+    Their share of the curvature, both summed over the two axes, times 0.4 px.
+
+    Args:
+        reference: (..., h, w), of mean nearly 0.
+        weights: (..., h, w), of each of the two frames.
+        grid: of both.
+    """
+    square = weights.square()
+    inner = square[..., 1:-1, 1:-1]
+    step_y, step_x = (length / samples for length, samples in zip(grid.frame, grid.size, strict=True))
+    by_y = (reference[..., 2:, 1:-1] - reference[..., :-2, 1:-1]) * (0.5 / step_y)
+    by_x = (reference[..., 1:-1, 2:] - reference[..., 1:-1, :-2]) * (0.5 / step_x)
+    slope = (inner * (by_y.square() + by_x.square())).sum((-2, -1))
+    xx, yy, _ = overlap_curvature(weights, grid)
+    share = (xx + yy) * (square * reference.square()).sum((-2, -1)) / torch.where(slope > 0, slope, torch.inf)
+    return _WEIGHTS_ERROR * share.clamp(max=1)
 
 
 class PeakQuality(NamedTuple):
@@ -155,9 +224,7 @@ def assess_peak(
     tiny = torch.finfo(bins.dtype).tiny
     height = value * torch.rsqrt(0.5 * bins * power[..., 0, 0] + tiny)
     # along the larger axis
-    difference = (covariance[..., 0, 0] - covariance[..., 1, 1]).nan_to_num(0.0)
-    angle = 0.5 * torch.atan2(2 * covariance[..., 0, 1], difference)
-    x, y = angle.cos(), angle.sin()
+    x, y = largest_direction(covariance)
 
     def along(matrix: tuple[Tensor, ...]) -> Tensor:
         return x * x * matrix[0] + y * y * matrix[1] + 2 * x * y * matrix[2]
