@@ -24,7 +24,7 @@ LAYERS = [
      "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
      "functional.uncertainty", "functional.shift_field", "functional.local", "functional.network",
-     "functional.low_pass",
+     "functional.low_pass", "functional.defects",
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
@@ -63,7 +63,7 @@ GROUND = {
 }
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
-          "functional.sift", "functional.local", "functional.network"}  # fmt: skip
+          "functional.sift", "functional.local", "functional.network", "functional.uncertainty"}  # fmt: skip
 # what a layer may use besides torch and the standard library
 FOREIGN = {
     **{

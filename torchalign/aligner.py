@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import math
 import re
@@ -22,11 +24,12 @@ from torchalign._check import (
     check_reference,
     check_warp,
 )
-from torchalign._host import all_finite, empty_on_host, is_transformed, map_on_host, may_read
+from torchalign._host import all_finite, all_true, empty_on_host, is_transformed, map_on_host, may_read
 from torchalign.functional.affine import change_origin, identity_warp, split_at_center
 from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel, see_channel
+from torchalign.functional.defects import enlargement, exclude_defects
 from torchalign.functional.motion import MotionModel
-from torchalign.functional.quality import gate_stages
+from torchalign.functional.quality import gate_stages, rejected
 from torchalign.functional.shift_field import move_origin
 from torchalign.functional.smoothing import triangle_mean
 from torchalign.functional.structure import orientation_field
@@ -36,6 +39,8 @@ from torchalign.types import Alignment, Estimate, Motion, ShiftField, Status, co
 
 __all__ = ["Aligner", "Block", "Job", "Motion", "SharedOptions", "full_precision", "undo_init"]
 
+# Shorter frames, in pixels, are not asked whether they were enlarged; half as many true samples are needed.
+_LEAST_ENLARGED = 32
 # Eager CPU: pixels of one block of frames. Fewer cost calls, more leave the cache.
 _BLOCK_PIXELS = 2**20
 
@@ -294,7 +299,80 @@ class Aligner(nn.Module, ABC):
         """The estimate of a block; and whether its warps are translations, whatever the data."""
         block = self._prepare_block(job)
         motion = self._find_motion(job, block)
-        return self._judge([motion], [self.max_translation], job, block), motion.only_shifts
+        estimate = self._judge([motion], [self.max_translation], job, block)
+        factor = self._common_enlargement(job, block)
+        return self._with_true_samples(estimate, factor, job, block), motion.only_shifts
+
+    def _common_enlargement(self, job: Job, block: Block) -> Tensor:
+        """(..., T), the factor by which a frame and its reference were enlarged; 1 where not both were, alike."""
+        if min(block.moving.shape[-2:]) < _LEAST_ENLARGED:
+            return torch.ones_like(block.moving[..., 0, 0], dtype=torch.int64)
+        own = enlargement(block.moving, block.usable)
+        other = enlargement(job.reference, job.usable)
+        return torch.where(own == other, own, 1)
+
+    def _with_true_samples(self, estimate: Estimate, factor: Tensor, job: Job, block: Block) -> Estimate:
+        """Frames that were enlarged as their reference was, estimated from every k-th pixel.
+
+        Their pixel grid is a pattern that fits itself at no motion. Every k-th pixel of an interpolated image is a
+        filtered sample of what it was made from: its grid is the true one. Where the factor may not be read (on a
+        device), or several channels are asked, such a frame is ``AMBIGUOUS``.
+        """
+        if all_true(factor == 1):
+            return estimate
+        if not may_read(factor) or factor.ndim != 1:
+            return flagged(estimate, factor > 1)
+        parts, order = [], []
+        for k in sorted(set(factor.tolist())):
+            rows = (factor == k).nonzero().squeeze(-1)
+            order.append(rows)
+            if k == 1 or min(block.moving.shape[-2:]) < _LEAST_ENLARGED * k // 2:
+                part = estimate.map(functools.partial(torch.index_select, dim=0, index=rows))
+                parts.append(part if k == 1 else flagged(part, torch.ones_like(part.valid)))
+            else:
+                parts.append(self._estimate_every(int(k), rows, job, block))
+        back = torch.cat(order).argsort()
+        return combine(torch.cat, parts).map(lambda field: field[back])
+
+    def _estimate_every(self, k: int, rows: Tensor, job: Job, block: Block) -> Estimate:
+        """The estimate of some frames from every k-th pixel of the channel, in pixels of the whole frame."""
+        coarse = self._at_scale(1 / k)
+
+        def thin(image: Tensor | None) -> Tensor | None:
+            if image is None:
+                return None
+            return (image if image.shape[0] == 1 else image[rows])[..., ::k, ::k].contiguous()
+
+        moving, reference = thin(block.moving), thin(job.reference)
+        assert moving is not None
+        assert reference is not None
+        init = None if block.init is None else _scaled(block.init[rows], 1 / k)
+        part = Job(moving.unsqueeze(-3), thin(block.usable), reference, thin(job.usable), None, init)
+        found, _ = coarse._estimate(coarse._job_of(part))
+        warp = _scaled(found.warp, k)
+        if block.origin != (0, 0):
+            moved = change_origin(warp, (-block.origin[0], -block.origin[1]))
+            moved = moved / moved[..., 2:, 2:] if moved.shape[-2] == 3 else moved
+            warp = torch.where(found.valid[..., None, None], moved, warp)
+        return found._replace(warp=warp, sigma=k * found.sigma, covariance=k * k * found.covariance)
+
+    def _job_of(self, job: Job) -> Any:
+        """The job of one channel, in the form that :meth:`_estimate` takes."""
+        return job
+
+    def _at_scale(self, scale: float) -> Aligner:
+        """The same method for one band, whose pixels are as many times as short."""
+        other = copy.copy(self)
+        # a shallow copy shares the dictionary of its modules, of which the channel may be one
+        other.__dict__["_modules"] = {
+            name: module for name, module in self._modules.items() if name != "channel"
+        }
+        other.channel, other.crop_center = 0, None
+        other.max_translation = self.max_translation * scale
+        limit = getattr(self, "max_sigma", None)
+        if isinstance(limit, float):
+            vars(other)["max_sigma"] = limit * scale
+        return other
 
     def _prepare_block(self, job: Job) -> Block:
         """What a method is given of a block: the channel, cropped, and an init in its coordinates."""
@@ -366,12 +444,16 @@ class Aligner(nn.Module, ABC):
         image = extract_channel(window, self.channel, rgb_bands=self.rgb_bands)
         if image.dtype.itemsize < 4:
             image = image.float()
-        if mask is None and all_finite(image):
-            return image, None
-        usable = image.isfinite()
-        if mask is not None:
-            usable = usable & mask
-        return torch.where(usable, image, 0.0), usable
+        usable = None
+        if mask is not None or not all_finite(image):
+            usable = image.isfinite()
+            if mask is not None:
+                usable = usable & mask
+            image = torch.where(usable, image, 0.0)
+        good = exclude_defects(image, usable)
+        if good is None or good is usable:
+            return image, usable
+        return torch.where(good, image, 0.0), good
 
     def extra_repr(self) -> str:
         """The options, as they are written in the constructor."""
@@ -440,6 +522,22 @@ def _finite(init: Tensor) -> tuple[Tensor, Tensor]:
     nonfinite = ~init.isfinite().flatten(-2).all(-1)
     identity = identity_warp(homography=init.shape[-2] == 3, device=init.device, dtype=init.dtype)
     return torch.where(nonfinite[..., None, None], identity, init), nonfinite
+
+
+def _scaled(warp: Tensor, scale: float) -> Tensor:
+    """The same motion, or shift (..., 2), in pixels ``1 / scale`` times as long, the first of which lie alike."""
+    if warp.shape[-1] == 2:
+        return warp * scale
+    upper = torch.cat((warp[..., :2, :2], warp[..., :2, 2:] * scale), -1)
+    if warp.shape[-2] == 2:
+        return upper
+    return torch.cat((upper, torch.cat((warp[..., 2:, :2] / scale, warp[..., 2:, 2:]), -1)), -2)
+
+
+def flagged(estimate: Estimate, ambiguous: Tensor) -> Estimate:
+    """Accepted frames that are ambiguous after all go back to the identity."""
+    status = torch.where(ambiguous & estimate.valid, int(Status.AMBIGUOUS), estimate.status)
+    return rejected(estimate._replace(status=status))
 
 
 def _concatenate(parts: list[Estimate]) -> Estimate:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchalign._check import message
-from torchalign.aligner import Aligner, Block, Job
+from torchalign.aligner import Aligner, Block, Job, flagged
 from torchalign.functional.affine import (
     center_displacement,
     change_origin,
@@ -153,7 +153,22 @@ class Cascade(Aligner):
             for motion, own in motions
         ]
         limits = [stage.max_translation for stage in self._stages()]
-        return self._judge(judged, limits, job, block), all(motion.only_shifts for motion in judged)
+        estimate = self._judge(judged, limits, job, block)
+        factor = self._common_enlargement(job, block)
+        # every k-th pixel of one channel serves all stages only if all are given the same
+        first = motions[0][1]
+        seen = {(str(stage.channel), stage.rgb_bands) for stage in self._stages()}
+        if len(seen) == 1 and first.is_over(block) and not callable(self._stages()[0].channel):
+            estimate = self._with_true_samples(estimate, factor, job, block._replace(init=first.init))
+        else:
+            estimate = flagged(estimate, factor > 1)
+        return estimate, all(motion.only_shifts for motion in judged)
+
+    def _job_of(self, job: Job) -> _Jobs:
+        return _Jobs((job,) * len(self.stages))
+
+    def _at_scale(self, scale: float) -> Cascade:
+        return Cascade(*(stage._at_scale(scale) for stage in self._stages()))
 
     def _map(self, function: Callable[[slice], Estimate], blocks: list[slice]) -> list[Estimate]:
         stateful = any(callable(stage.channel) for stage in self._stages())

@@ -51,8 +51,8 @@ class ECC(Aligner):
 
     Args:
         motion: ``"translation"``, ``"euclidean"``, ``"similarity"``, ``"affine"`` or ``"homography"``.
-        levels: of the pyramid, each of half the resolution; ``None`` for as many as leave 20 samples of 2 pixels
-            along the shorter side.
+        levels: of the pyramid, each of half the resolution; ``None`` for as many as leave 20 samples
+            along the shorter side, 8 of frames of 200 pixels and more.
         max_iterations: on each level, and for each set of weights.
         tolerance: a frame has converged when a step moves no point of it by more, in pixels.
         gauss_kernel_size: size in pixels, odd, of a Gaussian that both images are blurred with, as OpenCV and
@@ -70,7 +70,8 @@ class ECC(Aligner):
 
     Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``NOT_CONVERGED`` where the last step was longer
     than ``tolerance``, the correlation is no more than that of unrelated scenes (5 standard deviations), or σ
-    exceeds ``max_sigma``; then what the gate says.
+    exceeds ``max_sigma``; ``AMBIGUOUS`` where along some direction the slope of the ground is noise; then what the
+    gate says.
 
     References:
         Evangelidis & Psarakis 2008, doi:10.1109/TPAMI.2008.113; Baker & Matthews 2004,
@@ -166,8 +167,10 @@ class ECC(Aligner):
         )
         sure = found.converged & (found.sigma <= self.max_sigma)
         status = torch.where(sure, int(Status.OK), int(Status.NOT_CONVERGED))
+        status = torch.where(found.converged & found.ambiguous, int(Status.AMBIGUOUS), status)
         status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
-        return Motion(found.warp, found.sigma, status, found.inliers, only_shifts(self.motion, init))
+        shifts = only_shifts(self.motion, init)
+        return Motion(found.warp, found.sigma, status, found.inliers, shifts, found.covariance)
 
     def _seen_as(self) -> dict[str, Any]:
         """What of an image is registered."""

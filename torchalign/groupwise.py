@@ -399,7 +399,7 @@ class Groupwise(nn.Module):
 
     def _choose(self, frames: Frames) -> Edges:
         """The pairs to compare; where numbers may be read, those that need no comparing are left out."""
-        field, weights, flat = frames.texture
+        field, weights, flat = frames.texture[:3]
         with torch.no_grad():
             features, shown = cell_contrast(field, weights)
             keys = frame_keys(features, shown, 1 + self.links)
@@ -562,8 +562,7 @@ class Groupwise(nn.Module):
 
 
 def _pick(texture: Texture, index: Tensor) -> Texture:
-    field, weights, flat = texture
-    return Texture(field[index], None if weights is None else weights[index], flat[index])
+    return Texture(*(None if part is None else part[index] for part in texture))
 
 
 def _cut(texture: Texture, side: int) -> Texture:
@@ -574,7 +573,7 @@ def _cut(texture: Texture, side: int) -> Texture:
         parts = values[:, : rows * side, : columns * side].reshape(-1, side, rows, side, columns)
         return parts.transpose(2, 3).flatten(1, 2)
 
-    field, weights, flat = texture
+    field, weights, flat = texture[:3]
     field, weights = cut(field), None if weights is None else cut(weights)
     empty = flat[:, None] | (field.square().mean((-2, -1)) <= _FLAT_BLOCK)
     if weights is not None:

@@ -35,6 +35,7 @@ from torchalign.functional.matching import (
 from torchalign.functional.motion import MotionModel, only_shifts
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.texture import Texture, extract_texture
+from torchalign.functional.uncertainty import largest_sigma
 from torchalign.functional.warp import resample
 from torchalign.functional.working_grid import WorkingGrid
 from torchalign.models.extractors import (
@@ -412,20 +413,21 @@ class LGM(Aligner):
     def _fitted(self, part: _Part) -> Motion:
         """The motion of the matches."""
         found = self._correspond(part)
-        return Motion(found.whole(found.fit.warp), found.fit.sigma, found.status)
+        fit = found.fit
+        return Motion(found.whole(fit.warp), fit.sigma, found.status, covariance=fit.covariance)
 
     def _refined(self, part: _Part) -> Motion:
         """The motion by correlation, where that of the matches brings both to the same ground."""
         found = self._correspond(part)
         rough = found.fit.warp.detach()
         if self.motion == "translation":
-            warp, sigma, inliers = self._correlated(part, found, rough)
-        else:
-            warp, sigma = rough, found.fit.sigma
-            ground = None
-            for _ in range(2):  # windows that show the same ground do not pull; after the first pass they do
-                warp, sigma, inliers, ground = self._ascended(part, found, warp.detach(), sigma, ground)
-        return Motion(found.whole(warp), sigma, found.status, inliers)
+            return self._correlated(part, found, rough)
+        warp, covariance = rough, found.fit.covariance
+        ground = None
+        for _ in range(2):  # windows that show the same ground do not pull; after the first pass they do
+            warp, covariance, inliers, ground = self._ascended(part, found, warp.detach(), covariance, ground)
+        sigma = largest_sigma(covariance)
+        return Motion(found.whole(warp), sigma, found.status, inliers, covariance=covariance)
 
     def _on_reference(self, part: _Part, found: _Found, warp: Tensor) -> tuple[Tensor, Tensor]:
         """The frames (N, H, W) on the reference, and where both are usable."""
@@ -435,7 +437,7 @@ class LGM(Aligner):
         usable = moved.validity if part.reference_usable is None else moved.validity & part.reference_usable
         return moved.values.squeeze(-3), usable
 
-    def _correlated(self, part: _Part, found: _Found, rough: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _correlated(self, part: _Part, found: _Found, rough: Tensor) -> Motion:
         """A translation: the whole of the ground that both show, correlated."""
         size = (part.moving.shape[-2], part.moving.shape[-1])
         assert part.texture is not None
@@ -445,7 +447,7 @@ class LGM(Aligner):
         moved, usable = self._on_reference(part, found, translation_warp(whole))
         on_it, there = self._on_reference(part, found, rough)
         with torch.no_grad():
-            field, _, _ = extract_texture(moved, usable, max_frequency=_MAX_FREQUENCY)
+            field = extract_texture(moved, usable, max_frequency=_MAX_FREQUENCY).field
             grid = WorkingGrid.of(size, (field.shape[-2], field.shape[-1]), _MAX_FREQUENCY, field)
             same = agreement(grid.move(rfft2(field), left), part.texture, fine=True)
         ground = usable & shared_ground(on_it, part.reference, same, usable & there)
@@ -456,10 +458,15 @@ class LGM(Aligner):
         assert refined.inliers is not None
         better = refined.converged
         shift = torch.where(better.unsqueeze(-1), whole + refined.shift, rough[..., 2])
-        return translation_warp(shift), torch.where(better, refined.sigma, found.fit.sigma), refined.inliers
+        covariance = torch.where(better[..., None, None], refined.covariance, found.fit.covariance)
+        status = torch.where(
+            (found.status == 0) & better & refined.ambiguous, int(Status.AMBIGUOUS), found.status
+        )
+        warp = found.whole(translation_warp(shift))
+        return Motion(warp, largest_sigma(covariance), status, refined.inliers, covariance=covariance)
 
     def _ascended(
-        self, part: _Part, found: _Found, rough: Tensor, sigma: Tensor, ground: Tensor | None
+        self, part: _Part, found: _Found, rough: Tensor, covariance: Tensor, ground: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A richer motion: windows around the matches that agree."""
         size = (part.moving.shape[-2], part.moving.shape[-1])
@@ -486,7 +493,8 @@ class LGM(Aligner):
         same = agreement(field.detach(), reference_field, fine=True)
         ground = shared_ground(moved.detach(), part.reference, same, usable)
         inliers = agreement(field, reference_field)
-        return warp, torch.where(better, refined.sigma, sigma), inliers, ground
+        covariance = torch.where(better[..., None, None], refined.covariance, covariance)
+        return warp, covariance, inliers, ground
 
     def _tie_points(self, job: Job) -> list[Tensor]:
         """The fields of :class:`MatchedPoints` of a block."""

@@ -107,7 +107,9 @@ class PCC(Aligner):
 
     def prepare_reference(self, image: Tensor, usable: Tensor | None) -> Texture:
         """The reference's texture, see :meth:`Aligner.prepare_reference`."""
-        return extract_texture(image, usable, max_frequency=self.max_frequency, contrast=self.contrast)
+        return extract_texture(
+            image, usable, max_frequency=self.max_frequency, contrast=self.contrast, cover=True
+        )
 
     @property
     def score_contrast(self) -> Contrast:
@@ -148,6 +150,7 @@ class PCC(Aligner):
         status = torch.zeros_like(found.flat, dtype=torch.int64)
         sure = found.converged & (found.sigma <= self.max_sigma)
         status = torch.where(sure, status, int(Status.NOT_CONVERGED))
+        status = torch.where(found.converged & found.ambiguous, int(Status.AMBIGUOUS), status)
         status = torch.where(found.outside, int(Status.TOO_FAR), status)
         status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
-        return Motion(warp, found.sigma, status, found.inliers, only_shifts=about_centre is None)
+        return Motion(warp, found.sigma, status, found.inliers, about_centre is None, found.covariance)

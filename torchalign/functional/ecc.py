@@ -68,6 +68,13 @@ from torchalign.functional.sampling import (
 )
 from torchalign.functional.smoothing import block_sums, nanmedian
 from torchalign.functional.texture import Brightness, Texture, extract_pyramid
+from torchalign.functional.uncertainty import (
+    isotropic,
+    largest_direction,
+    largest_sigma,
+    shared_slope,
+    weights_error,
+)
 from torchalign.functional.working_grid import Window, WorkingGrid, ramp_length, tukey, working_size
 
 __all__ = [
@@ -85,8 +92,9 @@ Robust = Literal["agreement", "residual", "none"]
 Gradients = Literal["implicit", "unrolled"]
 Parts = TypeVar("Parts", bound=tuple[Any, ...])
 
-# The coarsest level still has this many samples along the frame's shorter side.
-_COARSEST = 20
+# The coarsest level still has this many samples along the frame's shorter side, and of frames whose finest has
+# enough this many; so few of a small frame lead astray.
+_COARSEST, _COARSEST_OF_LARGE, _LARGE = 20, 8, 100
 # Samples of the spline for each sample of the level: at the band's edge four a period.
 _OVERSAMPLING = 2
 # The product of two textures is weighted by |f|, as in phase correlation: each gets the root.
@@ -103,6 +111,8 @@ _INDEPENDENT = 0.35
 _BLOCK = 3
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor.
 _SIGMA_CALIBRATION = 1.1
+# A direction along which less than this share of the slope is the ground's is ambiguous.
+_LEAST_SHARE = 0.35
 # A point farther out than this, in samples, is nowhere.
 _NOWHERE = 1e7
 # Relative to its trace: what keeps a Hessian with a blind direction from having an inverse without bounds.
@@ -116,20 +126,25 @@ class EnhancedCorrelation(NamedTuple):
 
     Attributes:
         warp: (..., T, 2, 3), or (..., T, 3, 3) for a homography (or where ``init`` was one).
-        sigma: (..., T), predicted 1-σ error per axis of the displacement of the frame's centre, in pixels.
+        sigma: (..., T), predicted 1-σ error of the displacement of the frame's centre, in pixels, along the larger
+            axis of ``covariance``.
+        covariance: (..., T, 2, 2), of the displacement of the frame's centre, px².
         significance: (..., T), the correlation in standard deviations of that of unrelated scenes.
         flat: (..., T) bool, no texture or too few usable pixels in frame or reference.
         converged: (..., T) bool, the last step was short, the Hessian has an inverse, the correlation is
             significant.
+        ambiguous: (..., T) bool, along some direction the slope of the reference is noise.
         inliers: (..., T, h, w), weights in [0, 1] over the reference: where both show the same ground. ``None``
             if not asked for (``robust="none"``).
     """
 
     warp: Tensor
     sigma: Tensor
+    covariance: Tensor
     significance: Tensor
     flat: Tensor
     converged: Tensor
+    ambiguous: Tensor
     inliers: Tensor | None
 
 
@@ -202,7 +217,8 @@ def enhanced_correlation(
         init: (..., T, 2 or 3, 3), a warp moving → reference to start from, or (..., T, 2), a shift (x, y) in
             pixels; ``None`` for none. What the motion model lacks (the rotation of an init, for a translation)
             is kept as it is. A frame whose init is no number starts from the identity, and has not converged.
-        levels: of the pyramid; ``None`` for as many as leave 20 samples along the shorter side.
+        levels: of the pyramid; ``None`` for as many as leave 20 samples along the shorter side, 8 of frames
+            of 100 and more.
         max_iterations: on each level, and for each set of weights.
         tolerance: a frame has converged when a step moves no point of it by more, in pixels.
         max_frequency: the band that is used on the finest level, in cycles per pixel.
@@ -279,9 +295,11 @@ def enhanced_correlation(
     return EnhancedCorrelation(
         found if homography else from_homogeneous(found),
         quality.sigma,
+        quality.covariance,
         quality.significance,
         (finest.flat | frames.flat).expand(shape),
         quality.converged & finite,
+        quality.ambiguous,
         state.inliers,
     )
 
@@ -303,15 +321,17 @@ def level_frequencies(
     Args:
         frame: (H, W) in pixels.
         max_frequency: of the finest level, in cycles per pixel.
-        levels: how many; ``None`` for as many as leave 20 samples along the shorter side.
+        levels: how many; ``None`` for as many as leave 20 samples along the shorter side, 8 of frames
+            of 100 and more.
 
-    >>> level_frequencies((256, 300)), level_frequencies((256, 300), levels=1)
-    ((0.25, 0.125, 0.0625), (0.25,))
+    >>> level_frequencies((256, 300)), level_frequencies((128, 128)), level_frequencies((256, 300), levels=1)
+    ((0.25, 0.125, 0.0625, 0.03125, 0.015625), (0.25, 0.125), (0.25,))
     """
     if levels is None:
         shortest = min(working_size(frame, max_frequency))
         levels = 1
-        while shortest >= _COARSEST * 2**levels:  # torch.export notes for which sizes this holds
+        least = _COARSEST_OF_LARGE if shortest >= _LARGE else _COARSEST
+        while shortest >= least * 2**levels:  # torch.export notes for which sizes this holds
             levels += 1
     return tuple(max_frequency / 2**level for level in range(levels))
 
@@ -810,8 +830,10 @@ def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
 
 class _Quality(NamedTuple):
     sigma: Tensor  # (..., T)
+    covariance: Tensor  # (..., T, 2, 2)
     significance: Tensor  # (..., T)
     converged: Tensor  # (..., T) bool
+    ambiguous: Tensor  # (..., T) bool
 
 
 def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
@@ -847,13 +869,14 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     sums = torch.matmul(lever, sums[..., 2:, :, :].flatten(-2) - mean * sums[..., :1, :, :].flatten(-2))
     blocks = sums.shape[-1]
     freedom = blocks / max(1, blocks - level.regressors.shape[-2])
-    variance = freedom * sums.square().sum(-1).mean(-1)
-    sigma = (
-        _SIGMA_CALIBRATION
-        * half_length(level.grid.frame)
-        * variance.sqrt()
-        / seen.correlation.square().square()
-    )
+    scatter = freedom * torch.matmul(sums, sums.mT)
+    scale = _SIGMA_CALIBRATION * half_length(level.grid.frame) / seen.correlation.square().square()
+    covariance = scale.square()[..., None, None] * scatter
+    root = _unflatten(system.weights, -1, size).sqrt()
+    covariance = covariance + isotropic(weights_error(level.field, root, level.grid))
+    sigma = largest_sigma(covariance)
+    residual, weights = (_unflatten(field, -1, size) for field in (residual, system.weights))
+    share = shared_slope(residual, level.field, weights, largest_direction(covariance))
 
     ground = state.common.square()
     tiny = torch.finfo(values.dtype).tiny
@@ -862,7 +885,10 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
 
     sound = system.sound & sigma.isfinite() & state.warp.isfinite().flatten(-2).all(-1)
     converged = sound & (state.reach <= tolerance) & (significance >= _MIN_SIGNIFICANCE)
-    return _Quality(torch.where(sound, sigma, torch.inf), significance, converged)
+    unknown = isotropic(torch.full_like(sigma, torch.inf))
+    covariance = torch.where(sound[..., None, None], covariance, unknown)
+    sigma = torch.where(sound, sigma, torch.inf)
+    return _Quality(sigma, covariance, significance, converged, share < _LEAST_SHARE)
 
 
 class _Moments(NamedTuple):

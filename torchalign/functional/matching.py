@@ -54,6 +54,7 @@ from torchalign.functional.motion import (
     warp_of,
 )
 from torchalign.functional.phase import cross_power, derivatives_at, multiplicity, wave_orders
+from torchalign.functional.uncertainty import isotropic, largest_sigma
 from torchalign.functional.working_grid import tukey
 
 __all__ = [
@@ -112,8 +113,9 @@ class MotionFit(NamedTuple):
         weight: (..., K) in [0, 1], Tukey's weight of each match times its own.
         inliers: (...,), number of matches within :data:`INLIER_RADIUS`.
         matches: (...,), number of matches.
-        sigma: (...,), predicted 1-σ error of the displacement of the frame's centre, per axis, in pixels; infinite
-            where the matches do not define the motion.
+        sigma: (...,), predicted 1-σ error of the displacement of the frame's centre, in pixels, along the larger
+            axis of ``covariance``; infinite where the matches do not define the motion.
+        covariance: (..., 2, 2), of the displacement of the frame's centre, px².
     """
 
     warp: Tensor
@@ -121,6 +123,7 @@ class MotionFit(NamedTuple):
     inliers: Tensor
     matches: Tensor
     sigma: Tensor
+    covariance: Tensor
 
 
 class WindowFit(NamedTuple):
@@ -128,13 +131,16 @@ class WindowFit(NamedTuple):
 
     Attributes:
         warp: (..., 2, 3) or (..., 3, 3), to be applied after the motion the images were brought together with.
-        sigma: (...,), predicted 1-σ error of the displacement of the frame's centre, per axis, in pixels.
+        sigma: (...,), predicted 1-σ error of the displacement of the frame's centre, in pixels, along the larger
+            axis of ``covariance``.
         converged: (...,) bool.
+        covariance: (..., 2, 2), of the displacement of the frame's centre, px².
     """
 
     warp: Tensor
     sigma: Tensor
     converged: Tensor
+    covariance: Tensor
 
 
 # ---------------------------------------------------------------------------------------------------- matches
@@ -345,9 +351,11 @@ def reweighted_fit(
     freedom = inner.sum(-1) - 0.5 * PARAMETERS[motion]
     spread = 0.5 * (inner * square).sum(-1) / freedom.clamp(min=0.5) / _TUKEY_VARIANCE
     determined = (freedom > 0) & covariance.isfinite().flatten(-2).all(-1)
-    variance = torch.where(determined, 0.5 * (covariance[..., 0, 0] + covariance[..., 1, 1]), 0.0)
-    sigma = torch.where(determined, (spread * variance).clamp(min=0).sqrt(), torch.inf)
-    return MotionFit(warp, inner, near, matched.to(weight.dtype).sum(-1), sigma)
+    centre = torch.where(determined[..., None, None], covariance[..., :2, :2], 0.0)
+    centre = spread[..., None, None] * centre
+    sigma = torch.where(determined, largest_sigma(centre), torch.inf)
+    centre = torch.where(determined[..., None, None], centre, isotropic(sigma))
+    return MotionFit(warp, inner, near, matched.to(weight.dtype).sum(-1), sigma, centre)
 
 
 def significance(
@@ -473,10 +481,13 @@ def window_ascent(
     covariance = inverse @ _scatter(pulls.detach(), left / width, top / height) @ inverse
     used = (emphasis > 0).to(energy).sum(-1)
     freedom = used - 0.5 * PARAMETERS[motion]
-    variance = 0.5 * (covariance[..., 0, 0] + covariance[..., 1, 1]) * used / freedom.clamp(min=0.5)
-    sigma = _SIGMA_CALIBRATION * variance.clamp(min=0).sqrt()
+    inflated = _SIGMA_CALIBRATION**2 * used / freedom.clamp(min=0.5)
+    centre = inflated[..., None, None] * covariance[..., :2, :2]
+    known = centre.isfinite().flatten(-2).all(-1)
+    centre = torch.where(known[..., None, None], centre, isotropic(torch.full_like(used, torch.inf)))
+    sigma = largest_sigma(centre)
     converged = definite & (freedom >= 1) & (step.detach().abs().amax(-1) < _ASCENT_TOLERANCE)
-    return WindowFit(_increment(delta, size, motion), sigma, converged & sigma.isfinite())
+    return WindowFit(_increment(delta, size, motion), sigma, converged & sigma.isfinite(), centre)
 
 
 class _Ascent(NamedTuple):

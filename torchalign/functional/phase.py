@@ -34,6 +34,7 @@ from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave
 from torchalign.functional.sizes import lags_within, square_root
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid, extract_texture
+from torchalign.functional.uncertainty import PeakQuality, assess_peak, largest_sigma, overlap_curvature
 from torchalign.functional.working_grid import Window, WorkingGrid, working_size
 
 __all__ = [
@@ -58,9 +59,16 @@ _OUTSIDE_MARGIN = 1.2
 _NEWTON_STEPS = 3
 # The last Newton step of an estimate that has converged is shorter than this, in pixels (float32 stalls at 1e-5).
 _NEWTON_TOLERANCE = 1e-2
-# Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor (benchmarks/accuracy.py).
-_SIGMA_CALIBRATION = 1.07
-# And across sensors, where each shows edges of its own, by this one more (benchmarks/sensors.py).
+# Lines of the spectrum, up to so many bins wide to either side, are of stripes where at no shift they correlate by
+# this share more than their ground would.
+_LINE, _STATIC = 2, 0.12
+# Holes are divided by where they, and what is next to them, are at least this share of a frame; and where what lies
+# off them is at least that share of what is mostly usable.
+_LEAST_HOLES, _LEAST_COVER = 0.06, 0.6
+# What is taken off for the weights' own correlation is of the second order: no more than this, on no longer a way
+# than that, in pixels.
+_LARGEST_CORRECTION, _LONGEST_WAY = 0.5, 4.0
+# Across sensors, where each shows edges of its own, errors exceed the prediction by that (benchmarks/sensors.py).
 _STRUCTURE_CALIBRATION = 3.2
 
 
@@ -69,21 +77,25 @@ class PhaseShift(NamedTuple):
 
     Attributes:
         shift: (..., 2), (x, y) in pixels.
-        sigma: (...,), predicted 1-σ error per axis, in pixels.
+        sigma: (...,), predicted 1-σ error in pixels, along the larger axis of ``covariance``.
+        covariance: (..., 2, 2), predicted, of the errors, px².
         significance: (...,), height of the coarse peak in standard deviations of the correlation surface.
         flat: (...,) bool, no texture or too few usable pixels in frame or reference.
         outside: (...,) bool, a clearly higher peak lies beyond ``max_translation``.
         converged: (...,) bool, the peak is significant and Newton's ascent arrived near it.
+        ambiguous: (...,) bool, along some direction nothing but the weights, or chance, fixes the maximum.
         inliers: (..., h, w), weights in [0, 1] on the grid of the reference (coarser than the frames by the
             band limit): where both show the same ground. ``None`` if not asked for (``robust=False``).
     """
 
     shift: Tensor
     sigma: Tensor
+    covariance: Tensor
     significance: Tensor
     flat: Tensor
     outside: Tensor
     converged: Tensor
+    ambiguous: Tensor
     inliers: Tensor | None
 
 
@@ -147,62 +159,64 @@ def phase_correlation(
         height, width = moving.shape[-2:]
         samples = working_size((height, width), max_frequency)
         grid = WorkingGrid.of((height, width), samples, max_frequency, moving)
-        (texture,) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast)
-    field, weights, moving_flat = texture
+        (texture,) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast, cover=True)
     vector = texture.is_vector
     weighting = weighting or ("none" if vector else "ramp")
     robust = not vector if robust is None else robust
     if not isinstance(reference, Texture):
-        reference = extract_texture(reference, reference_mask, max_frequency=max_frequency, contrast=contrast)
-    reference_field, reference_weights, reference_flat = reference
-    flat = moving_flat | reference_flat
-
-    def correlate(own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """The moving frame's spectrum under its window, and the cross-power: (..., h, w//2+1)."""
-        spectrum = rfft2(field * own)
-        reference_spectrum = rfft2(reference_field * other)
-        power = cross_power(spectrum, reference_spectrum, grid.radius, max_frequency, weighting)
-        return spectrum, power.sum(0) if vector else power
-
-    orders = wave_orders(grid.frequencies)
-    tapering = Window.of(grid, taper)
-    window = tapering.whole
-    spectrum, power = correlate(window, window)
-    surface = irfft2(power, samples)
+        reference = extract_texture(
+            reference, reference_mask, max_frequency=max_frequency, contrast=contrast, cover=True
+        )
+    pair = _Pair(texture, reference, grid, Window.of(grid, taper), weighting)
+    window = pair.tapering.whole
+    spectrum, power = pair.correlate(window, window)
+    rows, columns = _lines(grid)
+    # without the two lines on which a detector's stripes lie, which fit at no shift
+    surface = irfft2(power * ~(rows | columns), samples)
     peak = coarse_peak(surface, (height, width), max_translation)
     if start is not None:
-        peak = _higher_of(peak, start, power, grid, orders)
+        peak = _higher_of(peak, start, power, grid, wave_orders(grid.frequencies))
     shift, outside = peak.shift, peak.outside
 
-    inliers = None
-    effective = window.square()
+    inliers, effective, holes = None, window, None
     if robust:
-        inliers = agreement(grid.move(spectrum, shift), reference_field * window, vector=vector)
-        # holes too must lie on the same ground in both, or their pattern is what is correlated
-        if reference_weights is not None:
-            inliers = inliers * reference_weights
-        if weights is not None:
-            inliers = inliers * grid.move(rfft2(weights), shift).clamp(0, 1)
-        # each frame gets the window, and the weights, of the ground that both show
-        tapered = tapering.common(-shift) * grid.move(rfft2(inliers), -shift)
-        reference_tapered = tapering.common(shift) * inliers
-        _, power = correlate(tapered, reference_tapered)
-        effective = reference_tapered.square()
-
-    if upsample_factor is None:
-        refined, step, curved = refine_peak(power, grid.frequencies, shift, orders)
-    else:
-        refined = _upsampled_peak(power, grid.frequencies, shift, upsample_factor)
-        step, curved = torch.zeros_like(shift), torch.ones_like(outside)
-    sigma = _sigma(power, grid.frequencies, refined, effective, orders)
+        same = agreement(grid.move(spectrum, shift), reference.field * window, vector=vector)
+        inliers, own, effective = pair.weights_at(shift, same)
+        _, power = pair.correlate(own, effective)
+        if not vector and upsample_factor is None:
+            holes = pair.holes()
+    if not vector:
+        power = _without_stripes(power, grid, shift)
+    together = shift if robust else torch.zeros_like(shift)
+    found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
+    if holes is not None:
+        divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same)
+        found = found._replace(
+            shift=torch.where(holes[..., None], divided, found.shift),
+            step=torch.where(holes, step, found.step),
+            curved=torch.where(holes, curved, found.curved),
+        )
+    covariance = found.quality.covariance
     if vector:
-        sigma = _STRUCTURE_CALIBRATION * sigma
-    climbed = (refined - shift).norm(dim=-1)
+        covariance = _STRUCTURE_CALIBRATION**2 * covariance
+    sigma = largest_sigma(covariance)
+    climbed = (found.shift - shift).norm(dim=-1)
     # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)
     near = (climbed <= 2 * height / samples[0]) | (climbed <= 2 * width / samples[1])
-    converged = curved & near & (step.norm(dim=-1) < _NEWTON_TOLERANCE) & torch.isfinite(sigma)
+    converged = found.curved & near & (found.step < _NEWTON_TOLERANCE) & torch.isfinite(sigma)
     converged = converged & (peak.significance >= _MIN_SIGNIFICANCE)
-    return PhaseShift(refined, sigma, peak.significance, flat, outside, converged, inliers)
+    flat = texture.flat | reference.flat
+    return PhaseShift(
+        found.shift,
+        sigma,
+        covariance,
+        peak.significance,
+        flat,
+        outside,
+        converged,
+        found.quality.ambiguous,
+        inliers,
+    )
 
 
 def cross_power(
@@ -439,40 +453,196 @@ def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Te
     )
 
 
-def _sigma(
-    power: Tensor,
-    frequencies: tuple[Tensor, Tensor],
-    shift: Tensor,
-    effective: Tensor,
-    orders: tuple[Tensor, Tensor],
-) -> Tensor:
-    r"""Predicted 1-σ error per axis: the sandwich :math:`H^{-1} G H^{-1}`, G the scatter of the gradient.
+def _without_stripes(power: Tensor, grid: WorkingGrid, shift: Tensor) -> Tensor:
+    r"""The cross-power without the lines of columns, or rows, that stay where they are while the ground moves.
 
-    At the optimum every frequency pulls by :math:`-\omega\, \mathrm{Im}\,P e^{i\omega t}`; the pulls sum to zero,
-    and the sum of their squares is the variance of that sum, times the number of bins that the window's
-    spectrum correlates, :math:`N \sum u^2 / (\sum u)^2` for a window whose square is u.
+    What is constant along an axis, as the gains of a detector's columns are, has its spectrum on a line. Where that
+    line correlates at no shift by more than the ground there would, it is left out.
     """
-    power = power.detach()
-    shift = shift.detach()
-    derivatives = derivatives_at(power, frequencies, shift, orders)
-    hxx, hyy, hxy = derivatives[..., 0, 2], derivatives[..., 2, 0], derivatives[..., 1, 1]
-    omega_y, omega_x = (2 * math.pi * frequency for frequency in frequencies)
-    pull = shift_phase(power, frequencies, shift).imag  # (..., H, W//2+1)
-    # a bin and its conjugate pull alike: together (2·pull)², hence 4 where two are counted
-    square = pull.square() * multiplicity(frequencies[1]).square()
-    by_row, by_column = square.sum(-1), square.sum(-2)
-    gxx, gyy = (by_column * omega_x.square()).sum(-1), (by_row * omega_y.square()).sum(-1)
-    gxy = (torch.matmul(square, omega_x) * omega_y).sum(-1)
-    determinant = hxx * hyy - hxy.square()
-    safe = torch.where(determinant > 0, determinant, 1.0)
-    variance_x = (hyy.square() * gxx - 2 * hyy * hxy * gxy + hxy.square() * gyy) / safe.square()
-    variance_y = (hxx.square() * gyy - 2 * hxx * hxy * gxy + hxy.square() * gxx) / safe.square()
-    effective = effective.detach()
+    fixed = power.detach()
+    masks = []
+    for axis, near in enumerate(_lines(grid)):
+        line = torch.where(near, fixed, 0.0).sum(axis - 2)  # (..., n)
+        along = grid.frequencies[1 - axis]
+        turned = line * wave(along, shift.detach()[..., axis])
+        # as if all of it were ground: what would be left of it at no shift
+        ground = turned.real.clamp(min=0)
+        expected = (ground * wave(along, shift.detach()[..., axis]).real).sum(-1)
+        static = line.real.sum(-1) > expected + _STATIC * ground.sum(-1)
+        masks.append(~(static[..., None, None] & near))
+    return power * (masks[0] & masks[1])
+
+
+def _lines(grid: WorkingGrid) -> tuple[Tensor, Tensor]:
+    """Bool, (h, 1) and (1, w//2+1): frequencies of what is constant along y, or x, as far as windows spread it."""
+    y, x = (
+        frequency.abs() * length < torch.sym_min(float(_LINE), samples / 32) + 0.5
+        for frequency, length, samples in zip(grid.frequencies, grid.frame, grid.size, strict=True)
+    )
+    return y[:, None], x[None]
+
+
+class _Pair(NamedTuple):
+    """Frames and their reference, as they are correlated."""
+
+    moving: Texture
+    reference: Texture
+    grid: WorkingGrid
+    tapering: Window
+    weighting: Weighting
+
+    def correlate(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """The moving frame's spectrum under weights (..., h, w), and the cross-power: (..., h, w//2+1)."""
+        spectrum = rfft2(self.moving.field * own)
+        reference = rfft2(self.reference.field * other)
+        power = cross_power(spectrum, reference, self.grid.radius, self.grid.max_frequency, self.weighting)
+        return spectrum, power.sum(0) if self.moving.is_vector else power
+
+    def weights_at(self, shift: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where both show the same ground, over the reference; and the weights of the two that lie on it."""
+        grid = self.grid
+        inliers = same
+        # holes too must lie on the same ground in both, or their pattern is what is correlated
+        if self.reference.weights is not None:
+            inliers = inliers * self.reference.weights
+        if self.moving.weights is not None:
+            inliers = inliers * grid.move(rfft2(self.moving.weights), shift).clamp(0, 1)
+        # each frame gets the window, and the weights, of the ground that both see
+        own = self.tapering.common(-shift) * grid.move(rfft2(inliers), -shift)
+        return inliers, own, self.tapering.common(shift) * inliers
+
+    def holes(self) -> Tensor | None:
+        """(...,) bool: the pairs of which one has a hole, and around them enough is left; ``None``: none can have.
+
+        Pixels missing here and there are filled well enough; of what is further from any there may be nothing.
+        """
+        found: Tensor | None = None
+        enough: Tensor | None = None
+        for texture in (self.moving, self.reference):
+            if texture.cover is None or texture.weights is None:
+                continue
+            some = texture.cover.mean((-2, -1)) < 1 - _LEAST_HOLES
+            left = texture.cover.mean((-2, -1)) >= _LEAST_COVER * texture.weights.mean((-2, -1))
+            found = some if found is None else found | some
+            enough = left if enough is None else enough & left
+        return None if found is None or enough is None else found & enough
+
+
+class _Refined(NamedTuple):
+    shift: Tensor  # (..., 2)
+    step: Tensor  # (...,), length of the last of Newton's steps
+    curved: Tensor  # (...,) bool
+    quality: PeakQuality
+
+
+def _refine_plain(
+    power: Tensor,
+    weights: Tensor,
+    start: Tensor,
+    together: Tensor,
+    grid: WorkingGrid,
+    upsample_factor: int | None,
+) -> _Refined:
+    """The peak near ``start`` of the correlation of frames whose weights (..., h, w) match at ``together``.
+
+    The correlation is that of the ground times that of the weights, which has its peak there and pulls there. To
+    the second order in the way from there, its curvature is taken off.
+    """
+    orders = wave_orders(grid.frequencies)
+    if upsample_factor is None:
+        shift, step, curved = refine_peak(power, grid.frequencies, start, orders)
+    else:
+        shift = _upsampled_peak(power, grid.frequencies, start, upsample_factor)
+        step, curved = torch.zeros_like(shift), torch.ones_like(shift[..., 0], dtype=torch.bool)
+    found = shift
+    derivatives = derivatives_at(power, grid.frequencies, found, orders)
+    overlap = overlap_curvature(weights, grid)
+    turned = shift_phase(power.detach(), grid.frequencies, found.detach())
+    bins = _correlated_bins(weights.detach().square())
+    quality = assess_peak(turned, grid.frequencies, derivatives, overlap, bins)
+    if upsample_factor is None:
+        away = (found - together).clamp(-_LONGEST_WAY, _LONGEST_WAY)
+        extra = (quality.correction * away[..., None, :]).sum(-1)
+        bounded = extra.detach().abs().amax(-1, keepdim=True) <= _LARGEST_CORRECTION
+        shift = found + torch.where(bounded, extra, 0.0)
+        quality = quality.widened(extra.detach().clamp(-1, 1))
+        none = shift.detach().abs() < 64 * torch.finfo(shift.dtype).eps
+        shift = torch.where(none, shift - shift.detach(), shift)
+    return _Refined(shift, step.norm(dim=-1), curved, quality)
+
+
+def _refine_divided(
+    pair: _Pair, start: Tensor, together: Tensor, same: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The peak of the correlation divided by the overlap of the weights: holes, however regular, do not pull.
+
+    .. math:: S(t) = \frac{\sum w_m(p - t)\, w_r(p)\, f(p - t)\, g(p)}
+                          {\sqrt{\sum w_m f^2 (p - t)\, w_r(p) \cdot \sum w_m(p - t)\, w_r g^2 (p)}}
+
+    Each of the sums is a trigonometric polynomial, so that the logarithm of S has derivatives in closed form, and
+    Newton's method climbs it (Padfield 2012, doi:10.1109/TIP.2011.2181402, at whole pixels).
+
+    Args:
+        pair: what is correlated.
+        start: (..., 2), near the peak.
+        together: (..., 2), the shift at which ``same`` was told.
+        same: (..., h, w), weights over the reference.
+
+    Returns:
+        The shift (..., 2); the length of the last step; and whether the curvature there is that of a maximum.
+    """
+    grid, orders = pair.grid, wave_orders(pair.grid.frequencies)
+    inliers = same.clamp(min=torch.finfo(same.dtype).tiny).sqrt()
+    own = pair.tapering.common(-together) * grid.move(rfft2(inliers), -together).clamp(0, 1)
+    other = pair.tapering.common(together) * inliers
+    if pair.moving.cover is not None:
+        own = own * pair.moving.cover
+    if pair.reference.cover is not None:
+        other = other * pair.reference.cover
+    first = pair.moving.field if pair.moving.detail is None else pair.moving.detail
+    second = pair.reference.field if pair.reference.detail is None else pair.reference.detail
+    weighted, other_weighted = own * first, other * second
+    spectra = rfft2(torch.stack((weighted, weighted * first, own)))
+    others = rfft2(torch.stack(torch.broadcast_tensors(other_weighted, other, other_weighted * second)))  # type: ignore[no-untyped-call]
+    powers = spectra.conj() * others  # (3, ..., h, w//2+1)
+    share = powers.new_ones(3, dtype=same.dtype)
+    share = share - 1.5 * (torch.arange(3, device=same.device) > 0).to(same.dtype)  # 1, −1/2, −1/2
+    share = share.reshape(3, *[1] * (same.ndim - 2))
+
+    def climb(powers: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """The step, and whether it is one to a maximum."""
+        sums = derivatives_at(powers, grid.frequencies, shift, orders)
+        value = sums[..., 0, 0]
+        positive = (value > 0).all(0)
+        relative = sums / torch.where(value > 0, value, 1.0)[..., None, None]
+        gx, gy = relative[..., 0, 1], relative[..., 1, 0]
+        curvatures = (
+            relative[..., 0, 2] - gx.square(),
+            relative[..., 2, 0] - gy.square(),
+            relative[..., 1, 1] - gx * gy,
+        )
+        gx, gy, hxx, hyy, hxy = ((share * one).sum(0) for one in (gx, gy, *curvatures))
+        determinant = hxx * hyy - hxy.square()
+        curved = positive & (hxx < 0) & (determinant > 0)
+        safe = torch.where(curved, determinant, 1.0)
+        step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1) / safe[..., None]
+        return torch.where(curved[..., None], step, 0.0).clamp(-0.3, 0.3), curved
+
+    shift, fixed = start.detach(), powers.detach()
+    for _ in range(_NEWTON_STEPS + 1):
+        shift = shift + climb(fixed, shift)[0]
+    step, curved = climb(powers, shift)
+    shift = shift + step
+    found = shift.detach()
+    none = found.abs() < 64 * torch.finfo(found.dtype).eps
+    return torch.where(none, shift - found, shift), step.detach().norm(dim=-1), curved
+
+
+def _correlated_bins(effective: Tensor) -> Tensor:
+    """(...,): a window whose square is u correlates N Σu² / (Σu)² bins of its spectrum of N."""
     area = effective.sum((-2, -1))
     samples = effective.shape[-2] * effective.shape[-1]
-    correlated = samples * effective.square().sum((-2, -1)) / (area.square() + torch.finfo(area.dtype).tiny)
-    sigma = _SIGMA_CALIBRATION * (0.5 * (variance_x + variance_y) * correlated).clamp(min=0).sqrt()
-    return torch.where(determinant > 0, sigma, torch.inf)
+    return samples * effective.square().sum((-2, -1)) / (area.square() + torch.finfo(area.dtype).tiny)
 
 
 def _parabola(before: Tensor, centre: Tensor, after: Tensor) -> Tensor:

@@ -17,7 +17,12 @@ from torchalign.functional.uncertainty import isotropic
 from torchalign.functional.warp import resample
 from torchalign.types import Estimate, Motion, ShiftField, Status, combine
 
-__all__ = ["gate", "gate_stages", "normalized_cross_correlation"]
+__all__ = [
+    "gate",
+    "gate_stages",
+    "normalized_cross_correlation",
+    "rejected",
+]
 
 # A frame whose score does not gain by a move this small (in σ, in pixels) is left in place; a larger move without
 # a gain is a mistake. Below a quarter of a pixel the seasons change a score more than the move does.
@@ -157,9 +162,9 @@ def gate_stages(
     """:func:`gate` for several motions of one stack, each found from the one before.
 
     A frame keeps its last acceptable motion; a later one that lowers the score by more than 0.001 is undone, and
-    one with a field of local shifts needs one before it that was accepted. Where none is acceptable, the verdict is
-    that on the first. All scores are taken over the same ground: what lies
-    inside the frame for every stage that was trusted, and is an inlier for the last of them that tells inliers.
+    one with a field of local shifts needs one before it that was accepted. Where none is acceptable, or the first
+    is ``AMBIGUOUS``, the verdict is that on the first. All scores are taken over the same ground: what lies inside
+    the frame for every stage that was trusted, and is an inlier for the last of them that tells inliers.
 
     Args:
         stages: at least one :class:`~torchalign.types.Motion`.
@@ -205,7 +210,9 @@ def gate_stages(
             result = judged
             continue
         worse = result.valid & (judged.score < result.score - _WORSE)
-        accepted = judged.valid & ~worse
+        # where more than one place fits, a later stage climbs to the one it happens to start near
+        doubted = result.status == int(Status.AMBIGUOUS)
+        accepted = judged.valid & ~worse & ~doubted
         if judged.field is not None:  # a field is added to a motion that was accepted without it
             accepted = accepted & result.valid & ~is_zero(judged.field)
         result = _choose(accepted, judged, result)
@@ -214,7 +221,7 @@ def gate_stages(
         return result
     low = result.valid & (result.score < min_score)
     left = torch.where(low, int(Status.LOW_SCORE), result.status)
-    return _rejected(result._replace(status=left), identity)
+    return rejected(result._replace(status=left))
 
 
 def _scores(
@@ -298,11 +305,13 @@ def _judge(
         torch.zeros_like(status),
         _kept_field(motion.field, moved),
     )
-    return _rejected(estimate, identity)
+    return rejected(estimate)
 
 
-def _rejected(estimate: Estimate, identity: Tensor) -> Estimate:
-    """What is said of a frame that was left as it came, where one was."""
+def rejected(estimate: Estimate) -> Estimate:
+    """What is said of a frame that was left as it came, where one was: the identity, and the scores of that."""
+    warp = estimate.warp
+    identity = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
     valid = estimate.valid
     sigma = torch.where(valid, estimate.sigma, torch.inf)
     rows = valid[..., None, None]

@@ -54,12 +54,17 @@ class Texture(NamedTuple):
         field: (..., h, w), band-limited and locally normalised; of ``contrast="structure"`` (2, ..., h, w), the two
             parts of a vector.
         weights: (..., h, w) in [0, 1], small where little is usable; ``None`` if all is.
-        flat: (...,) bool, no texture, or too few usable pixels.
+        flat: (...,) bool, nothing to see: no texture, or too few usable pixels.
+        detail: (..., h, w), the field before it was multiplied by the weights; ``None`` if that is not known.
+        cover: (..., h, w) in [0, 1], 0 in holes and 1 from two samples off; ``None`` if not asked for, or all is
+            usable.
     """
 
     field: Tensor
     weights: Tensor | None
     flat: Tensor
+    detail: Tensor | None = None
+    cover: Tensor | None = None
 
     @property
     def is_vector(self) -> bool:
@@ -74,6 +79,7 @@ def extract_texture(
     max_frequency: float = 0.25,
     contrast: Contrast = "local",
     blur: float = 0.0,
+    cover: bool = False,
 ) -> Texture:
     """Fill holes, limit the band, normalise the contrast.
 
@@ -84,13 +90,14 @@ def extract_texture(
         contrast: ``"local"`` for :func:`local_contrast`, ``"none"`` for the mean removed, ``"structure"`` for
             :func:`~torchalign.functional.structure.orientation_field`.
         blur: σ of a Gaussian in pixels, applied with the band limit.
+        cover: keep what a correlation needs that is divided by the overlap of the holes, if there is a mask.
 
     Returns:
         :class:`Texture` on the grid of :func:`working_size`.
     """
     frame = (image.shape[-2], image.shape[-1])
     grid = WorkingGrid.of(frame, working_size(frame, max_frequency), max_frequency, image)
-    return extract_pyramid(image, mask, grids=(grid,), contrast=contrast, blur=blur)[0]
+    return extract_pyramid(image, mask, grids=(grid,), contrast=contrast, blur=blur, cover=cover)[0]
 
 
 def extract_pyramid(
@@ -100,6 +107,7 @@ def extract_pyramid(
     grids: Sequence[WorkingGrid],
     contrast: Contrast = "local",
     blur: float = 0.0,
+    cover: bool = False,
 ) -> list[Texture]:
     """:func:`extract_texture` for several bands.
 
@@ -112,6 +120,7 @@ def extract_pyramid(
         grids: what each level is sampled on, over frames of this size; the first one has the widest band.
         contrast: as in :func:`extract_texture`.
         blur: σ of a Gaussian in pixels.
+        cover: as in :func:`extract_texture`.
 
     Returns:
         One :class:`Texture` a grid.
@@ -125,8 +134,12 @@ def extract_pyramid(
     bands = [(grid.size, grid.max_frequency) for grid in grids]
     textures = []
     for grid, limited in zip(grids, low_pass(seen, bands, blur=blur), strict=True):
-        weights = None if mask is None else usable_share(mask, grid)
-        textures.append(_standardized(limited, weights, noise, empty, contrast))
+        coverage = None if mask is None else _coverage(mask, grid)
+        weights = None if coverage is None else _weights(coverage)
+        texture = _standardized(limited, weights, noise, empty, contrast)
+        if cover and coverage is not None:
+            texture = texture._replace(cover=_cover(coverage))
+        textures.append(texture)
     return textures
 
 
@@ -160,6 +173,12 @@ def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
     Returns:
         (..., H, W), about [−3, 3].
     """
+    contrast = _local_contrast(image, weights)
+    return contrast if weights is None else contrast * weights
+
+
+def _local_contrast(image: Tensor, weights: Tensor | None) -> Tensor:
+    """The same before it is multiplied by the weights."""
     detail = image - triangle_mean(image, 2)
     variance = triangle_mean(detail.square(), 2)
     # a sixteenth of the samples has the same median, and sorting is what costs
@@ -169,8 +188,7 @@ def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
     typical = nanmedian(sampled.flatten(-2)).nan_to_num(0.0)[..., None, None]
     total = variance + typical
     flat = total <= torch.finfo(image.dtype).tiny ** 0.5  # below it the derivative of the root overflows
-    contrast = torch.where(flat, 0.0, detail * torch.rsqrt(torch.where(flat, 1.0, total)))
-    return contrast if weights is None else contrast * weights
+    return torch.where(flat, 0.0, detail * torch.rsqrt(torch.where(flat, 1.0, total)))
 
 
 def centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,9 +218,8 @@ def _standardized(
     flat = (scale <= noise) | empty | ~torch.isfinite(scale)
     # squares of what follows neither vanish nor overflow
     normal = limited / torch.where(flat, 1.0, scale)[..., None, None]
-    if contrast == "local":
-        return Texture(local_contrast(normal, weights), weights, flat)
-    return Texture(normal if weights is None else normal * weights, weights, flat)
+    detail = _local_contrast(normal, weights) if contrast == "local" else normal
+    return Texture(detail if weights is None else detail * weights, weights, flat, detail)
 
 
 def _deviation(centred: Tensor) -> Tensor:
@@ -211,15 +228,31 @@ def _deviation(centred: Tensor) -> Tensor:
     return torch.linalg.vector_norm(centred.detach(), dim=(-2, -1)) / square_root(samples)
 
 
-def usable_share(mask: Tensor, grid: WorkingGrid) -> Tensor:
-    """(..., h, w) in [0, 1]: how much of what lies around a sample is usable."""
+def _coverage(mask: Tensor, grid: WorkingGrid) -> Tensor:
+    """(..., h, w): the share of a sample's pixels that is usable."""
     height, width = grid.size
     shape = mask.shape[:-2]
     kernels = kernels_for(mask)
     if kernels is not None:
-        coverage = kernels.coverage(mask.expand(*shape, *grid.frame), (height, width), grid.radius.dtype)
-    else:
-        share = mask.expand(*shape, *grid.frame).reshape(-1, 1, *grid.frame).to(grid.radius.dtype)
-        coverage = F.interpolate(share, size=(height, width), mode="area").reshape(*shape, height, width)
+        found = kernels.coverage(mask.expand(*shape, *grid.frame), (height, width), grid.radius.dtype)
+        return found  # type: ignore[no-any-return]
+    share = mask.expand(*shape, *grid.frame).reshape(-1, 1, *grid.frame).to(grid.radius.dtype)
+    return F.interpolate(share, size=(height, width), mode="area").reshape(*shape, height, width)
+
+
+def _cover(coverage: Tensor) -> Tensor:
+    """(..., h, w) in [0, 1]: 0 where a neighbour has a hole, with a ramp of a sample."""
+    flat = coverage.reshape(-1, 1, *coverage.shape[-2:])
+    least = -F.max_pool2d(-flat, 3, 1, 1).reshape(coverage.shape)
+    return (2 * triangle_mean(least, 1) - 1).clamp(0, 1)
+
+
+def usable_share(mask: Tensor, grid: WorkingGrid) -> Tensor:
+    """(..., h, w) in [0, 1]: how much of what lies around a sample is usable."""
+    return _weights(_coverage(mask, grid))
+
+
+def _weights(coverage: Tensor) -> Tensor:
+    """The same from the share of each sample itself."""
     lowest, highest = _COVERAGE
     return ((triangle_mean(coverage, 3) - lowest) / (highest - lowest)).clamp(0, 1)

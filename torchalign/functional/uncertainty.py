@@ -2,10 +2,34 @@ r"""Errors of a translation as covariances, 2 × 2 in px²: what is known across
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["isotropic", "largest_sigma"]
+from torchalign.functional.working_grid import WorkingGrid
+
+__all__ = [
+    "PeakQuality",
+    "assess_peak",
+    "isotropic",
+    "largest_direction",
+    "largest_sigma",
+    "overlap_curvature",
+    "sandwich",
+    "shared_slope",
+    "weights_error",
+]
+
+# Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor (benchmarks/accuracy.py).
+_SIGMA_CALIBRATION = 1.07
+# What the weights share of the curvature leaves of an error, in pixels.
+_WEIGHTS_ERROR = 0.4
+# A direction whose curvature is less than so many standard deviations of chance, a maximum less high than so many,
+# and a direction along which less than this share of the curvature is the ground's, are ambiguous.
+_LEAST_CURVATURE, _LEAST_HEIGHT, _LEAST_FIXED = 3.0, 3.0, 0.75
 
 
 def largest_sigma(covariance: Tensor) -> Tensor:
@@ -17,10 +41,210 @@ def largest_sigma(covariance: Tensor) -> Tensor:
     tensor(2.)
     """
     a, b, c = covariance[..., 0, 0], covariance[..., 1, 1], covariance[..., 0, 1]
-    return (0.5 * (a + b) + torch.hypot(0.5 * (a - b), c)).clamp(min=0).sqrt()
+    apart = (0.5 * (a - b)).nan_to_num(0.0)  # of two infinities
+    return (0.5 * (a + b) + torch.hypot(apart, c)).clamp(min=0).sqrt()
 
 
 def isotropic(sigma: Tensor) -> Tensor:
     """(..., 2, 2): the covariance of errors of standard deviation ``sigma`` (...) in every direction."""
     variance = sigma.square()
     return torch.diag_embed(torch.stack((variance, variance), dim=-1))
+
+
+def sandwich(hessian: tuple[Tensor, Tensor, Tensor], scatter: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    r"""(..., 2, 2): :math:`H^{-1} G H^{-1}` of symmetric matrices (xx, yy, xy); inf where H is singular."""
+    hxx, hyy, hxy = hessian
+    gxx, gyy, gxy = scatter
+    determinant = hxx * hyy - hxy.square()
+    regular = determinant > 0
+    safe = torch.where(regular, determinant, 1.0).square()
+    xx = (hyy.square() * gxx - 2 * hyy * hxy * gxy + hxy.square() * gyy) / safe
+    yy = (hxx.square() * gyy - 2 * hxx * hxy * gxy + hxy.square() * gxx) / safe
+    xy = ((hxx * hyy + hxy.square()) * gxy - hyy * hxy * gxx - hxx * hxy * gyy) / safe
+    matrix = torch.stack((xx, xy, xy, yy), dim=-1).reshape(*xx.shape, 2, 2)
+    return torch.where(regular[..., None, None], matrix, isotropic(torch.full_like(xx, torch.inf)))
+
+
+def largest_direction(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, y), the direction of the larger axis of symmetric (..., 2, 2) matrices."""
+    difference = (covariance[..., 0, 0] - covariance[..., 1, 1]).nan_to_num(0.0)
+    angle = 0.5 * torch.atan2(2 * covariance[..., 0, 1].nan_to_num(0.0), difference)
+    return angle.cos(), angle.sin()
+
+
+def shared_slope(
+    residual: Tensor, reference: Tensor, weights: Tensor, direction: tuple[Tensor, Tensor]
+) -> Tensor:
+    r"""Share of the reference's slope along a direction that is ground, and not its noise.
+
+    .. math:: 1 - \frac{\sum w\, (\partial_d (m - r))^2}{2 \sum w\, (\partial_d r)^2}
+
+    Two frames of one ground differ by the noise of both. Along a direction that the ground does not show, their
+    slopes are noise: the share is 0. Where they have only ρ in common, in all directions, it is (1 + ρ²) / 2.
+
+    Args:
+        residual: (..., h, w), of the two frames, brought together and to one contrast.
+        reference: (..., h, w).
+        weights: (..., h, w).
+        direction: (x, y) of a unit vector, (...,) each.
+
+    Returns:
+        (...,), at most 1; 1 where the reference has no slope.
+    """
+    weights = weights[..., 1:-1, 1:-1]
+
+    def energy(field: Tensor) -> Tensor:
+        by_x = field[..., 1:-1, 2:] - field[..., 1:-1, :-2]
+        by_y = field[..., 2:, 1:-1] - field[..., :-2, 1:-1]
+        along = direction[0][..., None, None] * by_x + direction[1][..., None, None] * by_y
+        return (weights * along.square()).sum((-2, -1))
+
+    whole = energy(reference)
+    return 1 - energy(residual) / torch.where(whole > 0, 2 * whole, torch.inf)
+
+
+def weights_error(reference: Tensor, weights: Tensor, grid: WorkingGrid) -> Tensor:
+    """(...,): what the weights leave of an error in small and smooth frames, in px; see :func:`assess_peak`.
+
+    Their share of the curvature, both summed over the two axes, times 0.4 px.
+
+    Args:
+        reference: (..., h, w), of mean nearly 0.
+        weights: (..., h, w), of each of the two frames.
+        grid: of both.
+    """
+    square = weights.square()
+    inner = square[..., 1:-1, 1:-1]
+    step_y, step_x = (length / samples for length, samples in zip(grid.frame, grid.size, strict=True))
+    by_y = (reference[..., 2:, 1:-1] - reference[..., :-2, 1:-1]) * (0.5 / step_y)
+    by_x = (reference[..., 1:-1, 2:] - reference[..., 1:-1, :-2]) * (0.5 / step_x)
+    slope = (inner * (by_y.square() + by_x.square())).sum((-2, -1))
+    xx, yy, _ = overlap_curvature(weights, grid)
+    share = (xx + yy) * (square * reference.square()).sum((-2, -1)) / torch.where(slope > 0, slope, torch.inf)
+    return _WEIGHTS_ERROR * share.clamp(max=1)
+
+
+class PeakQuality(NamedTuple):
+    """How well a maximum of a correlation is known, see :func:`assess_peak`; one row a frame.
+
+    Attributes:
+        covariance: (..., 2, 2), of the errors of the shift, px².
+        height: (...,), the correlation in standard deviations of what unrelated phases would give.
+        curvature: (...,), its curvature along the larger axis of the covariance, likewise.
+        fixed: (...,), share of the curvature along that axis that is not that of the weights.
+        correction: (..., 2, 2), what to add to the way from where the weights were brought together.
+    """
+
+    covariance: Tensor
+    height: Tensor
+    curvature: Tensor
+    fixed: Tensor
+    correction: Tensor
+
+    @property
+    def ambiguous(self) -> Tensor:
+        """(...,) bool: a direction has a curvature of chance, or of the weights."""
+        return (
+            (self.curvature < _LEAST_CURVATURE) | (self.height < _LEAST_HEIGHT) | (self.fixed < _LEAST_FIXED)
+        )
+
+    def widened(self, error: Tensor) -> PeakQuality:
+        """With an error (..., 2) of unknown sign besides."""
+        return self._replace(covariance=self.covariance + error[..., :, None] * error[..., None, :])
+
+
+def overlap_curvature(weights: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Of the correlation of weights (..., h, w) with themselves, in px⁻².
+
+    .. math:: \sum \nabla w \nabla w^T / \sum w^2
+
+
+    Returns:
+        xx, yy and xy, (...,) each.
+    """
+    step_y, step_x = (length / samples for length, samples in zip(grid.frame, grid.size, strict=True))
+    by_y = (weights[..., 2:, 1:-1] - weights[..., :-2, 1:-1]) * (0.5 / step_y)
+    by_x = (weights[..., 1:-1, 2:] - weights[..., 1:-1, :-2]) * (0.5 / step_x)
+    total = weights.square().sum((-2, -1)) + torch.finfo(weights.dtype).tiny
+    xx, yy, xy = (
+        (one * other).sum((-2, -1)) / total for one, other in ((by_x, by_x), (by_y, by_y), (by_x, by_y))
+    )
+    return xx, yy, xy
+
+
+def assess_peak(
+    turned: Tensor,
+    frequencies: tuple[Tensor, Tensor],
+    derivatives: Tensor,
+    overlap: tuple[Tensor, Tensor, Tensor],
+    bins: Tensor,
+) -> PeakQuality:
+    r"""The sandwich :math:`H^{-1} G H^{-1}` of a maximum, G the scatter of the gradient; and whether it is one.
+
+    At the optimum every frequency pulls by :math:`-\omega\, \mathrm{Im}\,P e^{i\omega t}`; the pulls sum to zero,
+    and the sum of their squares is the variance of that sum, times the number of bins that the window's spectrum
+    correlates. H is the curvature of the ground's correlation: that of the weights, C K, is taken off. Where the
+    ground shows one direction only, it is all there is along the other, and its peak is where the weights fit.
+
+    Were the phases of P unrelated, the correlation would have the variance :math:`\tfrac{1}{2} \sum |P|^2`, and its
+    curvature along d :math:`\tfrac{1}{2} \sum |P|^2 (\omega \cdot d)^4`.
+
+    Args:
+        turned: (..., H, W//2+1), the cross-power at the optimum, :math:`P e^{i\omega t}`.
+        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
+        derivatives: (..., 3, 3), of order 0, 1, 2 in y and in x, of the correlation there.
+        overlap: K, see :func:`overlap_curvature`.
+        bins: (...,), how many bins the window correlates.
+
+    Returns:
+        :class:`PeakQuality`; only ``correction`` carries a gradient, by ``derivatives`` and ``overlap``.
+    """
+    omega_y, omega_x = (2 * math.pi * frequency for frequency in frequencies)
+    orders = torch.arange(5, device=omega_x.device)
+    # a bin and its conjugate pull alike: together (2 · pull)², hence 4 where two are counted
+    twice = (1 + (omega_x > 0).to(omega_x.dtype)).square()
+    along_x = omega_x[:, None] ** orders * twice[:, None]  # (W//2+1, 5)
+    along_y = omega_y ** orders[:, None]  # (5, H)
+    pull = turned.imag.square()
+    both = torch.stack((pull, pull + turned.real.square()), dim=-3)
+    scatter, power = torch.matmul(torch.matmul(along_y, both), along_x).unbind(-3)  # (..., 5, 5)
+
+    value = derivatives[..., 0, 0]
+    whole = -derivatives[..., 0, 2], -derivatives[..., 2, 0], -derivatives[..., 1, 1]
+    xx, yy, xy = (one - value * other for one, other in zip(whole, overlap, strict=True))
+    correction = _correction((xx, yy, xy), [value * one for one in overlap])
+    value, whole = value.detach(), (whole[0].detach(), whole[1].detach(), whole[2].detach())
+    ground = xx.detach(), yy.detach(), xy.detach()
+    moments = scatter[..., 0, 2] * bins, scatter[..., 2, 0] * bins, scatter[..., 1, 1] * bins
+    covariance = _SIGMA_CALIBRATION**2 * sandwich(ground, moments)
+    # what the weights do to higher orders, in small and smooth frames
+    share = correction.detach()
+    covariance = covariance + _WEIGHTS_ERROR**2 * torch.matmul(share, share.mT)
+
+    tiny = torch.finfo(bins.dtype).tiny
+    height = value * torch.rsqrt(0.5 * bins * power[..., 0, 0] + tiny)
+    # along the larger axis
+    x, y = largest_direction(covariance)
+
+    def along(matrix: tuple[Tensor, ...]) -> Tensor:
+        return x * x * matrix[0] + y * y * matrix[1] + 2 * x * y * matrix[2]
+
+    fourth = torch.zeros_like(x)
+    for k in range(5):
+        fourth = fourth + math.comb(4, k) * x**k * y ** (4 - k) * power[..., 4 - k, k]
+    bend = along(ground)
+    curvature = bend * torch.rsqrt(0.5 * bins * fourth + tiny)
+    entire = along(whole)
+    fixed = torch.where(entire > 0, bend / torch.where(entire > 0, entire, 1.0), 0.0)
+    return PeakQuality(covariance, height, curvature, fixed, correction)
+
+
+def _correction(ground: Sequence[Tensor], pulls: Sequence[Tensor]) -> Tensor:
+    """(..., 2, 2): H⁻¹ (C K), by which the way from where the weights fit is too short; 0 where H is singular."""
+    (xx, yy, xy), (kxx, kyy, kxy) = ground, pulls
+    determinant = xx * yy - xy.square()
+    regular = determinant > 0
+    safe = torch.where(regular, determinant, 1.0)
+    rows = (yy * kxx - xy * kxy, yy * kxy - xy * kyy, xx * kxy - xy * kxx, xx * kyy - xy * kxy)
+    matrix = torch.stack([torch.where(regular, row / safe, 0.0) for row in rows], dim=-1)
+    return matrix.reshape(*xx.shape, 2, 2)

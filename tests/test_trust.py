@@ -1,0 +1,245 @@
+"""Field data that fools a registration: what is accepted is right, or σ says how far it may be off.
+
+A light subset of benchmarks/trust.py: each of these was accepted wrong by the first edition.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scenes import fractal
+from torch.nn import functional as F
+
+import torchalign as ta
+from torchalign.functional.defects import enlargement, exclude_defects, hot_pixels, undeclared_fill
+
+SIZE = 128
+FACTOR = 5
+
+
+@functools.lru_cache(maxsize=8)
+def scene_of(side, seed):
+    return fractal((side, side), bands=1, seed=seed)[0]
+
+
+def windows(shift, size=SIZE, seed=0, smear=None):
+    """Frame and reference, (H, W) each, of a scene decimated by 5; the shift brings the first onto the second."""
+    side = FACTOR * size + 80
+    scene = scene_of(64 * math.ceil(side / 64), seed)
+    if smear is not None:
+        scene = smear(scene)
+    scene = (scene - scene.mean()) / scene.std()
+
+    def cut(x, y):
+        part = scene[40 + y : 40 + y + FACTOR * size, 40 + x : 40 + x + FACTOR * size]
+        return F.avg_pool2d(part[None, None], FACTOR)[0, 0]
+
+    dx, dy = (round(FACTOR * value) for value in shift)
+    noise = torch.Generator().manual_seed(seed)
+    frames = [cut(dx, dy), cut(0, 0)]
+    return [10 + frame + 0.02 * torch.randn(size, size, generator=noise) for frame in frames]
+
+
+def grid(size=SIZE):
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return y, x
+
+
+def error_of(estimate, shift):
+    return float((estimate.warp[0, :, 2] - torch.tensor(shift)).norm())
+
+
+TRUTH = (1.8, -1.2)
+ALIGNERS = {
+    "PCC": ta.PCC,
+    "auto": lambda **options: ta.Cascade(ta.PCC(**options), ta.ECC(**options)),
+    "LGM": ta.LGM,
+}
+each_aligner = pytest.mark.parametrize("make", ALIGNERS.values(), ids=ALIGNERS)
+
+
+# --- fills ---
+
+
+@each_aligner
+@pytest.mark.parametrize("value", [0.0, -9999.0, 65535.0])
+def test_an_undeclared_fill_does_not_hold_the_frame(make, value):
+    moving, reference = windows(TRUTH)
+    y, x = grid()
+    inside = torch.hypot(x - 66.0, y - 60.0) < 52
+    moving, reference = (torch.where(inside, image, value) for image in (moving, reference))
+    estimate = make().estimate(moving[None, None], reference[None])
+    assert estimate.valid.all()
+    assert error_of(estimate, TRUTH) < 0.03
+
+
+def test_a_fill_is_found_to_the_pixel_and_water_is_ground():
+    moving, reference = windows(TRUTH)
+    y, x = grid()
+    outside = (x + y) % 300 < 90
+    filled = torch.where(outside, -9999.0, moving)
+    assert torch.equal(undeclared_fill(filled), outside)
+    assert not undeclared_fill(moving).any()
+    # 8 bits, water at one value and snow saturated: the shores fade, and move with the ground
+    low, high = torch.quantile(reference, torch.tensor([0.3, 0.9]))
+    images = [
+        (20 + 200 * (image - low) / (high - low)).round().clamp(20, 220) for image in (moving, reference)
+    ]
+    assert (images[0] == 20).float().mean() > 0.2
+    assert not undeclared_fill(torch.stack(images)).any()
+    estimate = ta.PCC().estimate(images[0][None, None], images[1][None])
+    assert error_of(estimate, TRUTH) < 0.03
+
+
+def test_a_flat_image_is_no_fill():
+    assert not undeclared_fill(torch.full((40, 40), 3.0)).any()
+    assert exclude_defects(torch.rand(40, 40, generator=torch.Generator().manual_seed(0))) is None
+
+
+# --- the pixel grid and the detector ---
+
+
+@each_aligner
+@pytest.mark.parametrize(("factor", "mode"), [(2, "nearest"), (3, "bilinear"), (4, "bicubic")])
+def test_enlarged_frames_are_estimated_on_their_true_samples(make, factor, mode):
+    shift = (0.6, -0.4)
+    images = windows(shift, 160 // factor * 2, seed=4)
+    align = {} if mode == "nearest" else {"align_corners": False}
+    moving, reference = (
+        F.interpolate(image[None, None], scale_factor=factor, mode=mode, **align)[0, 0] for image in images
+    )
+    truth = [factor * value for value in shift]
+    estimate = make().estimate(moving[None, None], reference[None])
+    assert not estimate.valid or error_of(estimate, truth) < 0.1
+    if factor < 4:
+        assert estimate.valid.all()
+    assert estimate.warp.shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+def test_the_factor_of_an_enlargement_is_found(mode):
+    image, _ = windows(TRUTH, 64)
+    assert enlargement(image) == 1
+    align = {} if mode == "nearest" else {"align_corners": False}
+    for factor in (2, 3, 6):
+        large = F.interpolate(image[None, None], scale_factor=factor, mode=mode, **align)[0, 0]
+        assert enlargement(large[1:-2, 2:-1]) == factor
+
+
+def test_one_enlarged_frame_among_others():
+    image, reference = windows((0.6, -0.4), 120, seed=4)
+    both = [
+        value.repeat_interleave(2, 0).repeat_interleave(2, 1)
+        for value in (image[:60, :60], reference[:60, :60])
+    ]
+    plain, other = windows(TRUTH, 120, seed=2)
+    moving, references = torch.stack((plain, both[0])), torch.stack((other, both[1]))
+    estimate = ta.PCC().estimate(moving[:, None], references[:, None])
+    alone = [ta.PCC().estimate(moving[k : k + 1, None], references[k : k + 1, None]) for k in range(2)]
+    for k in range(2):
+        torch.testing.assert_close(estimate.warp[k], alone[k].warp[0], atol=1e-5, rtol=0)
+    assert (estimate.warp[0, :, 2] - torch.tensor(TRUTH)).norm() < 0.03
+    assert (estimate.warp[1, :, 2] - torch.tensor((1.2, -0.8))).norm() < 0.1
+
+
+@each_aligner
+def test_hot_pixels_do_not_pull(make):
+    moving, reference = windows(TRUTH)
+    hot = 10.0 * (torch.rand(SIZE, SIZE, generator=torch.Generator().manual_seed(1)) < 0.005)
+    assert hot_pixels(reference + hot)[hot > 0].float().mean() > 0.8
+    assert not hot_pixels(reference).any()
+    estimate = make().estimate((moving + hot)[None, None], (reference + hot)[None])
+    assert estimate.valid.all()
+    assert error_of(estimate, TRUTH) < 0.02
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_stripes_of_the_detector_do_not_pull(axis):
+    moving, reference = windows(TRUTH)
+    level = 0.3 * torch.randn(SIZE, generator=torch.Generator().manual_seed(3))
+    stripes = level[None] if axis else level[:, None]
+    estimate = ta.PCC().estimate((moving + stripes)[None, None], (reference + stripes)[None])
+    assert estimate.valid.all()
+    assert error_of(estimate, TRUTH) < max(0.05, 4 * float(estimate.sigma))
+
+
+# --- holes ---
+
+
+@pytest.mark.parametrize("phase", [0, 8, 16, 24])
+def test_regular_gaps_do_not_pull(phase):
+    moving, reference = windows(TRUTH)
+    y, _ = grid()
+    gaps, others = (y + phase) % 33 < 8, (y + phase + 12) % 33 < 8
+    estimate = ta.PCC().estimate(moving[None, None], reference[None], ~gaps, ~others)
+    assert estimate.valid.all()
+    assert error_of(estimate, TRUTH) < 0.05
+
+
+# --- directions ---
+
+
+def smear(length):
+    def along_x(scene):
+        frequency = torch.fft.rfftfreq(scene.shape[1])
+        response = torch.exp(-2 * (math.pi * length * frequency) ** 2)
+        return torch.fft.irfft(torch.fft.rfft(scene) * response, n=scene.shape[1])
+
+    return along_x
+
+
+@each_aligner
+@pytest.mark.parametrize("length", [60, 150])
+def test_a_direction_that_nothing_fixes_is_not_told(make, length):
+    moving, reference = windows(TRUTH, smear=smear(length))
+    estimate = make().estimate(moving[None, None], reference[None])
+    if estimate.valid.all():
+        assert error_of(estimate, TRUTH) < max(0.1, 4 * float(estimate.sigma))
+    if make is ta.PCC:
+        assert estimate.status == ta.Status.AMBIGUOUS
+
+
+def test_the_covariance_is_wide_along_stripes_and_narrow_across():
+    moving, reference = windows(TRUTH, smear=smear(20))
+    for aligner in (ta.PCC(), ta.ECC()):
+        estimate = aligner.estimate(moving[None, None], reference[None])
+        assert estimate.valid.all()
+        (xx, _), (_, yy) = estimate.covariance[0]
+        assert xx > 1.5 * yy
+        torch.testing.assert_close(estimate.sigma[0], xx.sqrt(), rtol=0.1, atol=0)
+
+
+# --- small and smooth; beyond the frame; a cascade ---
+
+
+def test_sigma_of_small_and_smooth_frames():
+    kernel = torch.exp(-0.5 * (torch.arange(-12, 13) / 2.0) ** 2)
+    kernel = kernel / kernel.sum()
+    ratios = []
+    for number in range(12):
+        shift = (0.2 * (number % 7) - 0.6, 0.2 * (number % 5) - 0.4)
+        images = windows(shift, 88, seed=number % 3)
+        for axis in ((1, 1, 25, 1), (1, 1, 1, 25)):
+            images = [F.conv2d(image[None, None], kernel.reshape(axis))[0, 0] for image in images]
+        estimate = ta.PCC().estimate(images[0][None, None], images[1][None])
+        if estimate.valid.all():
+            error = (estimate.warp[0, :, 2] - torch.tensor(shift)).numpy()
+            variance = np.linalg.inv(estimate.covariance[0].double().numpy())
+            ratios.append(error @ variance @ error / 2)
+    assert len(ratios) >= 6
+    assert math.sqrt(np.mean(ratios)) < 1.5  # 2.3 before
+
+
+def test_a_cascade_says_which_stage_it_is():
+    moving, reference = windows(TRUTH)
+    affine = ta.Cascade(ta.PCC(), ta.ECC(motion="affine"))
+    assert affine.estimate(moving[None, None], reference[None]).stage == 1
+    strict = ta.Cascade(ta.PCC(), ta.ECC(motion="affine", max_sigma=1e-6))
+    estimate = strict.estimate(moving[None, None], reference[None])
+    assert estimate.valid.all()
+    assert estimate.stage == 0
+    assert ta.PCC().estimate(torch.zeros(1, 1, 64, 64), torch.zeros(1, 64, 64)).stage == -1

@@ -1,0 +1,233 @@
+r"""What of an image is no ground: fills that nobody declared, hot pixels; and whether it was enlarged.
+
+* :func:`undeclared_fill`: one value over a whole area, with an edge as sharp as a cut.
+* :func:`hot_pixels`: single pixels far off all of their neighbours.
+* :func:`enlargement`: the factor by which an image was enlarged, told by a sharpness that repeats with it.
+
+References:
+    Gallagher 2005, doi:10.1109/CRV.2005.33 (interpolation leaves a periodic variance of second differences).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchalign._host import all_true
+
+__all__ = [
+    "LARGEST_FACTOR",
+    "enlargement",
+    "exclude_defects",
+    "hot_pixels",
+    "suspicious",
+    "undeclared_fill",
+]
+
+# Enlargements up to this factor are looked for.
+LARGEST_FACTOR = 8
+# A repeating sharpness stands out of that of the other columns by so many standard deviations.
+_LEAST_REPEAT = 5.5
+# Smaller images, in pixels a side, are not looked at.
+_LEAST_SIDE = 24
+# An area is constant over squares of so many pixels a side, and fills at least this share of the frame.
+_SQUARE, _LEAST_FILL = 5, 0.01
+# At a cut the first pixel is as far off the fill as the third; at a shore, or where a sensor saturates, it is not.
+_SHARPNESS = 0.8
+# A hot pixel is so many times as far off its neighbours along its row and its column as neighbours are on the mean.
+_HOT = 10.0
+
+
+def undeclared_fill(image: Tensor, usable: Tensor | None = None) -> Tensor:
+    """Areas of one value, exactly, that end at a cut: what lies outside an area of interest.
+
+    The value is the lowest or the highest that fills a square of 5 × 5 pixels, whatever it is. Water in 8 bits and
+    saturated snow are constant too, but their shores are mixed pixels, or fade: they are ground.
+
+    Args:
+        image: (..., H, W), finite.
+        usable: bool, broadcastable; ``None`` if all is.
+
+    Returns:
+        bool, (..., H, W), True where it is filled.
+
+    Example:
+        >>> image = torch.rand(40, 40, generator=torch.Generator().manual_seed(0))
+        >>> image[:, 25:] = 7.0
+        >>> undeclared_fill(image).sum(0).tolist() == 25 * [0] + 15 * [40]
+        True
+    """
+    image = image.detach()
+    flat = image.reshape(-1, 1, *image.shape[-2:])
+    known = None if usable is None else usable.expand(image.shape).reshape(flat.shape)
+    highest, lowest = (
+        F.max_pool2d(sign * flat, _SQUARE, 1) for sign in (1.0, -1.0)
+    )  # of squares, which end within the frame
+    constant = highest == -lowest
+    if known is not None:
+        constant = constant & (F.max_pool2d(1 - known.to(flat.dtype), _SQUARE, 1) == 0)
+    least = torch.where(constant, highest, torch.inf).amin((-2, -1), keepdim=True)
+    most = torch.where(constant, highest, -torch.inf).amax((-2, -1), keepdim=True)
+    value = torch.cat((least, most), 1)  # (N, 2, 1, 1)
+    core = ((highest == value) & constant).to(flat.dtype)
+    # squares to their pixels, and on to those of the same value beside them, which no square reaches
+    around = F.max_pool2d(F.pad(core, (_SQUARE - 1,) * 4), _SQUARE, 1)
+    area = (flat == value) & (F.max_pool2d(around, 5, 1, 2) > 0)
+    if known is not None:
+        area = area & known
+    spread = area.to(flat.dtype)
+    rings = [F.max_pool2d(spread, 2 * width + 1, 1, width) for width in (1, 2, 3)]
+    distance = torch.where(value.isfinite(), (flat - value).abs(), 0.0)
+    if known is not None:
+        distance = distance * known
+
+    def away(inner: Tensor, outer: Tensor) -> Tensor:
+        ring = (outer - inner) if known is None else (outer - inner) * known
+        return (distance * ring).sum((-2, -1)) / ring.sum((-2, -1)).clamp(min=1)
+
+    first, third = away(spread, rings[0]), away(rings[1], rings[2])
+    filled = (first > _SHARPNESS * third) & (first > 0) & (spread.mean((-2, -1)) >= _LEAST_FILL)
+    # wherever else the value stands it is the fill too: in a corner that no square fits into
+    found = ((flat == value) & filled[..., None, None]).any(1)
+    if known is not None:
+        found = found & known.squeeze(1)
+    return found.reshape(image.shape)
+
+
+def hot_pixels(image: Tensor, usable: Tensor | None = None) -> Tensor:
+    """Single pixels far off the median of three along their row and along their column.
+
+    Args:
+        image: (..., H, W), finite.
+        usable: bool, broadcastable; ``None`` if all is.
+
+    Returns:
+        bool, (..., H, W).
+
+    Example:
+        >>> image = torch.rand(30, 30, generator=torch.Generator().manual_seed(0))
+        >>> image[7, 9] = 30.0
+        >>> hot_pixels(image).nonzero().tolist()
+        [[7, 9]]
+    """
+    image = image.detach()
+    off = torch.minimum(*(_off_median(image, dim).abs() for dim in (-1, -2)))
+    if usable is not None:
+        off = torch.where(usable, off, 0.0)
+    # in units of how much neighbours differ on the mean
+    step = (image[..., 1:] - image[..., :-1]).abs()
+    if usable is not None:
+        step = torch.where(usable[..., 1:] & usable[..., :-1], step, 0.0)
+    return off > _HOT * step.mean((-2, -1), keepdim=True)
+
+
+def _off_median(image: Tensor, dim: int) -> Tensor:
+    """How far a pixel is off the median of itself and its two neighbours; 0 at the border."""
+    length = image.shape[dim]
+    before, own, after = (image.narrow(dim, start, length - 2) for start in (0, 1, 2))
+    low, high = torch.minimum(before, after), torch.maximum(before, after)
+    off = own - torch.minimum(torch.maximum(own, low), high)
+    return F.pad(off, (1, 1) if dim == -1 else (0, 0, 1, 1))
+
+
+def enlargement(image: Tensor, usable: Tensor | None = None) -> Tensor:
+    r"""The factor by which an image was enlarged, along both axes: 1 if it was not.
+
+    Between the true samples an enlarged image is smoother than at them: the mean second difference of its columns
+    (or first) repeats with the factor, whatever the kernel,
+
+    .. math:: z_k = \sqrt{2 / n}\, \Big| \sum_j u_j e^{-2 \pi i j / k} \Big|, \qquad
+              u = \text{standardised} \log \overline{|\partial_x^2 I|}
+
+    Args:
+        image: (..., H, W), finite.
+        usable: bool, broadcastable; ``None`` if all is.
+
+    Returns:
+        (...,) int64, 1 to 8.
+
+    Example:
+        >>> image = torch.rand(40, 40, generator=torch.Generator().manual_seed(0))
+        >>> enlargement(image), enlargement(image.repeat_interleave(3, 0).repeat_interleave(3, 1))
+        (tensor(1), tensor(3))
+    """
+    image = image.detach()
+    if usable is not None:
+        usable = usable.expand(image.shape)
+    repeats = []
+    for turned in (False, True):
+        lines = image.mT if turned else image
+        known = usable.mT if turned and usable is not None else usable
+        # a quarter of the rows tells the columns as well
+        repeats.append(_repeats(lines[..., ::4, :], None if known is None else known[..., ::4, :]))
+    least = torch.minimum(*repeats)  # (..., K)
+    factors = torch.arange(2, LARGEST_FACTOR + 1, device=image.device)
+    return torch.where(least > _LEAST_REPEAT, factors, 1).amax(-1)
+
+
+def _repeats(lines: Tensor, known: Tensor | None) -> Tensor:
+    """(..., K): z of every factor from 2 on."""
+    # of first differences and of second ones: twice as large, pairs of columns are bent alike
+    step = lines[..., 1:] - lines[..., :-1]
+    both = torch.stack((step[..., 1:], step[..., 1:] - step[..., :-1]), dim=-3).abs()
+    if known is None:
+        mean = both.mean(-2)
+    else:
+        whole = (known[..., 1:-1] & known[..., :-2] & known[..., 2:]).to(both.dtype).unsqueeze(-3)
+        mean = (both * whole).sum(-2) / whole.sum(-2).clamp(min=1)
+    # (…, 2, n); the floor is what rounding leaves of a straight line
+    floor = 1e-3 * mean.mean(-1, keepdim=True) + torch.finfo(mean.dtype).tiny
+    level = (mean + floor).log()
+    # less what changes slowly
+    level = level[..., 1:-1] - 0.5 * (level[..., :-2] + level[..., 2:])
+    level = level - level.mean(-1, keepdim=True)
+    count = level.shape[-1]
+    spread = level.square().mean(-1, keepdim=True).sqrt()
+    normal = level / torch.where(spread > 0, spread, 1.0)
+    position = torch.arange(count, device=lines.device, dtype=mean.dtype)
+    factors = torch.arange(2, LARGEST_FACTOR + 1, device=lines.device, dtype=mean.dtype)
+    angle = 2 * math.pi * position[:, None] / factors
+    real, imaginary = torch.matmul(normal, angle.cos()), torch.matmul(normal, angle.sin())
+    return (2 / count) ** 0.5 * torch.hypot(real, imaginary).amax(-2)
+
+
+def suspicious(image: Tensor, usable: Tensor | None = None) -> Tensor:
+    """(...,) bool: whether a quarter of the rows has a pixel off both its neighbours, or some alike in a row.
+
+    A look at images of which most have neither fill nor hot pixels, for a tenth of the price of the others.
+    """
+    lines = image.detach()[..., ::4, :]
+    step = lines[..., 1:] - lines[..., :-1]
+    if usable is not None:
+        known = usable.expand(image.shape)[..., ::4, :]
+        step = torch.where(known[..., 1:] & known[..., :-1], step, torch.nan)
+    alike = step == 0
+    alike = (alike[..., :-3] & alike[..., 1:-2] & alike[..., 2:-1] & alike[..., 3:]).flatten(-2).any(-1)
+    length = step.abs()
+    least = torch.minimum(length[..., 1:], length[..., :-1])  # NaN stays
+    off = torch.where(step[..., 1:] * step[..., :-1] < 0, least, 0.0)
+    mean = length.nan_to_num(0.0).mean((-2, -1), keepdim=True)
+    return alike | (off > _HOT * mean).flatten(-2).any(-1)
+
+
+def exclude_defects(image: Tensor, usable: Tensor | None = None) -> Tensor | None:
+    """What is usable without fills and hot pixels, where there are any; as it was given where that is known.
+
+    Args:
+        image: (..., H, W), finite.
+        usable: bool, (..., H, W); ``None`` if all is.
+
+    Returns:
+        bool, (..., H, W), or ``None`` if all is.
+    """
+    if 0 in image.shape or min(image.shape[-2:]) < _LEAST_SIDE:
+        return usable
+    suspect = suspicious(image, usable)
+    if all_true(~suspect):
+        return usable
+    bad = undeclared_fill(image, usable) | hot_pixels(image, usable)
+    good = ~(bad & suspect[..., None, None])
+    return good if usable is None else usable & good
