@@ -562,7 +562,10 @@ class Groupwise(nn.Module):
 
 
 def _pick(texture: Texture, index: Tensor) -> Texture:
-    return Texture(*(None if part is None else part[index] for part in texture))
+    field, weights, flat, *others = (None if part is None else part[index] for part in texture)
+    assert field is not None
+    assert flat is not None
+    return Texture(field, weights, flat, *others)
 
 
 def _cut(texture: Texture, side: int) -> Texture:
