@@ -22,6 +22,7 @@ __all__ = [
     "find_georeference",
     "frame_transforms",
     "georeference_frames",
+    "is_same_grid",
     "metres_per_pixel",
     "regrid_warp",
 ]
@@ -194,7 +195,7 @@ def crs_name(wkt: str) -> str:
     return found.group(1) if found else wkt
 
 
-def _is_same_grid(first: Georeference, second: Georeference) -> bool:
+def is_same_grid(first: Georeference, second: Georeference) -> bool:
     """The same pixels, to a thousandth of one."""
     if first.size != second.size or not _is_same_crs(first.crs, second.crs):
         return False
@@ -230,7 +231,7 @@ def regrid_warp(warp: Tensor, source: Georeference, target: Georeference) -> Ten
     if not _is_same_crs(source.crs, target.crs):
         got = f"{crs_name(source.crs)!r} and {crs_name(target.crs)!r}"
         raise ValueError(message("grid", "one CRS", got, "reproject one of them with .rio.reproject"))
-    if _is_same_grid(source, target):
+    if is_same_grid(source, target):
         return warp
     scale = np.linalg.solve(target.linear, source.linear)  # old pixel size / new pixel size
     height, width = target.size

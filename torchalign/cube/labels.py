@@ -37,6 +37,7 @@ __all__ = [
     "load",
     "match",
     "rename_dims",
+    "spatial_dims",
     "time_labels",
 ]
 
@@ -300,12 +301,17 @@ def label_axes(values: object, name: str, cube: Cube, roles: Sequence[str]) -> x
     )
 
 
-def match(other: xr.DataArray, name: str, cube: Cube, roles: Sequence[str]) -> xr.Variable:
-    """A DataArray on the cube's coordinates, over some of the roles; or an error that says why not."""
+def spatial_dims(other: xr.DataArray, cube: Cube) -> dict[str, Hashable]:
+    """Role → dim of another array, by its names and by those of the cube; what has no role is left out."""
     own = {dim: role for role, dim in cube.dims.items()}
     named = {dim: role for dim in other.dims for role in CUBE if str(dim).lower() in _NAMES[role]}
     known = named | own
-    found = {known[dim]: dim for dim in other.dims if dim in known}
+    return {known[dim]: dim for dim in other.dims if dim in known}
+
+
+def match(other: xr.DataArray, name: str, cube: Cube, roles: Sequence[str]) -> xr.Variable:
+    """A DataArray on the cube's coordinates, over some of the roles; or an error that says why not."""
+    found = spatial_dims(other, cube)
     is_mask = "band" not in roles
     if len(found) < other.ndim or not (is_mask or {"y", "x"} <= set(found)):
         cure = "rename its dims like the cube's, or select from them with .isel"

@@ -1,0 +1,88 @@
+"""A reference of another sensor, brought onto the grid of a cube."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import numpy as np
+import xarray as xr
+
+from torchalign._check import require
+from torchalign.cube.georeference import Georeference, find_georeference, is_same_grid
+from torchalign.cube.labels import Cube, spatial_dims
+from torchalign.cube.pixels import find_nodata
+
+__all__ = ["onto_grid"]
+
+# A reference whose pixels are this much smaller than the cube's is averaged, a coarser one interpolated.
+_FINER = 1.5
+
+
+def onto_grid(other: xr.DataArray, cube: Cube) -> tuple[xr.DataArray, str]:
+    """Another picture of the cube's place on the cube's grid; and what was done to it, in words.
+
+    Where both say where they lie (CRS and coordinates) and their grids differ, the picture is resampled by
+    GDAL's warper: averaged where its pixels are smaller, else interpolated. If it has none of the
+    cube's bands, the mean of its bands is one picture for all of them.
+
+    Args:
+        other: over y, x, and at most one more dim.
+        cube: the cube.
+
+    Returns:
+        ``other`` itself and ``""`` where nothing is to be done.
+
+    Raises:
+        ImportError: rasterio is not installed, and a picture has to be resampled.
+    """
+    done = []
+    dims = spatial_dims(other, cube)
+    if "band" in dims and _shares_no_band(other, dims["band"], cube):
+        done.append(f"the mean of its {other.sizes[dims['band']]} bands")
+        nodata = find_nodata(other)
+        values = other.where(~other.isin(nodata)) if nodata else other
+        other = values.mean([dims.pop("band")], skipna=True, keep_attrs=True)
+        other.attrs.pop("_FillValue", None)
+    if {"y", "x"} <= set(dims) and other.ndim <= 3:
+        there, here = find_georeference(Cube(other, dims)), find_georeference(cube)
+        if there and here and there.crs and here.crs and not is_same_grid(there, here):
+            other = _reproject(other, dims, there, cube, here)
+            done.append("resampled onto the cube's grid")
+    return other, ", ".join(done)
+
+
+def _shares_no_band(other: xr.DataArray, dim: Hashable, cube: Cube) -> bool:
+    labels = cube.coordinate("band")
+    if labels is None or dim not in other.coords:
+        return False
+    return not set(labels.values.tolist()) & set(other[dim].values.tolist())
+
+
+def _reproject(
+    other: xr.DataArray, dims: dict[str, Hashable], there: Georeference, cube: Cube, here: Georeference
+) -> xr.DataArray:
+    """(…, H, W) float32, NaN where the picture does not reach."""
+    require("a reference on another grid", "io", "rasterio")
+    from rasterio.transform import Affine
+    from rasterio.warp import Resampling, reproject
+
+    nodata = find_nodata(other)
+    values = (other.where(~other.isin(nodata)) if nodata else other).astype(np.float32)
+    values = values.transpose(..., dims["y"], dims["x"])
+    steps = [abs(np.linalg.det(grid.linear)) ** 0.5 for grid in (there, here)]
+    averaged = there.crs == here.crs and steps[1] > _FINER * steps[0]
+    moved, _ = reproject(
+        values.to_numpy(),
+        np.full((*values.shape[:-2], *here.size), np.nan, np.float32),
+        src_transform=Affine(*there.transform),
+        src_crs=there.crs,
+        src_nodata=np.nan,
+        dst_transform=Affine(*here.transform),
+        dst_crs=here.crs,
+        dst_nodata=np.nan,
+        resampling=Resampling.average if averaged else Resampling.bilinear,
+    )
+    kept = {dim: values[dim] for dim in values.dims[:-2] if dim in values.coords}
+    own = {cube.dims[role]: cube.coordinate(role) for role in ("y", "x")}
+    coordinates = kept | {dim: labels for dim, labels in own.items() if labels is not None}
+    return xr.DataArray(moved, coordinates, (*values.dims[:-2], *own))

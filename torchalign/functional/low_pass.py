@@ -1,0 +1,152 @@
+r"""The band limit: what lies below a frequency, resampled onto the coarser grid that just holds it.
+
+A frame is continued beyond its borders as its mirror image, so that opposite borders do not meet and nothing jumps:
+the transform of that is the DCT-II, with half a cycle a frame from bin to bin. Along each axis the low pass
+
+.. math:: y_i = \sum_k c_k\, r(f_k) \cos\!\Big(\pi k \frac{p_i + 1/2}{L}\Big)
+          \sum_n \cos\!\Big(\pi k \frac{n + 1/2}{L}\Big) x_n, \qquad f_k = \frac{k}{2L},\; p_i = \frac{iL}{l}
+
+is a matrix of l × L numbers, made once for a size: two matrix products limit the band of a whole stack.
+
+Their work grows with the length of an axis. The band of large frames, and of those whose spectrum is taken without a
+window afterwards, is cut by Fourier transforms, of the image less the smooth one that accounts for the jumps between
+opposite borders, which the Fourier series would take for edges.
+
+References:
+    Ahmed, Natarajan & Rao 1974, doi:10.1109/T-C.1974.223784 (the DCT); Moisan 2011, doi:10.1007/s10851-010-0227-1
+    (the periodic component of an image).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchalign._host import exceeds, keeps_tables, product
+from torchalign.functional.fourier import fft, irfft2, rfft
+
+__all__ = ["low_pass"]
+
+# Share of the kept band, from its outer edge, over which the low-pass rolls off: a sharp edge would ring.
+_ROLL_OFF = 0.2
+# Frames that are longer than this are transformed: on the CPU that takes half the time of the products at 512.
+_LONGEST = 384
+
+
+def low_pass(
+    image: Tensor,
+    bands: Sequence[tuple[tuple[int, int], float]],
+    *,
+    blur: float = 0.0,
+    periodic: bool = False,
+) -> list[Tensor]:
+    """Keep the frequencies below a limit, at the samples of a coarser grid, for one or several bands.
+
+    Sample (i, j) of the result lies at pixel (i·H/h, j·W/w) of the image: the origins coincide.
+
+    Args:
+        image: (..., H, W).
+        bands: sizes (h, w), at most (H, W), each with its limit in cycles per pixel of the image, the widest band
+            first; the outer fifth of a band rolls off as a cosine. See
+            :func:`~torchalign.functional.working_grid.working_size`.
+        blur: σ in pixels of a Gaussian that is applied with it.
+        periodic: opposite borders of the result meet without a jump, as a spectrum wants it that is taken without a
+            window: by transforms, whatever the size.
+
+    Returns:
+        (..., h, w), one a band.
+
+    Example:
+        >>> wave, ripple = (torch.cos(torch.pi * f * (torch.arange(40.0) + 0.5)) for f in (0.2, 0.9))
+        >>> (limited,) = low_pass((wave + ripple)[None], [((1, 20), 0.25)])
+        >>> torch.allclose(limited[0], wave[::2], atol=1e-5)
+        True
+    """
+    height, width = image.shape[-2:]
+    if periodic or exceeds(height, _LONGEST) or exceeds(width, _LONGEST):
+        spectrum = _periodic_spectrum(image, bands[0][0])
+        return [_limit(spectrum, (height, width), *band, blur) for band in bands]
+    found = []
+    for (rows, columns), limit in bands:
+        lines = product(image, _matrix(width, columns, limit, blur, like=image).mT)
+        found.append(product(_matrix(height, rows, limit, blur, like=image), lines))
+    return found
+
+
+def _response(frequency: Tensor, max_frequency: float, blur: float) -> Tensor:
+    """What is kept of frequencies, in cycles per pixel: 1 in the band, falling to 0 at its edge as a cosine."""
+    edge = ((max_frequency - frequency) / (_ROLL_OFF * max_frequency)).clamp(0, 1)
+    response = 0.5 - 0.5 * torch.cos(math.pi * edge)
+    return response * torch.exp(-2 * (math.pi * blur * frequency).square()) if blur else response
+
+
+@keeps_tables
+def _matrix(length: int, samples: int, max_frequency: float, blur: float, *, like: Tensor) -> Tensor:
+    """(samples, length), the low pass of an axis."""
+    bins = torch.arange(length, device=like.device, dtype=torch.float64)
+    target = torch.arange(samples, device=like.device, dtype=torch.float64) * (length / samples)
+    wave = torch.cos((math.pi / length) * (bins[:, None] + 0.5) * bins)  # (n, k)
+    read = torch.cos((math.pi / length) * (target[:, None] + 0.5) * bins)  # (i, k)
+    weights = _response(bins / (2 * length), max_frequency, blur) * torch.where(bins == 0, 1.0, 2.0) / length
+    return ((read * weights) @ wave.mT).to(like.dtype)
+
+
+def _periodic_spectrum(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(..., h, w//2+1): the spectrum of Moisan's periodic component, cut to the frequencies of a grid."""
+    rows, columns = size
+    step_y, step_x = _jump_spectra((image.shape[-2], image.shape[-1]), size, like=image)
+    # columns beyond the band are dropped before they are transformed
+    spectrum = _keep_rows(fft(rfft(image)[..., : columns // 2 + 1], dim=-2), rows)
+    # what jumps between opposite borders has the Laplacian of a smooth image
+    jump_y = rfft(image[..., -1, :] - image[..., 0, :])[..., None, : columns // 2 + 1]
+    jump_x = _keep_rows(fft(image[..., :, -1] - image[..., :, 0]).unsqueeze(-1), rows)
+    return spectrum - jump_y * step_y - jump_x * step_x
+
+
+def _limit(
+    spectrum: Tensor, frame: tuple[int, int], size: tuple[int, int], max_frequency: float, blur: float
+) -> Tensor:
+    """(..., h, w): the field of those frequencies of a spectrum that a grid holds, rolled off and blurred."""
+    rows, columns = size
+    kept = _keep_rows(spectrum, rows)[..., : columns // 2 + 1]
+    return irfft2(kept * _radial_response(frame, size, max_frequency, blur, like=spectrum.real), size)
+
+
+def _frequencies(frame: tuple[int, int], size: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """(h, 1) and (w//2+1,): bin k is k cycles a frame, on either grid; in cycles per pixel."""
+    # (not torch.fft.fftfreq, which knows no symbolic spacing)
+    rows, columns = size
+    y = (torch.arange(rows, device=like.device) + rows // 2) % rows - rows // 2
+    x = torch.arange(columns // 2 + 1, device=like.device, dtype=like.dtype)
+    return y.to(like.dtype)[:, None] / frame[0], x / frame[1]
+
+
+@keeps_tables
+def _radial_response(
+    frame: tuple[int, int], size: tuple[int, int], max_frequency: float, blur: float, *, like: Tensor
+) -> Tensor:
+    """(h, w//2+1), for a spectrum of the frame and a transform back of the grid's size."""
+    y, x = _frequencies(frame, size, like)
+    gain = size[0] * size[1] / (frame[0] * frame[1])
+    return _response(torch.hypot(x, y), max_frequency, blur) * gain
+
+
+@keeps_tables
+def _jump_spectra(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(h, w//2+1) twice: what makes of the jumps along y, and along x, the spectrum of the smooth image."""
+    y, x = (2 * math.pi * frequency for frequency in _frequencies(frame, size, like))
+    laplacian = 2 * y.cos() + 2 * x.cos() - 4
+    laplacian = torch.where(laplacian == 0, 1.0, laplacian)  # at frequency 0, where the jumps vanish
+    step_y, step_x = (torch.complex(1 - angle.cos(), -angle.sin()) / laplacian for angle in (y, x))
+    return step_y, step_x
+
+
+def _keep_rows(spectrum: Tensor, rows: int) -> Tensor:
+    """The rows (dim −2) of the lowest frequencies of either sign, in the order of a transform of that length."""
+    height = spectrum.shape[-2]
+    if rows == height:
+        return spectrum
+    return torch.cat([spectrum[..., : rows - rows // 2, :], spectrum[..., height - rows // 2 :, :]], dim=-2)
