@@ -136,7 +136,9 @@ def compiled(name: str, capability: int, **constants: object):
             signature[own] = INTEGERS
         else:
             signature[own] = pointers.get(own, "*fp32" if own in POINTERS else INTEGERS)
-    kinds = {key: getattr(language, value) if isinstance(value, str) else value for key, value in fixed.items()}
+    kinds = {
+        key: getattr(language, value) if isinstance(value, str) else value for key, value in fixed.items()
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=kinds)
     return triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False}
@@ -184,9 +186,24 @@ def test_every_kernel_is_named_here():
     assert launched == set(KERNELS)
 
 
-def test_kernels_equal_the_functions_of_torch():
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["--slow", "-k", "aligners"], marks=pytest.mark.slow)],
+    ids=["each", "together"],
+)
+def test_kernels_equal_the_functions_of_torch(options):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(HERE / "interpreted.py")],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            str(HERE / "interpreted.py"),
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
