@@ -21,21 +21,21 @@ LAYERS = [
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
      "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
-     "functional.uncertainty", "functional.shift_field", "functional.local",
+     "functional.uncertainty", "functional.shift_field", "functional.local", "functional.network",
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
     {"pcc", "ecc", "lgm"},
     {"local"},
-    {"cascade"},
+    {"cascade", "groupwise"},
     {"training", "training.check", "training.embed", "training.kornia", "training.lightning", "training.loss",
      "training.measure", "training.metric", "training.misregistration", "training.probe", "training.statistics",
      "training.streaming"},
-    {"cube", "cube.files", "cube.labels"},
+    {"cube", "cube.files", "cube.labels", "cube.sun"},
     {"cube.chunks", "cube.georeference", "cube.pixels"},
     {"cube.regrid"},
     {"cube.reference", "cube.solution"},
-    {"cube.run", "cube.stores", "cube.tables"},
+    {"cube.run", "cube.series", "cube.stores", "cube.tables"},
     {"cube.rasters"},
     {"datasets", "io", "report", "xr"},
     {"pictures", "pictures.animation", "pictures.columns", "pictures.frames", "pictures.style"},
@@ -59,7 +59,7 @@ GROUND = {
 }
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
-          "functional.sift", "functional.local"}  # fmt: skip
+          "functional.sift", "functional.local", "functional.network"}  # fmt: skip
 # what a layer may use besides torch and the standard library
 FOREIGN = {
     **{
@@ -75,6 +75,7 @@ FOREIGN = {
             "ecc",
             "lgm",
             "cascade",
+            "groupwise",
         )
     },
     "training": {"numpy", "kornia", "torchvision", "torchmetrics", "lightning", "pytorch_lightning"},

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torchalign.cascade import Cascade as Cascade
     from torchalign.ecc import ECC as ECC
     from torchalign.functional.warp import warp as warp
+    from torchalign.groupwise import Groupwise as Groupwise
     from torchalign.io import open_stack as open_stack
     from torchalign.io import write_stack as write_stack
     from torchalign.lgm import LGM as LGM
@@ -53,12 +54,13 @@ if TYPE_CHECKING:
     from torchalign.types import Status as Status
     from torchalign.xr import align as align
     from torchalign.xr import apply as apply
+    from torchalign.xr import extend as extend
 
 __version__ = "0.1.0"
 
 # Where the names live. Nothing is imported before the first use, not even torch, so that the command line can
 # answer Ctrl-C while it is imported.
-_CORE = ("aligner", "cascade", "ecc", "lgm", "local", "pcc")
+_CORE = ("aligner", "cascade", "ecc", "groupwise", "lgm", "local", "pcc")
 _MODULES = (
     *_CORE,
     "datasets",
@@ -76,13 +78,14 @@ _HOMES = {
     "Aligner": "aligner",
     "Cascade": "cascade",
     "ECC": "ecc",
+    "Groupwise": "groupwise",
     "LGM": "lgm",
     "Local": "local",
     "PCC": "pcc",
     "fast_memory": "_host",
     "warp": "functional.warp",
     **dict.fromkeys(("Alignment", "Estimate", "ShiftField", "Status"), "types"),
-    **dict.fromkeys(("align", "apply"), "xr"),
+    **dict.fromkeys(("align", "apply", "extend"), "xr"),
     **dict.fromkeys(("load_report", "save_report", "summarize", "to_table"), "report"),
     **dict.fromkeys(("open_stack", "write_stack"), "io"),
     **dict.fromkeys(

@@ -7,6 +7,7 @@ Frames stream through the device in batches, or wait in dask's chunks until some
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,15 +34,29 @@ from torchalign.cube.run import (
     reference_companion,
     run,
 )
-from torchalign.cube.solution import build_report, find_warps
+from torchalign.cube.series import (
+    ArchivePositions,
+    PairEvidence,
+    chain_frames,
+    decode_on_host,
+    find_sun,
+    pair_attrs,
+    see_frames,
+    series_fields,
+    sun_tensor,
+    warp_variable,
+    without_season,
+)
+from torchalign.cube.solution import build_report, check_report, find_warps, report_fields, summarize
 from torchalign.cube.tables import read_report
 from torchalign.ecc import ECC
 from torchalign.functional.warp import Interpolation, PaddingMode
+from torchalign.groupwise import Groupwise
 from torchalign.lgm import LGM
 from torchalign.pcc import PCC
 from torchalign.types import Estimate
 
-__all__ = ["ApplyMode", "align", "apply"]
+__all__ = ["ApplyMode", "align", "apply", "extend"]
 
 
 def __dir__() -> list[str]:
@@ -68,6 +83,7 @@ def align(
     mask: xr.DataArray | Array | Tensor | None = None,
     reference_mask: xr.DataArray | Array | Tensor | None = None,
     init: xr.Dataset | Estimate | Array | Tensor | str | Path | None = None,
+    sun: xr.DataArray | Array | Tensor | None = None,
     verify: bool = True,
     device: torch.device | str | None = None,
     batch_size: int | None = None,
@@ -109,11 +125,18 @@ def align(
             * ``"median"`` or ``"mean"`` over time of the usable pixels, of the frames as they are.
             * ``"iterative"``: the median of the *aligned* frames. They are aligned with the median, the median is
               taken anew, and so on until they stop moving (0.005 px). It is sharp where ``"median"`` is blurred by
-              the frames' displacements. It is anchored where the median frame lies, so it cannot wander off.
-              Costs two to four estimates more, and as many medians.
+              the frames' displacements, and anchored where the median frame lies. Under shading that moves with
+              the sun it can wander off; unless the frames' pairs fit it clearly better than the first median, that
+              one is taken. Costs three to five estimates more, and as many medians.
             * ``"first"``, or the label of exactly one frame (``"2020-05-01"``, a ``datetime64``).
             * ``"clearest"``: the frame whose share of usable pixels, times its correlation with the median, is
               the largest.
+            * ``"groupwise"``: none. All frames are placed by their pairs with others, see
+              :class:`torchalign.Groupwise`; the median of all positions is at 0. ``aligner`` is what compares two
+              frames (``"auto"`` is ``PCC()``), or a ``Groupwise`` with options. The report has ``closure``,
+              ``support``, ``sigma_season`` and ``season_shift_x/y`` instead of a residual.
+            * ``"previous"``: each frame onto the last one before it that was accepted. Errors add up along the
+              chain; it is for series whose ends have nothing in common.
             * pixels: a DataArray on the cube's grid (with time, one per frame; bands are matched by label;
               without band, one picture for every band), for example a frame of another cube, or an array
               (C, H, W) or (T, C, H, W). In pixels without a declared nodata value the cube's applies.
@@ -127,6 +150,9 @@ def align(
         reference_mask: the same for the reference.
         init: an earlier solution to start from: a report (of other bands or another pixel size, too), the path of
             one, an ``Estimate``, or warps (T, 2, 3) or (T, 3, 3). Frames are matched by their labels.
+        sun: for ``"groupwise"``: (T, 2), elevation of the sun and azimuth clockwise from north, in degrees.
+            Default: from the dates (UTC; without a time of day, half past ten local solar time) and the middle of
+            the cube, where it has both dates and a CRS.
         verify: measure what is left after alignment, once more and for every aligner in the same way: by phase
             correlation of the aligned frame with the reference. ``PCC`` takes half as long again; slower aligners
             hardly notice. It tells of a warp that went wrong and of what the aligner left behind; it does not
@@ -176,6 +202,17 @@ def align(
     if not isinstance(verify, bool):
         raise TypeError(message("verify", "True or False", repr(verify), "give a bool"))
     module = _find_aligner(aligner)
+    word = reference if isinstance(reference, str) else None
+    if word in ("groupwise", "previous"):
+        _check_series(word, reference_mask, init, sun)
+        chosen = _Series(word, _series_module(module, aligner) if word == "groupwise" else module, sun)
+        return _align_series(
+            datacube, cube, chosen, mask, _Running(device, check_batch(batch_size), progress)
+        )
+    if isinstance(module, Groupwise) or sun is not None:
+        name, got = ("aligner", "Groupwise") if isinstance(module, Groupwise) else ("sun", "a value")
+        cure = 'pass reference="groupwise"'
+        raise ValueError(message(name, "what a reference needs", f"{got} with a reference", cure))
     where = find_device(device, module)
     pixels = Pixels.of(cube, getattr(module, "fill_value", None), "aligner.fill_value")
     if not is_lazy(datacube):  # else each chunk chooses for itself, on the machine that computes it
@@ -197,12 +234,209 @@ def align(
         return Found(torch.from_numpy(warp), torch.from_numpy(status) == 0)
 
     with torch.no_grad(), progress_bar(progress, cube, "align") as advance:
-        source = find_reference(reference, FrameReader(cube, pixels, usable, where), estimate)
+        reader = FrameReader(cube, pixels, usable, where)
+        source = find_reference(reference, reader, estimate, PairEvidence(reader).prefers)
         values, fields = run(operation, cube, (reference_companion(source, cube), *others), advance)
     attrs = {"aligner": repr(module), "reference": source.name}
     # (a georeference of its own, as "shift-coords" makes, is no longer that of the resampled pixels)
     aligned = datacube.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
     return aligned, build_report(fields, cube, attrs)
+
+
+@dataclass(frozen=True)
+class _Series:
+    """How frames are aligned that have no reference in common."""
+
+    word: str
+    module: nn.Module
+    sun: Any
+
+
+@dataclass(frozen=True)
+class _Running:
+    device: torch.device | str | None
+    batch_size: int | None
+    progress: bool | None
+
+
+def _check_series(word: str, reference_mask: object, init: object, sun: object) -> None:
+    for name, value in (("reference_mask", reference_mask), ("init", init), ("sun", sun)):
+        if value is not None and (name != "sun" or word == "previous"):
+            got = f"{type(value).__name__} with reference={word!r}"
+            raise ValueError(message(name, "None", got, "leave it out: there is nothing for it to act on"))
+
+
+def _series_module(module: nn.Module, aligner: object) -> Groupwise:
+    """The pairs of a series are compared by PCC, unless another aligner is named."""
+    if isinstance(module, Groupwise):
+        return module
+    if aligner == "auto":
+        return Groupwise(PCC())
+    return Groupwise(module)  # type: ignore[arg-type]  # it complains of what is no aligner
+
+
+def _align_series(
+    datacube: xr.DataArray, cube: Cube, series: _Series, mask: Any, running: _Running
+) -> tuple[xr.DataArray, xr.Dataset]:
+    """Frames are read twice: to be placed, now; and to be resampled, when they are wanted."""
+    aligner = series.module.aligner if isinstance(series.module, Groupwise) else series.module
+    fill = getattr(aligner, "fill_value", None)
+    pixels = Pixels.of(cube, fill, "aligner.fill_value")
+    where = find_device(running.device, series.module)
+    module = place_module(series.module, where)
+    usable, metres = find_mask(mask, "mask", cube), metres_per_pixel(cube)
+    reader = FrameReader(cube, pixels, usable, where)
+    attrs: dict[str, Any] = {"aligner": repr(module)}
+    device = running.device if is_lazy(datacube) else where
+    with torch.no_grad(), progress_bar(running.progress, cube, "align") as advance:
+        if isinstance(module, Groupwise):
+            angles = find_sun(series.sun, cube) if module.season != "none" else None
+            solution = module.place(see_frames(module, reader), sun_tensor(angles, where))
+            estimate, fields = solution.estimate, series_fields(solution, cube.size, metres)
+            attrs["reference"] = "groupwise (the median of all positions is 0)"
+            attrs |= {"season": module.season, **pair_attrs(solution)}
+        else:
+            estimate = chain_frames(module, reader)
+            fields = report_fields(estimate, None, cube.size, metres)
+            attrs["reference"] = "previous (each frame on the last one that was accepted)"
+        values = _move_frames(
+            cube, aligner, pixels, estimate, usable, replace(running, device=device), advance
+        )
+    aligned = datacube.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
+    return aligned, build_report(fields, cube, attrs)
+
+
+def _move_frames(
+    cube: Cube,
+    aligner: Any,
+    pixels: Pixels,
+    estimate: Estimate,
+    usable: xr.Variable | None,
+    running: _Running,
+    advance: Callable[[int], object],
+) -> Any:
+    """Pixels in the order of the cube's own dims, resampled as the aligner would."""
+    operation = WarpFrames(
+        pixels,
+        running.device,
+        running.batch_size,
+        getattr(aligner, "interpolation", "bilinear"),
+        getattr(aligner, "padding_mode", "border"),
+        getattr(aligner, "fill_value", None),
+    )
+    warps = Companion(warp_variable(estimate.warp), ("time", "row", "col"), decode_on_host)
+    values, _ = run(operation, cube, (warps, mask_companion(usable)), advance)
+    return values
+
+
+def extend(
+    datacube: xr.DataArray,
+    report: xr.Dataset | str | Path,
+    *,
+    archive: xr.DataArray,
+    aligner: nn.Module | str = "auto",
+    mask: xr.DataArray | Array | Tensor | None = None,
+    archive_mask: xr.DataArray | Array | Tensor | None = None,
+    sun: xr.DataArray | Array | Tensor | None = None,
+    device: torch.device | str | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+    time_dim: Hashable | None = None,
+    band_dim: Hashable | None = None,
+    y_dim: Hashable | None = None,
+    x_dim: Hashable | None = None,
+) -> tuple[xr.DataArray, xr.Dataset]:
+    """Align new frames with an archive that was aligned before, and that stays as it is.
+
+    Each new frame is compared with the twelve frames of the archive that look most like it, and placed among them;
+    the old frames, and where they lie in common, do not move. The archive's pixels are those before alignment.
+
+    Args:
+        datacube: the new frames, on the archive's grid; time, y, x and maybe band.
+        report: of the archive, from :func:`align` with shifts only; or its path.
+        archive: the frames of that report, as they came.
+        aligner: as it was for the archive with ``"groupwise"``: what compares two frames, or a ``Groupwise``.
+        mask: of the new frames, as in :func:`align`.
+        archive_mask: of the archive's frames.
+        sun: of the new frames, as in :func:`align`. Needed, or computed from dates and place, where the sun's part
+            was taken off the archive.
+        device: as in :func:`align`.
+        batch_size: as in :func:`align`.
+        progress: as in :func:`align`.
+        time_dim: as in :func:`align`.
+        band_dim: as in :func:`align`.
+        y_dim: as in :func:`align`.
+        x_dim: as in :func:`align`.
+
+    Returns:
+        The new frames, aligned; and the report of all frames, the old ones' rows first and as they were.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: frames of another size than the archive's; a report of other frames, or of more than shifts; an
+            unknown sun that is needed.
+
+    Example:
+        >>> from torchalign.datasets import demo_stack
+        >>> cube = demo_stack(frames=8, size=(96, 96)).cube
+        >>> old, new = cube.isel(time=slice(0, 7)), cube.isel(time=slice(7, 8))
+        >>> _, report = align(old, "groupwise")
+        >>> aligned, longer = extend(new, report, archive=old)
+        >>> longer.sizes["time"], bool((longer.warp[:7] == report.warp).all())
+        (8, True)
+    """
+    dims: Mapping[str, Hashable | None] = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
+    cube, old = Cube.of(datacube, dims), Cube.of(archive, dims)
+    report = read_report(Path(report)) if isinstance(report, (str, Path)) else report
+    check_report(report)
+    if cube.size != old.size:
+        cure = "bring them onto the archive's grid first"
+        raise ValueError(
+            message("datacube", f"frames of {old.size} pixels, as the archive's", cube.size, cure)
+        )
+    if report["status"].size != old.sizes["time"]:
+        got = f"{old.sizes['time']} for a report of {report['status'].size}"
+        raise ValueError(message("archive", "the frames of the report", got, "pass the cube it was made on"))
+    if report["warp"].shape[1] != 2 or not bool((report["warp"][..., :2] == np.eye(2)).all()):
+        cure = "align the archive with a motion that is a translation"
+        raise ValueError(message("report", "shifts only", "warps that do more", cure))
+    series = _series_module(_find_aligner(aligner), aligner)
+    where = find_device(device, series)
+    module: Any = place_module(series, where)
+    pixels = Pixels.of(cube, module.aligner.fill_value, "aligner.fill_value")
+    usable = find_mask(mask, "mask", cube)
+    new_reader = FrameReader(cube, pixels, usable, where)
+    old_reader = FrameReader(old, Pixels.of(old), find_mask(archive_mask, "archive_mask", old), where)
+    running = _Running(device if is_lazy(datacube) else where, check_batch(batch_size), progress)
+    with torch.no_grad(), progress_bar(progress, cube, "extend") as advance:
+        there = sun_tensor(find_sun(None, old), where)
+        here = sun_tensor(find_sun(sun, cube), where)
+        positions = ArchivePositions.of(report, there, where)
+        frames = see_frames(module, new_reader), see_frames(module, old_reader)
+        solution = module.extend(*frames, positions.shift, positions.sigma, positions.accepted)
+        solution = without_season(solution, positions.season_shift(here, cube.sizes["time"]))
+        fields = series_fields(solution, cube.size, metres_per_pixel(cube))
+        values = _move_frames(cube, module.aligner, pixels, solution.estimate, usable, running, advance)
+    aligned = datacube.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
+    return aligned, _longer_report(report, build_report(fields, cube, {}))
+
+
+def _longer_report(report: xr.Dataset, rows: xr.Dataset) -> xr.Dataset:
+    """The old rows as they were, and the new ones; what only one of them has is left out, but for the old's."""
+    time = report["status"].dims[0]
+    rows = rows.rename({rows["status"].dims[0]: time})
+    both = [name for name in report.data_vars if name in rows]
+    longer = xr.concat(
+        [report[both], rows[both].astype({name: report[name].dtype for name in both})],
+        dim=time,
+        join="override",
+        combine_attrs="override",
+        coords="minimal",
+        compat="override",
+        data_vars="minimal",
+    )
+    longer.attrs |= summarize(longer).attrs()
+    return longer
 
 
 def apply(

@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 # What `reference=` knows by name, beside the labels of frames.
-ReferenceName = Literal["median", "mean", "first", "clearest", "iterative"]
+ReferenceName = Literal["median", "mean", "first", "clearest", "iterative", "previous", "groupwise"]
 
 _READ_BYTES = 2**28  # of raw pixels of a lazy cube held at once, all its frames of a block of rows
 _LOAD_BYTES = 2**25  # of these, read at once: dask holds what it reads twice
@@ -69,6 +69,8 @@ class Found(NamedTuple):
 
 
 Estimator = Callable[["ReferenceSource"], Found]
+# Whether the second of two solutions fits the frames clearly better, by evidence that no reference has a part in.
+Judge = Callable[[Found, Found], bool]
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,16 @@ class FrameReader:
         return ReferenceSource(name, xr.Variable(CUBE[1:], host), Pixels(host.dtype, self.pixels.compute, ()))
 
 
-def find_reference(reference: Any, reader: FrameReader, estimate: Estimator) -> ReferenceSource:
+def find_reference(
+    reference: Any, reader: FrameReader, estimate: Estimator, prefers: Judge
+) -> ReferenceSource:
     """What the argument ``reference`` of :func:`torchalign.align` stands for.
 
     Args:
         reference: a word, a label of time, or pixels.
         reader: of the frames.
         estimate: estimates all frames against a reference, for ``"iterative"``.
+        prefers: whether the second of two solutions is clearly better, for ``"iterative"``.
 
     Raises:
         TypeError: an argument of another kind.
@@ -132,7 +137,7 @@ def find_reference(reference: Any, reader: FrameReader, estimate: Estimator) -> 
         reference = getattr(reference, "values", reference)[()]  # a label, `cube.time[3]`
     is_label = isinstance(reference, (str, np.generic, datetime.date, int, float))
     if is_label and not isinstance(reference, bool):
-        return _make_reference(reference, reader, estimate)
+        return _make_reference(reference, reader, estimate, prefers)
     labelled = label_axes(reference, "reference", reader.cube, CUBE)
     if labelled.dtype.kind not in "iuf":
         cure = "convert it with .astype"
@@ -145,14 +150,16 @@ def find_reference(reference: Any, reader: FrameReader, estimate: Estimator) -> 
     return ReferenceSource(f"{name}, {done}" if done else name, variable, given)
 
 
-def _make_reference(word: Any, reader: FrameReader, estimate: Estimator) -> ReferenceSource:
+def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, prefers: Judge) -> ReferenceSource:
     name, cube = str(word), reader.cube
     if name in ("median", "mean"):
         return reader.source(name, over_time(name, reader))
     if name == "iterative":
         if not reader.frames:
             return reader.source(name, over_time("median", reader))
-        values, rounds = _iterated_median(reader, estimate)
+        values, rounds = _iterated_median(reader, estimate, prefers)
+        if not rounds:
+            return reader.source("median (iterative did not fit the frames' pairs better)", values)
         return reader.source(f"iterative (median of the aligned stack, {rounds} rounds)", values)
     number, labels = 0, cube.coordinate("time")
     if name == "clearest":
@@ -305,10 +312,14 @@ class _Margins:
 # --- "iterative" ---
 
 
-def _iterated_median(reader: FrameReader, estimate: Estimator) -> tuple[Tensor, int]:
-    """Estimate against the median of what was aligned before, until the frames stop moving; the last median."""
-    median = over_time("median", reader)
-    found = estimate(reader.source("median", median))
+def _iterated_median(reader: FrameReader, estimate: Estimator, prefers: Judge) -> tuple[Tensor, int]:
+    """Estimate against the median of what was aligned before, until the frames stop moving; the last median.
+
+    Where shading moves with the sun, medians of aligned frames wander off: the first median is kept, and 0 rounds,
+    unless the last one fits pairs of frames clearly better.
+    """
+    plain = median = over_time("median", reader)
+    first = found = estimate(reader.source("median", median))
     # displaced or clouded so much that their median shows nothing
     if int(found.valid.sum()) < _ENOUGH * reader.frames:
         clearest = reader.source("clearest", reader.frame(_clearest(reader)))
@@ -322,7 +333,8 @@ def _iterated_median(reader: FrameReader, estimate: Estimator) -> tuple[Tensor, 
             break
         previous, median = found, over_time("median", reader, found)
         found = estimate(reader.source("median", median))
-    return median, rounds
+    sound = int(first.valid.sum()) >= _ENOUGH * reader.frames
+    return (plain, 0) if sound and not prefers(first, found) else (median, rounds)
 
 
 def _is_still(found: Found, previous: Found, size: tuple[int, int]) -> bool:

@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from torchalign._check import message
 from torchalign._host import kernels_for
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave
@@ -87,7 +88,7 @@ class PhaseShift(NamedTuple):
 
 
 def phase_correlation(
-    moving: Tensor,
+    moving: Tensor | Texture,
     reference: Tensor | Texture,
     moving_mask: Tensor | None = None,
     reference_mask: Tensor | None = None,
@@ -100,11 +101,13 @@ def phase_correlation(
     robust: bool | None = None,
     upsample_factor: int | None = None,
     start: Tensor | None = None,
+    size: tuple[int, int] | None = None,
 ) -> PhaseShift:
     """The translation that brings every moving frame onto the reference. See the module's docstring.
 
     Args:
-        moving: (..., H, W), float32 or float64, finite.
+        moving: (..., H, W), float32 or float64, finite; or its :func:`extract_texture` with the same options, and
+            ``size``.
         reference: (..., H, W), broadcastable; or its :func:`extract_texture` with the same options, to compute
             it once for many calls.
         moving_mask: bool, broadcastable to ``moving``, True = usable; ``None`` if all of it is.
@@ -120,6 +123,7 @@ def phase_correlation(
             weights across sensors cost more than they gain, and else yes.
         upsample_factor: ``None`` for Newton; n for the best of a grid of 1/n pixel (not differentiable).
         start: (..., 2), a shift to refine, where it correlates better than the coarse peak does.
+        size: (H, W) in pixels of what a moving texture shows, which it does not tell itself.
 
     Returns:
         :class:`PhaseShift`. Never NaN, whatever the data.
@@ -134,11 +138,16 @@ def phase_correlation(
         >>> phase_correlation(moving, reference).shift.round(decimals=2)
         tensor([ 1.3000, -0.6000])
     """
-    height, width = moving.shape[-2:]
-    size = working_size((height, width), max_frequency)
-    grid = WorkingGrid.of((height, width), size, max_frequency, moving)
-
-    (texture,) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast)
+    if isinstance(moving, Texture):
+        if size is None:
+            raise ValueError(message("size", "(H, W) with a moving texture", size, "give the frame's size"))
+        texture, samples = moving, (moving.field.shape[-2], moving.field.shape[-1])
+        (height, width), grid = size, WorkingGrid.of(size, samples, max_frequency, moving.field)
+    else:
+        height, width = moving.shape[-2:]
+        samples = working_size((height, width), max_frequency)
+        grid = WorkingGrid.of((height, width), samples, max_frequency, moving)
+        (texture,) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast)
     field, weights, moving_flat = texture
     vector = texture.is_vector
     weighting = weighting or ("none" if vector else "ramp")
@@ -159,7 +168,7 @@ def phase_correlation(
     tapering = Window.of(grid, taper)
     window = tapering.whole
     spectrum, power = correlate(window, window)
-    surface = irfft2(power, size)
+    surface = irfft2(power, samples)
     peak = coarse_peak(surface, (height, width), max_translation)
     if start is not None:
         peak = _higher_of(peak, start, power, grid, orders)
@@ -190,7 +199,7 @@ def phase_correlation(
         sigma = _STRUCTURE_CALIBRATION * sigma
     climbed = (refined - shift).norm(dim=-1)
     # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)
-    near = (climbed <= 2 * height / size[0]) | (climbed <= 2 * width / size[1])
+    near = (climbed <= 2 * height / samples[0]) | (climbed <= 2 * width / samples[1])
     converged = curved & near & (step.norm(dim=-1) < _NEWTON_TOLERANCE) & torch.isfinite(sigma)
     converged = converged & (peak.significance >= _MIN_SIGNIFICANCE)
     return PhaseShift(refined, sigma, peak.significance, flat, outside, converged, inliers)
