@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton", reason="Triton comes with torch's CUDA wheels; this torch has none")
 
@@ -50,7 +49,7 @@ KERNELS = {
             "BLOCK": 256,
         },
     ),
-    "see_frames": (
+    "channel_frames": (
         "channel",
         {"frames": "*fp16", "mask": "*u8", "usable": "*u8"},
         (),
@@ -108,7 +107,7 @@ KERNELS = {
         {"COMPUTE": "float32", "BLOCK": 256},
     ),
 }
-POINTERS = (
+POINTERS = (  # noqa: SIM905
     "frames motion mask values validity moving reference motions moving_usable reference_usable weight scores seen "
     "usable power fy fx start found last derivatives surface spectrum shift turned window image means filled share "
     "spline warp level_x level_y level_weights common moves weights regressors inverses solutions rests corners "
@@ -202,6 +201,7 @@ def test_kernels_equal_the_functions_of_torch(options):
             "0",
             "-p",
             "no:cacheprovider",
+            *options,
             str(HERE / "interpreted.py"),
         ],
         env=os.environ | {"TRITON_INTERPRET": "1"},

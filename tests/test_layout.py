@@ -16,11 +16,14 @@ ROOT = Path(torchalign.__file__).parent
 
 # what may import what: a layer sees the layers below its own
 LAYERS = [
+    {"kernels", "kernels.ascend", "kernels.blur", "kernels.channel", "kernels.climb", "kernels.peak",
+     "kernels.resample", "kernels.sampling", "kernels.score", "kernels.texture", "kernels.turn"},
     {"types", "_check", "_host"},
     {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.channels",
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
      "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
+     "functional.low_pass",
      "functional.uncertainty", "functional.shift_field", "functional.local", "functional.network",
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
@@ -78,6 +81,7 @@ FOREIGN = {
             "groupwise",
         )
     },
+    "kernels": {"triton"},
     "training": {"numpy", "kornia", "torchvision", "torchmetrics", "lightning", "pytorch_lightning"},
     "models": {"kornia", "torchvision"},
     "cube": {

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._check import message
-from torchalign._host import all_true, carries_gradient, keeps_tables, kernels_for
+from torchalign._host import all_true, carries_gradient, kernels_for
 from torchalign.functional.affine import (
     composed,
     from_homogeneous,
@@ -401,7 +401,7 @@ class _Shifted(NamedTuple):
     def ascend(
         self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """All steps by one kernel, where there is one: the warps, the last reach, and the warps before that step."""
+        """All steps by one kernel, where there is one: warps, the last reach, and the warps before that step."""
         kernels = kernels_for(self.spectrum, start, system.weights, level.field)
         if kernels is None:
             return None
@@ -420,7 +420,11 @@ class _Shifted(NamedTuple):
             (search.max_iterations, steps.tolerance),
         )
         unit = half_length(grid.frame)
-        return to_homogeneous(translation_warp(shift / unit)), reach, to_homogeneous(translation_warp(seen / unit))
+        return (
+            to_homogeneous(translation_warp(shift / unit)),
+            reach,
+            to_homogeneous(translation_warp(seen / unit)),
+        )
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference, precise at any price."""
@@ -487,7 +491,7 @@ class _Warped(NamedTuple):
     def ascend(
         self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """All steps by one kernel, where there is one: the warps, the last reach, and the warps before that step."""
+        """All steps by one kernel, where there is one: warps, the last reach, and the warps before that step."""
         kernels = kernels_for(self.spline, start, system.weights, level.field)
         if kernels is None:
             return None
