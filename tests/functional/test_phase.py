@@ -100,8 +100,11 @@ def test_a_start_is_taken_where_it_is_better():
     far = (TRUTH.abs() > 2).any(-1)
     assert far.any()
     assert (errors(kept)[far] < 0.02).all()
+    assert kept.converged.all()
+    assert not kept.outside.any()
     lost = phase_correlation(moving, reference, max_translation=0.5)
     assert (errors(lost)[far] > 0.5).all()
+    assert lost.outside[far].all()
 
 
 def test_masks_are_broadcast_and_heeded():
