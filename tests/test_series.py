@@ -227,6 +227,19 @@ def test_the_residual_tells_of_a_wrong_warp():
     assert np.nanmax(np.abs(report.residual_x)) > 0.5
 
 
+def test_the_residual_is_not_measured_on_repeated_borders():
+    """Most of a frame that moves far is its border, repeated: no ground, whatever the reference shows there."""
+    series = make_series(2, 96, bands=1, dtype="float32", nodata=None)
+    far = torch.tensor([[60.0, 0.0], [-60.0, 0.0]])
+    repeated = ta.warp(torch.from_numpy(series.cube.values), translation_warp(far)).numpy()
+    reference = repeated.copy()
+    for number, border in enumerate((slice(0, 60), slice(36, 96))):  # a pixel further down
+        reference[number][..., border] = np.roll(repeated[number][..., border], 1, axis=-2)
+    _, report = align(series.cube, series.cube.copy(data=reference), Fixed(translation_warp(far)))
+    left = np.hypot(report.residual_x, report.residual_y)
+    assert (np.isnan(left) | (left < 0.1)).all()
+
+
 def test_the_summary_in_numbers_and_words():
     series = make_series(10, 64, bands=1, dtype="float32", nodata=None)
     found = Fixed(
