@@ -724,7 +724,7 @@ MUTATIONS = [
         "run-residual-measured", "cube/run.py",
         "measured = found.valid & remaining.converged & ~remaining.flat & ~remaining.outside",
         "measured = remaining.converged & ~remaining.flat & ~remaining.outside",
-        "tests/test_series.py -k 'residual or measured'",
+        "tests/test_series.py -k summary_in_numbers",
     ),
     Mutation(
         "run-rejected-bits", "cube/run.py",
@@ -738,9 +738,9 @@ MUTATIONS = [
         "tests/test_series.py -k 'bit_for_bit'",
     ),
     Mutation(
-        "run-one-band-reference", "cube/run.py",
+        "run-bands-in-order", "cube/run.py",
         "encoded = self.pixels.encode(aligned, raw)", "encoded = self.pixels.encode(aligned.flip(-3), raw)",
-        "tests/test_xr.py -k 'dims_in_any_order'",
+        "tests/test_xr.py -k 'dims_are_found and band'",
     ),
     Mutation(
         "pixels-beside-nodata", "cube/pixels.py",
@@ -767,7 +767,7 @@ MUTATIONS = [
         "grid-corner", "cube/georeference.py",
         'corner = float(centres["x"][0]) - 0.5 * dx, float(centres["y"][0]) - 0.5 * dy',
         'corner = float(centres["x"][0]), float(centres["y"][0])',
-        "tests/test_series.py -k 'grids_of_any or 10_m'",
+        "tests/test_series.py -k georeference",
     ),
     Mutation(
         "grid-origin-sign", "cube/georeference.py",
@@ -841,7 +841,7 @@ MUTATIONS = [
     Mutation(
         "regrid-averaged", "cube/regrid.py",
         "averaged = there.crs == here.crs and steps[1] > _FINER * steps[0]", "averaged = False",
-        "tests/test_sensors.py -k other_pixels",
+        "tests/test_sensors.py -k averaged",
     ),
     Mutation(
         "xr-own-georeference", "xr.py",
@@ -853,7 +853,7 @@ MUTATIONS = [
         "xr-valid-frames", "xr.py",
         "return Found(torch.from_numpy(warp), torch.from_numpy(status) == 0)",
         "return Found(torch.from_numpy(warp), torch.from_numpy(status) >= 0)",
-        "tests/test_series.py -k iterative",
+        "tests/test_series.py -k next_median",
     ),
 ]  # fmt: skip
 

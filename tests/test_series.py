@@ -15,6 +15,7 @@ from series import UTM, make_series
 from torch import nn
 
 import torchalign as ta
+import torchalign.xr
 from torchalign.cube.georeference import Georeference, find_georeference, regrid_warp
 from torchalign.cube.labels import Cube
 from torchalign.cube.solution import report_georeference
@@ -127,6 +128,20 @@ def test_iterative_leaves_out_frames_that_show_nothing():
     np.testing.assert_array_equal(aligned[2], series.cube[2])
     assert error(report.isel(time=good), series.shift[good]) < 0.03
     assert report.attrs["reference"].startswith("iterative (")
+
+
+def test_frames_that_were_rejected_are_not_in_the_next_median(monkeypatch):
+    series, seen = make_series(5, 64, bands=1, dtype="float32", nodata=None), []
+    series.cube[3] = 0.5
+    original = torchalign.xr.find_reference
+
+    def spy(reference, reader, estimate):
+        seen.append(estimate(original("median", reader, estimate)))
+        return original(reference, reader, estimate)
+
+    monkeypatch.setattr(torchalign.xr, "find_reference", spy)
+    _, report = align(series.cube, "median")
+    assert seen[0].valid.tolist() == (report.status == 0).values.tolist() == [True, True, True, False, True]
 
 
 def test_iterative_on_frames_of_which_none_is_usable():
@@ -252,6 +267,8 @@ def test_the_summary_in_numbers_and_words():
     assert summary.shift_p95 == pytest.approx(0.5 * np.percentile(np.arange(8), 95))
     assert summary.shift_median_metres == pytest.approx(5 * 3.5, rel=1e-5)
     radial = np.hypot(report.residual_x, report.residual_y).values[:8]
+    assert np.isfinite(radial).any()
+    assert report.residual_x[8:].isnull().all()  # there is nothing to be measured of what was not aligned
     assert summary.ce90 == pytest.approx(np.nanpercentile(radial, 90))
     assert summary.ce90_metres == pytest.approx(10 * summary.ce90, rel=1e-5)
     for name, value in summary.attrs().items():

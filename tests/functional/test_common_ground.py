@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from scenes import Waves, pairs
+from scipy import ndimage
 
 from torchalign.functional import smoothing
 from torchalign.functional.common_ground import fill_small_holes, shared_ground
@@ -48,14 +50,18 @@ def test_what_is_not_usable_may_be_anything(cloudy, value):
 
 
 def test_edges_are_forgiven_half_a_pixel():
-    # flat fields, of which next to nothing differs, and edges between them 0.4 px apart
-    field = torch.rand(6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    reference = field.repeat_interleave(16, 0).repeat_interleave(16, 1)
-    moving = 0.6 * reference + 0.4 * reference.roll(1, 1)
-    edge = (moving - reference).abs() > 0.02
-    assert 0.02 < edge.double().mean() < 0.1
+    # fields of one brightness each, and soft edges between them half a pixel apart
+    random = np.random.default_rng(1)
+    fields = np.roll(np.kron(random.random((6, 8)), np.ones((64, 64))), 7, 1)
+    soft = ndimage.gaussian_filter(fields, 3.0, mode="wrap")
+    reference, moving = (
+        torch.from_numpy(ground.reshape(96, 4, 128, 4).mean((1, 3)) + 0.002 * random.standard_normal((96, 128)))
+        for ground in (soft, np.roll(soft, 2, 1))
+    )
+    edge = (moving - reference).abs() > 0.06
+    assert edge.sum() > 300
     ground = shared_ground(moving, reference, torch.full((48, 64), 0.5, dtype=torch.float64))
-    assert ground[edge].double().mean() > 0.9
+    assert ground[edge].double().mean() > 0.8
 
 
 def test_small_holes_are_filled_from_around_and_wide_ones_are_not():
