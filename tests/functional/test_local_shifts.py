@@ -167,12 +167,13 @@ def dense(matrix: local._Blocks) -> Tensor:
 
 
 def system(frames=2, size=(70, 40)):
-    level = local._level(size, 0.32, 16, torch.zeros((), dtype=torch.float64))
+    like = torch.zeros((), dtype=torch.float64)
+    level = local._level(size, 0.32, 16, like=like)
     nodes = lattice_size(size, 16)
     random = torch.Generator().manual_seed(0)
     g = torch.randn(frames, 2, *level.grid.size, generator=random, dtype=torch.float64)
     products = torch.stack((g[:, 0] ** 2, g[:, 0] * g[:, 1], g[:, 1] ** 2), 1)
-    matrix = local._normal_matrix(products, local._tables(level), nodes)
+    matrix = local._normal_matrix(products, local._tables(size, 0.32, 16, like=like), nodes)
     return level, nodes, g, matrix
 
 
@@ -189,7 +190,7 @@ def test_the_normal_matrix_is_the_sum_over_samples():
 
 def test_the_prior_is_bending_and_membrane_energy():
     _, (n, m), _, _ = system()
-    prior = local._prior((n, m), torch.zeros((), dtype=torch.float64))
+    prior = local._prior((n, m), like=torch.zeros((), dtype=torch.float64))
     lattice = torch.randn(1, 2, n, m, dtype=torch.float64)
 
     def energy(first, second):
@@ -204,7 +205,7 @@ def test_the_prior_is_bending_and_membrane_energy():
 
 def test_solution_determinant_and_posterior_are_the_dense_ones():
     _, (n, m), _, matrix = system()
-    prior = local._prior((n, m), torch.zeros((), dtype=torch.float64))
+    prior = local._prior((n, m), like=torch.zeros((), dtype=torch.float64))
     full = local._Blocks(*(part + 5.0 * unit for part, unit in zip(matrix, prior.blocks, strict=True)))
     right = torch.randn(2, 2, n, m, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     factor = local._factorize(full, local._to_blocks(right))

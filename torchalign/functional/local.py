@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchalign._host import keeps_tables
 from torchalign.functional.affine import change_origin
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2
@@ -164,7 +165,8 @@ class _Level(NamedTuple):
     spacing: int
 
 
-def _level(frame: tuple[int, int], band: float, spacing: int, like: Tensor) -> _Level:
+@keeps_tables
+def _level(frame: tuple[int, int], band: float, spacing: int, *, like: Tensor) -> _Level:
     grid = WorkingGrid.of(frame, working_size(frame, band), band, like)
     y, x = (
         torch.arange(samples, device=like.device, dtype=like.dtype) * (length / samples)
@@ -244,7 +246,7 @@ def prepare_ground(image: Tensor, mask: Tensor | None = None, *, spacing: int = 
 
 def _tile_ground(image: Tensor, mask: Tensor | None, spacing: int) -> _TileGround:
     size = (image.shape[-2], image.shape[-1])
-    levels = [_level(size, band, spacing, image) for band in _BANDS]
+    levels = [_level(size, band, spacing, like=image) for band in _BANDS]
     frames, flat = _prepare_frames(image, mask, levels)
     fields, weights = [], []
     at = image.new_zeros(1, 1, 1)
@@ -376,7 +378,8 @@ class _Prior(NamedTuple):
     unknowns: int
 
 
-def _prior(nodes: tuple[int, int], like: Tensor) -> _Prior:
+@keeps_tables
+def _prior(nodes: tuple[int, int], *, like: Tensor) -> _Prior:
     """The precision of the coefficients of both components at λ = 1."""
     rows, columns = nodes
 
@@ -417,7 +420,9 @@ class _Tables(NamedTuple):
     rows: Tensor  # ((B + B − 1)·9,), into 4n and a zero: the blocks on the diagonal, then those beside
 
 
-def _tables(level: _Level) -> _Tables:
+@keeps_tables
+def _tables(frame: tuple[int, int], band: float, spacing: int, *, like: Tensor) -> _Tables:
+    level = _level(frame, band, spacing, like=like)
     rows, columns = level.down.shape[-1], level.along.shape[-1]
     count = rows // _BLOCK
     device = level.y.device
@@ -786,9 +791,9 @@ def _fit(
     """The rounds."""
     frame = (moving.shape[-2], moving.shape[-1])
     nodes = lattice_size(frame, spacing)
-    levels = [_level(frame, band, spacing, moving) for band in _BANDS]
-    tables = [_tables(level) for level in levels]
-    prior = _prior(nodes, moving)
+    levels = [_level(frame, band, spacing, like=moving) for band in _BANDS]
+    tables = [_tables(frame, band, spacing, like=moving) for band in _BANDS]
+    prior = _prior(nodes, like=moving)
     frames, flat = _prepare_frames(moving, mask, levels)
 
     def equations(offset: Tensor, level: int) -> _Equations:
