@@ -2,7 +2,8 @@
 
 Windows of three high-resolution scenes at whole-pixel offsets, averaged in blocks of 5 × 5, and then what happens
 to real frames: an undeclared fill, bands enlarged from a coarser grid, regular gaps, ground that fixes one
-direction, patterns of the detector, motions that a translation lacks, small and smooth frames, a limit near half of the frame,
+direction, patterns of the detector, motions that a translation lacks, small and smooth frames, a limit near half of
+the frame,
 little in common, reversed contrast. Shape, value, factor, kernel, phase, orientation, size and scene are drawn.
 
     python benchmarks/trust.py [--draws 30] [--kind fill] [--method PCC] [--seed 1]

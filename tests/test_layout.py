@@ -21,7 +21,7 @@ LAYERS = [
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
      "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
-     "functional.uncertainty", "functional.defects",
+     "functional.uncertainty", "functional.defects", "functional.misfit",
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
@@ -57,7 +57,7 @@ GROUND = {
 }
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
-          "functional.sift", "functional.uncertainty"}  # fmt: skip
+          "functional.sift", "functional.uncertainty", "functional.misfit"}  # fmt: skip
 # what a layer may use besides torch and the standard library
 FOREIGN = {
     **{

@@ -29,7 +29,7 @@ _SIGMA_CALIBRATION = 1.07
 _WEIGHTS_ERROR = 0.4
 # A direction whose curvature is less than so many standard deviations of chance, a maximum less high than so many,
 # and a direction along which less than this share of the curvature is the ground's, are ambiguous.
-_LEAST_CURVATURE, _LEAST_HEIGHT, _LEAST_FIXED = 3.0, 3.0, 0.75
+_LEAST_CURVATURE, _LEAST_HEIGHT, _LEAST_FIXED = 3.0, 3.0, 0.82
 
 
 def largest_sigma(covariance: Tensor) -> Tensor:
