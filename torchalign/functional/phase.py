@@ -58,7 +58,7 @@ _NEWTON_STEPS = 3
 # The last Newton step of an estimate that has converged is shorter than this, in pixels (float32 stalls at 1e-5).
 _NEWTON_TOLERANCE = 1e-2
 # Holes that pull so far, in pixels, may pull on.
-_FAR_PULLED = 0.3
+_FAR_PULLED = 0.5
 # Lines of the spectrum, up to so many bins wide to either side, are of stripes where at no shift they correlate by
 # this share more than their ground would.
 _LINE, _STATIC = 2, 0.12
