@@ -145,7 +145,7 @@ class PeakQuality(NamedTuple):
 
     @property
     def ambiguous(self) -> Tensor:
-        """(...,) bool: a direction has a curvature of chance, or of the weights, or is far less sure than the other."""
+        """(...,) bool: a direction has a curvature of chance, or of the weights, or is much less sure."""
         larger = largest_sigma(self.covariance)
         trace = self.covariance[..., 0, 0] + self.covariance[..., 1, 1]
         smaller = (trace - larger.square()).nan_to_num(0.0).clamp(min=0).sqrt()
