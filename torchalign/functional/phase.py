@@ -181,6 +181,7 @@ def phase_correlation(
         power = _without_stripes(power, grid, shift)
     together = shift if robust else torch.zeros_like(shift)
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
+    ambiguous = found.quality.ambiguous
     if holes is not None:
         divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same)
         found = found._replace(
@@ -207,7 +208,7 @@ def phase_correlation(
         flat,
         outside,
         converged,
-        found.quality.ambiguous,
+        ambiguous,
         inliers,
     )
 
