@@ -1,8 +1,9 @@
 """Is what is accepted right? Field data of the kinds that fool a registration: each draw knows its own truth.
 
-Windows of three high-resolution scenes at whole-pixel offsets, averaged in blocks of 5 × 5, and then what happens to
-real frames: an undeclared fill, bands enlarged from a coarser grid, regular gaps, ground that fixes one direction,
-patterns of the detector, motions that a translation lacks, small and smooth frames, a limit near half of the frame,
+Windows of three high-resolution scenes at whole-pixel offsets, averaged in blocks of 5 × 5, and then what happens
+to real frames: an undeclared fill, bands enlarged from a coarser grid, regular gaps, ground that fixes one
+direction, patterns of the detector, motions that a translation lacks, small and smooth frames, a limit near half of
+the frame,
 little in common, reversed contrast. Shape, value, factor, kernel, phase, orientation, size and scene are drawn.
 
     python benchmarks/trust.py [--draws 30] [--kind fill] [--method PCC] [--seed 1]
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +32,8 @@ from common import (
     table,
     update_readme,
     versions,
+    write_results,
 )
-from common import write_results
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -266,7 +266,7 @@ def column_stripes(scenes: Scenes, rng: np.random.Generator) -> Draw:
 
 
 def distorted(scenes: Scenes, rng: np.random.Generator) -> Draw:
-    """Barrel distortion or a tilt that a translation lacks; the truth is that of the centre, where it is defined."""
+    """Barrel distortion or a tilt that a translation lacks; the truth is that of the centre."""
     from scipy.ndimage import map_coordinates
 
     size = a_size(rng)
@@ -405,11 +405,7 @@ def measure(draw: Draw, make: Callable[[float], ta.Aligner]) -> dict[str, float]
     size = draw.reference.shape
     centre = np.array([(size[1] - 1) / 2, (size[0] - 1) / 2])
     warp = estimate.warp[0, :2].double().numpy()
-    error = (
-        warp[:, :2] @ (centre - draw.truth) + warp[:, 2] - centre
-        if False
-        else warp[:, :2] @ centre + warp[:, 2] - centre - draw.truth
-    )
+    error = warp[:, :2] @ centre + warp[:, 2] - centre - draw.truth
     covariance = estimate.covariance[0].double().numpy()
     values, axes = np.linalg.eigh(covariance)
     z = (axes.T @ error) / np.sqrt(np.maximum(values, 1e-12))
@@ -453,6 +449,26 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def report(results: Mapping[str, Any]) -> str:
+    """The README's table."""
+    header = ["kind", "method", "accepted", "wrong", "median px", "worst px", "median σ px", "rms z"]
+    rows = [
+        [
+            kind,
+            method,
+            f"{row['accepted']} of {row['draws']}",
+            str(row["wrong"]),
+            pixels(row["median"]),
+            pixels(row["worst"]),
+            pixels(row["sigma"]),
+            "–" if row["z_rms"] is None else f"{row['z_rms']:.2f}",
+        ]
+        for kind, methods in results["kinds"].items()
+        for method, row in methods.items()
+    ]
+    return f"{table(header, rows)}\n\nSeed {results['seed']}. {described(results)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -460,36 +476,33 @@ def main() -> None:
     parser.add_argument("--scene", type=Path, default=HERE.parent.parent / "shared/data/landsat7_rgb.tif")
     parser.add_argument("--draws", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kind", action="append")
-    parser.add_argument("--method", action="append")
+    parser.add_argument("--kind", action="append", choices=list(KINDS))
+    parser.add_argument("--method", action="append", choices=list(METHODS))
     parser.add_argument("--rows", action="store_true", help="print every draw")
     add_readme_options(parser)
     given = parser.parse_args()
+    if given.update_readme or given.check_readme:
+        update_readme(NAME, report(read_results(NAME)), check=given.check_readme)
+        return
     scenes = Scenes(given.scene)
     found: dict[str, Any] = {}
     for kind in given.kind or KINDS:
         for method in given.method or METHODS:
-            began = time.time()
             rows = run(kind, method, scenes, given.draws, given.seed)
             found.setdefault(kind, {})[method] = row = summary(rows)
             print(
                 f"{kind:18} {method:5} accepted {row['accepted']:3}/{row['draws']} wrong {row['wrong']:3} "
-                f"beyond {row['beyond_bound']:3}/{row['bounded']:3} median {pixels(row['median'])} worst {pixels(row['worst'])} "
-                f"σ {pixels(row['sigma'])} z {row['z_rms']:.2f} {row['within_1']:.2f}/{row['within_2']:.2f}  {time.time() - began:.0f} s",
+                f"beyond {row['beyond_bound']:3}/{row['bounded']:3} median {pixels(row['median'])} "
+                f"worst {pixels(row['worst'])} σ {pixels(row['sigma'])} "
+                f"z {row['z_rms']:.2f} {row['within_1']:.2f}/{row['within_2']:.2f}",
                 flush=True,
             )
             if given.rows:
-                for i, one in enumerate(rows):
-                    print(
-                        "  ",
-                        i,
-                        ta.Status(one["status"]).name,
-                        {
-                            k: v if k == "z" else f"{v:.3f}"
-                            for k, v in one.items()
-                            if isinstance(v, (float, list))
-                        },
-                    )
+                for number, one in enumerate(rows):
+                    print("  ", number, ta.Status(one["status"]).name, one)
+    if not given.kind:
+        described_by = {"machine": machine(), "versions": versions("torchalign", "torch")}
+        write_results(NAME, described_by | {"seed": given.seed, "kinds": found})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ LAYERS = [
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
      "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
-     "functional.low_pass", "functional.defects",
+     "functional.low_pass", "functional.defects", "functional.misfit",
      "functional.uncertainty", "functional.shift_field", "functional.local", "functional.network",
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
@@ -63,7 +63,8 @@ GROUND = {
 }
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
-          "functional.sift", "functional.local", "functional.network", "functional.uncertainty"}  # fmt: skip
+          "functional.sift", "functional.local", "functional.network", "functional.uncertainty",
+          "functional.misfit"}  # fmt: skip
 # what a layer may use besides torch and the standard library
 FOREIGN = {
     **{

@@ -243,3 +243,18 @@ def test_a_cascade_says_which_stage_it_is():
     assert estimate.valid.all()
     assert estimate.stage == 0
     assert ta.PCC().estimate(torch.zeros(1, 1, 64, 64), torch.zeros(1, 64, 64)).stage == -1
+
+
+def test_misfit_sees_what_a_translation_lacks():
+    from torchalign.functional.affine import invert_warp
+    from torchalign.functional.misfit import misfit
+
+    moving, reference = windows((0.0, 0.0), 200)
+    assert misfit(moving, reference) < 0.02
+    angle = math.radians(1.0)
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]])
+    turned = ta.warp(moving[None, None], invert_warp(turn[None]), interpolation="bicubic")[0, 0]
+    estimate = ta.PCC().estimate(turned[None, None], reference[None])
+    aligned = ta.warp(turned[None, None], estimate.warp, interpolation="bicubic")[0, 0]
+    # 1° over blocks up to 75 px from the centre
+    assert 0.4 < misfit(aligned, reference) < 1.5

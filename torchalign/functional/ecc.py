@@ -111,6 +111,8 @@ _INDEPENDENT = 0.35
 _BLOCK = 3
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor.
 _SIGMA_CALIBRATION = 1.1
+# The coefficient is divided by what the weights overlap, but for this.
+_WEIGHTS_SHARE = 0.5
 # A direction along which less than this share of the slope is the ground's is ambiguous.
 _LEAST_SHARE = 0.35
 # A point farther out than this, in samples, is nowhere.
@@ -873,7 +875,7 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     scale = _SIGMA_CALIBRATION * half_length(level.grid.frame) / seen.correlation.square().square()
     covariance = scale.square()[..., None, None] * scatter
     root = _unflatten(system.weights, -1, size).sqrt()
-    covariance = covariance + isotropic(weights_error(level.field, root, level.grid))
+    covariance = covariance + isotropic(_WEIGHTS_SHARE * weights_error(level.field, root, level.grid))
     sigma = largest_sigma(covariance)
     residual, weights = (_unflatten(field, -1, size) for field in (residual, system.weights))
     share = shared_slope(residual, level.field, weights, largest_direction(covariance))

@@ -59,6 +59,8 @@ _OUTSIDE_MARGIN = 1.2
 _NEWTON_STEPS = 3
 # The last Newton step of an estimate that has converged is shorter than this, in pixels (float32 stalls at 1e-5).
 _NEWTON_TOLERANCE = 1e-2
+# Holes that pull so far, in pixels, may pull on.
+_FAR_PULLED = 0.5
 # Lines of the spectrum, up to so many bins wide to either side, are of stripes where at no shift they correlate by
 # this share more than their ground would.
 _LINE, _STATIC = 2, 0.12
@@ -189,12 +191,14 @@ def phase_correlation(
         power = _without_stripes(power, grid, shift)
     together = shift if robust else torch.zeros_like(shift)
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
+    ambiguous = found.quality.ambiguous
     if holes is not None:
         divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same)
         found = found._replace(
             shift=torch.where(holes[..., None], divided, found.shift),
             step=torch.where(holes, step, found.step),
             curved=torch.where(holes, curved, found.curved),
+            quality=found.quality.widened(_doubt(divided - found.shift, holes)),
         )
     covariance = found.quality.covariance
     if vector:
@@ -214,7 +218,7 @@ def phase_correlation(
         flat,
         outside,
         converged,
-        found.quality.ambiguous,
+        ambiguous,
         inliers,
     )
 
@@ -636,6 +640,13 @@ def _refine_divided(
     found = shift.detach()
     none = found.abs() < 64 * torch.finfo(found.dtype).eps
     return torch.where(none, shift - found, shift), step.detach().norm(dim=-1), curved
+
+
+def _doubt(way: Tensor, holes: Tensor) -> Tensor:
+    """(..., 2): the error that a way (..., 2) by which holes pulled may leave: all of it, where it was far."""
+    way = way.detach()
+    share = (way.norm(dim=-1) / _FAR_PULLED).clamp(max=1)
+    return way * torch.where(holes, share, 0.0)[..., None]
 
 
 def _correlated_bins(effective: Tensor) -> Tensor:

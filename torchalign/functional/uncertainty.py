@@ -25,11 +25,13 @@ __all__ = [
 
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor (benchmarks/accuracy.py).
 _SIGMA_CALIBRATION = 1.07
+# So is one whose σ is larger than this, in pixels, and so many times that of the other.
+_STRETCHED, _UNSURE = 3.5, 0.04
 # What the weights share of the curvature leaves of an error, in pixels.
 _WEIGHTS_ERROR = 0.4
 # A direction whose curvature is less than so many standard deviations of chance, a maximum less high than so many,
 # and a direction along which less than this share of the curvature is the ground's, are ambiguous.
-_LEAST_CURVATURE, _LEAST_HEIGHT, _LEAST_FIXED = 3.0, 3.0, 0.75
+_LEAST_CURVATURE, _LEAST_HEIGHT, _LEAST_FIXED = 3.0, 3.0, 0.82
 
 
 def largest_sigma(covariance: Tensor) -> Tensor:
@@ -143,10 +145,13 @@ class PeakQuality(NamedTuple):
 
     @property
     def ambiguous(self) -> Tensor:
-        """(...,) bool: a direction has a curvature of chance, or of the weights."""
-        return (
-            (self.curvature < _LEAST_CURVATURE) | (self.height < _LEAST_HEIGHT) | (self.fixed < _LEAST_FIXED)
-        )
+        """(...,) bool: a direction has a curvature of chance, or of the weights, or is much less sure."""
+        larger = largest_sigma(self.covariance)
+        trace = self.covariance[..., 0, 0] + self.covariance[..., 1, 1]
+        smaller = (trace - larger.square()).nan_to_num(0.0).clamp(min=0).sqrt()
+        stretched = (larger > _STRETCHED * smaller) & (larger > _UNSURE) & larger.isfinite()
+        weak = (self.curvature < _LEAST_CURVATURE) | (self.height < _LEAST_HEIGHT)
+        return weak | (self.fixed < _LEAST_FIXED) | stretched
 
     def widened(self, error: Tensor) -> PeakQuality:
         """With an error (..., 2) of unknown sign besides."""
