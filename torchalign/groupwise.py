@@ -272,6 +272,8 @@ class Groupwise(nn.Module):
             field=torch.cat(fields),
             weights=joined([texture.weights for texture in textures], fields),
             flat=torch.cat([texture.flat for texture in textures]),
+            detail=joined([texture.detail for texture in textures], fields),
+            cover=joined([texture.cover for texture in textures], fields),
         )
         if parts[0].cube is None:
             return Frames(texture, parts[0].size)

@@ -74,8 +74,9 @@ class Window(NamedTuple):
 
     def common(self, shift: Tensor) -> Tensor:
         """(..., h, w): of the ground that a frame shifted by ``shift`` (..., 2) has in common with it."""
-        kernels = kernels_for(shift)
-        if kernels is not None and self.taper > 0:
+        whole = not any(isinstance(length, float) for length in self.frame)  # a part of a frame need not be
+        kernels = kernels_for(shift) if whole and self.taper > 0 else None
+        if kernels is not None:
             ramps = tuple(ramp_length(length, self.taper) for length in self.frame)
             return kernels.common_window(shift, self.size, self.frame, ramps)  # type: ignore[no-any-return]
         y, x = (
