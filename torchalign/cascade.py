@@ -74,9 +74,9 @@ class Cascade(Aligner):
             fill_value=last.fill_value,
         )
         # a cascade in a cascade is its stages
-        flat = [
-            part for stage in stages for part in (stage.stages if isinstance(stage, Cascade) else [stage])
-        ]
+        flat: list[Aligner] = []
+        for stage in stages:
+            flat += stage._stages() if isinstance(stage, Cascade) else [stage]
         for stage in flat[:-1]:
             if isinstance(stage, Local):
                 cure = "the methods after it know no field to start from"

@@ -122,10 +122,10 @@ def see_channel(
         return None
     if not isinstance(channel, str):
         band = _band("channel", channel, cube.shape[-3]) % cube.shape[-3]
-        return kernels.see(cube, mask, "band", (band,))  # type: ignore[no-any-return]
+        return kernels.see(cube, mask, "band", (band,))
     if channel == "mean" or cube.shape[-3] < 3:
-        return kernels.see(cube, mask, "mean", ())  # type: ignore[no-any-return]
-    return kernels.see(cube, mask, channel, _rgb_indices(cube, rgb_bands))  # type: ignore[no-any-return]
+        return kernels.see(cube, mask, "mean", ())
+    return kernels.see(cube, mask, channel, _rgb_indices(cube, rgb_bands))
 
 
 def gradient_magnitude(image: Tensor) -> Tensor:

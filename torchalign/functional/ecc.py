@@ -506,7 +506,7 @@ class _Warped(NamedTuple):
         if kernels is None:
             return self.values(warp, level, precise=precise), self.ground(warp, level)
         ramps = [ramp_length(length, self.taper) for length in level.grid.frame] if self.taper > 0 else None
-        return kernels.look(  # type: ignore[no-any-return]
+        return kernels.look(
             self.spline, self.weights, warp, level.weights, self._geometry(level), ramps, precise
         )
 
@@ -518,7 +518,7 @@ class _Warped(NamedTuple):
         if kernels is None:
             return None
         equations = system.mean, system.inverse, system.solved, system.rest
-        return kernels.ascend_warped(  # type: ignore[no-any-return]
+        return kernels.ascend_warped(
             self.spline,
             start,
             moves,

@@ -56,7 +56,7 @@ def shift_phase(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Ten
     """
     kernels = kernels_for(spectrum, shift)
     if kernels is not None:
-        return kernels.turn(spectrum, frequencies, shift)  # type: ignore[no-any-return]
+        return kernels.turn(spectrum, frequencies, shift)
     wave_y, wave_x = (wave(frequency, shift[..., 1 - axis]) for axis, frequency in enumerate(frequencies))
     return spectrum * wave_y[..., :, None] * wave_x[..., None, :]
 

@@ -241,7 +241,7 @@ def _scores(
     plain = not vector and all(motion.field is None for motion in motions)
     kernels = kernels_for(moving, reference, weight, *warps) if plain else None
     if kernels is not None:
-        return kernels.score(moving, reference, warps, *usable, weight, step).unbind(-1)  # type: ignore[no-any-return]
+        return kernels.score(moving, reference, warps, *usable, weight, step).unbind(-1)
     overlap: Tensor | None = None
     for part in usable:
         if part is not None:

@@ -324,7 +324,7 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
 
     kernels = kernels_for(image)
     if kernels is not None:
-        return kernels.blur(image, _gaussian(sigma, radius, like=image))  # type: ignore[no-any-return]
+        return kernels.blur(image, _gaussian(sigma, radius, like=image))
     weights = [math.exp(-(k**2) / (2 * sigma**2)) for k in range(radius + 1)]
     total = weights[0] + 2 * sum(weights[1:])
     weights = [weight / total for weight in weights]

@@ -234,8 +234,7 @@ def _coverage(mask: Tensor, grid: WorkingGrid) -> Tensor:
     shape = mask.shape[:-2]
     kernels = kernels_for(mask)
     if kernels is not None:
-        found = kernels.coverage(mask.expand(*shape, *grid.frame), (height, width), grid.radius.dtype)
-        return found  # type: ignore[no-any-return]
+        return kernels.coverage(mask.expand(*shape, *grid.frame), (height, width), grid.radius.dtype)
     share = mask.expand(*shape, *grid.frame).reshape(-1, 1, *grid.frame).to(grid.radius.dtype)
     return F.interpolate(share, size=(height, width), mode="area").reshape(*shape, height, width)
 

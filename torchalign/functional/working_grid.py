@@ -78,7 +78,7 @@ class Window(NamedTuple):
         kernels = kernels_for(shift) if whole and self.taper > 0 else None
         if kernels is not None:
             ramps = tuple(ramp_length(length, self.taper) for length in self.frame)
-            return kernels.common_window(shift, self.size, self.frame, ramps)  # type: ignore[no-any-return]
+            return kernels.common_window(shift, self.size, self.frame, ramps)
         y, x = (
             torch.minimum(profile, tukey(position - shift[..., 1 - axis, None], length, self.taper))
             for axis, (profile, position, length) in enumerate(

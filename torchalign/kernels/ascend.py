@@ -563,7 +563,7 @@ def look(
         (..., T, n) twice.
     """
     lead, geometry = warp.shape[:-2], Geometry(*geometry)
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         _look(
             spline.expand(*lead, *spline.shape[-2:]),
             usable,
@@ -678,7 +678,7 @@ def ascend_warped(
         The warps (..., T, 3, 3); the reach (..., T) of the last step, in pixels; and the warps before it.
     """
     lead, geometry = start.shape[:-2], Geometry(*geometry)
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         _ascend_warped(
             spline.expand(*lead, *spline.shape[-2:]),
             start,
@@ -819,7 +819,7 @@ def ascend_shifted(
     """
     lead = start.shape[:-1]
     parts = torch.view_as_real(spectrum.resolve_conj())
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         _ascend_shifted(
             parts.expand(*lead, *parts.shape[-3:]),
             torch.view_as_real(weighted.resolve_conj()),

@@ -88,7 +88,7 @@ def see(
     """
     if cube.dtype not in _FLOATING:
         return None
-    return tuple(_see(cube, mask, channel, list(bands)))  # type: ignore[return-value]
+    return tuple(_see(cube, mask, channel, list(bands)))
 
 
 @torch.library.custom_op("torchalign::see", mutates_args=())

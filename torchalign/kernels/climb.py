@@ -152,7 +152,7 @@ def climb(
         return None
     parts = torch.view_as_real(power.resolve_conj())
     start = start.expand(*power.shape[:-2], 2).to(parts.dtype)
-    return tuple(_climb(parts, frequencies[0], frequencies[1], start, steps))  # type: ignore[return-value]
+    return tuple(_climb(parts, frequencies[0], frequencies[1], start, steps))
 
 
 @torch.library.custom_op("torchalign::climb", mutates_args=())

@@ -254,7 +254,7 @@ def resample(
     flat = motion if motion.shape[-1] == 2 else motion.flatten(-2)
     if not flat.dtype.is_floating_point or flat.dtype.itemsize < 4:
         flat = flat.float()
-    return tuple(_resample(cube, flat, mask, interpolation, padding_mode, fill_value, step))  # type: ignore[return-value]
+    return tuple(_resample(cube, flat, mask, interpolation, padding_mode, fill_value, step))
 
 
 @torch.library.custom_op("torchalign::resample", mutates_args=())

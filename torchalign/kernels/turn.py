@@ -96,7 +96,7 @@ def turn(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) ->
     Returns:
         (..., H, W//2+1).
     """
-    lead = torch.broadcast_shapes(spectrum.shape[:-2], shift.shape[:-1])  # type: ignore[no-untyped-call]
+    lead = torch.broadcast_shapes(spectrum.shape[:-2], shift.shape[:-1])
     parts = torch.view_as_real(spectrum.resolve_conj())
     if math.prod(spectrum.shape[:-2]) != 1:
         parts = parts.expand(*lead, *parts.shape[-3:])
