@@ -426,7 +426,7 @@ MUTATIONS = [
     Mutation(
         "ecc-moves-on", "functional/ecc.py",
         "warp = torch.where(moves[..., None, None], stepped, warp)", "warp = stepped",
-        "tests/test_devices.py -k 'know_of_each_other and ECC'",
+        f"{_F}/test_enhanced_correlation.py -k while_others",
     ),
     # --- functional/matching ---
     Mutation(
@@ -613,7 +613,7 @@ MUTATIONS = [
     Mutation(
         "aligner-crop-init", "aligner.py",
         "init = change_origin(init, origin)", "pass",
-        "tests/test_pcc.py -k turn_that_is_known",
+        "tests/test_ecc.py -k crop_starts",
     ),
     Mutation(
         "aligner-masked-gradients", "aligner.py",
