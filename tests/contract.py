@@ -369,9 +369,7 @@ class Results:
         estimate = case.make().estimate(data.cube, data.reference, None, torch.zeros(SIZE, dtype=torch.bool))
         assert (estimate.status == ta.Status.NO_TEXTURE).all()
 
-    @pytest.mark.parametrize(
-        "size", [(1, 1), (1, 40), (3, 3), (5, 7), (200, 8), (17, 16)], ids=str
-    )
+    @pytest.mark.parametrize("size", [(1, 1), (1, 40), (3, 3), (5, 7), (200, 8), (17, 16)], ids=str)
     def test_tiny_images(self, case, size):
         # series of noise, of nothing, of NaN: the first two also without the third, which has a mask be made
         series = torch.stack(
@@ -507,9 +505,7 @@ class Results:
         assert torch.equal(aligned[BAD], cube[BAD])
         assert without(estimate.valid, BAD).all()
 
-    @pytest.mark.parametrize(
-        "crop", [95, 1000, (80, 104), (96, 79), [72, 90], np.int64(88)], ids=str
-    )
+    @pytest.mark.parametrize("crop", [95, 1000, (80, 104), (96, 79), [72, 90], np.int64(88)], ids=str)
     def test_crop_center(self, case, crop):
         data = stack(3)
         aligned, estimate = case.make(crop_center=crop)(data.cube, data.reference)

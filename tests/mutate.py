@@ -9,8 +9,9 @@ mutation at a time is applied there, the tests that must notice it are run, and 
 and what the tests import are loaded once, and every run is a fork of that process, so it needs a POSIX system.
 
 A mutation is *killed* when a selected test fails, and *survives* when all of them pass. It is an *error* when its
-old text is not there exactly once, when nothing is selected, when the tests cannot be collected, or when they
-fail without it (``--unchecked`` saves the half of the time that this takes). A mutation whose code has moved is to be brought along, not dropped.
+old text is not there exactly once, when nothing is selected, when the tests cannot be collected, or when they fail
+without it (``--unchecked`` saves the half of the time that this takes). A mutation whose code has moved is to be
+brought along, not dropped.
 """
 
 from __future__ import annotations
@@ -859,10 +860,14 @@ MUTATIONS = [
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", action="append", metavar="NAME", help="a name, or a pattern of names")
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
-    parser.add_argument("--unchecked", action="store_true", help="do not run the tests without the mutation first")
+    parser.add_argument(
+        "--unchecked", action="store_true", help="do not run the tests without the mutation first"
+    )
     options = parser.parse_args()
     names = [mutation.name for mutation in MUTATIONS]
     assert len(names) == len(set(names)), "every mutation has a name of its own"

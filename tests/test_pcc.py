@@ -259,7 +259,7 @@ def test_what_an_init_turns_into_the_frame_is_not_seen():
     back = invert_warp(centred).numpy()
     source_x, source_y = (row[0] * x + row[1] * y + row[2] for row in back)
     seen = (source_x >= -0.5) & (source_x < 63.5) & (source_y >= -0.5) & (source_y < 47.5)
-    moving, usable, start, about_centre = undo_init(init[None], frame, None)
+    moving, usable, start, _ = undo_init(init[None], frame, None)
     assert moving.isfinite().all()
     assert (usable[0].numpy() != seen).mean() < 0.002  # where it is a matter of rounding
     assert 0.7 < seen.mean() < 0.95

@@ -55,7 +55,9 @@ def test_edges_are_forgiven_half_a_pixel():
     fields = np.roll(np.kron(random.random((6, 8)), np.ones((64, 64))), 7, 1)
     soft = ndimage.gaussian_filter(fields, 3.0, mode="wrap")
     reference, moving = (
-        torch.from_numpy(ground.reshape(96, 4, 128, 4).mean((1, 3)) + 0.002 * random.standard_normal((96, 128)))
+        torch.from_numpy(
+            ground.reshape(96, 4, 128, 4).mean((1, 3)) + 0.002 * random.standard_normal((96, 128))
+        )
         for ground in (soft, np.roll(soft, 2, 1))
     )
     edge = (moving - reference).abs() > 0.06
