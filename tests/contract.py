@@ -71,7 +71,7 @@ def spoil(cube: Tensor, kind: str, frame: int = BAD) -> Tensor:
     cube = cube.clone()
     bad = cube[..., frame, :, :, :]
     if kind == "alternating":
-        bad[..., ::2], bad[..., 1::2] = NAN, INF
+        bad[..., ::3], bad[..., 1::3], bad[..., 2::3] = NAN, INF, -INF
     elif kind == "one pixel":
         bad.fill_(NAN)
         bad[..., 5, 5] = 0.3
@@ -85,14 +85,10 @@ def spoil(cube: Tensor, kind: str, frame: int = BAD) -> Tensor:
 
 BAD_KINDS = [
     "nan",
-    "inf",
-    "-inf",
     "0",
-    "0.3",
     "10000",
     "1e-30",
     "3e38",
-    "-9999",
     "alternating",
     "one pixel",
     "one band",
@@ -373,9 +369,7 @@ class Results:
         estimate = case.make().estimate(data.cube, data.reference, None, torch.zeros(SIZE, dtype=torch.bool))
         assert (estimate.status == ta.Status.NO_TEXTURE).all()
 
-    @pytest.mark.parametrize(
-        "size", [(1, 1), (1, 40), (40, 1), (2, 2), (3, 3), (5, 7), (8, 200), (17, 16)], ids=str
-    )
+    @pytest.mark.parametrize("size", [(1, 1), (1, 40), (3, 3), (5, 7), (200, 8), (17, 16)], ids=str)
     def test_tiny_images(self, case, size):
         # series of noise, of nothing, of NaN: the first two also without the third, which has a mask be made
         series = torch.stack(
@@ -511,9 +505,7 @@ class Results:
         assert torch.equal(aligned[BAD], cube[BAD])
         assert without(estimate.valid, BAD).all()
 
-    @pytest.mark.parametrize(
-        "crop", [96, 95, 81, 80, 97, 1000, (80, 104), (96, 79), [72, 90], np.int64(88)], ids=str
-    )
+    @pytest.mark.parametrize("crop", [95, 1000, (80, 104), (96, 79), [72, 90], np.int64(88)], ids=str)
     def test_crop_center(self, case, crop):
         data = stack(3)
         aligned, estimate = case.make(crop_center=crop)(data.cube, data.reference)
@@ -525,6 +517,45 @@ class Results:
         top, left = (max(0, (n - c) // 2) for n, c in zip(SIZE, size, strict=True))
         cube[..., :top, :], cube[..., :left] = NAN, NAN  # outside the crop, hence unseen
         assert torch.equal(case.make(crop_center=crop).estimate(cube, data.reference).warp, estimate.warp)
+
+
+BAD_OPTIONS = [
+    ({"max_translation": 0}, ValueError),
+    ({"max_translation": -1.0}, ValueError),
+    ({"max_translation": NAN}, ValueError),
+    ({"max_translation": INF}, ValueError),
+    ({"max_translation": "5"}, TypeError),
+    ({"max_translation": True}, TypeError),
+    ({"max_translation": None}, TypeError),
+    ({"min_score": 1.5}, ValueError),
+    ({"min_score": NAN}, ValueError),
+    ({"min_score": "high"}, TypeError),
+    ({"interpolation": "cubic"}, ValueError),
+    ({"interpolation": None}, ValueError),
+    ({"interpolation": ["nearest"]}, ValueError),
+    ({"padding_mode": "wrap"}, ValueError),
+    ({"fill_value": "nodata"}, TypeError),
+    ({"fill_value": [0.0]}, TypeError),
+    ({"channel": "red"}, ValueError),
+    ({"channel": 1.5}, TypeError),
+    ({"channel": None}, TypeError),
+    ({"channel": True}, TypeError),
+    ({"channel": np.bool_(True)}, TypeError),
+    ({"channel": [0]}, TypeError),
+    ({"rgb_bands": (3, 2)}, ValueError),
+    ({"rgb_bands": 3}, TypeError),
+    ({"rgb_bands": "abc"}, TypeError),
+    ({"rgb_bands": (0.5, 1, 2)}, TypeError),
+    ({"crop_center": 0}, ValueError),
+    ({"crop_center": -8}, ValueError),
+    ({"crop_center": 64.0}, TypeError),
+    ({"crop_center": (64,)}, ValueError),
+    ({"crop_center": (64, 64, 3)}, ValueError),
+    ({"crop_center": (64, 0)}, ValueError),
+    ({"crop_center": (64, 6.5)}, TypeError),
+    ({"crop_center": "64"}, TypeError),
+    ({"crop_center": True}, TypeError),
+]  # fmt: skip
 
 
 class Behaviour:
@@ -692,70 +723,16 @@ class Behaviour:
 
     # ---------------------------------------------------------------------------------------------- bad input
 
-    @pytest.mark.parametrize(
-        ("options", "kind"),
-        [
-            ({"max_translation": 0}, ValueError),
-            ({"max_translation": -1.0}, ValueError),
-            ({"max_translation": NAN}, ValueError),
-            ({"max_translation": INF}, ValueError),
-            ({"max_translation": "5"}, TypeError),
-            ({"max_translation": True}, TypeError),
-            ({"max_translation": None}, TypeError),
-            ({"min_score": 1.5}, ValueError),
-            ({"min_score": NAN}, ValueError),
-            ({"min_score": "high"}, TypeError),
-            ({"interpolation": "cubic"}, ValueError),
-            ({"interpolation": None}, ValueError),
-            ({"interpolation": ["nearest"]}, ValueError),
-            ({"padding_mode": "wrap"}, ValueError),
-            ({"fill_value": "nodata"}, TypeError),
-            ({"fill_value": [0.0]}, TypeError),
-            ({"channel": "red"}, ValueError),
-            ({"channel": 1.5}, TypeError),
-            ({"channel": None}, TypeError),
-            ({"channel": True}, TypeError),
-            ({"channel": np.bool_(True)}, TypeError),
-            ({"channel": [0]}, TypeError),
-            ({"rgb_bands": (3, 2)}, ValueError),
-            ({"rgb_bands": 3}, TypeError),
-            ({"rgb_bands": "abc"}, TypeError),
-            ({"rgb_bands": (0.5, 1, 2)}, TypeError),
-            ({"crop_center": 0}, ValueError),
-            ({"crop_center": -8}, ValueError),
-            ({"crop_center": 64.0}, TypeError),
-            ({"crop_center": (64,)}, ValueError),
-            ({"crop_center": (64, 64, 3)}, ValueError),
-            ({"crop_center": (64, 0)}, ValueError),
-            ({"crop_center": (64, 6.5)}, TypeError),
-            ({"crop_center": "64"}, TypeError),
-            ({"crop_center": True}, TypeError),
-        ],
-        ids=str,
-    )  # fmt: skip
-    def test_bad_options(self, case, options, kind):
-        with pytest.raises(kind) as error:
-            case.make(**options)
-        assert_helpful(error, *options)
+    def test_bad_options(self, case):
+        for options, kind in BAD_OPTIONS:
+            with pytest.raises(kind) as error:
+                case.make(**options)
+            assert_helpful(error, *options)
 
-    @pytest.mark.parametrize(
-        "what",
-        [
-            *("cube list", "cube numpy", "cube integer", "cube complex", "cube 3-D", "cube 0-D"),
-            *("cube no bands", "cube no pixels", "reference numpy", "reference dtype", "reference bands"),
-            *("reference size", "reference frames", "reference device", "mask float", "mask numpy"),
-            *("mask size", "mask bands", "mask frames", "mask device", "reference_mask integer"),
-            *("reference_mask size", "init list", "init integer", "init one", "init shape", "init frames"),
-            *("init device", "channel index", "channel -5", "rgb_bands index", "channel shape"),
-            *("channel type", "channel integer"),
-        ],
-    )
-    def test_bad_arguments(self, case, what):
+    def test_bad_arguments(self, case):
         cube, reference = torch.rand(3, 4, 32, 40), torch.rand(4, 32, 40)
         mask, init = torch.ones(3, 32, 40, dtype=torch.bool), identity_warp(3)
-        options: dict = {}
-        name = what.split()[0]
-        arguments = {"cube": cube, "reference": reference, "mask": mask, "reference_mask": mask, "init": init}
+        good = {"cube": cube, "reference": reference, "mask": mask, "reference_mask": mask, "init": init}
         changes = {
             "cube list": (TypeError, cube.tolist()),
             "cube numpy": (TypeError, cube.numpy()),
@@ -792,15 +769,17 @@ class Behaviour:
             "channel type": (TypeError, lambda cube: cube.numpy()),
             "channel integer": (ValueError, lambda cube: cube[..., 0, :, :].long()),
         }  # fmt: skip
-        kind, value = changes[what]
-        if name in arguments:
-            arguments[name] = value
-        else:
-            options = {"channel": "rgb_mean"} | {name: value}
-        for call in ("forward", "estimate"):
-            with pytest.raises(kind) as error:
-                getattr(case.make(**options), call)(**arguments)
-            assert_helpful(error, name)
+        for what, (kind, value) in changes.items():
+            name = what.split()[0]
+            arguments, options = dict(good), {}
+            if name in arguments:
+                arguments[name] = value
+            else:
+                options = {"channel": "rgb_mean"} | {name: value}
+            for call in ("forward", "estimate"):
+                with pytest.raises(kind) as error:
+                    getattr(case.make(**options), call)(**arguments)
+                assert_helpful(error, name)
 
 
 def assert_helpful(error: pytest.ExceptionInfo, name: str) -> None:

@@ -9,9 +9,9 @@ mutation at a time is applied there, the tests that must notice it are run, and 
 and what the tests import are loaded once, and every run is a fork of that process, so it needs a POSIX system.
 
 A mutation is *killed* when a selected test fails, and *survives* when all of them pass. It is an *error* when its
-old text is not there exactly once, when nothing is selected, when the tests cannot be collected, or when they
-fail without it (``--unchecked`` saves the half of the time that this takes). A mutation whose code has moved is to
-be brought along, not dropped.
+old text is not there exactly once, when nothing is selected, when the tests cannot be collected, or when they fail
+without it (``--unchecked`` saves the half of the time that this takes). A mutation whose code has moved is to be
+brought along, not dropped.
 """
 
 from __future__ import annotations
@@ -427,7 +427,7 @@ MUTATIONS = [
     Mutation(
         "ecc-moves-on", "functional/ecc.py",
         "warp = torch.where(moves[..., None, None], stepped, warp)", "warp = stepped",
-        "tests/test_devices.py -k 'know_of_each_other and ECC'",
+        f"{_F}/test_enhanced_correlation.py -k while_others",
     ),
     # --- functional/matching ---
     Mutation(
@@ -614,7 +614,7 @@ MUTATIONS = [
     Mutation(
         "aligner-crop-init", "aligner.py",
         "init = change_origin(init, origin)", "pass",
-        "tests/test_pcc.py -k turn_that_is_known",
+        "tests/test_ecc.py -k crop_starts",
     ),
     Mutation(
         "aligner-masked-gradients", "aligner.py",
@@ -707,7 +707,7 @@ MUTATIONS = [
     Mutation(
         "cascade-inliers-of-another-crop", "cascade.py",
         "inliers=motion.inliers if own.is_over(block) else None,", "inliers=motion.inliers,",
-        "tests/test_ecc.py -k 'crop and stage'",
+        "tests/test_ecc.py -k inliers_of_another",
     ),
     Mutation(
         "cascade-last-trusted", "cascade.py",
@@ -741,7 +741,7 @@ MUTATIONS = [
     Mutation(
         "run-bands-in-order", "cube/run.py",
         "encoded = self.pixels.encode(aligned, raw)", "encoded = self.pixels.encode(aligned.flip(-3), raw)",
-        "tests/test_xr.py -k 'dims_are_found and band'",
+        "tests/test_xr.py -k 'floats_keep or rounded or masks_are_matched or exact_shifts'",
     ),
     Mutation(
         "pixels-beside-nodata", "cube/pixels.py",

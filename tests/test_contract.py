@@ -26,7 +26,6 @@ ALIGNERS = {
     "LGM": Case(partial(ta.LGM, max_num_keypoints=128), grid=0.002),
 }
 OPTIONS = {
-    "PCC once": Case(partial(ta.PCC, robust=False), accuracy=0.1, steadiness=0.05),
     "PCC classic": Case(partial(ta.PCC, **old), accuracy=0.2, steadiness=0.12),
     "PCC plain": Case(partial(ta.PCC, weighting="none", contrast="none", taper=0.5), steadiness=0.07),
     "PCC grid": Case(partial(ta.PCC, weighting="sqrt", upsample_factor=50), steadiness=0.05, grid=0.02),

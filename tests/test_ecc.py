@@ -293,6 +293,9 @@ def test_a_stage_with_a_crop_starts_where_the_last_one_arrived():
     estimate = cascade.estimate(data.cube, data.reference)
     assert estimate.stage.tolist() == [1]
     assert centre_errors(estimate.warp, truth, (120, 128)).max() < 0.05
+    alone = ta.ECC(motion="affine", crop_center=72).estimate(data.cube, data.reference, init=rough)
+    assert alone.valid.all()
+    assert centre_errors(alone.warp, truth, (120, 128)).max() < 0.05
 
 
 def test_inliers_of_another_crop_judge_no_score():

@@ -158,18 +158,32 @@ def test_masks_of_both_act():
 
 
 @pytest.mark.parametrize("motion", ["translation", "affine"])
+def test_a_frame_does_not_move_on_while_others_do(motion):
+    # one that has arrived after a step, and one that takes many
+    near, reference = frames(about_centre([[1.0, 0.0, 0.3], [0.0, 1.0, 0.1]]))
+    far, _ = frames(about_centre([[1.0, 0.0, 2.2], [0.0, 1.0, -1.5]]))
+    options = {"motion": motion, "max_iterations": 12, "levels": 1, "robust": "none"}
+    alone = enhanced_correlation(near, reference, **options)
+    both = enhanced_correlation(torch.cat((near, far)), reference, **options)
+    assert both.converged.all()
+    torch.testing.assert_close(both.warp[:1], alone.warp, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("motion", ["translation", "affine"])
 @pytest.mark.parametrize("which", [2, 3], ids=["frame", "reference"])
 def test_what_is_masked_is_no_evidence(motion, which):
     moving, reference = frames(about_centre([[1.0, 0.0, 1.4], [0.0, 1.0, -0.7]]))
+    moving += 0.02 * torch.randn(moving.shape, generator=torch.Generator().manual_seed(0), dtype=moving.dtype)
     mask = torch.ones(1, *SIZE, dtype=torch.bool)
     mask[..., : SIZE[1] // 2] = False
     whole, half = (
-        enhanced_correlation(*given, motion=motion)
+        enhanced_correlation(*given, motion=motion, robust="none")
         for given in ((moving, reference), (moving, reference, *[None] * (which - 2), mask))
     )
     assert half.converged.all()
-    # of half of the samples
+    # of half of the samples; what lies under the mask neither agrees nor pulls
     assert 0.6 < float(half.significance / whole.significance) < 0.8
+    assert half.sigma < 6 * whole.sigma
 
 
 def test_robust_weights_spare_what_changed():
