@@ -32,7 +32,7 @@ LAYERS = [
      "training.streaming"},
     {"cube", "cube.files", "cube.labels"},
     {"cube.chunks", "cube.georeference", "cube.pixels"},
-    {"cube.reference", "cube.solution"},
+    {"cube.hints", "cube.reference", "cube.solution", "cube.variables"},
     {"cube.run", "cube.stores", "cube.tables"},
     {"cube.rasters"},
     {"datasets", "io", "report", "xr"},
