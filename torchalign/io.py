@@ -15,9 +15,12 @@ import numpy as np
 import xarray as xr
 
 from torchalign._check import check_option, require
+from torchalign.cube.finding import parse_time
 from torchalign.cube.labels import Cube
-from torchalign.cube.rasters import Compression, OnError, parse_time, read_stack, write_rasters
+from torchalign.cube.rasters import OnError, StackOptions, read_stack
+from torchalign.cube.regrid import GridWord, Resampling
 from torchalign.cube.stores import write_store
+from torchalign.cube.writing import Compression, WriteOptions, write_rasters, write_variables
 
 __all__ = ["Compression", "OnError", "open_stack", "parse_time", "write_cube", "write_stack"]
 
@@ -30,27 +33,40 @@ def open_stack(
     source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
     pattern: str = "*.tif*",
-    bands: Sequence[str | int] | str | int | None = None,
-    time: Callable[[Path], Any] | None = None,
+    bands: Sequence[str | int] | str | int | Mapping[str, str] | None = None,
+    time: Callable[[Any], Any] | None = None,
     chunks: int | Mapping[Any, Any] | Literal["auto"] | None = None,
     errors: OnError = "raise",
     keep_empty: bool = False,
-) -> xr.DataArray:
-    """Read a folder of GeoTIFFs, one a date, as a cube (time, band, y, x).
+    recursive: bool = False,
+    grid: GridWord | str | os.PathLike[str] | xr.DataArray | xr.Dataset | None = None,
+    resampling: Resampling = "bilinear",
+) -> Any:
+    """Read a folder of GeoTIFFs, one a date, as a cube (time, band, y, x); or one a band and date, as a Dataset.
 
     Pixels are not touched: dtype, nodata (``attrs["_FillValue"]``), ``scale_factor`` and ``add_offset``
     (coordinates ``scales`` and ``offsets`` along ``band`` where bands differ) are what the files say. The CRS and
     the exact transform are in the coordinate ``spatial_ref``, as rioxarray has them; y and x are pixel centres; the
     names of the files are the coordinate ``file``, so that :func:`write_stack` writes them under the same names.
-    What GDAL keeps beside a file (``.aux.xml``, ``.ovr``) is no date. Files of one grid only: not those that
-    ``apply(…, mode="shift-coords")`` gave a georeference each.
+    What GDAL keeps beside a file (``.aux.xml``, ``.ovr``) is no date.
+
+    An alpha band, or a mask inside or beside a file, is no imagery: it becomes the coordinate ``usable`` (time, y, x),
+    0 where a pixel is not usable, which :func:`torchalign.align` takes for a mask and :func:`write_stack` writes
+    back. So do the parts of a grid that a file without a nodata value does not reach. Tags, colour tables and
+    whether there are overviews are kept for :func:`write_stack`, too. Files that have nothing but ground control
+    points keep them where all have the same; else they need ``grid=``.
 
     Args:
-        source: a folder, which is searched without its subfolders, or the files.
-        pattern: of the names in a folder, as a shell has it.
-        bands: names (the files' band descriptions) or GDAL's numbers, from 1; default: all.
+        source: a folder, a file, a glob, a URL or ``/vsi…`` name that GDAL opens, or a list of these. Or a manifest, a
+            ``.csv`` with the column ``path`` (from the folder that the manifest is in), and maybe ``time`` and
+            ``band``.
+        pattern: of the names in a folder, as a shell has it; with a slash, of the path below the folder.
+        bands: names (the files' band descriptions) or GDAL's numbers, from 1; default: all. Or a mapping of a name to
+            a pattern, for products with a file a band and date: ``{"red": "*_B4.TIF", "qa": "*_QA_PIXEL.TIF"}``
+            gives a Dataset with these variables, each with its own dtype, nodata and scale.
         time: a function of a path that gives its date (a datetime, or what else numpy takes for one; or text with
-            a date that :func:`parse_time` knows). Default: :func:`parse_time` of the name.
+            a date that :func:`parse_time` knows). Default: :func:`parse_time` of the name, else of the folders that
+            the file is in. A series that writes the day or the month first is understood where one date tells.
         chunks: ``None`` reads everything into memory. Else the cube is lazy: frames in a chunk, or dask's mapping;
             ``"auto"`` is one chunk a file, or as many small files as make 64 MiB.
         errors: what becomes of files that cannot be read, have no date, are empty (nothing but nodata, or zeros
@@ -59,13 +75,23 @@ def open_stack(
             ``attrs["skipped_files"]`` lists them with the reason. (Whether files are empty is not checked in
             a lazy stack.)
         keep_empty: take empty files as they are: in a folder of cloud masks they are the dates without clouds.
+        recursive: search the subfolders, too.
+        grid: brings files of other extents, origins, pixel sizes or CRS onto one grid: that of the ``"first"`` date,
+            its pixels over the ``"union"`` or the ``"intersection"`` of all extents, or that of a file or a
+            DataArray. Files on these pixels to a hundredth of one are not resampled, only cut or padded. The others
+            go through GDAL's warper (rasterio's WarpedVRT), which is one resampling more: the coordinate
+            ``resampled`` along time, of the cube and of a report, names them. ``None``: files of one grid only.
+        resampling: of the warper: ``"nearest"``, ``"bilinear"``, ``"cubic"`` or ``"average"``; classes by the name of
+            their band, and files with a colour table, are taken by ``"nearest"``.
 
     Returns:
-        The cube, sorted by time. With band descriptions as labels, else 1, 2, ….
+        The cube, sorted by time. With band descriptions as labels, else 1, 2, …. With a mapping as ``bands``, or
+        bands in a manifest, a Dataset.
 
     Raises:
         FileNotFoundError: no folder or file of that name, or none in the folder that fits the pattern.
-        ValueError: files as described under ``errors``; unknown bands.
+        TypeError: a source or a grid of another kind.
+        ValueError: files as described under ``errors``; unknown bands; no grid that suits all.
         ImportError: rasterio is not installed.
 
     Example:
@@ -80,11 +106,14 @@ def open_stack(
     """
     require("GeoTIFF", "io", "rasterio")
     check_option("errors", errors, OnError)
-    return read_stack(source, pattern, bands, time, chunks, errors, keep_empty)
+    check_option("resampling", resampling, Resampling)
+    return read_stack(
+        source, StackOptions(pattern, bands, time, chunks, errors, keep_empty, recursive, grid, resampling)
+    )
 
 
 def write_stack(
-    cube: xr.DataArray,
+    cube: xr.DataArray | xr.Dataset,
     folder: str | os.PathLike[str],
     *,
     template: str | None = None,
@@ -98,11 +127,13 @@ def write_stack(
 
     Pixels, dtype, nodata, band names, scale and offset, CRS and transform are written as they are, bit for bit.
     A coordinate ``geotransform`` along time (of :func:`torchalign.apply` with ``mode="shift-coords"``) gives each
-    file a transform of its own. A lazy cube is computed and written chunk by chunk. Colour tables and other tags
-    of the files that a cube was read from are not written.
+    file a transform of its own. A lazy cube is computed and written chunk by chunk. Of files that a cube was read
+    from, the alpha band or mask (the coordinate ``usable``), tags, colour tables and ground control points are
+    written back, and with ``driver="GTiff"`` overviews where there were some; statistics are not.
 
     Args:
-        cube: time, y, x and maybe band, of numbers or bool (written as uint8).
+        cube: time, y, x and maybe band, of numbers or bool (written as uint8). Of a Dataset, a file for each variable
+            and date.
         folder: made if it is not there.
         template: names of the files, with ``{time:%Y%m%d}``, ``{number}`` from 0, ``{name}`` of the cube, and
             ``{file}``, the name it was read from, without its ending; for example ``"{file}_aligned.tif"``.
@@ -126,15 +157,16 @@ def write_stack(
     require("GeoTIFF", "io", "rasterio")
     check_option("compression", compression, Compression)
     check_option("driver", driver, Literal["GTiff", "COG"])
+    options = WriteOptions(template, driver, compression, overwrite)
+    if isinstance(cube, xr.Dataset):
+        return write_variables(cube, Path(folder), options, report, compute)
     if isinstance(cube, xr.DataArray) and cube.dtype == np.bool_:
         cube = cube.astype(np.uint8)
-    return write_rasters(
-        Cube.of(cube), Path(folder), template, driver, compression, overwrite, report, compute
-    )
+    return write_rasters(Cube.of(cube, None, "cube"), Path(folder), options, report, compute)
 
 
 def write_cube(
-    cube: xr.DataArray,
+    cube: xr.DataArray | xr.Dataset,
     path: str | os.PathLike[str],
     *,
     attrs: Mapping[str, Any] | None = None,
@@ -148,7 +180,7 @@ def write_cube(
     complete; a run that is killed leaves only the other name. A lazy cube goes through chunk by chunk.
 
     Args:
-        cube: time, y, x and maybe band, of numbers or bool.
+        cube: time, y, x and maybe band, of numbers or bool; or a Dataset of such variables and others.
         path: ending in ``.zarr`` or ``.nc``.
         attrs: of the file as a whole, beside those of the cube.
         overwrite: replace what is there.

@@ -20,6 +20,7 @@ from torchalign.cube.pixels import find_nodata, find_packing
 __all__ = [
     "Variables",
     "is_class",
+    "is_class_name",
     "join_bands",
     "needs_splitting",
     "split_bands",
@@ -129,7 +130,12 @@ def is_class(array: xr.DataArray, name: Hashable | None = None) -> bool:
     if array.dtype.kind in "bmM" or {"flag_values", "flag_masks"} & {*array.attrs}:
         return True
     name = array.name if name is None else name
-    return isinstance(name, str) and _CLASS_NAMES.fullmatch(name) is not None
+    return isinstance(name, str) and is_class_name(name)
+
+
+def is_class_name(name: str) -> bool:
+    """Whether a band is called like a classification: SCL, QA_PIXEL, Fmask, …"""
+    return _CLASS_NAMES.fullmatch(name) is not None
 
 
 def stack_variables(variables: Variables) -> tuple[xr.DataArray, dict[Hashable, slice]]:
@@ -212,7 +218,7 @@ def needs_splitting(array: xr.DataArray, dims: Mapping[str, Hashable], bands: An
     if bands is not None or classes is not None:
         return True
     labels, _ = band_labels(array, dims)
-    return any(map(_CLASS_NAMES.fullmatch, labels)) or _nodata_of_bands(array, dims) is not None
+    return any(map(is_class_name, labels)) or _nodata_of_bands(array, dims) is not None
 
 
 def _nodata_of_bands(array: xr.DataArray, dims: Mapping[str, Hashable]) -> list[Any] | None:
