@@ -48,8 +48,15 @@ LAYERS = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # within functional: these are the ground of the others, keypoints that of sift
-GROUND = {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.fourier",
-          "functional.sizes", "functional.smoothing"}
+GROUND = {
+    "functional.affine",
+    "functional.motion",
+    "functional.sampling",
+    "functional.warp",
+    "functional.fourier",
+    "functional.sizes",
+    "functional.smoothing",
+}
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
           "functional.sift"}  # fmt: skip

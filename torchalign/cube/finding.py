@@ -23,13 +23,13 @@ _CLOCK = r"(?:[T ](?P<hour>[01]\d|2[0-3]){0}(?P<minute>[0-5]\d)(?:{0}(?P<second>
 _YEARDAY = r"(?P<year>(?:19|20)\d\d)(?P<yearday>[0-3]\d\d)"
 # in this order; the first date in the name is that of acquisition in the products of Sentinel and Landsat
 _TIMES = [
+    # 20200131_183012_1032_3B: Planet's
+    re.compile(
+        rf"(?<!\d){_DATE.format('')}_(?P<hour>[01]\d|2[0-3])(?P<minute>[0-5]\d)(?P<second>[0-5]\d)_(?=[0-9a-f]{{2,4}}_)"
+    ),
     # 20170105T013443, 20170105013443, 20170105, and no part of a longer number; so are the names of Sentinel's and
     # Landsat's collections
     re.compile(rf"(?<!\d){_DATE.format('')}{_CLOCK.format('').replace('[T ]', '[T ]?')}(?!\d)"),
-    # 20200131_183012_1032_3B: Planet's
-    re.compile(
-        rf"(?<!\d){_DATE.format('')}_(?P<hour>[01]\d|2[0-3])(?P<minute>[0-5]\d)(?P<second>[0-5]\d)(?!\d)"
-    ),
     # 2017-01-05T01:34:43, 2017_01_05
     re.compile(rf"(?<!\d){_DATE.format('-')}{_CLOCK.format('[-:]?')}(?!\d)"),
     re.compile(rf"(?<!\d){_DATE.format('_')}(?!\d)"),

@@ -16,6 +16,7 @@ from torchalign.cube.georeference import Georeference, crs_name, is_same_crs
 __all__ = ["CLOSE", "Header", "are_close", "drop_strangers", "quiet", "read_headers"]
 
 CLOSE = 0.01  # pixels; grids that agree to this are one
+_ALPHA_ROWS, _ALPHA_SHARE = 16, 0.9  # of these rows the share that is wholly clear or wholly not
 _STALE = ("STATISTICS_", "AREA_OR_POINT")  # what a file is told anew
 
 
@@ -88,7 +89,7 @@ def _read_header(file: Any) -> Header:
     a, b, c, d, e, f = (float(value) for value in tuple(file.transform)[:6])
     interpretations = list(file.colorinterp)
     alpha = 0
-    if file.count > 1 and interpretations[-1] == ColorInterp.alpha:
+    if file.count > 1 and interpretations[-1] == ColorInterp.alpha and _is_transparency(file):
         alpha = file.count
     numbers = [number for number in range(1, file.count + 1) if number != alpha]
     flags = file.mask_flag_enums[numbers[0] - 1]
@@ -120,6 +121,16 @@ def _read_header(file: Any) -> Header:
         tuple(_colours(file, number, interpretations[number - 1].name) for number in numbers),
         tuple(file.overviews(numbers[0])),
     )
+
+
+def _is_transparency(file: Any) -> bool:
+    """Whether an alpha band holds what its name says: GDAL calls the fourth band of 8 bits alpha, near infrared, too."""
+    from rasterio.windows import Window
+
+    rows = sorted({int(row) for row in np.linspace(0, file.height - 1, _ALPHA_ROWS)})
+    values = np.stack([file.read(file.count, window=Window(0, row, file.width, 1)) for row in rows])
+    top = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
+    return bool(((values == 0) | (values == top)).mean() >= _ALPHA_SHARE)
 
 
 def _lasting(tags: Mapping[str, str]) -> dict[str, str]:

@@ -138,7 +138,7 @@ def find_dims(
         if dim not in dims or list(found.values()).count(dim) > 1:
             raise ValueError(message(f"{role}_dim", f"one dim of {dims}", repr(dim), "name each dim once"))
     for role in (role for role in CUBE if role not in found):
-        named = [dim for dim in dims if str(dim).lower() in _NAMES[role] and dim not in found.values()]
+        named = [dim for dim in dims if role_of(dim) == role and dim not in found.values()]
         if len(named) > 1:
             cure = f"say which with {role}_dim=, and what the other is, or select from it with .isel"
             raise ValueError(message(name, f"one {role} dim", f"{named} among {dims}", cure))
@@ -159,7 +159,10 @@ def find_dims(
 
 def role_of(dim: Hashable) -> str | None:
     """The role that a dim's name tells, ``None`` for an unknown one."""
-    return next((role for role in CUBE if str(dim).lower() in _NAMES[role]), None)
+    name = str(dim).lower()
+    if name.startswith("band_"):  # of a Dataset whose variables have bands of their own
+        return "band"
+    return next((role for role in CUBE if name in _NAMES[role]), None)
 
 
 def rename_dims(array: xr.DataArray, names: Mapping[Hashable, str]) -> xr.Variable:
@@ -339,7 +342,7 @@ def label_axes(values: object, name: str, cube: Cube, roles: Sequence[str]) -> x
 def match(other: xr.DataArray, name: str, cube: Cube, roles: Sequence[str]) -> xr.Variable:
     """A DataArray on the cube's coordinates, over some of the roles; or an error that says why not."""
     own = {dim: role for role, dim in cube.dims.items()}
-    named = {dim: role for dim in other.dims for role in CUBE if str(dim).lower() in _NAMES[role]}
+    named = {dim: role for dim in other.dims if (role := role_of(dim)) is not None}
     known = named | own
     found = {known[dim]: dim for dim in other.dims if dim in known}
     is_mask = "band" not in roles

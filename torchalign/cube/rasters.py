@@ -350,7 +350,8 @@ def _as_dataset(cubes: Mapping[str, xr.DataArray]) -> xr.Dataset:
         cube = whole.isel(
             time=[number for number, time in enumerate(whole.time.values.tolist()) if time in (times or ())]
         )
-        cube = cube.isel(band=0, drop=True) if cube.sizes["band"] == 1 else cube
+        # labels of other bands would be joined with these, and pixels filled with NaN
+        cube = cube.isel(band=0, drop=True) if cube.sizes["band"] == 1 else cube.rename(band=f"band_{name}")
         if USABLE in cube.coords:
             own = cube.coords[USABLE].variable
             usable = (

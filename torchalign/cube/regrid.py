@@ -20,6 +20,9 @@ __all__ = ["GridWord", "Reading", "Resampling", "control_points", "find_grid", "
 GridWord = Literal["first", "union", "intersection"]
 Resampling = Literal["nearest", "bilinear", "cubic", "average"]
 _EDGE = 21  # points along each side, by which an extent is taken to another CRS
+_TOLERANCE = (
+    0.002  # pixels by which GDAL may approximate a projection; its default is 0.125, and 0 it refuses
+)
 _MOST_PIXELS = 2**31  # of a grid that is meant
 
 
@@ -115,6 +118,8 @@ class Reading(NamedTuple):
         from rasterio.vrt import WarpedVRT
         from rasterio.windows import Window
 
+        if self.header.gcps:
+            return self._warp_by_points(file, bands, rows, dtype, resampling)
         height, width = self.grid.size
         crs = CRS.from_wkt(self.grid.crs) if self.grid.crs else None
         options: dict[str, Any] = {
@@ -122,9 +127,9 @@ class Reading(NamedTuple):
             "height": height,
             "width": width,
         }
-        options |= {"crs": crs, "resampling": Kernel[resampling], "tolerance": 0.0}
-        if self.header.gcps or not file.crs:
-            options["src_crs"] = CRS.from_wkt(self.header.grid.crs) if self.header.grid.crs else crs
+        options |= {"crs": crs, "resampling": Kernel[resampling], "tolerance": _TOLERANCE}
+        if not file.crs:
+            options["src_crs"] = crs
         fill = self._fill
         if fill is not None:
             options |= {"nodata": fill, "src_nodata": fill}
@@ -133,9 +138,29 @@ class Reading(NamedTuple):
         window = Window.from_slices(rows, (0, width))
         with WarpedVRT(file, **options) as warped:
             if bands == "mask":
-                values = warped.dataset_mask(window=window)[None] if fill is None else None
-                return warped.read_masks(self.numbers[0], window=window)[None] if values is None else values
+                return warped.dataset_mask(window=window)[None]
             return warped.read(bands, window=window).astype(dtype, copy=False)
+
+    def _warp_by_points(
+        self, file: Any, bands: Any, rows: tuple[int, int], dtype: str, resampling: str
+    ) -> Array:
+        """By ground control points, which a WarpedVRT passes over; the whole file is read."""
+        from rasterio.crs import CRS
+        from rasterio.enums import Resampling as Kernel
+        from rasterio.transform import Affine
+        from rasterio.warp import reproject
+
+        own = CRS.from_wkt(self.header.grid.crs) if self.header.grid.crs else CRS.from_epsg(4326)
+        crs = CRS.from_wkt(self.grid.crs) if self.grid.crs else own
+        transform, fill = Affine(*self.grid.transform), self._fill
+        source = file.read_masks([self.numbers[0]]) if bands == "mask" else file.read(bands)
+        values = np.full((len(source), *self.grid.size), 0 if fill is None else fill, dtype)
+        how: dict[str, Any] = {"gcps": control_points(self.header.gcps), "src_crs": own}
+        how |= {"dst_transform": transform, "dst_crs": crs, "tolerance": _TOLERANCE}
+        if bands != "mask" and fill is not None:
+            how |= {"src_nodata": fill, "dst_nodata": fill}
+        reproject(source, values, resampling=Kernel[resampling], init_dest_nodata=True, **how)
+        return values[:, rows[0] : rows[1]]
 
 
 def plan_reading(
