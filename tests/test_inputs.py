@@ -434,7 +434,7 @@ def test_planet_with_udm2(tmp_path):
 def test_near_infrared_that_gdal_calls_alpha(tmp_path):
     """The fourth band of 8 bits, whatever is in it."""
     for number, day in enumerate(COMPACT):
-        path = write(tmp_path / f"{day}.tif", frames("uint8", bands=4, low=20, high=250)[number], photometric="RGB")
+        path = write(tmp_path / f"{day}.tif", frames("uint8", bands=4, low=20, high=250)[number])
         with rasterio.open(path) as file:
             assert file.colorinterp[-1] == ColorInterp.alpha
     cube = ta.open_stack(tmp_path)

@@ -38,6 +38,7 @@ LAYERS = [
     {"cube.regrid"},
     {"cube.rasters"},
     {"cube.writing"},
+    {"cube.tiles"},
     {"datasets", "io", "report", "xr"},
     {"_pictures", "_sources"},
     {"_animation"},

@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import xarray as xr
+from torch import nn
 
-from torchalign._check import check_option, require
+from torchalign._check import check_option, message, require
 from torchalign.cube.finding import parse_time
-from torchalign.cube.labels import Cube
-from torchalign.cube.rasters import OnError, StackOptions, read_stack
+from torchalign.cube.labels import USABLE, Cube
+from torchalign.cube.rasters import OnError, StackOptions, plan_stack, read_stack
 from torchalign.cube.regrid import GridWord, Resampling
+from torchalign.cube.run import count_progress, find_aligner, find_device, place_module
 from torchalign.cube.stores import write_store
+from torchalign.cube.tiles import LargeStack, align_large, count_steps
 from torchalign.cube.writing import Compression, WriteOptions, write_rasters, write_variables
 
-__all__ = ["Compression", "OnError", "open_stack", "parse_time", "write_cube", "write_stack"]
+__all__ = ["Compression", "OnError", "align_files", "open_stack", "parse_time", "write_cube", "write_stack"]
 
 
 def __dir__() -> list[str]:
@@ -163,6 +167,94 @@ def write_stack(
     if isinstance(cube, xr.DataArray) and cube.dtype == np.bool_:
         cube = cube.astype(np.uint8)
     return write_rasters(Cube.of(cube, None, "cube"), Path(folder), options, report, compute)
+
+
+def align_files(
+    source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    folder: str | os.PathLike[str],
+    reference: Any = "first",
+    aligner: nn.Module | str = "auto",
+    *,
+    pattern: str = "*.tif*",
+    bands: Sequence[str | int] | str | int | None = None,
+    time: Callable[[Any], Any] | None = None,
+    errors: OnError = "raise",
+    recursive: bool = False,
+    grid: GridWord | str | os.PathLike[str] | xr.DataArray | xr.Dataset | None = None,
+    resampling: Resampling = "bilinear",
+    template: str | None = None,
+    compression: Compression = "deflate",
+    overwrite: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> tuple[list[Path], xr.Dataset]:
+    """Align scenes larger than memory, from file to file.
+
+    The warp of each frame is estimated from up to 5 × 5 tiles of 512 × 512 pixels of full resolution, whose
+    estimates are combined by a robust mean (a robust fit for affine motions), each weighted by its own ``sigma``;
+    tiles that are not ``OK`` do not count. A frame is ``AMBIGUOUS`` where fewer than half of its tiles agree to half
+    a pixel. It is then read, resampled and written by blocks of rows: what is needed of memory is set by the width
+    of a frame, not by its height or the number of frames. Two Sentinel-2 tiles, 10980² of four bands, need about
+    1.5 GB.
+
+    Args:
+        source: as in :func:`open_stack`.
+        folder: for the aligned files, tiled GeoTIFFs of the same names; made if it is not there.
+        reference: ``"first"``, or the label of one frame.
+        aligner: a module, or a name, as in :func:`torchalign.align`; motions up to affine.
+        pattern: as in :func:`open_stack`.
+        bands: names or numbers, as in :func:`open_stack`.
+        time: as in :func:`open_stack`.
+        errors: as in :func:`open_stack`; whether files are empty is not checked.
+        recursive: as in :func:`open_stack`.
+        grid: as in :func:`open_stack`.
+        resampling: as in :func:`open_stack`.
+        template: as in :func:`write_stack`.
+        compression: as in :func:`write_stack`.
+        overwrite: as in :func:`write_stack`.
+        device: as in :func:`torchalign.align`.
+        progress: as in :func:`torchalign.align`.
+
+    Returns:
+        The paths and the report, without residuals.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as in :func:`open_stack`; another reference; a homography.
+        FileExistsError: a file is there.
+        ImportError: rasterio is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from torchalign.datasets import demo_stack
+        >>> cube = demo_stack(frames=3, size=(64, 64)).cube
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     paths = write_stack(cube, folder + "/in")
+        ...     written, report = align_files(folder + "/in", folder + "/out")
+        >>> [path.name for path in written] == [path.name for path in paths], report.sizes["time"]
+        (True, 3)
+    """
+    require("GeoTIFF", "io", "rasterio")
+    check_option("errors", errors, OnError)
+    check_option("resampling", resampling, Resampling)
+    check_option("compression", compression, Compression)
+    if isinstance(bands, Mapping):
+        cure = "align them as a Dataset of dask chunks: open_stack(…, bands=…, chunks=1)"
+        raise TypeError(message("bands", "names or numbers of the bands in a file", "a mapping", cure))
+    module = find_aligner(aligner)
+    where = find_device(device, module)
+    options = StackOptions(pattern, bands, time, None, errors, True, recursive, grid, resampling, True)
+    array: Any
+    array, readings = plan_stack(source, options)
+    if not isinstance(array, xr.DataArray):
+        raise ValueError(
+            message("source", "a manifest without bands", "one with bands", "leave the column out")
+        )
+    own = readings[None]
+    stack = LargeStack.of(array, own, USABLE in array.coords, where)
+    steps = count_steps(stack.cube.size, len(own), stack.cube.sizes["band"])
+    write = WriteOptions(template, "GTiff", compression, overwrite, tiled=True)
+    with count_progress(progress, steps, "align", "block") as advance:
+        return align_large(stack, place_module(module, where), reference, Path(folder), write, advance)
 
 
 def write_cube(

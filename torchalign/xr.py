@@ -6,7 +6,7 @@ Frames stream through the device in batches, or wait in dask's chunks until some
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,7 +17,6 @@ import xarray as xr
 from torch import Tensor, nn
 
 from torchalign._check import check_option, message
-from torchalign.cascade import Cascade
 from torchalign.cube.chunks import Companion, compute_together, is_lazy
 from torchalign.cube.georeference import FRAME_TRANSFORM, georeference_frames, metres_per_pixel
 from torchalign.cube.hints import give_hints
@@ -28,6 +27,7 @@ from torchalign.cube.run import (
     AlignFrames,
     WarpFrames,
     check_batch,
+    find_aligner,
     find_device,
     mask_companion,
     place_module,
@@ -46,10 +46,7 @@ from torchalign.cube.variables import (
     stack_reference,
     stack_variables,
 )
-from torchalign.ecc import ECC
 from torchalign.functional.warp import Interpolation, PaddingMode
-from torchalign.lgm import LGM
-from torchalign.pcc import PCC
 from torchalign.types import Estimate
 
 __all__ = ["ApplyMode", "align", "apply"]
@@ -58,14 +55,6 @@ __all__ = ["ApplyMode", "align", "apply"]
 def __dir__() -> list[str]:
     return sorted(__all__)
 
-
-# What `aligner=` knows by name.
-_ALIGNERS: dict[str, Callable[[], nn.Module]] = {
-    "auto": lambda: Cascade(PCC(), ECC()),
-    "pcc": PCC,
-    "ecc": ECC,
-    "lgm": LGM,
-}
 
 ApplyMode = Literal["resample", "shift-coords"]
 Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
@@ -195,7 +184,7 @@ def align(
     dims = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
     if not isinstance(verify, bool):
         raise TypeError(message("verify", "True or False", repr(verify), "give a bool"))
-    module, batch = _find_aligner(aligner), check_batch(batch_size)
+    module, batch = find_aligner(aligner), check_batch(batch_size)
     options = _Options(mask, reference_mask, init, verify, device, batch, progress)
     if isinstance(datacube, xr.Dataset):
         return _align_variables(Variables.of(datacube, bands, classes, dims), reference, module, options)
@@ -481,18 +470,6 @@ def _apply_to_cube(
         values, _ = run(operation, cube, (warps, mask_companion(usable)), advance)
     moved = datacube.copy(data=values.astype(datacube.dtype) if codes is not datacube else values)
     return _move_usable(moved.drop_vars(FRAME_TRANSFORM, errors="ignore"), cube, warps, how.device)
-
-
-def _find_aligner(aligner: object) -> nn.Module:
-    if isinstance(aligner, str):
-        if aligner not in _ALIGNERS:
-            expected = f"a module, or in this release one of {', '.join(map(repr, _ALIGNERS))}"
-            raise ValueError(message("aligner", expected, repr(aligner), "choose one of these"))
-        aligner = _ALIGNERS[aligner]()
-    if not isinstance(aligner, nn.Module):
-        cure = "make an instance, for example torchalign.PCC()"
-        raise TypeError(message("aligner", "a torch.nn.Module or a name", repr(aligner), cure))
-    return aligner
 
 
 def _find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = None) -> Companion | None:

@@ -17,7 +17,17 @@ from torchalign.cube.labels import CUBE, MASK, USABLE, Array, find_bands
 from torchalign.cube.regrid import Reading, find_grid, plan_reading
 from torchalign.cube.variables import is_class_name
 
-__all__ = ["COLOURS", "FILE", "RESAMPLED", "SCALING", "TAGS", "OnError", "StackOptions", "read_stack"]
+__all__ = [
+    "COLOURS",
+    "FILE",
+    "RESAMPLED",
+    "SCALING",
+    "TAGS",
+    "OnError",
+    "StackOptions",
+    "plan_stack",
+    "read_stack",
+]
 
 OnError = Literal["raise", "skip"]
 # coordinates: the names of the files, their tags, of the bands colours, and what went through GDAL's warper
@@ -41,6 +51,7 @@ class StackOptions:
     recursive: bool
     grid: Any
     resampling: str
+    without_pixels: bool = False  # what the files say, and zeros that take no memory
 
 
 class _Layer(NamedTuple):
@@ -53,6 +64,11 @@ class _Layer(NamedTuple):
 
 def read_stack(source: Any, options: StackOptions) -> Any:
     """See :func:`torchalign.open_stack`."""
+    return plan_stack(source, options)[0]
+
+
+def plan_stack(source: Any, options: StackOptions) -> tuple[Any, dict[str | None, list[Reading]]]:
+    """A stack, and of every band of a Dataset (``None`` of a cube) how its files are read, in the order of time."""
     mapping = options.bands if isinstance(options.bands, Mapping) else None
     found = find_sources(source, options.pattern, mapping, options.recursive)
     skipped: dict[Source, str] = {}
@@ -74,15 +90,15 @@ def read_stack(source: Any, options: StackOptions) -> Any:
     if not layers[0].headers:
         raise _nothing_left(skipped, found.total)
     grid = _common_grid(layers, options.grid)
-    cubes = {}
+    cubes, readings = {}, {}
     for layer in layers:
-        cube = _read_layer(layer, grid, options, skipped, found.total)
-        cubes[layer.name] = cube
+        name = layer.name
+        cubes[name], readings[name] = _read_layer(layer, grid, options, skipped, found.total)
     result: Any = cubes[None] if None in cubes else _as_dataset(cubes)  # type: ignore[arg-type]  # names, all of them
     if skipped:
         listed = sorted(skipped.items(), key=lambda item: str(item[0]))
         result.attrs["skipped_files"] = [f"{path.name}: {reason}" for path, reason in listed]
-    return result
+    return result, readings
 
 
 def _nothing_left(skipped: Mapping[Source, str], total: int) -> ValueError:
@@ -154,7 +170,7 @@ def _grid_in_words(grid: Georeference) -> str:
 
 def _read_layer(
     layer: _Layer, grid: Georeference, options: StackOptions, skipped: dict[Source, str], total: int
-) -> xr.DataArray:
+) -> tuple[xr.DataArray, list[Reading]]:
     paths, times, first = list(layer.headers), layer.times, next(iter(layer.headers.values()))
     count = len(first.numbers)
     whole = layer.name is not None or options.bands is None
@@ -172,7 +188,16 @@ def _read_layer(
     ]
     masked = any(one.leaves_gaps or one.header.alpha or one.header.has_mask for one in readings)
     usable: Any = None
-    if options.chunks is not None:
+    values: Any
+    if options.without_pixels:
+        shape = (len(readings), len(numbers), *grid.size)
+        values = np.broadcast_to(np.zeros((), dtype), shape)
+        usable = (
+            np.broadcast_to(np.zeros((), _mask_dtype(readings[0])), (shape[0], *grid.size))
+            if masked
+            else None
+        )
+    elif options.chunks is not None:
         values, usable = _read_lazily(readings, options.chunks, masked)
     else:
         values, usable = _read_all(readings, options.keep_empty, masked, skipped)
@@ -188,7 +213,7 @@ def _read_layer(
         kind = "alpha" if first.alpha else "mask"
         attrs = {"kind": kind, "long_name": "0 where a pixel is not usable"}
         cube = cube.assign_coords({USABLE: (MASK, usable, attrs)})
-    return cube
+    return cube, readings
 
 
 def _read_all(

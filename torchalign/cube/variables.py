@@ -134,7 +134,7 @@ def is_class(array: xr.DataArray, name: Hashable | None = None) -> bool:
 
 
 def is_class_name(name: str) -> bool:
-    """Whether a band is called like a classification: SCL, QA_PIXEL, Fmask, …"""
+    """Whether a band is called like a classification: SCL, QA_PIXEL, Fmask and their like."""
     return _CLASS_NAMES.fullmatch(name) is not None
 
 

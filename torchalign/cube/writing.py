@@ -9,6 +9,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +27,7 @@ from torchalign.cube.rasters import COLOURS, FILE, SCALING, TAGS
 from torchalign.cube.regrid import control_points
 from torchalign.cube.stores import finish_writing
 
-__all__ = ["Compression", "WriteOptions", "write_rasters", "write_variables"]
+__all__ = ["Compression", "FileWriter", "WriteOptions", "plan_files", "write_rasters", "write_variables"]
 
 Compression = Literal["deflate", "lzw", "zstd", "none"]
 
@@ -38,17 +39,15 @@ class WriteOptions(NamedTuple):
     driver: str
     compression: Compression
     overwrite: bool
+    tiled: bool = False  # in blocks of 512, written as they come
 
 
 def write_rasters(
     cube: Cube, folder: Path, options: WriteOptions, report: xr.Dataset | None, compute: bool
 ) -> Any:
     """See :func:`torchalign.write_stack`."""
-    paths = [folder / name for name in _file_names(cube, options.template)]
-    for path in paths:
-        check_free(path, options.overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = _plan_files(cube, paths, options)
+    files = plan_files(cube, folder, options)
+    paths = [file.path for file in files]
     usable = _codes(cube)
     if not is_lazy(cube.array):
         for number, file in enumerate(files):
@@ -161,8 +160,20 @@ class _File(NamedTuple):
     overviews: tuple[int, ...]
 
 
-def _plan_files(cube: Cube, paths: Sequence[Path], options: WriteOptions) -> tuple[_File, ...]:
+def plan_files(cube: Cube, folder: Path, options: WriteOptions) -> tuple[_File, ...]:
+    """What is written of every frame, beside its pixels; the folder is made.
+
+    Raises:
+        FileExistsError: a file is there.
+        ValueError: names that are not unique.
+    """
+    paths = [folder / name for name in _file_names(cube, options.template)]
+    for path in paths:
+        check_free(path, options.overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
     profile, bands = _profile(cube, options.driver, options.compression), _band_tags(cube)
+    if options.tiled and min(cube.size) >= 512:
+        profile |= {"tiled": True, "blockxsize": 512, "blockysize": 512, "BIGTIFF": "IF_SAFER"}
     transforms, tags = frame_transforms(cube), cube.array.coords.get(TAGS)
     texts = [""] * len(paths) if tags is None or tags.dims != (cube.dims["time"],) else map(str, tags.values)
     mapping = cube.array.coords.get("spatial_ref")
@@ -307,47 +318,76 @@ def _write_files(
 
 
 def _write_file(values: Array, seen: Array | None, plan: _File) -> None:
-    import rasterio
-    from rasterio.enums import ColorInterp, Resampling
-    from rasterio.transform import Affine
+    with FileWriter(plan) as writer:
+        writer.write(values, seen, None)
 
-    where = {} if plan.transform is None else {"transform": Affine(*plan.transform)}
-    inside = rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True)
-    with (
-        atomic(plan.path) as partial,
-        quiet(),
-        inside,
-        rasterio.open(partial, "w", **plan.profile, **where) as file,
-    ):
-        count = len(values)
+
+class FileWriter:
+    """One file that is whole or not there at all; its pixels may come by blocks of rows."""
+
+    def __init__(self, plan: _File) -> None:
+        self.plan = plan
+        self._stack = ExitStack()
+
+    def __enter__(self) -> FileWriter:
+        import rasterio
+        from rasterio.transform import Affine
+
+        plan = self.plan
+        where = {} if plan.transform is None else {"transform": Affine(*plan.transform)}
+        with ExitStack() as stack:
+            partial = stack.enter_context(atomic(plan.path))
+            stack.enter_context(quiet())
+            stack.enter_context(rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True))
+            self.file = stack.enter_context(rasterio.open(partial, "w", **plan.profile, **where))
+            self._describe()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None and self.plan.overviews:
+            from rasterio.enums import Resampling
+
+            self.file.build_overviews(list(self.plan.overviews), Resampling.nearest)
+        self._stack.__exit__(*error)
+
+    def write(self, values: Array, seen: Array | None, rows: slice | None) -> None:
+        """Pixels (C, h, W) and their mask (h, W), of all rows or of some."""
+        from rasterio.windows import Window
+
+        count, width = len(values), values.shape[-1]
+        window = None if rows is None else Window.from_slices((rows.start, rows.stop), (0, width))
+        pixels = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+        self.file.write(pixels, list(range(1, count + 1)), window=window)
+        if self.plan.mask == "alpha" and seen is not None:
+            self.file.write(seen.astype(pixels.dtype), count + 1, window=window)
+        elif seen is not None:
+            self.file.write_mask(np.where(seen != 0, np.uint8(255), np.uint8(0)), window=window)
+
+    def _describe(self) -> None:
+        from rasterio.enums import ColorInterp
+
+        file, plan, alpha = self.file, self.plan, self.plan.mask == "alpha"
         told = [json.loads(text) if text else {} for text in plan.bands["colours"]]
         kinds = [
             ColorInterp[one["interpretation"]] if one else file.colorinterp[i] for i, one in enumerate(told)
         ]
-        if any(told) or plan.mask == "alpha":
-            file.colorinterp = [*kinds, *([ColorInterp.alpha] * (plan.mask == "alpha"))]
+        if any(told) or alpha:
+            file.colorinterp = [*kinds, *([ColorInterp.alpha] * alpha)]
         for number, one in enumerate(told, 1):
             if "table" in one:
-                file.write_colormap(number, {int(key): tuple(colour) for key, colour in one["table"].items()})
-        pixels = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
-        file.write(pixels, list(range(1, count + 1)))
-        if plan.mask == "alpha" and seen is not None:
-            file.write(seen.astype(pixels.dtype), count + 1)
-        elif seen is not None:
-            file.write_mask(np.where(seen != 0, np.uint8(255), np.uint8(0)))
+                colours = {int(key): tuple(colour) for key, colour in one["table"].items()}
+                file.write_colormap(number, colours)
         for number, name in enumerate(plan.bands["descriptions"], 1):
             if name:
                 file.set_band_description(number, name)
         if set(plan.bands["scales"]) != {1.0} or set(plan.bands["offsets"]) != {0.0}:
-            extra = plan.mask == "alpha"
-            file.scales = [*plan.bands["scales"], *([1.0] * extra)]
-            file.offsets = [*plan.bands["offsets"], *([0.0] * extra)]
+            file.scales = [*plan.bands["scales"], *([1.0] * alpha)]
+            file.offsets = [*plan.bands["offsets"], *([0.0] * alpha)]
         for band, tags in json.loads(plan.tags or "{}").items():
             if band == "RPC":
                 file.update_tags(ns="RPC", **tags)
-            elif not band or int(band) <= count:
+            elif not band or int(band) <= len(told):
                 file.update_tags(**({"bidx": int(band)} if band else {}), **tags)
         if plan.gcps:
             file.gcps = (control_points(plan.gcps), file.crs)
-        if plan.overviews:
-            file.build_overviews(list(plan.overviews), Resampling.nearest)
