@@ -120,17 +120,19 @@ def readme_or_run(
     arguments: Any,
     name: str,
     report: Callable[[Mapping[str, Any]], str],
-    headline: Callable[[Mapping[str, Any]], str],
+    headline: Callable[[Mapping[str, Any]], str] | None = None,
 ) -> bool:
     """Handle --update-readme and --check-readme, which measure nothing; whether one was given.
 
-    The report goes to the README of the benchmarks, the headline to that of the project.
+    The report goes to the README of the benchmarks. A headline, of the one benchmark that has one, goes to that of
+    the project.
     """
     if not (arguments.update_readme or arguments.check_readme):
         return False
     results = read_results(name)
     update_readme(name, report(results), check=arguments.check_readme)
-    update_readme(name, headline(results), check=arguments.check_readme, path=HERE.parent / "README.md")
+    if headline is not None:
+        update_readme(name, headline(results), check=arguments.check_readme, path=HERE.parent / "README.md")
     return True
 
 

@@ -822,46 +822,6 @@ def _report_losses(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) or "None in this run: no peer is ahead in median, 95th percentile or time."
 
 
-def headline(results: Mapping[str, Any]) -> str:
-    """The few numbers of the project's README."""
-    names = [AUTO, OPENCV, MULTI_SCALE] if MULTI_SCALE in results["shifts"]["clean"] else [AUTO, OPENCV]
-    rows = [
-        [condition, *(f"**{_pair(row[name])}**" if name == AUTO else _pair(row[name]) for name in names)]
-        for condition, row in results["shifts"].items()
-    ]
-    # richer motions from the identity, by ECC alone
-    rows += [
-        [f"{condition}, worst corner"]
-        + [f"**{_pair(row[ALONE])}**" if name == AUTO else _pair(row[name]) for name in names]
-        for condition, row in results["warps"].items()
-        if not condition.startswith("euclidean")
-    ]
-    times = results["speed"]
-    most = max(times["whole"], key=int)
-    whole_job = _ratio(times["whole"][most], ALONE, "satalign.ECC")
-    motions = {
-        motion: _ratio(entry, "torchalign", "OpenCV, one thread")
-        for motion, entry in times["estimates"][most].items()
-    }
-    busy = " (measured on a busy machine)" if times["busy"] else ""
-    worst = _worst_bias(results["bias"]["bias"][AUTO])
-    lines = [
-        table(["", f"torchalign `{AUTO}`, `ECC(motion=…)`", *names[1:]], rows),
-        f"Worst bias at any fraction of a pixel: {worst:.2g} px. On {most} cores the whole job is "
-        f"{whole_job:.0f} × as fast as `satalign.ECC`, the estimate {motions['translation']:.1f} × (affine "
-        f"{motions['affine']:.1f} ×) as fast as one thread of OpenCV stopped early{busy}.",
-    ]
-    if results["reach"]:
-        noise, reached = next(iter(results["reach"].items()))
-        own_, peer = reached["methods"][AUTO], reached["methods"][OPENCV]
-        lines.append(
-            f"Shifts to {FAR:g} px of sharp to very smooth scenes, noise {noise}: {own_['near']} of "
-            f"{own_['trials']} trials within {NEAR} px, {own_['wrong_unflagged']} wrong and not flagged; "
-            f"OpenCV {peer['near']} and {peer['wrong_unflagged']}."
-        )
-    return "\n\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -882,7 +842,7 @@ def main() -> None:
     ta.fast_memory()
     if options.quick:
         options.frames, options.trials, options.rounds = 8, 20, 2
-    if readme_or_run(options, NAME, report, headline):
+    if readme_or_run(options, NAME, report):
         return
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -681,27 +681,6 @@ def report(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def headline(results: Mapping[str, Any]) -> str:
-    shown = []
-    if translation := results.get("translation"):
-        lines = []
-        for name, rows in translation.items():
-            for condition, row in rows.items():
-                lines.append(
-                    [f"{name}: {condition}", cell(row.get("sift + guided")), cell(row.get(SATALIGN))]
-                )
-        shown = [table(["median / 95th percentile, px", "`LGM()`", SATALIGN], lines)]
-    if speed := results.get("speed"):
-        times = speed["seconds a frame"]
-        if SATALIGN in times:
-            ratio = times[SATALIGN] / times["sift + guided"]
-            shown.append(
-                f"`LGM()` takes {times['sift + guided']:.2f} s a frame of 256² on one core of a CPU, satalign's "
-                f"loop {times[SATALIGN]:.2f} s: {ratio:.1f} ×."
-            )
-    return "\n\n".join(shown)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -720,7 +699,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="others keep their last results")
     add_readme_options(parser)
     arguments = parser.parse_args()
-    if readme_or_run(arguments, NAME, report, headline):
+    if readme_or_run(arguments, NAME, report):
         return
     torch.set_num_threads(1)
     measures = {

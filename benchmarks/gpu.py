@@ -126,7 +126,10 @@ def stages(frames: int, size: int, device: torch.device, rounds: int, rate: floa
     masks = 0 if seen.usable is None else size_of(seen.usable)
     plane = size_of(seen.moving) + masks
     jobs: dict[str, tuple[Callable[[], object], int]] = {
-        "channel, and what of it is finite": (lambda: aligner._extract_channel(cube, None), size_of(cube) + plane),
+        "channel, and what of it is finite": (
+            lambda: aligner._extract_channel(cube, None),
+            size_of(cube) + plane,
+        ),
         "reference": (lambda: aligner.prepare_reference(call.reference, call.usable), plane // frames),
         "estimate": (estimate, plane),
         "gate": (judge, plane),
@@ -370,29 +373,6 @@ def aligner_table(found: dict[str, Any], frames: int) -> str:
     )
 
 
-def headline(results: Mapping[str, Any]) -> str:
-    """For the README of the project."""
-    compiled = results.get("compiled", {})
-    rows = [
-        [
-            f"`{name}`",
-            f"{entry['frames_per_second']:,.0f}",
-            f"{entry['graph_frames_per_second']:,.0f}",
-            f"{compiled[name]['frames_per_second']:,.0f}" if name in compiled else "",
-        ]
-        for name, entry in results["aligners"].items()
-    ]
-    beside = ", ".join(f"`{name}` {rate:,.0f}" for name, rate in results["beside"].items())
-    return "\n\n".join(
-        [
-            table(["frames per second", "as called", "one launch", "`torch.compile`"], rows),
-            f"The whole job for {results['frames']} frames of {BANDS} × {results['size']}² that lie on one "
-            f"{results['machine']['gpu']}. On the {results['machine']['cores']} cores beside it, "
-            f"{results['beside_frames']} frames: {beside}.",
-        ]
-    )
-
-
 def compiled_lines(found: Mapping[str, Any]) -> list[str]:
     return [
         f"`{name}` by `torch.compile`: {entry['frames_per_second']:,.0f} frames per second, after "
@@ -431,7 +411,7 @@ def main() -> None:
     )
     add_readme_options(parser)
     options = parser.parse_args()
-    if readme_or_run(options, NAME, report, headline):
+    if readme_or_run(options, NAME, report):
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU here, or a build of torch without CUDA; try --device cpu --quick")

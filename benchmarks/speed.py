@@ -432,16 +432,6 @@ def report(results: Mapping[str, Any]) -> str:
     )
 
 
-def headline(results: Mapping[str, Any]) -> str:
-    """The few numbers of the project's README."""
-    ratios = [f"{entry['ratio']['median']:.1f} × on {name}" for name, entry in results["pairs"].items()]
-    return (
-        f"The whole job (estimate and warp, {BANDS} bands of {SIZE}²) against satalign, in one process in turns, "
-        f"how many times as fast: {'; '.join(ratios)}. It takes {results['stages']['whole_over_floor']:.1f} × the "
-        "floor of one FFT, one inverse FFT and one bilinear warp a frame."
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -466,7 +456,7 @@ def main() -> None:
         with torch.no_grad():
             print(json.dumps(JOBS[options.job](options)))
         return
-    if readme_or_run(options, name, report, headline):
+    if readme_or_run(options, name, report):
         return
     path = write_results(name, run(options))
     print(f"{report(json.loads(path.read_text()))}\n\nwritten to {path.name}")

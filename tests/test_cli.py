@@ -14,7 +14,7 @@ pytest.importorskip("typer")
 pytest.importorskip("h5py")
 
 import torchalign as ta
-from torchalign import cli
+from torchalign import _check, cli
 from torchalign.cube.files import atomic
 from torchalign.datasets import simulate_stack
 from torchalign.io import write_cube
@@ -201,7 +201,9 @@ def test_python_and_command_line_have_the_same_defaults():
 
     import typer
 
-    command = typer.main.get_command(cli.build_app()).commands["align"]
+    from torchalign.cli.commands import app
+
+    command = typer.main.get_command(app).commands["align"]
     defaults = {parameter.name: parameter.default for parameter in command.params}
     python = inspect.signature(ta.align).parameters
     for name in ("reference", "aligner", "mask", "init", "verify", "device", "batch_size", "progress"):
@@ -532,16 +534,49 @@ def test_help_version_and_no_arguments(capsys):
     assert "median" in said
 
 
+INTERRUPTED_IMPORT = """
+import sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+from torchalign.cli import main
+sys.exit(main(["info", "nothing"]))
+"""
+
+
+def test_an_interruption_leaves_no_traceback(source, tmp_path, monkeypatch, capsys):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "torchalign: error: interrupted\n")
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ta, "align", interrupted, raising=False)
+    assert align(source, "--out", tmp_path / "out.nc") == 130
+    assert capsys.readouterr().err.strip() == "torchalign: error: interrupted"
+    assert not (tmp_path / "out.nc").exists()
+
+
+def test_importing_the_package_imports_no_typer_and_no_torch():
+    code = "import sys, torchalign.cli; print({'typer', 'torch', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_without_typer(monkeypatch, capsys):
-    find = cli.find_spec
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "typer" else find(name))
+    monkeypatch.delitem(sys.modules, "torchalign.cli.commands", raising=False)
+    monkeypatch.setitem(sys.modules, "typer", None)
     assert run("--help") == 2
     assert 'pip install "torchalign[cli]"' in capsys.readouterr().err
 
 
 def test_missing_packages_are_named_before_the_work(monkeypatch, capsys, source, tmp_path):
-    find = cli.find_spec
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("h5py", "spyndex") else find(name))
+    find = _check.find_spec
+    monkeypatch.setattr(_check, "find_spec", lambda name: None if name in ("h5py", "spyndex") else find(name))
 
     def work(*arguments, **options):
         raise RuntimeError("too late")

@@ -20,6 +20,8 @@ ALIGNERS = {
     "PCC": Case(ta.PCC),
     "ECC": Case(ta.ECC, global_search=False),
     "Cascade": Case(cascade),
+    "Local": Case(ta.Local),
+    "Cascade with Local": Case(lambda **options: ta.Cascade(ta.PCC(**options), ta.Local(**options))),
     # it tells ground from cloud pixel by pixel: rounding moves one or the other across the line
     "LGM": Case(partial(ta.LGM, max_num_keypoints=128), grid=0.002),
 }

@@ -77,6 +77,7 @@ ALIGNERS = {
         size=(40, 48),
     ),
     "Cascade": Proof(lambda: ta.Cascade(ta.PCC(), ta.ECC(motion="euclidean"))),
+    "Local": Proof(partial(ta.Local, spacing=24)),
     "Cascade with LGM": Proof(
         lambda: ta.Cascade(ta.LGM(max_num_keypoints=64, refine=False), ta.PCC()),
         forward_mode=False,
@@ -635,8 +636,9 @@ def test_compile_is_one_graph(quiet, options):
         partial(ta.ECC, motion="affine", robust="residual", levels=1),
         partial(ta.ECC, motion="homography", robust="none", levels=1),
         lambda: ta.Cascade(ta.PCC(robust=False), ta.ECC(motion="euclidean", levels=1)),
+        ta.Local,
     ],
-    ids=["translation", "affine", "homography", "cascade"],
+    ids=["translation", "affine", "homography", "cascade", "local"],
 )
 def test_compile_of_other_methods_is_one_graph(quiet, make):
     cube, reference = real()
@@ -736,8 +738,9 @@ def exported(module, given, shapes):
         (lambda: ta.Cascade(ta.PCC(robust=False), ta.ECC(motion="affine", levels=1, channel=0)), (48, 56)),
         (lambda: ta.LGM(max_num_keypoints=64), (64, 72)),
         (lambda: ta.ECC(levels=1), (48, 56)),
+        (ta.Local, (96, 104)),
     ],
-    ids=["cascade of general warps", "local features", "enhanced correlation"],
+    ids=["cascade of general warps", "local features", "enhanced correlation", "local shifts"],
 )
 def test_export_of_other_methods_with_any_number_of_frames(quiet, make, size):
     module = make()

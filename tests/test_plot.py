@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import torchalign as ta
-from torchalign import _pictures, plot
+from torchalign import plot
 from torchalign.datasets import simulate_stack
+from torchalign.pictures import frames, style
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_shifts_over_time_has_dates(stack):
 
 
 def test_every_status_has_its_own_look():
-    looks = {(_pictures.STATUS_COLOUR[code], _pictures.STATUS_MARKER[code]) for code in ta.Status}
+    looks = {(style.STATUS_COLOUR[code], style.STATUS_MARKER[code]) for code in ta.Status}
     assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(ta.Status)
     count = len(ta.Status)
     fields = {
@@ -172,7 +173,7 @@ def test_integers_with_nodata(stack):
         array.attrs["_FillValue"] = 0
     raw[0][:, :, 0, 0] = 0
     image = plot.before_after(*raw).axes[0].images[0].get_array()
-    np.testing.assert_allclose(image[0, 0], _pictures.NODATA_GREY)
+    np.testing.assert_allclose(image[0, 0], frames.NODATA_GREY)
     assert len(np.unique(image)) > 100
 
 
@@ -183,7 +184,7 @@ def test_zoom(stack):
     assert np.array_equal(part, whole[5:25, 7:27])
     picture = np.zeros((64, 80, 3))
     picture[40:56, 20:36] = np.random.default_rng(0).random((16, 16, 1))
-    row, column, side = _pictures.find_zoom(picture)
+    row, column, side = frames.find_zoom(picture)
     assert side == 16
     assert abs(row - 40) <= 1
     assert abs(column - 20) <= 1

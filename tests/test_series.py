@@ -19,6 +19,7 @@ from torchalign.cube.georeference import Georeference, find_georeference, regrid
 from torchalign.cube.labels import Cube
 from torchalign.cube.solution import report_georeference
 from torchalign.functional.affine import compose_warps, invert_warp, transform_points, translation_warp
+from torchalign.pictures import style
 from torchalign.report import as_report
 from torchalign.types import Alignment, Estimate, Status
 
@@ -634,8 +635,7 @@ def test_text_along_time_stays_text(suffix, labels, tmp_path):
     cube = make_series(3, 32).cube.assign_coords(time=labels)
     _, report = align(cube, cube[0].drop_vars("time"))
     path = ta.save_report(report, tmp_path / f"report.{suffix}")
-    if suffix == "json" or labels not in TEXT[-2:]:  # which a table cannot tell from numbers
-        assert ta.load_report(path).time.values.tolist() == labels
+    assert ta.load_report(path).time.values.tolist() == labels
     np.testing.assert_array_equal(ta.apply(cube, path), ta.apply(cube, report))
 
 
@@ -649,7 +649,7 @@ def test_labels_of_every_dtype_find_their_frames(suffix, dtype, tmp_path):
     cube = make_series(2, 32).cube.drop_vars("time").assign_coords(time=labels)
     _, report = align(cube, cube[0].drop_vars("time"))
     path = ta.save_report(report, tmp_path / f"report.{suffix}")
-    if suffix == "json" and dtype != "object":
+    if dtype != "object":
         again = ta.load_report(path).time
         assert again.dtype == cube.time.dtype
         np.testing.assert_array_equal(again, cube.time)
@@ -691,7 +691,7 @@ def test_bad_reports_raise_with_a_cure(tmp_path):
         ta.save_report(report, tmp_path / "report.pickle")
     with pytest.raises(TypeError, match=r"^report: expected an xarray.Dataset"):
         ta.save_report(series.cube, tmp_path / "report.nc")
-    with pytest.raises(ValueError, match=r"^report: expected the variables warp and status"):
+    with pytest.raises(ValueError, match=r"^report: expected the variables warp, status"):
         ta.save_report(report.drop_vars("warp"), tmp_path / "report.nc")
     with pytest.raises(FileNotFoundError, match="not there"):
         ta.load_report(tmp_path / "gone.csv")
@@ -811,7 +811,7 @@ def test_a_table_has_one_row_a_frame_and_the_status_in_words():
         ("h5netcdf", "io", lambda path: ta.load_report(path / "report.nc")),
         ("zarr", "io", lambda path: ta.io.write_cube(make_series(4, 40).cube, path / "cube.zarr")),
         ("rasterio", "io", lambda path: ta.open_stack(path)),
-        ("matplotlib", "plot", lambda path: ta.plot._figure_class.__wrapped__()),
+        ("matplotlib", "plot", lambda path: style._figure_class.__wrapped__()),
         ("torchmetrics", "training", lambda path: ta.training.RegistrationError),
     ],
 )

@@ -18,7 +18,7 @@ import torchalign as ta
 from torchalign.functional.affine import translation_warp
 from torchalign.training.check import AlignmentWarning, MisregistrationError
 from torchalign.training.misregistration import misregister
-from torchalign.training.probe import texture, undisturbed
+from torchalign.training.probe import isolated_randomness, texture
 
 v2 = pytest.importorskip("torchvision.transforms.v2")
 tv = pytest.importorskip("torchvision.tv_tensors")
@@ -269,13 +269,13 @@ def measured(monkeypatch):
     """Counts the measurements: two images a sample are one each."""
     from torchalign.training import check as module
 
-    counted, real = [], module.measure
+    counted, real = [], module.measure_residuals
 
     def counting(*given, **named):
         counted.append(1)
         return real(*given, **named)
 
-    monkeypatch.setattr(module, "measure", counting)
+    monkeypatch.setattr(module, "measure_residuals", counting)
     return counted
 
 
@@ -540,24 +540,24 @@ def test_statistics_against_numpy():
     check = ta.AlignmentCheck(samples=4, worst=3)
     random = np.random.default_rng(0)
     values = random.gamma(2.0, 0.1, 1000)
-    from torchalign.training.statistics import merge_residuals, record, summarise
+    from torchalign.training.statistics import merge_residuals, read_verdict, record
 
     state = check._state()
     for first in range(0, 1000, 100):
         part = torch.tensor(values[first : first + 100])
         state = record(state, part, torch.arange(first, first + 100))
     state = record(state, torch.tensor([float("nan")]), torch.tensor([7]))
-    summary = summarise(state)
+    summary = read_verdict(state)
     assert (summary.measured, summary.unmatched) == (1000, 1)
     assert summary.mean == pytest.approx(values.mean(), rel=1e-6)
     assert summary.median == pytest.approx(np.median(values), rel=0.016)
     assert summary.p95 == pytest.approx(np.quantile(values, 0.95), rel=0.016)
     assert [name for name, _ in summary.worst] == np.argsort(-values)[:3].tolist()
-    twice = summarise(merge_residuals(state, state))
+    twice = read_verdict(merge_residuals(state, state))
     assert (twice.measured, twice.median) == (2000, summary.median)
-    infinite = summarise(record(state, torch.full((2000,), float("inf")), torch.arange(2000)))
+    infinite = read_verdict(record(state, torch.full((2000,), float("inf")), torch.arange(2000)))
     assert infinite.median == float("inf")
-    empty = summarise(ta.AlignmentCheck()._state())
+    empty = read_verdict(ta.AlignmentCheck()._state())
     assert empty.measured == 0
     assert math.isnan(empty.median)
     assert empty.worst == ()
@@ -634,7 +634,7 @@ def test_training_is_the_same_with_and_without():
             results.append([run(image(), mask()) for _ in range(4)])
         for plain, checked in zip(*results, strict=True):
             assert all(torch.equal(one, two) for one, two in zip(plain, checked, strict=True))
-    with undisturbed():
+    with isolated_randomness():
         inside = torch.rand(1)
     assert torch.equal(torch.rand(1), inside)
 
@@ -690,7 +690,7 @@ def test_the_module_behaves():
     ("options", "kind"),
     [
         ({"tolerance": 0}, ValueError), ({"tolerance": "1"}, TypeError), ({"every": 0}, ValueError),
-        ({"every": 1.5}, ValueError), ({"samples": 0}, ValueError), ({"action": "print"}, ValueError),
+        ({"every": 1.5}, TypeError), ({"samples": 0}, ValueError), ({"action": "print"}, ValueError),
         ({"aligner": "pcc"}, TypeError), ({"max_unmatched": 2}, ValueError), ({"worst": 0}, ValueError),
     ],
     ids=str,
@@ -741,3 +741,109 @@ def test_a_mix_of_kornia_makes_no_claim_and_raises_nothing():
     frames = torch.rand(2, 3, 128, 128)
     with pytest.raises(ValueError, match=r"single|claim|compare"):
         ta.AlignmentCheck().inspect(augment, frames)
+
+
+# ------------------------------------------------------------------------------------------------------ the verdict
+
+
+@pytest.mark.parametrize("shape", [(4, 3, SIDE, SIDE), (3, 4, SIDE, SIDE)], ids=["TCHW", "CTHW"])
+@pytest.mark.parametrize("order", [True, False], ids=["image-first", "mask-first"])
+def test_a_series_with_one_mask(shape, order):
+    sample = {"image": torch.rand(shape), "mask": torch.randint(0, 4, (SIDE, SIDE))}
+    sample = sample if order else dict(reversed(sample.items()))
+
+    def right(given):
+        return {name: values.flip(-1) for name, values in given.items()}
+
+    def one_frame_slips(given):
+        image = given["image"].clone()
+        image[2, 1] = image[2, 1].roll(1, -1)
+        return {**given, "image": image}
+
+    def the_mask_slips(given):
+        return {**given, "mask": given["mask"].roll(1, -1)}
+
+    check = ta.AlignmentCheck()
+    assert float(check.inspect(right, sample)) < 0.01
+    assert check.summary().slipped == 0
+    for slip in (one_frame_slips, the_mask_slips):
+        assert float(check.inspect(slip, sample)) == pytest.approx(1, abs=0.05)
+    assert (check.summary().measured, check.summary().slipped) == (3, 2)
+
+
+def test_features_beside_a_batch_are_no_mask():
+    images, features = torch.rand(16, 3, SIDE, SIDE), torch.rand(16, 32)
+    check = ta.AlignmentCheck(samples=4)
+    residual = check.inspect(
+        lambda x, y, z: (x.flip(-1), y, z.flip(-1)), images, features, images[:, 0] > 0.5
+    )
+    assert len(residual) == 4
+    assert (residual < 0.05).all()
+
+
+def test_the_verdict_on_what_is_registered_is_exact():
+    image = texture(3, (128, 128))[:, None]
+    check = ta.AlignmentCheck()
+    check(image, image)
+    verdict = check.summary()
+    largest = verdict.worst[0][1]
+    assert (verdict.word, verdict.measured, verdict.slipped, verdict.cure) == ("registered", 3, 0, "")
+    assert 0 <= verdict.median <= verdict.p95 <= largest < 1e-4
+    assert verdict.mean <= largest
+    assert str(verdict).startswith("registered: 0 of 3 samples slip beyond the tolerance of 0.25 px (median ")
+    from torchalign.training.statistics import empty_residuals, read_verdict, record
+
+    zeros = read_verdict(record(empty_residuals(), torch.zeros(5), torch.arange(5)))
+    assert (zeros.mean, zeros.median, zeros.p95, zeros.largest) == (0, 0, 0, 0)
+    mixed = torch.tensor([0.0, 0.0, 0.0, 5e-4, 1.0])
+    mixed = read_verdict(record(empty_residuals(), mixed, torch.arange(5)))
+    assert mixed.median == 0
+    assert 0 < mixed.p95 <= 1
+
+
+def test_the_verdict_counts_slips_and_names_no_match():
+    image = texture(4, (128, 128))[:, None]
+    moving = torch.cat((image[:1].roll(2, -1), image[1:]))
+    check = ta.AlignmentCheck()
+    assert check.summary().word == "not measured"
+    check(moving, image)
+    verdict = check.summary()
+    assert (verdict.word, verdict.slipped, verdict.tolerance) == ("misregistered", 1, 0.25)
+    assert "1 of 4 samples slip beyond the tolerance of 0.25 px" in str(verdict)
+    assert "largest 2 px" in str(verdict)
+    assert "align_corners" in str(verdict)
+    assert verdict[:3] == (4, 0, 0)  # a tuple still
+    check.reset()
+    assert check.summary().slipped == 0
+    check(image.flip(-1), texture(5, (128, 128))[1:, None])
+    assert check.summary().word == "no match"
+
+
+def test_the_cure_of_masks_resized_by_nearest():
+    class Resize(torch.nn.Module):
+        def __init__(self, mode):
+            super().__init__()
+            self.mode = mode
+
+        def forward(self, x, y):
+            x = F.interpolate(x, (112, 112), mode="bilinear", antialias=True)
+            return x, F.interpolate(y[:, None].float(), (112, 112), mode=self.mode)[:, 0].long()
+
+    class Mirror(torch.nn.Module):
+        def forward(self, x, y):
+            return x.flip(-1), y.flip(-1)
+
+    check = ta.AlignmentCheck()
+    step = check.locate([Mirror(), Resize("nearest")], *batch())
+    assert (step.number, step.slips) == (1, True)
+    assert "NEAREST_EXACT" in step.cure
+    check.inspect(lambda x, y: Resize("nearest")(*Mirror()(x, y)), *batch())
+    text = str(check.summary())
+    assert "misregistered: 4 of 4" in text
+    assert "the step at fault is number 1, Resize" in text
+    assert 'mode="nearest"' in text
+    # the cure is one
+    assert check.locate([Mirror(), Resize("nearest-exact")], *batch()) is None
+    other = ta.AlignmentCheck(tolerance=0.2, action="raise")
+    with pytest.raises(MisregistrationError, match="all of them with align_corners=False"):
+        other.inspect(resize_with_corners, *batch())

@@ -20,6 +20,7 @@ __all__ = [
     "check_bool",
     "check_crop",
     "check_cube",
+    "check_device",
     "check_floating",
     "check_mask",
     "check_number",
@@ -44,11 +45,7 @@ def message(name: str, expected: str, got: object, cure: str) -> str:
 
 
 def require(what: str, extra: str, *packages: str) -> None:
-    """The packages that ``what`` needs must be installed; ``extra`` brings them.
-
-    Raises:
-        ImportError: one is not; with the command that installs it.
-    """
+    """The packages that ``what`` needs must be installed; ``extra`` brings them."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         cure = f'pip install "torchalign[{extra}]"'
@@ -132,7 +129,7 @@ def check_reference(reference: Tensor, cube: Tensor) -> Tensor:
     if reference.dtype != cube.dtype:
         cure = "convert it: reference.to(cube.dtype)"
         raise TypeError(message("reference", f"the cube's dtype {cube.dtype}", reference.dtype, cure))
-    _check_same_device("reference", reference, cube)
+    check_device("reference", reference, cube)
     one = (*cube.shape[:-4], *cube.shape[-3:])
     shape = tuple(reference.shape)
     if len(shape) == cube.ndim and shape == tuple(cube.shape):  # ndim first, or export pins T where T == C
@@ -153,7 +150,7 @@ def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], like: Tenso
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         cure = "a cloud mask with 1 = cloud becomes `clouds == 0`"
         raise TypeError(message(name, "a bool tensor, True = usable", kind, cure))
-    _check_same_device(name, mask, like)
+    check_device(name, mask, like)
     fits = mask.ndim <= len(shape) and all(
         have in (1, want) for have, want in zip(reversed(mask.shape), reversed(shape), strict=False)
     )
@@ -167,7 +164,7 @@ def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], like: Tenso
 def check_warp(name: str, warp: Tensor, batch: Sequence[int], like: Tensor) -> None:
     """A warp (..., T, 2, 3) or (..., T, 3, 3) for frames of batch shape ``batch``."""
     check_floating(name, warp)
-    _check_same_device(name, warp, like)
+    check_device(name, warp, like)
     if tuple(warp.shape) not in ((*batch, 2, 3), (*batch, 3, 3)):
         expected = f"shape {(*batch, 2, 3)} or {(*batch, 3, 3)}"
         cure = "one matrix per frame, moving → reference"
@@ -179,13 +176,10 @@ def check_crop(crop_center: Any) -> tuple[int, int] | None:
     if crop_center is None:
         return None
     values = tuple(crop_center) if isinstance(crop_center, Sequence) else (crop_center, crop_center)
-    expected, cure = "an int ≥ 1, or two (h, w)", "give whole pixels"
-    if any(isinstance(value, bool) or not hasattr(value, "__index__") for value in values):
-        raise TypeError(message("crop_center", expected, repr(crop_center), cure))
-    sizes = tuple(operator.index(value) for value in values)
-    if len(sizes) != 2 or min(sizes) < 1:
+    if len(values) != 2:
+        expected, cure = "an int ≥ 1, or two (h, w)", "give whole pixels"
         raise ValueError(message("crop_center", expected, repr(crop_center), cure))
-    return sizes[0], sizes[1]
+    return check_whole("crop_center", values[0]), check_whole("crop_center", values[1])
 
 
 def check_bands(rgb_bands: object) -> tuple[int, int, int]:
@@ -203,7 +197,8 @@ def check_bands(rgb_bands: object) -> tuple[int, int, int]:
     return bands[0], bands[1], bands[2]
 
 
-def _check_same_device(name: str, tensor: Tensor, like: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    """``tensor`` must be on the device of the cube ``like``."""
     if tensor.device != like.device:
         cure = f"move it: {name}.to(cube.device)"
         raise ValueError(message(name, f"the cube's device {like.device}", tensor.device, cure))

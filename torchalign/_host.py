@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import math
 import mmap
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -28,10 +31,12 @@ __all__ = [
     "is_known",
     "is_on_host",
     "is_transformed",
+    "keeps_tables",
+    "kernels_for",
     "launches_kernels",
     "map_on_host",
+    "may_keep",
     "may_read",
-    "read",
 ]
 
 Item = TypeVar("Item")
@@ -58,11 +63,6 @@ def is_on_host(tensor: Tensor) -> bool:
 def may_read(*tensors: Tensor | None) -> bool:
     """Whether :func:`is_on_host` holds for all of them that are there."""
     return all(tensor is None or is_on_host(tensor) for tensor in tensors)
-
-
-def read(tensor: Tensor) -> float | None:
-    """The value of a tensor of one element; ``None`` where it may not be read."""
-    return float(tensor) if is_on_host(tensor) else None
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -217,3 +217,88 @@ def _find_in_libc(name: str) -> Any:
 
 
 _unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual  # torch leaves it without types
+
+
+# Triton comes with torch's CUDA wheels; with TRITON_INTERPRET=1 its kernels run on CPU tensors, to be tested.
+HAS_TRITON = importlib.util.find_spec("triton") is not None and os.environ.get("TORCHALIGN_KERNELS") != "0"
+_KERNELS_ON = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+def kernels_for(*tensors: Tensor | None) -> ModuleType | None:
+    """:mod:`torchalign.kernels`, where one launch of it may do what many functions of torch do with these tensors.
+
+    ``None`` where a derivative may be asked for, on other devices, where Triton is missing or the GPU is too old for
+    it, and with ``TORCHALIGN_KERNELS=0`` in the environment. The functions of torch define what is right.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not HAS_TRITON or given[0].device.type != _KERNELS_ON or carries_gradient(*given):
+        return None
+    if torch.jit.is_tracing() or not _runs_triton(given[0].device.index):  # type: ignore[attr-defined, no-untyped-call]
+        return None
+    from torchalign import kernels
+
+    return kernels
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _runs_triton(index: int | None) -> bool:
+    """Whether the GPU is of a kind that Triton knows: from Volta on."""
+    if not torch.cuda.is_available():  # a fake one
+        return True
+    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (7, 0)
+
+
+# Tables by what they are of, see keeps_tables; how many numbers they may hold in all.
+_TABLES: dict[Any, Any] = {}
+_MOST_NUMBERS = 2**24
+
+
+def keeps_tables(function: Callable[..., Result]) -> Callable[..., Result]:
+    """A function of sizes and other plain numbers, whose tensors are made once for each device and dtype.
+
+    The keyword ``like`` says on which device and in which dtype. What is kept is never changed nor dropped
+    (a CUDA graph may hold on to it); when the tables are full, others are made anew each time. So they are while
+    somebody traces, or records a CUDA graph, whose memory is not ours.
+    """
+
+    @functools.wraps(function)
+    def kept(*arguments: Any, like: Tensor) -> Result:
+        if not may_keep(like) or not _are_known(arguments):
+            return function(*arguments, like=like)
+        key = (function.__module__, function.__qualname__, arguments, like.dtype, _place(like))
+        found = _TABLES.get(key)
+        if found is None:
+            if _is_recording(like):
+                return function(*arguments, like=like)
+            with torch.inference_mode(False), torch.no_grad():
+                found = function(*arguments, like=like)
+            numbers = sum(part.numel() for part in pytree.tree_leaves(found) if isinstance(part, Tensor))
+            if numbers + _TABLES.get("numbers", 0) <= _MOST_NUMBERS:
+                _TABLES["numbers"] = numbers + _TABLES.get("numbers", 0)
+                _TABLES[key] = found
+        return found
+
+    return kept
+
+
+def may_keep(like: Tensor) -> bool:
+    """Whether tensors of its kind are plain ones that outlive the call: nobody traces, maps or fakes them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    return type(like) in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()
+
+
+def _are_known(arguments: Sequence[Any]) -> bool:
+    """Whether all of them, and of their parts, are plain numbers."""
+    return all(_are_known(part) if isinstance(part, tuple) else is_known(part) for part in arguments)
+
+
+def _place(like: Tensor) -> Any:
+    """The device; of a GPU the stream too, for another one may come before the table is there."""
+    if like.device.type != "cuda" or _is_recording(like):
+        return like.device
+    return like.device, torch.cuda.current_stream(like.device).stream_id
+
+
+def _is_recording(like: Tensor) -> bool:
+    return like.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -24,9 +24,13 @@ from torchalign._check import (
 )
 from torchalign._host import all_finite, empty_on_host, is_transformed, map_on_host, may_read
 from torchalign.functional.affine import change_origin, identity_warp, split_at_center
-from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel
+from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel, see_channel
 from torchalign.functional.motion import MotionModel
 from torchalign.functional.quality import gate_stages
+from torchalign.functional.shift_field import move_origin
+from torchalign.functional.smoothing import triangle_mean
+from torchalign.functional.structure import orientation_field
+from torchalign.functional.texture import Contrast
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.types import Alignment, Estimate, Motion, ShiftField, Status, combine
 
@@ -143,7 +147,9 @@ class Aligner(nn.Module, ABC):
     def _align_block(self, job: Any, out: Tensor | None = None) -> Alignment:
         estimate, only_shifts = self._estimate(job)
         warp = estimate.warp[..., :2, 2] if only_shifts else estimate.warp
-        aligned = resample(job.cube, warp, mask=job.mask, out=out, **self._resampling()).values
+        aligned = resample(
+            job.cube, warp, mask=job.mask, out=out, field=estimate.field, **self._resampling()
+        ).values
         if self.fill_value is not None:
             # the fill is for what a warp leaves empty; a frame without a warp stays as it came
             kept = torch.where(estimate.valid[..., None, None, None], aligned, job.cube)
@@ -191,17 +197,28 @@ class Aligner(nn.Module, ABC):
         """
         return None
 
+    @property
+    def score_contrast(self) -> Contrast:
+        """What frames are compared by: ``"local"``, or across sensors ``"structure"``."""
+        return "local"
+
     def score_image(self, image: Tensor, usable: Tensor | None) -> Tensor:
-        """What of the channel seen the gate correlates.
+        """What of the channel the gate correlates, by :attr:`score_contrast`.
 
         Args:
             image: (..., T, H, W), finite: unusable pixels hold 0.
             usable: (..., T, H, W) bool, or ``None`` if all of it is.
 
         Returns:
-            (..., T, H, W), by default the image; or (2, ..., T, H, W), a field of vectors.
+            (..., T, H, W), the image; or for ``"structure"`` (2, ..., T, H, W), the orientation of its gradients.
         """
-        return image
+        if self.score_contrast != "structure":
+            return image
+        return triangle_mean(orientation_field(image, usable), 1)
+
+    def field_nodes(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Nodes (n, m) of the field of local shifts over frames of (H, W); ``None`` where there is no field."""
+        return None
 
     @abstractmethod
     def estimate_motion(
@@ -321,7 +338,10 @@ class Aligner(nn.Module, ABC):
         if back.shape[-2] == 3:
             back = back / back[..., 2:, 2:]
         # the conjugate of an identity is one but for rounding; a rejected frame's must be exact
-        return estimate._replace(warp=torch.where(estimate.valid[..., None, None], back, estimate.warp))
+        estimate = estimate._replace(warp=torch.where(estimate.valid[..., None, None], back, estimate.warp))
+        if estimate.field is None:
+            return estimate
+        return estimate._replace(field=move_origin(estimate.field, (-block.origin[0], -block.origin[1])))
 
     def _resampling(self) -> dict[str, Any]:
         return {
@@ -333,10 +353,14 @@ class Aligner(nn.Module, ABC):
     def _extract_channel(self, cube: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The channel in float32 or float64, cropped, 0 where unusable; and where it is usable."""
         window, _ = center_crop(cube, self.crop_center)
+        if mask is not None:
+            mask = center_crop(mask.expand(*mask.shape[:-2], *cube.shape[-2:]), self.crop_center)[0]
+        found = see_channel(window, mask, self.channel, rgb_bands=self.rgb_bands)
+        if found is not None:
+            return found
         if window.dtype.itemsize < 4 and not callable(self.channel):
             window = window.float()
         if mask is not None:
-            mask = center_crop(mask.expand(*mask.shape[:-2], *cube.shape[-2:]), self.crop_center)[0]
             if self.channel == "gradients":  # a masked value must not reach its neighbours either
                 window = torch.where(mask.unsqueeze(-3), window, torch.nan)
         image = extract_channel(window, self.channel, rgb_bands=self.rgb_bands)

@@ -17,7 +17,10 @@ from torchalign.functional.affine import (
     to_homogeneous,
     translation_warp,
 )
+from torchalign.functional.shift_field import move_origin
+from torchalign.functional.texture import Contrast
 from torchalign.functional.uncertainty import isotropic
+from torchalign.local import Local
 from torchalign.types import Estimate, Motion
 
 __all__ = ["Cascade"]
@@ -29,7 +32,8 @@ class Cascade(Aligner):
     """Aligners in sequence: what one finds is the next one's ``init``.
 
     A method with a long reach first, then one that is precise or has a richer motion model:
-    ``Cascade(PCC(max_translation=32), ECC(motion="affine"))``. Every stage sees the cube as it came, through its
+    ``Cascade(PCC(max_translation=32), ECC(motion="affine"))``. Local shifts come last:
+    ``Cascade(PCC(), Local())``. Every stage sees the cube as it came, through its
     own channel and crop, and is judged by its own ``max_translation``; the cube is resampled once, at the end.
 
     For every frame the last stage counts that was accepted: one that fails, or lowers the score, is undone for that
@@ -73,6 +77,10 @@ class Cascade(Aligner):
         flat = [
             part for stage in stages for part in (stage.stages if isinstance(stage, Cascade) else [stage])
         ]
+        for stage in flat[:-1]:
+            if isinstance(stage, Local):
+                cure = "the methods after it know no field to start from"
+                raise ValueError(message("stages", "Local as the last one", type(flat[-1]).__name__, cure))
         self.stages = nn.ModuleList(flat)
         self.motion = last.motion
 
@@ -99,9 +107,14 @@ class Cascade(Aligner):
         assert found is not None  # there is at least one stage
         return found
 
-    def score_image(self, image: Tensor, usable: Tensor | None) -> Tensor:
-        """As the last stage scores, see :meth:`Aligner.score_image`."""
-        return self._stages()[-1].score_image(image, usable)
+    @property
+    def score_contrast(self) -> Contrast:
+        """That of the last stage, see :attr:`Aligner.score_contrast`."""
+        return self._stages()[-1].score_contrast
+
+    def field_nodes(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Of the last stage, see :meth:`Aligner.field_nodes`."""
+        return self._stages()[-1].field_nodes(size)
 
     def _stages(self) -> list[Aligner]:
         return list(self.stages)  # type: ignore[arg-type]  # a ModuleList of aligners
@@ -128,15 +141,14 @@ class Cascade(Aligner):
             if init is not None:
                 block = block._replace(init=_change_origin(init, block.origin), nonfinite=None)
             motion = stage._find_motion(job, block)
-            motion = motion._replace(warp=_change_origin(motion.warp, (-block.origin[0], -block.origin[1])))
+            motion = _move_origin(motion, (-block.origin[0], -block.origin[1]))
             start = job.init.to(motion.warp.dtype) if init is None and job.init is not None else init
             init = _next_init(start, motion, stage, whole)
             motions.append((motion, block))
         # the channel and crop of the last stage decide; inliers over another crop would be in the wrong place
         judged = [
-            motion._replace(
-                warp=_change_origin(motion.warp, block.origin),
-                inliers=motion.inliers if own.is_over(block) else None,
+            _move_origin(motion, block.origin)._replace(
+                inliers=motion.inliers if own.is_over(block) else None
             )
             for motion, own in motions
         ]
@@ -213,7 +225,15 @@ def _last_trusted(first: Motion, second: Motion) -> Motion:
         second.inliers,
         first.only_shifts and second.only_shifts,
         torch.where(trusted[..., None, None], covariances[1], covariances[0]),
+        second.field,
     )
+
+
+def _move_origin(motion: Motion, origin: tuple[int, int]) -> Motion:
+    """The same motion in the coordinates of a crop, or back."""
+    if motion.field is not None:
+        motion = motion._replace(field=move_origin(motion.field, origin))
+    return motion._replace(warp=_change_origin(motion.warp, origin))
 
 
 def _change_origin(warp: Tensor, origin: tuple[int, int]) -> Tensor:

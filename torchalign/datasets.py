@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._check import check_number, check_option, message
+from torchalign._check import check_number, check_option, check_whole, message, require
 from torchalign.functional.affine import change_origin, invert_warp
 from torchalign.functional.motion import MotionModel
 from torchalign.functional.warp import warp
@@ -63,7 +63,6 @@ class SimulatedStack(NamedTuple):
         reference: (C, H, W) float32.
         shift: (T, 2) float32, the true translation (x, y) of the warp moving → reference, in pixels.
         clear: (T, H, W) bool, False under the simulated clouds.
-
     """
 
     cube: Tensor
@@ -79,7 +78,6 @@ class WarpedStack(NamedTuple):
         cube: (T, C, H, W) float32, the moving frames.
         reference: (C, H, W) float32.
         warp: (T, 3, 3) float64, the true warp moving → reference in pixels, its last entry 1.
-
     """
 
     cube: Tensor
@@ -95,7 +93,6 @@ class DemoStack(NamedTuple):
         shift: (time, axis) float64, the true translation of the warp moving → reference in pixels, axis
             being "x" (right) and "y" (down); the first frame is the reference, its shift is 0.
         clear: (time, y, x) bool, False under clouds and their shadows, and where there is no data.
-
     """
 
     cube: xr.DataArray
@@ -156,12 +153,11 @@ def simulate_stack(
         >>> x, y = stack.shift[0].int().tolist()
         >>> bool(stack.cube[0, 0, 12 - y, 10 - x] == stack.reference[0, 12, 10])
         True
-
     """
     _check_scene(scene)
-    _check_size(size)
-    _check_whole("frames", frames, 0)
-    _check_whole("factor", factor, 1)
+    size = _whole_pair("size", size, "(H, W)", 1)
+    check_whole("frames", frames, minimum=0)
+    check_whole("factor", factor, minimum=1)
     _check_bounded(max_shift=max_shift, offset=offset, noise=noise)
     check_number("cloud_fraction", cloud_fraction, minimum=0.0, maximum=1.0)
     _check_ranges(gain=gain, cloud_brightness=cloud_brightness)
@@ -183,11 +179,8 @@ def simulate_stack(
     _check_blur("cloud_scale", cloud_scale, min(size), inclusive=False)
     scene = scene.detach().to(torch.device("cpu"), torch.float32)
     if blur:
-        scene = _blur(scene, blur * factor)
+        scene = _gaussian_blur(scene, blur * factor)
     generator = torch.Generator().manual_seed(seed)
-
-    def uniform(*shape: int, low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator)
 
     def window(dy: int, dx: int) -> Tensor:
         top, left = origin[0] + dy, origin[1] + dx
@@ -195,23 +188,41 @@ def simulate_stack(
         return F.avg_pool2d(cut, factor)[0]  # (C, H, W)
 
     steps = torch.randint(-margin, margin + 1, (frames, 2), generator=generator)  # scene pixels, (x, y)
-    gains = uniform(frames, channels, 1, 1, low=gain[0], high=gain[1])
-    offsets = uniform(frames, channels, 1, 1, low=-offset, high=offset)
+    gains = _uniform(gain, (frames, channels, 1, 1), generator)
+    offsets = _uniform((-offset, offset), (frames, channels, 1, 1), generator)
     # a window cut further right shows the ground further left: frame(p) = scene(p + step)
     windows = [window(dy, dx) for dx, dy in steps.tolist()]
     cube = torch.stack(windows) if windows else scene.new_empty(0, channels, height, width)
     cube = gains * cube + offsets
     clear = torch.ones(frames, height, width, dtype=torch.bool)
     if cloud_fraction:
-        field = _blur(torch.randn(frames, height, width, generator=generator), cloud_scale)
-        # frame by frame: torch.quantile refuses more than 2²⁴ values at once
-        levels = [frame.quantile(cloud_fraction) for frame in field]
-        clear = field > torch.stack([*levels, field.new_empty(())])[:-1, None, None]  # T may be 0
-        brightness = uniform(frames, 1, 1, 1, low=cloud_brightness[0], high=cloud_brightness[1])
-        cube = torch.where(clear[:, None], cube, brightness)
+        cube, clear = _cover_with_clouds(cube, cloud_fraction, cloud_brightness, cloud_scale, generator)
     cube = cube + noise * torch.randn(cube.shape, generator=generator)
     reference = window(0, 0) + noise * torch.randn(channels, height, width, generator=generator)
     return SimulatedStack(cube, reference, steps.to(torch.float32) / factor, clear)
+
+
+def _uniform(
+    within: tuple[float, float],
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Uniform random numbers."""
+    return within[0] + (within[1] - within[0]) * torch.rand(*shape, generator=generator, dtype=dtype)
+
+
+def _cover_with_clouds(
+    cube: Tensor, fraction: float, brightness: tuple[float, float], scale: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Opaque clouds over a fraction of every frame (T, C, H, W), and where it stays clear, (T, H, W)."""
+    frames, _, height, width = cube.shape
+    field = _gaussian_blur(torch.randn(frames, height, width, generator=generator), scale)
+    # frame by frame: torch.quantile refuses more than 2²⁴ values at once
+    levels = [frame.quantile(fraction) for frame in field]
+    clear = field > torch.stack([*levels, field.new_empty(())])[:-1, None, None]  # T may be 0
+    bright = _uniform(brightness, (frames, 1, 1, 1), generator)
+    return torch.where(clear[:, None], cube, bright), clear
 
 
 def simulate_warped_stack(
@@ -263,13 +274,12 @@ def simulate_warped_stack(
         >>> linear = stack.warp[0, :2, :2]
         >>> bool((linear @ linear.mT - torch.eye(2)).abs().max() < 1e-6)
         True
-
     """
     _check_scene(scene)
     check_option("motion", motion, MotionModel)
-    _check_size(size)
-    _check_whole("frames", frames, 0)
-    _check_whole("factor", factor, 1)
+    size = _whole_pair("size", size, "(H, W)", 1)
+    check_whole("frames", frames, minimum=0)
+    check_whole("factor", factor, minimum=1)
     _check_bounded(max_shift=max_shift, offset=offset, noise=noise)
     check_number("max_rotation", max_rotation, minimum=0.0, maximum=180.0)
     check_number("max_scale", max_scale, minimum=0.0, maximum=0.9)
@@ -289,26 +299,8 @@ def simulate_warped_stack(
     window = window[None, :, top : top + needed[0], left : left + needed[1]]
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(*shape: int, low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    def within(limit: float, *motions: MotionModel) -> Tensor:
-        drawn = uniform(frames, low=-limit, high=limit)  # drawn for every model: the others stay the same
-        return drawn if motion in motions else torch.zeros_like(drawn)
-
-    linear: tuple[MotionModel, ...] = ("affine", "homography")
-    angle = within(math.radians(max_rotation), "euclidean", "similarity", *linear)
-    scale = 1 + within(max_scale, "similarity", *linear)
-    shear = within(max_shear, *linear)
-    shift = [uniform(frames, low=-max_shift, high=max_shift) for _ in "xy"]
-    tilt = [within(max_perspective, "homography") for _ in "xy"]
-    rows = [
-        torch.stack([scale * angle.cos(), shear - scale * angle.sin(), shift[0]], dim=-1),
-        torch.stack([scale * angle.sin(), scale * angle.cos(), shift[1]], dim=-1),
-        torch.stack([*tilt, torch.ones_like(angle)], dim=-1),
-    ]
-    truth = change_origin(torch.stack(rows, dim=-2), (-(size[1] - 1) / 2, -(size[0] - 1) / 2))
-    truth = truth / truth[..., 2:, 2:]
+    limits = (max_shift, max_rotation, max_scale, max_shear, max_perspective)
+    truth = _draw_warps(motion, frames, size, limits, generator)
 
     # pixel p of a frame is centred on pixel factor · p + start of the window
     start = margin + (factor - 1) / 2
@@ -324,12 +316,42 @@ def simulate_warped_stack(
         averaged(warp(window, one[None], interpolation="bicubic", padding_mode="reflection")) for one in back
     ]
     cube = torch.cat(moved) if moved else window.new_empty(0, bands, *size)
-    gains = uniform(frames, bands, 1, 1, low=gain[0], high=gain[1])
-    offsets = uniform(frames, bands, 1, 1, low=-offset, high=offset)
+    gains = _uniform(gain, (frames, bands, 1, 1), generator, torch.float64)
+    offsets = _uniform((-offset, offset), (frames, bands, 1, 1), generator, torch.float64)
     cube = (gains * cube + offsets).float() + noise * torch.randn(cube.shape, generator=generator)
     reference = averaged(window)[0]
     reference = reference + noise * torch.randn(reference.shape, generator=generator)
     return WarpedStack(cube, reference, truth)
+
+
+def _draw_warps(
+    motion: MotionModel,
+    frames: int,
+    size: tuple[int, int],
+    limits: tuple[float, float, float, float, float],
+    generator: torch.Generator,
+) -> Tensor:
+    """(T, 3, 3) float64 about the centre: shift, rotation, scale, shear, perspective uniform in ± their limits."""
+    max_shift, max_rotation, max_scale, max_shear, max_perspective = limits
+
+    def within(limit: float, *motions: MotionModel) -> Tensor:
+        # drawn for every model: the others stay the same
+        drawn = _uniform((-limit, limit), (frames,), generator, torch.float64)
+        return drawn if motion in motions else torch.zeros_like(drawn)
+
+    linear: tuple[MotionModel, ...] = ("affine", "homography")
+    angle = within(math.radians(max_rotation), "euclidean", "similarity", *linear)
+    scale = 1 + within(max_scale, "similarity", *linear)
+    shear = within(max_shear, *linear)
+    shift = [within(max_shift, motion) for _ in "xy"]
+    tilt = [within(max_perspective, "homography") for _ in "xy"]
+    rows = [
+        torch.stack([scale * angle.cos(), shear - scale * angle.sin(), shift[0]], dim=-1),
+        torch.stack([scale * angle.sin(), scale * angle.cos(), shift[1]], dim=-1),
+        torch.stack([*tilt, torch.ones_like(angle)], dim=-1),
+    ]
+    warp = change_origin(torch.stack(rows, dim=-2), (-(size[1] - 1) / 2, -(size[0] - 1) / 2))
+    return warp / warp[..., 2:, 2:]
 
 
 def _check_scene(scene: object) -> None:
@@ -353,17 +375,10 @@ def _check_ranges(**ranges: tuple[float, float]) -> None:
             raise ValueError(message(name, "(low, high)", pair, "put the smaller number first"))
 
 
-def _check_whole(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(message(name, f"a whole number ≥ {minimum}", repr(value), "give an int"))
-    check_number(name, int(value), minimum=minimum)
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    if not isinstance(size, tuple) or len(size) != 2:
-        raise ValueError(message("size", "(H, W)", repr(size), "give two whole numbers ≥ 1"))
-    for value in size:
-        _check_whole("size", value, 1)
+def _whole_pair(name: str, pair: object, expected: str, minimum: int) -> tuple[int, int]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ValueError(message(name, expected, repr(pair), f"give two whole numbers ≥ {minimum}"))
+    return check_whole(name, pair[0], minimum=minimum), check_whole(name, pair[1], minimum=minimum)
 
 
 def _check_blur(name: str, sigma: float, smallest: float, *, inclusive: bool = True) -> None:
@@ -373,18 +388,15 @@ def _check_blur(name: str, sigma: float, smallest: float, *, inclusive: bool = T
 
 def _check_origin(origin: tuple[int, int], room: tuple[int, int], margin: int) -> tuple[int, int]:
     """``room``: how many scene pixels a window and its margins can move, (y, x)."""
-    if not isinstance(origin, (tuple, list)) or len(origin) != 2:
-        raise ValueError(message("origin", "(y, x)", repr(origin), "give two whole numbers"))
-    for value in origin:
-        _check_whole("origin", value, 0)
+    origin = _whole_pair("origin", origin, "(y, x)", 0)
     if not all(margin <= value <= margin + free for value, free in zip(origin, room, strict=True)):
         expected = f"y in {margin} … {margin + room[0]} and x in {margin} … {margin + room[1]}"
         cure = "move it inwards, lower max_shift, or leave it out for the scene's centre"
         raise ValueError(message("origin", f"{expected}, so that shifted windows stay inside", origin, cure))
-    return int(origin[0]), int(origin[1])
+    return origin
 
 
-def _blur(image: Tensor, sigma: float) -> Tensor:
+def _gaussian_blur(image: Tensor, sigma: float) -> Tensor:
     """Gaussian blur of (..., H, W) with reflected borders."""
     from kornia.filters import gaussian_blur2d
 
@@ -411,16 +423,12 @@ def open_demo_scene() -> xr.DataArray:
         >>> scene = open_demo_scene()
         >>> scene.sizes["band"], scene.sizes["y"], float(scene.x[1] - scene.x[0])
         (4, 300, 10.0)
-
     """
     import xarray as xr
 
-    try:
-        from spyndex import datasets
-    except ImportError:
-        cure = 'pip install "torchalign[demo]"'
-        complaint = message("open_demo_scene", "the package spyndex", "no such package", cure)
-        raise ImportError(complaint) from None
+    require("open_demo_scene", "demo", "spyndex")
+    from spyndex import datasets
+
     chip = datasets.open("sentinel")
     # spyndex calls the axes (band, x, y); the rows of the picture are its second axis
     values = np.asarray(chip.values, dtype=np.float32) / np.float32(10_000)  # digital numbers to reflectance
@@ -473,12 +481,11 @@ def demo_stack(
         ({'time': 5, 'band': 4, 'y': 64, 'x': 64}, (5, 2))
         >>> stack.clear.mean(("y", "x")).values.round(1).min()
         np.float64(0.0)
-
     """
     import xarray as xr
 
-    _check_whole("frames", frames, 4)
-    _check_size(size)
+    check_whole("frames", frames, minimum=4)
+    size = _whole_pair("size", size, "(H, W)", 1)
     _check_bounded(max_shift=max_shift, noise=noise)
     if scene is None:
         scene = open_demo_scene()
@@ -504,7 +511,10 @@ def demo_stack(
     for number, fraction in fractions.items():
         values[number], clear[number] = _add_clouds(values[number], fraction, random)
     values += random.normal(0.0, noise, values.shape)
-    beyond = _beyond_swath(size)
+    rows, columns = np.indices(size)
+    beyond = (
+        columns / size[1] + 0.25 * rows / size[0] > 0.93
+    )  # the swath's edge runs from north to south-west
     values[cut, :, beyond] = np.nan
     clear[cut] &= ~beyond
 
@@ -535,11 +545,11 @@ def _fourier_shift(scene: _Floats, shift: _Floats, size: tuple[int, int]) -> _Fl
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
     mirrored = np.pad(scene, ((0, 0), (0, height), (0, width)), mode="symmetric")  # (C, 2·Hs, 2·Ws)
     spectrum = np.fft.rfft2(mirrored)
-    turn_y = 2j * np.pi * np.fft.fftfreq(2 * height)[:, None]  # radians/cycle * cycles/pixel
-    turn_x = 2j * np.pi * np.fft.rfftfreq(2 * width)
+    phase_y = 2j * np.pi * np.fft.fftfreq(2 * height)[:, None]  # radians/cycle * cycles/pixel
+    phase_x = 2j * np.pi * np.fft.rfftfreq(2 * width)
     frames = np.empty((len(shift), len(scene), *size))
     for frame, (x, y) in zip(frames, shift, strict=True):
-        moved = np.fft.irfft2(spectrum * np.exp(turn_x * x) * np.exp(turn_y * y), s=mirrored.shape[-2:])
+        moved = np.fft.irfft2(spectrum * np.exp(phase_x * x) * np.exp(phase_y * y), s=mirrored.shape[-2:])
         frame[:] = moved[:, top : top + size[0], left : left + size[1]]
     return frames
 
@@ -553,7 +563,8 @@ def _add_clouds(
     cloud_colour, shadow_colour = colours[:, np.minimum(np.arange(bands), 3), None, None]
     shape = _fractal(height, width, 2.0, random)
     level = np.quantile(shape, 1.0 - fraction) if fraction < 1.0 else shape.min() - 1.0
-    opacity = _smooth_step((shape - level) / 0.6 + 0.3)  # soft edges; (H, W)
+    ramp = np.clip((shape - level) / 0.6 + 0.3, 0.0, 1.0)
+    opacity = ramp * ramp * (3.0 - 2.0 * ramp)  # soft edges, without a kink; (H, W)
     # the sun stands in the south-east: what rises towards it is bright
     relief = _fractal(height, width, 1.7, random) + 0.5 * shape
     light = np.gradient(relief, axis=0) + np.gradient(relief, axis=1)
@@ -574,15 +585,3 @@ def _fractal(height: int, width: int, slope: float, random: np.random.Generator)
     amplitude[0, 0] = 0.0
     field = np.fft.irfft2(np.fft.rfft2(random.normal(size=(height, width))) * amplitude, s=(height, width))
     return np.asarray(field / max(float(field.std()), 1e-12))
-
-
-def _smooth_step(values: _Floats) -> _Floats:
-    """0 below 0, 1 above 1, without a kink between."""
-    ramp = np.clip(values, 0.0, 1.0)
-    return np.asarray(ramp * ramp * (3.0 - 2.0 * ramp))
-
-
-def _beyond_swath(size: tuple[int, int]) -> NDArray[np.bool_]:
-    """(H, W), True in a wedge along the right border: the swath's edge runs from north to south-west."""
-    rows, columns = np.indices(size)
-    return np.asarray(columns / size[1] + 0.25 * rows / size[0] > 0.93)

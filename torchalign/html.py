@@ -20,24 +20,20 @@ import xarray as xr
 
 from torchalign import plot
 from torchalign._check import message
-from torchalign._pictures import (
-    STATUS_COLOUR,
-    Array,
+from torchalign.cube.files import atomic, check_free
+from torchalign.cube.labels import find_dims, time_labels
+from torchalign.pictures.columns import Array, by_status, check_pictured, kept_frames, shift_of, status_of
+from torchalign.pictures.frames import (
     Label,
-    by_status,
-    check_report,
+    check_same,
     compare,
-    dark,
     display_bands,
     limits,
     load_frames,
-    over_time,
-    shift_of,
-    status_of,
+    reduce_time,
     to_rgb,
 )
-from torchalign.cube.files import atomic, check_free
-from torchalign.cube.labels import find_dims, time_labels
+from torchalign.pictures.style import STATUS_COLOUR, STATUS_TEXT_COLOUR
 from torchalign.report import save_report, summarize
 from torchalign.types import Status
 
@@ -52,13 +48,15 @@ def __dir__() -> list[str]:
 
 
 _MEANING = {
-    Status.OK: "aligned",
-    Status.TOO_FAR: "the shift that was found is larger than allowed",
-    Status.NOT_CONVERGED: "no stable, distinct optimum was found",
-    Status.NO_TEXTURE: "flat, empty or wholly masked",
-    Status.TOO_FEW_MATCHES: "not enough agreeing matches",
-    Status.NOT_BETTER: "would not correlate better than as it came",
-    Status.LOW_SCORE: "correlates too little with the reference",
+    "OK": "aligned",
+    "TOO_FAR": "the shift that was found is larger than allowed",
+    "NOT_CONVERGED": "no stable, distinct optimum was found",
+    "NO_TEXTURE": "flat, empty or wholly masked",
+    "TOO_FEW_MATCHES": "not enough agreeing matches",
+    "NOT_BETTER": "would not correlate better than as it came",
+    "LOW_SCORE": "correlates too little with the reference",
+    "AMBIGUOUS": "more than one place fits",
+    "NOT_CONNECTED": "no consistent chain of pairs ties it to the other frames",
 }
 _WINDOW = 512  # pixels: pictures are of at most so many rows and columns, in the frame's middle
 _PICTURED = 6_000_000  # pixels of all frames in the median and the profiles; of 512 × 512, that is 22 frames
@@ -151,7 +149,6 @@ def save_html(
         TypeError: as :func:`to_html`.
         ValueError: another suffix; as :func:`to_html`.
         FileExistsError: the file is there.
-
     """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
@@ -202,13 +199,13 @@ def to_html(
         >>> page = to_html(xr.Dataset({**dict.fromkeys(fields, zeros), "warp": warp}))
         >>> "3 of 3 frames aligned" in page, "://" in page
         (True, False)
-
     """
-    report = check_report(report).compute()
+    report = check_pictured(report).compute()
     if cube is None and aligned is not None:
         raise ValueError(message("cube", "what was aligned, beside what came back", None, "give both"))
     if cube is not None:
-        _check_pair(report, cube, aligned)
+        count, *_ = check_same(cube, cube if aligned is None else aligned)
+        status_of(report, count)
     import jinja2  # comes with torch
 
     codes = report["status"].values
@@ -233,27 +230,13 @@ def to_html(
         charts=_charts(report, split, parts, stretch),
         time=report["status"].dims[0],
         columns=_columns(report),
-        rows=_rows(report, cube if pictured else None, bands, stretch),
+        rows=_table_rows(report, cube if pictured else None, bands, stretch),
         flagged=codes.size - done,
         pictured=pictured,
         note=_TOO_MANY if cube is not None and not pictured else "",
         csv=_csv(report),
-        attributes={str(name): _text(value) for name, value in report.attrs.items()},
+        attributes={str(name): _attribute_text(value) for name, value in report.attrs.items()},
     )
-
-
-def _check_pair(report: xr.Dataset, cube: xr.DataArray, aligned: xr.DataArray | None) -> None:
-    dims = find_dims(cube, "cube")
-    status_of(report, cube.sizes[dims["time"]])
-    if aligned is not None:
-        other = find_dims(aligned, "aligned")
-        shape, got = (
-            [a.sizes[d[role]] for role in ("time", "y", "x")] for a, d in ((cube, dims), (aligned, other))
-        )
-        if shape != got:
-            raise ValueError(
-                message("aligned", f"frames, rows, columns {shape}", got, "give one ta.align's pair")
-            )
 
 
 # --- the numbers on top ---
@@ -308,7 +291,9 @@ def _tiles(report: xr.Dataset) -> list[_Tile]:
 
 def _statuses(report: xr.Dataset) -> dict[Status, _Status]:
     return {
-        code: _Status(code.name, STATUS_COLOUR[code], dark(code), _MEANING[code], int(chosen.sum()))
+        code: _Status(
+            code.name, STATUS_COLOUR[code], STATUS_TEXT_COLOUR[code], _MEANING[code.name], int(chosen.sum())
+        )
         for code, chosen in by_status(report["status"].values)
     }
 
@@ -352,6 +337,11 @@ def _charts(
             plot.shifts_over_time(report), f"Shift x and y of {count} along time, with σ{reach}.", wide=True
         ),
     ]
+    if "local_shift_p95" in report and "field" in report and report["local_shift_p95"].any():
+        most = f"up to {report['local_shift_p95'].values.max():.2f} pixels (95 % of a frame)"
+        caption = f"Local shifts on top of the warp, {most}; the frame where they are largest."
+        charts.append(_chart(plot.local_shifts(report), caption, wide=True))
+    charts += _series_charts(report)
     if parts is not None and len(shift):
         options: dict[str, Any] = {"report": parts.report, "bands": parts.bands, "stretch": stretch}
         figure = plot.temporal_profile(parts.before, parts.after, **options)
@@ -362,6 +352,24 @@ def _charts(
     return charts
 
 
+def _series_charts(report: xr.Dataset) -> list[_Picture]:
+    """Of a series without a reference; none of another."""
+    if "closure" not in report or "pair_moving" not in report.attrs:
+        return []
+    count = np.size(report.attrs["pair_moving"])
+    charts = [
+        _chart(plot.network(report), f"{count} pairs of frames, from which all positions follow.", wide=True),
+        _chart(
+            plot.pair_residuals(report),
+            "What each pair says less what the positions say: how well pairs agree, no accuracy.",
+        ),
+    ]
+    if "sun_elevation" in report and bool(np.isfinite(report["sun_elevation"].values).any()):
+        words = "Shift along the shadow against the sun's height: what follows it is no displacement of the frame."
+        charts.append(_chart(plot.sun_shift(report), words))
+    return charts
+
+
 def _load_parts(
     report: xr.Dataset, cube: xr.DataArray, aligned: xr.DataArray, bands: Sequence[Hashable] | None
 ) -> _Parts:
@@ -369,14 +377,14 @@ def _load_parts(
     height, width = (min(size, _WINDOW) for size in sizes)
     chosen = _chosen_frames(report, min(max(_PICTURED // max(height * width, 1), _FEWEST), _MOST))
     words = f", the {height} × {width} pixels in the middle of {sizes[0]} × {sizes[1]}"
-    before, after = (_part(each, chosen, (height, width), bands) for each in (cube, aligned))
+    before, after = (_middle_of(each, chosen, (height, width), bands) for each in (cube, aligned))
     few = report.isel({report["status"].dims[0]: chosen})
     dim = find_dims(before).get("band")
     shown = None if dim is None else before[dim].values.tolist()
     return _Parts(before, after, shown, few, "" if [height, width] == sizes else words)
 
 
-def _part(
+def _middle_of(
     cube: xr.DataArray, frames: list[int], size: tuple[int, int], bands: Sequence[Hashable] | None
 ) -> xr.DataArray:
     """Of the frames the (height, width) in the middle and the bands to display, loaded frame by frame."""
@@ -394,8 +402,7 @@ def _part(
 
 def _chosen_frames(report: xr.Dataset, most: int = _MOST) -> list[int]:
     """Positions, evenly spread, of aligned frames; of all where none is."""
-    numbers = np.flatnonzero(report["status"].values == Status.OK)
-    numbers = numbers if len(numbers) else np.arange(report["status"].size)
+    numbers = np.flatnonzero(kept_frames(report["status"].values))
     spread = np.linspace(0, len(numbers) - 1, min(len(numbers), most)).round().astype(int)
     return [int(number) for number in numbers[spread]]
 
@@ -411,7 +418,7 @@ def _thumbnails(
     frames = [load_frames(small.isel({dims["time"]: [n]}), "cube", bands).values[0] for n in range(count)]
     if not frames:
         return []
-    low, high = limits(over_time(np.stack([frames[n] for n in _chosen_frames(report)]), "median"), stretch)
+    low, high = limits(reduce_time(np.stack([frames[n] for n in _chosen_frames(report)]), "median"), stretch)
     sources = [_jpeg(to_rgb(frame, low, high, clouds=True), quality=75) for frame in frames]
     return [_Picture(source, f"Frame {number}", lazy=True) for number, source in enumerate(sources)]
 
@@ -465,7 +472,7 @@ def _columns(report: xr.Dataset) -> list[_Column]:
     return columns
 
 
-def _rows(
+def _table_rows(
     report: xr.Dataset,
     cube: xr.DataArray | None,
     bands: Sequence[Hashable] | None,
@@ -498,5 +505,5 @@ def _csv(report: xr.Dataset) -> str:
     return _data(content, "text/csv")
 
 
-def _text(value: Any) -> str:
+def _attribute_text(value: Any) -> str:
     return ", ".join(map(str, value.tolist())) if isinstance(value, np.ndarray) and value.ndim else str(value)

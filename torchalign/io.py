@@ -17,16 +17,28 @@ import xarray as xr
 from torch import nn
 
 from torchalign._check import check_option, message, require
+from torchalign.cube.displacements import tie_points, write_displacements, write_tie_points
 from torchalign.cube.finding import parse_time
+from torchalign.cube.gridding import GridWord, Resampling
 from torchalign.cube.labels import USABLE, Cube
 from torchalign.cube.rasters import OnError, StackOptions, plan_stack, read_stack
-from torchalign.cube.regrid import GridWord, Resampling
 from torchalign.cube.run import count_progress, find_aligner, find_device, place_module
 from torchalign.cube.stores import write_store
 from torchalign.cube.tiles import LargeStack, align_large, count_steps
 from torchalign.cube.writing import Compression, WriteOptions, write_rasters, write_variables
 
-__all__ = ["Compression", "OnError", "align_files", "open_stack", "parse_time", "write_cube", "write_stack"]
+__all__ = [
+    "Compression",
+    "OnError",
+    "align_files",
+    "open_stack",
+    "parse_time",
+    "tie_points",
+    "write_cube",
+    "write_displacements",
+    "write_stack",
+    "write_tie_points",
+]
 
 
 def __dir__() -> list[str]:

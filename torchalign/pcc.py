@@ -11,8 +11,6 @@ from torchalign._check import check_bool, check_number, check_option, message
 from torchalign.aligner import Aligner, Motion, SharedOptions, undo_init
 from torchalign.functional.affine import compose_warps, translation_warp
 from torchalign.functional.phase import Weighting, phase_correlation
-from torchalign.functional.smoothing import triangle_mean
-from torchalign.functional.structure import orientation_field
 from torchalign.functional.texture import Contrast, Texture, extract_texture
 from torchalign.types import Status
 
@@ -43,7 +41,7 @@ class PCC(Aligner):
 
     Args:
         max_frequency: the band that is used, in cycles per pixel, in (0, 0.5].
-        weighting: ψ: ``"ramp"`` (|f|), ``"sqrt"``, ``"phase"`` (classic), ``"none"``; see
+        weighting: ψ: ``"ramp"`` (``|f|``), ``"sqrt"``, ``"phase"`` (classic), ``"none"``; see
             :func:`~torchalign.functional.phase.cross_power`. ``None`` is ``"none"`` for structure, else ``"ramp"``.
         contrast: ``"local"`` or ``"none"`` for one sensor, ``"structure"`` across sensors.
         taper: share of each axis over which the window falls off, in [0, 1]; unless it is 0, at least 8 pixels on
@@ -111,11 +109,10 @@ class PCC(Aligner):
         """The reference's texture, see :meth:`Aligner.prepare_reference`."""
         return extract_texture(image, usable, max_frequency=self.max_frequency, contrast=self.contrast)
 
-    def score_image(self, image: Tensor, usable: Tensor | None) -> Tensor:
-        """The channel itself, or the orientation of its gradients, see :meth:`Aligner.score_image`."""
-        if self.contrast != "structure":
-            return image
-        return triangle_mean(orientation_field(image, usable), 1)
+    @property
+    def score_contrast(self) -> Contrast:
+        """See :attr:`Aligner.score_contrast`."""
+        return "structure" if self.contrast == "structure" else "local"
 
     def estimate_motion(
         self,

@@ -6,7 +6,7 @@ Frames stream through the device in batches, or wait in dask's chunks until some
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,7 +16,8 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_option, message
+from torchalign._check import check_bool, check_option, check_whole, message
+from torchalign.aligner import Aligner
 from torchalign.cube.chunks import Companion, compute_together, is_lazy
 from torchalign.cube.georeference import FRAME_TRANSFORM, georeference_frames, metres_per_pixel
 from torchalign.cube.hints import give_hints
@@ -26,7 +27,6 @@ from torchalign.cube.reference import Found, FrameReader, ReferenceSource, find_
 from torchalign.cube.run import (
     AlignFrames,
     WarpFrames,
-    check_batch,
     find_aligner,
     find_device,
     mask_companion,
@@ -35,7 +35,28 @@ from torchalign.cube.run import (
     reference_companion,
     run,
 )
-from torchalign.cube.solution import build_report, find_warps
+from torchalign.cube.series import (
+    ArchivePositions,
+    PairEvidence,
+    chain_frames,
+    decode_on_host,
+    find_sun,
+    pair_attrs,
+    see_frames,
+    series_fields,
+    sun_tensor,
+    warp_variable,
+    without_season,
+)
+from torchalign.cube.solution import (
+    build_report,
+    check_report,
+    find_field,
+    find_warps,
+    report_fields,
+    summarize,
+    unpack_field,
+)
 from torchalign.cube.tables import read_report
 from torchalign.cube.variables import (
     Variables,
@@ -47,9 +68,11 @@ from torchalign.cube.variables import (
     stack_variables,
 )
 from torchalign.functional.warp import Interpolation, PaddingMode
+from torchalign.groupwise import Groupwise
+from torchalign.pcc import PCC
 from torchalign.types import Estimate
 
-__all__ = ["ApplyMode", "align", "apply"]
+__all__ = ["ApplyMode", "align", "apply", "extend"]
 
 
 def __dir__() -> list[str]:
@@ -70,6 +93,7 @@ def align(
     mask: xr.DataArray | Array | Tensor | None = None,
     reference_mask: xr.DataArray | Array | Tensor | None = None,
     init: xr.Dataset | Estimate | Array | Tensor | str | Path | None = None,
+    sun: xr.DataArray | Array | Tensor | None = None,
     verify: bool = True,
     device: torch.device | str | None = None,
     batch_size: int | None = None,
@@ -113,18 +137,27 @@ def align(
             * ``"median"`` or ``"mean"`` over time of the usable pixels, of the frames as they are.
             * ``"iterative"``: the median of the *aligned* frames. They are aligned with the median, the median is
               taken anew, and so on until they stop moving (0.005 px). It is sharp where ``"median"`` is blurred by
-              the frames' displacements. It is anchored where the median frame lies, so it cannot wander off.
-              Costs two to four estimates more, and as many medians.
+              the frames' displacements, and anchored where the median frame lies. Under shading that moves with
+              the sun it can wander off; unless the frames' pairs fit it clearly better than the first median, that
+              one is taken. Costs three to five estimates more, and as many medians.
             * ``"first"``, or the label of exactly one frame (``"2020-05-01"``, a ``datetime64``).
             * ``"clearest"``: the frame whose share of usable pixels, times its correlation with the median, is
               the largest.
+            * ``"groupwise"``: none. All frames are placed by their pairs with others, see
+              :class:`torchalign.Groupwise`; the median of all positions is at 0. ``aligner`` is what compares two
+              frames (``"auto"`` is ``PCC()``), or a ``Groupwise`` with options. The report has ``closure``,
+              ``support``, ``sigma_season`` and ``season_shift_x/y`` instead of a residual.
+            * ``"previous"``: each frame onto the last one before it that was accepted. Errors add up along the
+              chain; it is for series whose ends have nothing in common.
             * pixels: a DataArray on the cube's grid (with time, one per frame; bands are matched by label;
               without band, one picture for every band), for example a frame of another cube, a Dataset with the
-            variables of a Dataset, or an array
+              variables of a Dataset, or an array
               (C, H, W) or (T, C, H, W). In pixels without a declared nodata value the cube's applies.
         aligner: a module, for example ``torchalign.PCC(channel="mean")``; it is neither changed nor moved.
-            Or a name, for default options: ``"auto"``, ``"pcc"``, ``"ecc"`` or ``"lgm"``. ``"auto"`` stands for the
-            best general choice of the installed release; in this one it is ``Cascade(PCC(), ECC())``.
+            Or a name, for default options: ``"auto"``, ``"cross"``, ``"pcc"``, ``"ecc"``, ``"local"`` or ``"lgm"``.
+            ``"local"`` is ``Cascade(PCC(), Local())``. ``"cross"``
+            is for frames and a reference of different sensors, ``PCC(contrast="structure")``. ``"auto"`` stands for
+            the best general choice of the installed release; in this one it is ``Cascade(PCC(), ECC())``.
         bands: the variables of a Dataset (or the bands of a DataArray) that the estimate sees; default: all but
             classes. All of them are aligned. An aligner's band numbers (``channel``, ``rgb_bands``) count these.
         classes: variables (or bands) that nothing may blend; they are copied from the nearest pixel and the estimate
@@ -136,6 +169,9 @@ def align(
         reference_mask: the same for the reference.
         init: an earlier solution to start from: a report (of other bands or another pixel size, too), the path of
             one, an ``Estimate``, or warps (T, 2, 3) or (T, 3, 3). Frames are matched by their labels.
+        sun: for ``"groupwise"``: (T, 2), elevation of the sun and azimuth clockwise from north, in degrees.
+            Default: from the dates (UTC; without a time of day, half past ten local solar time) and the middle of
+            the cube, where it has both dates and a CRS.
         verify: measure what is left after alignment, once more and for every aligner in the same way: by phase
             correlation of the aligned frame with the reference. ``PCC`` takes half as long again; slower aligners
             hardly notice. It tells of a warp that went wrong and of what the aligner left behind; it does not
@@ -157,7 +193,9 @@ def align(
         in pixels; ``shift_x`` and ``shift_y``, the displacement of the frame's centre in pixels, right and
         down; ``shift_x_metres`` and ``shift_y_metres``, the same along the map's axes (north is positive)
         where the grid is regular and has a unit of length; ``score``, ``score_before``, ``sigma`` (pixels),
-        ``status``, a :class:`~torchalign.Status`, and of ``verify`` ``residual_x`` and ``residual_y``, like the
+        ``status``, a :class:`~torchalign.Status`; of an aligner with :class:`~torchalign.Local` the ``field``, its
+        ``field_sigma`` and ``field_lattice``, and its length over the frame, ``local_shift_median`` and
+        ``local_shift_p95``, in pixels; and of ``verify`` ``residual_x`` and ``residual_y``, like the
         shifts (NaN for frames that were not aligned, or where nothing could be measured). Its attributes hold the
         grid and, unless it is lazy, the numbers of :func:`torchalign.summarize`.
 
@@ -179,49 +217,67 @@ def align(
         >>> shift = report[["shift_x", "shift_y"]].sel(time=2020).round(1)
         >>> float(shift.shift_x), float(shift.shift_y), aligned.dims
         (2.0, 1.0, ('time', 'y', 'x'))
-
     """
     dims = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
-    if not isinstance(verify, bool):
-        raise TypeError(message("verify", "True or False", repr(verify), "give a bool"))
-    module, batch = find_aligner(aligner), check_batch(batch_size)
-    options = _Options(mask, reference_mask, init, verify, device, batch, progress)
+    check_bool("verify", verify)
+    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    running = _Running(device, batch, progress)
+    options = _Options(
+        find_aligner(aligner), aligner == "auto", mask, reference_mask, init, sun, verify, running
+    )
     if isinstance(datacube, xr.Dataset):
-        return _align_variables(Variables.of(datacube, bands, classes, dims), reference, module, options)
+        return _align_variables(Variables.of(datacube, bands, classes, dims), reference, options)
     found = find_dims(datacube, "datacube", dims)
     if needs_splitting(datacube, found, bands, classes):
         dataset, bands, classes = split_bands(datacube, found, bands, classes)
         variables = Variables.of(dataset, bands, classes, {role: found[role] for role in MASK})
         if len(variables.seen) < len(dataset) or needs_splitting(datacube, found, None, None):
-            moved, report = _align_variables(variables, reference, module, options)
+            moved, report = _align_variables(variables, reference, options)
             return join_bands(moved, datacube, found), report
-    return _align_cube(Cube.of(datacube, dims), reference, module, options)
+    return _align_cube(Cube.of(datacube, dims), reference, options)
 
 
 @dataclass(frozen=True)
-class _Options:
-    """Of :func:`align`, as they came."""
-
-    mask: Any
-    reference_mask: Any
-    init: Any
-    verify: bool
+class _Running:
     device: torch.device | str | None
     batch_size: int | None
     progress: bool | None
 
 
-def _align_cube(
-    cube: Cube, reference: Any, module: nn.Module, options: _Options
-) -> tuple[xr.DataArray, xr.Dataset]:
+@dataclass(frozen=True)
+class _Options:
+    """Of :func:`align`."""
+
+    module: nn.Module
+    is_auto: bool  # the module is the default
+    mask: Any
+    reference_mask: Any
+    init: Any
+    sun: Any
+    verify: bool
+    running: _Running
+
+
+def _align_cube(cube: Cube, reference: Any, options: _Options) -> tuple[xr.DataArray, xr.Dataset]:
     """Of one DataArray, whose bands are of one kind."""
-    device = options.device
+    module, sun, verify, running = options.module, options.sun, options.verify, options.running
+    device, batch, lazy = running.device, running.batch_size, is_lazy(cube.array)
+    word = reference if isinstance(reference, str) else None
+    if word in ("groupwise", "previous"):
+        _check_series(word, options.reference_mask, options.init, sun)
+        chosen = _series_module(module, options.is_auto) if word == "groupwise" else module
+        return _align_series(cube, _Series(word, chosen, sun), options.mask, running)
+    if isinstance(module, Groupwise) or sun is not None:
+        name, got = ("aligner", "Groupwise") if isinstance(module, Groupwise) else ("sun", "a value")
+        cure = 'pass reference="groupwise"'
+        raise ValueError(message(name, "what a reference needs", f"{got} with a reference", cure))
     where = find_device(device, module)
     pixels = Pixels.of(cube, getattr(module, "fill_value", None), "aligner.fill_value")
-    if not is_lazy(cube.array):  # else each chunk chooses for itself, on the machine that computes it
+    if not lazy:  # else each chunk chooses for itself, on the machine that computes it
         device, module = where, place_module(module, where)
-    batch, metres, verify = options.batch_size, metres_per_pixel(cube), options.verify
-    operation = AlignFrames(pixels, device, batch, module, verify, metres)
+    metres = metres_per_pixel(cube)
+    nodes = module.field_nodes(cube.size) if isinstance(module, Aligner) else None
+    operation = AlignFrames(pixels, device, batch, module, verify, metres, nodes=nodes)
     usable = _all_of(find_mask(options.mask, "mask", cube), own_mask(cube))
     others = (
         mask_companion(usable),
@@ -230,14 +286,16 @@ def _align_cube(
     )
 
     def estimate(source: ReferenceSource) -> Found:
-        only = AlignFrames(pixels, device, batch, module, verify, metres, makes_pixels=False)
+        only = replace(operation, makes_pixels=False)
         _, fields = run(only, cube, (reference_companion(source, cube), *others))
-        known = compute_together(fields) if is_lazy(cube.array) else fields  # now, and without the pixels
-        warp, status = (np.array(known[name]) for name in ("warp", "status"))
-        return Found(torch.from_numpy(warp), torch.from_numpy(status) == 0)
+        known = compute_together(fields) if lazy else fields  # now, and without the pixels
+        told = {name: torch.from_numpy(np.array(values)) for name, values in known.items()}
+        field = unpack_field(told["field"], told["field_lattice"]) if "field" in told else None
+        return Found(told["warp"], told["status"] == 0, field)
 
-    with torch.no_grad(), progress_bar(options.progress, cube, "align") as advance:
-        source = find_reference(reference, FrameReader(cube, pixels, usable, where), estimate)
+    with torch.no_grad(), progress_bar(running.progress, cube, "align") as advance:
+        reader = FrameReader(cube, pixels, usable, where)
+        source = find_reference(reference, reader, estimate, PairEvidence(reader).prefers)
         hints = give_hints(cube, pixels, usable)
         values, fields = run(operation, cube, (reference_companion(source, cube), *others), advance)
     attrs = {"aligner": repr(module), "reference": source.name}
@@ -245,19 +303,20 @@ def _align_cube(
     # (a georeference of its own, as "shift-coords" makes, is no longer that of the resampled pixels)
     aligned = cube.array.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
     report = build_report(fields, cube, attrs)
-    return _move_usable(aligned, cube, find_warps(report, "report", cube), device), report
+    return _move_usable(aligned, cube, report, device), report
 
 
 def _align_variables(
-    variables: Variables, reference: Any, module: nn.Module, options: _Options
+    variables: Variables, reference: Any, options: _Options
 ) -> tuple[xr.Dataset, xr.Dataset]:
     """Of a Dataset: one estimate of the bands that it may see, and its warps for all variables over time, y and x."""
     stacked, slices = stack_variables(variables)
     if isinstance(reference, xr.Dataset):
         reference = stack_reference(reference, variables)
-    aligned, report = _align_cube(Cube.of(stacked), reference, module, options)
+    aligned, report = _align_cube(Cube.of(stacked), reference, options)
     seen, classes = ", ".join(map(str, variables.seen)), ", ".join(map(str, variables.classes))
     report.attrs |= {"bands": seen} | ({"classes": classes} if classes else {})
+    module: Any = options.module.aligner if isinstance(options.module, Groupwise) else options.module
     resampling = {
         name: getattr(module, name)
         for name in ("interpolation", "padding_mode", "fill_value")
@@ -280,8 +339,10 @@ def _align_variables(
         how: dict[str, Any] = {"interpolation": "nearest"} if name in variables.classes else {**resampling}
         how |= {} if name in variables.classes else {"mask": options.mask}
         how |= {f"{role}_dim": dim for role, dim in variables.given(name).items()}
-        batch = options.batch_size
-        moved[name] = apply(array, report, device=options.device, batch_size=batch, progress=False, **how)
+        running = options.running
+        moved[name] = apply(
+            array, report, device=running.device, batch_size=running.batch_size, progress=False, **how
+        )
     return _put_together(variables.dataset, moved), report
 
 
@@ -301,7 +362,7 @@ def _all_of(first: xr.Variable | None, second: xr.Variable | None) -> xr.Variabl
 
 
 def _move_usable(
-    aligned: xr.DataArray, cube: Cube, warps: Companion | None, device: torch.device | str | None
+    aligned: xr.DataArray, cube: Cube, solution: Any, device: torch.device | str | None, grid: Any = None
 ) -> xr.DataArray:
     """What a file's alpha band or mask said goes with its pixels; nothing from outside the frame is usable."""
     if own_mask(cube) is None:
@@ -314,9 +375,206 @@ def _move_usable(
         array = array.chunk({time: cube.array.chunksizes[time]})
     seen = Cube(array, {role: cube.dims[role] for role in MASK})
     nearest = WarpFrames(Pixels.of(seen), device, None, "nearest", "zeros", 0.0)
-    values, _ = run(nearest, seen, (warps, None))
+    moving = find_warps(solution, "report", cube, grid), None, *find_field(solution, "report", cube, grid)
+    values, _ = run(nearest, seen, moving)
     coordinate = xr.Variable(array.dims, values.astype(codes.dtype), own.attrs, own.encoding)
     return aligned.assign_coords({USABLE: coordinate})
+
+
+@dataclass(frozen=True)
+class _Series:
+    """How frames are aligned that have no reference in common."""
+
+    word: str
+    module: nn.Module
+    sun: Any
+
+
+def _check_series(word: str, reference_mask: object, init: object, sun: object) -> None:
+    for name, value in (("reference_mask", reference_mask), ("init", init), ("sun", sun)):
+        if value is not None and (name != "sun" or word == "previous"):
+            got = f"{type(value).__name__} with reference={word!r}"
+            raise ValueError(message(name, "None", got, "leave it out: there is nothing for it to act on"))
+
+
+def _series_module(module: nn.Module, is_auto: bool) -> Groupwise:
+    """The pairs of a series are compared by PCC, unless another aligner is named."""
+    if isinstance(module, Groupwise):
+        return module
+    if is_auto:
+        return Groupwise(PCC())
+    return Groupwise(module)  # type: ignore[arg-type]  # it complains of what is no aligner
+
+
+def _align_series(
+    cube: Cube, series: _Series, mask: Any, running: _Running
+) -> tuple[xr.DataArray, xr.Dataset]:
+    """Frames are read twice: to be placed, now; and to be resampled, when they are wanted."""
+    aligner = series.module.aligner if isinstance(series.module, Groupwise) else series.module
+    fill = getattr(aligner, "fill_value", None)
+    pixels = Pixels.of(cube, fill, "aligner.fill_value")
+    where = find_device(running.device, series.module)
+    module = place_module(series.module, where)
+    usable = _all_of(find_mask(mask, "mask", cube), own_mask(cube))
+    hints, metres = give_hints(cube, pixels, usable), metres_per_pixel(cube)
+    reader = FrameReader(cube, pixels, usable, where)
+    attrs: dict[str, Any] = {"aligner": repr(module)} | ({"notes": " ".join(hints)} if hints else {})
+    device = running.device if is_lazy(cube.array) else where
+    with torch.no_grad(), progress_bar(running.progress, cube, "align") as advance:
+        if isinstance(module, Groupwise):
+            angles = find_sun(series.sun, cube) if module.season != "none" else None
+            solution = module.place(see_frames(module, reader), sun_tensor(angles, where))
+            estimate, fields = solution.estimate, series_fields(solution, cube.size, metres, angles)
+            attrs["reference"] = "groupwise (the median of all positions is 0)"
+            attrs |= {"season": module.season, **pair_attrs(solution)}
+        else:
+            estimate = chain_frames(module, reader)
+            fields = report_fields(estimate, None, cube.size, metres)
+            attrs["reference"] = "previous (each frame on the last one that was accepted)"
+        values = _move_frames(
+            cube, aligner, pixels, estimate, usable, replace(running, device=device), advance
+        )
+    aligned = cube.array.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
+    report = build_report(fields, cube, attrs)
+    return _move_usable(aligned, cube, report, running.device), report
+
+
+def _move_frames(
+    cube: Cube,
+    aligner: Any,
+    pixels: Pixels,
+    estimate: Estimate,
+    usable: xr.Variable | None,
+    running: _Running,
+    advance: Callable[[int], object],
+) -> Any:
+    """Pixels in the order of the cube's own dims, resampled as the aligner would."""
+    operation = WarpFrames(
+        pixels,
+        running.device,
+        running.batch_size,
+        getattr(aligner, "interpolation", "bilinear"),
+        getattr(aligner, "padding_mode", "border"),
+        getattr(aligner, "fill_value", None),
+    )
+    warps = Companion(warp_variable(estimate.warp), ("time", "row", "col"), decode_on_host)
+    values, _ = run(operation, cube, (warps, mask_companion(usable)), advance)
+    return values
+
+
+def extend(
+    datacube: xr.DataArray,
+    report: xr.Dataset | str | Path,
+    *,
+    archive: xr.DataArray,
+    aligner: nn.Module | str = "auto",
+    mask: xr.DataArray | Array | Tensor | None = None,
+    archive_mask: xr.DataArray | Array | Tensor | None = None,
+    sun: xr.DataArray | Array | Tensor | None = None,
+    device: torch.device | str | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+    time_dim: Hashable | None = None,
+    band_dim: Hashable | None = None,
+    y_dim: Hashable | None = None,
+    x_dim: Hashable | None = None,
+) -> tuple[xr.DataArray, xr.Dataset]:
+    """Align new frames with an archive that was aligned before, and that stays as it is.
+
+    Each new frame is compared with the twelve frames of the archive that look most like it, and placed among them;
+    the old frames, and where they lie in common, do not move. The archive's pixels are those before alignment.
+
+    Args:
+        datacube: the new frames, on the archive's grid; time, y, x and maybe band.
+        report: of the archive, from :func:`align` with shifts only; or its path.
+        archive: the frames of that report, as they came.
+        aligner: as it was for the archive with ``"groupwise"``: what compares two frames, or a ``Groupwise``.
+        mask: of the new frames, as in :func:`align`.
+        archive_mask: of the archive's frames.
+        sun: of the new frames, as in :func:`align`. Needed, or computed from dates and place, where the sun's part
+            was taken off the archive.
+        device: as in :func:`align`.
+        batch_size: as in :func:`align`.
+        progress: as in :func:`align`.
+        time_dim: as in :func:`align`.
+        band_dim: as in :func:`align`.
+        y_dim: as in :func:`align`.
+        x_dim: as in :func:`align`.
+
+    Returns:
+        The new frames, aligned; and the report of all frames, the old ones' rows first and as they were.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: frames of another size than the archive's; a report of other frames, or of more than shifts; an
+            unknown sun that is needed.
+
+    Example:
+        >>> from torchalign.datasets import demo_stack
+        >>> cube = demo_stack(frames=8, size=(96, 96)).cube
+        >>> old, new = cube.isel(time=slice(0, 7)), cube.isel(time=slice(7, 8))
+        >>> _, report = align(old, "groupwise")
+        >>> aligned, longer = extend(new, report, archive=old)
+        >>> longer.sizes["time"], bool((longer.warp[:7] == report.warp).all())
+        (8, True)
+    """
+    dims: Mapping[str, Hashable | None] = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
+    cube, old = Cube.of(datacube, dims), Cube.of(archive, dims)
+    report = read_report(Path(report)) if isinstance(report, (str, Path)) else report
+    check_report(report)
+    if cube.size != old.size:
+        cure = "bring them onto the archive's grid first"
+        raise ValueError(
+            message("datacube", f"frames of {old.size} pixels, as the archive's", cube.size, cure)
+        )
+    if report["status"].size != old.sizes["time"]:
+        got = f"{old.sizes['time']} for a report of {report['status'].size}"
+        raise ValueError(message("archive", "the frames of the report", got, "pass the cube it was made on"))
+    if report["warp"].shape[1] != 2 or not bool((report["warp"][..., :2] == np.eye(2)).all()):
+        cure = "align the archive with a motion that is a translation"
+        raise ValueError(message("report", "shifts only", "warps that do more", cure))
+    series = _series_module(find_aligner(aligner), aligner == "auto")
+    where = find_device(device, series)
+    module: Any = place_module(series, where)
+    pixels = Pixels.of(cube, module.aligner.fill_value, "aligner.fill_value")
+    usable = _all_of(find_mask(mask, "mask", cube), own_mask(cube))
+    new_reader = FrameReader(cube, pixels, usable, where)
+    old_reader = FrameReader(
+        old, Pixels.of(old), _all_of(find_mask(archive_mask, "archive_mask", old), own_mask(old)), where
+    )
+    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    running = _Running(device if is_lazy(datacube) else where, batch, progress)
+    with torch.no_grad(), progress_bar(progress, cube, "extend") as advance:
+        there = sun_tensor(find_sun(None, old), where)
+        angles = find_sun(sun, cube)
+        here = sun_tensor(angles, where)
+        positions = ArchivePositions.of(report, there, where)
+        frames = see_frames(module, new_reader), see_frames(module, old_reader)
+        solution = module.extend(*frames, positions.shift, positions.sigma, positions.accepted)
+        solution = without_season(solution, positions.season_shift(here, cube.sizes["time"]))
+        fields = series_fields(solution, cube.size, metres_per_pixel(cube), angles)
+        values = _move_frames(cube, module.aligner, pixels, solution.estimate, usable, running, advance)
+    aligned, rows = cube.array.copy(data=values), build_report(fields, cube, {})
+    aligned = _move_usable(aligned.drop_vars(FRAME_TRANSFORM, errors="ignore"), cube, rows, device)
+    return aligned, _longer_report(report, rows)
+
+
+def _longer_report(report: xr.Dataset, rows: xr.Dataset) -> xr.Dataset:
+    """The old rows as they were, and the new ones; what only one of them has is left out, but for the old's."""
+    time = report["status"].dims[0]
+    rows = rows.rename({rows["status"].dims[0]: time})
+    both = [name for name in report.data_vars if name in rows]
+    longer = xr.concat(
+        [report[both], rows[both].astype({name: report[name].dtype for name in both})],
+        dim=time,
+        join="override",
+        combine_attrs="override",
+        coords="minimal",
+        compat="override",
+        data_vars="minimal",
+    )
+    longer.attrs |= summarize(longer).attrs()
+    return longer
 
 
 def apply(
@@ -392,9 +650,8 @@ def apply(
         check_option("interpolation", interpolation, Interpolation)
     check_option("padding_mode", padding_mode, PaddingMode)
     dims: dict[str, Hashable | None] = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
-    how = _Application(
-        mode, interpolation, padding_mode, fill_value, mask, device, check_batch(batch_size), progress
-    )
+    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    how = _Application(mode, interpolation, padding_mode, fill_value, mask, device, batch, progress)
     if isinstance(datacube, xr.Dataset):
         return _apply_to_variables(Variables.of(datacube, None, classes, dims), estimate, how, grid)
     found = find_dims(datacube, "datacube", dims)
@@ -457,7 +714,12 @@ def _apply_to_cube(
     if warps is None:
         cure = "pass a report, its path, an Estimate or warps"
         raise TypeError(message("estimate", "a report", "None", cure))
+    estimate = _read_solution(estimate)
+    fields = find_field(estimate, "estimate", cube, grid)
     if how.mode == "shift-coords":
+        if fields[0] is not None and bool((fields[0].variable != 0).any()):
+            cure = 'use mode="resample", or the report of an aligner without Local'
+            raise ValueError(message("mode", '"resample" for local shifts', repr(how.mode), cure))
         warp = warps.read(torch.device("cpu"), slice(None))
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})
     pixels = Pixels.of(cube, how.fill_value, "fill_value")
@@ -467,10 +729,15 @@ def _apply_to_cube(
     usable = None if interpolation == "nearest" else own_mask(cube)
     usable = _all_of(find_mask(how.mask, "mask", cube), usable)
     with torch.no_grad(), progress_bar(how.progress, cube, "apply") as advance:
-        values, _ = run(operation, cube, (warps, mask_companion(usable)), advance)
+        values, _ = run(operation, cube, (warps, mask_companion(usable), *fields), advance)
     moved = datacube.copy(data=values.astype(datacube.dtype) if codes is not datacube else values)
-    return _move_usable(moved.drop_vars(FRAME_TRANSFORM, errors="ignore"), cube, warps, how.device)
+    moved = moved.drop_vars(FRAME_TRANSFORM, errors="ignore")
+    return _move_usable(moved, cube, estimate, how.device, grid)
 
 
 def _find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = None) -> Companion | None:
-    return find_warps(read_report(Path(given)) if isinstance(given, (str, Path)) else given, name, cube, grid)
+    return find_warps(_read_solution(given), name, cube, grid)
+
+
+def _read_solution(given: Any) -> Any:
+    return read_report(Path(given)) if isinstance(given, (str, Path)) else given

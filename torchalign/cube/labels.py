@@ -40,6 +40,7 @@ __all__ = [
     "own_mask",
     "rename_dims",
     "role_of",
+    "spatial_dims",
     "time_labels",
 ]
 
@@ -70,12 +71,7 @@ class Cube:
     def of(
         cls, array: object, given: Mapping[str, Hashable | None] | None = None, name: str = "datacube"
     ) -> Cube:
-        """Find the dims, but for those that are given by role; ``name`` is what the user calls the array.
-
-        Raises:
-            TypeError: no DataArray of numbers.
-            ValueError: dims that cannot be told.
-        """
+        """Find the dims, but for those that are given by role; ``name`` is what the user calls the array."""
         dims = find_dims(array, name, given)
         assert isinstance(array, xr.DataArray)  # as find_dims has seen
         if array.dtype.kind not in "iuf":
@@ -122,10 +118,6 @@ def find_dims(
         array: the cube, ``name`` to the user.
         name: of the argument.
         given: role → name of its dim, where the user says it.
-
-    Raises:
-        TypeError: no DataArray.
-        ValueError: dims that cannot be told.
     """
     if not isinstance(array, xr.DataArray):
         cure = "align tensors with aligner(cube, reference), or give the array dims with xarray.DataArray"
@@ -233,9 +225,6 @@ def find_bands(
         count: of the bands.
         first: the number of the first band to the user; 1 for GDAL.
         name: of the argument.
-
-    Raises:
-        ValueError: a band that is not there.
     """
     found = []
     for band in [wanted] if isinstance(wanted, (str, int, np.integer)) else wanted:
@@ -269,9 +258,6 @@ def find_frame(
         name: of the argument.
         words: what else the user may say.
         positions: whether a whole number that is no label is a position.
-
-    Raises:
-        ValueError: no frame, or several of them.
     """
     count = array.sizes[dim]
     if isinstance(label, np.datetime64) or type(label) is datetime.date:
@@ -339,12 +325,17 @@ def label_axes(values: object, name: str, cube: Cube, roles: Sequence[str]) -> x
     )
 
 
-def match(other: xr.DataArray, name: str, cube: Cube, roles: Sequence[str]) -> xr.Variable:
-    """A DataArray on the cube's coordinates, over some of the roles; or an error that says why not."""
+def spatial_dims(other: xr.DataArray, cube: Cube) -> dict[str, Hashable]:
+    """Role → dim of another array, by its names and by those of the cube; what has no role is left out."""
     own = {dim: role for role, dim in cube.dims.items()}
     named = {dim: role for dim in other.dims if (role := role_of(dim)) is not None}
     known = named | own
-    found = {known[dim]: dim for dim in other.dims if dim in known}
+    return {known[dim]: dim for dim in other.dims if dim in known}
+
+
+def match(other: xr.DataArray, name: str, cube: Cube, roles: Sequence[str]) -> xr.Variable:
+    """A DataArray on the cube's coordinates, over some of the roles; or an error that says why not."""
+    found = spatial_dims(other, cube)
     is_mask = "band" not in roles
     if len(found) < other.ndim or not (is_mask or {"y", "x"} <= set(found)):
         cure = "rename its dims like the cube's, or select from them with .isel"

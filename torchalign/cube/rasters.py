@@ -12,9 +12,9 @@ import xarray as xr
 from torchalign._check import message
 from torchalign.cube.finding import Source, find_sources, read_times, short_names
 from torchalign.cube.georeference import Georeference
+from torchalign.cube.gridding import Reading, find_grid, plan_reading
 from torchalign.cube.headers import Header, are_close, drop_strangers, read_headers
 from torchalign.cube.labels import CUBE, MASK, USABLE, Array, find_bands
-from torchalign.cube.regrid import Reading, find_grid, plan_reading
 from torchalign.cube.variables import is_class_name
 
 __all__ = [

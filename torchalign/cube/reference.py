@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -27,6 +28,7 @@ from torchalign.cube.labels import (
     match,
 )
 from torchalign.cube.pixels import Pixels, find_nodata
+from torchalign.cube.regrid import onto_grid
 from torchalign.functional.affine import (
     center_displacement,
     change_origin,
@@ -35,7 +37,9 @@ from torchalign.functional.affine import (
     transform_points,
 )
 from torchalign.functional.quality import normalized_cross_correlation
+from torchalign.functional.shift_field import move_origin
 from torchalign.functional.warp import resample
+from torchalign.types import ShiftField
 
 __all__ = [
     "Found",
@@ -47,7 +51,7 @@ __all__ = [
 ]
 
 # What `reference=` knows by name, beside the labels of frames.
-ReferenceName = Literal["median", "mean", "first", "clearest", "iterative"]
+ReferenceName = Literal["median", "mean", "first", "clearest", "iterative", "previous", "groupwise"]
 
 _READ_BYTES = 2**28  # of raw pixels of a lazy cube held at once, all its frames of a block of rows
 _LOAD_BYTES = 2**25  # of these, read at once: dask holds what it reads twice
@@ -65,9 +69,12 @@ class Found(NamedTuple):
 
     warp: Tensor  # (T, 2, 3) or (T, 3, 3)
     valid: Tensor  # (T,) bool
+    field: ShiftField | None = None  # of local shifts on top of the warps
 
 
 Estimator = Callable[["ReferenceSource"], Found]
+# Whether the second of two solutions fits the frames clearly better, by evidence that no reference has a part in.
+Judge = Callable[[Found, Found], bool]
 
 
 @dataclass(frozen=True)
@@ -115,41 +122,44 @@ class FrameReader:
         return ReferenceSource(name, xr.Variable(CUBE[1:], host), Pixels(host.dtype, self.pixels.compute, ()))
 
 
-def find_reference(reference: Any, reader: FrameReader, estimate: Estimator) -> ReferenceSource:
+def find_reference(
+    reference: Any, reader: FrameReader, estimate: Estimator, prefers: Judge
+) -> ReferenceSource:
     """What the argument ``reference`` of :func:`torchalign.align` stands for.
 
     Args:
         reference: a word, a label of time, or pixels.
         reader: of the frames.
         estimate: estimates all frames against a reference, for ``"iterative"``.
-
-    Raises:
-        TypeError: an argument of another kind.
-        ValueError: no frame of that label, or several; pixels that do not fit.
+        prefers: whether the second of two solutions is clearly better, for ``"iterative"``.
     """
     if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim == 0:
         reference = getattr(reference, "values", reference)[()]  # a label, `cube.time[3]`
     is_label = isinstance(reference, (str, np.generic, datetime.date, int, float))
     if is_label and not isinstance(reference, bool):
-        return _make_reference(reference, reader, estimate)
+        return _make_reference(reference, reader, estimate, prefers)
     labelled = label_axes(reference, "reference", reader.cube, CUBE)
     if labelled.dtype.kind not in "iuf":
         cure = "convert it with .astype"
         raise TypeError(message("reference", "an integer or floating dtype", labelled.dtype, cure))
+    labelled, done = onto_grid(labelled, reader.cube)
     variable = match(labelled, "reference", reader.cube, CUBE)
     nodata = find_nodata(labelled) or reader.pixels.nodata
     given = Pixels(labelled.dtype, reader.pixels.compute, nodata)
-    return ReferenceSource(type(reference).__name__, variable, given)
+    name = type(reference).__name__
+    return ReferenceSource(f"{name}, {done}" if done else name, variable, given)
 
 
-def _make_reference(word: Any, reader: FrameReader, estimate: Estimator) -> ReferenceSource:
+def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, prefers: Judge) -> ReferenceSource:
     name, cube = str(word), reader.cube
     if name in ("median", "mean"):
         return reader.source(name, over_time(name, reader))
     if name == "iterative":
         if not reader.frames:
             return reader.source(name, over_time("median", reader))
-        values, rounds = _settle(reader, estimate)
+        values, rounds = _iterated_median(reader, estimate, prefers)
+        if not rounds:
+            return reader.source("median (iterative did not fit the frames' pairs better)", values)
         return reader.source(f"iterative (median of the aligned stack, {rounds} rounds)", values)
     number, labels = 0, cube.coordinate("time")
     if name == "clearest":
@@ -232,9 +242,13 @@ def _fill(
         frames = chosen[first : first + step]
         part = block.decode(frames, rows)
         if found is not None:
-            warp = change_origin(found.warp[frames].to(part), (0.0, float(rows.start)))
+            origin = (0.0, float(rows.start))
+            warp = change_origin(found.warp[frames].to(part), origin)
             # not bilinear: a median of blurred frames is blurred; NaN where a frame does not reach
-            part = resample(part, warp, interpolation="bicubic", fill_value=torch.nan).values
+            field = found.field
+            if field is not None:
+                field = move_origin(ShiftField(*(one[frames].to(part) for one in field)), origin)
+            part = resample(part, warp, interpolation="bicubic", fill_value=torch.nan, field=field).values
             part = part[:, :, top - rows.start :][:, :, : values.shape[2]]
         values[first : first + step] = part
 
@@ -283,7 +297,10 @@ class _Margins:
     def __init__(self, found: Found | None, size: tuple[int, int]) -> None:
         self.height, self.width = size
         self.back: Tensor | None = None  # reference → moving
+        self.beyond = 0  # rows that local shifts reach further
         if found is not None:
+            if found.field is not None and len(found.field.coefficients):
+                self.beyond = math.ceil(float(found.field.coefficients.abs().amax()))
             back = invert_warp(found.warp[found.valid].double().cpu())
             self.back = back[back.isfinite().flatten(-2).all(-1)]
 
@@ -295,17 +312,21 @@ class _Margins:
         corners = torch.tensor([(0.0, top), (right, top), (0.0, low), (right, low)], dtype=torch.float64)
         rows = transform_points(self.back, corners)[..., 1]
         rows = torch.cat((rows.flatten(), corners[:, 1])).nan_to_num(0.0, float(self.height), 0.0)
-        first = min(max(0, int(rows.min().floor()) - 3), top)
-        return slice(first, max(min(self.height, int(rows.max().ceil()) + 4), bottom))
+        first = min(max(0, int(rows.min().floor()) - 3 - self.beyond), top)
+        return slice(first, max(min(self.height, int(rows.max().ceil()) + 4 + self.beyond), bottom))
 
 
 # --- "iterative" ---
 
 
-def _settle(reader: FrameReader, estimate: Estimator) -> tuple[Tensor, int]:
-    """Estimate against the median of what was aligned before, until the frames stop moving; the last median."""
-    median = over_time("median", reader)
-    found = estimate(reader.source("median", median))
+def _iterated_median(reader: FrameReader, estimate: Estimator, prefers: Judge) -> tuple[Tensor, int]:
+    """Estimate against the median of what was aligned before, until the frames stop moving; the last median.
+
+    Where shading moves with the sun, medians of aligned frames wander off: the first median is kept, and 0 rounds,
+    unless the last one fits pairs of frames clearly better.
+    """
+    plain = median = over_time("median", reader)
+    first = found = estimate(reader.source("median", median))
     # displaced or clouded so much that their median shows nothing
     if int(found.valid.sum()) < _ENOUGH * reader.frames:
         clearest = reader.source("clearest", reader.frame(_clearest(reader)))
@@ -319,7 +340,8 @@ def _settle(reader: FrameReader, estimate: Estimator) -> tuple[Tensor, int]:
             break
         previous, median = found, over_time("median", reader, found)
         found = estimate(reader.source("median", median))
-    return median, rounds
+    sound = int(first.valid.sum()) >= _ENOUGH * reader.frames
+    return (plain, 0) if sound and not prefers(first, found) else (median, rounds)
 
 
 def _is_still(found: Found, previous: Found, size: tuple[int, int]) -> bool:
@@ -343,7 +365,18 @@ def _anchor(found: Found) -> Found:
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
     anchored = compose_warps(warp, invert_warp(middle).expand_as(warp))
     # what was not aligned stays as it came
-    return found._replace(warp=torch.where(found.valid[:, None, None], anchored, warp).to(found.warp.dtype))
+    rows = found.valid[:, None, None]
+    anchored = torch.where(rows, anchored, warp).to(found.warp.dtype)
+    if found.field is None:
+        return found._replace(warp=anchored)
+    coefficients = found.field.coefficients
+    common = coefficients[found.valid].median(0).values
+    field = found.field._replace(
+        coefficients=torch.where(rows[..., None], coefficients - common, coefficients)
+    )
+    return Found(
+        anchored, found.valid, move_origin(field, center_displacement(middle, (1, 1)).to(coefficients))
+    )
 
 
 # --- one of the frames ---

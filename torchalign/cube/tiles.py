@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torchalign._check import message
 from torchalign._host import give_back_memory
 from torchalign.cube.georeference import metres_per_pixel
+from torchalign.cube.gridding import Reading
 from torchalign.cube.labels import Array, Cube, find_frame, label_text
 from torchalign.cube.pixels import Pixels
-from torchalign.cube.regrid import Reading
 from torchalign.cube.run import WarpFrames
 from torchalign.cube.solution import build_report, report_fields
 from torchalign.cube.writing import FileWriter, WriteOptions, plan_files

@@ -20,11 +20,11 @@ from torchalign._check import message
 from torchalign.cube.chunks import chunk_sizes, compute_together, is_lazy, parts_along_time, share
 from torchalign.cube.files import atomic, check_free
 from torchalign.cube.georeference import find_georeference, frame_transforms
+from torchalign.cube.gridding import control_points
 from torchalign.cube.headers import quiet
 from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, load, role_of
 from torchalign.cube.pixels import find_nodata
 from torchalign.cube.rasters import COLOURS, FILE, SCALING, TAGS
-from torchalign.cube.regrid import control_points
 from torchalign.cube.stores import finish_writing
 
 __all__ = ["Compression", "FileWriter", "WriteOptions", "plan_files", "write_rasters", "write_variables"]

@@ -110,7 +110,7 @@ def identity_warp(
         dtype: a floating dtype; torch's default if ``None``.
 
     Returns:
-        (*batch_shape, 2, 3) or (*batch_shape, 3, 3), a tensor of its own (no shared memory).
+        ``(*batch_shape, 2, 3)`` or ``(*batch_shape, 3, 3)``, a tensor of its own (no shared memory).
 
     Example:
         >>> identity_warp(5).shape

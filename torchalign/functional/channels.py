@@ -12,8 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._check import check_bands, message
+from torchalign._host import kernels_for
 
-__all__ = ["Channel", "ChannelName", "center_crop", "check_channel", "extract_channel", "gradient_magnitude"]
+__all__ = [
+    "Channel",
+    "ChannelName",
+    "center_crop",
+    "check_channel",
+    "extract_channel",
+    "gradient_magnitude",
+    "see_channel",
+]
 
 ChannelName = Literal["mean", "luminance", "rgb_mean", "gradients"]
 Channel = SupportsIndex | ChannelName | Callable[[Tensor], Tensor]
@@ -91,6 +100,34 @@ def check_channel(channel: object) -> None:
             raise TypeError(message("channel", expected, got, "give an integer or a name")) from None
 
 
+def see_channel(
+    cube: Tensor, mask: Tensor | None, channel: Channel = "mean", *, rgb_bands: Sequence[int] = (3, 2, 1)
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`extract_channel`, 0 where it is unusable, and where it is usable, by one kernel where there is one.
+
+    Args:
+        cube: (..., C, H, W).
+        mask: bool, (..., H, W), True = usable; ``None`` if all of it is.
+        channel: what to see.
+        rgb_bands: the indices of R, G, B among the bands.
+
+    Returns:
+        (..., H, W) in float32 or float64, and bool; ``None`` where there is no kernel for it.
+
+    Raises:
+        ValueError: as :func:`extract_channel`.
+    """
+    kernels = kernels_for(cube)
+    if kernels is None or callable(channel) or channel == "gradients":
+        return None
+    if not isinstance(channel, str):
+        band = _band("channel", channel, cube.shape[-3]) % cube.shape[-3]
+        return kernels.see(cube, mask, "band", (band,))  # type: ignore[no-any-return]
+    if channel == "mean" or cube.shape[-3] < 3:
+        return kernels.see(cube, mask, "mean", ())  # type: ignore[no-any-return]
+    return kernels.see(cube, mask, channel, _rgb_indices(cube, rgb_bands))  # type: ignore[no-any-return]
+
+
 def gradient_magnitude(image: Tensor) -> Tensor:
     r"""Magnitude of the Sobel gradient, :math:`\sqrt{g_x^2 + g_y^2}`, in image units per pixel.
 
@@ -162,8 +199,15 @@ def _mean(cube: Tensor) -> Tensor:
 def _rgb(cube: Tensor, rgb_bands: Sequence[int]) -> Tensor:
     if cube.shape[-3] <= 3:
         return cube
-    bands = [_band("rgb_bands", band, cube.shape[-3]) for band in check_bands(rgb_bands)]
-    return torch.stack([cube[..., band, :, :] for band in bands], dim=-3)
+    return torch.stack([cube[..., band, :, :] for band in _rgb_indices(cube, rgb_bands)], dim=-3)
+
+
+def _rgb_indices(cube: Tensor, rgb_bands: Sequence[int]) -> tuple[int, ...]:
+    """Of R, G, B, from 0 on, in a cube of at least three bands."""
+    bands = cube.shape[-3]
+    if bands == 3:
+        return 0, 1, 2
+    return tuple(_band("rgb_bands", band, bands) % bands for band in check_bands(rgb_bands))
 
 
 def _band(name: str, band: SupportsIndex, bands: int) -> int:

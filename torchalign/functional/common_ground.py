@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from torchalign.functional.smoothing import block_sums, enlarge, halve, nanmedian, triangle_mean
 
-__all__ = ["agreement", "fill_holes", "fill_small_holes", "shared_ground"]
+__all__ = ["LEAST_WEIGHT", "agreement", "fill_holes", "fill_small_holes", "shared_ground"]
 
 # A hole is filled from neighbours of at least this (triangular) weight in all; further in it fades to the mean.
-_LEAST_WEIGHT = 0.05
+LEAST_WEIGHT = 0.05
 # A hole so much of whose surroundings is usable is as good as none, once it is filled.
 _FILLED = 0.7
 # Shared ground: rounds of regression, residuals that still belong to it, in their standard deviations, and by how
@@ -158,7 +158,7 @@ def fill_holes(centred: Tensor, mask: Tensor) -> Tensor:
     Narrow holes all but vanish; wide ones keep a soft edge instead of a step, which would ring.
     """
     weight = triangle_mean(mask.to(centred.dtype), 2)
-    local = triangle_mean(centred, 2) / weight.clamp(min=_LEAST_WEIGHT)
+    local = triangle_mean(centred, 2) / weight.clamp(min=LEAST_WEIGHT)
     return torch.where(mask, centred, local)
 
 

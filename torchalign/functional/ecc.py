@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._check import message
-from torchalign._host import all_true, carries_gradient
+from torchalign._host import all_true, carries_gradient, kernels_for
 from torchalign.functional.affine import (
     composed,
     from_homogeneous,
@@ -68,7 +68,7 @@ from torchalign.functional.sampling import (
 )
 from torchalign.functional.smoothing import block_sums, nanmedian
 from torchalign.functional.texture import Brightness, Texture, extract_pyramid
-from torchalign.functional.working_grid import Window, WorkingGrid, tukey, working_size
+from torchalign.functional.working_grid import Window, WorkingGrid, ramp_length, tukey, working_size
 
 __all__ = [
     "EnhancedCorrelation",
@@ -371,7 +371,7 @@ def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, tape
     products = torch.cat(
         [rows, *(rows[..., i : i + 1, :] * rows[..., i:, :] for i in range(1, rows.shape[-2]))], dim=-2
     )
-    weights = Window.of(grid, taper).whole().flatten(-2).expand(texture.field.flatten(-2).shape)
+    weights = Window.of(grid, taper).whole.flatten(-2).expand(texture.field.flatten(-2).shape)
     if texture.weights is not None:
         weights = weights * texture.weights.flatten(-2)
     corners = _corners(grid, motion)
@@ -393,6 +393,38 @@ class _Shifted(NamedTuple):
 
     def detach(self) -> _Shifted:
         return _detach(self)
+
+    def look(self, warp: Tensor, level: Level, *, precise: bool) -> tuple[Tensor, Tensor]:
+        """:meth:`values` and :meth:`ground`."""
+        return self.values(warp, level, precise=precise), self.ground(warp, level)
+
+    def ascend(
+        self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """All steps by one kernel, where there is one: the warps, the last reach, and the warps before that step."""
+        kernels = kernels_for(self.spectrum, start, system.weights, level.field)
+        if kernels is None:
+            return None
+        grid = level.grid
+        # inner products of fields are those of their spectra
+        weighted = rfft2(_unflatten(system.weights.unsqueeze(-2) * level.regressors, -1, grid.size))
+        shift, reach, seen = kernels.ascend_shifted(
+            self.spectrum,
+            weighted,
+            _shift_of(start, grid),
+            moves,
+            (system.mean, system.inverse, system.solved, system.rest),
+            grid.frequencies,
+            level.corners,
+            (grid.size[0] * grid.size[1], half_length(grid.frame), _LONGEST_STEP * grid.spacing()),
+            (search.max_iterations, steps.tolerance),
+        )
+        unit = half_length(grid.frame)
+        return (
+            to_homogeneous(translation_warp(shift / unit)),
+            reach,
+            to_homogeneous(translation_warp(seen / unit)),
+        )
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference, precise at any price."""
@@ -445,6 +477,41 @@ class _Warped(NamedTuple):
 
     def detach(self) -> _Warped:
         return _detach(self)
+
+    def look(self, warp: Tensor, level: Level, *, precise: bool) -> tuple[Tensor, Tensor]:
+        """:meth:`values` and :meth:`ground`."""
+        kernels = kernels_for(self.spline, self.weights, warp, level.weights)
+        if kernels is None:
+            return self.values(warp, level, precise=precise), self.ground(warp, level)
+        ramps = [ramp_length(length, self.taper) for length in level.grid.frame] if self.taper > 0 else None
+        return kernels.look(  # type: ignore[no-any-return]
+            self.spline, self.weights, warp, level.weights, self._geometry(level), ramps, precise
+        )
+
+    def ascend(
+        self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """All steps by one kernel, where there is one: the warps, the last reach, and the warps before that step."""
+        kernels = kernels_for(self.spline, start, system.weights, level.field)
+        if kernels is None:
+            return None
+        equations = system.mean, system.inverse, system.solved, system.rest
+        return kernels.ascend_warped(  # type: ignore[no-any-return]
+            self.spline,
+            start,
+            moves,
+            system.weights,
+            level.products,
+            equations,
+            self._geometry(level),
+            search.motion,
+            (search.max_iterations, steps.tolerance, steps.precise),
+        )
+
+    def _geometry(self, level: Level) -> tuple[Any, ...]:
+        """As :class:`torchalign.kernels.ascend.Geometry` has it."""
+        longest = _LONGEST_STEP * level.grid.spacing()
+        return level.x, level.y, level.grid.frame, level.corners, longest, self.projective
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference; else bilinear, for a fifth of the price."""
@@ -531,6 +598,13 @@ class _State(NamedTuple):
     inliers: Tensor | None  # (..., T, h, w)
 
 
+class _Steps(NamedTuple):
+    """When steps end, and what samples they are of."""
+
+    tolerance: float  # in pixels
+    precise: bool
+
+
 class _Search(NamedTuple):
     """The options of the search."""
 
@@ -581,6 +655,12 @@ class _Search(NamedTuple):
         weights = common if inliers is None else common * inliers.flatten(-2)
         system = _solve(weights.square(), level)
         moves = (level.flat | moving.flat).logical_not()
+        ascended = moving.ascend(warp, moves, system, level, self, _Steps(tolerance, precise))
+        if ascended is not None:
+            warp, reach, seen = ascended
+            if precise:  # of the others only the warp is wanted
+                values, _ = moving.look(seen, level, precise=True)
+            return _State(warp, reach, values, common, system, inliers)
         reach = torch.zeros_like(warp[..., 0, 0])
         for iteration in range(self.max_iterations):
             if iteration > 0:
@@ -616,7 +696,7 @@ class _WarpedSamples(NamedTuple):
 
     @classmethod
     def at(cls, warp: Tensor, level: Level, moving: _Shifted | _Warped, *, precise: bool) -> _WarpedSamples:
-        return cls(warp, moving.values(warp, level, precise=precise), moving.ground(warp, level))
+        return cls(warp, *moving.look(warp, level, precise=precise))
 
 
 def _better_of(start: Tensor, warp: Tensor, level: Level, moving: _Shifted | _Warped) -> _WarpedSamples:

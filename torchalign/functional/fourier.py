@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torchalign._host import kernels_for
+
 __all__ = ["fft", "irfft2", "rfft", "rfft2", "shift_phase", "wave"]
 
 
@@ -52,6 +54,9 @@ def shift_phase(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Ten
     Returns:
         (..., H, W//2+1).
     """
+    kernels = kernels_for(spectrum, shift)
+    if kernels is not None:
+        return kernels.turn(spectrum, frequencies, shift)  # type: ignore[no-any-return]
     wave_y, wave_x = (wave(frequency, shift[..., 1 - axis]) for axis, frequency in enumerate(frequencies))
     return spectrum * wave_y[..., :, None] * wave_x[..., None, :]
 

@@ -456,8 +456,8 @@ def window_ascent(
 
     centres = torch.stack((left + 0.5 * (width - 1), top + 0.5 * (height - 1)), -1).to(moving.dtype)
     centres = torch.stack((step_x * centres[..., 0], step_y * centres[..., 1]), -1)  # in pixels
-    jacobian = _jacobian(centres, size, motion)  # (..., n, 2, P)
-    ascent = _Ascent(frequencies, wave_orders(frequencies), jacobian, (weight > 0).to(energy), energy)
+    by_motion = _jacobian(centres, size, motion)  # (..., n, 2, P)
+    ascent = _Ascent(frequencies, wave_orders(frequencies), by_motion, (weight > 0).to(energy), energy)
 
     delta = moving.new_zeros(*shape[:-3], PARAMETERS[motion])
     for _ in range(steps):
@@ -555,11 +555,11 @@ def _normal_equations(
     residual = _residuals(warp, points, targets)  # (..., K, 2)
     used = weight > 0
     # the jacobian where the points are mapped to; nowhere far, for 0 · ∞ is no number
-    jacobian = _jacobian(torch.where(used.unsqueeze(-1), targets - residual, 0.0), size, motion)
-    weighted = (jacobian * weight[..., None, None]).flatten(-3, -2)  # (..., 2K, P)
-    jacobian = jacobian.flatten(-3, -2)
+    by_motion = _jacobian(torch.where(used.unsqueeze(-1), targets - residual, 0.0), size, motion)
+    weighted = (by_motion * weight[..., None, None]).flatten(-3, -2)  # (..., 2K, P)
+    by_motion = by_motion.flatten(-3, -2)
     residual = torch.where(used.unsqueeze(-1), residual, 0.0).flatten(-2)
-    return torch.matmul(weighted.mT, jacobian), torch.matmul(weighted.mT, residual.unsqueeze(-1)).squeeze(-1)
+    return torch.matmul(weighted.mT, by_motion), torch.matmul(weighted.mT, residual.unsqueeze(-1)).squeeze(-1)
 
 
 def _step(

@@ -28,6 +28,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from torchalign._check import message
+from torchalign._host import kernels_for
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave
 from torchalign.functional.sizes import lags_within, square_root
@@ -86,7 +88,7 @@ class PhaseShift(NamedTuple):
 
 
 def phase_correlation(
-    moving: Tensor,
+    moving: Tensor | Texture,
     reference: Tensor | Texture,
     moving_mask: Tensor | None = None,
     reference_mask: Tensor | None = None,
@@ -99,11 +101,13 @@ def phase_correlation(
     robust: bool | None = None,
     upsample_factor: int | None = None,
     start: Tensor | None = None,
+    size: tuple[int, int] | None = None,
 ) -> PhaseShift:
     """The translation that brings every moving frame onto the reference. See the module's docstring.
 
     Args:
-        moving: (..., H, W), float32 or float64, finite.
+        moving: (..., H, W), float32 or float64, finite; or its :func:`extract_texture` with the same options, and
+            ``size``.
         reference: (..., H, W), broadcastable; or its :func:`extract_texture` with the same options, to compute
             it once for many calls.
         moving_mask: bool, broadcastable to ``moving``, True = usable; ``None`` if all of it is.
@@ -119,6 +123,7 @@ def phase_correlation(
             weights across sensors cost more than they gain, and else yes.
         upsample_factor: ``None`` for Newton; n for the best of a grid of 1/n pixel (not differentiable).
         start: (..., 2), a shift to refine, where it correlates better than the coarse peak does.
+        size: (H, W) in pixels of what a moving texture shows, which it does not tell itself.
 
     Returns:
         :class:`PhaseShift`. Never NaN, whatever the data.
@@ -133,11 +138,16 @@ def phase_correlation(
         >>> phase_correlation(moving, reference).shift.round(decimals=2)
         tensor([ 1.3000, -0.6000])
     """
-    height, width = moving.shape[-2:]
-    size = working_size((height, width), max_frequency)
-    grid = WorkingGrid.of((height, width), size, max_frequency, moving)
-
-    (texture,) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast)
+    if isinstance(moving, Texture):
+        if size is None:
+            raise ValueError(message("size", "(H, W) with a moving texture", size, "give the frame's size"))
+        texture, samples = moving, (moving.field.shape[-2], moving.field.shape[-1])
+        (height, width), grid = size, WorkingGrid.of(size, samples, max_frequency, moving.field)
+    else:
+        height, width = moving.shape[-2:]
+        samples = working_size((height, width), max_frequency)
+        grid = WorkingGrid.of((height, width), samples, max_frequency, moving)
+        (texture,) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast)
     field, weights, moving_flat = texture
     vector = texture.is_vector
     weighting = weighting or ("none" if vector else "ramp")
@@ -156,9 +166,9 @@ def phase_correlation(
 
     orders = wave_orders(grid.frequencies)
     tapering = Window.of(grid, taper)
-    window = tapering.whole()
+    window = tapering.whole
     spectrum, power = correlate(window, window)
-    surface = irfft2(power, size)
+    surface = irfft2(power, samples)
     peak = coarse_peak(surface, (height, width), max_translation)
     if start is not None:
         peak = _higher_of(peak, start, power, grid, orders)
@@ -189,7 +199,7 @@ def phase_correlation(
         sigma = _STRUCTURE_CALIBRATION * sigma
     climbed = (refined - shift).norm(dim=-1)
     # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)
-    near = (climbed <= 2 * height / size[0]) | (climbed <= 2 * width / size[1])
+    near = (climbed <= 2 * height / samples[0]) | (climbed <= 2 * width / samples[1])
     converged = curved & near & (step.norm(dim=-1) < _NEWTON_TOLERANCE) & torch.isfinite(sigma)
     converged = converged & (peak.significance >= _MIN_SIGNIFICANCE)
     return PhaseShift(refined, sigma, peak.significance, flat, outside, converged, inliers)
@@ -259,6 +269,11 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     # a shift between two samples may have its highest sample half a diagonal beyond the limit
     square = step_x * step_x + step_y * step_y
     reach = max_translation + 0.5 * square_root(square)
+    kernels = kernels_for(surface)
+    if kernels is not None:
+        found = kernels.peak(surface, (step_y, step_x), reach, _OUTSIDE_MARGIN, _MIN_SIGNIFICANCE)
+        if found is not None:
+            return _Peak(*found)
     near_y = lags_within(rows, reach / step_y, surface)
     near_x = lags_within(columns, reach / step_x, surface)
     values = surface.detach()
@@ -329,6 +344,12 @@ def refine_peak(
     Returns:
         shift (..., 2); the last step (..., 2); and whether the Hessian is negative definite there (...,).
     """
+    kernels = kernels_for(power, start)
+    if kernels is not None:
+        climbed = kernels.climb(power, frequencies, start, steps + 1)
+        if climbed is not None:
+            shift, last, derivatives = climbed
+            return shift, last, _is_peak(derivatives[..., 3], derivatives[..., 4], derivatives[..., 5])
     shift = start.detach()
     fixed = power.detach()
     orders = wave_orders(frequencies) if orders is None else orders
@@ -348,12 +369,16 @@ def _newton_step(
     derivatives = derivatives_at(power, frequencies, shift, orders)  # (..., 3, 3): [order in y, order in x]
     gx, gy = derivatives[..., 0, 1], derivatives[..., 1, 0]
     hxx, hyy, hxy = derivatives[..., 0, 2], derivatives[..., 2, 0], derivatives[..., 1, 1]
-    product = hxx * hyy
-    determinant = product - hxy.square()
-    curved = (hxx < 0) & (determinant > torch.finfo(hxx.dtype).eps * product)
-    safe = torch.where(curved, determinant, 1.0)
+    curved = _is_peak(hxx, hyy, hxy)
+    safe = torch.where(curved, hxx * hyy - hxy.square(), 1.0)
     step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1) / safe[..., None]
     return torch.where(curved[..., None], step, 0.0).clamp(-0.5, 0.5), curved
+
+
+def _is_peak(hxx: Tensor, hyy: Tensor, hxy: Tensor) -> Tensor:
+    """Whether a Hessian is negative definite."""
+    product = hxx * hyy
+    return (hxx < 0) & (product - hxy.square() > torch.finfo(hxx.dtype).eps * product)
 
 
 def derivatives_at(

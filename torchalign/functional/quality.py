@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchalign._host import kernels_for
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
+from torchalign.functional.shift_field import is_zero
 from torchalign.functional.sizes import stride_for
 from torchalign.functional.uncertainty import isotropic
 from torchalign.functional.warp import resample
-from torchalign.types import Estimate, Motion, Status, combine
+from torchalign.types import Estimate, Motion, ShiftField, Status, combine
 
 __all__ = ["gate", "gate_stages", "normalized_cross_correlation"]
 
@@ -153,8 +156,9 @@ def gate_stages(
 ) -> Estimate:
     """:func:`gate` for several motions of one stack, each found from the one before.
 
-    A frame keeps its last acceptable motion; a later one that lowers the score by more than 0.001 is undone. Where
-    none is acceptable, the verdict is that on the first. All scores are taken over the same ground: what lies
+    A frame keeps its last acceptable motion; a later one that lowers the score by more than 0.001 is undone, and
+    one with a field of local shifts needs one before it that was accepted. Where none is acceptable, the verdict is
+    that on the first. All scores are taken over the same ground: what lies
     inside the frame for every stage that was trusted, and is an inlier for the last of them that tells inliers.
 
     Args:
@@ -178,40 +182,20 @@ def gate_stages(
     identity = identity_warp(homography=homography, device=moving.device, dtype=stages[0].warp.dtype)
 
     weight: Tensor | None = None
-    motions, displacements, images = [], [], []
-    overlap = None if moving_usable is None else _thin(moving_usable, step)
-    if reference_usable is not None:
-        usable = _thin(reference_usable, step)
-        overlap = usable if overlap is None else overlap & usable
-    before = _thin(moving, step)
+    motions, displacements = [], []
     for stage, limit in zip(stages, max_translations, strict=True):
         motion, displacement = _screened(stage, limit, size, identity)
-        # bilinear interpolation smooths, which a score would take for misregistration
-        path = motion.warp[..., :2, 2] if stage.only_shifts else motion.warp
-        aligned, inside = resample(
-            moving.unsqueeze(-3), path, interpolation="bicubic", mask=moving_usable, step=step
-        )
-        inside = inside[0] if vector else inside
-        overlap = inside if overlap is None else overlap & inside
         if stage.inliers is not None:
             # the root of an inlier weight is the squared local correlation
             root = stage.inliers.detach().nan_to_num(0.0).sqrt()
-            found = _resize(root, (before.shape[-2], before.shape[-1]))
+            found = _resize(root, (-(-size[0] // step), -(-size[1] // step)))
             # what a stage that is not trusted took for common ground judges no other
             trusted = (motion.status == 0)[..., None, None]
             weight = torch.where(trusted, found, 1.0 if weight is None else weight)
         motions.append(motion)
         displacements.append(displacement)
-        images.append(aligned.squeeze(-3))
-    assert overlap is not None  # there is at least one stage
-    ground = overlap.to(moving.dtype)
-    if weight is not None:
-        ground = ground * weight
-    compared = [_thin(reference, step), *images, before]
-    if vector:
-        ground, *compared = torch.cat((ground, ground), -2), *(torch.cat((*parts,), -2) for parts in compared)
-    reference, *images, before = compared
-    *scores, score_before = _correlate(reference, ground, *images, before)
+    usable = moving_usable, reference_usable
+    *scores, score_before = _scores(moving, reference, motions, usable, weight, step, vector=vector)
 
     result: Estimate | None = None
     for number, row in enumerate(zip(motions, displacements, scores, strict=True)):
@@ -221,13 +205,58 @@ def gate_stages(
             result = judged
             continue
         worse = result.valid & (judged.score < result.score - _WORSE)
-        result = _choose(judged.valid & ~worse, judged, result)
+        accepted = judged.valid & ~worse
+        if judged.field is not None:  # a field is added to a motion that was accepted without it
+            accepted = accepted & result.valid & ~is_zero(judged.field)
+        result = _choose(accepted, judged, result)
     assert result is not None
     if min_score is None:
         return result
     low = result.valid & (result.score < min_score)
     left = torch.where(low, int(Status.LOW_SCORE), result.status)
     return _rejected(result._replace(status=left), identity)
+
+
+def _scores(
+    moving: Tensor,
+    reference: Tensor,
+    motions: Sequence[Motion],
+    usable: tuple[Tensor | None, Tensor | None],
+    weight: Tensor | None,
+    step: int,
+    *,
+    vector: bool,
+) -> Sequence[Tensor]:
+    """Correlations with the reference, under each motion and under none, over the ground that is seen in all cases."""
+    warps = [motion.warp for motion in motions]
+    if all(motion.only_shifts for motion in motions):
+        warps = [warp[..., :2, 2] for warp in warps]
+    plain = not vector and all(motion.field is None for motion in motions)
+    kernels = kernels_for(moving, reference, weight, *warps) if plain else None
+    if kernels is not None:
+        return kernels.score(moving, reference, warps, *usable, weight, step).unbind(-1)  # type: ignore[no-any-return]
+    overlap: Tensor | None = None
+    for part in usable:
+        if part is not None:
+            overlap = _thin(part, step) if overlap is None else overlap & _thin(part, step)
+    images = []
+    for motion in motions:
+        # bilinear interpolation smooths, which a score would take for misregistration
+        path = motion.warp[..., :2, 2] if motion.only_shifts else motion.warp
+        options: dict[str, Any] = {"interpolation": "bicubic", "mask": usable[0], "field": motion.field}
+        aligned, inside = resample(moving.unsqueeze(-3), path, step=step, **options)
+        inside = inside[0] if vector else inside
+        overlap = inside if overlap is None else overlap & inside
+        images.append(aligned.squeeze(-3))
+    assert overlap is not None  # there is at least one stage
+    ground = overlap.to(moving.dtype)
+    if weight is not None:
+        ground = ground * weight
+    compared = [_thin(reference, step), *images, _thin(moving, step)]
+    if vector:
+        ground, *compared = torch.cat((ground, ground), -2), *(torch.cat((*parts,), -2) for parts in compared)
+    first, *others = compared
+    return _correlate(first, ground, *others)
 
 
 def _screened(motion: Motion, limit: float, size: tuple[int, int], identity: Tensor) -> tuple[Motion, Tensor]:
@@ -237,7 +266,9 @@ def _screened(motion: Motion, limit: float, size: tuple[int, int], identity: Ten
     status = torch.where((motion.status == 0) & ~finite, int(Status.NOT_CONVERGED), motion.status)
     status = torch.where((status == 0) & ~(displacement <= limit), int(Status.TOO_FAR), status)
     warp = torch.where((status == 0)[..., None, None], motion.warp, identity)
-    return motion._replace(warp=warp, status=status), displacement
+    return motion._replace(
+        warp=warp, status=status, field=_kept_field(motion.field, status == 0)
+    ), displacement
 
 
 def _judge(
@@ -265,7 +296,7 @@ def _judge(
         covariance + isotropic(left.sqrt()),
         status,
         torch.zeros_like(status),
-        motion.field,
+        _kept_field(motion.field, moved),
     )
     return _rejected(estimate, identity)
 
@@ -275,19 +306,24 @@ def _rejected(estimate: Estimate, identity: Tensor) -> Estimate:
     valid = estimate.valid
     sigma = torch.where(valid, estimate.sigma, torch.inf)
     rows = valid[..., None, None]
-    field = estimate.field
-    if field is not None:
-        field = field._replace(
-            coefficients=torch.where(rows[..., None], field.coefficients, 0.0),
-            sigma=torch.where(rows, field.sigma, torch.inf),
-        )
     return estimate._replace(
         warp=torch.where(rows, estimate.warp, identity),
         score=torch.where(valid, estimate.score, estimate.score_before),
         sigma=sigma,
         covariance=torch.where(rows, estimate.covariance, isotropic(sigma)),
         stage=torch.where(valid, estimate.stage, -1),
-        field=field,
+        field=_kept_field(estimate.field, valid),
+    )
+
+
+def _kept_field(field: ShiftField | None, kept: Tensor) -> ShiftField | None:
+    """No shifts, of a σ of inf, where a frame's field is not kept."""
+    if field is None:
+        return None
+    rows = kept[..., None, None]
+    return field._replace(
+        coefficients=torch.where(rows[..., None], field.coefficients, 0.0),
+        sigma=torch.where(rows, field.sigma, torch.inf),
     )
 
 
@@ -299,10 +335,8 @@ def _choose(condition: Tensor, first: Estimate, second: Estimate) -> Estimate:
         return torch.where(rows, pair[0], pair[1])
 
     fields = [estimate.field for estimate in (first, second) if estimate.field is not None]
-    if len(fields) == 1:  # the other one shifts nothing, of which it is sure
-        none = fields[0]._replace(
-            coefficients=torch.zeros_like(fields[0].coefficients), sigma=torch.zeros_like(fields[0].sigma)
-        )
+    if len(fields) == 1:  # the other one shifts nothing
+        none = _kept_field(fields[0], torch.zeros_like(condition))
         first, second = (
             one if one.field is not None else one._replace(field=none) for one in (first, second)
         )

@@ -1,21 +1,17 @@
 r"""What of an image is registered: band-limited, locally normalised, on the coarsest grid that holds the band.
 
 * :func:`band_limit`: beyond about a quarter of the sampling rate a real sensor's spectrum is mostly folded
-  (aliased), and folded frequencies pull every estimate towards whole pixels. The frames are resampled, in the
-  spectral domain, onto the coarser grid that holds just the band that is kept: nothing that counts is lost,
-  and all that follows costs a quarter.
+  (aliased), and folded frequencies pull every estimate towards whole pixels. The frames are resampled onto the
+  coarser grid that holds just the band that is kept: nothing that counts is lost, and all that follows costs a
+  quarter.
 * :func:`local_contrast`: high-passed and divided by its local standard deviation, so that bright clouds,
   shadows and gains weigh no more than fields and roads.
 
 :func:`extract_texture` is the chain of the two, :func:`extract_pyramid` the same for several bands.
-
-References:
-    Moisan 2011, doi:10.1007/s10851-010-0227-1 (the periodic component of an image).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -23,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign.functional.common_ground import fill_holes
-from torchalign.functional.fourier import fft, irfft2, rfft
+from torchalign._host import kernels_for
+from torchalign.functional.common_ground import LEAST_WEIGHT, fill_holes
+from torchalign.functional.low_pass import low_pass
 from torchalign.functional.sizes import square_root
 from torchalign.functional.smoothing import nanmedian, triangle_mean
 from torchalign.functional.structure import orientation_field
@@ -86,7 +83,7 @@ def extract_texture(
         max_frequency: in cycles per pixel.
         contrast: ``"local"`` for :func:`local_contrast`, ``"none"`` for the mean removed, ``"structure"`` for
             :func:`~torchalign.functional.structure.orientation_field`.
-        blur: σ of a Gaussian in pixels, applied with the band limit, in the spectral domain.
+        blur: σ of a Gaussian in pixels, applied with the band limit.
 
     Returns:
         :class:`Texture` on the grid of :func:`working_size`.
@@ -104,7 +101,7 @@ def extract_pyramid(
     contrast: Contrast = "local",
     blur: float = 0.0,
 ) -> list[Texture]:
-    """:func:`extract_texture` for several bands, from one transform of the image.
+    """:func:`extract_texture` for several bands.
 
     The first sample of every level lies on the first pixel, whatever the level's sampling: there is no half pixel
     to be kept in mind between them.
@@ -119,27 +116,22 @@ def extract_pyramid(
     Returns:
         One :class:`Texture` a grid.
     """
-    mean, centred, empty = _centre(image, mask)
+    mean, centred, empty = centre(image, mask)
     seen = orientation_field(centred, mask) if contrast == "structure" else centred
-    spectrum = _periodic_spectrum(seen, grids[0])
     # a frame whose deviation is the rounding error of its mean is flat
     noise = 32 * torch.finfo(image.dtype).eps * mean[..., 0, 0].abs()
     if contrast == "structure":  # which does not tell how strong the contrast is
         empty, noise = empty | (_deviation(centred) <= noise), torch.zeros_like(noise)
+    bands = [(grid.size, grid.max_frequency) for grid in grids]
     textures = []
-    for grid in grids:
-        limited = _limit(spectrum, grid, blur)
-        weights = None if mask is None else _usable_share(mask, grid)
+    for grid, limited in zip(grids, low_pass(seen, bands, blur=blur), strict=True):
+        weights = None if mask is None else usable_share(mask, grid)
         textures.append(_standardized(limited, weights, noise, empty, contrast))
     return textures
 
 
 def band_limit(image: Tensor, size: tuple[int, int], max_frequency: float = 0.25) -> Tensor:
-    """Keep the frequencies below ``max_frequency`` and resample to ``size``, in the spectral domain.
-
-    Sample (i, j) of the result lies at pixel (i·H/h, j·W/w) of the image: the origins coincide. The mean is
-    removed, and so is the smooth image that accounts for the jumps between opposite borders, which the Fourier
-    series would take for edges (Moisan 2011).
+    """:func:`~torchalign.functional.low_pass.low_pass` of the image less its mean.
 
     Args:
         image: (..., H, W).
@@ -149,10 +141,7 @@ def band_limit(image: Tensor, size: tuple[int, int], max_frequency: float = 0.25
     Returns:
         (..., h, w).
     """
-    height, width = image.shape[-2:]
-    centred = image - image.mean((-2, -1), keepdim=True)
-    grid = WorkingGrid.of((height, width), size, max_frequency, image)
-    return _limit(_periodic_spectrum(centred, grid), grid, 0.0)
+    return low_pass(image - image.mean((-2, -1), keepdim=True), [(size, max_frequency)])[0]
 
 
 def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -184,11 +173,16 @@ def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
     return contrast if weights is None else contrast * weights
 
 
-def _centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The mean of what is usable (..., 1, 1), the image less it with its holes filled, and whether it is empty."""
     if mask is None:
         mean = image.mean((-2, -1), keepdim=True)
         return mean, image - mean, torch.zeros_like(mean[..., 0, 0], dtype=torch.bool)
+    kernels = kernels_for(image, mask)
+    found = None if kernels is None else kernels.fill(image, mask, LEAST_WEIGHT)
+    if found is not None:
+        filled, (mean, share) = found[0], found[1].unbind(-1)
+        return mean[..., None, None], filled, share < _MIN_USABLE
     share = mask.to(image.dtype).mean((-2, -1), keepdim=True)
     one_pixel = 1 / (image.shape[-2] * image.shape[-1])
     mean = torch.where(mask, image, 0.0).mean((-2, -1), keepdim=True) / share.clamp(min=one_pixel)
@@ -217,46 +211,15 @@ def _deviation(centred: Tensor) -> Tensor:
     return torch.linalg.vector_norm(centred.detach(), dim=(-2, -1)) / square_root(samples)
 
 
-def _usable_share(mask: Tensor, grid: WorkingGrid) -> Tensor:
+def usable_share(mask: Tensor, grid: WorkingGrid) -> Tensor:
     """(..., h, w) in [0, 1]: how much of what lies around a sample is usable."""
     height, width = grid.size
     shape = mask.shape[:-2]
-    share = mask.expand(*shape, *grid.frame).reshape(-1, 1, *grid.frame).to(grid.radius.dtype)
-    coverage = F.interpolate(share, size=(height, width), mode="area").reshape(*shape, height, width)
+    kernels = kernels_for(mask)
+    if kernels is not None:
+        coverage = kernels.coverage(mask.expand(*shape, *grid.frame), (height, width), grid.radius.dtype)
+    else:
+        share = mask.expand(*shape, *grid.frame).reshape(-1, 1, *grid.frame).to(grid.radius.dtype)
+        coverage = F.interpolate(share, size=(height, width), mode="area").reshape(*shape, height, width)
     lowest, highest = _COVERAGE
     return ((triangle_mean(coverage, 3) - lowest) / (highest - lowest)).clamp(0, 1)
-
-
-def _periodic_spectrum(image: Tensor, grid: WorkingGrid) -> Tensor:
-    """(..., h, w//2+1): the spectrum of Moisan's periodic component, cut to the grid's frequencies."""
-    rows, columns = grid.size
-    # columns beyond the band are dropped before they are transformed
-    spectrum = _keep_rows(fft(rfft(image)[..., : columns // 2 + 1], dim=-2), rows)
-    # what jumps between opposite borders has the Laplacian of a smooth image
-    jump_y = rfft(image[..., -1, :] - image[..., 0, :])[..., None, : columns // 2 + 1]
-    jump_x = _keep_rows(fft(image[..., :, -1] - image[..., :, 0]).unsqueeze(-1), rows)
-    angle_y, angle_x = 2 * math.pi * grid.frequencies[0][:, None], 2 * math.pi * grid.frequencies[1]
-    laplacian = 2 * angle_y.cos() + 2 * angle_x.cos() - 4
-    laplacian = torch.where(laplacian == 0, 1.0, laplacian)  # at frequency 0, where the jumps vanish
-    step_y, step_x = (
-        torch.complex(1 - angle.cos(), -angle.sin()) / laplacian for angle in (angle_y, angle_x)
-    )
-    return spectrum - jump_y * step_y - jump_x * step_x
-
-
-def _limit(spectrum: Tensor, grid: WorkingGrid, blur: float) -> Tensor:
-    """(..., h, w): the field of those frequencies of a spectrum that the grid holds, rolled off and blurred."""
-    rows, columns = grid.size
-    response = grid.roll_off * (rows * columns / (grid.frame[0] * grid.frame[1]))
-    if blur:
-        response = response * torch.exp(-2 * (math.pi * blur * grid.radius).square())
-    kept = _keep_rows(spectrum, rows)[..., : columns // 2 + 1]
-    return irfft2(kept * response, (rows, columns))
-
-
-def _keep_rows(spectrum: Tensor, rows: int) -> Tensor:
-    """The rows (dim −2) of the lowest frequencies of either sign, in the order of a transform of that length."""
-    height = spectrum.shape[-2]
-    if rows == height:
-        return spectrum
-    return torch.cat([spectrum[..., : rows - rows // 2, :], spectrum[..., height - rows // 2 :, :]], dim=-2)

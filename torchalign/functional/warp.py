@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 
 from torchalign._check import check_floating, check_option, message
-from torchalign._host import all_finite, all_true, empty_on_host, may_read
+from torchalign._host import all_finite, all_true, empty_on_host, kernels_for, may_read
 from torchalign.functional.sampling import Gather, Lines, PaddingMode, Positions, Sampler, Slices
+from torchalign.functional.shift_field import field_at, is_zero
+from torchalign.types import ShiftField
 
 __all__ = ["Interpolation", "PaddingMode", "Resampled", "resample", "warp"]
 
@@ -63,6 +65,7 @@ def resample(
     mask: Tensor | None = None,
     step: int = 1,
     out: Tensor | None = None,
+    field: ShiftField | None = None,
 ) -> Resampled:
     r"""Resample every frame by its warp, and say which output pixels can be trusted.
 
@@ -102,6 +105,8 @@ def resample(
             pixels, for the price of those.
         out: a contiguous tensor that takes the values, and is returned: fresh memory costs as much as a bilinear
             interpolation does. Not differentiable.
+        field: local shifts on top of the warp, ``aligned(p) = frame(W⁻¹ p + field(p))``, leading dimensions
+            broadcast against the cube's; frames that it shifts nowhere come out as they do without it, to the bit.
 
     Returns:
         :class:`Resampled`, the values and their validity.
@@ -120,15 +125,38 @@ def resample(
     """
     _check(cube, warp, mask)
     _check_options(cube, interpolation, padding_mode, fill_value)
+    if field is not None:
+        _check_field(field, cube)
+        field = None if 0 in field.coefficients.shape[-2:] else _expand_field(field, cube.shape[:-3])
     lead, size = cube.shape[:-3], (cube.shape[-2], cube.shape[-1])
     warp = warp.expand(*lead, *warp.shape[-1 if warp.shape[-1] == 2 else -2 :])
-    if mask is not None:
-        mask = mask.expand(*lead, *size).unsqueeze(-3)  # (..., T, 1, H, W)
+    mask = None if mask is None else mask.expand(*lead, *size)
+    kernels = kernels_for(cube, warp, mask) if field is None else None
+    if kernels is not None:
+        found = kernels.resample(cube, warp, mask, interpolation, padding_mode, fill_value, step)
+        if found is not None:
+            return Resampled(found[0] if out is None else out.copy_(found[0]), found[1])
+    mask = None if mask is None else mask.unsqueeze(-3)  # (..., T, 1, H, W)
     options = _Options(interpolation, padding_mode, fill_value, step)
-    if may_read(cube, warp, mask):
-        return _resample_in_blocks(cube, warp, mask, options, out)
-    sampler = _sampler(warp, size, (0, size[0]), cube.dtype, options)
-    result = _combine(_prepare(cube, mask, options), sampler, options)
+    if may_read(cube, warp, mask, *(field or ())):
+        return _resample_in_blocks(cube, warp, mask, options, out, field)
+    planes = _prepare(cube, mask, options)
+    result = _combine(planes, _sampler(warp, size, (0, size[0]), cube.dtype, options, field), options)
+    if field is not None:
+        # where nothing is moved: to the bit what comes out without a field, whatever way that takes
+        usable = None if mask is None else mask.squeeze(-3)
+        plain = resample(
+            cube,
+            warp,
+            interpolation=interpolation,
+            padding_mode=padding_mode,
+            fill_value=fill_value,
+            mask=usable,
+            step=step,
+        )
+        unmoved = is_zero(field)[..., None, None]
+        values = torch.where(unmoved.unsqueeze(-1), plain.values, result.values)
+        result = Resampled(values, torch.where(unmoved, plain.validity, result.validity))
     return result if out is None else Resampled(out.copy_(result.values), result.validity)
 
 
@@ -140,6 +168,7 @@ def warp(
     padding_mode: PaddingMode = "border",
     fill_value: float | None = None,
     mask: Tensor | None = None,
+    field: ShiftField | None = None,
 ) -> Tensor:
     """The values of :func:`resample` alone, which see for every argument and every rule.
 
@@ -150,6 +179,7 @@ def warp(
         padding_mode: ``"border"``, ``"zeros"`` or ``"reflection"``.
         fill_value: what stands where nothing valid does.
         mask: bool, broadcastable to (..., T, H, W), True = usable.
+        field: local shifts on top of the warp, an estimate's.
 
     Returns:
         (..., T, C, H, W), in the cube's dtype.
@@ -160,7 +190,13 @@ def warp(
         tensor([0.0000, 0.5000, 1.5000, 2.5000])
     """
     return resample(
-        cube, warp, interpolation=interpolation, padding_mode=padding_mode, fill_value=fill_value, mask=mask
+        cube,
+        warp,
+        interpolation=interpolation,
+        padding_mode=padding_mode,
+        fill_value=fill_value,
+        mask=mask,
+        field=field,
     ).values
 
 
@@ -202,6 +238,35 @@ def _check(cube: object, warp: Tensor, mask: object) -> None:
         raise ValueError(message("mask", expected, tuple(mask.shape), cure))
 
 
+def _check_field(field: object, cube: Tensor) -> None:
+    if not isinstance(field, ShiftField):
+        cure = "give an estimate's field, or build a torchalign.types.ShiftField"
+        raise TypeError(message("field", "a ShiftField", type(field).__name__, cure))
+    lead = tuple(cube.shape[:-3])
+    endings = {"coefficients": 3, "sigma": 2, "origin": 1, "spacing": 1}
+    for (part, ending), tensor in zip(endings.items(), field, strict=True):
+        name = f"field.{part}"
+        check_floating(name, tensor, "of a ShiftField")
+        _check_device(name, tensor, cube)
+        if tensor.ndim < ending or not _broadcasts(tuple(tensor.shape[: tensor.ndim - ending]), lead):
+            expected = f"leading dimensions that broadcast to the cube's {lead}"
+            raise ValueError(message(name, expected, tuple(tensor.shape), "give one field per frame"))
+    shape = tuple(field.coefficients.shape)
+    if shape[-3] != 2 or 0 < min(shape[-2:]) < 3:
+        expected, cure = "shape (..., T, 2, n, m) of at least 3 nodes a side", "x first, then y"
+        raise ValueError(message("field.coefficients", expected, shape, cure))
+
+
+def _expand_field(field: ShiftField, lead: torch.Size) -> ShiftField:
+    coefficients, sigma, origin, spacing = field
+    return ShiftField(
+        coefficients.expand(*lead, *coefficients.shape[-3:]),
+        sigma.expand(*lead, *sigma.shape[-2:]),
+        origin.expand(*lead, 2),
+        spacing.expand(*lead, 2),
+    )
+
+
 def _check_device(name: str, tensor: Tensor, cube: Tensor) -> None:
     if tensor.device != cube.device:
         expected, cure = f"the cube's device, {cube.device}", "move it with .to(cube.device)"
@@ -236,7 +301,12 @@ def _integer_range(dtype: torch.dtype) -> tuple[int, int]:
 
 
 def _sampler(
-    motion: Tensor, size: tuple[int, int], rows: tuple[int, int], dtype: torch.dtype, options: _Options
+    motion: Tensor,
+    size: tuple[int, int],
+    rows: tuple[int, int],
+    dtype: torch.dtype,
+    options: _Options,
+    field: ShiftField | None = None,
 ) -> Gather | Lines:
     """Of the lattice's pixels in the output rows rows[0] … rows[1] − 1; shifts (..., T, 2) or warps."""
     column = torch.arange(0, size[1], options.step, device=motion.device)[None, :]  # (1, w)
@@ -244,11 +314,19 @@ def _sampler(
     dtype = _compute_dtype(dtype)
     # Float32 at least, whatever autocast or the cube say: half a mantissa is half a pixel at the far edge.
     motion = motion.to(torch.promote_types(motion.dtype, dtype))
+    x, y = column.to(motion.dtype), row.to(motion.dtype)
     only_shifted = motion.shape[-1] == 2
     if only_shifted:
         x_displacement, y_displacement = _bounded(-motion[..., None, None]).unbind(-3)  # (..., T, 1, 1)
     else:
-        x_displacement, y_displacement = _displacement(motion, column.to(motion.dtype), row.to(motion.dtype))
+        x_displacement, y_displacement = backward_displacement(motion, x, y)
+    if field is not None:
+        field = ShiftField(*(part.to(motion.dtype) for part in field))
+        x_shift, y_shift = field_at(field, x[0], y[:, 0])
+        x_displacement, y_displacement = (
+            _bounded(x_displacement + x_shift),
+            _bounded(y_displacement + y_shift),
+        )
     x_whole, y_whole = x_displacement.floor(), y_displacement.floor()
     positions = Positions(
         column + x_whole.to(torch.int64),
@@ -256,7 +334,8 @@ def _sampler(
         (x_displacement - x_whole).to(dtype),
         (y_displacement - y_whole).to(dtype),
     )
-    return (Lines if only_shifted else Gather)(positions, size, options.padding_mode)
+    by_lines = only_shifted and field is None
+    return (Lines if by_lines else Gather)(positions, size, options.padding_mode)
 
 
 def _bounded(displacement: Tensor) -> Tensor:
@@ -264,7 +343,7 @@ def _bounded(displacement: Tensor) -> Tensor:
     return displacement.nan_to_num(_FARTHEST).clamp(-_FARTHEST, _FARTHEST)
 
 
-def _displacement(warp: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def backward_displacement(warp: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     r"""``warp⁻¹ p − p`` for p = (x, y), two tensors (..., T, h, W), bounded.
 
     With D = A − I, exact in floating point near the identity, ``A⁻¹ − I = −adj(A) D / det A``: no two large
@@ -401,7 +480,12 @@ def _keep_where(condition: Tensor, values: Tensor, otherwise: float) -> Tensor:
 
 
 def _resample_in_blocks(
-    cube: Tensor, motion: Tensor, mask: Tensor | None, options: _Options, out: Tensor | None
+    cube: Tensor,
+    motion: Tensor,
+    mask: Tensor | None,
+    options: _Options,
+    out: Tensor | None,
+    field: ShiftField | None,
 ) -> Resampled:
     """Frame by frame if they are large, many at once if they are small."""
     lead, (bands, height, width) = cube.shape[:-3], cube.shape[-3:]
@@ -415,6 +499,11 @@ def _resample_in_blocks(
 
     sliced = options.padding_mode != "reflection" and step == 1 and bands * height * width >= _SMALLEST_SLICED
     shifts = _shifts(motion) if sliced else {}
+    moved = [False] * count
+    if field is not None:
+        field = ShiftField(*(part.reshape(count, *part.shape[len(lead) :]) for part in field))
+        moved = (~is_zero(field)).tolist()
+        shifts = {index: shift for index, shift in shifts.items() if not moved[index]}
     for index, shift in shifts.items():
         planes = _prepare(frames[index], None if masks is None else masks[index], options)
         sampler = Slices(shift, size)
@@ -428,12 +517,16 @@ def _resample_in_blocks(
             values[index], validity[index] = _combine(planes, sampler, options)
 
     rest = [index for index in range(count) if index not in shifts]
-    for block, (top, bottom) in _blocks(rest, bands, size, step):
+    parts = [[index for index in rest if moved[index] is local] for local in (False, True)]
+    for block, (top, bottom) in (block for part in parts for block in _blocks(part, bands, size, step)):
         # neighbours are a view
         neighbours = block[-1] - block[0] == len(block) - 1
         chosen: slice | list[int] = slice(block[0], block[-1] + 1) if neighbours else block
         planes = _prepare(frames[chosen], None if masks is None else masks[chosen], options)
-        gather = _sampler(motion[chosen], size, (top, bottom), cube.dtype, options)
+        local = (
+            None if field is None or not moved[block[0]] else ShiftField(*(part[chosen] for part in field))
+        )
+        gather = _sampler(motion[chosen], size, (top, bottom), cube.dtype, options, local)
         lines = slice(top // step, -(-bottom // step))
         values[chosen, :, lines], validity[chosen, lines] = _combine(planes, gather, options)
     return Resampled(values.reshape(*lead, *shape[1:]), validity.reshape(*lead, *shape[-2:]))

@@ -13,13 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchalign._host import keeps_tables, kernels_for
 from torchalign.functional.fourier import irfft2, shift_phase
 from torchalign.functional.sizes import larger, working_length
 
-__all__ = ["Window", "WorkingGrid", "tukey", "working_size"]
+__all__ = ["Window", "WorkingGrid", "ramp_length", "tukey", "working_size"]
 
-# Share of the kept band, from its outer edge, over which the low-pass rolls off: a sharp edge would ring.
-_ROLL_OFF = 0.2
 # The window falls off over at least this many pixels on each side, where the frame allows it.
 _LEAST_RAMP = 8
 
@@ -32,23 +31,14 @@ class WorkingGrid(NamedTuple):
     max_frequency: float
     frequencies: tuple[Tensor, Tensor]  # (h,), (w//2+1,), cycles per pixel
     radius: Tensor  # (h, w//2+1), |f|
-    roll_off: Tensor  # (h, w//2+1): 1 in the band, falling to 0 at its edge as a cosine
 
     @classmethod
     def of(
         cls, frame: tuple[int, int], size: tuple[int, int], max_frequency: float, like: Tensor
     ) -> WorkingGrid:
         """The grid of ``size`` over frames of ``frame``; tensors on the device and in the dtype of ``like``."""
-        # bin k is k cycles per frame, on either grid
-        rows, columns = size
-        # (not torch.fft.fftfreq, which knows no symbolic spacing)
-        y = (torch.arange(rows, device=like.device) + rows // 2) % rows - rows // 2
-        x = torch.arange(columns // 2 + 1, device=like.device, dtype=like.dtype) / frame[1]
-        y = y.to(like.dtype) / frame[0]
-        radius = torch.hypot(x, y[:, None])
-        edge = (max_frequency - radius) / (_ROLL_OFF * max_frequency)
-        roll_off = 0.5 - 0.5 * torch.cos(math.pi * edge.clamp(0, 1))
-        return cls(frame, size, max_frequency, (y, x), radius, roll_off)
+        y, x, radius = _frequencies(frame, size, like=like)
+        return cls(frame, size, max_frequency, (y, x), radius)
 
     def spacing(self) -> float:
         """Pixels from one sample to the next, along the axis where they are further apart."""
@@ -64,26 +54,24 @@ class Window(NamedTuple):
     """The Tukey window over a :class:`WorkingGrid`, as one profile an axis."""
 
     frame: tuple[int, int]
+    size: tuple[int, int]
     taper: float
     positions: tuple[Tensor, Tensor]  # (h,), (w,), of the samples, in pixels
     profiles: tuple[Tensor, Tensor]  # (h,), (w,)
+    whole: Tensor  # (h, w)
 
     @classmethod
     def of(cls, grid: WorkingGrid, taper: float) -> Window:
         """The window of a grid, see :func:`tukey`."""
-        y, x = (
-            torch.arange(samples, device=grid.radius.device, dtype=grid.radius.dtype) * length / samples
-            for length, samples in zip(grid.frame, grid.size, strict=True)
-        )
-        profiles = tukey(y, grid.frame[0], taper), tukey(x, grid.frame[1], taper)
-        return cls(grid.frame, taper, (y, x), profiles)
-
-    def whole(self) -> Tensor:
-        """(h, w)."""
-        return self.profiles[0][:, None] * self.profiles[1]
+        y, x, *profiles, whole = _window(grid.frame, grid.size, taper, like=grid.radius)
+        return cls(grid.frame, grid.size, taper, (y, x), (profiles[0], profiles[1]), whole)
 
     def common(self, shift: Tensor) -> Tensor:
         """(..., h, w): of the ground that a frame shifted by ``shift`` (..., 2) has in common with it."""
+        kernels = kernels_for(shift)
+        if kernels is not None and self.taper > 0:
+            ramps = tuple(ramp_length(length, self.taper) for length in self.frame)
+            return kernels.common_window(shift, self.size, self.frame, ramps)  # type: ignore[no-any-return]
         y, x = (
             torch.minimum(profile, tukey(position - shift[..., 1 - axis, None], length, self.taper))
             for axis, (profile, position, length) in enumerate(
@@ -91,6 +79,32 @@ class Window(NamedTuple):
             )
         )
         return y[..., :, None] * x[..., None, :]
+
+
+@keeps_tables
+def _frequencies(
+    frame: tuple[int, int], size: tuple[int, int], *, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h,) and (w//2+1,), in cycles per pixel, and their radius; bin k is k cycles a frame, on either grid."""
+    rows, columns = size
+    # (not torch.fft.fftfreq, which knows no symbolic spacing)
+    y = (torch.arange(rows, device=like.device) + rows // 2) % rows - rows // 2
+    x = torch.arange(columns // 2 + 1, device=like.device, dtype=like.dtype) / frame[1]
+    y = y.to(like.dtype) / frame[0]
+    return y, x, torch.hypot(x, y[:, None])
+
+
+@keeps_tables
+def _window(
+    frame: tuple[int, int], size: tuple[int, int], taper: float, *, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Positions along y and x, the profile along each, and the window."""
+    y, x = (
+        torch.arange(samples, device=like.device, dtype=like.dtype) * length / samples
+        for length, samples in zip(frame, size, strict=True)
+    )
+    along_y, along_x = tukey(y, frame[0], taper), tukey(x, frame[1], taper)
+    return y, x, along_y, along_x, along_y[:, None] * along_x
 
 
 def working_size(size: tuple[int, int], max_frequency: float) -> tuple[int, int]:
@@ -117,7 +131,12 @@ def tukey(position: Tensor, length: int, taper: float) -> Tensor:
     """
     if taper <= 0:
         return ((position > -0.5) & (position < length - 0.5)).to(position.dtype)
-    ramp = max(0.5 * taper * length, min(_LEAST_RAMP, 0.25 * length))  # pixels
+    ramp = ramp_length(length, taper)
     from_middle = (position - 0.5 * (length - 1)).abs()
     # sin² from 0 at the outer edge to 1
     return ((0.5 * length - from_middle) * (0.5 * math.pi / ramp)).clamp(0, 0.5 * math.pi).sin().square()
+
+
+def ramp_length(length: int, taper: float) -> float:
+    """Over how many pixels the window of a frame's axis falls off, see :func:`tukey`; 0 if it does not."""
+    return max(0.5 * taper * length, min(_LEAST_RAMP, 0.25 * length)) if taper > 0 else 0.0

@@ -33,16 +33,7 @@ _HOMES = {
     "stream": "streaming",
 }
 
-__all__ = [
-    "AlignToFirst",
-    "AlignmentCallback",
-    "AlignmentCheck",
-    "AlignmentLoss",
-    "RandomMisregistration",
-    "RandomMisregistration2D",
-    "RegistrationError",
-    "stream",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

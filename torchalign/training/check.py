@@ -9,25 +9,35 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchalign._check import check_mask, check_number, check_option, message
+from torchalign._check import check_number, check_option, check_whole, message
 from torchalign.aligner import Aligner
 from torchalign.pcc import PCC
-from torchalign.training.measure import Measured, check_pair, measure, per_sample
+from torchalign.training.measure import Measured, aligner_or, check_samples, measure_residuals
 from torchalign.training.probe import (
     Claim,
-    LostImageError,
+    MissingImageError,
+    Resizing,
     chained,
     copied,
     handed_on,
+    isolated_randomness,
     probe,
     steps_of,
-    undisturbed,
 )
-from torchalign.training.statistics import Residuals, Summary, empty_residuals, record, summarise
+from torchalign.training.statistics import Residuals, Verdict, empty_residuals, read_verdict, record
 
 __all__ = ["Action", "AlignmentCheck", "AlignmentWarning", "MisregistrationError", "Step"]
 
 Action = Literal["record", "warn", "raise"]
+
+# What usually helps, by what a probe has found.
+_CURES: dict[Resizing | None, str] = {
+    "nearest": 'masks are resized by mode="nearest", which is up to half a pixel off; resize them by '
+    '"nearest-exact" (InterpolationMode.NEAREST_EXACT)',
+    "align_corners": "one input is resized with align_corners=True; resize all of them with align_corners=False",
+    None: "give every input the same crop, flip and rotation, resize all with the same align_corners, masks by "
+    "InterpolationMode.NEAREST_EXACT",
+}
 
 
 class AlignmentWarning(UserWarning):
@@ -47,12 +57,21 @@ class Step(NamedTuple):
         residual: the misregistration it adds, in pixels; inf if what comes out cannot be matched, NaN if it could
             not be measured.
         slips: whether that is certainly beyond the tolerance.
+        cure: what usually helps; empty where it does not slip.
     """
 
     number: int
     name: str
     residual: float
     slips: bool
+    cure: str = ""
+
+
+class _Probed(NamedTuple):
+    """What a probe measured, and how an image was resized, if that is known and usually a slip."""
+
+    measured: Measured
+    resizing: Resizing | None
 
 
 class AlignmentCheck(nn.Module):
@@ -85,8 +104,8 @@ class AlignmentCheck(nn.Module):
 
     A sample *slips* if any of five windows (corners and centre) is displaced by more than ``tolerance`` and two
     standard errors of the estimate. Residuals are recorded in buffers of fixed size, on the device, and wait for
-    nothing until :meth:`summary`. ``"warn"`` and ``"raise"`` have to look: they wait for the device in every call
-    that is checked, so set ``every`` to what that is worth.
+    nothing until :meth:`summary`. ``"warn"`` and ``"raise"`` wait for the device in every call that is checked:
+    a larger ``every`` makes them cheaper.
 
     Args:
         aligner: what measures; ``None``: ``ta.PCC(max_translation=8)``.
@@ -127,32 +146,21 @@ class AlignmentCheck(nn.Module):
         worst: int = 16,
     ) -> None:
         super().__init__()
-        if aligner is not None and not isinstance(aligner, Aligner):
-            raise TypeError(
-                message(
-                    "aligner",
-                    "an aligner such as ta.PCC()",
-                    type(aligner).__name__,
-                    "or None for the default",
-                )
-            )
         check_number("tolerance", tolerance, minimum=0, inclusive=False)
         check_number("max_unmatched", max_unmatched, minimum=0, maximum=1)
-        for name, value in (("every", every), ("samples", samples), ("window", window), ("worst", worst)):
-            check_number(name, value, minimum=1)
-            if int(value) != value:
-                raise ValueError(message(name, "a whole number", value, "give an int"))
         check_option("action", action, Action)
-        self.aligner = PCC(max_translation=8.0) if aligner is None else aligner
+        self.aligner = aligner_or(aligner, lambda: PCC(max_translation=8.0))
         self.tolerance = float(tolerance)
-        self.every = int(every)
+        self.every = check_whole("every", every)
         self.action = action
-        self.samples = int(samples)
-        self.window = int(window)
+        self.samples = check_whole("samples", samples)
+        self.window = check_whole("window", window)
         self.max_unmatched = float(max_unmatched)
         self.calls = 0
-        self.came = 0  # samples
-        for name, tensor in empty_residuals(int(worst))._asdict().items():
+        self.received = 0  # samples
+        self.step: Step | None = None  # the last one found at fault
+        self.resizing: Resizing | None = None  # the last one that slipped
+        for name, tensor in empty_residuals(check_whole("worst", worst))._asdict().items():
             self.register_buffer(name, tensor)
 
     # ------------------------------------------------------------------------------------------------ of the data
@@ -166,7 +174,7 @@ class AlignmentCheck(nn.Module):
         *,
         ids: Tensor | None = None,
     ) -> Tensor:
-        """Measure a batch of pairs, if it is its turn.
+        """Measure a batch of pairs, in every n-th call.
 
         Args:
             moving: (..., C, H, W), floating; leading dimensions are samples.
@@ -174,46 +182,33 @@ class AlignmentCheck(nn.Module):
             mask: bool, broadcastable to (..., H, W), True = usable.
             reference_mask: the same.
             ids: (...) int64, to recognise the worst samples by; default: the number of the sample among all that
-                came, in calls that were not checked too.
+                were given, in calls that were not checked too.
 
         Returns:
-            (n,), the residuals of the samples that were looked at, in pixels; NaN where there was no match. Empty
-            where it was not this call's turn.
+            (n,), the residuals of the samples that were measured, in pixels; NaN where there was no match. Empty
+            where this call was not checked.
 
         Raises:
             MisregistrationError: a sample slips, and ``action="raise"``.
             TypeError, ValueError: a dtype or a shape does not fit.
         """
-        check_pair(moving, reference)
-        lead = moving.shape[:-3]
-        mask = check_mask("mask", mask, (*lead, *moving.shape[-2:]), moving)
-        reference_mask = check_mask("reference_mask", reference_mask, (*lead, *moving.shape[-2:]), moving)
-        count = lead.numel()
+        samples = check_samples(moving, reference, mask, reference_mask)
+        count = samples[0].shape[0]
         if ids is not None and ids.numel() != count:
             raise ValueError(
                 message("ids", f"one for each of {count} samples", tuple(ids.shape), "reshape it")
             )
         due, call = self._due()
-        first, self.came = self.came, self.came + count
+        first, self.received = self.received, self.received + count
         if not due:
             return moving.new_empty(0)
         rows = self._rows(count, call)
 
-        def chosen(usable: Tensor | None) -> Tensor | None:
-            flat = per_sample(usable, moving)
-            return None if flat is None else _take(flat, rows)
-
         if ids is None:
             ids = torch.arange(count, device=moving.device) + first
         with torch.no_grad():
-            found = measure(
-                self.aligner,
-                _take(moving.reshape(count, *moving.shape[-3:]), rows),
-                _take(reference.reshape(count, *reference.shape[-3:]), rows),
-                chosen(mask),
-                chosen(reference_mask),
-                window=self.window,
-            )
+            chosen = [None if each is None else _take(each, rows) for each in samples]
+            found = measure_residuals(self.aligner, *chosen, window=self.window)  # type: ignore[arg-type]
         self._record(found, _take(ids.reshape(count), rows))
         self._act(found, lambda: "the pairs are misregistered")
         return found.residual
@@ -253,7 +248,7 @@ class AlignmentCheck(nn.Module):
             augment: as in :meth:`wrap`.
             sample: as the augmentation takes it.
             matrix: as in :meth:`wrap`.
-            ids: int64, one for each sample of the batch (or at least for those that are looked at, the first ones),
+            ids: int64, one for each sample of the batch (or at least for those that are probed, the first ones),
                 to recognise the worst by; default: the number of the sample among all that were recorded.
             named: as the augmentation takes it.
 
@@ -265,29 +260,29 @@ class AlignmentCheck(nn.Module):
             ValueError: nothing to compare: a single image, and no claimed matrix; or images that went in did not
                 come out.
         """
-        found = self._probe(augment, sample, named, matrix)
-        assert found is not None
+        probed = self._probe(augment, sample, named, matrix)
+        assert probed is not None
+        found, resizing = probed
+        self.resizing = resizing or self.resizing
         count, device = found.residual.shape[0], found.residual.device
         if ids is None:
-            ids = torch.arange(count, device=device) + self.came
+            ids = torch.arange(count, device=device) + self.received
         elif ids.numel() < count:
             raise ValueError(
                 message("ids", f"one for each of {count} samples", tuple(ids.shape), "give a batch of them")
             )
-        self.came += count
+        self.received += count
         self._record(found, ids.reshape(-1)[:count].to(device))
 
         def why() -> str:
-            step = self.locate(augment, *sample, **named)
-            return "the augmentation misregisters" + (
-                f"; the step at fault is number {step.number}, {step.name}" if step else ""
-            )
+            self.locate(augment, *sample, **named)  # the verdict names the step
+            return "the augmentation misregisters"
 
         self._act(found, why)
         return found.residual
 
     def trace(self, pipeline: Callable[..., Any], *sample: Any, **named: Any) -> list[Step]:
-        """The misregistration that every step of a pipeline adds, each looked at by itself.
+        """The misregistration that every step of a pipeline adds, each probed by itself.
 
         Args:
             pipeline: ``v2.Compose``, ``nn.Sequential``, kornia's ``AugmentationSequential``, anything called
@@ -295,8 +290,10 @@ class AlignmentCheck(nn.Module):
             sample: as the pipeline takes it.
             named: as the pipeline takes it.
         """
-        with undisturbed(sample, named):
-            return list(self._trace(_bare(pipeline), sample, named))
+        with isolated_randomness(sample, named):
+            steps = list(self._trace(_bare(pipeline), sample, named))
+        self.step = next((step for step in steps if step.slips), self.step)
+        return steps
 
     def locate(
         self, pipeline: Callable[..., Any], *sample: Any, attempts: int = 8, **named: Any
@@ -315,32 +312,38 @@ class AlignmentCheck(nn.Module):
             named: as the pipeline takes it.
         """
         bare = copied(_bare(pipeline))
-        with undisturbed(sample, named):
+        with isolated_randomness(sample, named):
             for attempt in range(attempts):
                 if attempt:  # other random numbers, of generators of its own too
                     chained([step for _, step in steps_of(bare)])(*sample, **named)
-                with undisturbed(sample, named):
+                with isolated_randomness(sample, named):
                     suspect = self._bisect(bare, sample, named)
                 if suspect is None:
                     continue
-                with undisturbed(sample, named):
+                with isolated_randomness(sample, named):
                     step = self._alone(bare, suspect.number, sample, named)
-                if step.slips:
-                    return step
-                return self._walk(bare, sample, named) or suspect
+                self.step = step if step.slips else self._walk(bare, sample, named) or suspect
+                return self.step
             return self._walk(bare, sample, named)
 
     # ------------------------------------------------------------------------------------------------- statistics
 
-    def summary(self) -> Summary:
-        """Read what was recorded: this waits for the device."""
-        return summarise(self._state())
+    def summary(self) -> Verdict:
+        """The verdict on all that was recorded; ``print`` it. This waits for the device.
+
+        Returns:
+            :class:`~torchalign.training.statistics.Verdict`: a NamedTuple of counts and residuals, how many samples
+            slip, the step at fault where it is known (from :meth:`locate`, :meth:`trace`, or an alarm), and the
+            usual cure. Its text says the same in words.
+        """
+        return self._judge(self._state())
 
     def reset(self) -> None:
         """Forget what was recorded."""
         for name, tensor in empty_residuals(self.worst.shape[0], self.worst.device)._asdict().items():
             getattr(self, name).copy_(tensor)
-        self.calls = self.came = 0
+        self.calls = self.received = 0
+        self.step = self.resizing = None
 
     def extra_repr(self) -> str:
         """The options."""
@@ -350,15 +353,15 @@ class AlignmentCheck(nn.Module):
     # ----------------------------------------------------------------------------------------------------- inside
 
     def _due(self) -> tuple[bool, int]:
-        """Whether it is this call's turn, and how many turns there were before."""
+        """Whether this call is checked, and how many were checked before."""
         call = self.calls
         self.calls += 1
         return call % self.every == 0, call // self.every
 
-    def _rows(self, count: int, turn: int) -> tuple[int, int]:
-        """The first of the samples to look at, and how many: other ones in every turn."""
+    def _rows(self, count: int, checked: int) -> tuple[int, int]:
+        """The first of the samples to measure, and how many: other ones in every checked call."""
         number = min(count, self.samples)
-        return ((turn * number) % count if count else 0), number
+        return ((checked * number) % count if count else 0), number
 
     def _state(self) -> Residuals:
         return Residuals(*(getattr(self, name) for name in Residuals._fields))
@@ -366,8 +369,12 @@ class AlignmentCheck(nn.Module):
     def _record(self, found: Measured, ids: Tensor) -> None:
         if self.worst.device != found.residual.device:
             self.to(found.residual.device)
-        for name, tensor in record(self._state(), found.residual, ids, found.seeing)._asdict().items():
+        for name, tensor in self._with_found(self._state(), found, ids)._asdict().items():
             getattr(self, name).copy_(tensor)
+
+    def _with_found(self, state: Residuals, found: Measured, ids: Tensor | None = None) -> Residuals:
+        ids = torch.zeros_like(found.residual, dtype=torch.int64) if ids is None else ids
+        return record(state, found.residual, ids, found.seeing, found.excess > self.tolerance)
 
     def _bisect(self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
         """The step after which the images are no longer registered, though they were before, if the end is not."""
@@ -376,7 +383,7 @@ class AlignmentCheck(nn.Module):
             # a copy each, in the same random state: the same numbers are drawn, up to there
             steps = [step for _, step in steps_of(copied(pipeline))]
             found = self._probe(chained(steps[:count]), sample, named, None, optional=True)
-            return None if found is None or bool(found.residual.isnan().all()) else self._verdict(found)
+            return None if found is None or bool(found[0].residual.isnan().all()) else self._read(found[0])
 
         names = [name for name, _ in steps_of(pipeline)]
         good, bad = 0, len(names)
@@ -393,7 +400,7 @@ class AlignmentCheck(nn.Module):
                 bad, residual = middle, found[0]
             else:
                 good = middle
-        return Step(bad - 1, names[bad - 1], residual, True)
+        return Step(bad - 1, names[bad - 1], residual, True, _CURES[None])
 
     def _alone(self, pipeline: Any, number: int, sample: tuple[Any, ...], named: dict[str, Any]) -> Step:
         """One step by itself, on what those before make of the sample."""
@@ -403,7 +410,9 @@ class AlignmentCheck(nn.Module):
         return self._step(number, *steps[number], sample, named)
 
     def _walk(self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
-        return next((step for step in self._trace(pipeline, sample, named) if step.slips), None)
+        step = next((step for step in self._trace(pipeline, sample, named) if step.slips), None)
+        self.step = step or self.step
+        return step
 
     def _step(
         self,
@@ -414,43 +423,43 @@ class AlignmentCheck(nn.Module):
         named: dict[str, Any],
     ) -> Step:
         found = self._probe(step, sample, named, None, optional=True)
-        if found is None or not len(found.residual):
+        if found is None or not len(found[0].residual):
             return Step(number, name, float("nan"), False)
-        return Step(number, name, *self._verdict(found))
+        residual, slips = self._read(found[0])
+        return Step(number, name, residual, slips, _CURES[found[1]] if slips else "")
 
-    def _verdict(self, found: Measured) -> tuple[float, bool]:
+    def _read(self, found: Measured) -> tuple[float, bool]:
         """The largest residual, and whether there is a slip: this waits for the device."""
         worst = max(found.residual.tolist(), key=lambda value: -1.0 if value != value else value)
         return worst, bool((found.excess > self.tolerance).any())
+
+    def _judge(self, state: Residuals) -> Verdict:
+        """Read the statistics, and what is known beside them."""
+        verdict = read_verdict(state)
+        matched, showing = verdict.measured, verdict.measured + verdict.unmatched - verdict.blank
+        mismatched = showing > 1 and showing - matched > self.max_unmatched * showing
+        verdict = verdict._replace(tolerance=self.tolerance, mismatched=mismatched)
+        if verdict.slipped:
+            # for the step at fault, where it is known
+            found = self.resizing is None and self.step is not None
+            cure = self.step.cure if found and self.step is not None else _CURES[self.resizing]
+            return verdict._replace(step=self.step, cure=cure)
+        if mismatched:
+            return verdict._replace(cure="check whether one of each pair is flipped, or of another place")
+        return verdict
 
     def _act(self, found: Measured, why: Callable[[], str]) -> None:
         """Read, and warn or raise; nothing is read where that is not asked for."""
         if self.action == "record":
             return
-        seeing = found.seeing.sum()
-        unmatched = (found.residual.isnan() & found.seeing).sum()
-        slipping = (found.excess > self.tolerance).sum()
-        largest = found.residual.nan_to_num(-1.0, posinf=torch.inf).amax() if len(found.residual) else seeing
-        seen, lost, slips, worst = torch.stack(
-            [value.to(torch.float64) for value in (seeing, unmatched, slipping, largest)]
-        ).tolist()
-        if slips:
-            extent = (
-                "is blank or cannot be matched at all"
-                if worst == float("inf")
-                else f"is off by up to {worst:.2f} px"
-            )
-            text = (
-                f"{why()}: {slips:.0f} of {seen:.0f} samples: "
-                f"what comes out {extent} (tolerance {self.tolerance:g} px)"
-            )
-        elif seen > 1 and lost > self.max_unmatched * seen:
-            text = (
-                f"{lost:.0f} of {seen:.0f} pairs do not match at all: "
-                "is one of the two flipped, or another place?"
-            )
-        else:
+        state = self._with_found(empty_residuals(1, found.residual.device), found)
+        verdict = self._judge(state)
+        if not (verdict.slipped or verdict.mismatched):
             return
+        text = str(verdict)
+        if verdict.slipped:
+            reason = why()  # it may find the step at fault, which the verdict then names
+            text = f"{reason}: {str(self._judge(state)).partition(': ')[2]}"
         if self.action == "raise":
             raise MisregistrationError(text)
         warnings.warn(text, AlignmentWarning, stacklevel=3)
@@ -463,23 +472,22 @@ class AlignmentCheck(nn.Module):
         matrix: Claim | None,
         *,
         optional: bool = False,
-    ) -> Measured | None:
-        with torch.no_grad(), undisturbed(sample, named):
+    ) -> _Probed | None:
+        with torch.no_grad(), isolated_randomness(sample, named):
             try:
                 pairs = probe(augment, sample, named, matrix, samples=self.samples)
-            except LostImageError:
+            except MissingImageError:
                 if not optional:
                     raise
                 pairs = []
             if not pairs and optional:
                 return None
             if not pairs:
-                raise ValueError(
-                    message("sample", "two images or masks, or a claimed matrix", "a single image",
-                            "give matrix=, or augment the image together with its mask")
-                )  # fmt: skip
+                expected = "two images or masks, or a claimed matrix"
+                cure = "give matrix=, or augment the image together with its mask"
+                raise ValueError(message("sample", expected, "a single image", cure))
             found = [
-                measure(self.aligner, pair.moving, pair.reference, pair.usable, pair.usable,
+                measure_residuals(self.aligner, pair.moving, pair.reference, pair.usable, pair.usable,
                         window=self.window, same_content=True)
                 for pair in pairs
             ]  # fmt: skip
@@ -495,7 +503,8 @@ class AlignmentCheck(nn.Module):
             torch.where(seeing, torch.where(blank, torch.inf, value), torch.nan)
             for value in (residual, excess)
         )
-        return Measured(residual, excess, seeing)
+        resizing = next((pair.resizing for pair in pairs if pair.resizing is not None), None)
+        return _Probed(Measured(residual, excess, seeing), resizing)
 
     def _trace(
         self, pipeline: Callable[..., Any], sample: tuple[Any, ...], named: dict[str, Any]
@@ -547,7 +556,7 @@ class CheckedAugmentation(nn.Module):
         return self._check[0]
 
     def forward(self, *sample: Any, **named: Any) -> Any:
-        """Check, if it is this call's turn, and augment."""
+        """Check, in every n-th call, and augment."""
         due, _ = self.check._due()
         if due:
             ids = None if self.ids is None else self.ids(*sample, **named)

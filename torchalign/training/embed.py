@@ -12,6 +12,7 @@ from torchalign._check import check_cube, check_mask, check_option, message
 from torchalign.aligner import Aligner
 from torchalign.functional.smoothing import nanmedian
 from torchalign.pcc import PCC
+from torchalign.training.measure import aligner_or
 
 __all__ = ["AlignToFirst", "Onto"]
 
@@ -47,20 +48,11 @@ class AlignToFirst(nn.Module):
 
     def __init__(self, aligner: Aligner | None = None, *, onto: Onto | int = "first") -> None:
         super().__init__()
-        if aligner is not None and not isinstance(aligner, Aligner):
-            raise TypeError(
-                message(
-                    "aligner",
-                    "an aligner such as ta.PCC()",
-                    type(aligner).__name__,
-                    "or None for the default",
-                )
-            )
         if isinstance(onto, str):
             check_option("onto", onto, Onto)
         elif isinstance(onto, bool) or not hasattr(onto, "__index__"):
             raise TypeError(message("onto", '"first", "median" or an index', repr(onto), "name a frame"))
-        self.aligner = PCC(interpolation="bicubic") if aligner is None else aligner
+        self.aligner = aligner_or(aligner, lambda: PCC(interpolation="bicubic"))
         self.onto: Onto | int = onto if isinstance(onto, str) else operator.index(onto)
 
     def forward(self, series: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -75,28 +67,19 @@ class AlignToFirst(nn.Module):
         """
         check_cube(series)
         mask = check_mask("mask", mask, (*series.shape[:-3], *series.shape[-2:]), series)
-        index = 0 if self.onto == "first" else self.onto
-        if not isinstance(index, str):
-            frames = series.shape[-4]
-            if not -frames <= index < frames:
-                raise ValueError(
-                    message("onto", f"an index below {frames} frames", index, "count from 0, or from −1")
-                )
-            reference = series.select(-4, index)
-            known = None if mask is None else self._frames_of(mask, series).select(-3, index)
-        else:
-            usable = series
-            if mask is not None:
-                usable = torch.where(self._frames_of(mask, series).unsqueeze(-3), series, torch.nan)
+        if mask is not None:
+            mask = mask.expand(*series.shape[:-3], *series.shape[-2:])
+        if self.onto == "median":
             # ±inf is unusable too, and would be a median
-            reference = nanmedian(torch.where(usable.isfinite(), usable, torch.nan), -4)
-            known = None
-        shared = None if known is None else known.unsqueeze(-3)
-        return self.aligner(series, reference, mask, shared).aligned
-
-    @staticmethod
-    def _frames_of(mask: Tensor, series: Tensor) -> Tensor:
-        return mask.expand(*series.shape[:-3], *series.shape[-2:])
+            usable = series.isfinite() if mask is None else series.isfinite() & mask.unsqueeze(-3)
+            reference = nanmedian(torch.where(usable, series, torch.nan), -4)
+            return self.aligner(series, reference, mask).aligned
+        index, frames = 0 if self.onto == "first" else int(self.onto), series.shape[-4]
+        if not -frames <= index < frames:
+            cure = "count from 0, or from −1"
+            raise ValueError(message("onto", f"an index below {frames} frames", index, cure))
+        known = None if mask is None else mask.select(-3, index).unsqueeze(-3)
+        return self.aligner(series, series.select(-4, index), mask, known).aligned
 
     def extra_repr(self) -> str:
         """The options."""

@@ -83,9 +83,6 @@ class AlignmentCallback(Callback):
 
 def _first_two(batch: Any) -> tuple[Tensor, ...]:
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        raise TypeError(
-            message(
-                "batch", "a tuple whose first two are (moving, reference)", type(batch).__name__, "give pair="
-            )
-        )
+        expected, cure = "a tuple whose first two are (moving, reference)", "give pair="
+        raise TypeError(message("batch", expected, type(batch).__name__, cure))
     return batch[0], batch[1]

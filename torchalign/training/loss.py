@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchalign._check import check_floating, check_mask, check_number, check_option, check_warp, message
+from torchalign._check import check_floating, check_number, check_option, check_warp, message
 from torchalign.aligner import Aligner
 from torchalign.functional.affine import center_displacement
 from torchalign.functional.quality import normalized_cross_correlation
 from torchalign.functional.warp import resample
 from torchalign.pcc import PCC
+from torchalign.training.measure import aligner_or, check_samples
 
 __all__ = ["AlignmentLoss", "Kind", "Reduction"]
 
@@ -43,7 +44,7 @@ class AlignmentLoss(nn.Module):
         reduction: ``"mean"`` or ``"sum"`` over samples, or ``"none"``.
         aligner: of ``"shift"``; ``None``: ``ta.PCC()``.
         interpolation: of ``warp``; ``"bicubic"`` or ``"bilinear"``.
-        max_shift: samples of ``"shift"`` whose |t| is larger cost no more than this, with no gradient; pixels.
+        max_shift: samples of ``"shift"`` whose ``|t|`` is larger cost no more than this, with no gradient; pixels.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -73,20 +74,12 @@ class AlignmentLoss(nn.Module):
         check_option("reduction", reduction, Reduction)
         check_option("interpolation", interpolation, Literal["bilinear", "bicubic"])
         check_number("max_shift", max_shift, minimum=0, inclusive=False)
-        if aligner is not None and not isinstance(aligner, Aligner):
-            raise TypeError(
-                message(
-                    "aligner",
-                    "an aligner such as ta.PCC()",
-                    type(aligner).__name__,
-                    "or None for the default",
-                )
-            )
+        aligner = aligner_or(aligner, PCC)
         self.kind = kind
         self.reduction = reduction
         self.interpolation = interpolation
         self.max_shift = float(max_shift)
-        self.aligner = (PCC() if aligner is None else aligner) if kind == "shift" else None
+        self.aligner = aligner if kind == "shift" else None
 
     def forward(
         self,
@@ -112,7 +105,17 @@ class AlignmentLoss(nn.Module):
             TypeError: a dtype does not fit.
             ValueError: a shape or a device does not fit.
         """
-        self._check(moving, reference, warp, mask, reference_mask)
+        check_floating("moving", moving, "(..., C, H, W)")
+        check_floating("reference", reference, "(..., C, H, W)")
+        check_samples(moving, reference, mask, reference_mask)
+        expected, got = (
+            f"{image.dtype} {tuple(image.shape)} on {image.device}" for image in (moving, reference)
+        )
+        if expected != got:
+            error = ValueError if moving.dtype == reference.dtype else TypeError
+            raise error(message("reference", expected, got, "convert it, move it, or give the same bands"))
+        if warp is not None:
+            check_warp("warp", warp, moving.shape[:-3], moving)
         with torch.autocast(moving.device.type, enabled=False):
             kind = torch.promote_types(moving.dtype, torch.float32)
             moving, reference = moving.to(kind), reference.to(kind)
@@ -154,35 +157,6 @@ class AlignmentLoss(nn.Module):
         length = (shift.square().sum(-1) + epsilon**2).sqrt() - epsilon
         matched = estimate.valid.squeeze(-1)
         return torch.where(matched, length, 0.0).clamp(max=self.max_shift)
-
-    @staticmethod
-    def _check(
-        moving: Tensor,
-        reference: Tensor,
-        warp: Tensor | None,
-        mask: Tensor | None,
-        reference_mask: Tensor | None,
-    ) -> None:
-        check_floating("moving", moving, "(..., C, H, W)")
-        check_floating("reference", reference, "(..., C, H, W)")
-        if moving.ndim < 3:
-            raise ValueError(
-                message("moving", "shape (..., C, H, W)", tuple(moving.shape), "add the band axis")
-            )
-        if reference.shape != moving.shape:
-            raise ValueError(
-                message("reference", f"the shape of moving, {tuple(moving.shape)}", tuple(reference.shape),
-                        "expand it, or resample it")
-            )  # fmt: skip
-        if reference.dtype != moving.dtype:
-            raise TypeError(message("reference", str(moving.dtype), reference.dtype, "convert it"))
-        if reference.device != moving.device:
-            raise ValueError(message("reference", f"device {moving.device}", reference.device, "move it"))
-        shape = (*moving.shape[:-3], *moving.shape[-2:])
-        check_mask("mask", mask, shape, moving)
-        check_mask("reference_mask", reference_mask, shape, moving)
-        if warp is not None:
-            check_warp("warp", warp, moving.shape[:-3], moving)
 
     def extra_repr(self) -> str:
         """The options."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ from torchalign.functional.affine import transform_points
 from torchalign.functional.channels import extract_channel
 from torchalign.types import Status
 
-__all__ = ["Measured", "check_pair", "measure", "per_sample"]
+__all__ = ["Measured", "aligner_or", "check_samples", "measure_residuals"]
 
 # A window of a small frame is at least this long, so that there is something to correlate.
 _LEAST_WINDOW = 48
-# Windows of which less is usable are not asked.
+# Windows of which less is usable are not measured.
 _LEAST_USABLE = 0.5
 
 
@@ -36,7 +37,7 @@ class Measured(NamedTuple):
     seeing: Tensor
 
 
-def measure(
+def measure_residuals(
     aligner: Aligner,
     moving: Tensor,
     reference: Tensor,
@@ -49,13 +50,13 @@ def measure(
     """The residual misregistration of every sample of a batch.
 
     An aligner of translations cannot see a zoom or a rotation about the centre, nor what half of the frame does
-    against the other. So the four corners and the centre are looked at, each by itself.
+    against the other. So the four corners and the centre are measured, each by itself.
 
     Args:
         aligner: what measures.
         moving: (N, C, H, W), floating.
         reference: (N, C or another number of bands, H, W); where the numbers differ, means are compared.
-        mask: bool, broadcastable to (N, H, W), True = usable.
+        mask: (N, H, W) bool, True = usable.
         reference_mask: the same.
         window: length of the windows' sides, in pixels; at most half the frame, but no less than 48.
         same_content: both are known to show the same: most windows that find no match are then a residual of
@@ -64,11 +65,12 @@ def measure(
     Returns:
         :class:`Measured`. No synchronisation.
     """
-    moving, reference = _comparable(moving, reference)
+    kind = torch.promote_types(torch.promote_types(moving.dtype, reference.dtype), torch.float32)
+    moving, reference = moving.detach().to(kind), reference.detach().to(kind)
+    if moving.shape[-3] != reference.shape[-3]:
+        moving, reference = moving.mean(-3, keepdim=True), reference.mean(-3, keepdim=True)
     size = moving.shape[-2:]
-    mask = check_mask("mask", mask, (moving.shape[0], *size), moving)
-    reference_mask = check_mask("reference_mask", reference_mask, (moving.shape[0], *size), moving)
-    places = _places((size[0], size[1]), window)
+    places = _window_slices((size[0], size[1]), window)
     count = len(places)
 
     def windows(image: Tensor) -> Tensor:
@@ -100,58 +102,52 @@ def measure(
 
     residual = torch.where(matched, displacement, -1.0).amax(-1)
     excess = torch.where(matched, displacement - 2 * sigma, -1.0).amax(-1).clamp(min=0)
-    lost = (2 * matched.sum(-1) < seeing.sum(-1)) if same_content else ~matched.any(-1)
+    unmatched = (2 * matched.sum(-1) < seeing.sum(-1)) if same_content else ~matched.any(-1)
     nothing = torch.inf if same_content else torch.nan
-    lost_value = torch.where(seeing.any(-1), nothing, torch.nan)
+    without_match = torch.where(seeing.any(-1), nothing, torch.nan)
     return Measured(
-        torch.where(lost | (residual < 0), lost_value, residual),
-        torch.where(lost | (residual < 0), lost_value, excess),
+        torch.where(unmatched | (residual < 0), without_match, residual),
+        torch.where(unmatched | (residual < 0), without_match, excess),
         seeing.any(-1),
     )
 
 
-def _comparable(moving: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C, H, W) both; leading dimensions are one, the bands are as many, the dtype is the wider one."""
-    check_pair(moving, reference)
-    kind = torch.promote_types(torch.promote_types(moving.dtype, reference.dtype), torch.float32)
-    pair = [image.detach().reshape(-1, *image.shape[-3:]).to(kind) for image in (moving, reference)]
-    if moving.shape[-3] != reference.shape[-3]:
-        pair = [image.mean(-3, keepdim=True) for image in pair]
-    return pair[0], pair[1]
+def aligner_or(aligner: object, default: Callable[[], Aligner]) -> Aligner:
+    """The aligner, or the default where it is ``None``."""
+    if aligner is None:
+        return default()
+    if not isinstance(aligner, Aligner):
+        got, cure = type(aligner).__name__, "or None for the default"
+        raise TypeError(message("aligner", "an aligner such as ta.PCC()", got, cure))
+    return aligner
 
 
-def check_pair(moving: Tensor, reference: Tensor) -> None:
-    """Two tensors of the same samples and size.
-
-    Raises:
-        TypeError: not tensors.
-        ValueError: their shapes do not fit.
-    """
+def check_samples(
+    moving: Any, reference: Any, mask: Tensor | None = None, reference_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Pairs (..., C, H, W) and their masks as N samples: (N, C, H, W) twice, (N, H, W) twice."""
     for name, image in (("moving", moving), ("reference", reference)):
         if not isinstance(image, Tensor):
-            raise TypeError(
-                message(name, "a tensor (..., C, H, W)", type(image).__name__, "convert it first")
-            )
+            expected, cure = "a tensor (..., C, H, W)", "convert it first"
+            raise TypeError(message(name, expected, type(image).__name__, cure))
         if image.ndim < 3:
-            raise ValueError(
-                message(name, "shape (..., C, H, W)", tuple(image.shape), "add the band axis: image[None]")
-            )
-    if moving.shape[:-3] != reference.shape[:-3] or moving.shape[-2:] != reference.shape[-2:]:
-        raise ValueError(
-            message("reference", f"samples and size of moving, {tuple(moving.shape)}", tuple(reference.shape),
-                    "resample one of them; a slip in that is a slip to be found")
-        )  # fmt: skip
+            cure = "add the band axis: image[None]"
+            raise ValueError(message(name, "shape (..., C, H, W)", tuple(image.shape), cure))
+    lead, size = moving.shape[:-3], moving.shape[-2:]
+    if lead != reference.shape[:-3] or size != reference.shape[-2:]:
+        expected = f"samples and size of moving, {tuple(moving.shape)}"
+        cure = "resample one of them; a slip in that is a slip to be found"
+        raise ValueError(message("reference", expected, tuple(reference.shape), cure))
+
+    def per_sample(name: str, usable: Tensor | None) -> Tensor | None:
+        usable = check_mask(name, usable, (*lead, *size), moving)
+        return None if usable is None else usable.expand(*lead, *size).reshape(lead.numel(), *size)
+
+    images = [image.reshape(lead.numel(), *image.shape[-3:]) for image in (moving, reference)]
+    return images[0], images[1], per_sample("mask", mask), per_sample("reference_mask", reference_mask)
 
 
-def per_sample(mask: Tensor | None, images: Tensor) -> Tensor | None:
-    """A mask that broadcasts to (..., H, W) of images (..., C, H, W), as (N, H, W)."""
-    if mask is None:
-        return None
-    size = images.shape[-2:]
-    return mask.expand(*images.shape[:-3], *size).reshape(images.shape[:-3].numel(), *size)
-
-
-def _places(size: tuple[int, int], window: int) -> list[tuple[slice, slice]]:
+def _window_slices(size: tuple[int, int], window: int) -> list[tuple[slice, slice]]:
     """Rows and columns of the four corners and the centre; of a small frame, all of it."""
     starts, lengths = [], []
     for full in size:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from torchalign._check import check_mask
 from torchalign.aligner import Aligner
 from torchalign.training.check import AlignmentCheck
-from torchalign.training.measure import check_pair, measure, per_sample
+from torchalign.training.measure import check_samples, measure_residuals
 from torchalign.training.statistics import Residuals, empty_residuals, merge_residuals, quantile, record
 
 __all__ = ["RegistrationError"]
@@ -45,12 +44,6 @@ class RegistrationError(Metric):
     full_state_update = False
 
     seen: Tensor
-    unmatched: Tensor
-    blank: Tensor
-    total: Tensor
-    histogram: Tensor
-    worst: Tensor
-    worst_ids: Tensor
 
     def __init__(
         self, aligner: Aligner | None = None, *, window: int = 96, worst: int = 16, **kwargs: Any
@@ -59,7 +52,7 @@ class RegistrationError(Metric):
         check = AlignmentCheck(aligner, window=window, worst=worst)  # it checks the options
         self.aligner = check.aligner
         self.window = check.window
-        sums = dict.fromkeys(("seen", "unmatched", "blank", "total", "histogram"), "sum")
+        sums = dict.fromkeys(("seen", "unmatched", "blank", "slipped", "total", "histogram"), "sum")
         for name, tensor in empty_residuals(worst)._asdict().items():
             # the worst of all processes come stacked, (processes, K)
             self.add_state(name, tensor, dist_reduce_fx=sums.get(name))
@@ -73,24 +66,21 @@ class RegistrationError(Metric):
         ids: Tensor | None = None,
     ) -> None:
         """Measure every sample of a batch; arguments as of :meth:`AlignmentCheck.forward`."""
-        check_pair(moving, reference)
-        lead, size = moving.shape[:-3], moving.shape[-2:]
-        usable = [
-            per_sample(check_mask(name, given, (*lead, *size), moving), moving)
-            for name, given in (("mask", mask), ("reference_mask", reference_mask))
-        ]
+        samples = check_samples(moving, reference, mask, reference_mask)
         with torch.no_grad():
-            found = measure(self.aligner, moving, reference, *usable, window=self.window)
+            found = measure_residuals(self.aligner, *samples, window=self.window)
             if ids is None:
                 ids = self.seen + torch.arange(found.residual.shape[0], device=found.residual.device)
-            self._keep(record(self._state(), found.residual, ids.reshape(-1), found.seeing))
+            kept = record(self._state(), found.residual, ids.reshape(-1), found.seeing)
+        for name, tensor in kept._asdict().items():
+            setattr(self, name, tensor)
 
     def compute(self) -> dict[str, Tensor]:
         """``measured``, ``unmatched``, ``mean``, ``median``, ``p95``, and ``worst`` (K,) with ``worst_ids`` (K,).
 
         ``blank`` are those of the unmatched that showed nothing to be matched.
         Lengths in pixels, NaN where nothing was measured; −1 stands where there were fewer than K samples. Medians
-        and percentiles are good to 1.5 %.
+        and percentiles are good to 1.5 % or 0.001 px.
         """
         state = self._state()
         count = state.seen - state.unmatched
@@ -99,8 +89,8 @@ class RegistrationError(Metric):
             "unmatched": state.unmatched,
             "blank": state.blank,
             "mean": torch.where(count > 0, state.total / count.clamp(min=1), torch.nan),
-            "median": quantile(state.histogram, 0.5),
-            "p95": quantile(state.histogram, 0.95),
+            "median": quantile(state, 0.5),
+            "p95": quantile(state, 0.95),
             "worst": state.worst,
             "worst_ids": state.worst_ids,
         }
@@ -116,7 +106,3 @@ class RegistrationError(Metric):
             nothing, nothing._replace(worst=state.worst.flatten(), worst_ids=state.worst_ids.flatten())
         )
         return state._replace(worst=joined.worst, worst_ids=joined.worst_ids)
-
-    def _keep(self, state: Residuals) -> None:
-        for name, tensor in state._asdict().items():
-            setattr(self, name, tensor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -144,17 +144,17 @@ def misregister(
             frames.shape
         )
     values = cube.to(torch.promote_types(cube.dtype, torch.float32))
-    lost = ~values.isfinite()
-    fine = _upsample(_upsample(torch.where(lost, 0.0, values), -1, padding_mode), -2, padding_mode)
+    nonfinite = ~values.isfinite()
+    fine = _upsample(_upsample(torch.where(nonfinite, 0.0, values), -1, padding_mode), -2, padding_mode)
     # fine pixel 2 i is pixel i: about the centre of the first pixel, scaling is linear
     rows = 1 + (torch.arange(3, device=way_there.device) < 2).to(way_there.dtype)  # 2, 2, 1
     fine_way = way_there * rows[: way_there.shape[-2], None] / rows
     moved = resample(fine, fine_way, interpolation="bicubic", padding_mode=padding_mode).values[..., ::2, ::2]
-    if not (is_on_host(lost) and not bool(lost.any())):
+    if not (is_on_host(nonfinite) and not bool(nonfinite.any())):
         plain = resample(cube, way_there, interpolation="bicubic", padding_mode=padding_mode).values
         reach = F.max_pool2d(
-            lost.to(torch.float32).flatten(0, -4), 2 * _REACH + 1, stride=1, padding=_REACH
-        ).reshape(lost.shape)
+            nonfinite.to(torch.float32).flatten(0, -4), 2 * _REACH + 1, stride=1, padding=_REACH
+        ).reshape(nonfinite.shape)
         near = resample(reach, way_there, interpolation="nearest", padding_mode="border").values > 0
         moved = torch.where(near, plain.to(moved.dtype), moved)
     moved = moved.reshape(frames.shape)
@@ -168,7 +168,7 @@ def misregister(
 
 def _upsample(image: Tensor, dim: int, padding_mode: PaddingMode) -> Tensor:
     """Twice as long: every sample, followed by the one half-way to the next."""
-    length, taps = image.shape[dim], 2 * _REACH
+    length = image.shape[dim]
     index = torch.arange(1 - _REACH, length + _REACH, device=image.device)
     if padding_mode == "reflection":  # about the outer edge
         index = index % (2 * length)
@@ -178,20 +178,17 @@ def _upsample(image: Tensor, dim: int, padding_mode: PaddingMode) -> Tensor:
         inside = ((index >= 0) & (index < length)).to(image.dtype)
         extended = extended * (inside if dim == -1 else inside[:, None])
     between = torch.zeros_like(image)
-    for tap in range(taps):
-        between = between + _half_way(tap) * extended.narrow(dim, tap, length)
+    for tap, weight in enumerate(_half_way()):
+        between = between + weight * extended.narrow(dim, tap, length)
     return torch.stack((image, between), dim).flatten(dim - 1, dim)
 
 
 @functools.cache
-def _half_way(tap: int) -> float:
-    """Weight of a tap of the sinc half-way between the middle two, under a Kaiser window; they add up to 1."""
-    weights = []
-    for k in range(2 * _REACH):
-        x = k - _REACH + 0.5
-        window = torch.special.i0(torch.tensor(6.0 * math.sqrt(1 - (x / _REACH) ** 2), dtype=torch.float64))
-        weights.append(math.sin(math.pi * x) / (math.pi * x) * float(window))
-    return weights[tap] / sum(weights)
+def _half_way() -> list[float]:
+    """Weights of the taps of the sinc half-way between the middle two, under a Kaiser window; they add up to 1."""
+    x = torch.arange(2 * _REACH, dtype=torch.float64) - _REACH + 0.5
+    weights = torch.sinc(x) * torch.special.i0(6.0 * (1 - (x / _REACH) ** 2).sqrt())
+    return (weights / weights.sum()).tolist()
 
 
 class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision has no types
@@ -256,24 +253,17 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_options(
-            max_translation=max_translation,
-            max_deformation=max_deformation,
-            motion=motion,
-            p=p,
-            kernel=kernel,
-            padding_mode=padding_mode,
-        )
         check_option("per", per, Per)
-        self.max_translation = float(max_translation)
-        self.max_deformation = float(max_deformation)
+        self.max_translation = max_translation
+        self.max_deformation = max_deformation
         self.motion = motion
-        self.p = float(p)
+        self.p = p
         self.per = per
         self.same_on_bands = bool(same_on_bands)
         self.return_warp = bool(return_warp)
         self.kernel = kernel
         self.padding_mode = padding_mode
+        check_options(vars(self))
         self._randomness = Randomness(generator)
 
     def forward(self, *inputs: Any) -> Any:
@@ -296,11 +286,8 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
                 message("sample", "a tensor, Image or Video", found, "convert PIL images with v2.ToImage()")
             )
         if frames.ndim < 3:
-            raise ValueError(
-                message(
-                    "image", "shape (..., C, H, W)", tuple(frames.shape), "add the band axis: image[None]"
-                )
-            )
+            cure = "add the band axis: image[None]"
+            raise ValueError(message("image", "shape (..., C, H, W)", tuple(frames.shape), cure))
         lead, bands, size = tuple(frames.shape[:-3]), frames.shape[-3], tuple(frames.shape[-2:])
         drawn = lead
         if lead and self.per == "sample":
@@ -326,24 +313,21 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         size, lead = params["size"], params["lead"]
         if _is_image(inpt):
             if tuple(inpt.shape[:-3]) != lead:
-                raise ValueError(
-                    message(
-                        "images", f"leading dimensions {lead}", tuple(inpt.shape[:-3]), "call once for each"
-                    )
-                )
+                expected, cure = f"leading dimensions {lead}", "call once for each"
+                raise ValueError(message("images", expected, tuple(inpt.shape[:-3]), cure))
             warp = self._at_size(params["warp"], size, tuple(inpt.shape[-2:]))
             return _like(
-                inpt, misregister(_plain(inpt), warp, kernel=self.kernel, padding_mode=self.padding_mode)
+                inpt, misregister(_as_tensor(inpt), warp, kernel=self.kernel, padding_mode=self.padding_mode)
             )
         if not self.same_on_bands:
             return inpt
         if isinstance(inpt, tv_tensors.Mask):
-            return _like(inpt, self._move_mask(_plain(inpt), params))
+            return _like(inpt, self._move_mask(_as_tensor(inpt), params))
         if isinstance(inpt, tv_tensors.BoundingBoxes):
             return self._move_boxes(inpt, params)
         if _KeyPoints is not None and isinstance(inpt, _KeyPoints):
             way = self._corner_way(params, inpt.canvas_size)
-            return _like(inpt, transform_points(way, _plain(inpt).to(way.dtype)).to(inpt.dtype))
+            return _like(inpt, transform_points(way, _as_tensor(inpt).to(way.dtype)).to(inpt.dtype))
         raise TypeError(
             message("sample", "tensors and tv_tensors", type(inpt).__name__, "put v2.ToImage() before")
         )
@@ -352,10 +336,9 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         """(..., H, W), (..., N, H, W): labels of the frames of leading dimensions ``...``."""
         lead = params["lead"]
         if tuple(mask.shape[: len(lead)]) != lead or mask.ndim - len(lead) not in (2, 3):
-            raise ValueError(
-                message("mask", f"shape {(*lead, 'H', 'W')} or {(*lead, 'N', 'H', 'W')}", tuple(mask.shape),
-                        "give one mask per frame")
-            )  # fmt: skip
+            expected = f"shape {(*lead, 'H', 'W')} or {(*lead, 'N', 'H', 'W')}"
+            cure = "give one mask per frame"
+            raise ValueError(message("mask", expected, tuple(mask.shape), cure))
         warp = self._at_size(params["warp"], params["size"], tuple(mask.shape[-2:]))
         bands = mask if mask.ndim - len(lead) == 3 else mask.unsqueeze(-3)
         return misregister(bands, warp, kernel="nearest", padding_mode=self.padding_mode).reshape(mask.shape)
@@ -363,14 +346,11 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
     def _move_boxes(self, boxes: Any, params: dict[str, Any]) -> Any:
         """The box around a box's moved corners."""
         if boxes.format.value not in ("XYXY", "XYWH", "CXCYWH"):
-            raise ValueError(
-                message(
-                    "boxes", "XYXY, XYWH or CXCYWH", boxes.format.value, "convert them with v2.functional"
-                )
-            )
+            cure = "convert them with v2.functional"
+            raise ValueError(message("boxes", "XYXY, XYWH or CXCYWH", boxes.format.value, cure))
         xyxy = v2.functional.convert_bounding_box_format(boxes, new_format=tv_tensors.BoundingBoxFormat.XYXY)
         way = self._corner_way(params, boxes.canvas_size)
-        corners = _plain(xyxy)[..., [[0, 1], [2, 1], [0, 3], [2, 3]]].to(way.dtype)  # (N, 4, 2)
+        corners = _as_tensor(xyxy)[..., [[0, 1], [2, 1], [0, 3], [2, 3]]].to(way.dtype)  # (N, 4, 2)
         moved = transform_points(way, corners.flatten(-3, -2)).reshape(corners.shape)
         around = torch.cat((moved.amin(-2), moved.amax(-2)), -1)  # (N, 4)
         if not boxes.is_floating_point():
@@ -381,11 +361,8 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
     def _corner_way(self, params: dict[str, Any], canvas: tuple[int, int]) -> Tensor:
         """The way of points reference → moving, with (0, 0) the frame's corner, as boxes have it."""
         if params["lead"]:
-            raise ValueError(
-                message(
-                    "boxes", "a sample of one image", f"frames {params['lead']}", "move them frame by frame"
-                )
-            )
+            cure = "move them frame by frame"
+            raise ValueError(message("boxes", "a sample of one image", f"frames {params['lead']}", cure))
         warp = self._at_size(params["warp"], params["size"], tuple(canvas))
         return change_origin(invert_warp(warp), (-0.5, -0.5))
 
@@ -394,22 +371,13 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         return warp if size == other else rescale_warp(warp, (other[1] / size[1], other[0] / size[0]))
 
 
-def check_options(
-    *,
-    max_translation: object,
-    max_deformation: object,
-    motion: object,
-    p: object,
-    kernel: object,
-    padding_mode: object,
-) -> None:
+def check_options(options: Mapping[str, Any]) -> None:
     """What both shells check of their options."""
-    check_number("max_translation", max_translation, minimum=0, maximum=1e6)
-    check_number("max_deformation", max_deformation, minimum=0, maximum=1e6)
-    check_option("motion", motion, MotionModel)
-    check_number("p", p, minimum=0, maximum=1)
-    check_option("kernel", kernel, Kernel)
-    check_option("padding_mode", padding_mode, PaddingMode)
+    for name in ("max_translation", "max_deformation"):
+        check_number(name, options[name], minimum=0, maximum=1e6)
+    check_number("p", options["p"], minimum=0, maximum=1)
+    for name, choices in (("motion", MotionModel), ("kernel", Kernel), ("padding_mode", PaddingMode)):
+        check_option(name, options[name], choices)
 
 
 class Randomness:
@@ -422,9 +390,8 @@ class Randomness:
     def __init__(self, generator: torch.Generator | None) -> None:
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(
-                message("generator", "a torch.Generator or None", type(generator).__name__,
-                        "torch.Generator().manual_seed(seed)")
-            )  # fmt: skip
+                message("generator", "a torch.Generator", type(generator).__name__, "or None for torch's own")
+            )
         self.generator = generator
         self._worker_seed: int | None = None
 
@@ -458,7 +425,7 @@ def _is_image(item: object) -> bool:
     return isinstance(item, Tensor)
 
 
-def _plain(item: Any) -> Tensor:
+def _as_tensor(item: Any) -> Tensor:
     plain: Tensor = item.as_subclass(Tensor) if isinstance(item, tv_tensors.TVTensor) else item
     return plain
 

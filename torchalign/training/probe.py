@@ -13,7 +13,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,22 +22,25 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchalign._check import message
+from torchalign._host import is_on_host
 from torchalign.functional.affine import change_origin
 from torchalign.functional.warp import resample
 
 __all__ = [
     "Claim",
-    "LostImageError",
-    "Pair",
+    "MissingImageError",
+    "ProbePair",
+    "Resizing",
     "chained",
     "copied",
     "handed_on",
+    "isolated_randomness",
     "probe",
     "steps_of",
     "texture",
-    "undisturbed",
 ]
 
+Resizing = Literal["nearest", "align_corners"]
 Claim = Tensor | np.ndarray[Any, Any] | Callable[[Any], Any]
 
 # Shorter sides are not images: numbers, boxes, matrices.
@@ -52,24 +55,28 @@ _BAND, _SMOOTH_BAND = 0.3, 0.2
 _BOX, _BOX_PLACES = 2.0, ((0.3, 0.3), (0.7, 0.3), (0.3, 0.7), (0.7, 0.7))
 # Boxes that no affine map fits better, in pixels, tell nothing.
 _LEAST_FIT = 0.02
+# How well an image must correlate with what a resizing makes of the texture, to be made by it.
+_LEAST_ALIKE = 0.9995
 # Whose modules they may be.
 _TORCH = ("torchvision.", "torch.")
 
 
-class LostImageError(ValueError):
-    """Of several images that went in, too few came out to compare anything."""
+class MissingImageError(ValueError):
+    """Of several images put in, too few were returned to compare anything."""
 
 
-class Pair(NamedTuple):
+class ProbePair(NamedTuple):
     """Two images that should lie on each other: (n, 1, H, W) both, and where they may be compared (n, H, W).
 
-    ``blank`` (n,) bool: the texture went in, and nothing to be seen came out, of one of them or of both.
+    ``blank`` (n,) bool: one of them or both show nothing, though the texture was put in.
+    ``resizing``: how one of them was resized, where that is known and usually a slip.
     """
 
     moving: Tensor
     reference: Tensor
     usable: Tensor | None
     blank: Tensor
+    resizing: Resizing | None = None
 
 
 class _Slot(NamedTuple):
@@ -88,7 +95,7 @@ def probe(
     matrix: Claim | None = None,
     *,
     samples: int = 8,
-) -> list[Pair]:
+) -> list[ProbePair]:
     """What an augmentation makes of a texture, in pairs that should be registered.
 
     Args:
@@ -104,21 +111,10 @@ def probe(
 
     Raises:
         ValueError: no image goes in, or none comes out.
-        LostImageError: fewer come out than went in, so that nothing can be compared.
+        MissingImageError: fewer come out than went in, so that nothing can be compared.
     """
     flat, spec = tree_flatten((tuple(sample), named))
-    slots = {index: slot for index, slot in enumerate(map(_slot_of, flat)) if slot is not None}
-    if not slots:
-        kinds = [type(item).__name__ for item in flat]
-        raise ValueError(
-            message("sample", "at least one image", kinds, "give the augmentation's own arguments")
-        )
-    batch = max((slot.batch or 0 for slot in slots.values()), default=0)
-    # labels beside a batch of images are a batch too, in whatever type they come
-    for index, slot in slots.items():
-        item = flat[index]
-        if slot.batch is None and isinstance(item, Tensor) and item.ndim == 3 and len(item) == batch:
-            slots[index] = slot._replace(is_label=True, batch=batch)
+    slots, batch = _find_slots(flat)
     count = min(batch, samples) if batch else 1
     largest = max((slot.size for slot in slots.values()), key=math.prod)
     first = flat[next(iter(slots))]
@@ -144,32 +140,31 @@ def probe(
     if boxes is not None:
         out, moved = out[:-1], out[-1]
 
-    results = [
-        image
-        for image in map(functools.partial(_read, batched=bool(batch)), _images_of(out))
-        if image is not None
-    ]
+    images = (_read_image(item, batched=bool(batch)) for item in tree_flatten(out)[0])
+    results = [image for image in images if image is not None]
     if not results:
         raise ValueError(
-            message("augmentation", "an image", type(out).__name__, "return images as they came in")
+            message("augmentation", "an image", type(out).__name__, "return images as they were given")
         )
     anchor = results[0][:, :1]
     pairs = []
-    for result in results:
-        start = 1 if result is results[0] else 0
+    filled = [_shown(slot, ground, count) for slot in slots.values()]
+    resizings: list[Resizing | None] = [None] * len(results)
+    if len(filled) == len(results):
+        resizings = [_resizing(before, after[:, :1]) for before, after in zip(filled, results, strict=True)]
+    for number, result in enumerate(results):
+        start = 1 if number == 0 else 0
         for frame in range(start, result.shape[1]):
             other = result[:, frame : frame + 1]
-            pairs.append(Pair(*_of_one_size(other, anchor), None, _blank(other) | _blank(anchor)))
+            pair = ProbePair(*_of_one_size(other, anchor), None, _blank(other) | _blank(anchor))
+            pairs.append(pair._replace(resizing=resizings[number] or resizings[0]))
     claimed = _claimed(augment, matrix, boxes, moved, device)
     if not pairs and claimed is None and len(slots) > 1:
-        raise LostImageError(
-            message("augmentation", f"as many images and masks as went in, {len(slots)}", len(results),
-                    "return every one of them, or give matrix= to check what is left against")
-        )  # fmt: skip
+        expected = f"as many images and masks as went in, {len(slots)}"
+        cure = "return every one of them, or give matrix= to check what is left against"
+        raise MissingImageError(message("augmentation", expected, len(results), cure))
     if claimed is not None:
-        source = F.interpolate(
-            ground[:, None], size=next(iter(slots.values())).size, mode="bilinear", antialias=True
-        )
+        source = _resized(ground[:, None], next(iter(slots.values())).size)
         pairs.append(_against_claim(anchor, source, claimed))
     return pairs
 
@@ -195,7 +190,7 @@ def _texture(count: int, size: tuple[int, int], black_and_white: bool) -> Tensor
 
 
 @contextlib.contextmanager
-def undisturbed(*given: Any) -> Iterator[None]:
+def isolated_randomness(*given: Any) -> Iterator[None]:
     """Put the random states of torch (CPU, and the devices of the tensors given), numpy and Python back."""
     tensors = [item for item in tree_flatten(given)[0] if isinstance(item, Tensor) and item.is_cuda]
     devices = sorted({tensor.get_device() for tensor in tensors})
@@ -276,6 +271,33 @@ def _torchvision() -> Any:
     return sys.modules.get("torchvision.tv_tensors"), sys.modules.get("torchvision.transforms.v2")
 
 
+def _find_slots(flat: Sequence[Any]) -> tuple[dict[int, _Slot], int]:
+    """The images and masks of a sample by their position, and how many samples are in the batch (0: no batch)."""
+    slots = {index: slot for index, slot in enumerate(map(_slot_of, flat)) if slot is not None}
+    if not slots:
+        kinds = [type(item).__name__ for item in flat]
+        raise ValueError(
+            message("sample", "at least one image", kinds, "give the augmentation's own arguments")
+        )
+    batch = max((slot.batch or 0 for slot in slots.values()), default=0)
+    if batch:
+        # (samples, features) is no image
+        slots = {
+            i: slot
+            for i, slot in slots.items()
+            if not (_is_flat(flat[i]) and len(flat[i]) == batch != slot.size[1])
+        }
+    if batch and any(_is_flat(flat[index]) for index in slots):
+        # one label (H, W) for an image (T, C, H, W) or (C, T, H, W): a series of one place, not a batch
+        slots, batch = {index: slot._replace(batch=None) for index, slot in slots.items()}, 0
+    # labels beside a batch of images are a batch too, in whatever type they come
+    for index, slot in slots.items():
+        item = flat[index]
+        if slot.batch is None and isinstance(item, Tensor) and item.ndim == 3 and len(item) == batch:
+            slots[index] = slot._replace(is_label=True, batch=batch)
+    return slots, batch
+
+
 def _slot_of(item: Any) -> _Slot | None:
     tv_tensors, _ = _torchvision()
     if isinstance(item, Tensor):
@@ -305,45 +327,64 @@ def _slot_of(item: Any) -> _Slot | None:
 
 def _filled(item: Any, slot: _Slot, ground: Tensor, count: int) -> Any:
     """The item with the texture in it."""
-    image = F.interpolate(ground[:, None], size=slot.size, mode="bilinear", antialias=True)  # (n, 1, H, W)
+    image = _resized(ground[:, None], slot.size)  # (n, 1, H, W)
     if slot.channels_last:
+        filled = np.array(item, order="C")  # of numpy or PIL
+        scale = 1 if isinstance(item, np.ndarray) and filled.dtype.kind not in "iu" else 255
         single = image[0, 0].cpu().numpy()
-        if not isinstance(item, np.ndarray):  # PIL
-            filled = np.asarray(item).copy()
-            scaled = single > 0.5 if slot.is_label else 255 * single
-            filled[...] = scaled.astype(filled.dtype)[(...,) + (None,) * (filled.ndim - 2)]
-            return sys.modules["PIL.Image"].fromarray(filled)
-        if slot.is_label:
-            return (single > 0.5).astype(item.dtype)
-        scale = 255 if item.dtype.kind in "iu" else 1
-        return np.ascontiguousarray(
-            np.broadcast_to(
-                (scale * single).astype(item.dtype)[(...,) + (None,) * (item.ndim - 2)], item.shape
-            )
-        )
+        single = single > 0.5 if slot.is_label else scale * single
+        filled[...] = single.astype(filled.dtype)[(...,) + (None,) * (filled.ndim - 2)]
+        return filled if isinstance(item, np.ndarray) else sys.modules["PIL.Image"].fromarray(filled)
     if slot.batch is None:
         image = image[0, 0]  # (H, W)
     else:
         item = item[:count]
         image = image[:, 0].reshape(count, *(1,) * (item.ndim - 3), *slot.size)
     if slot.is_label:
-        values = (image > 0.5).to(item.dtype)
-    else:
-        values = (
-            image.to(item.dtype) if item.dtype.is_floating_point else (255 * image).round().to(item.dtype)
-        )
-    filled = values.expand(item.shape).clone()
+        image = image > 0.5
+    elif not item.dtype.is_floating_point:
+        image = (255 * image).round()
+    values = image.to(item.dtype).expand(item.shape).clone()
     tv_tensors, _ = _torchvision()
     if tv_tensors is not None and isinstance(item, tv_tensors.TVTensor):
-        return tv_tensors.wrap(filled, like=item)
-    return filled
+        return tv_tensors.wrap(values, like=item)
+    return values
 
 
-def _images_of(out: Any) -> list[Any]:
-    return [item for item in tree_flatten(out)[0] if _slot_of(item) is not None]
+def _is_flat(item: Any) -> bool:
+    """A tensor (H, W)."""
+    return isinstance(item, Tensor) and item.ndim == 2
 
 
-def _read(item: Any, *, batched: bool) -> Tensor | None:
+def _shown(slot: _Slot, ground: Tensor, count: int) -> Tensor:
+    """The texture as a slot has it, (n, 1, H, W)."""
+    image = _resized(ground[: (slot.batch and count) or 1, None], slot.size)
+    return (image > 0.5).to(image.dtype) if slot.is_label else image
+
+
+def _resizing(before: Tensor, after: Tensor) -> Resizing | None:
+    """The convention of PyTorch by which an image (n, 1, H, W) was resized, if it is one that slips."""
+    if before.shape[0] != after.shape[0] or before.shape[-2:] == after.shape[-2:] or not is_on_host(after):
+        return None
+    size, best, found = after.shape[-2:], _LEAST_ALIKE, ""
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("", {"mode": "nearest-exact"}),
+        ("nearest", {"mode": "nearest"}),
+    ]
+    for antialias in (False, True):
+        options: dict[str, Any] = {"mode": "bilinear", "antialias": antialias}
+        ways += [("", options), ("align_corners", {**options, "align_corners": True})]
+    for name, options in ways:
+        expected = F.interpolate(before, size=size, **options)
+        pair = [image - image.mean((-2, -1), keepdim=True) for image in (expected, after)]
+        lengths = pair[0].norm() * pair[1].norm()
+        alike = float((pair[0] * pair[1]).sum() / lengths.clamp(min=1e-12))
+        if alike > best:
+            best, found = alike, name
+    return cast(Resizing, found) if found else None
+
+
+def _read_image(item: Any, *, batched: bool) -> Tensor | None:
     """What came out, as (n, frames, H, W)."""
     slot = _slot_of(item)
     if slot is None:
@@ -358,6 +399,8 @@ def _read(item: Any, *, batched: bool) -> Tensor | None:
         values = values[None]
     if values.ndim == 3:
         return values[:, None]  # (n, H, W)
+    if values.ndim == 5 and not batched and not is_video:
+        return values.flatten(1, 2)  # (1, T, C, H, W) or (1, C, T, H, W): every plane by itself
     if slot.is_label and values.shape[1] > 1:  # one band a class
         classes = torch.arange(values.shape[1], device=values.device, dtype=values.dtype)
         return (values * classes[:, None, None]).sum(1, keepdim=True)
@@ -368,16 +411,15 @@ def _read(item: Any, *, batched: bool) -> Tensor | None:
 
 def _of_one_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """The finer one brought to the grid of the coarser; both show the same ground, corner to corner."""
-    if first.shape[-2:] == second.shape[-2:]:
-        return first, second
-    size = min((tuple(image.shape[-2:]) for image in (first, second)), key=math.prod)
-    resized = [
-        image
-        if tuple(image.shape[-2:]) == size
-        else F.interpolate(image, size=size, mode="bilinear", antialias=True)
-        for image in (first, second)
-    ]
-    return resized[0], resized[1]
+    size = min(first.shape[-2:], second.shape[-2:], key=math.prod)
+    return _resized(first, size), _resized(second, size)
+
+
+def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
+    """(n, 1, H, W) of another size; itself where it is of that size."""
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    return F.interpolate(image, size=tuple(size), mode="bilinear", antialias=True)
 
 
 # ------------------------------------------------------------------------------------------------------- the claim
@@ -402,10 +444,8 @@ def _claimed(
         return None
     if not isinstance(claimed, (Tensor, np.ndarray)) or tuple(claimed.shape[-2:]) not in ((2, 3), (3, 3)):
         shape = tuple(getattr(claimed, "shape", ()))
-        raise TypeError(
-            message("matrix", "a tensor or array (2, 3) or (3, 3)", f"{type(claimed).__name__} {shape}",
-                    "what is no claim would go unchecked")
-        )  # fmt: skip
+        expected, cure = "a tensor or array (2, 3) or (3, 3)", "what is no claim would go unchecked"
+        raise TypeError(message("matrix", expected, f"{type(claimed).__name__} {shape}", cure))
     claimed = torch.as_tensor(claimed).detach().to(device, torch.float32)
     return claimed if claimed.ndim == 3 else claimed[None]
 
@@ -449,20 +489,20 @@ def _affine_of_boxes(before: Any, after: Any) -> Tensor | None:
     return change_origin(solution.T, (0.5, 0.5))[None]
 
 
-def _against_claim(out: Tensor, source: Tensor, claimed: Tensor) -> Pair:
+def _against_claim(out: Tensor, source: Tensor, claimed: Tensor) -> ProbePair:
     """The output, and what the claimed geometry makes of the input: where that lies inside the input's frame."""
     count, size, full = out.shape[0], out.shape[-2:], source.shape[-2:]
     claimed = claimed.expand(count, *claimed.shape[1:])
     linear = claimed[:, :2, :2]
     zoom = (linear[:, 0, 0] * linear[:, 1, 1] - linear[:, 0, 1] * linear[:, 1, 0]).abs().sqrt()
-    source = _blur(source, 0.5 * (zoom.clamp(min=1e-3) ** -2 - 1).clamp(min=0).sqrt())
+    source = _blur_each(source, 0.5 * (zoom.clamp(min=1e-3) ** -2 - 1).clamp(min=0).sqrt())
     padding = [max(0, size[1] - full[1]), max(0, size[0] - full[0])]
     source = F.pad(source, (0, padding[0], 0, padding[1]))
     inside = torch.zeros(source.shape[-2:], dtype=torch.bool, device=source.device)
     inside[: full[0], : full[1]] = True
     expected, valid = resample(source, claimed.to(source.dtype), interpolation="bicubic", mask=inside)
     window = (..., slice(size[0]), slice(size[1]))
-    return Pair(out, expected[window], valid[window], _blank(out))
+    return ProbePair(out, expected[window], valid[window], _blank(out))
 
 
 def _blank(image: Tensor) -> Tensor:
@@ -475,7 +515,7 @@ def _blank(image: Tensor) -> Tensor:
     return ~(highest > lowest)
 
 
-def _blur(image: Tensor, sigma: Tensor) -> Tensor:
+def _blur_each(image: Tensor, sigma: Tensor) -> Tensor:
     """(n, 1, H, W), each by its own σ (n,), in pixels: what an antialiased reduction does to it."""
     height, width = image.shape[-2:]
     fx = torch.fft.rfftfreq(2 * width, device=image.device)

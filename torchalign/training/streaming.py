@@ -194,8 +194,7 @@ def _length(cubes: Sequence[Tensor | None]) -> int:
             )
     lengths = {cube.shape[0] if cube.ndim else None for cube in given}
     if len(lengths) != 1 or None in lengths:
-        raise ValueError(
-            message("cubes", "one or more of the same number of frames", sorted(map(str, lengths)),
-                    "close over what is not cut, e.g. the reference")
-        )  # fmt: skip
+        expected = "one or more of the same number of frames"
+        cure = "close over what is not cut, e.g. the reference"
+        raise ValueError(message("cubes", expected, sorted(map(str, lengths)), cure))
     return int(next(iter(given)).shape[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,23 +13,18 @@ import numpy as np
 import xarray as xr
 
 from torchalign._check import message
-from torchalign.cube.files import is_store
+from torchalign.cube.files import NETCDF, is_store
 from torchalign.cube.labels import Array, band_labels, find_bands, find_dims
 from torchalign.cube.reference import ReferenceName
 
 __all__ = [
-    "CUBES",
     "Source",
     "is_raster",
     "open_mask",
     "open_reference",
     "open_source",
-    "portable",
-    "portable_attributes",
 ]
 
-CUBES = (".nc", ".nc4", ".zarr")  # names of outputs that are one cube
-_NETCDF = (".nc", ".nc4", ".netcdf", ".h5")
 _RASTERS = (".tif", ".tiff")
 _LAZY_BYTES = 2**27  # a cube above this is not taken into memory whole
 _CHUNK_BYTES = 2**24  # of a lazy one: several chunks are held, as floats, at the same time
@@ -43,7 +37,6 @@ class Source(NamedTuple):
         cube: the variable to align.
         others: of the same file; empty for GeoTIFFs.
         attributes: of the whole file.
-
     """
 
     cube: xr.DataArray
@@ -80,11 +73,6 @@ def open_source(
         skip: a variable that is not the one, for it is the mask.
         masks: the cube may be one of masks or classes: empty GeoTIFFs are kept, and a variable that is bool is
             taken where there is none of numbers.
-
-    Raises:
-        ValueError: nothing there, or nothing that can be read; several variables; unknown bands.
-        ImportError: no reader for it is installed.
-
     """
     for path in paths:
         if not path.exists():
@@ -92,14 +80,14 @@ def open_source(
             raise ValueError(message("SRC", expected, f"{path}, which is not there", "check the path"))
     if all(is_raster(path) for path in paths):
         with _translated(paths):
-            cube = _open_stack(paths, bands, pattern, lazy, skip_bad, keep_empty=masks)
+            cube = _open_rasters(paths, bands, pattern, lazy, skip_bad, keep_empty=masks)
         yield Source(cube, {}, {})
         return
     if len(paths) > 1:
         got = ", ".join(path.name for path in paths[:4])
         raise ValueError(message("SRC", "one cube, or GeoTIFFs", got, "give one of them"))
     with _open_dataset(paths[0]) as dataset:
-        cube = _find_variable(dataset, variable, paths[0], skip, masks=masks)
+        cube = _choose_variable(dataset, variable, paths[0], skip, masks=masks)
         cube = cube if bands is None else _select_bands(cube, bands)
         if lazy or (lazy is None and cube.nbytes > _LAZY_BYTES and find_spec("dask") is not None):
             cube = _chunked(cube)
@@ -110,7 +98,7 @@ def open_source(
 # --- GeoTIFFs ---
 
 
-def _open_stack(
+def _open_rasters(
     paths: Sequence[Path],
     bands: str | None,
     pattern: str,
@@ -128,7 +116,7 @@ def _open_stack(
             message("SRC", "one folder, or files", got, "give the files, as the shell lists them")
         )
     source: Any = folders[0] if folders else list(paths)
-    chosen = None if bands is None else _split(bands)
+    chosen = None if bands is None else _comma_separated(bands)
     options: dict[str, Any] = {"pattern": pattern, "bands": chosen, "errors": "skip" if skip_bad else "raise"}
     chunks = None
     if lazy or (lazy is None and find_spec("dask") is not None):
@@ -169,9 +157,9 @@ def _open_dataset(path: Path) -> Iterator[xr.Dataset]:
     options: dict[str, Any] = {"decode_coords": "all"}  # grid mappings (the CRS) travel with the cube
     if _is_zarr(path):
         options |= {"engine": "zarr", "chunks": None}
-    elif path.suffix.lower() not in _NETCDF:
+    elif path.suffix.lower() not in NETCDF:
         kind = f"a {path.suffix or 'nameless'} file"
-        expected = f"a folder of GeoTIFFs, GeoTIFFs, a netCDF file ({', '.join(_NETCDF)}) or a Zarr store"
+        expected = f"a folder of GeoTIFFs, GeoTIFFs, a netCDF file ({', '.join(NETCDF)}) or a Zarr store"
         raise ValueError(message("SRC", expected, kind, "convert it, for example with gdal_translate"))
     try:
         with warnings.catch_warnings():  # a store without consolidated metadata is slower to open, no more
@@ -185,7 +173,7 @@ def _open_dataset(path: Path) -> Iterator[xr.Dataset]:
         yield dataset
 
 
-def _find_variable(
+def _choose_variable(
     dataset: xr.Dataset, name: str | None, source: Path, skip: str | None, *, masks: bool
 ) -> xr.DataArray:
     if name is not None:
@@ -214,7 +202,7 @@ def _find_variable(
     return dataset[candidates[0]]
 
 
-def _split(bands: str) -> list[str]:
+def _comma_separated(bands: str) -> list[str]:
     return [word.strip() for word in bands.split(",")]
 
 
@@ -224,7 +212,7 @@ def _select_bands(cube: xr.DataArray, bands: str) -> xr.DataArray:
         raise ValueError(
             message("--bands", "a cube with bands", f"one with {cube.dims}", "leave --bands out")
         )
-    return cube.isel({dims["band"]: find_bands(_split(bands), *band_labels(cube), name="--bands")})
+    return cube.isel({dims["band"]: find_bands(_comma_separated(bands), *band_labels(cube), name="--bands")})
 
 
 def _chunked(cube: xr.DataArray) -> xr.DataArray:
@@ -242,12 +230,7 @@ def _frames_in_a_chunk(cube: xr.DataArray) -> int:
 
 
 def open_mask(mask: str, source: Source, *, invert: bool, pattern: str) -> xr.DataArray:
-    """True = usable, from a variable of the input, another file, or GeoTIFFs of one band.
-
-    Raises:
-        ValueError: nothing of that name; several variables or bands; values beside 0 and 1.
-
-    """
+    """True = usable, from a variable of the input, another file, or GeoTIFFs of one band."""
     if mask in source.others:
         array = source.others[mask]
     else:
@@ -261,12 +244,17 @@ def open_mask(mask: str, source: Source, *, invert: bool, pattern: str) -> xr.Da
             raise ValueError(message("--mask", "one band", got, "keep the one that says what is usable"))
         array = array.isel({dims["band"]: 0}, drop=True)
     usable = xr.apply_ufunc(
-        _usable, array, kwargs={"invert": invert}, dask="parallelized", output_dtypes=[bool], keep_attrs=False
+        _as_usable,
+        array,
+        kwargs={"invert": invert},
+        dask="parallelized",
+        output_dtypes=[bool],
+        keep_attrs=False,
     )
     return usable if source.cube.chunks is not None else usable.load()
 
 
-def _usable(values: Array, *, invert: bool) -> Array:
+def _as_usable(values: Array, *, invert: bool) -> Array:
     if values.dtype.kind not in "biuf" or not ((values == 0) | (values == 1)).all():
         cure = "make it 1 = usable and 0 = not, and save it as int8 without a fill value"
         raise ValueError(message("--mask", "values 0 and 1", f"{values.dtype} with others", cure))
@@ -274,16 +262,11 @@ def _usable(values: Array, *, invert: bool) -> Array:
 
 
 def open_reference(reference: str, pattern: str) -> str | xr.DataArray:
-    """A word or a label as it is; of a path that is there the picture, or the pictures, in it.
-
-    Raises:
-        ValueError: nothing that can be read there.
-
-    """
+    """A word or a label as it is; of a path that is there the picture, or the pictures, in it."""
     if reference in get_args(ReferenceName):  # whatever lies around under that name
         return reference
     path = Path(reference)
-    if not path.exists() or not (is_raster(path) or _is_zarr(path) or path.suffix.lower() in _NETCDF):
+    if not path.exists() or not (is_raster(path) or _is_zarr(path) or path.suffix.lower() in NETCDF):
         return reference
     array = _open_array("--reference", reference, pattern, "a file")
     dim = find_dims(array)["time"] if array.ndim == 4 else None
@@ -300,7 +283,7 @@ def _open_array(name: str, text: str, pattern: str, expected: str) -> xr.DataArr
         return open_stack([path], time=lambda _: "1970-01-01", keep_empty=True).isel(time=0, drop=True)
     if is_raster(path):
         with _translated([path]):
-            return _open_stack([path], None, pattern, None, False, keep_empty=True)
+            return _open_rasters([path], None, pattern, None, False, keep_empty=True)
     with _open_dataset(path) as other:
         if len(other.data_vars) != 1:
             names = sorted(map(str, other.data_vars))
@@ -308,34 +291,3 @@ def _open_array(name: str, text: str, pattern: str, expected: str) -> xr.DataArr
                 message(name, "a file with one variable", f"{path} with {names}", "drop the others")
             )
         return next(iter(other.data_vars.values())).load()
-
-
-# --- from one format to another ---
-
-
-def portable(cube: xr.DataArray, suffix: str) -> xr.DataArray:
-    """The cube under a name, without the attributes that the format of ``suffix`` cannot take."""
-    cleaned = cube.copy(deep=False)
-    for variable in (cleaned.variable, *(array.variable for array in cleaned.coords.values())):
-        variable.attrs = portable_attributes(variable.attrs, suffix)
-    # a fill value is declared once: by the encoding, where xarray writes it
-    declared = cleaned.attrs.pop("_FillValue", None)
-    if declared is not None:
-        cleaned.encoding = {"_FillValue": declared} | cleaned.encoding
-    return cleaned.rename(cube.name if cube.name is not None else "aligned")
-
-
-def portable_attributes(attributes: Mapping[Any, Any], suffix: str) -> dict[Any, Any]:
-    """Of JSON, netCDF has numbers, text and lists of them; the rest is written as its text."""
-    if suffix == ".zarr":
-        return dict(attributes)
-
-    def is_plain(value: Any) -> bool:
-        if isinstance(value, (list, tuple)):
-            kinds = {type(item) for item in value}
-            return len(kinds) == 1 and kinds <= {int, float, str}
-        return value is not None and not isinstance(value, (dict, bool))
-
-    return {
-        key: value if is_plain(value) else json.dumps(value, default=str) for key, value in attributes.items()
-    }

@@ -1,59 +1,23 @@
-"""What a picture of an alignment is made of: a cube's frames as colours, a report's columns as numbers.
-
-Private: :mod:`torchalign.plot` and :mod:`torchalign.html` draw with it. Colours are those of Okabe and Ito,
-told apart with any colour vision; a status differs in its marker too.
-"""
+"""A cube's frames as pictures: bands chosen, stretched to colours, reduced over time, compared."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
-from torchalign._check import message
+from torchalign._check import check_option, message
 from torchalign.cube.labels import find_bands, find_dims, find_frame, time_labels
 from torchalign.cube.pixels import find_nodata
+from torchalign.pictures.columns import Array, kept_frames, status_of
 from torchalign.types import Status
 
 Statistic = Literal["median", "mean"]
 Zoom = tuple[int, int, int]  # row and column of the top left pixel, and the side, of a square
 Label = Hashable  # of a frame, a position or an entry of the time coordinate
-Array = NDArray[Any]
 
-BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, SKY, YELLOW, GREY, INK = "#CC79A7", "#56B4E9", "#F0E442", "#8C8C8C", "#222222"
-
-STATUS_COLOUR = {
-    Status.OK: BLUE,
-    Status.TOO_FAR: ORANGE,
-    Status.NOT_CONVERGED: PURPLE,
-    Status.NO_TEXTURE: GREY,
-    Status.TOO_FEW_MATCHES: YELLOW,
-    Status.NOT_BETTER: VERMILLION,
-    Status.LOW_SCORE: SKY,
-}
-STATUS_MARKER = {
-    Status.OK: "o",
-    Status.TOO_FAR: "^",
-    Status.NOT_CONVERGED: "X",
-    Status.NO_TEXTURE: "s",
-    Status.TOO_FEW_MATCHES: "P",
-    Status.NOT_BETTER: "D",
-    Status.LOW_SCORE: "v",
-}
-# the same hues as text on white, with a contrast of 4.5 : 1 at least
-_TEXT_COLOUR = {
-    Status.OK: BLUE,
-    Status.TOO_FAR: "#8A5F00",
-    Status.NOT_CONVERGED: "#A3487A",
-    Status.NO_TEXTURE: "#666666",
-    Status.TOO_FEW_MATCHES: "#6F6600",
-    Status.NOT_BETTER: "#AE4A00",
-    Status.LOW_SCORE: "#1F6F9F",
-}
 _RGB_NAMES = (("B04", "B03", "B02"), ("B4", "B3", "B2"), ("red", "green", "blue"), ("R", "G", "B"))
 _RGB_BANDS = (3, 2, 1)  # Sentinel-2 with all its bands, as everywhere in the library
 NODATA_GREY = 0.15
@@ -70,7 +34,7 @@ class Frames(NamedTuple):
     bands: str
 
 
-class Pair(NamedTuple):
+class Comparison(NamedTuple):
     """Pictures before and after, (H, W, 3) in 0 … 1; the part to magnify; what is gained and seen, in words."""
 
     pictures: list[Array]
@@ -79,12 +43,16 @@ class Pair(NamedTuple):
     words: str
 
 
-def dark(code: Status) -> str:
-    """The status' colour as text: most of the bright ones are unreadable on white."""
-    return _TEXT_COLOUR[code]
-
-
-# --- the cube as pictures ---
+def check_same(cube: xr.DataArray, aligned: xr.DataArray) -> tuple[int, int, int]:
+    """(T, H, W) of both."""
+    shapes = []
+    for array, name in ((cube, "cube"), (aligned, "aligned")):
+        dims = find_dims(array, name)
+        shapes.append((array.sizes[dims["time"]], array.sizes[dims["y"]], array.sizes[dims["x"]]))
+    if shapes[0] != shapes[1]:
+        expected = f"the cube's frames, rows and columns {shapes[0]}"
+        raise ValueError(message("aligned", expected, shapes[1], "give the pair of one ta.align"))
+    return shapes[0]
 
 
 def load_frames(cube: xr.DataArray, name: str, bands: Sequence[Hashable] | None) -> Frames:
@@ -127,7 +95,7 @@ def display_bands(cube: xr.DataArray, dim: Hashable, bands: Sequence[Hashable] |
     return chosen
 
 
-def over_time(values: Array, statistic: Statistic) -> Array:
+def reduce_time(values: Array, statistic: Statistic) -> Array:
     """(T, H, W, 3) → (H, W, 3), NaN where there never was data."""
     reduce = np.nanmedian if statistic == "median" else np.nanmean
     picture = np.full(values.shape[1:], np.nan, values.dtype)
@@ -214,17 +182,16 @@ def compare(
     report: xr.Dataset | None,
     stretch: tuple[float, float],
     zoom: Zoom | None,
-) -> Pair:
+) -> Comparison:
     """The cube before and after, over time or of one frame, in the same colours; flagged frames left out."""
+    check_option("statistic", statistic, Statistic)
+    count, *_ = check_same(cube, aligned)
     before, after = load_frames(cube, "cube", bands), load_frames(aligned, "aligned", bands)
-    check_same(before, after)
-    status = status_of(report, len(before.values))
-    kept = status == Status.OK
+    status = status_of(report, count)
+    kept = kept_frames(status)
     if frame is not None:
-        kept = np.arange(len(status)) == find_frame(cube, find_dims(cube)["time"], frame)
-    if not kept.any():  # better all than none
-        kept[:] = True
-    pictures = [over_time(frames.values[kept], statistic) for frames in (before, after)]
+        kept = np.arange(count) == find_frame(cube, find_dims(cube)["time"], frame)
+    pictures = [reduce_time(frames.values[kept], statistic) for frames in (before, after)]
     low, high = limits(pictures[1], stretch)
     zoom = find_zoom(pictures[1]) if zoom is None else check_zoom(zoom, pictures[1].shape[:2])
     edges = [sharpness(picture) for picture in pictures]
@@ -237,83 +204,4 @@ def compare(
         shown = int(kept.argmax())
         flag = "" if status[shown] == Status.OK else f", not moved: {Status(status[shown]).name}"
         words = f"{before.labels[shown]} ({before.bands}{flag})"
-    return Pair([to_rgb(picture, low, high) for picture in pictures], zoom, gains, words)
-
-
-# --- the report as numbers ---
-
-
-def check_report(report: object) -> xr.Dataset:
-    """A Dataset with the fields that pictures use."""
-    if not isinstance(report, xr.Dataset):
-        cure = "give the second thing that ta.align returns"
-        raise TypeError(message("report", "an xarray.Dataset", type(report).__name__, cure))
-    fields = ("shift_x", "shift_y", "score", "score_before", "sigma", "status")
-    missing = [name for name in fields if name not in report]
-    if missing:
-        cure = "give the report of ta.align with all its fields"
-        raise ValueError(message("report", f"the fields {', '.join(fields)}", f"none of {missing}", cure))
-    return report
-
-
-def check_truth(true_shift: Any, report: xr.Dataset) -> Array | None:
-    """(T, 2), or None."""
-    if true_shift is None:
-        return None
-    truth = np.asarray(true_shift, dtype=np.float64)
-    expected = (report["status"].size, 2)
-    if truth.shape != expected:
-        cure = "one row (x, y) a frame, in pixels"
-        raise ValueError(message("true_shift", f"shape {expected}", truth.shape, cure))
-    return truth
-
-
-def check_same(before: Frames, after: Frames) -> None:
-    """Both of one number of frames, rows and columns."""
-    if before.values.shape != after.values.shape:
-        expected = f"the cube's frames, rows and columns {before.values.shape[:3]}"
-        raise ValueError(
-            message("aligned", expected, after.values.shape[:3], "give the pair of one ta.align")
-        )
-
-
-def status_of(report: xr.Dataset | None, count: int) -> Array:
-    """(T,) int64 of the report; all OK without one."""
-    if report is None:
-        return np.zeros(count, np.int64)
-    status = check_report(report)["status"].values.astype(np.int64)
-    if len(status) != count:
-        raise ValueError(
-            message("report", f"{count} frames as the cube", len(status), "give the report of this cube")
-        )
-    return np.asarray(status)
-
-
-def shift_of(report: xr.Dataset) -> Array:
-    """(T, 2), x and y in pixels."""
-    return np.stack([report["shift_x"].values, report["shift_y"].values], -1).astype(np.float64)
-
-
-def sigma_of(report: xr.Dataset) -> Array:
-    """(T,), 0 where nothing can be said: no bar is drawn then."""
-    sigma = report["sigma"].values
-    return np.where(np.isfinite(sigma), sigma, 0.0)
-
-
-def time_of(report: xr.Dataset) -> tuple[Array, bool]:
-    """Positions along a time axis, and whether they are dates."""
-    dim = report["status"].dims[0]
-    values = report[dim].values if dim in report.coords else np.arange(report["status"].size)
-    if values.dtype.kind == "M":
-        return values.astype("datetime64[ms]").astype(object), True
-    return (values if values.dtype.kind in "iuf" else np.arange(len(values))), False
-
-
-def by_status(status: Array) -> list[tuple[Status, Array]]:
-    """Each status that occurs, OK first, with its frames as a mask."""
-    return [(code, status == code) for code in Status if (status == code).any()]
-
-
-def status_label(code: Status, chosen: Array) -> str:
-    """A status and how many frames have it."""
-    return f"{code.name} ({int(chosen.sum())})"
+    return Comparison([to_rgb(picture, low, high) for picture in pictures], zoom, gains, words)

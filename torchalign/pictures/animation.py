@@ -9,27 +9,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from torchalign._check import message
-from torchalign._pictures import INK, STATUS_COLOUR, Array, dark
 from torchalign.cube.files import atomic
+from torchalign.pictures.columns import Array
+from torchalign.pictures.style import INK, STATUS_COLOUR, STATUS_TEXT_COLOUR
 from torchalign.types import Status
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["SUFFIXES", "check_suffix", "compose", "write"]
+__all__ = ["SUFFIXES", "check_animation", "compose", "write"]
 
 SUFFIXES = (".gif", ".mp4")
 _GAP, _HEAD, _EDGE = 6, 26, 3  # pixels: between the panels, above them, and of a status' frame
 
 
-def check_suffix(path: Path) -> None:
-    """A name that can be written here, before the work and not after it.
-
-    Raises:
-        ValueError: another suffix.
-        ImportError: an MP4 without ffmpeg.
-
-    """
+def check_animation(path: Path) -> None:
+    """A name that can be written here, before the work and not after it."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(message("path", f"a name ending in {' or '.join(SUFFIXES)}", path.name, "rename it"))
     if path.suffix.lower() == ".mp4":
@@ -56,7 +51,8 @@ def compose(panels: Sequence[Array], size: tuple[int, int], label: str, code: in
     if code != Status.OK:
         status = Status(code)
         left = width + _GAP
-        draw.text((left + 60, 4), f"not moved: {status.name}", fill=dark(status), font=font)
+        words, colour = f"not moved: {status.name}", STATUS_TEXT_COLOUR[status]
+        draw.text((left + width - 4, 4), words, fill=colour, font=font, anchor="ra")
         corner = (left + width - 1, _HEAD + height - 1)
         draw.rectangle((left, _HEAD, *corner), outline=STATUS_COLOUR[status], width=_EDGE)
     return picture

@@ -1,0 +1,308 @@
+"""Every Triton kernel against the functions of torch that define it, on CPU tensors: run by test_kernels.py.
+
+``TRITON_INTERPRET=1`` must be in the environment before Triton is imported, hence the process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from torchalign import kernels
+from torchalign.functional import phase, quality, warp
+from torchalign.functional.channels import extract_channel
+
+# of the values that are met; both round, each in its own order
+TOLERANCE = 2e-6
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    """An operation takes as long of 8 pixels as of 8,000 here."""
+    for name in ("resample", "channel", "score"):
+        module = importlib.import_module(f"torchalign.kernels.{name}")
+        monkeypatch.setattr(module, "_BLOCK", 4096 if name == "resample" else 256)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def spoilt(shape, draw, dtype=torch.float32):
+    """Values of order 1, some of them NaN, some infinite."""
+    values = torch.randn(shape, generator=draw, dtype=torch.float64)
+    values[torch.rand(shape, generator=draw) < 0.05] = torch.nan
+    values[torch.rand(shape, generator=draw) < 0.02] = torch.inf
+    values[torch.rand(shape, generator=draw) < 0.02] = -torch.inf
+    return values.to(dtype)
+
+
+def motions(kind, draw, dtype=torch.float32):
+    """Three of a kind: a common one, one that is nearly nothing or singular, one that is far or no number."""
+    shift = torch.tensor([[1.3, -0.6], [0.5, 2.0], [-40.0, 3e9]], dtype=dtype)
+    if kind == "shift":
+        return shift
+    linear = torch.eye(3, dtype=dtype).repeat(3, 1, 1)
+    linear[0, :2, :2] += 0.05 * torch.randn(2, 2, generator=draw)
+    linear[:, :2, 2] = shift
+    linear[1, :2, :2] = torch.tensor([[1.0, 2.0], [0.5, 1.0]])  # singular
+    linear[2, 0, 0] = torch.nan
+    if kind == "affine":
+        return linear[:, :2].contiguous()
+    linear[:2, 2, :2] = torch.tensor([[0.01, -0.02], [0.3, 0.2]])  # horizons that cross the frame
+    return linear
+
+
+def same(found, expected, scale=1.0):
+    """Equal to rounding, NaN and infinities in the same places."""
+    assert found.dtype == expected.dtype
+    if not found.dtype.is_floating_point:
+        # a tie is rounded by the last bit of what was interpolated
+        assert (found.int() - expected.int()).abs().max() <= 1
+        assert (found != expected).float().mean() < 0.01
+        return
+    torch.testing.assert_close(
+        found.double(), expected.double(), rtol=TOLERANCE, atol=scale * TOLERANCE, equal_nan=True
+    )
+
+
+SIZES = [(5, 7), (1, 1), (17, 1), (2, 300)]
+WARPS = [
+    ("shift", "bilinear", "border", None, None),
+    ("shift", "bicubic", "reflection", None, "mask"),
+    ("shift", "nearest", "zeros", None, "mask"),
+    ("shift", "bicubic", "border", 7.5, None),
+    ("affine", "nearest", "reflection", math.nan, None),
+    ("affine", "bilinear", "zeros", None, "mask"),
+    ("affine", "bicubic", "border", None, "mask"),
+    ("affine", "bilinear", "border", -3.0, None),
+    ("homography", "bilinear", "reflection", None, None),
+    ("homography", "bicubic", "zeros", -math.inf, "mask"),
+    ("homography", "nearest", "border", 2.0, "mask"),
+]
+
+
+@pytest.mark.parametrize(("kind", "interpolation", "padding", "fill", "masked"), WARPS)
+def test_resample(kind, interpolation, padding, fill, masked):
+    draw = generator(len(kind) + len(interpolation) + len(padding))
+    for number, size in enumerate([SIZES[0], SIZES[1 + len(kind + padding) % 3]]):
+        cube = spoilt((3, 2, *size), draw)
+        mask = torch.rand(3, *size, generator=draw) > 0.2 if masked else None
+        motion = motions(kind, draw)
+        step = 1 + number % 2
+        found = kernels.resample(cube, motion, mask, interpolation, padding, fill, step)
+        plain = cube.requires_grad_()  # a gradient takes the functions of torch
+        expected = warp._resample(plain, motion, interpolation, padding, fill, mask, step=step)
+        same(found[0], expected.values.detach(), scale=10)
+        assert torch.equal(found[1], expected.validity)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int16, torch.uint16, torch.int32],
+)
+def test_resample_dtypes(dtype):
+    draw = generator(3)
+    values = torch.randn(3, 1, 9, 11, generator=draw, dtype=torch.float64)
+    cube = values.to(dtype) if dtype.is_floating_point else (values * 60 + 90).clamp(0, 255).to(dtype)
+    mask = torch.rand(3, 9, 11, generator=draw) > 0.2
+    motion = motions("affine", draw)
+    for interpolation, fill in (("bicubic", 3.0), ("nearest", None)):
+        found = kernels.resample(cube, motion, mask, interpolation, "border", fill, 1)
+        expected = warp._resample(cube, motion, interpolation, "border", fill, mask)
+        if cube.dtype.itemsize == 2 and dtype.is_floating_point:
+            assert (found[0].float() - expected.values.float()).abs().max() <= torch.finfo(dtype).eps * 4
+        else:
+            same(found[0], expected.values)
+        assert torch.equal(found[1], expected.validity)
+
+
+def test_a_tie_goes_to_the_even_number_and_large_ones_are_clamped():
+    cube = torch.tensor([[[[0, 1, 2, 3, 255, 0, 255]]]], dtype=torch.uint8)
+    half = torch.tensor([[0.5, 0.0]])
+    found = kernels.resample(cube, half, None, "bilinear", "border", None, 1)[0]
+    assert found.flatten().tolist() == [0, 0, 2, 2, 129, 128, 128]
+    overshot = kernels.resample(cube, half, None, "bicubic", "border", None, 1)[0]
+    expected = warp._resample(cube, half, "bicubic", "border", None, None).values
+    assert torch.equal(overshot, expected)
+
+
+def test_identities_and_whole_pixels_copy_far_from_the_origin():
+    frame = torch.randn(1, 1, 1, 4096, generator=generator(5))
+    frame[..., 3] = torch.nan
+    cases = (
+        (torch.zeros(1, 2), "bicubic"),
+        (torch.eye(3)[None, :2], "bilinear"),
+        (torch.eye(3)[None, :2], "nearest"),
+        (torch.eye(3)[None], "bicubic"),
+    )
+    for motion, interpolation in cases:
+        values, validity = kernels.resample(frame, motion, None, interpolation, "border", None, 1)
+        assert torch.equal(values.nan_to_num(9.0), frame.nan_to_num(9.0))
+        assert torch.equal(validity, frame[0].isfinite())
+    moved = kernels.resample(frame, torch.tensor([[-7.0, 0.0]]), None, "bicubic", "border", None, 1)[0]
+    assert torch.equal(moved[..., :4089], frame[..., 7:])
+    # the fraction is that of the displacement: at x = 4000 a coordinate in float32 has steps of 2⁻¹² px
+    ramp = torch.arange(4096, dtype=torch.float64).reshape(1, 1, 1, -1)
+    moved = kernels.resample(ramp, torch.tensor([[0.1, 0.0]]), None, "bilinear", "border", None, 1)[0]
+    assert (moved - (ramp - 0.1))[..., 1:].abs().max() < 1e-8
+
+
+def test_strides_are_respected():
+    draw = generator(7)
+    cube = torch.randn(3, 9, 11, 2, generator=draw).permute(0, 3, 1, 2)[..., 1:8, 2:10]
+    mask = (torch.rand(9, 11, generator=draw) > 0.2)[1:8, 2:10].expand(3, 7, 8)
+    motion = motions("affine", draw)
+    found = kernels.resample(cube, motion, mask, "bilinear", "border", None, 1)
+    expected = warp._resample(cube, motion, "bilinear", "border", None, mask)
+    same(found[0], expected.values)
+    assert torch.equal(found[1], expected.validity)
+
+
+def test_nothing_is_given_for_nothing():
+    values, validity = kernels.resample(
+        torch.zeros(0, 2, 5, 5), torch.zeros(0, 2), None, "bilinear", "border", None, 1
+    )
+    assert values.shape == (0, 2, 5, 5)
+    assert validity.shape == (0, 5, 5)
+    assert kernels.score(
+        torch.zeros(0, 5, 5), torch.zeros(1, 5, 5), [torch.zeros(0, 2)], None, None, None, 1
+    ).shape == (
+        0,
+        2,
+    )
+    assert kernels.see(torch.zeros(0, 2, 5, 5), None, "mean", ())[0].shape == (0, 5, 5)
+    assert (
+        kernels.resample(torch.zeros(1, 1, 2, 2).bool(), torch.zeros(1, 2), None, "nearest", "border", None)
+        is None
+    )
+
+
+@pytest.mark.parametrize("kind", ["shift", "affine", "homography"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_score(kind, masked):
+    draw = generator(11 + masked)
+    size, step = ((41, 37), 2) if masked else ((5, 7), 1)
+    moving = torch.rand(3, *size, generator=draw) + 3
+    reference = torch.rand(1, *size, generator=draw) + 0.7 * moving[:1]
+    usable = other = None
+    if masked:
+        usable = torch.rand(3, *size, generator=draw) > 0.1
+        other = torch.rand(1, *size, generator=draw) > 0.1
+        moving, reference = moving.where(usable, 0.0), reference.where(other, 0.0)
+    first = motions(kind, draw)
+    first[2] = first[0]
+    second = first.clone()
+    second[..., 0, -1] += 0.25 if kind != "shift" else 0.0
+    if kind == "shift":
+        second[:, 0] += 0.25
+    weight = torch.rand(3, -(-size[0] // step), -(-size[1] // step), generator=draw) if masked else None
+    found = kernels.score(moving, reference, [first, second], usable, other, weight, step)
+
+    ground = torch.ones(3, -(-size[0] // step), -(-size[1] // step), dtype=torch.bool)
+    images = []
+    for motion in (first, second):
+        values, validity = warp._resample(
+            moving.double()[:, None], motion.double(), "bicubic", "border", None, usable, step=step
+        )
+        ground = ground & validity
+        images.append(values[:, 0])
+    if masked:
+        ground = ground & usable[:, ::step, ::step] & other[:, ::step, ::step]
+    expected = quality._correlate(
+        reference.double()[:, ::step, ::step],
+        ground.double() if weight is None else ground * weight.double(),
+        *images,
+        moving.double()[:, ::step, ::step],
+    )
+    torch.testing.assert_close(found.double(), torch.stack(expected, -1), rtol=TOLERANCE, atol=20 * TOLERANCE)
+    assert found.abs().max() > 0.1
+
+
+def test_score_of_flat_frames_large_numbers_and_one_reference_each():
+    draw = generator(13)
+    scene = torch.rand(2, 3, 9, 8, generator=draw)
+    moving = scene.clone()
+    moving[0, 1] = 4.0  # flat
+    moving[1, 2] *= 1e25  # whose squares overflow
+    none = torch.zeros(2, 3, 2)
+    found = kernels.score(moving, scene, [none], None, None, None, 1)
+    expected = torch.ones(2, 3, 2)
+    expected[0, 1] = 0
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    nothing = kernels.score(moving, scene, [none + 100], None, None, None, 1)
+    assert (nothing == 0).all()
+    # one reference for each series of a batch, usable in part of the second
+    usable = torch.ones(2, 1, 9, 8, dtype=torch.bool)
+    usable[1, :, 4:] = False
+    found = kernels.score(scene, scene[:, :1], [none], None, usable, None, 1)
+    expected = quality.normalized_cross_correlation(scene, scene[:, :1], usable)
+    torch.testing.assert_close(found[..., 0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(8, 5), (24, 31)])
+def test_climb(dtype, size):
+    draw = generator(17)
+    height, width = size
+    exact = (
+        torch.fft.fftfreq(height, dtype=torch.float64) / 2,
+        torch.fft.rfftfreq(width, dtype=torch.float64) / 2,
+    )
+    spectrum = torch.fft.rfft2(torch.randn(4, height, width, generator=draw, dtype=torch.float64))
+    truth = torch.tensor([[1.3, -2.2], [0.0, 0.0], [0.7, 3.0], [0.4, 0.1]], dtype=torch.float64)
+    moved = (
+        spectrum * phase.wave(exact[0], truth[:, 1])[:, :, None] * phase.wave(exact[1], truth[:, 0])[:, None]
+    )
+    power = moved.conj() * spectrum
+    power[3] = 0  # nothing to climb
+    start = truth + torch.tensor([0.2, -0.15], dtype=torch.float64)
+    start[1] = 0
+    kind = torch.complex64 if dtype == torch.float32 else torch.complex128
+    power, start, frequencies = power.to(kind), start.to(dtype), tuple(part.to(dtype) for part in exact)
+    orders = phase.wave_orders(frequencies)
+
+    shift, last, found = kernels.climb(power, frequencies, start, 4)
+    expected_shift, expected_last, curved = phase.refine_peak(power, frequencies, start, orders, steps=3)
+    assert shift[1].tolist() == [0.0, 0.0]  # identical frames, exactly
+    assert torch.equal(shift[3], start[3])
+    torch.testing.assert_close(shift, expected_shift, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(last, expected_last, rtol=TOLERANCE, atol=TOLERANCE)
+    table = phase.derivatives_at(power, frequencies, shift, orders)
+    places = [(0, 0), (0, 1), (1, 0), (0, 2), (2, 0), (1, 1)]
+    expected = torch.stack([table[:, i, j] for i, j in places], -1)
+    # the slopes are 0 at the optimum: what they are measured by is the curvature
+    torch.testing.assert_close(
+        found[:, :6], expected, rtol=TOLERANCE, atol=float(expected.abs().max()) * TOLERANCE
+    )
+    assert torch.equal((found[:, 3] < 0) & (found[:, 3] * found[:, 4] > found[:, 5] ** 2), curved)
+    sigma = phase._sigma(power, frequencies, shift, torch.ones(height, width, dtype=dtype), orders)
+    hxx, hyy, hxy, sxx, syy, sxy = found[:, 3:].unbind(-1)
+    variance = (
+        (hyy**2 * sxx - 2 * hyy * hxy * sxy + hxy**2 * syy)
+        + (hxx**2 * syy - 2 * hxx * hxy * sxy + hxy**2 * sxx)
+    ) / (hxx * hyy - hxy**2) ** 2
+    again = phase._SIGMA_CALIBRATION * (0.5 * variance).sqrt()
+    torch.testing.assert_close(again[:3], sigma[:3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize(
+    ("channel", "bands"), [("mean", ()), ("band", (2,)), ("rgb_mean", (3, 2, 1)), ("luminance", (3, 2, 1))]
+)
+def test_see(dtype, channel, bands):
+    draw, masked = generator(19), dtype != torch.float64
+    cube = spoilt((2, 3, 5, 7, 9), draw, dtype)[..., 1:, :-2]
+    cube = torch.cat([cube, spoilt((2, 3, 1, 6, 7), draw, dtype)], -3)[:, :, :5]
+    mask = (torch.rand(2, 3, 6, 7, generator=draw) > 0.3) if masked else None
+    seen, usable = kernels.see(cube, mask, channel, bands)
+    wide = cube if dtype == torch.float64 else cube.float()
+    expected = extract_channel(wide, bands[0] if channel == "band" else channel, rgb_bands=(3, 2, 1))
+    good = expected.isfinite() if mask is None else expected.isfinite() & mask
+    assert torch.equal(usable, good)
+    same(seen, torch.where(good, expected, 0.0))

@@ -1,0 +1,193 @@
+"""Where the results of a command may go, and how they get there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchalign._check import message, require
+from torchalign.cube.files import is_store
+from torchalign.cube.tables import REPORT_SUFFIXES
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from torchalign.cli.sources import Source
+
+__all__ = [
+    "CUBES",
+    "PAGES",
+    "check_apart",
+    "check_cube_output",
+    "check_output",
+    "check_report_output",
+    "print_written",
+    "write_page",
+    "write_result",
+]
+
+CUBES = (".nc", ".nc4", ".zarr")  # names of outputs that are one cube
+PAGES = (".html", ".htm")
+
+# --- before the work ---
+
+
+def check_cube_output(path: Path, template: str | None, overwrite: bool) -> None:
+    """NAME.zarr, NAME.nc, or a folder for GeoTIFFs."""
+    suffix = path.suffix.lower()
+    if suffix in CUBES:
+        if template is not None:
+            cure = "name a folder, or leave --template out"
+            raise ValueError(message("--template", "GeoTIFFs to name", f"--out {path.name}", cure))
+        require("a cube in one file", "io", *(("zarr",) if suffix == ".zarr" else ("h5netcdf", "h5py")))
+        check_output(path, overwrite)
+        return
+    is_folder = path.is_dir() and not is_store(path)
+    if path.suffix and not is_folder:
+        expected = f"a folder for GeoTIFFs, or a name ending in {', '.join(CUBES)}"
+        cure = "a folder's name has no dot, unless it is there already"
+        raise ValueError(message("--out", expected, path.name, cure))
+    require("GeoTIFF", "io", "rasterio")
+    if path.exists() and not is_folder:
+        raise ValueError(message("output", "a folder", f"{path}, which is none", "choose another name"))
+    if is_folder and not overwrite and any(path.iterdir()):
+        cure = "add --overwrite, which replaces files of the same names, or choose another folder"
+        raise ValueError(message("output", "a new or empty folder", f"{path}, which is not empty", cure))
+
+
+def check_report_output(path: Path, overwrite: bool) -> None:
+    """A table or a page."""
+    suffix = path.suffix.lower()
+    names = (*REPORT_SUFFIXES, *PAGES)
+    if suffix not in names:
+        raise ValueError(message("--report", f"a name ending in {', '.join(names)}", path.name, "rename it"))
+    if suffix in PAGES:
+        require("a page", "plot", "matplotlib", "PIL")
+    elif suffix not in (".csv", ".json"):
+        require("a report in netCDF", "io", "h5netcdf", "h5py")
+    check_output(path, overwrite)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """A file may take the place of a file, and a Zarr store that of a Zarr store; nothing else is deleted."""
+    if path.exists() and not overwrite:
+        cure = "add --overwrite or choose a name"
+        raise ValueError(message("output", "a new file", f"{path}, which exists", cure))
+    store = path.suffix.lower() == ".zarr"
+    if not path.exists() or (path.is_file() and not store) or (store and is_store(path)):
+        return
+    expected = "no file or a Zarr store" if store else "no file or a file to replace"
+    kind = "a folder" if path.is_dir() else "a file"
+    raise ValueError(message("output", expected, f"{path}, {kind}", "remove it or choose another name"))
+
+
+def check_apart(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """No output is, holds or lies in an input or another output."""
+
+    def is_same(one: Path, other: Path) -> bool:
+        return one == other or (one.exists() and other.exists() and one.samefile(other))
+
+    def is_within(one: Path, other: Path) -> bool:
+        return any(is_same(part, other) for part in (one, *one.parents))
+
+    resolved = [path.resolve() for path in (*inputs, *outputs)]
+    for number in range(len(inputs), len(resolved)):
+        for other in resolved[:number]:
+            if is_within(resolved[number], other) or is_within(other, resolved[number]):
+                got = f"{resolved[number]} beside {other}"
+                cure = "name each file once, none inside another"
+                raise ValueError(message("output", "new names, apart from every input", got, cure))
+
+
+# --- after it ---
+
+
+def write_result(
+    cube: xr.DataArray,
+    out: Path,
+    source: Source,
+    report: xr.Dataset | None = None,
+    *,
+    template: str | None,
+    overwrite: bool,
+    progress: bool | None,
+) -> Any:
+    """Write the cube, as GeoTIFFs or one file; a lazy one is computed here, once, together with its report.
+
+    Returns:
+        The report, computed; ``None`` without one.
+    """
+    from torchalign.io import write_cube, write_stack
+
+    suffix = out.suffix.lower()
+    with _dask_bar(progress if cube.chunks is not None else False):
+        if suffix in CUBES:
+            attrs = _portable_attributes(source.attributes, suffix)
+            done = write_cube(_portable(cube, suffix), out, attrs=attrs, report=report, overwrite=overwrite)
+        else:
+            done = write_stack(cube, out, template=template, report=report, overwrite=overwrite)
+    return None if report is None else done[1]
+
+
+def write_page(
+    report: xr.Dataset, path: Path, cube: xr.DataArray, aligned: xr.DataArray, out: Path, *, overwrite: bool
+) -> None:
+    """Write the page of an alignment whose result has been written to ``out``."""
+    from torchalign.cli.sources import open_source
+    from torchalign.html import save_html
+
+    if aligned.chunks is None:
+        save_html(report, path, cube, aligned, overwrite=overwrite)
+        return
+    # what was lazy is read from where it has been written, in place of being computed anew for every picture
+    with open_source([out], lazy=True) as written:
+        save_html(report, path, cube, written.cube, overwrite=overwrite)
+
+
+def print_written(*paths: Path) -> None:
+    """Say where the results are."""
+    print("wrote " + ", ".join(map(str, paths)))
+
+
+@contextmanager
+def _dask_bar(progress: bool | None) -> Iterator[None]:
+    """Dask's, for what is lazy."""
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        yield
+        return
+    from dask.diagnostics.progress import ProgressBar
+
+    with ProgressBar(out=sys.stderr):  # type: ignore[no-untyped-call]
+        yield
+
+
+def _portable(cube: xr.DataArray, suffix: str) -> xr.DataArray:
+    """The cube under a name, without the attributes that the format of ``suffix`` cannot take."""
+    cleaned = cube.copy(deep=False)
+    for variable in (cleaned.variable, *(array.variable for array in cleaned.coords.values())):
+        variable.attrs = _portable_attributes(variable.attrs, suffix)
+    # a fill value is declared once: by the encoding, where xarray writes it
+    declared = cleaned.attrs.pop("_FillValue", None)
+    if declared is not None:
+        cleaned.encoding = {"_FillValue": declared} | cleaned.encoding
+    return cleaned.rename(cube.name if cube.name is not None else "aligned")
+
+
+def _portable_attributes(attributes: Mapping[Any, Any], suffix: str) -> dict[Any, Any]:
+    """Of JSON, netCDF has numbers, text and lists of them; the rest is written as its text."""
+    if suffix == ".zarr":
+        return dict(attributes)
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            kinds = {type(item) for item in value}
+            return len(kinds) == 1 and kinds <= {int, float, str}
+        return value is not None and not isinstance(value, (dict, bool))
+
+    return {
+        key: value if is_plain(value) else json.dumps(value, default=str) for key, value in attributes.items()
+    }

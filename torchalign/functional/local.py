@@ -1,0 +1,879 @@
+r"""Local shifts: a smooth field on top of a global warp, by regularised least squares on the texture.
+
+The chain, each link a function that works alone:
+
+1. :func:`prepare_ground`, and the same for the frames: the band limit, kept as cubic B-spline coefficients, so that
+   a frame can be read at any position without an interpolation that would pull towards whole pixels.
+2. :func:`estimate_shifts`: Gauss–Newton on all samples at once. The field is a cubic B-spline over a lattice of
+   nodes, the frame is read at :math:`W^{-1} q + u(q)`, its local contrast compared with the reference's, every
+   sample weighted by similarity, masks and its own residual variance. First in a part of the band.
+3. The prior: bending and membrane energy of the coefficients, times a smoothness that is chosen for every frame by
+   marginal likelihood, among eight values.
+4. The posterior: the predicted error of the field at every node, and the evidence in nats for a field against none.
+
+Convention:
+    The field u is the *backward* residual over the reference, in pixels (x, y):
+    ``aligned(q) = frame(W⁻¹ q + u(q))``. Coefficient (i, j) belongs to the point ``origin + (j, i) · spacing``.
+
+References:
+    Lucas & Kanade 1981 (least squares on a linearised image); Unser 1999, doi:10.1109/79.799930 (B-splines in image
+    processing); MacKay 1992, doi:10.1162/neco.1992.4.3.415 (the evidence for a smoothness).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchalign.functional.affine import change_origin
+from torchalign.functional.common_ground import agreement
+from torchalign.functional.fourier import irfft2, rfft2
+from torchalign.functional.low_pass import band_response
+from torchalign.functional.sampling import spline_response, spline_weights
+from torchalign.functional.shift_field import spline_basis, spline_slope
+from torchalign.functional.smoothing import triangle_mean
+from torchalign.functional.texture import centre, local_contrast, usable_share
+from torchalign.functional.warp import backward_displacement
+from torchalign.functional.working_grid import WorkingGrid, working_size
+
+__all__ = [
+    "Ground",
+    "LocalShifts",
+    "acceptable",
+    "estimate_shifts",
+    "lattice_size",
+    "prepare_ground",
+]
+
+# The bands, in cycles per pixel, and the rounds in each.
+# (Wider than where shifts of a whole frame are estimated: there is less ground to average over, and what is folded
+# back pulls by less than what is missing.)
+_BANDS = (0.125, 0.32)
+_ROUNDS = (3, 4)
+# The round in which the smoothness is chosen, and what it is before.
+_CHOOSE, _FIRST_SMOOTHNESS = 3, 36.0
+# The last rounds carry the gradient. Each comes ten times as near to that of the implicit function theorem.
+_WITH_GRADIENT = 4
+# The smoothness that is tried, λ of the prior precision: powers of 6, from this one on.
+_LEAST_POWER, _TRIED = -2, 8
+# Errors on simulated frames of all kinds are this share of what the posterior predicts (benchmarks/local.py).
+_SIGMA_CALIBRATION = 0.74
+# Ground counts by half in the score where the field is known to so many pixels only.
+_KNOWN = 0.1
+# A field must make the frame so much likelier, in nats, and nowhere fold it: det(I + ∂u) exceeds this.
+_LEAST_EVIDENCE, _LEAST_JACOBIAN = 5.0, 0.5
+# Larger frames are cut into tiles of so many nodes a side at most, which overlap by so many.
+_LARGEST_TILE, _OVERLAP = 34, 6
+# The prior: bending energy, so much membrane energy, and so much of the shift itself, which the data always know.
+_MEMBRANE, _PIN = 0.3, 1e-4
+# Samples of the working grid are correlated: so many of them say as much as one.
+_REDUNDANCY = 2.0
+# The residual variance of a sample is that around it, but no less than this share of the frame's.
+_LEAST_VARIANCE = 0.25
+# Pixels by which the frame is continued, mirrored, beyond its border.
+_PAD = 16
+# The outermost pixels are made of what was mirrored: weights rise over so many.
+_EDGE = 6.0
+# No coefficient moves by more pixels in one round.
+_LARGEST_STEP = 1.5
+# Rows of nodes in one block of the normal equations: cubic splines overlap those of three rows on, not of four.
+_BLOCK = 3
+
+
+class _TileGround(NamedTuple):
+    """Of one tile, one row a band."""
+
+    fields: tuple[Tensor, ...]  # (N, h, w), local contrast on the working grid
+    weights: tuple[Tensor, ...]  # (N, h, w) in [0, 1]
+    flat: Tensor  # (N,) bool
+
+
+class Ground(NamedTuple):
+    """What local shifts need of a reference, tile by tile, see :func:`prepare_ground`."""
+
+    tiles: tuple[_TileGround, ...]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Ground:
+        """The same with every tensor put through ``function``."""
+        return Ground(
+            tuple(
+                _TileGround(
+                    tuple(map(function, tile.fields)), tuple(map(function, tile.weights)), function(tile.flat)
+                )
+                for tile in self.tiles
+            )
+        )
+
+
+class LocalShifts(NamedTuple):
+    """What :func:`estimate_shifts` finds, one row a frame.
+
+    Attributes:
+        coefficients: (N, 2, n, m), of cubic B-splines, in pixels (x, y).
+        sigma: (N, n, m), predicted 1-σ error per axis of the field at every node, in pixels.
+        covariance: (N, 2, 2), of the field at the frame's centre, px².
+        evidence: (N,), the logarithm of how much likelier the frame is with a field than without.
+        largest: (N,), of the field's length, in pixels.
+        least_jacobian: (N,), the smallest determinant of the derivative of ``q + u(q)``.
+        flat: (N,) bool, frame or reference has no texture.
+        inliers: (N, h, w), weights of common ground over the reference.
+    """
+
+    coefficients: Tensor
+    sigma: Tensor
+    covariance: Tensor
+    evidence: Tensor
+    largest: Tensor
+    least_jacobian: Tensor
+    flat: Tensor
+    inliers: Tensor
+
+
+# ------------------------------------------------------------------------------------------------ the lattice
+
+
+def lattice_size(size: tuple[int, int], spacing: int) -> tuple[int, int]:
+    """Nodes (n, m) of the lattice over a frame: one beyond each border at least, rows in multiples of three.
+
+    Args:
+        size: (H, W).
+        spacing: pixels from one node to the next; node (0, 0) lies at (−spacing, −spacing).
+
+    >>> lattice_size((256, 256), 24)
+    (15, 14)
+    """
+    rows, columns = (-(-(length - 1) // spacing) + 3 for length in size)
+    return -(-rows // _BLOCK) * _BLOCK, columns
+
+
+# ----------------------------------------------------------------------------------- what is compared with what
+
+
+class _Level(NamedTuple):
+    """One band: its working grid over the frame, and the lattice's splines there."""
+
+    grid: WorkingGrid
+    y: Tensor  # (h,), of the samples, in pixels
+    x: Tensor  # (w,)
+    down: Tensor  # (h, n)
+    along: Tensor  # (w, m)
+    spacing: int
+
+
+def _level(frame: tuple[int, int], band: float, spacing: int, like: Tensor) -> _Level:
+    grid = WorkingGrid.of(frame, working_size(frame, band), band, like)
+    y, x = (
+        torch.arange(samples, device=like.device, dtype=like.dtype) * (length / samples)
+        for samples, length in zip(grid.size, frame, strict=True)
+    )
+    rows, columns = lattice_size(frame, spacing)
+    down, along = spline_basis(y / spacing + 1, rows), spline_basis(x / spacing + 1, columns)
+    return _Level(grid, y, x, down, along, spacing)
+
+
+def _backward(warp: Tensor, level: _Level) -> tuple[Tensor, Tensor]:
+    """The displacement W⁻¹ q − q, broadcastable to (N, h, w); ``warp`` may be a shift (N, 2)."""
+    if warp.shape[-1] == 2:
+        dx, dy = (-warp)[..., None, None].unbind(1)
+        return dx, dy
+    return backward_displacement(warp, level.x[None, :], level.y[:, None])
+
+
+class _Frames(NamedTuple):
+    """The moving frames in one band: what can be read at any position."""
+
+    coefficients: Tensor  # (N, H + 2P, W + 2P), of cubic B-splines
+    weights: Tensor | None  # (N, h, w) in [0, 1]
+    frame: tuple[int, int]
+
+
+def _prepare_frames(image: Tensor, mask: Tensor | None, levels: list[_Level]) -> tuple[list[_Frames], Tensor]:
+    """The spline coefficients of (N, H, W) in every band, in units of their deviation; and what is flat."""
+    frame = (image.shape[-2], image.shape[-1])
+    mean, centred, empty = centre(image, mask)
+    size = (frame[0] + 2 * _PAD, frame[1] + 2 * _PAD)
+    spectrum = rfft2(_continue(centred))
+    noise = 32 * torch.finfo(image.dtype).eps * mean[..., 0, 0].abs()
+    frames, flat = [], empty
+    for level in levels:
+        whole = WorkingGrid.of(size, size, level.grid.max_frequency, image)
+        y, x = (spline_response(frequency) for frequency in whole.frequencies)
+        gain = band_response(whole.radius, whole.max_frequency) / (y[:, None] * x)
+        coefficients = irfft2(spectrum * gain, size)
+        scale = coefficients.detach().square().mean((-2, -1)).sqrt()
+        blank = (scale <= noise) | ~torch.isfinite(scale)
+        coefficients = coefficients / torch.where(blank, 1.0, scale)[..., None, None]
+        weights = None if mask is None else usable_share(mask, level.grid)
+        frames.append(_Frames(coefficients, weights, frame))
+        flat = flat | blank
+    return frames, flat
+
+
+def _continue(image: Tensor) -> Tensor:
+    """(N, H, W) → (N, H + 2·_PAD, W + 2·_PAD): mirrored, and where a small frame ends, its border goes on."""
+    rows, columns = (min(_PAD, length - 1) for length in image.shape[-2:])
+    mirrored = F.pad(image.unsqueeze(1), (columns, columns, rows, rows), mode="reflect")
+    rest = (_PAD - columns, _PAD - columns, _PAD - rows, _PAD - rows)
+    return F.pad(mirrored, rest, mode="replicate").squeeze(1)
+
+
+def prepare_ground(image: Tensor, mask: Tensor | None = None, *, spacing: int = 24) -> Ground:
+    """What local shifts need of a reference, made once for all frames that share it.
+
+    Args:
+        image: (N, H, W), finite.
+        mask: bool, (N, H, W), True = usable, or ``None``.
+        spacing: pixels from one node to the next.
+
+    Returns:
+        :class:`Ground`.
+    """
+    tiles = _Tiles.of((image.shape[-2], image.shape[-1]), spacing)
+    parts = []
+    for top, left in tiles.corners():
+        rows, columns = slice(top, top + tiles.size[0]), slice(left, left + tiles.size[1])
+        parts.append(
+            _tile_ground(image[:, rows, columns], None if mask is None else mask[:, rows, columns], spacing)
+        )
+    return Ground(tuple(parts))
+
+
+def _tile_ground(image: Tensor, mask: Tensor | None, spacing: int) -> _TileGround:
+    size = (image.shape[-2], image.shape[-1])
+    levels = [_level(size, band, spacing, image) for band in _BANDS]
+    frames, flat = _prepare_frames(image, mask, levels)
+    fields, weights = [], []
+    at = image.new_zeros(1, 1, 1)
+    for level, frame in zip(levels, frames, strict=True):
+        field = _read_frames(frame, level, at, at)[0]
+        fields.append(local_contrast(field, frame.weights))
+        edge = _edge(level.y, size[0])[:, None] * _edge(level.x, size[1])
+        weights.append(edge.expand(field.shape) if frame.weights is None else edge * frame.weights)
+    return _TileGround(tuple(fields), tuple(weights), flat)
+
+
+def _edge(position: Tensor, length: int) -> Tensor:
+    from_border = torch.minimum(position, length - 1 - position)
+    return ((from_border + 1) / _EDGE).clamp(0, 1)
+
+
+def _read_frames(
+    frames: _Frames, level: _Level, dx: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The frames at the samples moved by (dx, dy), (N, h, w); 1 inside, 0 outside; and how usable it is there."""
+    (height, width), pad = frames.frame, _PAD
+    y, x = level.y[:, None] + dy, level.x + dx
+    inside = (y > -0.5) & (y < height - 0.5) & (x > -0.5) & (x < width - 0.5)
+    y = y.nan_to_num(-pad).clamp(2 - pad, height + pad - 3)
+    x = x.nan_to_num(-pad).clamp(2 - pad, width + pad - 3)
+    row, column = y.detach().floor(), x.detach().floor()
+    down, along = spline_weights(y - row), spline_weights(x - column)
+    line = width + 2 * pad
+    first = (row.long() + (pad - 1)) * line + (column.long() + (pad - 1))
+    flat = frames.coefficients.flatten(1)
+    count, (h, w) = flat.shape[0], level.grid.size
+    first = first.expand(count, h, w).reshape(count, h * w)
+    length = flat.shape[1] - 3 * (line + 1)
+    value: Tensor | None = None
+    for j in range(4):
+        sums: Tensor | None = None
+        for i in range(4):
+            tap = flat.narrow(1, j * line + i, length).gather(1, first).reshape(count, h, w)
+            sums = along[i] * tap if sums is None else torch.addcmul(sums, along[i], tap)
+        assert sums is not None
+        value = down[j] * sums if value is None else torch.addcmul(value, down[j], sums)
+    assert value is not None
+    usable: Tensor | None = None
+    if frames.weights is not None:
+        near_y = ((row + 0.5) * (h / height)).round().long().clamp(0, h - 1)
+        near_x = ((column + 0.5) * (w / width)).round().long().clamp(0, w - 1)
+        near = (near_y * w + near_x).expand(count, h, w).reshape(count, h * w)
+        usable = frames.weights.flatten(1).gather(1, near).reshape(count, h, w)
+    return value, inside.to(value.dtype).expand(value.shape), usable
+
+
+def _slopes(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Central differences of fourth order along x and y, a sample apart."""
+    padded = F.pad(image.unsqueeze(1), (2, 2, 2, 2), mode="replicate").squeeze(1)
+    across, down = padded[..., 2:-2, :], padded[..., 2:-2]
+    along_x = (2 / 3) * (across[..., 3:-1] - across[..., 1:-3]) - (1 / 12) * (
+        across[..., 4:] - across[..., :-4]
+    )
+    along_y = (2 / 3) * (down[..., 3:-1, :] - down[..., 1:-3, :]) - (1 / 12) * (
+        down[..., 4:, :] - down[..., :-4, :]
+    )
+    return along_x, along_y
+
+
+# ----------------------------------------------------------------------------------------- the normal equations
+
+
+class _Blocks(NamedTuple):
+    """A symmetric block tridiagonal matrix: a block holds three rows of nodes."""
+
+    diagonal: Tensor  # (N, B, s, s)
+    beside: Tensor  # (N, B - 1, s, s), of a block and the one after it
+
+
+class _Factor(NamedTuple):
+    """Its Cholesky factor, block by block, and the logarithm of its determinant, halved."""
+
+    lower: list[Tensor]  # B of (N, s, s)
+    coupling: list[Tensor]  # B − 1 of (N, s, s): L⁻¹ E
+    half: Tensor  # (N, ...) L⁻¹ y, B of them side by side
+    half_log_determinant: Tensor  # (N,)
+    failed: Tensor  # (N,) bool
+
+
+def _factorize(matrix: _Blocks, right: Tensor) -> _Factor:
+    """Cholesky of (..., B, s, s), and L⁻¹ of the right side (..., B, s)."""
+    count = matrix.diagonal.shape[-3]
+    lower, coupling, half = [], [], []
+    block, side = matrix.diagonal[..., 0, :, :], right[..., 0, :, None]
+    total: Tensor | None = None
+    failed: Tensor | None = None
+    for index in range(count):
+        factor, info = torch.linalg.cholesky_ex(block)
+        log = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        total = log if total is None else total + log
+        failed = info != 0 if failed is None else failed | (info != 0)
+        lower.append(factor)
+        if index == count - 1:
+            half.append(torch.linalg.solve_triangular(factor, side, upper=False)[..., 0])
+            break
+        both = torch.cat((matrix.beside[..., index, :, :].expand(factor.shape), side), -1)
+        both = torch.linalg.solve_triangular(factor, both, upper=False)
+        half.append(both[..., -1])
+        coupling.append(both[..., :-1])
+        update = torch.matmul(coupling[-1].mT, both)
+        block = matrix.diagonal[..., index + 1, :, :] - update[..., :-1]
+        side = right[..., index + 1, :, None] - update[..., -1:]
+    assert total is not None
+    assert failed is not None
+    return _Factor(lower, coupling, torch.stack(half, -2), total, failed)
+
+
+def _back_substitute(factor: _Factor) -> Tensor:
+    """(..., B, s): the solution, from L⁻¹ y."""
+    parts: list[Tensor] = []
+    for index in reversed(range(len(factor.lower))):
+        side = factor.half[..., index, :, None]
+        if parts:
+            side = side - torch.matmul(factor.coupling[index], parts[-1])
+        parts.append(torch.linalg.solve_triangular(factor.lower[index].mT, side, upper=True))
+    return torch.cat(parts[::-1], -1).mT
+
+
+class _Prior(NamedTuple):
+    """Bending and membrane energy on the lattice."""
+
+    blocks: _Blocks  # of one smoothness unit, (1, B, s, s)
+    half_log_determinant: Tensor  # ()
+    unknowns: int
+
+
+def _prior(nodes: tuple[int, int], like: Tensor) -> _Prior:
+    """The precision of the coefficients of both components at λ = 1."""
+    rows, columns = nodes
+
+    def energy(count: int, order: int) -> Tensor:
+        matrix = torch.eye(count, device=like.device, dtype=like.dtype)
+        for _ in range(order):
+            matrix = matrix[1:] - matrix[:-1]
+        return matrix.mT @ matrix
+
+    terms = [(2, 0, 1.0), (1, 1, 2.0), (0, 2, 1.0), (1, 0, _MEMBRANE), (0, 1, _MEMBRANE), (0, 0, _PIN)]
+    count = rows // _BLOCK
+
+    def blocks(shift: int) -> Tensor:
+        """(count − shift, s, s): of block rows b and b + shift."""
+        total: Tensor | None = None
+        for down, along, weight in terms:
+            y = energy(rows, down).reshape(count, _BLOCK, count, _BLOCK)
+            y = y.diagonal(shift, 0, 2).permute(2, 0, 1)  # (blocks, 3, 3)
+            part = weight * torch.einsum("brs,jk->brjsk", y, energy(columns, along))
+            total = part if total is None else total + part
+        assert total is not None
+        both = torch.eye(2, device=like.device, dtype=like.dtype)
+        total = torch.einsum("ac,brjsk->barjcsk", both, total)
+        side = 2 * _BLOCK * columns
+        return total.reshape(1, count - shift, side, side)
+
+    matrix = _Blocks(blocks(0), blocks(1))
+    side = matrix.diagonal.new_zeros(1, count, matrix.diagonal.shape[-1])
+    return _Prior(matrix, _factorize(matrix, side).half_log_determinant[0], 2 * rows * columns)
+
+
+class _Tables(NamedTuple):
+    """Where the products of two splines stand in the normal equations."""
+
+    down: Tensor  # (h, 4n): of a spline and the one 0 … 3 rows on
+    along: Tensor  # (w, 4m)
+    columns: Tensor  # (m·m,), into 4m and a zero
+    rows: Tensor  # ((B + B − 1)·9,), into 4n and a zero: the blocks on the diagonal, then those beside
+
+
+def _tables(level: _Level) -> _Tables:
+    rows, columns = level.down.shape[-1], level.along.shape[-1]
+    count = rows // _BLOCK
+    device = level.y.device
+
+    def products(basis: Tensor) -> Tensor:
+        padded = F.pad(basis, (0, 3))
+        nodes = basis.shape[-1]
+        return torch.cat([basis * padded[:, lag : lag + nodes] for lag in range(4)], -1)
+
+    def places(first: Tensor, second: Tensor, nodes: int) -> Tensor:
+        lag = (first - second).abs()
+        return torch.where(lag < 4, lag * nodes + torch.minimum(first, second), 4 * nodes).flatten()
+
+    j = torch.arange(columns, device=device)
+    i = torch.arange(rows, device=device).reshape(count, _BLOCK)
+    return _Tables(
+        products(level.down),
+        products(level.along),
+        places(j[:, None], j, columns),
+        torch.cat([places(i[:, :, None], i[:, None], rows), places(i[:-1, :, None], i[1:, None], rows)]),
+    )
+
+
+def _normal_matrix(products: Tensor, tables: _Tables, nodes: tuple[int, int]) -> _Blocks:
+    """(N, 3, h, w), the weighted products xx, xy, yy of the gradients, summed against pairs of splines."""
+    rows, columns = nodes
+    count, frames = rows // _BLOCK, products.shape[0]
+    sums = torch.matmul(tables.down.mT, torch.matmul(products, tables.along))  # (N, 3, 4n, 4m)
+    sums = F.pad(sums, (0, 1, 0, 1)).index_select(-1, tables.columns).index_select(-2, tables.rows)
+    xx, xy, yy = sums.unbind(1)
+    both = torch.stack((xx, xy, xy, yy), 1).reshape(
+        frames, 2, 2, 2 * count - 1, _BLOCK, _BLOCK, columns, columns
+    )
+    side = 2 * _BLOCK * columns
+    matrix = both.permute(0, 3, 1, 4, 6, 2, 5, 7).reshape(frames, 2 * count - 1, side, side)
+    return _Blocks(matrix[:, :count], matrix[:, count:])
+
+
+def _to_blocks(lattice: Tensor) -> Tensor:
+    """(..., 2, n, m) → (..., B, s)."""
+    *lead, _, rows, columns = lattice.shape
+    count = rows // _BLOCK
+    parts = lattice.reshape(*lead, 2, count, _BLOCK, columns).movedim(-3, -4)
+    return parts.reshape(*lead, count, 2 * _BLOCK * columns)
+
+
+def _from_blocks(vector: Tensor, nodes: tuple[int, int]) -> Tensor:
+    """(..., B, s) → (..., 2, n, m)."""
+    lead, (rows, columns) = vector.shape[:-2], nodes
+    parts = vector.reshape(*lead, rows // _BLOCK, 2, _BLOCK, columns).movedim(-3, -4)
+    return parts.reshape(*lead, 2, rows, columns)
+
+
+# ------------------------------------------------------------------------------------------------- the estimate
+
+
+class _Equations(NamedTuple):
+    """The linearised least squares of one round."""
+
+    matrix: _Blocks
+    right: Tensor  # (N, 2, n, m)
+    similarity: Tensor  # (N, h, w)
+
+
+def _linearize(
+    frames: _Frames,
+    level: _Level,
+    tables: _Tables,
+    field: Tensor,
+    weights: Tensor,
+    warp: Tensor,
+    offset: Tensor,
+) -> _Equations:
+    """At the field whose coefficients are ``offset``: residuals of the local contrast, and their derivatives.
+
+    Args:
+        frames: the moving frames.
+        level: the working grid.
+        tables: its splines' products.
+        field: (1 or N, h, w), the reference's local contrast.
+        weights: (1 or N, h, w).
+        warp: (N, 2), or (N, 2 or 3, 3).
+        offset: (N, 2, n, m), coefficients.
+    """
+    local = torch.matmul(torch.matmul(level.down, offset), level.along.mT)  # (N, 2, h, w)
+    ux, uy = local.unbind(1)
+    dx, dy = _backward(warp, level)
+    dx, dy = dx + ux, dy + uy
+    own, inside, usable = _read_frames(frames, level, dx, dy)
+    own = local_contrast(own, usable)
+    similarity = agreement(own, field.expand(own.shape), fine=True)
+    weight = similarity * inside * (weights if usable is None else usable * weights)
+    residual = field - own
+    square = weight * residual.square()
+    around = triangle_mean(square, 3) / (triangle_mean(weight, 3) + 1e-3)
+    typical = square.sum((-2, -1), keepdim=True) / weight.sum((-2, -1), keepdim=True).clamp(min=1e-6)
+    variance = around.maximum(_LEAST_VARIANCE * typical) + 1e-6
+    precision = weight / (variance * _REDUNDANCY)
+    gx, gy = _per_pixel(_slopes(0.5 * (own + field)), level)
+    px, py = precision * gx, precision * gy
+    products = torch.stack((px * gx, px * gy, py * gy), 1).detach()
+    matrix = _normal_matrix(products, tables, (level.down.shape[-1], level.along.shape[-1]))
+    # the residual as a function of the whole field, not of the step; the matrix carries no gradient
+    xx, xy, yy = products.unbind(1)
+    pull = torch.stack((px * residual + (xx * ux + xy * uy), py * residual + (xy * ux + yy * uy)), 1)
+    right = torch.matmul(torch.matmul(level.down.mT, pull), level.along)
+    return _Equations(matrix, right, similarity)
+
+
+def _choose_smoothness(equations: _Equations, prior: _Prior) -> Tensor:
+    """(N,): the λ with the largest evidence."""
+    powers = torch.arange(_TRIED, device=equations.right.device, dtype=equations.right.dtype)
+    tried = 6.0 ** (powers + _LEAST_POWER)
+    scale = tried[:, None, None, None]
+    matrix = _Blocks(*(part[:, None] + scale * unit for part, unit in _with_prior(equations, prior)))
+    factor = _factorize(matrix, _to_blocks(equations.right)[:, None].expand(-1, _TRIED, -1, -1))
+    return tried[_evidence(factor, prior, tried).argmax(-1)]
+
+
+def _evidence(factor: _Factor, prior: _Prior, smoothness: Tensor) -> Tensor:
+    r"""How much likelier the data are with a field of that smoothness than with none, in nats.
+
+    .. math:: \tfrac{1}{2} y^T (A + \lambda P)^{-1} y + \tfrac{1}{2} \ln |\lambda P|
+        - \tfrac{1}{2} \ln |A + \lambda P|
+    """
+    evidence = (
+        0.5 * factor.half.square().sum((-2, -1))
+        + prior.half_log_determinant
+        + 0.5 * prior.unknowns * smoothness.log()
+        - factor.half_log_determinant
+    )
+    return torch.where(factor.failed | ~evidence.isfinite(), -torch.inf, evidence)
+
+
+def _with_prior(equations: _Equations, prior: _Prior) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(equations.matrix, prior.blocks, strict=True))
+
+
+def _solve_blocks(equations: _Equations, prior: _Prior, smoothness: Tensor) -> tuple[Tensor, _Factor]:
+    """(N, 2, n, m): the coefficients that the linearised equations ask for."""
+    scale = smoothness[:, None, None, None]
+    matrix = _Blocks(*((part + scale * unit).detach() for part, unit in _with_prior(equations, prior)))
+    factor = _factorize(matrix, _to_blocks(equations.right))
+    nodes = (equations.right.shape[-2], equations.right.shape[-1])
+    return _from_blocks(_back_substitute(factor), nodes), factor
+
+
+def _posterior(factor: _Factor, nodes: tuple[int, int]) -> Tensor:
+    """(N, 3, n, m): variances xx, xy, yy of the field at the nodes, px², from the inverse's central blocks."""
+    rows, columns = nodes
+    like = factor.lower[0]
+    at = torch.arange(columns, device=like.device, dtype=like.dtype).clamp(1, columns - 2)
+    basis = spline_basis(at, columns)
+    unit = torch.eye(like.shape[-1], device=like.device, dtype=like.dtype).expand(like.shape)
+
+    def along(block: Tensor) -> Tensor:
+        """(N, s, s) → (N, 3, 3, 3, m): pairs of components, rows of nodes, at the nodes of the columns."""
+        parts = block.reshape(-1, 2, _BLOCK, columns, 2, _BLOCK, columns)
+        sums = (torch.matmul(parts, basis.mT) * basis.mT[:, None, None, :]).sum(3)  # (N, 2, 3, 2, 3, m)
+        xy = 0.5 * (sums[:, 0, :, 1] + sums[:, 1, :, 0])
+        return torch.stack((sums[:, 0, :, 0], xy, sums[:, 1, :, 1]), 1)
+
+    own: list[Tensor] = []
+    beside: list[Tensor] = []
+    after: Tensor | None = None
+    for index in reversed(range(len(factor.lower))):
+        inverse = torch.linalg.solve_triangular(factor.lower[index], unit, upper=False)
+        block = torch.matmul(inverse.mT, inverse)
+        if after is not None:
+            gain = torch.matmul(inverse.mT, factor.coupling[index])
+            next_to = torch.matmul(gain, after)
+            block = block + torch.matmul(next_to, gain.mT)
+            beside.append(along(-next_to))
+        own.append(along(block))
+        after = block
+    inside = torch.stack(own[::-1], 2)  # (N, 3, B, 3, 3, m)
+    count = rows // _BLOCK
+    across = torch.stack(beside[::-1], 2) if beside else inside[:, :, :0]
+    across = torch.cat((across, torch.zeros_like(inside[:, :, :1])), 2)
+    shape = (-1, 3, 3 * count, columns)
+    same = torch.stack([inside[:, :, :, r, r] for r in range(3)], 3).reshape(shape)
+    one = (inside[:, :, :, 0, 1], inside[:, :, :, 1, 2], across[:, :, :, 2, 0])
+    two = (inside[:, :, :, 0, 2], across[:, :, :, 1, 0], across[:, :, :, 2, 1])
+    next_row, second_row = (torch.stack(parts, 3).reshape(shape) for parts in (one, two))
+    near = (
+        same[:, :, :-2]
+        + 16 * same[:, :, 1:-1]
+        + same[:, :, 2:]
+        + 8 * (next_row[:, :, :-2] + next_row[:, :, 1:-1])
+        + 2 * second_row[:, :, :-2]
+    ) / 36
+    return torch.cat((near[:, :, :1], near, near[:, :, -1:]), 2)
+
+
+class _Fitted(NamedTuple):
+    """The least squares over a frame, or a tile of one."""
+
+    coefficients: Tensor  # (N, 2, n, m)
+    variance: Tensor  # (N, 3, n, m), xx, xy, yy at the nodes
+    evidence: Tensor  # (N,)
+    flat: Tensor  # (N,)
+    similarity: Tensor  # (N, h, w)
+    level: _Level
+
+
+def estimate_shifts(
+    moving: Tensor,
+    ground: Ground,
+    warp: Tensor,
+    mask: Tensor | None = None,
+    *,
+    spacing: int = 24,
+    smoothness: float | None = None,
+) -> LocalShifts:
+    r"""The field on top of a global warp. See the module's docstring.
+
+    .. math:: \hat u = \arg\min_u \sum_q \frac{w(q)}{\kappa s^2(q)} \big(r(q) - m_u(q)\big)^2
+        + \lambda \, (\|\nabla^2 u\|^2 + \mu \|\nabla u\|^2)
+
+    with r and :math:`m_u` the local contrast of the reference and of the frame read at :math:`W^{-1} q + u(q)`, w
+    the squared local correlation, squared, times masks, and :math:`s^2` the local variance of the residuals.
+
+    The last four rounds carry the gradient: each brings it ten times as near to that of the implicit function
+    theorem. λ, and the error that is predicted, carry none.
+
+    Scenes larger than some 40 nodes a side are cut into tiles that overlap; their coefficients are blended where
+    they do, so that there is no seam and the work grows as the area.
+
+    Args:
+        moving: (N, H, W), float32 or float64, finite.
+        ground: of the reference, one or N rows, see :func:`prepare_ground`, with the same ``spacing``.
+        warp: the global one, (N, 2 or 3, 3), moving → reference; or (N, 2), a shift.
+        mask: bool, (N, H, W), True = usable, or ``None``.
+        spacing: pixels from one node to the next.
+        smoothness: λ, or ``None`` for the likeliest of eight.
+
+    Returns:
+        :class:`LocalShifts`.
+    """
+    frame = (moving.shape[-2], moving.shape[-1])
+    tiles = _Tiles.of(frame, spacing)
+    if tiles.number == 1:
+        found = _fit(moving, ground.tiles[0], warp, mask, spacing, smoothness)
+        known = _known(found.variance)
+        known = torch.matmul(torch.matmul(found.level.down, known), found.level.along.mT)
+        inliers = found.similarity * known.clamp(0, 1)
+        return _conclude(
+            found.coefficients, found.variance, found.evidence, found.flat, inliers, frame, spacing
+        )
+    return _fit_tiles(moving, ground, warp, mask, spacing, smoothness)
+
+
+def acceptable(shifts: LocalShifts, max_deviation: float) -> Tensor:
+    """(N,) bool: the fields that the data ask for, that stay within the limit and fold nothing."""
+    return (
+        ~shifts.flat
+        & (shifts.evidence > _LEAST_EVIDENCE)
+        & (shifts.largest <= max_deviation)
+        & (shifts.least_jacobian > _LEAST_JACOBIAN)
+        & shifts.coefficients.isfinite().flatten(1).all(1)
+        & shifts.sigma.isfinite().flatten(1).all(1)
+    )
+
+
+def _fit_tiles(
+    moving: Tensor, ground: Ground, warp: Tensor, mask: Tensor | None, spacing: int, smoothness: float | None
+) -> LocalShifts:
+    """Tile by tile; coefficients, variances and similarity blended at the nodes."""
+    frame = (moving.shape[-2], moving.shape[-1])
+    tiles = _Tiles.of(frame, spacing)
+    nodes = lattice_size(frame, spacing)
+    sums: Tensor | None = None
+    evidence, flat = torch.zeros_like(moving[:, 0, 0]), torch.ones_like(moving[:, 0, 0], dtype=torch.bool)
+    for index, (top, left) in enumerate(tiles.corners()):
+        rows, columns = slice(top, top + tiles.size[0]), slice(left, left + tiles.size[1])
+        there = warp if warp.shape[-1] == 2 else change_origin(warp, (left, top))
+        usable = None if mask is None else mask[:, rows, columns]
+        found = _fit(moving[:, rows, columns], ground.tiles[index], there, usable, spacing, smoothness)
+        level = found.level
+        # the similarity at the nodes
+        weight = level.down.sum(0)[:, None] * level.along.sum(0) + 1e-6
+        near = torch.matmul(torch.matmul(level.down.mT, found.similarity), level.along) / weight
+        stack = torch.cat(
+            (found.coefficients, found.variance, near[:, None], torch.ones_like(near)[:, None]), 1
+        )
+        stack = stack * tiles.blend(level, top, left)
+        first = (top // spacing, left // spacing)
+        count = stack.shape[-2:]
+        beyond = (nodes[0] - first[0] - count[0], nodes[1] - first[1] - count[1])
+        # (the last tile's lattice can have more rows than the frame's, far outside: cut)
+        stack = F.pad(stack, (first[1], beyond[1], first[0], beyond[0]))
+        sums = stack if sums is None else sums + stack
+        # a flat tile says nothing for a field, nor against it
+        evidence = evidence + torch.where(found.flat, 0.0, found.evidence) * tiles.share
+        flat = flat & found.flat
+    assert sums is not None
+    blended = sums[:, :-1] / sums[:, -1:].clamp(min=1e-12)
+    coefficients, variance, near = blended[:, :2], blended[:, 2:5].detach(), blended[:, 5].detach()
+    y, x = (
+        torch.arange(0, length, 8, device=moving.device, dtype=moving.dtype) / spacing + 1 for length in frame
+    )
+    down, along = spline_basis(y, nodes[0]), spline_basis(x, nodes[1])
+    inliers = torch.matmul(torch.matmul(down, (near * _known(variance)).clamp(0, 1)), along.mT)
+    return _conclude(coefficients, variance, evidence, flat, inliers, frame, spacing)
+
+
+class _Tiles(NamedTuple):
+    """How a large frame is cut: all tiles of one size, their corners on nodes."""
+
+    frame: tuple[int, int]
+    size: tuple[int, int]
+    starts: tuple[list[int], list[int]]  # of rows and columns
+    spacing: int
+
+    @classmethod
+    def of(cls, frame: tuple[int, int], spacing: int) -> _Tiles:
+        sizes, starts = zip(*(_cut(length, spacing) for length in frame), strict=True)
+        return cls(frame, sizes, starts, spacing)
+
+    @property
+    def number(self) -> int:
+        return len(self.starts[0]) * len(self.starts[1])
+
+    @property
+    def share(self) -> float:
+        """Of a tile that is not also its neighbour's, on average."""
+        return self.frame[0] * self.frame[1] / (self.number * self.size[0] * self.size[1])
+
+    def corners(self) -> list[tuple[int, int]]:
+        return [(top, left) for top in self.starts[0] for left in self.starts[1]]
+
+    def blend(self, level: _Level, top: int, left: int) -> Tensor:
+        """(n, m): how much each node of a tile counts, less towards its borders, but for the frame's."""
+        profiles = []
+        for start, basis, size, length in zip(
+            (top, left), (level.down, level.along), self.size, self.frame, strict=True
+        ):
+            node = torch.arange(basis.shape[-1], device=basis.device, dtype=basis.dtype)
+            far = torch.full_like(node, _OVERLAP)
+            before = node - 1 if start > 0 else far
+            after = (size - 1) / self.spacing + 1 - node if start + size < length else far
+            inner = torch.minimum(before, after).clamp(0, _OVERLAP) / _OVERLAP
+            profiles.append(inner.square() * (3 - 2 * inner) + 1e-6)
+        return profiles[0][:, None] * profiles[1]
+
+
+def _cut(length: int, spacing: int) -> tuple[int, list[int]]:
+    """The size and the starts of the tiles along one axis."""
+    longest, overlap = _LARGEST_TILE * spacing, _OVERLAP * spacing
+    if length <= longest + overlap:
+        return length, [0]
+    count = -(-(length - overlap) // (longest - overlap))
+    least = -(-(length + (count - 1) * overlap) // count)
+    steps = (length - least) // spacing  # whole nodes from the first tile's start to the last one's
+    return length - steps * spacing, [steps * index // (count - 1) * spacing for index in range(count)]
+
+
+def _fit(
+    moving: Tensor,
+    ground: _TileGround,
+    warp: Tensor,
+    mask: Tensor | None,
+    spacing: int,
+    smoothness: float | None,
+) -> _Fitted:
+    """The rounds."""
+    frame = (moving.shape[-2], moving.shape[-1])
+    nodes = lattice_size(frame, spacing)
+    levels = [_level(frame, band, spacing, moving) for band in _BANDS]
+    tables = [_tables(level) for level in levels]
+    prior = _prior(nodes, moving)
+    frames, flat = _prepare_frames(moving, mask, levels)
+
+    def equations(offset: Tensor, level: int) -> _Equations:
+        field, weights = ground.fields[level], ground.weights[level]
+        return _linearize(frames[level], levels[level], tables[level], field, weights, warp, offset)
+
+    schedule = [level for level, count in enumerate(_ROUNDS) for _ in range(count)]
+    offset = moving.new_zeros(moving.shape[0], 2, *nodes)
+    chosen = torch.full_like(offset[:, 0, 0, 0], _FIRST_SMOOTHNESS if smoothness is None else smoothness)
+    for step, level in enumerate(schedule):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and step >= len(schedule) - _WITH_GRADIENT):
+            found = equations(offset, level)
+            if smoothness is None and step == _CHOOSE:
+                chosen = _choose_smoothness(found, prior)
+            solution, factor = _solve_blocks(found, prior, chosen)
+            offset = _step_towards(offset, solution)
+    with torch.no_grad():
+        variance = _SIGMA_CALIBRATION**2 * _posterior(factor, nodes)
+        evidence = _evidence(factor, prior, chosen)
+    return _Fitted(offset, variance, evidence, flat | ground.flat, found.similarity, levels[-1])
+
+
+def _step_towards(offset: Tensor, found: Tensor) -> Tensor:
+    """Towards what was found, as far as it is a number, by so many pixels at most."""
+    sound = found.isfinite().flatten(1).all(1)[:, None, None, None]
+    return offset + torch.where(sound, found - offset, 0.0).clamp(-_LARGEST_STEP, _LARGEST_STEP)
+
+
+def _known(variance: Tensor) -> Tensor:
+    """(N, n, m), near 1 where the field is known well, near 0 where it is not."""
+    return 1 / (1 + 0.5 * (variance[:, 0] + variance[:, 2]).clamp(min=0) / _KNOWN**2).square()
+
+
+def _conclude(
+    coefficients: Tensor,
+    variance: Tensor,
+    evidence: Tensor,
+    flat: Tensor,
+    inliers: Tensor,
+    frame: tuple[int, int],
+    spacing: int,
+) -> LocalShifts:
+    """What was found, and what there is to say about it."""
+    nodes = (coefficients.shape[-2], coefficients.shape[-1])
+    with torch.no_grad():
+        sigma = (0.5 * (variance[:, 0] + variance[:, 2])).clamp(min=0).sqrt()
+        ones = coefficients.new_ones(1)
+        down, along = (
+            spline_basis(0.5 * (length - 1) / spacing + ones, count)
+            for length, count in zip(frame, nodes, strict=True)
+        )
+        # (a spline over the values at the nodes is a little smoother than they are)
+        xx, xy, yy = torch.matmul(torch.matmul(down, variance), along.mT)[..., 0, 0].unbind(-1)
+        covariance = torch.stack((xx, xy, xy, yy), -1).reshape(-1, 2, 2)
+        # four points a node tell the extremes of a cubic spline
+        fine = [
+            torch.linspace(
+                1, 1 + (length - 1) / spacing, 4 * (count - 3) + 1, device=ones.device, dtype=ones.dtype
+            )
+            for length, count in zip(frame, nodes, strict=True)
+        ]
+        (down, down_slope), (along, along_slope) = (
+            (spline_basis(at, count), spline_slope(at, count)) for at, count in zip(fine, nodes, strict=True)
+        )
+
+        def on_grid(rows: Tensor, columns: Tensor) -> Tensor:
+            return torch.matmul(torch.matmul(rows, coefficients), columns.mT)
+
+        field = on_grid(down, along)
+        xx, yx = (on_grid(down, along_slope) / spacing).unbind(1)
+        xy, yy = (on_grid(down_slope, along) / spacing).unbind(1)
+        jacobian = (1 + xx) * (1 + yy) - xy * yx
+        return LocalShifts(
+            coefficients,
+            sigma,
+            covariance,
+            torch.where(evidence.isfinite(), evidence, -torch.inf),
+            torch.linalg.vector_norm(field, dim=1).flatten(1).amax(1),
+            jacobian.flatten(1).amin(1),
+            flat,
+            inliers.detach(),
+        )
+
+
+def _per_pixel(gradient: tuple[Tensor, Tensor], level: _Level) -> tuple[Tensor, Tensor]:
+    """Derivatives by samples → by pixels."""
+    (rows, columns), (height, width) = level.grid.size, level.grid.frame
+    return gradient[0] * (columns / width), gradient[1] * (rows / height)

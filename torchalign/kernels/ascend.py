@@ -1,0 +1,916 @@
+"""The steps of an ECC ascent as one kernel: sampling, inner products, the increment, and so on until none is long.
+
+Convention:
+    As in :mod:`torchalign.functional.ecc`: warps are 3 × 3 and normalised (the frame's centre is 0, half of its
+    longer side 1); an increment is composed on the left. Fields are continued beyond their border, by 3 samples
+    on every side, so that no tap of a spline is outside.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchalign.kernels.sampling import divide, lerp
+from torchalign.kernels.turn import tukey
+
+__all__ = [
+    "Geometry",
+    "ascend_shifted",
+    "ascend_warped",
+    "look",
+    "look_frames",
+    "step_shifted",
+    "step_warped",
+]
+
+_BLOCK = 256
+_MOTIONS = ("translation", "euclidean", "similarity", "affine", "homography")
+# a point farther out than this, in samples, is nowhere
+_NOWHERE = tl.constexpr(1e7)
+
+
+class Geometry(NamedTuple):
+    """Where the samples of a level lie, and how long a step there may be.
+
+    Attributes:
+        x: (n,), normalised.
+        y: (n,), likewise.
+        frame: (H, W) in pixels.
+        corners: (8, P), how each parameter displaces the frame's corners, x of the four and then y, in pixels.
+        longest: the longest step, in pixels.
+        projective: whether warps may have a last row.
+    """
+
+    x: Tensor
+    y: Tensor
+    frame: tuple[int, int]
+    corners: Tensor
+    longest: float
+    projective: bool
+
+
+@triton.jit
+def _known(value):
+    """What is no number, or would overflow, is far away."""
+    value = tl.where(value == value, value, _NOWHERE)
+    return tl.minimum(tl.maximum(value, -_NOWHERE), _NOWHERE)
+
+
+@triton.jit
+def _inverse(a, b, c, d, e, f, g, h, i):
+    """Of a 3 × 3 matrix, by its adjugate."""
+    p = e * i - f * h
+    q = f * g - d * i
+    r = d * h - e * g
+    determinant = a * p + b * q + c * r
+    return (
+        _known(divide(p, determinant)),
+        _known(divide(c * h - b * i, determinant)),
+        _known(divide(b * f - c * e, determinant)),
+        _known(divide(q, determinant)),
+        _known(divide(a * i - c * g, determinant)),
+        _known(divide(c * d - a * f, determinant)),
+        _known(divide(r, determinant)),
+        _known(divide(b * g - a * h, determinant)),
+        _known(divide(a * e - b * d, determinant)),
+    )
+
+
+@triton.jit
+def _points(inverse, x, y, half, height, width, PROJECTIVE: tl.constexpr):
+    """Pixels (column, row) of the moving frame that samples of the reference show."""
+    across = half * 0 + (width - 1) * 0.5
+    down = half * 0 + (height - 1) * 0.5
+    column = (
+        (inverse[0] * half + inverse[6] * across) * x
+        + (inverse[1] * half + inverse[7] * across) * y
+        + (inverse[2] * half + inverse[8] * across)
+    )
+    row = (
+        (inverse[3] * half + inverse[6] * down) * x
+        + (inverse[4] * half + inverse[7] * down) * y
+        + (inverse[5] * half + inverse[8] * down)
+    )
+    if PROJECTIVE:
+        # beyond its horizon a homography shows nothing
+        depth = inverse[6] * x + inverse[7] * y + inverse[8]
+        depth = tl.where(depth > 0, depth, 1 / _NOWHERE)
+        column = divide(column, depth)
+        row = divide(row, depth)
+    return column, row
+
+
+@triton.jit
+def _spline_weight(fraction, TAP: tl.constexpr):
+    """Of the coefficient at ``TAP`` − 1 from ⌊x⌋; the four sum to 1."""
+    rest = 1 - fraction
+    right = ((0.5 - fraction * (1 / 3)) * fraction + 0.5) * fraction + (1 / 6)
+    first = rest * rest * rest * (1 / 6)
+    last = fraction * fraction * fraction * (1 / 6)
+    if TAP == 0:
+        weight = first
+    elif TAP == 1:
+        weight = 1 - right - first
+    elif TAP == 2:
+        weight = right - last
+    else:
+        weight = last
+    return weight
+
+
+@triton.jit
+def _sample(field, rows, columns, column, row, live, SPLINE: tl.constexpr):
+    """A continued field of rows × columns at positions among its samples; beyond the border is the border."""
+    column = tl.minimum(tl.maximum(column, -1.0), columns)
+    row = tl.minimum(tl.maximum(row, -1.0), rows)
+    left = tl.floor(column)
+    top = tl.floor(row)
+    fx = column - left
+    fy = row - top
+    line = columns + 6
+    at = field + (top.to(tl.int32) + 3) * line + left.to(tl.int32) + 3
+    if SPLINE:
+        value = tl.zeros_like(fx)
+        for j in tl.static_range(4):
+            across = tl.zeros_like(fx)
+            for i in tl.static_range(4):
+                tap = tl.load(at + (j - 1) * line + (i - 1), mask=live, other=0)
+                across += _spline_weight(fx, i) * tap
+            value += _spline_weight(fy, j) * across
+    else:
+        above = lerp(tl.load(at, mask=live, other=0), tl.load(at + 1, mask=live, other=0), fx)
+        below = lerp(tl.load(at + line, mask=live, other=0), tl.load(at + line + 1, mask=live, other=0), fx)
+        value = lerp(above, below, fy)
+    return value
+
+
+@triton.jit
+def look_frames(
+    spline,  # (N, h + 6, w + 6)
+    usable,  # (N, h' + 6, w' + 6)
+    warp,  # (N, 9)
+    level_x,  # (n,)
+    level_y,  # (n,)
+    level_weights,  # (N or 1 a group, n)
+    values,  # (N, n)
+    common,  # (N, n)
+    samples,
+    group,
+    rows,
+    columns,
+    usable_rows,
+    usable_columns,
+    height: tl.float64,
+    width: tl.float64,
+    ramp_y: tl.float64,
+    ramp_x: tl.float64,
+    MASKED: tl.constexpr,
+    TAPERED: tl.constexpr,
+    PROJECTIVE: tl.constexpr,
+    SPLINE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of samples of one frame."""
+    blocks = tl.cdiv(samples, BLOCK)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = place < samples
+    zero = tl.zeros((BLOCK,), COMPUTE)
+    high = zero + tl.cast(height, COMPUTE)
+    wide = zero + tl.cast(width, COMPUTE)
+    half = tl.maximum(high, wide) * 0.5
+    entries = warp + 9 * frame
+    inverse = _inverse(
+        tl.load(entries),
+        tl.load(entries + 1),
+        tl.load(entries + 2),
+        tl.load(entries + 3),
+        tl.load(entries + 4),
+        tl.load(entries + 5),
+        tl.load(entries + 6),
+        tl.load(entries + 7),
+        tl.load(entries + 8),
+    )
+    x = tl.load(level_x + place, mask=live, other=0)
+    y = tl.load(level_y + place, mask=live, other=0)
+    column, row = _points(inverse, x, y, half, high, wide, PROJECTIVE)
+    field = spline + frame * (rows + 6) * (columns + 6)
+    value = _sample(
+        field,
+        rows,
+        columns,
+        column * divide(zero + columns, wide),
+        row * divide(zero + rows, high),
+        live,
+        SPLINE,
+    )
+    tl.store(values + frame * samples + place, value, mask=live)
+    if TAPERED:
+        own = tukey(row, high, zero + tl.cast(ramp_y, COMPUTE)) * tukey(
+            column, wide, zero + tl.cast(ramp_x, COMPUTE)
+        )
+    else:
+        within = (column > -0.5) & (column < wide - 0.5) & (row > -0.5) & (row < high - 0.5)
+        own = within.to(COMPUTE)
+    if MASKED:
+        mask = usable + frame * (usable_rows + 6) * (usable_columns + 6)
+        share = _sample(
+            mask,
+            usable_rows,
+            usable_columns,
+            column * divide(zero + usable_columns, wide),
+            row * divide(zero + usable_rows, high),
+            live,
+            False,
+        )
+        # between two ones lies a one, but for rounding
+        own *= tl.where(share > 1 - 1e-5, 1.0, share)
+    onto = tl.load(level_weights + (frame // group) * samples + place, mask=live, other=0)
+    tl.store(common + frame * samples + place, tl.minimum(onto, own), mask=live)
+
+
+@triton.jit
+def _increment(moments, mean, inverse, solved, rest, places):
+    """The step, at places 2 …, that maximises the coefficient of the linearised reference."""
+    first = tl.sum(tl.where(places == 0, moments, 0.0), 0)
+    centred = moments - first * mean
+    along = tl.sum(tl.where(places == 1, centred, 0.0), 0) - tl.sum(centred * solved, 0)
+    good = (along > 0) & (rest > 0)
+    gain = tl.where(good, divide(rest, tl.where(good, along, 1.0)), 1.0)
+    return gain * tl.sum(inverse * centred[None, :], 1) - solved
+
+
+@triton.jit
+def _shorten(increment, corners_x, corners_y, longest):
+    """No step is longer than a few samples; and how far it moves the farthest corner, in pixels."""
+    x = tl.sum(corners_x * increment[None, :], 1)
+    y = tl.sum(corners_y * increment[None, :], 1)
+    reach = tl.sqrt(tl.max(x * x + y * y, 0))
+    shorter = divide(longest, tl.maximum(reach, longest))
+    return increment * shorter, reach * shorter
+
+
+@triton.jit
+def _entry(vector, places, PLACE: tl.constexpr):
+    return tl.sum(tl.where(places == PLACE, vector, 0.0), 0)
+
+
+@triton.jit
+def step_warped(
+    spline,  # (N, h + 6, w + 6)
+    start,  # (N, 9)
+    moves,  # (N,), 0 and 1
+    weights,  # (N, n)
+    regressors,  # (N or 1 a group, K, n), of which the first 2 + P
+    means,  # (N, 2 + P)
+    inverses,  # (N, P, P)
+    solutions,  # (N, P)
+    rests,  # (N,)
+    level_x,  # (n,)
+    level_y,  # (n,)
+    corners,  # (8, P)
+    warps,  # (N, 9)
+    reaches,  # (N,)
+    seen,  # (N, 9), where the frame was sampled last
+    samples,
+    group,
+    lines,  # K
+    rows,
+    columns,
+    iterations,
+    height: tl.float64,
+    width: tl.float64,
+    longest: tl.float64,
+    tolerance: tl.float64,
+    PARAMETERS: tl.constexpr,
+    PADDED: tl.constexpr,  # the next power of two of 2 + P
+    MOTION: tl.constexpr,
+    PROJECTIVE: tl.constexpr,
+    SPLINE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one frame."""
+    frame = tl.program_id(0).to(tl.int64)
+    places = tl.arange(0, PADDED)
+    parameter = (places >= 2) & (places < 2 + PARAMETERS)
+    mean = tl.load(means + frame * (2 + PARAMETERS) + places, mask=places < 2 + PARAMETERS, other=0)
+    solved = tl.load(solutions + frame * PARAMETERS + places - 2, mask=parameter, other=0)
+    rest = tl.load(rests + frame)
+    inverse = tl.load(
+        inverses + frame * PARAMETERS * PARAMETERS + (places[:, None] - 2) * PARAMETERS + places[None, :] - 2,
+        mask=parameter[:, None] & parameter[None, :],
+        other=0,
+    )
+    four = tl.arange(0, 4)
+    shape = tl.zeros((4, PADDED), tl.int32)
+    corner = shape + four[:, None] * PARAMETERS + places[None, :] - 2
+    corners_x = tl.load(corners + corner, mask=(shape == 0) & parameter[None, :], other=0)
+    corners_y = tl.load(corners + 4 * PARAMETERS + corner, mask=(shape == 0) & parameter[None, :], other=0)
+    zero = tl.zeros((BLOCK,), COMPUTE)
+    high = zero + tl.cast(height, COMPUTE)
+    wide = zero + tl.cast(width, COMPUTE)
+    half = tl.maximum(high, wide) * 0.5
+    nothing = rest * 0
+    limit = nothing + tl.cast(longest, COMPUTE)
+    field = spline + frame * (rows + 6) * (columns + 6)
+    rows_of = regressors + (frame // group) * lines * samples
+
+    entries = start + 9 * frame
+    a = tl.load(entries)
+    b = tl.load(entries + 1)
+    c = tl.load(entries + 2)
+    d = tl.load(entries + 3)
+    e = tl.load(entries + 4)
+    f = tl.load(entries + 5)
+    g = tl.load(entries + 6)
+    h = tl.load(entries + 7)
+    i = tl.load(entries + 8)
+    going = tl.load(moves + frame) != 0
+    reach = nothing
+    nine = tl.arange(0, 16)
+    tl.store(seen + 9 * frame + nine, tl.load(entries + nine, mask=nine < 9, other=0), mask=nine < 9)
+    for _ in range(iterations):
+        if going:
+            out = seen + 9 * frame
+            tl.store(out, a)
+            tl.store(out + 1, b)
+            tl.store(out + 2, c)
+            tl.store(out + 3, d)
+            tl.store(out + 4, e)
+            tl.store(out + 5, f)
+            tl.store(out + 6, g)
+            tl.store(out + 7, h)
+            tl.store(out + 8, i)
+            back = _inverse(a, b, c, d, e, f, g, h, i)
+            total = tl.zeros((PADDED, BLOCK), COMPUTE)
+            for first in range(0, samples, BLOCK):
+                place = first + tl.arange(0, BLOCK)
+                live = place < samples
+                x = tl.load(level_x + place, mask=live, other=0)
+                y = tl.load(level_y + place, mask=live, other=0)
+                column, row = _points(back, x, y, half, high, wide, PROJECTIVE)
+                value = _sample(
+                    field,
+                    rows,
+                    columns,
+                    column * divide(zero + columns, wide),
+                    row * divide(zero + rows, high),
+                    live,
+                    SPLINE,
+                )
+                value *= tl.load(weights + frame * samples + place, mask=live, other=0)
+                tile = tl.load(
+                    rows_of + places[:, None] * samples + place[None, :],
+                    mask=(places < 2 + PARAMETERS)[:, None] & live[None, :],
+                    other=0,
+                )
+                total += tile * value[None, :]
+            step = _increment(tl.sum(total, 1), mean, inverse, solved, rest, places)
+            step, reach = _shorten(step, corners_x, corners_y, limit)
+            # the increment's warp, composed on the left
+            tx = _entry(step, places, 2)
+            ty = _entry(step, places, 3)
+            aa = nothing + 1
+            bb = nothing
+            cc = nothing
+            dd = nothing + 1
+            gg = nothing
+            hh = nothing
+            if MOTION == 1:
+                angle = _entry(step, places, 4)
+                aa = tl.cos(angle)
+                cc = tl.sin(angle)
+                bb = -cc
+                dd = aa
+            elif MOTION == 2:
+                cc = _entry(step, places, 4)
+                bb = -cc
+                aa = 1 + _entry(step, places, 5)
+                dd = aa
+            elif MOTION >= 3:
+                aa = 1 + _entry(step, places, 4)
+                bb = _entry(step, places, 5)
+                cc = _entry(step, places, 6)
+                dd = 1 + _entry(step, places, 7)
+            if MOTION == 4:
+                gg = _entry(step, places, 8)
+                hh = _entry(step, places, 9)
+            last = gg * c + hh * f + i
+            na = divide(aa * a + bb * d + tx * g, last)
+            nb = divide(aa * b + bb * e + tx * h, last)
+            nc = divide(aa * c + bb * f + tx * i, last)
+            nd = divide(cc * a + dd * d + ty * g, last)
+            ne = divide(cc * b + dd * e + ty * h, last)
+            nf = divide(cc * c + dd * f + ty * i, last)
+            ng = divide(gg * a + hh * d + g, last)
+            nh = divide(gg * b + hh * e + h, last)
+            a, b, c, d, e, f, g, h, i = na, nb, nc, nd, ne, nf, ng, nh, divide(last, last)
+            going = reach > tl.cast(tolerance, COMPUTE)
+    out = warps + 9 * frame
+    tl.store(out, a)
+    tl.store(out + 1, b)
+    tl.store(out + 2, c)
+    tl.store(out + 3, d)
+    tl.store(out + 4, e)
+    tl.store(out + 5, f)
+    tl.store(out + 6, g)
+    tl.store(out + 7, h)
+    tl.store(out + 8, i)
+    tl.store(reaches + frame, reach)
+
+
+@triton.jit
+def _product(spectra, LINE: tl.constexpr, bins, place, live, real, imaginary):
+    """Real part of the conjugate of a weighted regressor's spectrum times a moving frame's."""
+    own = spectra + (LINE * bins + place) * 2
+    return tl.load(own, mask=live, other=0) * real + tl.load(own + 1, mask=live, other=0) * imaginary
+
+
+@triton.jit
+def step_shifted(
+    spectrum,  # (N, h, w//2+1, 2)
+    weighted,  # (N, 4, h, w//2+1, 2), spectra of the weighted regressors
+    start,  # (N, 2), pixels
+    moves,  # (N,), 0 and 1
+    means,  # (N, 4)
+    inverses,  # (N, 2, 2)
+    solutions,  # (N, 2)
+    rests,  # (N,)
+    fy,  # (h,), cycles per pixel
+    fx,  # (w//2+1,)
+    corners,  # (8, 2)
+    shifts,  # (N, 2), pixels
+    reaches,  # (N,)
+    seen,  # (N, 2), where the frame was sampled last
+    bins,
+    columns,
+    iterations,
+    samples: tl.float64,
+    half: tl.float64,
+    longest: tl.float64,
+    tolerance: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one frame. Inner products of fields are those of their spectra (Parseval)."""
+    frame = tl.program_id(0).to(tl.int64)
+    places = tl.arange(0, 4)
+    parameter = places >= 2
+    mean = tl.load(means + 4 * frame + places)
+    solved = tl.load(solutions + 2 * frame + places - 2, mask=parameter, other=0)
+    rest = tl.load(rests + frame)
+    inverse = tl.load(
+        inverses + 4 * frame + (places[:, None] - 2) * 2 + places[None, :] - 2,
+        mask=parameter[:, None] & parameter[None, :],
+        other=0,
+    )
+    corner = places[:, None] * 2 + places[None, :] - 2
+    corners_x = tl.load(corners + corner, mask=(places[:, None] >= 0) & parameter[None, :], other=0)
+    corners_y = tl.load(corners + 8 + corner, mask=(places[:, None] >= 0) & parameter[None, :], other=0)
+    own = spectrum + frame * bins * 2
+    spectra = weighted + frame * 4 * bins * 2
+    nothing = rest * 0
+    limit = nothing + tl.cast(longest, COMPUTE)
+    area = nothing + tl.cast(samples, COMPUTE)
+    unit = nothing + tl.cast(half, COMPUTE)
+    x_shift = tl.load(start + 2 * frame)
+    y_shift = tl.load(start + 2 * frame + 1)
+    going = tl.load(moves + frame) != 0
+    reach = nothing
+    tl.store(seen + 2 * frame, x_shift)
+    tl.store(seen + 2 * frame + 1, y_shift)
+    for _ in range(iterations):
+        if going:
+            tl.store(seen + 2 * frame, x_shift)
+            tl.store(seen + 2 * frame + 1, y_shift)
+            m0 = tl.zeros((BLOCK,), COMPUTE)
+            m1 = tl.zeros((BLOCK,), COMPUTE)
+            m2 = tl.zeros((BLOCK,), COMPUTE)
+            m3 = tl.zeros((BLOCK,), COMPUTE)
+            for first in range(0, bins, BLOCK):
+                place = first + tl.arange(0, BLOCK)
+                live = place < bins
+                y = tl.load(fy + place // columns, mask=live, other=0)
+                x = tl.load(fx + place % columns, mask=live, other=0)
+                cycles = x * x_shift + y * y_shift
+                angle = (cycles - tl.floor(cycles + 0.5)) * 6.283185307179586
+                cosine = tl.cos(angle)
+                sine = tl.sin(angle)
+                # how often a column stands in the whole spectrum
+                often = tl.where(x > 0, 2.0, 1.0)
+                given = tl.load(own + 2 * place, mask=live, other=0)
+                other = tl.load(own + 2 * place + 1, mask=live, other=0)
+                real = (given * cosine + other * sine) * often
+                imaginary = (other * cosine - given * sine) * often
+                m0 += _product(spectra, 0, bins, place, live, real, imaginary)
+                m1 += _product(spectra, 1, bins, place, live, real, imaginary)
+                m2 += _product(spectra, 2, bins, place, live, real, imaginary)
+                m3 += _product(spectra, 3, bins, place, live, real, imaginary)
+            moments = (
+                tl.where(places == 0, tl.sum(m0, 0), 0.0)
+                + tl.where(places == 1, tl.sum(m1, 0), 0.0)
+                + tl.where(places == 2, tl.sum(m2, 0), 0.0)
+                + tl.where(places == 3, tl.sum(m3, 0), 0.0)
+            )
+            moments = divide(moments, area + tl.zeros_like(moments))
+            step = _increment(moments, mean, inverse, solved, rest, places)
+            step, reach = _shorten(step, corners_x, corners_y, limit)
+            x_shift += _entry(step, places, 2) * unit
+            y_shift += _entry(step, places, 3) * unit
+            going = reach > tl.cast(tolerance, COMPUTE)
+    tl.store(shifts + 2 * frame, x_shift)
+    tl.store(shifts + 2 * frame + 1, y_shift)
+    tl.store(reaches + frame, reach)
+
+
+# ------------------------------------------------------------------------------------------------ as operators
+
+
+def look(
+    spline: Tensor,
+    usable: Tensor | None,
+    warp: Tensor,
+    level_weights: Tensor,
+    geometry: Geometry,
+    ramps: tuple[float, float] | None,
+    precise: bool,
+) -> tuple[Tensor, Tensor]:
+    """The moving frames as a warp shows them over the reference's samples, and the ground that both have.
+
+    Args:
+        spline: (..., T, h + 6, w + 6), coefficients of a cubic B-spline, continued.
+        usable: (..., T, h' + 6, w' + 6), how much is usable, continued; or ``None``.
+        warp: (..., T, 3, 3), normalised.
+        level_weights: (..., 1 or T, n), of the reference.
+        geometry: of the level.
+        ramps: how long the window falls off along y and x, in pixels; ``None`` for no window.
+        precise: the spline; else bilinear.
+
+    Returns:
+        (..., T, n) twice.
+    """
+    lead, geometry = warp.shape[:-2], Geometry(*geometry)
+    return tuple(  # type: ignore[return-value]
+        _look(
+            spline.expand(*lead, *spline.shape[-2:]),
+            usable,
+            warp,
+            level_weights,
+            geometry.x,
+            geometry.y,
+            list(geometry.frame),
+            list(ramps or ()),
+            geometry.projective,
+            precise,
+        )
+    )
+
+
+@torch.library.custom_op("torchalign::look", mutates_args=())
+def _look(
+    spline: Tensor,
+    usable: Tensor | None,
+    warp: Tensor,
+    level_weights: Tensor,
+    level_x: Tensor,
+    level_y: Tensor,
+    frame: list[int],
+    ramps: list[float],
+    projective: bool,
+    precise: bool,
+) -> tuple[Tensor, Tensor]:
+    frames, samples = math.prod(warp.shape[:-2]), level_x.shape[0]
+    values, common = (warp.new_empty((*warp.shape[:-2], samples)) for _ in range(2))
+    if values.numel() == 0:
+        return values, common
+    mask = spline if usable is None else usable.expand(*warp.shape[:-2], *usable.shape[-2:])
+    weights, group = _by_group(level_weights, warp, 1)
+    look_frames[(frames * triton.cdiv(samples, _BLOCK),)](
+        spline.contiguous(),
+        mask.contiguous(),
+        warp.contiguous(),
+        level_x.contiguous(),
+        level_y.contiguous(),
+        weights,
+        values,
+        common,
+        samples,
+        group,
+        *(length - 6 for length in spline.shape[-2:]),
+        *(length - 6 for length in mask.shape[-2:]),
+        *map(float, frame),
+        *(ramps or (1.0, 1.0)),
+        MASKED=usable is not None,
+        TAPERED=bool(ramps),
+        PROJECTIVE=projective,
+        SPLINE=precise,
+        COMPUTE=_compute(warp),
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return values, common
+
+
+@_look.register_fake
+def _(
+    spline: Tensor,
+    usable: Tensor | None,
+    warp: Tensor,
+    level_weights: Tensor,
+    level_x: Tensor,
+    level_y: Tensor,
+    frame: list[int],
+    ramps: list[float],
+    projective: bool,
+    precise: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (*warp.shape[:-2], level_x.shape[0])
+    return warp.new_empty(shape), warp.new_empty(shape)
+
+
+class _Equations(NamedTuple):
+    """The normal equations, as functional.ecc solves them; one row a frame."""
+
+    mean: Tensor  # (..., T, 2 + P)
+    inverse: Tensor  # (..., T, P, P)
+    solved: Tensor  # (..., T, P)
+    rest: Tensor  # (..., T)
+
+
+def ascend_warped(
+    spline: Tensor,
+    start: Tensor,
+    moves: Tensor,
+    weights: Tensor,
+    regressors: Tensor,
+    equations: tuple[Tensor, Tensor, Tensor, Tensor],
+    geometry: Geometry,
+    motion: str,
+    steps: tuple[int, float, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps of frames under any warp, until none moves a point of the frame by more than a tolerance.
+
+    Args:
+        spline: (..., T, h + 6, w + 6), coefficients of a cubic B-spline, continued.
+        start: (..., T, 3, 3), normalised.
+        moves: bool, (..., T), the frames that move at all.
+        weights: (..., T, n).
+        regressors: (..., 1 or T, K, n): 1, the texture, its derivatives by the P parameters, and more.
+        equations: mean (..., T, 2 + P), inverse (..., T, P, P), solved (..., T, P) and rest (..., T).
+        geometry: of the level.
+        motion: what may move.
+        steps: how many at most, the tolerance in pixels, and whether samples are of the spline or bilinear.
+
+    Returns:
+        The warps (..., T, 3, 3); the reach (..., T) of the last step, in pixels; and the warps before it.
+    """
+    lead, geometry = start.shape[:-2], Geometry(*geometry)
+    return tuple(  # type: ignore[return-value]
+        _ascend_warped(
+            spline.expand(*lead, *spline.shape[-2:]),
+            start,
+            moves.expand(lead),
+            weights,
+            regressors,
+            *equations,
+            geometry.x,
+            geometry.y,
+            geometry.corners,
+            list(geometry.frame),
+            geometry.longest,
+            geometry.projective,
+            motion,
+            *steps,
+        )
+    )
+
+
+@torch.library.custom_op("torchalign::ascend_warped", mutates_args=())
+def _ascend_warped(
+    spline: Tensor,
+    start: Tensor,
+    moves: Tensor,
+    weights: Tensor,
+    regressors: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    solved: Tensor,
+    rest: Tensor,
+    level_x: Tensor,
+    level_y: Tensor,
+    corners: Tensor,
+    frame: list[int],
+    longest: float,
+    projective: bool,
+    motion: str,
+    iterations: int,
+    tolerance: float,
+    precise: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    warp, reach, seen = (
+        torch.empty_like(start).contiguous(),
+        start.new_empty(start.shape[:-2]),
+        torch.empty_like(start).contiguous(),
+    )
+    if warp.numel() == 0:
+        return warp, reach, seen
+    lines, group = _by_group(regressors, start, 2)
+    parameters = corners.shape[-1]
+    step_warped[(math.prod(start.shape[:-2]),)](
+        spline.contiguous(),
+        start.contiguous(),
+        moves.contiguous().view(torch.uint8),
+        weights.contiguous(),
+        lines,
+        mean.contiguous(),
+        inverse.contiguous(),
+        solved.contiguous(),
+        rest.contiguous(),
+        level_x.contiguous(),
+        level_y.contiguous(),
+        corners.contiguous(),
+        warp,
+        reach,
+        seen,
+        level_x.shape[0],
+        group,
+        regressors.shape[-2],
+        *(length - 6 for length in spline.shape[-2:]),
+        iterations,
+        *map(float, frame),
+        longest,
+        tolerance,
+        PARAMETERS=parameters,
+        PADDED=triton.next_power_of_2(2 + parameters),
+        MOTION=_MOTIONS.index(motion),
+        PROJECTIVE=projective,
+        SPLINE=precise,
+        COMPUTE=_compute(start),
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return warp, reach, seen
+
+
+@_ascend_warped.register_fake
+def _(
+    spline: Tensor,
+    start: Tensor,
+    moves: Tensor,
+    weights: Tensor,
+    regressors: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    solved: Tensor,
+    rest: Tensor,
+    level_x: Tensor,
+    level_y: Tensor,
+    corners: Tensor,
+    frame: list[int],
+    longest: float,
+    projective: bool,
+    motion: str,
+    iterations: int,
+    tolerance: float,
+    precise: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return start.new_empty(start.shape), start.new_empty(start.shape[:-2]), start.new_empty(start.shape)
+
+
+def ascend_shifted(
+    spectrum: Tensor,
+    weighted: Tensor,
+    start: Tensor,
+    moves: Tensor,
+    equations: tuple[Tensor, Tensor, Tensor, Tensor],
+    frequencies: tuple[Tensor, Tensor],
+    corners: Tensor,
+    units: tuple[int, float, float],
+    steps: tuple[int, float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps of frames that are only shifted, by products of spectra.
+
+    Args:
+        spectrum: (..., T, h, w//2+1), of the moving frames; 0 at half the sampling rate.
+        weighted: (..., T, 4, h, w//2+1), of the weighted regressors.
+        start: (..., T, 2), (x, y) in pixels.
+        moves: bool, (..., T), the frames that move at all.
+        equations: mean (..., T, 4), inverse (..., T, 2, 2), solved (..., T, 2) and rest (..., T).
+        frequencies: (h,) and (w//2+1,), along y and x, in cycles per pixel.
+        corners: (8, 2), how each parameter displaces the frame's corners, in pixels.
+        units: h · w, half of the frame's longer side in pixels, and the longest step in pixels.
+        steps: how many at most, and the tolerance in pixels.
+
+    Returns:
+        The shifts (..., T, 2) in pixels; the reach (..., T) of the last step, in pixels; and the shifts before it.
+    """
+    lead = start.shape[:-1]
+    parts = torch.view_as_real(spectrum.resolve_conj())
+    return tuple(  # type: ignore[return-value]
+        _ascend_shifted(
+            parts.expand(*lead, *parts.shape[-3:]),
+            torch.view_as_real(weighted.resolve_conj()),
+            start,
+            moves.expand(lead),
+            *equations,
+            *frequencies,
+            corners,
+            *units,
+            *steps,
+        )
+    )
+
+
+@torch.library.custom_op("torchalign::ascend_shifted", mutates_args=())
+def _ascend_shifted(
+    spectrum: Tensor,
+    weighted: Tensor,
+    start: Tensor,
+    moves: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    solved: Tensor,
+    rest: Tensor,
+    fy: Tensor,
+    fx: Tensor,
+    corners: Tensor,
+    samples: int,
+    half: float,
+    longest: float,
+    iterations: int,
+    tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shift, reach = start.new_empty(start.shape), start.new_empty(start.shape[:-1])
+    seen = torch.empty_like(shift)
+    if shift.numel() == 0:
+        return shift, reach, seen
+    rows, columns = spectrum.shape[-3:-1]
+    step_shifted[(math.prod(start.shape[:-1]),)](
+        spectrum.contiguous(),
+        weighted.contiguous(),
+        start.contiguous(),
+        moves.contiguous().view(torch.uint8),
+        mean.contiguous(),
+        inverse.contiguous(),
+        solved.contiguous(),
+        rest.contiguous(),
+        fy.contiguous(),
+        fx.contiguous(),
+        corners.contiguous(),
+        shift,
+        reach,
+        seen,
+        rows * columns,
+        columns,
+        iterations,
+        float(samples),
+        half,
+        longest,
+        tolerance,
+        COMPUTE=_compute(start),
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return shift, reach, seen
+
+
+@_ascend_shifted.register_fake
+def _(
+    spectrum: Tensor,
+    weighted: Tensor,
+    start: Tensor,
+    moves: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    solved: Tensor,
+    rest: Tensor,
+    fy: Tensor,
+    fx: Tensor,
+    corners: Tensor,
+    samples: int,
+    half: float,
+    longest: float,
+    iterations: int,
+    tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return start.new_empty(start.shape), start.new_empty(start.shape[:-1]), start.new_empty(start.shape)
+
+
+def _by_group(shared: Tensor, warp: Tensor, own: int) -> tuple[Tensor, int]:
+    """Rows of a reference (..., 1 or T, ..., n), and how many frames share each."""
+    lead = warp.shape[:-2]
+    group = lead[-1] if shared.shape[-own - 1] == 1 else 1
+    shape = (*lead[:-1], *shared.shape[-own - 1 :])
+    return shared.expand(shape).contiguous(), group
+
+
+def _compute(tensor: Tensor) -> tl.dtype:
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32

@@ -1,0 +1,133 @@
+"""The channel that is seen, what of it is finite, and 0 where it is not, as one kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchalign.kernels.sampling import divide, is_finite
+
+__all__ = ["see", "see_frames"]
+
+_BLOCK = 1024
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@triton.jit
+def see_frames(
+    frames,  # (N, C, H, W), by its strides
+    mask,  # (N, H, W), 0 and 1, by its strides
+    seen,  # (N, H, W)
+    usable,  # (N, H, W), 0 and 1
+    first_band,
+    second_band,
+    third_band,
+    bands,
+    height,
+    width,
+    stride_frame,
+    stride_band,
+    stride_row,
+    stride_column,
+    mask_frame,
+    mask_row,
+    mask_column,
+    MODE: tl.constexpr,  # 0: the first band; 1: the mean of all; 2: the mean of the three; 3: their luminance
+    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of pixels of one frame."""
+    blocks = tl.cdiv(height * width, BLOCK)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = place < height * width
+    x = (place % width).to(tl.int64)
+    y = (place // width).to(tl.int64)
+    pixels = frames + frame * stride_frame + y * stride_row + x * stride_column
+    if MODE == 1:
+        total = tl.load(pixels, mask=live).to(COMPUTE)
+        for band in range(1, bands):
+            total += tl.load(pixels + tl.cast(band, tl.int64) * stride_band, mask=live).to(COMPUTE)
+        value = divide(total, tl.zeros_like(total) + bands)
+    else:
+        value = tl.load(pixels + tl.cast(first_band, tl.int64) * stride_band, mask=live).to(COMPUTE)
+        if MODE >= 2:
+            second = tl.load(pixels + tl.cast(second_band, tl.int64) * stride_band, mask=live).to(COMPUTE)
+            third = tl.load(pixels + tl.cast(third_band, tl.int64) * stride_band, mask=live).to(COMPUTE)
+            if MODE == 2:
+                value = divide(value + second + third, tl.zeros_like(value) + 3)
+            else:
+                value = 0.299 * value + 0.587 * second + 0.114 * third
+    good = is_finite(value)
+    if MASKED:
+        good = good & (
+            tl.load(mask + frame * mask_frame + y * mask_row + x * mask_column, mask=live, other=0) != 0
+        )
+    tl.store(seen + frame * height * width + place, tl.where(good, value, 0.0), mask=live)
+    tl.store(usable + frame * height * width + place, good.to(tl.int8), mask=live)
+
+
+def see(
+    cube: Tensor, mask: Tensor | None, channel: str, bands: tuple[int, ...]
+) -> tuple[Tensor, Tensor] | None:
+    """The channel in float32 or float64, 0 where it is unusable; and where it is usable.
+
+    Args:
+        cube: (..., C, H, W), floating.
+        mask: bool, (..., H, W), or ``None``.
+        channel: ``"band"``, ``"mean"`` (of all), ``"rgb_mean"`` or ``"luminance"``.
+        bands: the indices of the one band, or of the three, from 0 on.
+
+    Returns:
+        (..., H, W) twice; ``None`` for a dtype that the kernel does not take.
+    """
+    if cube.dtype not in _FLOATING:
+        return None
+    return tuple(_see(cube, mask, channel, list(bands)))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("torchalign::see", mutates_args=())
+def _see(cube: Tensor, mask: Tensor | None, channel: str, bands: list[int]) -> tuple[Tensor, Tensor]:
+    seen, usable = _like(cube)
+    if seen.numel() == 0:
+        return seen, usable
+    count, (number, height, width) = math.prod(cube.shape[:-3]), cube.shape[-3:]
+    frames = cube.reshape(count, number, height, width)
+    masks = frames if mask is None else mask.reshape(count, height, width).view(torch.uint8)
+    first, second, third = (*bands, 0, 0, 0)[:3]
+    see_frames[(count * triton.cdiv(height * width, _BLOCK),)](
+        frames,
+        masks,
+        seen,
+        usable.view(torch.uint8),
+        first,
+        second,
+        third,
+        number,
+        height,
+        width,
+        *frames.stride(),
+        *((0, 0, 0) if mask is None else masks.stride()),
+        MODE=("band", "mean", "rgb_mean", "luminance").index(channel),
+        MASKED=mask is not None,
+        COMPUTE=tl.float64 if seen.dtype == torch.float64 else tl.float32,
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return seen, usable
+
+
+@_see.register_fake
+def _(cube: Tensor, mask: Tensor | None, channel: str, bands: list[int]) -> tuple[Tensor, Tensor]:
+    return _like(cube)
+
+
+def _like(cube: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*cube.shape[:-3], *cube.shape[-2:])
+    dtype = torch.float64 if cube.dtype == torch.float64 else torch.float32
+    return cube.new_empty(shape, dtype=dtype), cube.new_empty(shape, dtype=torch.bool)

@@ -1,0 +1,190 @@
+"""Newton's ascent on a correlation's trigonometric polynomial, and the scatter of its pulls, as one kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchalign.kernels.sampling import divide
+
+__all__ = ["MOST_BINS", "climb", "climb_frames"]
+
+_BLOCK = 512
+# One program walks the spectrum of a frame, once a step: of larger ones the matrix products of torch are faster.
+MOST_BINS = 2**18
+
+
+@triton.jit
+def _waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE: tl.constexpr):
+    """Angular frequencies of a block of bins, how often each counts, and the wave there."""
+    live = place < bins
+    y = tl.load(fy + place // columns, mask=live, other=0)
+    x = tl.load(fx + place % columns, mask=live, other=0)
+    cycles = y * shift_y + x * shift_x
+    # within half a turn, where sine and cosine are at their best
+    angle = (cycles - tl.floor(cycles + 0.5)) * 6.283185307179586
+    often = tl.where(live, 1.0, 0.0).to(COMPUTE) + tl.where(x > 0, 1.0, 0.0).to(COMPUTE)
+    return y * 6.283185307179586, x * 6.283185307179586, often, tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
+def climb_frames(
+    power,  # (N, h, w//2+1, 2)
+    fy,  # (h,), cycles per pixel
+    fx,  # (w//2+1,)
+    start,  # (N, 2)
+    found,  # (N, 2)
+    last,  # (N, 2)
+    derivatives,  # (N, 9)
+    bins,
+    columns,
+    steps,
+    COMPUTE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one frame."""
+    frame = tl.program_id(0).to(tl.int64)
+    spectrum = power + frame * bins * 2
+    shift_x = tl.load(start + 2 * frame)
+    shift_y = tl.load(start + 2 * frame + 1)
+    step_x = tl.zeros_like(shift_x)
+    step_y = tl.zeros_like(shift_y)
+    value = tl.zeros_like(shift_x)
+    gx = tl.zeros_like(shift_x)
+    gy = tl.zeros_like(shift_x)
+    hxx = tl.zeros_like(shift_x)
+    hyy = tl.zeros_like(shift_x)
+    hxy = tl.zeros_like(shift_x)
+    sxx = tl.zeros_like(shift_x)
+    syy = tl.zeros_like(shift_x)
+    sxy = tl.zeros_like(shift_x)
+    for step in range(steps + 1):
+        c00 = tl.zeros((BLOCK,), COMPUTE)
+        c10 = tl.zeros((BLOCK,), COMPUTE)
+        c01 = tl.zeros((BLOCK,), COMPUTE)
+        c20 = tl.zeros((BLOCK,), COMPUTE)
+        c02 = tl.zeros((BLOCK,), COMPUTE)
+        c11 = tl.zeros((BLOCK,), COMPUTE)
+        pxx = tl.zeros((BLOCK,), COMPUTE)
+        pyy = tl.zeros((BLOCK,), COMPUTE)
+        pxy = tl.zeros((BLOCK,), COMPUTE)
+        for first in range(0, bins, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            live = place < bins
+            y, x, often, cosine, sine = _waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE)
+            real = tl.load(spectrum + 2 * place, mask=live, other=0)
+            imaginary = tl.load(spectrum + 2 * place + 1, mask=live, other=0)
+            along = (real * cosine - imaginary * sine) * often
+            across = (real * sine + imaginary * cosine) * often
+            c00 += along
+            c10 -= x * across
+            c01 -= y * across
+            c20 -= x * x * along
+            c02 -= y * y * along
+            c11 -= x * y * along
+            # a bin and its conjugate pull alike: together the square of twice the pull
+            pull = across * across
+            pxx += x * x * pull
+            pyy += y * y * pull
+            pxy += x * y * pull
+        value = tl.sum(c00, 0)
+        gx = tl.sum(c10, 0)
+        gy = tl.sum(c01, 0)
+        hxx = tl.sum(c20, 0)
+        hyy = tl.sum(c02, 0)
+        hxy = tl.sum(c11, 0)
+        sxx = tl.sum(pxx, 0)
+        syy = tl.sum(pyy, 0)
+        sxy = tl.sum(pxy, 0)
+        if step < steps:
+            product = hxx * hyy
+            determinant = product - hxy * hxy
+            curved = (hxx < 0) & (determinant > EPSILON * product)
+            safe = tl.where(curved, determinant, 1.0)
+            step_x = tl.where(curved, divide(hxy * gy - hyy * gx, safe), 0.0)
+            step_y = tl.where(curved, divide(hxy * gx - hxx * gy, safe), 0.0)
+            step_x = tl.minimum(tl.maximum(step_x, -0.5), 0.5)
+            step_y = tl.minimum(tl.maximum(step_y, -0.5), 0.5)
+            shift_x += step_x
+            shift_y += step_y
+            # identical frames are at exactly 0: what rounding leaves there is taken off
+            if step == steps - 1:
+                shift_x = tl.where(tl.abs(shift_x) < 64 * EPSILON, 0.0, shift_x)
+                shift_y = tl.where(tl.abs(shift_y) < 64 * EPSILON, 0.0, shift_y)
+    tl.store(found + 2 * frame, shift_x)
+    tl.store(found + 2 * frame + 1, shift_y)
+    tl.store(last + 2 * frame, step_x)
+    tl.store(last + 2 * frame + 1, step_y)
+    out = derivatives + 9 * frame
+    tl.store(out, value)
+    tl.store(out + 1, gx)
+    tl.store(out + 2, gy)
+    tl.store(out + 3, hxx)
+    tl.store(out + 4, hyy)
+    tl.store(out + 5, hxy)
+    tl.store(out + 6, sxx)
+    tl.store(out + 7, syy)
+    tl.store(out + 8, sxy)
+
+
+def climb(
+    power: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, steps: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Newton's ascent, see :func:`torchalign.functional.phase.refine_peak`.
+
+    Args:
+        power: (..., H, W//2+1), half of a Hermitian cross-power spectrum.
+        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
+        start: (..., 2), (x, y) in pixels.
+        steps: at least one, each of at most half a pixel an axis.
+
+    Returns:
+        The shift (..., 2); the last step (..., 2); and (..., 9), there: the correlation, its derivatives by x, y,
+        xx, yy, xy, and the sums over frequencies of the squared pulls, xx, yy, xy. ``None`` where the spectrum is
+        too large for one program.
+    """
+    if power.shape[-2] * power.shape[-1] > MOST_BINS:
+        return None
+    parts = torch.view_as_real(power.resolve_conj())
+    start = start.expand(*power.shape[:-2], 2).to(parts.dtype)
+    return tuple(_climb(parts, frequencies[0], frequencies[1], start, steps))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("torchalign::climb", mutates_args=())
+def _climb(power: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    found, last, derivatives = _like(power)
+    if found.numel() == 0:
+        return found, last, derivatives
+    rows, columns = power.shape[-3:-1]
+    climb_frames[(math.prod(power.shape[:-3]),)](
+        power.contiguous(),
+        fy.contiguous(),
+        fx.contiguous(),
+        start.contiguous(),
+        found,
+        last,
+        derivatives,
+        rows * columns,
+        columns,
+        steps,
+        COMPUTE=tl.float64 if power.dtype == torch.float64 else tl.float32,
+        EPSILON=torch.finfo(power.dtype).eps,
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return found, last, derivatives
+
+
+@_climb.register_fake
+def _(power: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(power)
+
+
+def _like(power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    lead = power.shape[:-3]
+    return power.new_empty((*lead, 2)), power.new_empty((*lead, 2)), power.new_empty((*lead, 9))

@@ -1,0 +1,313 @@
+"""The final warp as one kernel: every interpolation, padding, mask and fill of :mod:`torchalign.functional.warp`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchalign.kernels.sampling import (
+    KINDS,
+    cubic_weight,
+    displacement,
+    divide,
+    is_finite,
+    lerp,
+    padded,
+    read,
+)
+
+__all__ = ["resample", "resample_frames"]
+
+_BLOCK = 512
+_INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
+_PADDINGS = {"border": 0, "zeros": 1, "reflection": 2}
+# dtypes of cubes: what is computed in, and the range of integers (others are left to the functions of torch)
+_COMPUTE = {
+    torch.float16: tl.float32,
+    torch.bfloat16: tl.float32,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.uint8: tl.float32,
+    torch.int8: tl.float32,
+    torch.uint16: tl.float32,
+    torch.int16: tl.float32,
+    torch.int32: tl.float64,
+}
+
+
+@triton.jit
+def _restore(values, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, COMPUTE: tl.constexpr):
+    """Rounded half to even, and clamped: what is added and taken off again leaves no place for a fraction."""
+    if tl.float64 == COMPUTE:
+        whole = 6755399441055744.0  # 1.5 · 2⁵²
+    else:
+        whole = 12582912.0  # 1.5 · 2²³
+    values = tl.minimum(tl.maximum(values, LOWEST), HIGHEST)
+    return (values + whole) - whole
+
+
+@triton.jit
+def resample_frames(
+    frames,  # (N, C, H, W), by its strides
+    motion,  # (N, 2 | 6 | 9)
+    mask,  # (N, H, W), 0 and 1, by its strides
+    values,  # (N, C, h, w)
+    validity,  # (N, h, w), 0 and 1
+    fill: tl.float64,
+    bands,
+    height,
+    width,
+    stride_frame,
+    stride_band,
+    stride_row,
+    stride_column,
+    mask_frame,
+    mask_row,
+    mask_column,
+    step,
+    KIND: tl.constexpr,
+    INTERPOLATION: tl.constexpr,
+    PADDING: tl.constexpr,
+    FLOATING: tl.constexpr,
+    MASKED: tl.constexpr,
+    FILLED: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    POSITION: tl.constexpr,
+    INDEX: tl.constexpr,  # int64 for planes whose pixels lie further apart than 2³¹
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of output pixels of one frame, all of its bands."""
+    rows = (height + step - 1) // step
+    columns = (width + step - 1) // step
+    blocks = tl.cdiv(rows * columns, BLOCK)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = place < rows * columns
+    x = (place % columns) * step
+    y = (place // columns) * step
+
+    LENGTH: tl.constexpr = 2 if KIND == 0 else (6 if KIND == 1 else 9)
+    dx, dy = displacement(motion + frame * LENGTH, x.to(POSITION), y.to(POSITION), KIND, POSITION)
+    whole_x = tl.floor(dx)
+    whole_y = tl.floor(dy)
+    fx = (dx - whole_x).to(COMPUTE)
+    fy = (dy - whole_y).to(COMPUTE)
+    column = x + whole_x.to(tl.int32)
+    row = y + whole_y.to(tl.int32)
+    right = fx >= 0.5
+    lower = fy >= 0.5
+    near_column = column + right.to(tl.int32)
+    near_row = row + lower.to(tl.int32)
+    inside = (near_column >= 0) & (near_column < width) & (near_row >= 0) & (near_row < height)
+    near_column = padded(near_column, width, PADDING == 2).to(INDEX)
+    near_row = padded(near_row, height, PADDING == 2).to(INDEX)
+    near_mask = near_row * mask_row + near_column * mask_column
+    near = near_row * stride_row + near_column * stride_column
+
+    plane = frames + frame * stride_frame
+    usable = mask + frame * mask_frame
+    out = values + frame * bands * rows * columns
+    valid = inside
+    for band in range(bands):
+        pixels = plane + tl.cast(band, tl.int64) * stride_band
+        nearest = tl.load(pixels + near, mask=live)
+        near_usable = live
+        if FLOATING:
+            near_usable = near_usable & is_finite(nearest.to(COMPUTE))
+        if MASKED:
+            near_usable = near_usable & (tl.load(usable + near_mask, mask=live, other=0) != 0)
+        if INTERPOLATION == 0:
+            result = nearest
+        else:
+            if INTERPOLATION == 2:
+                total = tl.zeros_like(fx)
+                met = tl.zeros_like(fx)
+            for j in tl.static_range(4):
+                if INTERPOLATION == 2 or (j == 1 or j == 2):
+                    at_row = padded(row + (j - 1), height, PADDING == 2).to(INDEX)
+                    weight_y = cubic_weight(fy, j)
+                    if INTERPOLATION == 2:
+                        line = tl.zeros_like(fx)
+                        met_line = tl.zeros_like(fx)
+                    for i in tl.static_range(4):
+                        if INTERPOLATION == 2 or (i == 1 or i == 2):
+                            at_column = padded(column + (i - 1), width, PADDING == 2).to(INDEX)
+                            tap, good = read(
+                                pixels,
+                                usable,
+                                at_row * stride_row + at_column * stride_column,
+                                at_row * mask_row + at_column * mask_column,
+                                live,
+                                COMPUTE,
+                                FLOATING,
+                                MASKED,
+                            )
+                            share = good.to(COMPUTE)
+                            if INTERPOLATION == 2:
+                                weight_x = cubic_weight(fx, i)
+                                line += weight_x * tap
+                                if FLOATING or MASKED:
+                                    met_line += tl.abs(weight_x) * (1 - share)
+                            if i == 1:
+                                left = tap
+                                left_share = share
+                            elif i == 2:
+                                level = lerp(left, tap, fx)
+                                level_share = lerp(left_share, share, fx)
+                    if INTERPOLATION == 2:
+                        total += weight_y * line
+                        if FLOATING or MASKED:
+                            met += tl.abs(weight_y) * met_line
+                    if j == 1:
+                        above = level
+                        above_share = level_share
+                    elif j == 2:
+                        linear = lerp(above, level, fy)
+                        linear_share = lerp(above_share, level_share, fy)
+            computed = linear
+            if FLOATING or MASKED:
+                # the nearest pixel weighs 1/4 or more, so that near_usable guards the division
+                computed = divide(linear, tl.where(near_usable, linear_share, 1.0))
+                if INTERPOLATION == 2:
+                    computed = tl.where(met > 0, computed, total)
+            elif INTERPOLATION == 2:
+                computed = total
+            if not FLOATING:
+                computed = _restore(computed, LOWEST, HIGHEST, COMPUTE)
+            result = computed.to(nearest.dtype)
+            if FLOATING or MASKED:
+                result = tl.where(near_usable, result, nearest)
+        if FILLED:
+            result = tl.where(
+                inside & near_usable, result, tl.full(result.shape, fill, COMPUTE).to(nearest.dtype)
+            )
+        elif PADDING == 1:
+            result = tl.where(inside, result, tl.full(result.shape, 0, COMPUTE).to(nearest.dtype))
+        tl.store(out + tl.cast(band, tl.int64) * rows * columns + place, result, mask=live)
+        valid = valid & near_usable
+    tl.store(validity + frame * rows * columns + place, valid.to(tl.int8), mask=live)
+
+
+def resample(
+    cube: Tensor,
+    motion: Tensor,
+    mask: Tensor | None,
+    interpolation: str,
+    padding_mode: str,
+    fill_value: float | None,
+    step: int = 1,
+) -> tuple[Tensor, Tensor] | None:
+    """What :func:`torchalign.functional.warp.resample_lattice` gives, with every option of ``resample``.
+
+    Args:
+        cube: (..., T, C, H, W).
+        motion: (..., T, 2), (..., T, 2, 3) or (..., T, 3, 3); of these leading dimensions.
+        mask: bool, (..., T, H, W), or ``None``.
+        interpolation: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``.
+        padding_mode: ``"border"``, ``"zeros"`` or ``"reflection"``.
+        fill_value: or ``None``.
+        step: of the lattice of output pixels.
+
+    Returns:
+        The values and their validity; ``None`` for a dtype that the kernel does not take.
+    """
+    if cube.dtype not in _COMPUTE:
+        return None
+    flat = motion if motion.shape[-1] == 2 else motion.flatten(-2)
+    if not flat.dtype.is_floating_point or flat.dtype.itemsize < 4:
+        flat = flat.float()
+    return tuple(_resample(cube, flat, mask, interpolation, padding_mode, fill_value, step))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("torchalign::resample", mutates_args=())
+def _resample(
+    cube: Tensor,
+    motion: Tensor,
+    mask: Tensor | None,
+    interpolation: str,
+    padding_mode: str,
+    fill_value: float | None,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    lead, (bands, height, width) = cube.shape[:-3], cube.shape[-3:]
+    count = math.prod(lead)
+    values, validity = _like(cube, step)
+    if values.numel() == 0:
+        return values, validity.fill_(True)
+    frames = cube.reshape(count, bands, height, width)
+    motion = motion.reshape(count, motion.shape[-1]).contiguous()
+    masks = frames if mask is None else mask.reshape(count, height, width).view(torch.uint8)
+    mask_strides = (0, 0, 0) if mask is None else masks.stride()
+    rows, columns = values.shape[-2:]
+    compute = _COMPUTE[cube.dtype]
+    doubled = tl.float64 in (compute, _COMPUTE[motion.dtype])
+    limits = (0, 0) if cube.dtype.is_floating_point else _range(cube.dtype)
+    block = _BLOCK // 2 if interpolation == "bicubic" else _BLOCK  # as many pixels as registers hold
+    resample_frames[(count * triton.cdiv(rows * columns, block),)](
+        frames,
+        motion,
+        masks,
+        values,
+        validity.view(torch.uint8),
+        0.0 if fill_value is None else fill_value,
+        bands,
+        height,
+        width,
+        *frames.stride(),
+        *mask_strides,
+        step,
+        KIND=KINDS[motion.shape[-1]],
+        INTERPOLATION=_INTERPOLATIONS[interpolation],
+        PADDING=_PADDINGS[padding_mode],
+        FLOATING=cube.dtype.is_floating_point,
+        MASKED=mask is not None,
+        FILLED=fill_value is not None,
+        LOWEST=limits[0],
+        HIGHEST=limits[1],
+        COMPUTE=compute,
+        POSITION=tl.float64 if doubled else tl.float32,
+        INDEX=tl.int64 if max(_extent(frames), _extent(masks)) >= 2**31 else tl.int32,
+        BLOCK=block,
+        enable_fp_fusion=False,
+    )
+    return values, validity
+
+
+@_resample.register_fake
+def _(
+    cube: Tensor,
+    motion: Tensor,
+    mask: Tensor | None,
+    interpolation: str,
+    padding_mode: str,
+    fill_value: float | None,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    return _like(cube, step)
+
+
+def _like(cube: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    rows, columns = ((length + step - 1) // step for length in cube.shape[-2:])
+    lead = cube.shape[:-3]
+    return (
+        cube.new_empty((*lead, cube.shape[-3], rows, columns)),
+        cube.new_empty((*lead, rows, columns), dtype=torch.bool),
+    )
+
+
+def _extent(frames: Tensor) -> int:
+    """How far the last pixel of a plane lies from the first."""
+    return sum(
+        (length - 1) * stride for length, stride in zip(frames.shape[-2:], frames.stride()[-2:], strict=True)
+    )
+
+
+def _range(dtype: torch.dtype) -> tuple[int, int]:
+    limits = torch.iinfo(dtype)
+    return int(limits.min), int(limits.max)

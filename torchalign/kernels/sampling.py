@@ -1,0 +1,139 @@
+"""Where an output pixel lies in its frame, and what is read there: the pieces that kernels share.
+
+Convention:
+    As in :mod:`torchalign.functional.warp`: a source position is output pixel + displacement, and only the
+    displacement is computed in floating point. Products are never contracted to fused multiply-adds (kernels are
+    launched with ``enable_fp_fusion=False``): a determinant that is 0 must be 0 here too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "KINDS",
+    "bounded",
+    "cubic_weight",
+    "displacement",
+    "divide",
+    "is_finite",
+    "lerp",
+    "padded",
+    "read",
+]
+
+# entries of a motion: a shift (x, y), an affine warp, a homography
+KINDS = {2: 0, 6: 1, 9: 2}
+
+# beyond this many pixels a displacement is cut, as in functional.warp
+_FARTHEST = tl.constexpr(2.0**22)
+
+
+@triton.jit
+def is_finite(values):
+    """Neither NaN nor infinite."""
+    return tl.abs(values) < float("inf")
+
+
+@triton.jit
+def lerp(first, second, share):
+    """torch.lerp: exact for constants, and at shares 0 and 1."""
+    step = second - first
+    return tl.where(share < 0.5, first + share * step, second - step * (1 - share))
+
+
+@triton.jit
+def divide(numerator, denominator):
+    """Rounded as torch rounds it."""
+    if numerator.dtype == tl.float64:
+        quotient = numerator / denominator
+    else:
+        quotient = tl.div_rn(numerator, denominator)
+    return quotient
+
+
+@triton.jit
+def bounded(displacement):
+    """What is no number, or too far, is nowhere near the frame."""
+    known = tl.where(displacement == displacement, displacement, _FARTHEST)
+    return tl.minimum(tl.maximum(known, -_FARTHEST), _FARTHEST)
+
+
+@triton.jit
+def _near_or_nowhere(line, determinant):
+    line = divide(line, determinant)
+    return tl.where(tl.abs(line) <= 0.5 * _FARTHEST, line, _FARTHEST)
+
+
+@triton.jit
+def displacement(motion, x, y, KIND: tl.constexpr, COMPUTE: tl.constexpr):
+    """``warp⁻¹ p − p`` for p = (x, y), see functional.warp._displacement: term by term what is written there."""
+    if KIND == 0:
+        dx = bounded(-tl.load(motion).to(COMPUTE)) + tl.zeros_like(x)
+        dy = bounded(-tl.load(motion + 1).to(COMPUTE)) + tl.zeros_like(y)
+    else:
+        a = tl.load(motion).to(COMPUTE)
+        b = tl.load(motion + 1).to(COMPUTE)
+        c = tl.load(motion + 2).to(COMPUTE)
+        d = tl.load(motion + 3).to(COMPUTE)
+        e = tl.load(motion + 4).to(COMPUTE)
+        f = tl.load(motion + 5).to(COMPUTE)
+        if KIND == 1:
+            determinant = a * e - b * d + tl.zeros_like(x)
+            dx = _near_or_nowhere(
+                (b * d - e * (a - 1)) * x + (b * f - e * c), determinant
+            ) + _near_or_nowhere(-b * y, determinant)
+            dy = _near_or_nowhere(-d * x + (d * c - a * f), determinant) + _near_or_nowhere(
+                (b * d - a * (e - 1)) * y, determinant
+            )
+        else:
+            g = tl.load(motion + 6).to(COMPUTE)
+            h = tl.load(motion + 7).to(COMPUTE)
+            i = tl.load(motion + 8).to(COMPUTE)
+            depth = (d * h - e * g) * x + (b * g - a * h) * y + (a * e - b * d)
+            perspective = (d * h - e * g) * x + (b * g - a * h) * y
+            across = (e * (i - a) - f * h + b * d - perspective) * x + (c * h - b * i) * y + (b * f - c * e)
+            down = (f * g - d * i) * x + (a * (i - e) - c * g + b * d - perspective) * y + (c * d - a * f)
+            dx = bounded(divide(across, depth))
+            dy = bounded(divide(down, depth))
+    return dx, dy
+
+
+@triton.jit
+def padded(index, length, REFLECT: tl.constexpr):
+    """Indices into a line of ``length`` pixels, which is continued beyond its ends."""
+    if REFLECT:  # … 1 0 | 0 1 2 … L−1 | L−1 L−2 …, period 2L
+        period = 2 * length
+        index = ((index % period) + period) % period
+        index = tl.minimum(index, period - 1 - index)
+    return tl.minimum(tl.maximum(index, 0), length - 1)
+
+
+@triton.jit
+def cubic_weight(fraction, TAP: tl.constexpr):
+    """Keys' weight, A = −1/2, of the pixel at ``TAP`` − 1 from ⌊x⌋."""
+    rest = 1 - fraction
+    if TAP == 0:
+        weight = ((-0.5 * fraction + 1.0) * fraction - 0.5) * fraction
+    elif TAP == 1:
+        weight = (1.5 * fraction - 2.5) * fraction * fraction + 1
+    elif TAP == 2:
+        weight = (1.5 * rest - 2.5) * rest * rest + 1
+    else:
+        weight = ((-0.5 * rest + 1.0) * rest - 0.5) * rest
+    return weight
+
+
+@triton.jit
+def read(
+    pixels, usable, at, at_mask, live, COMPUTE: tl.constexpr, FLOATING: tl.constexpr, MASKED: tl.constexpr
+):
+    """Pixels, 0 where they are unusable; and where they are usable (1 and 0)."""
+    values = tl.load(pixels + at, mask=live).to(COMPUTE)
+    good = live
+    if FLOATING:
+        good = good & is_finite(values)
+    if MASKED:
+        good = good & (tl.load(usable + at_mask, mask=live, other=0) != 0)
+    return tl.where(good, values, 0.0), good

@@ -1,0 +1,275 @@
+"""The gate's scores as one kernel: sampling the moving frames, and their weighted correlation with the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchalign.kernels.sampling import KINDS, cubic_weight, displacement, divide, lerp, padded, read
+
+__all__ = ["score", "score_frames"]
+
+_BLOCK = 256
+
+
+@triton.jit
+def _nearest(motion, x, y, height, width, KIND: tl.constexpr, COMPUTE: tl.constexpr):
+    """Whole and fractional source positions, the nearest pixel, and whether it is one of the frame's."""
+    dx, dy = displacement(motion, x.to(COMPUTE), y.to(COMPUTE), KIND, COMPUTE)
+    whole_x = tl.floor(dx)
+    whole_y = tl.floor(dy)
+    fx = dx - whole_x
+    fy = dy - whole_y
+    column = x + whole_x.to(tl.int32)
+    row = y + whole_y.to(tl.int32)
+    near_column = column + (fx >= 0.5).to(tl.int32)
+    near_row = row + (fy >= 0.5).to(tl.int32)
+    inside = (near_column >= 0) & (near_column < width) & (near_row >= 0) & (near_row < height)
+    near = padded(near_row, height, False).to(tl.int64) * width + padded(near_column, width, False)
+    return column, row, fx, fy, near, inside
+
+
+@triton.jit
+def _bicubic(
+    plane, usable, column, row, fx, fy, height, width, live, MASKED: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """Keys' kernel over a finite image, which gives way to the bilinear one where it meets an unusable pixel."""
+    total = tl.zeros_like(fx)
+    met = tl.zeros_like(fx)
+    for j in tl.static_range(4):
+        at_row = padded(row + (j - 1), height, False).to(tl.int64) * width
+        weight_y = cubic_weight(fy, j)
+        line = tl.zeros_like(fx)
+        met_line = tl.zeros_like(fx)
+        for i in tl.static_range(4):
+            at = at_row + padded(column + (i - 1), width, False)
+            tap, good = read(plane, usable, at, at, live, COMPUTE, False, MASKED)
+            share = good.to(COMPUTE)
+            weight_x = cubic_weight(fx, i)
+            line += weight_x * tap
+            if MASKED:
+                met_line += tl.abs(weight_x) * (1 - share)
+            if i == 1:
+                left = tap
+                left_share = share
+            elif i == 2:
+                level = lerp(left, tap, fx)
+                level_share = lerp(left_share, share, fx)
+        total += weight_y * line
+        if MASKED:
+            met += tl.abs(weight_y) * met_line
+        if j == 1:
+            above = level
+            above_share = level_share
+        elif j == 2:
+            linear = lerp(above, level, fy)
+            linear_share = lerp(above_share, level_share, fy)
+    if MASKED:
+        # where the nearest pixel is usable, which is where it counts, the share is 1/4 or more
+        linear = divide(linear, tl.where(linear_share > 0, linear_share, 1.0))
+        total = tl.where(met > 0, linear, total)
+    return total
+
+
+@triton.jit
+def score_frames(
+    moving,  # (N, H, W)
+    reference,  # (N or 1 a group, H, W)
+    motions,  # (S, N, 2 | 6 | 9)
+    moving_usable,  # (N, H, W), 0 and 1
+    reference_usable,  # (N or 1 a group, H, W), 0 and 1
+    weight,  # (N, h, w)
+    scores,  # (N, S + 1)
+    frames,
+    group,  # frames that share a reference
+    height,
+    width,
+    step,
+    STAGES: tl.constexpr,
+    KIND: tl.constexpr,
+    MASKED: tl.constexpr,
+    REFERENCE_MASKED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one frame under one of its motions, or (the last) under none.
+
+    Every lane keeps running means and sums of squares of what it has seen (Welford 1962, doi:10.2307/1266577), which
+    are put together at the end: nothing cancels, however far the values are from 0.
+    """
+    frame = (tl.program_id(0) // (STAGES + 1)).to(tl.int64)
+    chosen = tl.program_id(0) % (STAGES + 1)
+    rows = (height + step - 1) // step
+    columns = (width + step - 1) // step
+    LENGTH: tl.constexpr = 2 if KIND == 0 else (6 if KIND == 1 else 9)
+    plane = moving + frame * height * width
+    other = reference + frame // group * height * width
+    usable = moving_usable + frame * height * width
+    other_usable = reference_usable + frame // group * height * width
+
+    count = tl.zeros((BLOCK,), COMPUTE)
+    mean = tl.zeros((BLOCK,), COMPUTE)
+    other_mean = tl.zeros((BLOCK,), COMPUTE)
+    # squares of large values overflow in float32
+    square = tl.zeros((BLOCK,), tl.float64)
+    other_square = tl.zeros((BLOCK,), tl.float64)
+    product = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, rows * columns, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        live = place < rows * columns
+        x = (place % columns) * step
+        y = (place // columns) * step
+        here = y.to(tl.int64) * width + x
+        ground = live
+        if MASKED:
+            ground = ground & (tl.load(usable + here, mask=live, other=0) != 0)
+        if REFERENCE_MASKED:
+            ground = ground & (tl.load(other_usable + here, mask=live, other=0) != 0)
+        value = tl.load(plane + here, mask=live, other=0).to(COMPUTE)
+        for stage in range(STAGES):
+            motion = motions + (stage * frames + frame) * LENGTH
+            _, _, _, _, near, inside = _nearest(motion, x, y, height, width, KIND, COMPUTE)
+            ground = ground & inside
+            if MASKED:
+                ground = ground & (tl.load(usable + near, mask=live, other=0) != 0)
+        if chosen < STAGES:
+            motion = motions + (chosen * frames + frame) * LENGTH
+            column, row, fx, fy, _, _ = _nearest(motion, x, y, height, width, KIND, COMPUTE)
+            value = _bicubic(plane, usable, column, row, fx, fy, height, width, live, MASKED, COMPUTE)
+        own = ground.to(COMPUTE)
+        if WEIGHTED:
+            own = own * tl.load(weight + frame * rows * columns + place, mask=live, other=0).to(COMPUTE)
+        onto = tl.load(other + here, mask=live, other=0).to(COMPUTE)
+        count += own
+        share = tl.where(own > 0, own / tl.where(own > 0, count, 1.0), 0.0)
+        away = value - mean
+        other_away = onto - other_mean
+        mean += away * share
+        other_mean += other_away * share
+        left = (own * (value - mean)).to(tl.float64)
+        other_left = (onto - other_mean).to(tl.float64)
+        square += away.to(tl.float64) * left
+        product += left * other_away.to(tl.float64)
+        other_square += own.to(tl.float64) * other_left * other_away.to(tl.float64)
+
+    total = tl.sum(count, 0)
+    safe = tl.where(total > 0, total, 1.0)
+    away = mean - tl.sum(mean * count, 0) / safe
+    other_away = other_mean - tl.sum(other_mean * count, 0) / safe
+    # what the means of the lanes leave over, their own mean, is taken off too
+    away = (away - tl.sum(away * count, 0) / safe).to(tl.float64)
+    other_away = (other_away - tl.sum(other_away * count, 0) / safe).to(tl.float64)
+    lanes = count.to(tl.float64)
+    variance = tl.sum(square + lanes * away * away, 0)
+    other_variance = tl.sum(other_square + lanes * other_away * other_away, 0)
+    covariance = tl.sum(product + lanes * away * other_away, 0)
+    flat = (variance <= 0) | (other_variance <= 0)
+    norm = tl.sqrt(tl.where(flat, 1.0, variance)) * tl.sqrt(tl.where(flat, 1.0, other_variance))
+    found = tl.where(flat, 0.0, covariance / norm)
+    tl.store(scores + frame * (STAGES + 1) + chosen, tl.minimum(tl.maximum(found, -1.0), 1.0).to(COMPUTE))
+
+
+def score(
+    moving: Tensor,
+    reference: Tensor,
+    motions: Sequence[Tensor],
+    moving_usable: Tensor | None,
+    reference_usable: Tensor | None,
+    weight: Tensor | None,
+    step: int,
+) -> Tensor:
+    """Zero-normalised cross-correlations over the ground that all motions leave in sight.
+
+    Args:
+        moving: (..., T, H, W), float32 or float64, finite.
+        reference: (..., 1 or T, H, W), finite.
+        motions: shifts (..., T, 2) or warps (..., T, 2 or 3, 3), moving → reference; all of one kind.
+        moving_usable: bool, (..., T, H, W), or ``None``.
+        reference_usable: bool, (..., 1 or T, H, W), or ``None``.
+        weight: ≥ 0, (..., T, h, w) over the lattice, or ``None``.
+        step: of the lattice, in pixels.
+
+    Returns:
+        (..., T, S + 1): under each of the S motions, and under none; 0 where one of the two is flat.
+    """
+    flat = [motion if motion.shape[-1] == 2 else motion.flatten(-2) for motion in motions]
+    stacked = torch.stack(flat).to(moving.dtype)
+    return _score(moving, reference, stacked, moving_usable, reference_usable, weight, step)
+
+
+@torch.library.custom_op("torchalign::score", mutates_args=())
+def _score(
+    moving: Tensor,
+    reference: Tensor,
+    motions: Tensor,
+    moving_usable: Tensor | None,
+    reference_usable: Tensor | None,
+    weight: Tensor | None,
+    step: int,
+) -> Tensor:
+    scores = _scores_like(moving, motions)
+    if scores.numel() == 0:
+        return scores
+    height, width = moving.shape[-2:]
+    frames = math.prod(moving.shape[:-2])
+    shared = reference.shape[-3] == 1
+    lead = moving.shape[:-3]
+
+    def plane(image: Tensor | None) -> Tensor:
+        if image is None:
+            return moving
+        if image.dtype == torch.bool:
+            image = image.contiguous().view(torch.uint8)
+        return image.expand(*lead, *image.shape[-3:]).contiguous()
+
+    if reference_usable is not None and (reference_usable.shape[-3] == 1) != shared:
+        reference, reference_usable = (
+            image.expand(*lead, moving.shape[-3], height, width) for image in (reference, reference_usable)
+        )
+        shared = False
+    score_frames[(frames * (motions.shape[0] + 1),)](
+        moving.contiguous(),
+        plane(reference),
+        motions.contiguous(),
+        plane(moving_usable),
+        plane(reference_usable),
+        moving if weight is None else weight.contiguous(),
+        scores,
+        frames,
+        moving.shape[-3] if shared else 1,
+        height,
+        width,
+        step,
+        STAGES=motions.shape[0],
+        KIND=KINDS[motions.shape[-1]],
+        MASKED=moving_usable is not None,
+        REFERENCE_MASKED=reference_usable is not None,
+        WEIGHTED=weight is not None,
+        COMPUTE=tl.float64 if moving.dtype == torch.float64 else tl.float32,
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return scores
+
+
+@_score.register_fake
+def _(
+    moving: Tensor,
+    reference: Tensor,
+    motions: Tensor,
+    moving_usable: Tensor | None,
+    reference_usable: Tensor | None,
+    weight: Tensor | None,
+    step: int,
+) -> Tensor:
+    return _scores_like(moving, motions)
+
+
+def _scores_like(moving: Tensor, motions: Tensor) -> Tensor:
+    return moving.new_empty((*moving.shape[:-2], motions.shape[0] + 1))

@@ -1,0 +1,236 @@
+"""Holes filled and the mean taken off, and how much around a sample is usable, as kernels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchalign.kernels.sampling import divide
+
+__all__ = ["MOST_PIXELS", "cover_frames", "coverage", "fill", "fill_frames", "mean_frames"]
+
+_BLOCK = 1024
+# One program takes the mean of a frame.
+MOST_PIXELS = 2**22
+
+
+@triton.jit
+def mean_frames(
+    image,  # (N, H, W)
+    usable,  # (N, H, W), 0 and 1
+    means,  # (N, 2): the mean of what is usable, and its share
+    pixels,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one frame."""
+    frame = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), COMPUTE)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, pixels, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        good = tl.load(usable + frame * pixels + place, mask=place < pixels, other=0) != 0
+        value = tl.load(image + frame * pixels + place, mask=place < pixels, other=0)
+        total += tl.where(good, value, 0.0)
+        count += good.to(tl.int32)
+    whole = tl.sum(count, 0).to(COMPUTE)
+    tl.store(means + 2 * frame, divide(tl.sum(total, 0), tl.maximum(whole, 1.0)))
+    tl.store(means + 2 * frame + 1, divide(whole, tl.cast(pixels, COMPUTE)))
+
+
+@triton.jit
+def fill_frames(
+    image,  # (N, H, W)
+    usable,  # (N, H, W), 0 and 1
+    means,  # (N, 2)
+    filled,  # (N, H, W)
+    height,
+    width,
+    least: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of pixels of one frame; where all are usable, it reads each once."""
+    pixels = height * width
+    blocks = tl.cdiv(pixels, BLOCK)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = place < pixels
+    plane = image + frame * pixels
+    mask = usable + frame * pixels
+    mean = tl.load(means + 2 * frame)
+    good = tl.load(mask + place, mask=live, other=1) != 0
+    centred = tl.load(plane + place, mask=live, other=0) - mean
+    if tl.min(good.to(tl.int32), 0) == 0:
+        x = place % width
+        y = place // width
+        total = tl.zeros((BLOCK,), COMPUTE)
+        weight = tl.zeros((BLOCK,), COMPUTE)
+        # 7 × 7 pixels, triangular, the border continued
+        for j in range(-3, 4):
+            row = tl.minimum(tl.maximum(y + j, 0), height - 1) * width
+            down = 4 - tl.where(j < 0, -j, j)
+            for i in range(-3, 4):
+                at = row + tl.minimum(tl.maximum(x + i, 0), width - 1)
+                share = (down * (4 - tl.where(i < 0, -i, i))) * 0.00390625
+                seen = tl.load(mask + at, mask=live & ~good, other=0) != 0
+                value = tl.load(plane + at, mask=live & ~good, other=0) - mean
+                total += tl.where(seen, value, 0.0) * share
+                weight += seen.to(COMPUTE) * share
+        local = divide(total, tl.maximum(weight, tl.cast(least, COMPUTE)))
+        centred = tl.where(good, centred, local)
+    tl.store(filled + frame * pixels + place, centred, mask=live)
+
+
+@triton.jit
+def cover_frames(
+    usable,  # (N, H, W), 0 and 1
+    share,  # (N, h, w)
+    height,
+    width,
+    rows,
+    columns,
+    tall,  # the most pixels of a sample's window
+    wide,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of samples of one frame; windows as in ``F.interpolate(mode="area")``."""
+    blocks = tl.cdiv(rows * columns, BLOCK)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = place < rows * columns
+    y = place // columns
+    x = place % columns
+    top = (y * height) // rows
+    left = (x * width) // columns
+    bottom = ((y + 1) * height + rows - 1) // rows
+    right = ((x + 1) * width + columns - 1) // columns
+    total = tl.zeros((BLOCK,), tl.int32)
+    for j in range(tall):
+        for i in range(wide):
+            inside = live & (top + j < bottom) & (left + i < right)
+            at = frame * height * width + (top + j) * width + left + i
+            total += (tl.load(usable + at, mask=inside, other=0) != 0).to(tl.int32)
+    area = ((bottom - top) * (right - left)).to(COMPUTE)
+    tl.store(share + frame * rows * columns + place, divide(total.to(COMPUTE), area), mask=live)
+
+
+def fill(image: Tensor, usable: Tensor, least: float) -> tuple[Tensor, Tensor] | None:
+    """The image less the mean of what is usable, its holes filled from their neighbours.
+
+    Args:
+        image: (..., H, W), finite.
+        usable: bool, (..., H, W).
+        least: a hole is filled from neighbours of at least this (triangular) weight in all.
+
+    Returns:
+        (..., H, W); and (..., 2), the mean and the share of what is usable. ``None`` where a frame is too large for
+        one program.
+    """
+    if image.shape[-2] * image.shape[-1] > MOST_PIXELS:
+        return None
+    return tuple(_fill(image, usable.expand(image.shape), least))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("torchalign::mean", mutates_args=())
+def _mean(image: Tensor, usable: Tensor) -> Tensor:
+    means = image.new_empty((*image.shape[:-2], 2))
+    if image.numel() == 0:
+        return means
+    mean_frames[(math.prod(image.shape[:-2]),)](
+        image.contiguous(),
+        usable.contiguous().view(torch.uint8),
+        means,
+        image.shape[-2] * image.shape[-1],
+        COMPUTE=_compute(image),
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return means
+
+
+@_mean.register_fake
+def _(image: Tensor, usable: Tensor) -> Tensor:
+    return image.new_empty((*image.shape[:-2], 2))
+
+
+@torch.library.custom_op("torchalign::fill", mutates_args=())
+def _fill_with(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Tensor:
+    filled = image.new_empty(image.shape)
+    if image.numel() == 0:
+        return filled
+    height, width = image.shape[-2:]
+    fill_frames[(math.prod(image.shape[:-2]) * triton.cdiv(height * width, _BLOCK),)](
+        image.contiguous(),
+        usable.contiguous().view(torch.uint8),
+        means,
+        filled,
+        height,
+        width,
+        least,
+        COMPUTE=_compute(image),
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return filled
+
+
+@_fill_with.register_fake
+def _(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Tensor:
+    return image.new_empty(image.shape)
+
+
+def _fill(image: Tensor, usable: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    means = _mean(image, usable)
+    return _fill_with(image, usable, means, least), means
+
+
+def coverage(usable: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The share of usable pixels around each sample of a coarser grid.
+
+    Args:
+        usable: bool, (..., H, W).
+        size: (h, w).
+        dtype: of the result.
+
+    Returns:
+        (..., h, w).
+    """
+    return _coverage(usable, list(size), dtype)
+
+
+@torch.library.custom_op("torchalign::coverage", mutates_args=())
+def _coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
+    share = usable.new_empty((*usable.shape[:-2], *size), dtype=dtype)
+    if share.numel() == 0:
+        return share
+    height, width = usable.shape[-2:]
+    cover_frames[(math.prod(usable.shape[:-2]) * triton.cdiv(size[0] * size[1], _BLOCK),)](
+        usable.contiguous().view(torch.uint8),
+        share,
+        height,
+        width,
+        *size,
+        *(
+            -(-length // samples) + (1 if length % samples else 0)
+            for length, samples in zip((height, width), size, strict=True)
+        ),
+        COMPUTE=_compute(share),
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return share
+
+
+@_coverage.register_fake
+def _(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
+    return usable.new_empty((*usable.shape[:-2], *size), dtype=dtype)
+
+
+def _compute(tensor: Tensor) -> tl.dtype:
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32

@@ -1,0 +1,176 @@
+"""A spectrum turned by a shift of its content, and the window of the ground that two frames share, a kernel each."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["common_window", "tukey", "turn", "turn_frames", "window_frames"]
+
+_BLOCK = 1024
+
+
+@triton.jit
+def turn_frames(
+    spectrum,  # (N, h, w//2+1, 2)
+    fy,  # (h,), cycles per pixel
+    fx,  # (w//2+1,)
+    shift,  # (N, 2)
+    turned,  # (N, h, w//2+1, 2)
+    bins,
+    columns,
+    repeat,  # frames that share a spectrum
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of bins of one frame."""
+    blocks = tl.cdiv(bins, BLOCK)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = place < bins
+    y = tl.load(fy + place // columns, mask=live, other=0)
+    x = tl.load(fx + place % columns, mask=live, other=0)
+    cycles = x * tl.load(shift + 2 * frame) + y * tl.load(shift + 2 * frame + 1)
+    # within half a turn, where sine and cosine are at their best
+    angle = (cycles - tl.floor(cycles + 0.5)) * 6.283185307179586
+    cosine = tl.cos(angle)
+    sine = tl.sin(angle)
+    source = spectrum + (frame // repeat) * bins * 2 + 2 * place
+    real = tl.load(source, mask=live, other=0)
+    imaginary = tl.load(source + 1, mask=live, other=0)
+    target = turned + frame * bins * 2 + 2 * place
+    tl.store(target, real * cosine - imaginary * sine, mask=live)
+    tl.store(target + 1, real * sine + imaginary * cosine, mask=live)
+
+
+@triton.jit
+def tukey(position, length, ramp):
+    """functional.smoothing.tukey, for a taper that is not 0."""
+    from_middle = tl.abs(position - 0.5 * (length - 1))
+    angle = (0.5 * length - from_middle) * (1.5707963267948966 / ramp)
+    sine = tl.sin(tl.minimum(tl.maximum(angle, 0.0), 1.5707963267948966))
+    return sine * sine
+
+
+@triton.jit
+def window_frames(
+    shift,  # (N, 2)
+    window,  # (N, h, w)
+    rows,
+    columns,
+    height: tl.float64,
+    width: tl.float64,
+    ramp_y: tl.float64,
+    ramp_x: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of samples of one frame."""
+    blocks = tl.cdiv(rows * columns, BLOCK)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = place < rows * columns
+    zero = tl.zeros((BLOCK,), COMPUTE)
+    high = zero + tl.cast(height, COMPUTE)
+    wide = zero + tl.cast(width, COMPUTE)
+    y = (place // columns).to(COMPUTE) * high / rows
+    x = (place % columns).to(COMPUTE) * wide / columns
+    along_y = zero + tl.cast(ramp_y, COMPUTE)
+    along_x = zero + tl.cast(ramp_x, COMPUTE)
+    own = tl.minimum(tukey(y, high, along_y), tukey(y - tl.load(shift + 2 * frame + 1), high, along_y))
+    own *= tl.minimum(tukey(x, wide, along_x), tukey(x - tl.load(shift + 2 * frame), wide, along_x))
+    tl.store(window + frame * rows * columns + place, own, mask=live)
+
+
+def turn(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> Tensor:
+    """See :func:`torchalign.functional.fourier.turn_spectrum`.
+
+    Args:
+        spectrum: (..., H, W//2+1), an ``rfft2``; its leading dimensions broadcast against those of ``shift``.
+        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
+        shift: (..., 2), (x, y) in pixels.
+
+    Returns:
+        (..., H, W//2+1).
+    """
+    lead = torch.broadcast_shapes(spectrum.shape[:-2], shift.shape[:-1])  # type: ignore[no-untyped-call]
+    parts = torch.view_as_real(spectrum.resolve_conj())
+    if math.prod(spectrum.shape[:-2]) != 1:
+        parts = parts.expand(*lead, *parts.shape[-3:])
+    turned = _turn(parts, frequencies[0], frequencies[1], shift.expand(*lead, 2).to(parts.dtype))
+    return torch.view_as_complex(turned)
+
+
+@torch.library.custom_op("torchalign::turn", mutates_args=())
+def _turn(spectrum: Tensor, fy: Tensor, fx: Tensor, shift: Tensor) -> Tensor:
+    turned = _turned_like(spectrum, shift)
+    if turned.numel() == 0:
+        return turned
+    rows, columns = spectrum.shape[-3:-1]
+    frames, given = math.prod(shift.shape[:-1]), math.prod(spectrum.shape[:-3])
+    turn_frames[(frames * triton.cdiv(rows * columns, _BLOCK),)](
+        spectrum.contiguous(),
+        fy.contiguous(),
+        fx.contiguous(),
+        shift.contiguous(),
+        turned,
+        rows * columns,
+        columns,
+        frames // given,
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return turned
+
+
+@_turn.register_fake
+def _(spectrum: Tensor, fy: Tensor, fx: Tensor, shift: Tensor) -> Tensor:
+    return _turned_like(spectrum, shift)
+
+
+def _turned_like(spectrum: Tensor, shift: Tensor) -> Tensor:
+    return spectrum.new_empty((*shift.shape[:-1], *spectrum.shape[-3:]))
+
+
+def common_window(
+    shift: Tensor, size: tuple[int, int], frame: tuple[int, int], ramps: tuple[float, float]
+) -> Tensor:
+    """The Tukey window of the ground that a frame shifted by ``shift`` has in common with the one in place.
+
+    Args:
+        shift: (..., 2), (x, y) in pixels.
+        size: (h, w) samples.
+        frame: (H, W) in pixels.
+        ramps: how long the window falls off along y and x, in pixels.
+
+    Returns:
+        (..., h, w).
+    """
+    return _common_window(shift, list(size), list(frame), list(ramps))
+
+
+@torch.library.custom_op("torchalign::common_window", mutates_args=())
+def _common_window(shift: Tensor, size: list[int], frame: list[int], ramps: list[float]) -> Tensor:
+    window = shift.new_empty((*shift.shape[:-1], *size))
+    if window.numel() == 0:
+        return window
+    frames = math.prod(shift.shape[:-1])
+    window_frames[(frames * triton.cdiv(size[0] * size[1], _BLOCK),)](
+        shift.contiguous(),
+        window,
+        *size,
+        *map(float, frame),
+        *ramps,
+        COMPUTE=tl.float64 if shift.dtype == torch.float64 else tl.float32,
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return window
+
+
+@_common_window.register_fake
+def _(shift: Tensor, size: list[int], frame: list[int], ramps: list[float]) -> Tensor:
+    return shift.new_empty((*shift.shape[:-1], *size))

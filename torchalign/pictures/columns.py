@@ -1,0 +1,93 @@
+"""A report's columns as numbers, checked where they come in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from torchalign._check import message
+from torchalign.cube.solution import check_report
+from torchalign.types import Status
+
+__all__ = [
+    "Array",
+    "by_status",
+    "check_pictured",
+    "check_truth",
+    "kept_frames",
+    "shift_of",
+    "sigma_of",
+    "status_label",
+    "status_of",
+    "time_of",
+]
+
+Array = NDArray[Any]
+
+
+def check_pictured(report: object) -> xr.Dataset:
+    """A report with the fields that pictures use."""
+    return check_report(report, fields=("shift_x", "shift_y", "score", "score_before", "sigma", "status"))
+
+
+def check_truth(true_shift: Any, report: xr.Dataset) -> Array | None:
+    """(T, 2), or None."""
+    if true_shift is None:
+        return None
+    truth = np.asarray(true_shift, dtype=np.float64)
+    expected = (report["status"].size, 2)
+    if truth.shape != expected:
+        cure = "one row (x, y) a frame, in pixels"
+        raise ValueError(message("true_shift", f"shape {expected}", truth.shape, cure))
+    return truth
+
+
+def status_of(report: xr.Dataset | None, count: int) -> Array:
+    """(T,) int64 of the report; all OK without one."""
+    if report is None:
+        return np.zeros(count, np.int64)
+    status = check_pictured(report)["status"].values.astype(np.int64)
+    if len(status) != count:
+        raise ValueError(
+            message("report", f"{count} frames as the cube", len(status), "give the report of this cube")
+        )
+    return np.asarray(status)
+
+
+def kept_frames(status: Array) -> Array:
+    """(T,) bool, the frames that were aligned; all where none was, for a picture of nothing says nothing."""
+    good = np.asarray(status == Status.OK)
+    return good if good.any() else np.ones(len(good), bool)
+
+
+def shift_of(report: xr.Dataset) -> Array:
+    """(T, 2), x and y in pixels."""
+    return np.stack([report["shift_x"].values, report["shift_y"].values], -1).astype(np.float64)
+
+
+def sigma_of(report: xr.Dataset) -> Array:
+    """(T,), 0 where nothing can be said: no bar is drawn then."""
+    sigma = report["sigma"].values
+    return np.where(np.isfinite(sigma), sigma, 0.0)
+
+
+def time_of(report: xr.Dataset) -> tuple[Array, bool]:
+    """Positions along a time axis, and whether they are dates."""
+    dim = report["status"].dims[0]
+    values = report[dim].values if dim in report.coords else np.arange(report["status"].size)
+    if values.dtype.kind == "M":
+        return values.astype("datetime64[ms]").astype(object), True
+    return (values if values.dtype.kind in "iuf" else np.arange(len(values))), False
+
+
+def by_status(status: Array) -> list[tuple[Status, Array]]:
+    """Each status that occurs, OK first, with its frames as a mask."""
+    return [(code, status == code) for code in Status if (status == code).any()]
+
+
+def status_label(code: Status, chosen: Array) -> str:
+    """A status and how many frames have it."""
+    return f"{code.name} ({int(chosen.sum())})"

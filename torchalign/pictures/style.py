@@ -1,0 +1,163 @@
+"""How pictures look: colours, figures, axes and markers.
+
+Colours are those of Okabe and Ito, told apart with any colour vision; a status differs in its marker too.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from torchalign._check import message, require
+from torchalign.pictures.columns import Array
+from torchalign.types import Status
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, YELLOW, GREY, INK = "#CC79A7", "#56B4E9", "#F0E442", "#8C8C8C", "#222222"
+
+# of each status: colour, marker, and the same hue as text on white, with a contrast of 4.5 : 1 at least
+_STATUS_STYLES = {
+    "OK": (BLUE, "o", BLUE),
+    "TOO_FAR": (ORANGE, "^", "#8A5F00"),
+    "NOT_CONVERGED": (PURPLE, "X", "#A3487A"),
+    "NO_TEXTURE": (GREY, "s", "#666666"),
+    "TOO_FEW_MATCHES": (YELLOW, "P", "#6F6600"),
+    "NOT_BETTER": (VERMILLION, "D", "#AE4A00"),
+    "LOW_SCORE": (SKY, "v", "#1F6F9F"),
+    "AMBIGUOUS": (GREEN, "*", "#00694D"),
+    "NOT_CONNECTED": (INK, "h", INK),
+}
+STATUS_COLOUR = {code: _STATUS_STYLES[code.name][0] for code in Status}
+STATUS_MARKER = {code: _STATUS_STYLES[code.name][1] for code in Status}
+STATUS_TEXT_COLOUR = {code: _STATUS_STYLES[code.name][2] for code in Status}
+
+
+@functools.cache
+def _figure_class() -> type[Figure]:
+    require("a figure", "plot", "matplotlib")
+    from matplotlib.figure import Figure
+
+    class NotebookFigure(Figure):
+        """Shows itself in a notebook; a plain Figure does so only once pyplot was imported there."""
+
+        def _repr_png_(self) -> bytes:
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png")
+            return buffer.getvalue()
+
+    return NotebookFigure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Sizes in inches."""
+    return _figure_class()(figsize=(width, height), layout="constrained")
+
+
+def one_axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure | SubFigure, Axes]:
+    """New axes, or those given, with their figure."""
+    if ax is None:
+        figure = new_figure(*size)
+        return figure, figure.subplots()
+    return ax.figure, ax
+
+
+def several_axes(
+    ax: Sequence[Axes] | Array | None, size: tuple[float, float], shape: tuple[int, int]
+) -> tuple[Figure | SubFigure, Array]:
+    """New axes of that shape, or those given as (n, 2); pairs are before and after."""
+    if ax is None:
+        figure = new_figure(*size)
+        return figure, figure.subplots(*shape, squeeze=False)
+    axes = np.array(ax, dtype=object).ravel()
+    if len(axes) not in (2, 4):
+        cure = "give before and after side by side, as figure.subplots(2, 2)"
+        raise ValueError(message("ax", "two or four axes", len(axes), cure))
+    return axes[0].figure, axes.reshape(-1, 2)
+
+
+def marker_size(report: xr.Dataset) -> float:
+    """Of markers and lines: smaller where there are many frames, so that they do not hide each other."""
+    return float(np.clip(np.sqrt(150 / max(report["status"].size, 1)), 0.45, 1.0))
+
+
+def marker_style(code: Status, size: float = 1.0) -> dict[str, Any]:
+    """Of a status, as ``Axes.scatter`` takes it."""
+    return {
+        "marker": STATUS_MARKER[code],
+        "color": STATUS_COLOUR[code],
+        "edgecolors": INK,
+        "linewidths": 0.5 * size**2,
+    }
+
+
+def draw_points(ax: Axes, points: Any, label: str, *, size: float = 1.0, **drawn: Any) -> None:
+    """(x, y), each (n,), with bars of 1 σ, ``yerr`` and maybe ``xerr``."""
+    kept: dict[str, Any] = {"marker": "o", "color": BLUE, "ecolor": SKY, "elinewidth": size}
+    ax.errorbar(*points, label=label, linestyle="none", markersize=4.5 * size, zorder=3, **(kept | drawn))
+
+
+def draw_truth(ax: Axes, x: Array, y: Array, *, marker: str = "o", label: str = "") -> None:
+    """The truth: open, so that what was found is seen inside."""
+    style: dict[str, Any] = {"facecolors": "none", "edgecolors": INK, "linewidths": 0.8, "s": 100}
+    ax.scatter(x, y, marker=marker, label=label or None, zorder=2, **style)
+
+
+def draw_rings(ax: Axes, reach: float) -> None:
+    """Circles of equal error, labelled, at round numbers."""
+    from matplotlib.patches import Circle
+
+    power = 10.0 ** np.floor(np.log10(reach))
+    step = next(step for step in (power / 5, power / 2, power, 2 * power, 5 * power) if reach / step < 4)
+    for number in range(1, int(reach / step * 1.42) + 1):
+        radius = number * step
+        ax.add_patch(
+            Circle((0, 0), radius, fill=False, edgecolor=GREY, linewidth=0.6, linestyle="--", zorder=1)
+        )
+        if radius < reach:
+            ax.annotate(
+                f"{radius:.3g} px", (0, -radius), color="#666666", fontsize=7, ha="center", va="bottom"
+            )
+    ax.plot(0, 0, marker="+", color=INK, markersize=9, zorder=2)
+
+
+def zoom_outline(left: float, top: float, side: int) -> Any:
+    """The square that is magnified."""
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((left, top), side, side, fill=False, edgecolor=ORANGE, linewidth=2.0)
+
+
+def date_axis(ax: Axes) -> None:
+    """Few and short dates along x."""
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+    locator = AutoDateLocator(maxticks=9)  # type: ignore[no-untyped-call]
+    ax.xaxis.set_major_locator(locator)
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
+
+
+def finish_axes(ax: Axes, *, columns: int = 2) -> None:
+    """Grid, title and legend, the same for all charts."""
+    ax.title.set(fontsize=11, color=INK)
+    ax.grid(True, color="#E6E6E6", linewidth=0.6, zorder=0)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        # matplotlib lists error bars last; the flagged belong there
+        flagged = [label.split(" (")[0] in set(Status.__members__) - {"OK"} for label in labels]
+        order = sorted(range(len(labels)), key=flagged.__getitem__)
+        handles, labels = [handles[number] for number in order], [labels[number] for number in order]
+        # below the axis: inside, it would hide frames; the pad, in letters, is for ticks and label
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 5.0}
+        ax.legend(handles, labels, fontsize=8, ncols=columns, frameon=False, **below)
