@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import xarray as xr
+from torch import nn
 
-from torchalign._check import check_option, require
+from torchalign._check import check_option, message, require
 from torchalign.cube.displacements import tie_points, write_displacements, write_tie_points
-from torchalign.cube.labels import Cube
-from torchalign.cube.rasters import Compression, OnError, parse_time, read_stack, write_rasters
+from torchalign.cube.finding import parse_time
+from torchalign.cube.gridding import GridWord, Resampling
+from torchalign.cube.labels import USABLE, Cube
+from torchalign.cube.rasters import OnError, StackOptions, plan_stack, read_stack
+from torchalign.cube.run import count_progress, find_aligner, find_device, place_module
 from torchalign.cube.stores import write_store
+from torchalign.cube.tiles import LargeStack, align_large, count_steps
+from torchalign.cube.writing import Compression, WriteOptions, write_rasters, write_variables
 
 __all__ = [
     "Compression",
     "OnError",
+    "align_files",
     "open_stack",
     "parse_time",
     "tie_points",
@@ -41,27 +49,40 @@ def open_stack(
     source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
     pattern: str = "*.tif*",
-    bands: Sequence[str | int] | str | int | None = None,
-    time: Callable[[Path], Any] | None = None,
+    bands: Sequence[str | int] | str | int | Mapping[str, str] | None = None,
+    time: Callable[[Any], Any] | None = None,
     chunks: int | Mapping[Any, Any] | Literal["auto"] | None = None,
     errors: OnError = "raise",
     keep_empty: bool = False,
-) -> xr.DataArray:
-    """Read a folder of GeoTIFFs, one a date, as a cube (time, band, y, x).
+    recursive: bool = False,
+    grid: GridWord | str | os.PathLike[str] | xr.DataArray | xr.Dataset | None = None,
+    resampling: Resampling = "bilinear",
+) -> Any:
+    """Read a folder of GeoTIFFs, one a date, as a cube (time, band, y, x); or one a band and date, as a Dataset.
 
     Pixels are not touched: dtype, nodata (``attrs["_FillValue"]``), ``scale_factor`` and ``add_offset``
     (coordinates ``scales`` and ``offsets`` along ``band`` where bands differ) are what the files say. The CRS and
     the exact transform are in the coordinate ``spatial_ref``, as rioxarray has them; y and x are pixel centres; the
     names of the files are the coordinate ``file``, so that :func:`write_stack` writes them under the same names.
-    What GDAL keeps beside a file (``.aux.xml``, ``.ovr``) is no date. Files of one grid only: not those that
-    ``apply(…, mode="shift-coords")`` gave a georeference each.
+    What GDAL keeps beside a file (``.aux.xml``, ``.ovr``) is no date.
+
+    An alpha band, or a mask inside or beside a file, is no imagery: it becomes the coordinate ``usable`` (time, y, x),
+    0 where a pixel is not usable, which :func:`torchalign.align` takes for a mask and :func:`write_stack` writes
+    back. So do the parts of a grid that a file without a nodata value does not reach. Tags, colour tables and
+    whether there are overviews are kept for :func:`write_stack`, too. Files that have nothing but ground control
+    points keep them where all have the same; else they need ``grid=``.
 
     Args:
-        source: a folder, which is searched without its subfolders, or the files.
-        pattern: of the names in a folder, as a shell has it.
-        bands: names (the files' band descriptions) or GDAL's numbers, from 1; default: all.
+        source: a folder, a file, a glob, a URL or ``/vsi…`` name that GDAL opens, or a list of these. Or a manifest, a
+            ``.csv`` with the column ``path`` (from the folder that the manifest is in), and maybe ``time`` and
+            ``band``.
+        pattern: of the names in a folder, as a shell has it; with a slash, of the path below the folder.
+        bands: names (the files' band descriptions) or GDAL's numbers, from 1; default: all. Or a mapping of a name to
+            a pattern, for products with a file a band and date: ``{"red": "*_B4.TIF", "qa": "*_QA_PIXEL.TIF"}``
+            gives a Dataset with these variables, each with its own dtype, nodata and scale.
         time: a function of a path that gives its date (a datetime, or what else numpy takes for one; or text with
-            a date that :func:`parse_time` knows). Default: :func:`parse_time` of the name.
+            a date that :func:`parse_time` knows). Default: :func:`parse_time` of the name, else of the folders that
+            the file is in. A series that writes the day or the month first is understood where one date tells.
         chunks: ``None`` reads everything into memory. Else the cube is lazy: frames in a chunk, or dask's mapping;
             ``"auto"`` is one chunk a file, or as many small files as make 64 MiB.
         errors: what becomes of files that cannot be read, have no date, are empty (nothing but nodata, or zeros
@@ -70,13 +91,23 @@ def open_stack(
             ``attrs["skipped_files"]`` lists them with the reason. (Whether files are empty is not checked in
             a lazy stack.)
         keep_empty: take empty files as they are: in a folder of cloud masks they are the dates without clouds.
+        recursive: search the subfolders, too.
+        grid: brings files of other extents, origins, pixel sizes or CRS onto one grid: that of the ``"first"`` date,
+            its pixels over the ``"union"`` or the ``"intersection"`` of all extents, or that of a file or a
+            DataArray. Files on these pixels to a hundredth of one are not resampled, only cut or padded. The others
+            go through GDAL's warper (rasterio's WarpedVRT), which is one resampling more: the coordinate
+            ``resampled`` along time, of the cube and of a report, names them. ``None``: files of one grid only.
+        resampling: of the warper: ``"nearest"``, ``"bilinear"``, ``"cubic"`` or ``"average"``; classes by the name of
+            their band, and files with a colour table, are taken by ``"nearest"``.
 
     Returns:
-        The cube, sorted by time. With band descriptions as labels, else 1, 2, ….
+        The cube, sorted by time. With band descriptions as labels, else 1, 2, …. With a mapping as ``bands``, or
+        bands in a manifest, a Dataset.
 
     Raises:
         FileNotFoundError: no folder or file of that name, or none in the folder that fits the pattern.
-        ValueError: files as described under ``errors``; unknown bands.
+        TypeError: a source or a grid of another kind.
+        ValueError: files as described under ``errors``; unknown bands; no grid that suits all.
         ImportError: rasterio is not installed.
 
     Example:
@@ -91,11 +122,14 @@ def open_stack(
     """
     require("GeoTIFF", "io", "rasterio")
     check_option("errors", errors, OnError)
-    return read_stack(source, pattern, bands, time, chunks, errors, keep_empty)
+    check_option("resampling", resampling, Resampling)
+    return read_stack(
+        source, StackOptions(pattern, bands, time, chunks, errors, keep_empty, recursive, grid, resampling)
+    )
 
 
 def write_stack(
-    cube: xr.DataArray,
+    cube: xr.DataArray | xr.Dataset,
     folder: str | os.PathLike[str],
     *,
     template: str | None = None,
@@ -109,11 +143,13 @@ def write_stack(
 
     Pixels, dtype, nodata, band names, scale and offset, CRS and transform are written as they are, bit for bit.
     A coordinate ``geotransform`` along time (of :func:`torchalign.apply` with ``mode="shift-coords"``) gives each
-    file a transform of its own. A lazy cube is computed and written chunk by chunk. Colour tables and other tags
-    of the files that a cube was read from are not written.
+    file a transform of its own. A lazy cube is computed and written chunk by chunk. Of files that a cube was read
+    from, the alpha band or mask (the coordinate ``usable``), tags, colour tables and ground control points are
+    written back, and with ``driver="GTiff"`` overviews where there were some; statistics are not.
 
     Args:
-        cube: time, y, x and maybe band, of numbers or bool (written as uint8).
+        cube: time, y, x and maybe band, of numbers or bool (written as uint8). Of a Dataset, a file for each variable
+            and date.
         folder: made if it is not there.
         template: names of the files, with ``{time:%Y%m%d}``, ``{number}`` from 0, ``{name}`` of the cube, and
             ``{file}``, the name it was read from, without its ending; for example ``"{file}_aligned.tif"``.
@@ -137,15 +173,104 @@ def write_stack(
     require("GeoTIFF", "io", "rasterio")
     check_option("compression", compression, Compression)
     check_option("driver", driver, Literal["GTiff", "COG"])
+    options = WriteOptions(template, driver, compression, overwrite)
+    if isinstance(cube, xr.Dataset):
+        return write_variables(cube, Path(folder), options, report, compute)
     if isinstance(cube, xr.DataArray) and cube.dtype == np.bool_:
         cube = cube.astype(np.uint8)
-    return write_rasters(
-        Cube.of(cube), Path(folder), template, driver, compression, overwrite, report, compute
-    )
+    return write_rasters(Cube.of(cube, None, "cube"), Path(folder), options, report, compute)
+
+
+def align_files(
+    source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    folder: str | os.PathLike[str],
+    reference: Any = "first",
+    aligner: nn.Module | str = "auto",
+    *,
+    pattern: str = "*.tif*",
+    bands: Sequence[str | int] | str | int | None = None,
+    time: Callable[[Any], Any] | None = None,
+    errors: OnError = "raise",
+    recursive: bool = False,
+    grid: GridWord | str | os.PathLike[str] | xr.DataArray | xr.Dataset | None = None,
+    resampling: Resampling = "bilinear",
+    template: str | None = None,
+    compression: Compression = "deflate",
+    overwrite: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> tuple[list[Path], xr.Dataset]:
+    """Align scenes larger than memory, from file to file.
+
+    The warp of each frame is estimated from up to 5 × 5 tiles of 512 × 512 pixels of full resolution, whose
+    estimates are combined by a robust mean (a robust fit for affine motions), each weighted by its own ``sigma``;
+    tiles that are not ``OK`` do not count. A frame is ``AMBIGUOUS`` where fewer than half of its tiles agree to half
+    a pixel. It is then read, resampled and written by blocks of rows: what is needed of memory is set by the width
+    of a frame, not by its height or the number of frames. Two Sentinel-2 tiles, 10980² of four bands, need about
+    1.5 GB.
+
+    Args:
+        source: as in :func:`open_stack`.
+        folder: for the aligned files, tiled GeoTIFFs of the same names; made if it is not there.
+        reference: ``"first"``, or the label of one frame.
+        aligner: a module, or a name, as in :func:`torchalign.align`; motions up to affine.
+        pattern: as in :func:`open_stack`.
+        bands: names or numbers, as in :func:`open_stack`.
+        time: as in :func:`open_stack`.
+        errors: as in :func:`open_stack`; whether files are empty is not checked.
+        recursive: as in :func:`open_stack`.
+        grid: as in :func:`open_stack`.
+        resampling: as in :func:`open_stack`.
+        template: as in :func:`write_stack`.
+        compression: as in :func:`write_stack`.
+        overwrite: as in :func:`write_stack`.
+        device: as in :func:`torchalign.align`.
+        progress: as in :func:`torchalign.align`.
+
+    Returns:
+        The paths and the report, without residuals.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as in :func:`open_stack`; another reference; a homography.
+        FileExistsError: a file is there.
+        ImportError: rasterio is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from torchalign.datasets import demo_stack
+        >>> cube = demo_stack(frames=3, size=(64, 64)).cube
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     paths = write_stack(cube, folder + "/in")
+        ...     written, report = align_files(folder + "/in", folder + "/out")
+        >>> [path.name for path in written] == [path.name for path in paths], report.sizes["time"]
+        (True, 3)
+    """
+    require("GeoTIFF", "io", "rasterio")
+    check_option("errors", errors, OnError)
+    check_option("resampling", resampling, Resampling)
+    check_option("compression", compression, Compression)
+    if isinstance(bands, Mapping):
+        cure = "align them as a Dataset of dask chunks: open_stack(…, bands=…, chunks=1)"
+        raise TypeError(message("bands", "names or numbers of the bands in a file", "a mapping", cure))
+    module = find_aligner(aligner)
+    where = find_device(device, module)
+    options = StackOptions(pattern, bands, time, None, errors, True, recursive, grid, resampling, True)
+    array: Any
+    array, readings = plan_stack(source, options)
+    if not isinstance(array, xr.DataArray):
+        raise ValueError(
+            message("source", "a manifest without bands", "one with bands", "leave the column out")
+        )
+    own = readings[None]
+    stack = LargeStack.of(array, own, USABLE in array.coords, where)
+    steps = count_steps(stack.cube.size, len(own), stack.cube.sizes["band"])
+    write = WriteOptions(template, "GTiff", compression, overwrite, tiled=True)
+    with count_progress(progress, steps, "align", "block") as advance:
+        return align_large(stack, place_module(module, where), reference, Path(folder), write, advance)
 
 
 def write_cube(
-    cube: xr.DataArray,
+    cube: xr.DataArray | xr.Dataset,
     path: str | os.PathLike[str],
     *,
     attrs: Mapping[str, Any] | None = None,
@@ -159,7 +284,7 @@ def write_cube(
     complete; a run that is killed leaves only the other name. A lazy cube goes through chunk by chunk.
 
     Args:
-        cube: time, y, x and maybe band, of numbers or bool.
+        cube: time, y, x and maybe band, of numbers or bool; or a Dataset of such variables and others.
         path: ending in ``.zarr`` or ``.nc``.
         attrs: of the file as a whole, beside those of the cube.
         overwrite: replace what is there.

@@ -6,10 +6,10 @@ Frames stream through the device in batches, or wait in dask's chunks until some
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,16 +18,17 @@ from torch import Tensor, nn
 
 from torchalign._check import check_bool, check_option, message
 from torchalign.aligner import Aligner
-from torchalign.cascade import Cascade
 from torchalign.cube.chunks import Companion, compute_together, is_lazy
 from torchalign.cube.georeference import FRAME_TRANSFORM, georeference_frames, metres_per_pixel
-from torchalign.cube.labels import Array, Cube, find_mask
+from torchalign.cube.hints import give_hints
+from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, find_dims, find_mask, own_mask
 from torchalign.cube.pixels import Pixels
 from torchalign.cube.reference import Found, FrameReader, ReferenceSource, find_reference
 from torchalign.cube.run import (
     AlignFrames,
     WarpFrames,
     check_batch,
+    find_aligner,
     find_device,
     mask_companion,
     place_module,
@@ -58,11 +59,17 @@ from torchalign.cube.solution import (
     unpack_field,
 )
 from torchalign.cube.tables import read_report
-from torchalign.ecc import ECC
+from torchalign.cube.variables import (
+    Variables,
+    is_class,
+    join_bands,
+    needs_splitting,
+    split_bands,
+    stack_reference,
+    stack_variables,
+)
 from torchalign.functional.warp import Interpolation, PaddingMode
 from torchalign.groupwise import Groupwise
-from torchalign.lgm import LGM
-from torchalign.local import Local
 from torchalign.pcc import PCC
 from torchalign.types import Estimate
 
@@ -73,24 +80,17 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# What `aligner=` knows by name.
-_ALIGNERS: dict[str, Callable[[], nn.Module]] = {
-    "auto": lambda: Cascade(PCC(), ECC()),
-    "cross": lambda: PCC(contrast="structure"),
-    "pcc": PCC,
-    "ecc": ECC,
-    "local": lambda: Cascade(PCC(), Local()),
-    "lgm": LGM,
-}
-
 ApplyMode = Literal["resample", "shift-coords"]
+Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
 
 
 def align(
-    datacube: xr.DataArray,
-    reference: xr.DataArray | Array | Tensor | Hashable = "median",
+    datacube: Labelled,
+    reference: xr.DataArray | xr.Dataset | Array | Tensor | Hashable = "median",
     aligner: nn.Module | str = "auto",
     *,
+    bands: Sequence[Hashable] | Hashable | None = None,
+    classes: Sequence[Hashable] | Hashable | None = None,
     mask: xr.DataArray | Array | Tensor | None = None,
     reference_mask: xr.DataArray | Array | Tensor | None = None,
     init: xr.Dataset | Estimate | Array | Tensor | str | Path | None = None,
@@ -103,7 +103,7 @@ def align(
     band_dim: Hashable | None = None,
     y_dim: Hashable | None = None,
     x_dim: Hashable | None = None,
-) -> tuple[xr.DataArray, xr.Dataset]:
+) -> tuple[Labelled, xr.Dataset]:
     """Bring every frame of a cube onto one reference, and report per frame how far it can be trusted.
 
     Dimensions are found by name, in any order: time (or t, date), band (bands, channel, wavelength,
@@ -130,7 +130,9 @@ def align(
     bit.
 
     Args:
-        datacube: time, y, x and maybe band; integer or floating.
+        datacube: time, y, x and maybe band; integer or floating. Or a Dataset of such variables, as ``odc.stac.load``
+            returns: one estimate of all bands (or of ``bands``) moves every variable, each with its own nodata, dtype
+            and attributes. Variables without time, y or x stay as they are.
         reference: what the frames are brought onto.
 
             * ``"median"`` or ``"mean"`` over time of the usable pixels, of the frames as they are.
@@ -149,16 +151,22 @@ def align(
             * ``"previous"``: each frame onto the last one before it that was accepted. Errors add up along the
               chain; it is for series whose ends have nothing in common.
             * pixels: a DataArray on the cube's grid (with time, one per frame; bands are matched by label;
-              without band, one picture for every band), for example a frame of another cube, or an array
+              without band, one picture for every band), for example a frame of another cube, a Dataset with the
+              variables of a Dataset, or an array
               (C, H, W) or (T, C, H, W). In pixels without a declared nodata value the cube's applies.
         aligner: a module, for example ``torchalign.PCC(channel="mean")``; it is neither changed nor moved.
             Or a name, for default options: ``"auto"``, ``"cross"``, ``"pcc"``, ``"ecc"``, ``"local"`` or ``"lgm"``.
             ``"local"`` is ``Cascade(PCC(), Local())``. ``"cross"``
             is for frames and a reference of different sensors, ``PCC(contrast="structure")``. ``"auto"`` stands for
             the best general choice of the installed release; in this one it is ``Cascade(PCC(), ECC())``.
+        bands: the variables of a Dataset (or the bands of a DataArray) that the estimate sees; default: all but
+            classes. All of them are aligned. An aligner's band numbers (``channel``, ``rgb_bands``) count these.
+        classes: variables (or bands) that nothing may blend; they are copied from the nearest pixel and the estimate
+            does not see them. So are, without being named, bool variables, those with ``flag_values`` or
+            ``flag_masks``, and those called like a classification (SCL, QA…, CLM, Fmask, UDM, …_class).
         mask: bool, **True = usable**: a DataArray with some of time, y and x, on the cube's coordinates, or
             an array broadcastable to (T, H, W). Acts in the estimate, the warp and the reference taken over
-            time.
+            time. Files with an alpha band or a mask of their own bring the coordinate ``usable``, which acts beside it.
         reference_mask: the same for the reference.
         init: an earlier solution to start from: a report (of other bands or another pixel size, too), the path of
             one, an ``Estimate``, or warps (T, 2, 3) or (T, 3, 3). Frames are matched by their labels.
@@ -181,7 +189,7 @@ def align(
         x_dim: the same for x.
 
     Returns:
-        The aligned cube, with the same dims, coords, attrs, name, dtype and encoding. And the report along
+        The aligned cube or Dataset, with the same dims, coords, attrs, name, dtype and encoding. And the report along
         time, with the coords that the cube has along it: ``warp`` (T, 2, 3) or (T, 3, 3), moving → reference
         in pixels; ``shift_x`` and ``shift_y``, the displacement of the frame's centre in pixels, right and
         down; ``shift_x_metres`` and ``shift_y_metres``, the same along the map's axes (north is positive)
@@ -193,7 +201,7 @@ def align(
         grid and, unless it is lazy, the numbers of :func:`torchalign.summarize`.
 
     Raises:
-        TypeError: the cube is no DataArray of numbers, a mask is not bool, an argument is of another kind.
+        TypeError: the cube is no DataArray or Dataset of numbers, a mask is not bool, an argument is of another kind.
         ValueError: unknown, missing or ambiguous dims; coordinates other than the cube's; a label of no
             frame or of several; an unknown aligner, device or batch size; a fill value that the dtype
             cannot hold.
@@ -211,49 +219,167 @@ def align(
         >>> float(shift.shift_x), float(shift.shift_y), aligned.dims
         (2.0, 1.0, ('time', 'y', 'x'))
     """
-    cube = Cube.of(datacube, {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim})
+    dims = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
     check_bool("verify", verify)
     batch = check_batch(batch_size)
-    module = _find_aligner(aligner)
+    running = _Running(device, batch, progress)
+    options = _Options(
+        find_aligner(aligner), aligner == "auto", mask, reference_mask, init, sun, verify, running
+    )
+    if isinstance(datacube, xr.Dataset):
+        return _align_variables(Variables.of(datacube, bands, classes, dims), reference, options)
+    found = find_dims(datacube, "datacube", dims)
+    if needs_splitting(datacube, found, bands, classes):
+        dataset, bands, classes = split_bands(datacube, found, bands, classes)
+        variables = Variables.of(dataset, bands, classes, {role: found[role] for role in MASK})
+        if len(variables.seen) < len(dataset) or needs_splitting(datacube, found, None, None):
+            moved, report = _align_variables(variables, reference, options)
+            return join_bands(moved, datacube, found), report
+    return _align_cube(Cube.of(datacube, dims), reference, options)
+
+
+@dataclass(frozen=True)
+class _Running:
+    device: torch.device | str | None
+    batch_size: int | None
+    progress: bool | None
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Of :func:`align`."""
+
+    module: nn.Module
+    is_auto: bool  # the module is the default
+    mask: Any
+    reference_mask: Any
+    init: Any
+    sun: Any
+    verify: bool
+    running: _Running
+
+
+def _align_cube(cube: Cube, reference: Any, options: _Options) -> tuple[xr.DataArray, xr.Dataset]:
+    """Of one DataArray, whose bands are of one kind."""
+    module, sun, verify, running = options.module, options.sun, options.verify, options.running
+    device, batch, lazy = running.device, running.batch_size, is_lazy(cube.array)
     word = reference if isinstance(reference, str) else None
     if word in ("groupwise", "previous"):
-        _check_series(word, reference_mask, init, sun)
-        chosen = _Series(word, _series_module(module, aligner) if word == "groupwise" else module, sun)
-        return _align_series(datacube, cube, chosen, mask, _Running(device, batch, progress))
+        _check_series(word, options.reference_mask, options.init, sun)
+        chosen = _series_module(module, options.is_auto) if word == "groupwise" else module
+        return _align_series(cube, _Series(word, chosen, sun), options.mask, running)
     if isinstance(module, Groupwise) or sun is not None:
         name, got = ("aligner", "Groupwise") if isinstance(module, Groupwise) else ("sun", "a value")
         cure = 'pass reference="groupwise"'
         raise ValueError(message(name, "what a reference needs", f"{got} with a reference", cure))
     where = find_device(device, module)
     pixels = Pixels.of(cube, getattr(module, "fill_value", None), "aligner.fill_value")
-    if not is_lazy(datacube):  # else each chunk chooses for itself, on the machine that computes it
+    if not lazy:  # else each chunk chooses for itself, on the machine that computes it
         device, module = where, place_module(module, where)
     metres = metres_per_pixel(cube)
     nodes = module.field_nodes(cube.size) if isinstance(module, Aligner) else None
     operation = AlignFrames(pixels, device, batch, module, verify, metres, nodes=nodes)
-    usable = find_mask(mask, "mask", cube)
+    usable = _all_of(find_mask(options.mask, "mask", cube), own_mask(cube))
     others = (
         mask_companion(usable),
-        mask_companion(find_mask(reference_mask, "reference_mask", cube)),
-        _find_warps(init, "init", cube),
+        mask_companion(find_mask(options.reference_mask, "reference_mask", cube)),
+        _find_warps(options.init, "init", cube),
     )
 
     def estimate(source: ReferenceSource) -> Found:
         only = replace(operation, makes_pixels=False)
         _, fields = run(only, cube, (reference_companion(source, cube), *others))
-        known = compute_together(fields) if is_lazy(datacube) else fields  # now, and without the pixels
+        known = compute_together(fields) if lazy else fields  # now, and without the pixels
         told = {name: torch.from_numpy(np.array(values)) for name, values in known.items()}
         field = unpack_field(told["field"], told["field_lattice"]) if "field" in told else None
         return Found(told["warp"], told["status"] == 0, field)
 
-    with torch.no_grad(), progress_bar(progress, cube, "align") as advance:
+    with torch.no_grad(), progress_bar(running.progress, cube, "align") as advance:
         reader = FrameReader(cube, pixels, usable, where)
         source = find_reference(reference, reader, estimate, PairEvidence(reader).prefers)
+        hints = give_hints(cube, pixels, usable)
         values, fields = run(operation, cube, (reference_companion(source, cube), *others), advance)
     attrs = {"aligner": repr(module), "reference": source.name}
+    attrs |= {"notes": " ".join(hints)} if hints else {}
     # (a georeference of its own, as "shift-coords" makes, is no longer that of the resampled pixels)
-    aligned = datacube.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
-    return aligned, build_report(fields, cube, attrs)
+    aligned = cube.array.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
+    report = build_report(fields, cube, attrs)
+    return _move_usable(aligned, cube, report, device), report
+
+
+def _align_variables(
+    variables: Variables, reference: Any, options: _Options
+) -> tuple[xr.Dataset, xr.Dataset]:
+    """Of a Dataset: one estimate of the bands that it may see, and its warps for all variables over time, y and x."""
+    stacked, slices = stack_variables(variables)
+    if isinstance(reference, xr.Dataset):
+        reference = stack_reference(reference, variables)
+    aligned, report = _align_cube(Cube.of(stacked), reference, options)
+    seen, classes = ", ".join(map(str, variables.seen)), ", ".join(map(str, variables.classes))
+    report.attrs |= {"bands": seen} | ({"classes": classes} if classes else {})
+    module: Any = options.module.aligner if isinstance(options.module, Groupwise) else options.module
+    resampling = {
+        name: getattr(module, name)
+        for name in ("interpolation", "padding_mode", "fill_value")
+        if hasattr(module, name)
+    }
+    moved = {}
+    for name in (*variables.seen, *variables.moved, *variables.classes):
+        array = variables.dataset[name]
+        if name in slices:
+            own = variables.cube(name)
+            part = (
+                aligned.variable[:, slices[name]]
+                if "band" in own.dims
+                else aligned.variable[:, slices[name].start]
+            )
+            roles = [role for role in CUBE if role in own.dims]
+            values = xr.Variable([own.dims[role] for role in roles], part.data).transpose(*array.dims)
+            moved[name] = array.copy(data=values.data)
+            continue
+        how: dict[str, Any] = {"interpolation": "nearest"} if name in variables.classes else {**resampling}
+        how |= {} if name in variables.classes else {"mask": options.mask}
+        how |= {f"{role}_dim": dim for role, dim in variables.given(name).items()}
+        running = options.running
+        moved[name] = apply(
+            array, report, device=running.device, batch_size=running.batch_size, progress=False, **how
+        )
+    return _put_together(variables.dataset, moved), report
+
+
+def _put_together(dataset: xr.Dataset, moved: Mapping[Hashable, xr.DataArray]) -> xr.Dataset:
+    """The variables, in the order and with the attributes that they had."""
+    result = dataset.drop_vars(FRAME_TRANSFORM, errors="ignore")
+    for name, array in moved.items():
+        result[name] = array.variable
+        for own in (FRAME_TRANSFORM, USABLE):
+            if own in array.coords:
+                result = result.assign_coords({own: array.coords[own].variable})
+    return result
+
+
+def _all_of(first: xr.Variable | None, second: xr.Variable | None) -> xr.Variable | None:
+    return first if second is None else second if first is None else first & second
+
+
+def _move_usable(
+    aligned: xr.DataArray, cube: Cube, solution: Any, device: torch.device | str | None, grid: Any = None
+) -> xr.DataArray:
+    """What a file's alpha band or mask said goes with its pixels; nothing from outside the frame is usable."""
+    if own_mask(cube) is None:
+        return aligned
+    own = cube.array.coords[USABLE]
+    codes = own.variable.set_dims({cube.dims[role]: cube.sizes[role] for role in MASK})
+    array = xr.DataArray(codes.astype(np.uint8) if codes.dtype == np.bool_ else codes)
+    if is_lazy(cube.array):
+        time = cube.dims["time"]
+        array = array.chunk({time: cube.array.chunksizes[time]})
+    seen = Cube(array, {role: cube.dims[role] for role in MASK})
+    nearest = WarpFrames(Pixels.of(seen), device, None, "nearest", "zeros", 0.0)
+    moving = find_warps(solution, "report", cube, grid), None, *find_field(solution, "report", cube, grid)
+    values, _ = run(nearest, seen, moving)
+    coordinate = xr.Variable(array.dims, values.astype(codes.dtype), own.attrs, own.encoding)
+    return aligned.assign_coords({USABLE: coordinate})
 
 
 @dataclass(frozen=True)
@@ -265,13 +391,6 @@ class _Series:
     sun: Any
 
 
-@dataclass(frozen=True)
-class _Running:
-    device: torch.device | str | None
-    batch_size: int | None
-    progress: bool | None
-
-
 def _check_series(word: str, reference_mask: object, init: object, sun: object) -> None:
     for name, value in (("reference_mask", reference_mask), ("init", init), ("sun", sun)):
         if value is not None and (name != "sun" or word == "previous"):
@@ -279,17 +398,17 @@ def _check_series(word: str, reference_mask: object, init: object, sun: object) 
             raise ValueError(message(name, "None", got, "leave it out: there is nothing for it to act on"))
 
 
-def _series_module(module: nn.Module, aligner: object) -> Groupwise:
+def _series_module(module: nn.Module, is_auto: bool) -> Groupwise:
     """The pairs of a series are compared by PCC, unless another aligner is named."""
     if isinstance(module, Groupwise):
         return module
-    if aligner == "auto":
+    if is_auto:
         return Groupwise(PCC())
     return Groupwise(module)  # type: ignore[arg-type]  # it complains of what is no aligner
 
 
 def _align_series(
-    datacube: xr.DataArray, cube: Cube, series: _Series, mask: Any, running: _Running
+    cube: Cube, series: _Series, mask: Any, running: _Running
 ) -> tuple[xr.DataArray, xr.Dataset]:
     """Frames are read twice: to be placed, now; and to be resampled, when they are wanted."""
     aligner = series.module.aligner if isinstance(series.module, Groupwise) else series.module
@@ -297,10 +416,11 @@ def _align_series(
     pixels = Pixels.of(cube, fill, "aligner.fill_value")
     where = find_device(running.device, series.module)
     module = place_module(series.module, where)
-    usable, metres = find_mask(mask, "mask", cube), metres_per_pixel(cube)
+    usable = _all_of(find_mask(mask, "mask", cube), own_mask(cube))
+    hints, metres = give_hints(cube, pixels, usable), metres_per_pixel(cube)
     reader = FrameReader(cube, pixels, usable, where)
-    attrs: dict[str, Any] = {"aligner": repr(module)}
-    device = running.device if is_lazy(datacube) else where
+    attrs: dict[str, Any] = {"aligner": repr(module)} | ({"notes": " ".join(hints)} if hints else {})
+    device = running.device if is_lazy(cube.array) else where
     with torch.no_grad(), progress_bar(running.progress, cube, "align") as advance:
         if isinstance(module, Groupwise):
             angles = find_sun(series.sun, cube) if module.season != "none" else None
@@ -315,8 +435,9 @@ def _align_series(
         values = _move_frames(
             cube, aligner, pixels, estimate, usable, replace(running, device=device), advance
         )
-    aligned = datacube.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
-    return aligned, build_report(fields, cube, attrs)
+    aligned = cube.array.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
+    report = build_report(fields, cube, attrs)
+    return _move_usable(aligned, cube, report, running.device), report
 
 
 def _move_frames(
@@ -413,13 +534,15 @@ def extend(
     if report["warp"].shape[1] != 2 or not bool((report["warp"][..., :2] == np.eye(2)).all()):
         cure = "align the archive with a motion that is a translation"
         raise ValueError(message("report", "shifts only", "warps that do more", cure))
-    series = _series_module(_find_aligner(aligner), aligner)
+    series = _series_module(find_aligner(aligner), aligner == "auto")
     where = find_device(device, series)
     module: Any = place_module(series, where)
     pixels = Pixels.of(cube, module.aligner.fill_value, "aligner.fill_value")
-    usable = find_mask(mask, "mask", cube)
+    usable = _all_of(find_mask(mask, "mask", cube), own_mask(cube))
     new_reader = FrameReader(cube, pixels, usable, where)
-    old_reader = FrameReader(old, Pixels.of(old), find_mask(archive_mask, "archive_mask", old), where)
+    old_reader = FrameReader(
+        old, Pixels.of(old), _all_of(find_mask(archive_mask, "archive_mask", old), own_mask(old)), where
+    )
     batch = check_batch(batch_size)
     running = _Running(device if is_lazy(datacube) else where, batch, progress)
     with torch.no_grad(), progress_bar(progress, cube, "extend") as advance:
@@ -432,8 +555,9 @@ def extend(
         solution = without_season(solution, positions.season_shift(here, cube.sizes["time"]))
         fields = series_fields(solution, cube.size, metres_per_pixel(cube), angles)
         values = _move_frames(cube, module.aligner, pixels, solution.estimate, usable, running, advance)
-    aligned = datacube.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
-    return aligned, _longer_report(report, build_report(fields, cube, {}))
+    aligned, rows = cube.array.copy(data=values), build_report(fields, cube, {})
+    aligned = _move_usable(aligned.drop_vars(FRAME_TRANSFORM, errors="ignore"), cube, rows, device)
+    return aligned, _longer_report(report, rows)
 
 
 def _longer_report(report: xr.Dataset, rows: xr.Dataset) -> xr.Dataset:
@@ -455,11 +579,12 @@ def _longer_report(report: xr.Dataset, rows: xr.Dataset) -> xr.Dataset:
 
 
 def apply(
-    datacube: xr.DataArray,
+    datacube: Labelled,
     estimate: xr.Dataset | Estimate | Array | Tensor | str | Path,
     *,
     mode: ApplyMode = "resample",
-    interpolation: Interpolation = "bilinear",
+    interpolation: Interpolation | None = None,
+    classes: Sequence[Hashable] | Hashable | None = None,
     padding_mode: PaddingMode = "border",
     fill_value: float | None = None,
     mask: xr.DataArray | Array | Tensor | None = None,
@@ -471,7 +596,7 @@ def apply(
     band_dim: Hashable | None = None,
     y_dim: Hashable | None = None,
     x_dim: Hashable | None = None,
-) -> xr.DataArray:
+) -> Labelled:
     """Apply one solution to another cube: other bands, another pixel size or extent, a mask, a classification.
 
     The warps of a report are in pixels of the cube they were estimated on, whose grid the report keeps; they are
@@ -480,14 +605,16 @@ def apply(
     bit. Pixels, nodata, dtype, dask and everything about the cube are as in :func:`align`.
 
     Args:
-        datacube: time, y, x and maybe band; integer, floating or bool (``interpolation="nearest"`` only).
+        datacube: time, y, x and maybe band; integer, floating or bool. Or a Dataset of such variables, as in
+            :func:`align`.
         estimate: a report, or the path of one (:func:`torchalign.save_report`); a plain ``Estimate`` of one series,
             or warps (T, 2, 3) or (T, 3, 3), which are in pixels of ``grid``.
         mode: ``"resample"``, or ``"shift-coords"``: the pixels are not touched. Each frame is given the
             georeference that puts it in its place, as GDAL's six numbers in the coordinate ``geotransform`` along
             time, from where :func:`torchalign.write_stack` puts them into the files.
         interpolation: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``; ``"nearest"`` copies
-            pixels, whatever they mean.
+            pixels, whatever they mean. Default: ``"nearest"`` for bool and classes, else ``"bilinear"``.
+        classes: as in :func:`align`.
         padding_mode: what comes from outside the frame: ``"border"``, ``"zeros"`` or ``"reflection"``.
         fill_value: or this value.
         mask: as in :func:`align`: True = usable, acts in the warp.
@@ -520,45 +647,93 @@ def apply(
         48
     """
     check_option("mode", mode, ApplyMode)
-    check_option("interpolation", interpolation, Interpolation)
+    if interpolation is not None:
+        check_option("interpolation", interpolation, Interpolation)
     check_option("padding_mode", padding_mode, PaddingMode)
-    dims: Mapping[str, Hashable | None] = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
-    is_bool = isinstance(datacube, xr.DataArray) and datacube.dtype == np.bool_
-    if is_bool and mode == "resample" and interpolation != "nearest":
+    dims: dict[str, Hashable | None] = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
+    batch = check_batch(batch_size)
+    how = _Application(mode, interpolation, padding_mode, fill_value, mask, device, batch, progress)
+    if isinstance(datacube, xr.Dataset):
+        return _apply_to_variables(Variables.of(datacube, None, classes, dims), estimate, how, grid)
+    found = find_dims(datacube, "datacube", dims)
+    if mode == "resample" and interpolation != "nearest" and needs_splitting(datacube, found, None, classes):
+        dataset, _, classes = split_bands(datacube, found, None, classes)
+        variables = Variables.of(dataset, None, classes, {role: found[role] for role in MASK})
+        return join_bands(_apply_to_variables(variables, estimate, how, grid), datacube, found)
+    return _apply_to_cube(datacube, estimate, how, grid, dims)
+
+
+@dataclass(frozen=True)
+class _Application:
+    """The options of :func:`apply`."""
+
+    mode: ApplyMode
+    interpolation: Interpolation | None
+    padding_mode: PaddingMode
+    fill_value: float | None
+    mask: Any
+    device: torch.device | str | None
+    batch_size: int | None
+    progress: bool | None
+
+
+def _apply_to_variables(
+    variables: Variables, estimate: Any, how: _Application, grid: xr.DataArray | None
+) -> xr.Dataset:
+    estimate = read_report(Path(estimate)) if isinstance(estimate, (str, Path)) else estimate
+    nearest = replace(how, interpolation="nearest", mask=None, fill_value=None)
+    moved = {
+        name: _apply_to_cube(
+            variables.dataset[name],
+            estimate,
+            nearest if name in variables.classes else how,
+            grid,
+            variables.given(name),
+        )
+        for name in (*variables.seen, *variables.moved, *variables.classes)
+    }
+    return _put_together(variables.dataset, moved)
+
+
+def _apply_to_cube(
+    datacube: xr.DataArray,
+    estimate: Any,
+    how: _Application,
+    grid: xr.DataArray | None,
+    dims: Mapping[str, Any],
+) -> xr.DataArray:
+    interpolation = how.interpolation or ("nearest" if is_class(datacube) else "bilinear")
+    is_bool = datacube.dtype == np.bool_
+    if is_bool and how.mode == "resample" and interpolation != "nearest":
         got = f"bool with interpolation={interpolation!r}"
         raise ValueError(message("datacube", "numbers to interpolate", got, 'pass interpolation="nearest"'))
-    cube = Cube.of(datacube.astype(np.uint8) if is_bool else datacube, dims)
+    codes = datacube
+    if is_bool or datacube.dtype.kind in "mM":  # dates of pixels are copied like classes
+        codes = datacube.astype(np.uint8 if is_bool else np.int64)
+    cube = Cube.of(codes, dims)
     warps = _find_warps(estimate, "estimate", cube, grid)
     if warps is None:
         cure = "pass a report, its path, an Estimate or warps"
         raise TypeError(message("estimate", "a report", "None", cure))
-    fields = find_field(_read_solution(estimate), "estimate", cube, grid)
-    if mode == "shift-coords":
+    estimate = _read_solution(estimate)
+    fields = find_field(estimate, "estimate", cube, grid)
+    if how.mode == "shift-coords":
         if fields[0] is not None and bool((fields[0].variable != 0).any()):
             cure = 'use mode="resample", or the report of an aligner without Local'
-            raise ValueError(message("mode", '"resample" for local shifts', repr(mode), cure))
+            raise ValueError(message("mode", '"resample" for local shifts', repr(how.mode), cure))
         warp = warps.read(torch.device("cpu"), slice(None))
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})
-    pixels = Pixels.of(cube, fill_value, "fill_value")
-    batch = check_batch(batch_size)
-    operation = WarpFrames(pixels, device, batch, interpolation, padding_mode, fill_value)
-    usable = mask_companion(find_mask(mask, "mask", cube))
-    with torch.no_grad(), progress_bar(progress, cube, "apply") as advance:
-        values, _ = run(operation, cube, (warps, usable, *fields), advance)
-    moved = datacube.copy(data=values.astype(np.bool_) if is_bool else values)
-    return moved.drop_vars(FRAME_TRANSFORM, errors="ignore")
-
-
-def _find_aligner(aligner: object) -> nn.Module:
-    if isinstance(aligner, str):
-        if aligner not in _ALIGNERS:
-            expected = f"a module, or in this release one of {', '.join(map(repr, _ALIGNERS))}"
-            raise ValueError(message("aligner", expected, repr(aligner), "choose one of these"))
-        aligner = _ALIGNERS[aligner]()
-    if not isinstance(aligner, nn.Module):
-        cure = "make an instance, for example torchalign.PCC()"
-        raise TypeError(message("aligner", "a torch.nn.Module or a name", repr(aligner), cure))
-    return aligner
+    pixels = Pixels.of(cube, how.fill_value, "fill_value")
+    operation = WarpFrames(
+        pixels, how.device, how.batch_size, interpolation, how.padding_mode, how.fill_value
+    )
+    usable = None if interpolation == "nearest" else own_mask(cube)
+    usable = _all_of(find_mask(how.mask, "mask", cube), usable)
+    with torch.no_grad(), progress_bar(how.progress, cube, "apply") as advance:
+        values, _ = run(operation, cube, (warps, mask_companion(usable), *fields), advance)
+    moved = datacube.copy(data=values.astype(datacube.dtype) if codes is not datacube else values)
+    moved = moved.drop_vars(FRAME_TRANSFORM, errors="ignore")
+    return _move_usable(moved, cube, estimate, how.device, grid)
 
 
 def _find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = None) -> Companion | None:

@@ -24,6 +24,7 @@ __all__ = [
     "find_georeference",
     "frame_transforms",
     "georeference_frames",
+    "is_same_crs",
     "is_same_grid",
     "metres_per_pixel",
     "regrid_warp",
@@ -31,6 +32,12 @@ __all__ = [
 
 FRAME_TRANSFORM = "geotransform"  # the coordinate along time of frames that have a georeference each
 
+_MAPPINGS = (
+    "spatial_ref",
+    "crs",
+    "transverse_mercator",
+    "latitude_longitude",
+)  # what grid mappings are called
 _UNITS_IN_METRES = dict.fromkeys(("m", "metre", "metres", "meter", "meters"), 1.0) | {"km": 1000.0}
 
 
@@ -140,9 +147,11 @@ def _regular_step(values: np.ndarray) -> float | None:
 def metres_per_pixel(cube: Cube) -> dict[str, float]:
     """Along "x" and "y"; signed: negative along y of a north-up grid.
 
-    Without those where the grid is irregular, or has no such unit.
+    Degrees of a geographic grid are metres on the ellipsoid of WGS 84 at the latitude of the grid's centre. Without
+    those where the grid is irregular, or has no such unit.
     """
-    found = {}
+    found: dict[str, float] = {}
+    degrees = {}
     for role in ("x", "y"):
         coordinate = cube.coordinate(role)
         step = None if coordinate is None else _regular_step(coordinate.values)
@@ -154,21 +163,78 @@ def metres_per_pixel(cube: Cube) -> dict[str, float]:
             metres = _metres_of_crs(cube.array)
         if metres is not None:
             found[role] = step * metres
+        elif units.startswith("deg") or _is_geographic(cube, role):
+            degrees[role] = step
+    if len(degrees) == 2:
+        latitude = np.radians(float(np.mean(cube.array[cube.dims["y"]].values[[0, -1]].astype(np.float64))))
+        if abs(latitude) <= np.pi / 2:
+            for role, metres in zip(("x", "y"), _metres_of_a_degree(latitude), strict=True):
+                found[role] = degrees[role] * metres
     return found
 
 
+def _is_geographic(cube: Cube, role: str) -> bool:
+    """A CRS of longitude and latitude; without a CRS, coordinates that are called so."""
+    wkt = _find_crs(cube.array)
+    names = {"x": ("lon", "longitude"), "y": ("lat", "latitude")}[role]
+    return wkt.startswith(("GEOGCS", "GEOGCRS")) or (not wkt and str(cube.dims[role]).lower() in names)
+
+
+def _metres_of_a_degree(latitude: float) -> tuple[float, float]:
+    """Along a parallel, and along a meridian, of the ellipsoid of WGS 84; latitude in radians.
+
+    With N = a/√(1 − e² sin² φ) and M = a(1 − e²)/(1 − e² sin² φ)^(3/2): N cos φ · π/180 and M · π/180 (Snyder 1987,
+    Map Projections: A Working Manual, USGS Professional Paper 1395, eq. 4-20 and 4-18).
+    """
+    axis, squared = 6_378_137.0, 0.0066943799901413165  # a in metres, e²
+    within = 1 - squared * np.sin(latitude) ** 2
+    along = axis / np.sqrt(within) * np.cos(latitude), axis * (1 - squared) / within**1.5
+    return float(np.radians(along[0])), float(np.radians(along[1]))
+
+
 def _mapping_attrs(array: xr.DataArray) -> dict[Hashable, object]:
-    mapping = array.encoding.get("grid_mapping", array.attrs.get("grid_mapping", "spatial_ref"))
-    return array.coords[mapping].attrs if mapping in array.coords else {}
+    """Of the grid mapping that the array names, or of a coordinate that is called like one."""
+    named = array.encoding.get("grid_mapping", array.attrs.get("grid_mapping"))
+    for name in (named, *_MAPPINGS):
+        if name in array.coords and {"crs_wkt", "spatial_ref", "GeoTransform"} & {*array.coords[name].attrs}:
+            return array.coords[name].attrs
+    return {}
 
 
 def _find_crs(array: xr.DataArray) -> str:
     """WKT, from the grid mapping, or from rioxarray."""
     attrs = _mapping_attrs(array)
-    wkt = str(attrs.get("crs_wkt") or attrs.get("spatial_ref") or "")
+    wkt = str(attrs.get("crs_wkt") or attrs.get("spatial_ref") or "") or _bare_crs(array)
     if not wkt and hasattr(array, "rio") and array.rio.crs:
         wkt = array.rio.crs.to_wkt()
     return wkt
+
+
+def _bare_crs(array: xr.DataArray) -> str:
+    """WKT of what is only a name or a number: the coordinates ``crs``, ``epsg``, ``proj:epsg``, the attribute ``crs``.
+
+    Such are those of stackstac, cubo, xcube and older xarray; other words than a CRS's name are not taken for one.
+    """
+    try:
+        from rasterio.crs import CRS
+        from rasterio.errors import CRSError
+    except ImportError:
+        return ""
+    for name in ("crs", "spatial_ref", "epsg", "proj:epsg"):
+        value = (
+            array.coords[name].values[()] if name in array.coords and not array.coords[name].dims else None
+        )
+        value = array.attrs.get(name) if value is None or value == 0 else value
+        if (
+            isinstance(value, (int, np.integer))
+            and not isinstance(value, bool)
+            and 1024 <= value <= 1_000_000
+        ):
+            value = f"EPSG:{int(value)}"
+        if isinstance(value, (str, np.str_)) and value:
+            with suppress(CRSError):
+                return str(CRS.from_string(str(value).removeprefix("+init=").strip()).to_wkt())
+    return ""
 
 
 def _metres_of_crs(array: xr.DataArray) -> float | None:
@@ -179,7 +245,7 @@ def _metres_of_crs(array: xr.DataArray) -> float | None:
     return float(units[-1]) if units and wkt.startswith(("PROJCS", "PROJCRS")) else None
 
 
-def _is_same_crs(first: str, second: str) -> bool:
+def is_same_crs(first: str, second: str) -> bool:
     """Whether two WKT mean the same; unknown ones are given the benefit of the doubt."""
     if not first or not second or first == second:
         return True
@@ -199,7 +265,7 @@ def crs_name(wkt: str) -> str:
 
 def is_same_grid(first: Georeference, second: Georeference) -> bool:
     """The same pixels, to a thousandth of one."""
-    if first.size != second.size or not _is_same_crs(first.crs, second.crs):
+    if first.size != second.size or not is_same_crs(first.crs, second.crs):
         return False
     height, width = first.size
     corners = np.array([(0, 0), (width, 0), (0, height), (width, height)], np.float64)
@@ -251,7 +317,7 @@ def _between(
     source: Georeference, target: Georeference
 ) -> tuple[tuple[float, float], tuple[float, float]] | None:
     """Old pixel size / new pixel size, and the target's corner from the source's; ``None`` if they are the same."""
-    if not _is_same_crs(source.crs, target.crs):
+    if not is_same_crs(source.crs, target.crs):
         got = f"{crs_name(source.crs)!r} and {crs_name(target.crs)!r}"
         raise ValueError(message("grid", "one CRS", got, "reproject one of them with .rio.reproject"))
     if is_same_grid(source, target):

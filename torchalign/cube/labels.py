@@ -23,6 +23,7 @@ __all__ = [
     "CUBE",
     "MASK",
     "SAME_GRID",
+    "USABLE",
     "Array",
     "Cube",
     "axes_of",
@@ -36,19 +37,24 @@ __all__ = [
     "labels_in_words",
     "load",
     "match",
+    "own_mask",
     "rename_dims",
+    "role_of",
     "spatial_dims",
     "time_labels",
 ]
 
 _NAMES = {
-    "time": ("time", "t", "date"),
+    "time": ("time", "t", "date", "valid_time", "timestamp", "datetime", "acquisition_time"),
     "band": ("band", "bands", "channel", "wavelength", "variable"),
     "y": ("y", "lat", "latitude", "northing", "row"),
     "x": ("x", "lon", "longitude", "easting", "col"),
 }
 CUBE = ("time", "band", "y", "x")  # (T, C, H, W)
 MASK = ("time", "y", "x")  # (T, H, W)
+USABLE = (
+    "usable"  # the coordinate over time, y and x of what an alpha band or a file's mask says: 0 = not usable
+)
 SAME_GRID = 1e-3  # pixels; coordinates that agree to this are the same grid
 
 Array = NDArray[Any]
@@ -62,13 +68,15 @@ class Cube:
     dims: Mapping[str, Hashable]  # "time", "y", "x" and maybe "band" → the name of the dim
 
     @classmethod
-    def of(cls, array: object, given: Mapping[str, Hashable | None] | None = None) -> Cube:
-        """Find the dims, but for those that are given by role."""
-        dims = find_dims(array, "datacube", given)
+    def of(
+        cls, array: object, given: Mapping[str, Hashable | None] | None = None, name: str = "datacube"
+    ) -> Cube:
+        """Find the dims, but for those that are given by role; ``name`` is what the user calls the array."""
+        dims = find_dims(array, name, given)
         assert isinstance(array, xr.DataArray)  # as find_dims has seen
         if array.dtype.kind not in "iuf":
             cure = 'convert it with .astype("uint8") or .astype("float32")'
-            raise TypeError(message("datacube", "an integer or floating dtype", array.dtype, cure))
+            raise TypeError(message(name, "an integer or floating dtype", array.dtype, cure))
         return cls(array, dims)
 
     @property
@@ -114,7 +122,7 @@ def find_dims(
     if not isinstance(array, xr.DataArray):
         cure = "align tensors with aligner(cube, reference), or give the array dims with xarray.DataArray"
         if isinstance(array, xr.Dataset):
-            cure = 'use dataset.to_dataarray("band")'
+            cure = "choose a variable, dataset[name]"
         raise TypeError(message(name, "an xarray.DataArray", type(array).__name__, cure))
     dims = array.dims
     found = {role: dim for role, dim in (given or {}).items() if dim is not None}
@@ -122,7 +130,7 @@ def find_dims(
         if dim not in dims or list(found.values()).count(dim) > 1:
             raise ValueError(message(f"{role}_dim", f"one dim of {dims}", repr(dim), "name each dim once"))
     for role in (role for role in CUBE if role not in found):
-        named = [dim for dim in dims if str(dim).lower() in _NAMES[role] and dim not in found.values()]
+        named = [dim for dim in dims if role_of(dim) == role and dim not in found.values()]
         if len(named) > 1:
             cure = f"say which with {role}_dim=, and what the other is, or select from it with .isel"
             raise ValueError(message(name, f"one {role} dim", f"{named} among {dims}", cure))
@@ -135,10 +143,18 @@ def find_dims(
         cures += [f'add it with .expand_dims("{role}")' for role in missing if not unknown]
         got = f"{dims} with unknown {unknown}"
         if missing:
-            names = (f"{role} (or {' or '.join(_NAMES[role][1:])})" for role in missing)
-            got = f"{dims} without {' and '.join(names)}"
+            known = "; ".join(f"{role} may be called {', '.join(_NAMES[role])}" for role in missing)
+            got = f"{dims} without {' and '.join(missing)} ({known})"
         raise ValueError(message(name, "the dims time, y, x and maybe band", got, ", ".join(cures)))
     return found
+
+
+def role_of(dim: Hashable) -> str | None:
+    """The role that a dim's name tells, ``None`` for an unknown one."""
+    name = str(dim).lower()
+    if name.startswith("band_"):  # of a Dataset whose variables have bands of their own
+        return "band"
+    return next((role for role in CUBE if name in _NAMES[role]), None)
 
 
 def rename_dims(array: xr.DataArray, names: Mapping[Hashable, str]) -> xr.Variable:
@@ -190,9 +206,9 @@ def labels_in_words(array: xr.DataArray, dim: Hashable) -> str:
     return f"{len(values)} labels ({shown})"
 
 
-def band_labels(cube: xr.DataArray) -> tuple[list[str], int]:
-    """The labels, none where there are none, and the number of the bands."""
-    band = find_dims(cube).get("band")
+def band_labels(cube: xr.DataArray, dims: Mapping[str, Hashable] | None = None) -> tuple[list[str], int]:
+    """The labels, none where there are none, and the number of the bands; ``dims`` of :func:`find_dims`."""
+    band = (find_dims(cube) if dims is None else dims).get("band")
     if band is None:
         return [], 1
     return [str(label) for label in cube[band].values] if band in cube.coords else [], cube.sizes[band]
@@ -266,6 +282,14 @@ def find_frame(
 # --- what goes with a cube ---
 
 
+def own_mask(cube: Cube) -> xr.Variable | None:
+    """A bool variable of the coordinate ``usable``, which files with an alpha band or a mask have."""
+    own = cube.array.coords.get(USABLE)
+    if own is None or not {*own.dims} <= {cube.dims[role] for role in MASK} or own.ndim < 2:
+        return None
+    return rename_dims(own, {dim: role for role, dim in cube.dims.items()}) != 0
+
+
 def find_mask(mask: object, name: str, cube: Cube) -> xr.Variable | None:
     """A bool variable over some of time, y, x."""
     if mask is None:
@@ -304,7 +328,7 @@ def label_axes(values: object, name: str, cube: Cube, roles: Sequence[str]) -> x
 def spatial_dims(other: xr.DataArray, cube: Cube) -> dict[str, Hashable]:
     """Role → dim of another array, by its names and by those of the cube; what has no role is left out."""
     own = {dim: role for role, dim in cube.dims.items()}
-    named = {dim: role for dim in other.dims for role in CUBE if str(dim).lower() in _NAMES[role]}
+    named = {dim: role for dim in other.dims if (role := role_of(dim)) is not None}
     known = named | own
     return {known[dim]: dim for dim in other.dims if dim in known}
 

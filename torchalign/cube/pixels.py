@@ -16,7 +16,7 @@ from torchalign.cube.labels import CUBE, Array, Cube, load
 from torchalign.functional.warp import warp as resample_frames
 from torchalign.types import ShiftField
 
-__all__ = ["Pixels", "find_nodata", "keep_nodata"]
+__all__ = ["Pixels", "find_nodata", "find_packing", "keep_nodata"]
 
 _PACKING = ("scale_factor", "add_offset")  # of an encoding; 1 and 0 where there are none
 
@@ -79,6 +79,11 @@ def _packed_range(
     slack = slack if slack > 0.25 else 0.0  # less does not change a rounded code
     ends = sorted(end * scale + offset for end in (bottom + slack, top - slack))
     return max(ends[0], float(limits.min)), min(ends[1], float(limits.max))
+
+
+def find_packing(array: xr.DataArray) -> Any:
+    """How ``array.encoding`` packs floats into integers; ``None`` where it does not."""
+    return _Packing.of(array)
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,19 @@ from torch import Tensor, nn
 from torchalign._check import check_whole, message
 from torchalign._host import give_back_memory
 from torchalign.aligner import Aligner
+from torchalign.cascade import Cascade
 from torchalign.cube.chunks import Companion, chunk_sizes, is_lazy, map_chunks, parts_along_time, undisturbed
 from torchalign.cube.labels import CUBE, MASK, Array, Cube, load
 from torchalign.cube.pixels import Pixels, keep_nodata
 from torchalign.cube.reference import ReferenceSource
 from torchalign.cube.solution import promised_fields, report_fields, unpack_field
+from torchalign.ecc import ECC
 from torchalign.functional.affine import identity_warp, to_homogeneous
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.shift_field import is_zero
 from torchalign.functional.warp import Interpolation, PaddingMode, Resampled, resample
+from torchalign.lgm import LGM
+from torchalign.local import Local
 from torchalign.pcc import PCC
 from torchalign.types import Estimate, ShiftField
 
@@ -37,6 +41,8 @@ __all__ = [
     "Operation",
     "WarpFrames",
     "check_batch",
+    "count_progress",
+    "find_aligner",
     "find_device",
     "mask_companion",
     "place_module",
@@ -347,7 +353,35 @@ class WarpFrames(Operation):
         return copied.cpu().numpy().view(native.dtype).astype(raw.dtype)
 
 
-# --- where, and how many at a time ---
+# --- with what, where, and how many at a time ---
+
+# What `aligner=` knows by name.
+_ALIGNERS: dict[str, Callable[[], nn.Module]] = {
+    "auto": lambda: Cascade(PCC(), ECC()),
+    "cross": lambda: PCC(contrast="structure"),
+    "pcc": PCC,
+    "ecc": ECC,
+    "local": lambda: Cascade(PCC(), Local()),
+    "lgm": LGM,
+}
+
+
+def find_aligner(aligner: object) -> nn.Module:
+    """A module, as it is or by its name.
+
+    Raises:
+        TypeError: another kind of thing.
+        ValueError: an unknown name.
+    """
+    if isinstance(aligner, str):
+        if aligner not in _ALIGNERS:
+            expected = f"a module, or in this release one of {', '.join(map(repr, _ALIGNERS))}"
+            raise ValueError(message("aligner", expected, repr(aligner), "choose one of these"))
+        aligner = _ALIGNERS[aligner]()
+    if not isinstance(aligner, nn.Module):
+        cure = "make an instance, for example torchalign.PCC()"
+        raise TypeError(message("aligner", "a torch.nn.Module or a name", repr(aligner), cure))
+    return aligner
 
 
 def find_device(device: torch.device | str | None, module: nn.Module | None) -> torch.device:
@@ -376,17 +410,35 @@ def check_batch(size: int | None) -> int | None:
 
 @contextmanager
 def progress_bar(progress: bool | None, cube: Cube, word: str) -> Iterator[Callable[[int], object]]:
-    """A function to call with the number of frames done."""
+    """A function to call with the number of frames done.
+
+    Raises:
+        ImportError: a bar is asked for, and there is no tqdm.
+    """
+    lazy = is_lazy(cube.array)  # dask has bars of its own
+    with count_progress(progress, 0 if lazy else cube.sizes["time"], word, "frame") as advance:
+        yield advance
+
+
+@contextmanager
+def count_progress(
+    progress: bool | None, total: int, word: str, unit: str
+) -> Iterator[Callable[[int], object]]:
+    """A function to call with the number of units done; no bar for a total of 0.
+
+    Raises:
+        ImportError: a bar is asked for, and there is no tqdm.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
         if progress:
             raise ImportError(message("progress", "tqdm", "no such package", "pip install tqdm")) from None
         progress = False
-    if progress is False or is_lazy(cube.array):  # dask has bars of its own
-        yield lambda frames: None
+    if progress is False or not total:
+        yield lambda done: None
         return
     # delay: seconds until it shows; disable=None: only on a terminal or in a notebook
     options: dict[str, Any] = {} if progress else {"delay": 2.0, "disable": None}
-    with tqdm(total=cube.sizes["time"], desc=word, unit="frame", **options) as bar:
+    with tqdm(total=total, desc=word, unit=unit, **options) as bar:
         yield bar.update

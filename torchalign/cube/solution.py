@@ -316,7 +316,9 @@ def _time_coords(cube: Cube | None, fields: Mapping[str, Any], time: Hashable) -
     if cube is None:
         return {}
     along = cube.array[time]
-    taken = {"row", "col", *fields} - {time}  # names that the report itself uses
+    taken = {"row", "col", "tags", *fields} - {
+        time
+    }  # names that the report itself uses, and what is of files
     others = [name for name, coord in along.coords.items() if coord.dims != (time,) or name in taken]
     return along.drop_vars(others).compute().coords
 

@@ -13,7 +13,7 @@ import xarray as xr
 from torchalign._check import message, require
 from torchalign.cube.chunks import chunk_sizes, compute_together, is_lazy, rows_after, share
 from torchalign.cube.files import atomic, check_free, discard, put_in_place, temporary_sibling
-from torchalign.cube.labels import Array, Cube
+from torchalign.cube.labels import MASK, Array, Cube, role_of
 from torchalign.cube.solution import summarize
 
 __all__ = ["finish_writing", "write_store"]
@@ -28,7 +28,7 @@ _COMPRESSION = {"zlib", "complevel", "shuffle", "compression", "compression_opts
 
 
 def write_store(
-    cube: xr.DataArray,
+    cube: xr.DataArray | xr.Dataset,
     path: Path,
     attrs: Mapping[str, Any],
     overwrite: bool,
@@ -39,42 +39,77 @@ def write_store(
     suffix = path.suffix.lower()
     if suffix not in (".zarr", ".nc", ".nc4"):
         raise ValueError(message("path", "a name ending in .zarr or .nc", path.name, "rename it"))
-    is_bool = isinstance(cube, xr.DataArray) and cube.dtype == np.bool_
-    seen = Cube.of(cube.astype(np.uint8) if is_bool else cube)
+    given = cube if isinstance(cube, xr.Dataset) else _named(cube)
+    frames = _frames_of(given)
     check_free(path, overwrite)
     require(f"a {suffix} file", "io", "zarr" if suffix == ".zarr" else "h5netcdf")
-    if is_bool:  # which xarray stores and reads as such, unless nodata of what it was made from came along
-        cube = cube.copy(deep=False)
-        cube.attrs = {key: value for key, value in cube.attrs.items() if key not in _PIXEL_CODE}
-        cube.encoding = {key: value for key, value in cube.encoding.items() if key not in _PIXEL_CODE}
-    name = str(cube.name or "cube")
-    dataset = _storable(cube.to_dataset(name=name), suffix).assign_attrs(attrs)
-    if not is_lazy(cube):
+    lazy = [name for name in frames if is_lazy(given[name])]
+    others = [name for name, array in given.variables.items() if name not in lazy and is_lazy(array)]
+    given = given.assign(
+        {name: given[name].compute() for name in others}
+    )  # masks and the like, which are small
+    if lazy and isinstance(cube, xr.Dataset):  # one task a chunk writes all of them
+        given = given.unify_chunks()
+    dataset = _storable(given.map(_without_codes, keep_attrs=True), suffix).assign_attrs(attrs)
+    if not lazy:
         with atomic(path) as partial:
             _store(dataset, partial, suffix)
         return path if report is None else (path, report.compute())
     from dask.delayed import delayed
 
+    seen = Cube.of(given[lazy[0]].astype(np.uint8) if given[lazy[0]].dtype == np.bool_ else given[lazy[0]])
     chunks, time = chunk_sizes(seen, None), seen.dims["time"]
     partial = temporary_sibling(path)
     try:
         _store(dataset, partial, suffix)  # all but the pixels
-        variable = dataset[name].variable
-        nothing = np.empty([0 if dim == time else length for dim, length in cube.sizes.items()], cube.dtype)
-        empty = share(variable.isel({time: slice(0)}).copy(data=nothing))
-        write = delayed(_write_zarr if suffix == ".zarr" else _write_netcdf, pure=False)
+        empty = {}
+        for name in lazy:
+            variable = dataset[name].variable
+            nothing = np.empty([0 if d == time else n for d, n in variable.sizes.items()], variable.dtype)
+            empty[str(name)] = variable.isel({time: slice(0)}).copy(data=nothing)
+        known, write = share(empty), delayed(_write_zarr if suffix == ".zarr" else _write_netcdf, pure=False)
         jobs: list[Any] = []
         for first, last in itertools.pairwise(np.cumsum((0, *chunks))):
-            part = variable.isel({time: slice(int(first), int(last))}).data.rechunk(-1)
-            pixels = part.to_delayed(optimize_graph=False).ravel()[0]
+            pixels = {}
+            for name in lazy:
+                part = dataset[name].variable.isel({time: slice(int(first), int(last))}).data.rechunk(-1)
+                pixels[str(name)] = part.to_delayed(optimize_graph=False).ravel()[0]
             # a netCDF file is written by one after the other
             before = jobs[-1] if jobs and suffix != ".zarr" else None
-            jobs.append(write(pixels, partial, name, empty, time, int(first), before))
+            jobs.append(write(pixels, partial, known, time, int(first), before))
         done = delayed(_publish, pure=False)(jobs, partial, path)
         return finish_writing(done, jobs, chunks, report, compute)
     except BaseException:
         discard(partial, path)
         raise
+
+
+def _named(cube: object) -> xr.Dataset:
+    """One cube as a Dataset; what is no cube raises."""
+    is_bool = isinstance(cube, xr.DataArray) and cube.dtype == np.bool_
+    Cube.of(cube.astype(np.uint8) if is_bool and isinstance(cube, xr.DataArray) else cube, None, "cube")
+    assert isinstance(cube, xr.DataArray)
+    return cube.to_dataset(name=str(cube.name or "cube"))
+
+
+def _frames_of(dataset: xr.Dataset) -> list[Hashable]:
+    frames = [n for n, array in dataset.data_vars.items() if {*MASK} <= {role_of(dim) for dim in array.dims}]
+    if len(dataset.data_vars) == 1:  # whose dims may have any names
+        return list(dataset.data_vars)
+    if not frames:
+        cure = "write it with xarray's own to_netcdf or to_zarr"
+        raise ValueError(message("cube", "variables over time, y and x", [*map(str, dataset)], cure))
+    return frames
+
+
+def _without_codes(array: xr.DataArray) -> xr.DataArray:
+    """Bool, which xarray stores and reads as such, unless nodata of what it was made from came along."""
+    if array.dtype != np.bool_:
+        return array
+    array = array.copy(deep=False)
+    array.attrs = {key: value for key, value in array.attrs.items() if key not in _PIXEL_CODE}
+    array.encoding = {key: value for key, value in array.encoding.items() if key not in _PIXEL_CODE}
+    return array
 
 
 def finish_writing(
@@ -125,24 +160,37 @@ def _store(dataset: xr.Dataset, path: Path, suffix: str) -> None:
 
 
 def _write_zarr(
-    pixels: Array, path: Path, name: str, empty: xr.Variable, time: Hashable, first: int, before: Any
+    pixels: Mapping[str, Array],
+    path: Path,
+    empty: Mapping[str, xr.Variable],
+    time: Hashable,
+    first: int,
+    before: Any,
 ) -> None:
     """Frames of one chunk into a store that has all but pixels; xarray encodes them as the store says."""
-    part = xr.Dataset({name: (empty.dims, pixels)})
+    part = xr.Dataset({name: (empty[name].dims, values) for name, values in pixels.items()})
     part.to_zarr(path, region={str(time): slice(first, first + part.sizes[time])}, consolidated=True)
 
 
 def _write_netcdf(
-    pixels: Array, path: Path, name: str, empty: xr.Variable, time: Hashable, first: int, before: Any
+    pixels: Mapping[str, Array],
+    path: Path,
+    empty: Mapping[str, xr.Variable],
+    time: Hashable,
+    first: int,
+    before: Any,
 ) -> None:
     """The same for a netCDF file."""
     import h5netcdf
 
-    variable = xr.conventions.encode_cf_variable(xr.Variable(empty.dims, pixels, empty.attrs, empty.encoding))
-    last = first + variable.sizes[time]
-    where = tuple(slice(first, last) if dim == time else slice(None) for dim in empty.dims)
     with h5netcdf.File(path, "a") as file:
-        file[name][where] = variable.to_numpy()
+        for name, values in pixels.items():
+            like = empty[name]
+            plain = xr.Variable(like.dims, values, like.attrs, like.encoding)
+            variable = xr.conventions.encode_cf_variable(plain)
+            last = first + variable.sizes[time]
+            where = tuple(slice(first, last) if dim == time else slice(None) for dim in like.dims)
+            file[name][where] = variable.to_numpy()
 
 
 def _publish(jobs: Sequence[Any], written: Path, path: Path) -> Path:

@@ -1,0 +1,311 @@
+"""Files of other extents, origins, pixel sizes and CRS on one grid: by whole pixels, or through GDAL's warper."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import xarray as xr
+
+from torchalign._check import message
+from torchalign.cube.finding import Source
+from torchalign.cube.georeference import Georeference, crs_name, find_georeference
+from torchalign.cube.headers import CLOSE, Header, are_close, quiet
+from torchalign.cube.labels import Array, Cube, role_of
+
+__all__ = ["GridWord", "Reading", "Resampling", "control_points", "find_grid", "plan_reading"]
+
+GridWord = Literal["first", "union", "intersection"]
+Resampling = Literal["nearest", "bilinear", "cubic", "average"]
+_EDGE = 21  # points along each side, by which an extent is taken to another CRS
+_TOLERANCE = (
+    0.002  # pixels by which GDAL may approximate a projection; its default is 0.125, and 0 it refuses
+)
+_MOST_PIXELS = 2**31  # of a grid that is meant
+
+
+class Reading(NamedTuple):
+    """How the pixels of a file come onto a grid; it travels to dask's workers."""
+
+    path: Source
+    numbers: tuple[int, ...]
+    header: Header
+    grid: Georeference
+    offset: (
+        tuple[int, int] | None
+    )  # (row, column) of the grid's first pixel in the file; None: by GDAL's warper
+    resampling: str
+    dtype: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Read as it is."""
+        return self.offset == (0, 0) and self.grid.size == self.header.grid.size
+
+    @property
+    def leaves_gaps(self) -> bool:
+        """Whether pixels may be missing that no nodata value can mark."""
+        if self.is_whole or self._fill is not None:
+            return False
+        if self.offset is None:
+            return True
+        (top, left), (height, width), own = self.offset, self.grid.size, self.header.grid.size
+        return top < 0 or left < 0 or top + height > own[0] or left + width > own[1]
+
+    @property
+    def _fill(self) -> float | None:
+        """What marks a pixel that is missing."""
+        if self.header.nodata is not None:
+            return self.header.nodata
+        return float("nan") if np.dtype(self.dtype).kind == "f" else None
+
+    def pixels(self, rows: slice | None = None) -> Array:
+        """(C, H, W), or rows of it."""
+        return self._read(list(self.numbers), rows, self.dtype, self._fill or 0)
+
+    def usable(self, rows: slice | None = None) -> Array:
+        """(H, W) of an alpha band or a mask, 0 where nothing is usable, and outside the file."""
+        if self.header.alpha:
+            return self._read([self.header.alpha], rows, self.dtype, 0, "nearest")[0]
+        return self._read("mask", rows, "uint8", 0, "nearest")[0]
+
+    def _read(self, bands: Any, rows: slice | None, dtype: str, fill: Any, resampling: str = "") -> Array:
+        import rasterio
+
+        first, last = (0, self.grid.size[0]) if rows is None else (rows.start, rows.stop)
+        try:
+            with quiet(), rasterio.open(self.path) as file:
+                if self.offset is None:
+                    return self._warp(file, bands, (first, last), dtype, resampling or self.resampling)
+                return self._copy(file, bands, (first, last), dtype, fill)
+        except rasterio.errors.RasterioError as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            cure = 'fetch it again, or leave it out (errors="skip" without chunks does)'
+            raise OSError(message(str(self.path), "pixels that can be read", reason, cure)) from error
+
+    def _copy(self, file: Any, bands: Any, rows: tuple[int, int], dtype: str, fill: Any) -> Array:
+        from rasterio.windows import Window
+
+        assert self.offset is not None
+        (top, left), width = self.offset, self.grid.size[1]
+        count = 1 if bands == "mask" else len(bands)
+        there = (
+            (max(top + rows[0], 0), min(top + rows[1], file.height)),
+            (max(left, 0), min(left + width, file.width)),
+        )
+        inside = there[0][0] < there[0][1] and there[1][0] < there[1][1]
+        window = Window.from_slices(*there) if inside else None
+        if inside:
+            own = (
+                file.read_masks(self.numbers[0], window=window)[None]
+                if bands == "mask"
+                else file.read(bands, window=window)
+            )
+            if own.shape[-2:] == (rows[1] - rows[0], width):
+                return own.astype(dtype, copy=False)
+        values = np.full((count, rows[1] - rows[0], width), fill, dtype)
+        if inside:
+            down, right = there[0][0] - top - rows[0], there[1][0] - left
+            values[:, down : down + own.shape[1], right : right + own.shape[2]] = own
+        return values
+
+    def _warp(self, file: Any, bands: Any, rows: tuple[int, int], dtype: str, resampling: str) -> Array:
+        from rasterio.crs import CRS
+        from rasterio.enums import Resampling as Kernel
+        from rasterio.transform import Affine
+        from rasterio.vrt import WarpedVRT
+        from rasterio.windows import Window
+
+        if self.header.gcps:
+            return self._warp_by_points(file, bands, rows, dtype, resampling)
+        height, width = self.grid.size
+        crs = CRS.from_wkt(self.grid.crs) if self.grid.crs else None
+        options: dict[str, Any] = {
+            "transform": Affine(*self.grid.transform),
+            "height": height,
+            "width": width,
+        }
+        options |= {"crs": crs, "resampling": Kernel[resampling], "tolerance": _TOLERANCE}
+        if not file.crs:
+            options["src_crs"] = crs
+        fill = self._fill
+        if fill is not None:
+            options |= {"nodata": fill, "src_nodata": fill}
+        elif not self.header.alpha:
+            options["add_alpha"] = True
+        window = Window.from_slices(rows, (0, width))
+        with WarpedVRT(file, **options) as warped:
+            if bands == "mask":
+                return warped.dataset_mask(window=window)[None]
+            return warped.read(bands, window=window).astype(dtype, copy=False)
+
+    def _warp_by_points(
+        self, file: Any, bands: Any, rows: tuple[int, int], dtype: str, resampling: str
+    ) -> Array:
+        """By ground control points, which a WarpedVRT passes over; the whole file is read."""
+        from rasterio.crs import CRS
+        from rasterio.enums import Resampling as Kernel
+        from rasterio.transform import Affine
+        from rasterio.warp import reproject
+
+        own = CRS.from_wkt(self.header.grid.crs) if self.header.grid.crs else CRS.from_epsg(4326)
+        crs = CRS.from_wkt(self.grid.crs) if self.grid.crs else own
+        transform, fill = Affine(*self.grid.transform), self._fill
+        source = file.read_masks([self.numbers[0]]) if bands == "mask" else file.read(bands)
+        values = np.full((len(source), *self.grid.size), 0 if fill is None else fill, dtype)
+        how: dict[str, Any] = {"gcps": control_points(self.header.gcps), "src_crs": own}
+        how |= {"dst_transform": transform, "dst_crs": crs, "tolerance": _TOLERANCE}
+        if bands != "mask" and fill is not None:
+            how |= {"src_nodata": fill, "dst_nodata": fill}
+        reproject(source, values, resampling=Kernel[resampling], init_dest_nodata=True, **how)
+        return values[:, rows[0] : rows[1]]
+
+
+def plan_reading(
+    path: Source,
+    header: Header,
+    numbers: Sequence[int],
+    grid: Georeference,
+    resampling: str,
+    dtype: np.dtype[Any],
+) -> Reading:
+    """By whole pixels where the file lies on the grid to 0.01 px, else by GDAL's warper."""
+    offset: tuple[int, int] | None = None
+    if not header.gcps and are_close(grid, header.grid):
+        offset = (0, 0)
+    elif not header.gcps and are_close(grid, header.grid, size=False):
+        column, row = np.rint(
+            (np.linalg.inv(header.grid.matrix) @ grid.matrix @ np.array([0.0, 0.0, 1.0]))[:2]
+        )
+        offset = int(row), int(column)
+    return Reading(path, tuple(numbers), header, grid, offset, resampling, dtype.name)
+
+
+# --- which grid ---
+
+
+def find_grid(grid: Any, headers: Mapping[Source, Header]) -> Georeference:
+    """What the argument ``grid`` of :func:`torchalign.open_stack` stands for; ``headers`` in the order of time.
+
+    Raises:
+        TypeError: neither a word, nor a file, nor a DataArray.
+        ValueError: files that lie nowhere; an intersection that is empty; a grid of too many pixels.
+    """
+    own = [_place(path, header) for path, header in headers.items()]
+    if isinstance(grid, (xr.DataArray, xr.Dataset)):
+        return _grid_of_labels(grid)
+    if isinstance(grid, Georeference):
+        return grid
+    if not isinstance(grid, str) or grid not in get_args(GridWord):
+        return _grid_of_file(grid)
+    first = own[0]
+    if grid == "first" or all(are_close(first, other) for other in own):
+        return first
+    back = np.linalg.inv(first.matrix)
+    boxes = []
+    for other in own:
+        x, y = _outline(other, first.crs)
+        pixels = (back @ np.stack([x, y, np.ones_like(x)]))[:2]
+        boxes.append((pixels.min(1), pixels.max(1)))
+    lows, highs = np.array([low for low, _ in boxes]), np.array([high for _, high in boxes])
+    if grid == "union":
+        start, stop = np.floor(lows.min(0) + CLOSE), np.ceil(highs.max(0) - CLOSE)
+    else:
+        start, stop = np.ceil(lows.max(0) - CLOSE), np.floor(highs.min(0) + CLOSE)
+    width, height = (int(length) for length in stop - start)
+    if width < 1 or height < 1:
+        cure = 'pass grid="union", or choose files that overlap'
+        raise ValueError(
+            message("grid", "files that overlap", f"an {grid} of {height} × {width} pixels", cure)
+        )
+    if width * height > _MOST_PIXELS:
+        cure = 'pass grid="first" or a grid of your own, or leave out files that lie elsewhere'
+        raise ValueError(
+            message("grid", "a grid that is meant", f"a {grid} of {height} × {width} pixels", cure)
+        )
+    a, b, c, d, e, f = first.transform
+    corner = c + a * start[0] + b * start[1], f + d * start[0] + e * start[1]
+    return Georeference((a, b, float(corner[0]), d, e, float(corner[1])), (height, width), first.crs)
+
+
+def _place(path: Source, header: Header) -> Georeference:
+    """The grid of a file; of one with ground control points alone, the one that GDAL would warp it to."""
+    if not header.gcps:
+        if not header.is_georeferenced:
+            cure = "give it one with gdal_translate -a_ullr … -a_srs …, or leave grid= out"
+            raise ValueError(message("grid", "files with a georeference", f"{path.name} without", cure))
+        return header.grid
+    from rasterio.crs import CRS
+    from rasterio.warp import calculate_default_transform
+
+    height, width = header.grid.size
+    crs = CRS.from_wkt(header.grid.crs) if header.grid.crs else CRS.from_epsg(4326)
+    transform, across, down = calculate_default_transform(
+        crs, crs, width, height, gcps=control_points(header.gcps)
+    )
+    a, b, c, d, e, f = (float(value) for value in tuple(transform)[:6])
+    return Georeference((a, b, c, d, e, f), (int(down), int(across)), crs.to_wkt())
+
+
+def control_points(gcps: str) -> list[Any]:
+    """rasterio's, of the text in a header."""
+    from rasterio.control import GroundControlPoint
+
+    return [GroundControlPoint(*point) for point in json.loads(gcps)]
+
+
+def _outline(grid: Georeference, crs: str) -> tuple[Array, Array]:
+    """Points along the border, in another CRS."""
+    from rasterio.crs import CRS
+    from rasterio.errors import CRSError
+    from rasterio.warp import transform
+
+    height, width = grid.size
+    along = np.linspace(0, 1, _EDGE)
+    u = np.concatenate([along, along, np.zeros(_EDGE), np.ones(_EDGE)]) * width
+    v = np.concatenate([np.zeros(_EDGE), np.ones(_EDGE), along, along]) * height
+    x, y = (grid.matrix @ np.stack([u, v, np.ones_like(u)]))[:2]
+    if not crs or not grid.crs or crs == grid.crs:
+        return x, y
+    try:
+        moved = transform(CRS.from_wkt(grid.crs), CRS.from_wkt(crs), x.tolist(), y.tolist())
+    except CRSError as error:
+        got = f"{crs_name(grid.crs)} and {crs_name(crs)} ({error})"
+        raise ValueError(
+            message("grid", "CRS that can be brought together", got, "reproject the files")
+        ) from error
+    return np.array(moved[0]), np.array(moved[1])
+
+
+def _grid_of_labels(given: xr.DataArray | xr.Dataset) -> Georeference:
+    array = given
+    if isinstance(given, xr.Dataset):
+        images = [one for one in given.data_vars.values() if {"y", "x"} <= {role_of(dim) for dim in one.dims}]
+        array = images[0] if images else xr.DataArray()
+    assert isinstance(array, xr.DataArray)
+    dims = {role: dim for dim in array.dims if (role := role_of(dim)) is not None}
+    found = find_georeference(Cube(array, dims)) if {"y", "x"} <= set(dims) else None
+    if found is None:
+        cure = "give one with coordinates along y and x, or with .rio.write_transform"
+        raise ValueError(message("grid", "a DataArray on a regular grid", f"dims {array.dims}", cure))
+    return found
+
+
+def _grid_of_file(given: Any) -> Georeference:
+    import os
+
+    import rasterio
+
+    expected = f"one of {', '.join(map(repr, get_args(GridWord)))}, a raster file or a DataArray"
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(message("grid", expected, type(given).__name__, "give one of these"))
+    name = os.path.expanduser(os.fspath(given))
+    try:
+        with quiet(), rasterio.open(name) as file:
+            a, b, c, d, e, f = (float(value) for value in tuple(file.transform)[:6])
+            crs = file.crs.to_wkt() if file.crs else ""
+            return Georeference((a, b, c, d, e, f), (file.height, file.width), crs)
+    except rasterio.errors.RasterioError as error:
+        raise ValueError(message("grid", expected, repr(str(given)), "give one of these")) from error

@@ -1,0 +1,197 @@
+"""What a raster file says of itself, without its pixels; with rasterio."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from torchalign.cube.finding import Source
+from torchalign.cube.georeference import Georeference, crs_name, is_same_crs
+
+__all__ = ["CLOSE", "Header", "are_close", "drop_strangers", "quiet", "read_headers"]
+
+CLOSE = 0.01  # pixels; grids that agree to this are one
+_ALPHA_ROWS, _ALPHA_SHARE = 16, 0.9  # of these rows the share that is wholly clear or wholly not
+_STALE = ("STATISTICS_", "AREA_OR_POINT")  # what a file is told anew
+
+
+class Header(NamedTuple):
+    """A file's grid and bands; an alpha band is a mask, and none of them."""
+
+    grid: Georeference
+    numbers: tuple[int, ...]  # of the bands, GDAL's, from 1
+    dtypes: tuple[str, ...]
+    nodata: float | None
+    descriptions: tuple[str | None, ...]
+    scales: tuple[float, ...]
+    offsets: tuple[float, ...]
+    alpha: int = 0  # the number of the alpha band
+    has_mask: bool = False  # of its own, inside or beside the file
+    gcps: str = ""  # GeoJSON, where control points are all that it has
+    tags: str = ""  # JSON: of the file "", and of its bands by number
+    colours: tuple[str, ...] = ()  # of every band JSON: its interpretation and its table
+    overviews: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What all files of a stack must have in common, beside the grid."""
+        nodata = "nan" if self.nodata is not None and np.isnan(self.nodata) else self.nodata
+        own: dict[str, Any] = {"dtypes": self.dtypes, "nodata": nodata, "band names": self.descriptions}
+        own |= {"scales": self.scales, "offsets": self.offsets}
+        return own | {"alpha band": self.alpha, "mask": self.has_mask}
+
+    @property
+    def is_georeferenced(self) -> bool:
+        """Whether it lies anywhere."""
+        return bool(self.grid.crs) or self.grid.transform != (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A file without a georeference is a file like any other."""
+    from rasterio.errors import NotGeoreferencedWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
+
+
+def read_headers(paths: Sequence[Source], skipped: dict[Source, str]) -> dict[Source, Header]:
+    """Of all files that can be opened; the others are added to ``skipped``."""
+    import rasterio
+
+    headers = {}
+    for path in paths:
+        try:
+            with quiet(), rasterio.open(path) as file:
+                if file.count:
+                    headers[path] = _read_header(file)
+                else:
+                    inside = len(file.subdatasets)
+                    skipped[path] = (
+                        f"it has no bands of its own, but {inside} datasets inside; name one of these"
+                    )
+        except rasterio.errors.RasterioError as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            skipped[path] = f"it cannot be read ({reason[0]})"
+    return headers
+
+
+def _read_header(file: Any) -> Header:
+    from rasterio.enums import ColorInterp, MaskFlags
+
+    crs = file.crs.to_wkt() if file.crs else ""
+    a, b, c, d, e, f = (float(value) for value in tuple(file.transform)[:6])
+    interpretations = list(file.colorinterp)
+    alpha = 0
+    if file.count > 1 and interpretations[-1] == ColorInterp.alpha and _is_transparency(file):
+        alpha = file.count
+    numbers = [number for number in range(1, file.count + 1) if number != alpha]
+    flags = file.mask_flag_enums[numbers[0] - 1]
+    gcps = ""
+    if not file.crs and file.gcps[0]:
+        points, of = file.gcps
+        crs = of.to_wkt() if of else ""
+        gcps = json.dumps([[point.row, point.col, point.x, point.y, point.z] for point in points])
+    tags = {"": _lasting(file.tags()), **{str(number): _lasting(file.tags(number)) for number in numbers}}
+    if rpcs := file.tags(ns="RPC"):
+        tags["RPC"] = dict(rpcs)
+    tags = {key: value for key, value in tags.items() if value}
+
+    def of_bands(values: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(values[number - 1] for number in numbers)
+
+    return Header(
+        Georeference((a, b, c, d, e, f), (file.height, file.width), crs),
+        tuple(numbers),
+        of_bands(file.dtypes),
+        file.nodata,
+        of_bands(file.descriptions),
+        of_bands(file.scales),
+        of_bands(file.offsets),
+        alpha,
+        MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags,
+        gcps,
+        json.dumps(tags) if tags else "",
+        tuple(_colours(file, number, interpretations[number - 1].name) for number in numbers),
+        tuple(file.overviews(numbers[0])),
+    )
+
+
+def _is_transparency(file: Any) -> bool:
+    """Whether an alpha band holds what its name says: GDAL calls the fourth band of 8 bits alpha, near infrared, too."""
+    from rasterio.windows import Window
+
+    rows = sorted({int(row) for row in np.linspace(0, file.height - 1, _ALPHA_ROWS)})
+    values = np.stack([file.read(file.count, window=Window(0, row, file.width, 1)) for row in rows])
+    top = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
+    return bool(((values == 0) | (values == top)).mean() >= _ALPHA_SHARE)
+
+
+def _lasting(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags that stay true of resampled pixels."""
+    return {key: value for key, value in tags.items() if not key.startswith(_STALE)}
+
+
+def _colours(file: Any, number: int, interpretation: str) -> str:
+    told: dict[str, Any] = {"interpretation": interpretation}
+    if interpretation == "palette":
+        told["table"] = {str(value): list(colour) for value, colour in file.colormap(number).items()}
+    return json.dumps(told)
+
+
+def are_close(first: Georeference, second: Georeference, *, size: bool = True) -> bool:
+    """Whether pixels lie in the same places to a hundredth of one; with ``size=False``, of grids of other extents,
+    to whole pixels.
+    """
+    if (size and first.size != second.size) or not is_same_crs(first.crs, second.crs):
+        return False
+    try:
+        back = np.linalg.inv(first.matrix)
+    except np.linalg.LinAlgError:
+        return first.transform == second.transform
+    height, width = second.size
+    corners = np.array([(0, 0, 1), (width, 0, 1), (0, height, 1), (width, height, 1)], np.float64).T
+    there = (back @ second.matrix @ corners)[:2]
+    apart = there - corners[:2]
+    if not size:
+        apart = apart - np.rint(apart[:, :1])
+    return bool(np.abs(apart).max() <= CLOSE)
+
+
+def drop_strangers(headers: Mapping[Source, Header], skipped: dict[Source, str], *, grids: bool) -> None:
+    """Add to ``skipped`` the files unlike most of the others; ``grids``: in where they lie, too."""
+    known = {path: header for path, header in headers.items() if path not in skipped}
+    places: list[Header] = []  # one of every grid
+    kinds: dict[Source, dict[str, Any]] = {}
+    for path, header in known.items():
+        kinds[path] = header.kind
+        if grids:
+            same = (one for one in places if are_close(one.grid, header.grid) and one.gcps == header.gcps)
+            place = next(same, header)
+            places += [header] if place is header else []
+            grid = place.grid
+            where = {"transform": grid.transform, "size": grid.size, "CRS": grid.crs}
+            kinds[path] = where | {"ground control points": place.gcps} | kinds[path]
+    counts: dict[tuple[Any, ...], int] = {}
+    for kind in kinds.values():
+        counts[tuple(kind.values())] = counts.get(tuple(kind.values()), 0) + 1
+    if len(counts) < 2:
+        return
+    usual = max(counts, key=lambda kind: counts[kind])
+    for path, kind in kinds.items():
+        differing = [
+            (name, own, most) for (name, own), most in zip(kind.items(), usual, strict=True) if own != most
+        ]
+        if differing:
+            name, own, most = differing[0]
+            if name == "CRS" and crs_name(own) != crs_name(most):  # else only their WKT tells them apart
+                own, most = crs_name(own) or "none", crs_name(most) or "none"
+            if name == "ground control points":
+                own, most = "of its own", "others or none"
+            skipped[path] = f"{name} {own} where most have {most}"

@@ -1,0 +1,118 @@
+"""What looks wrong with a cube before anything is estimated: a fill that nobody declared, a mask the wrong way round.
+
+A few thousand pixels of every frame are looked at; a cube of dask's chunks is not, for it would be computed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from torchalign.cube.chunks import is_lazy
+from torchalign.cube.labels import CUBE, MASK, Array, Cube, load
+from torchalign.cube.pixels import Pixels
+
+__all__ = ["find_hints", "give_hints"]
+
+_SAMPLES = 96  # along y and along x
+_FRAMES = 24  # that are looked at
+_SHARE = 0.01  # of the pixels that a fill covers, at least
+_APART = 0.5  # of the range of the others (1 to 99 %): so far from them is a fill
+_FEWEST, _LEVELS = 50, 10  # pixels, and values of them, that tell anything
+_NOISIER = 3.0  # so many times what is masked out do pixels under an inverted mask vary
+
+
+def give_hints(cube: Cube, pixels: Pixels, usable: xr.Variable | None) -> list[str]:
+    """:func:`find_hints`, each also as a ``UserWarning``."""
+    found = find_hints(cube, pixels, usable)
+    for hint in found:
+        warnings.warn(hint, UserWarning, stacklevel=4)
+    return found
+
+
+def find_hints(cube: Cube, pixels: Pixels, usable: xr.Variable | None) -> list[str]:
+    """Sentences, one for each thing that looks wrong."""
+    if is_lazy(cube.array) or min(cube.sizes.values()) < 1:
+        return []
+    seen = None
+    if usable is not None and not is_lazy(usable):
+        if not bool(usable.any()):
+            return [
+                "mask: no pixel is usable (all False), so no frame can be aligned; True = usable, a cloud mask with "
+                "1 = cloud becomes `clouds == 0`"
+            ]
+        seen = np.broadcast_to(_sample(usable, MASK, cube), _shape(cube))
+    values = _sample(cube.variable, CUBE, cube)[:, 0]
+    valid = np.isfinite(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
+    for value in pixels.nodata:
+        valid &= values != value
+    hints = [] if seen is None else _inverted(values, valid, seen)
+    return hints + _undeclared_fill(values, valid if seen is None else valid & seen)
+
+
+def _steps(cube: Cube) -> dict[str, slice]:
+    limits = {"time": _FRAMES, "y": _SAMPLES, "x": _SAMPLES}
+    return {role: slice(None, None, max(1, cube.sizes[role] // limit)) for role, limit in limits.items()}
+
+
+def _shape(cube: Cube) -> tuple[int, ...]:
+    return tuple(len(range(*part.indices(cube.sizes[role]))) for role, part in _steps(cube).items())
+
+
+def _sample(variable: xr.Variable, roles: tuple[str, ...], cube: Cube) -> Array:
+    """Some pixels of some frames, of the first band."""
+    bands = {"band": slice(0, 1)} if "band" in roles else {}
+    return load(variable, roles, **_steps(cube), **bands)
+
+
+def _undeclared_fill(values: Array, valid: Array) -> list[str]:
+    """One value at an end of the range over a part of a frame: far from all others, or in the same place always."""
+    found: dict[Any, int] = {}
+    for frame, known in zip(values, valid, strict=True):
+        inside = frame[known]
+        if len(inside) < _FEWEST:
+            continue
+        for end in (inside.min(), inside.max()):
+            others = inside[inside != end].astype(np.float64)
+            if len(inside) - len(others) < _SHARE * frame.size or len(others) < _FEWEST:
+                continue
+            low, high = np.percentile(others, (1, 99))
+            if len(np.unique(others)) < _LEVELS:  # a classification, or a picture in black and white
+                continue
+            gap = others.min() - float(end) if end < others[0] else float(end) - others.max()
+            if gap > _APART * (high - low) or _stays(values, valid, end):
+                found[end] = found.get(end, 0) + 1
+    return [
+        f"datacube: the value {value} covers a part of {frames} of {len(values)} frames looked at and is not declared "
+        f"as nodata; if it is a fill, declare it: datacube.attrs['_FillValue'] = {value}"
+        for value, frames in found.items()
+    ]
+
+
+def _stays(values: Array, valid: Array, value: Any) -> bool:
+    """Whether a value covers the same pixels in every frame: the outline of clouds and water moves."""
+    covered = (values == value) & valid
+    always = covered.all(0).sum()
+    return len(values) > 1 and always >= _SHARE * covered[0].size and covered.any(0).sum() <= 1.02 * always
+
+
+def _inverted(values: Array, valid: Array, seen: Array) -> list[str]:
+    """Clouds vary from frame to frame, ground hardly does."""
+    if len(values) < 3 or seen.mean() > 0.6:
+        return []
+    series = np.where(valid, values, np.nan).astype(np.float64)
+    known = valid.any(0)
+    middle = np.nanmedian(np.where(known, series, 0.0), 0)
+    apart = np.abs(series - middle)
+    inside, outside = apart[valid & seen], apart[valid & ~seen]
+    if min(len(inside), len(outside)) < _FEWEST:
+        return []
+    if np.median(inside) <= _NOISIER * np.median(outside):
+        return []
+    return [
+        f"mask: what it calls usable ({seen.mean():.0%}) varies from frame to frame more than what it leaves out, as "
+        "clouds do; if 1 = cloud, pass `mask == 0`"
+    ]

@@ -1,0 +1,393 @@
+"""A cube as a folder of GeoTIFFs, one a frame, nothing changed on the way; with rasterio."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from torchalign._check import message
+from torchalign.cube.chunks import chunk_sizes, compute_together, is_lazy, parts_along_time, share
+from torchalign.cube.files import atomic, check_free
+from torchalign.cube.georeference import find_georeference, frame_transforms
+from torchalign.cube.gridding import control_points
+from torchalign.cube.headers import quiet
+from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, load, role_of
+from torchalign.cube.pixels import find_nodata
+from torchalign.cube.rasters import COLOURS, FILE, SCALING, TAGS
+from torchalign.cube.stores import finish_writing
+
+__all__ = ["Compression", "FileWriter", "WriteOptions", "plan_files", "write_rasters", "write_variables"]
+
+Compression = Literal["deflate", "lzw", "zstd", "none"]
+
+
+class WriteOptions(NamedTuple):
+    """Of :func:`torchalign.write_stack`."""
+
+    template: str | None
+    driver: str
+    compression: Compression
+    overwrite: bool
+    tiled: bool = False  # in blocks of 512, written as they come
+
+
+def write_rasters(
+    cube: Cube, folder: Path, options: WriteOptions, report: xr.Dataset | None, compute: bool
+) -> Any:
+    """See :func:`torchalign.write_stack`."""
+    files = plan_files(cube, folder, options)
+    paths = [file.path for file in files]
+    usable = _codes(cube)
+    if not is_lazy(cube.array):
+        for number, file in enumerate(files):
+            one = slice(number, number + 1)
+            codes = None if usable is None else load(usable, MASK, time=one)
+            _write_files(load(cube.variable, CUBE, time=one), codes, (file,), 0, 1)
+        return paths if report is None else (paths, report.compute())
+    from dask.delayed import delayed
+
+    chunks = chunk_sizes(cube, None)
+    everything = share(files)  # in one task: dask would keep many small ones, and pixels, waiting
+    write, edges = delayed(_write_files, pure=False), itertools.pairwise(np.cumsum((0, *chunks)))
+    pixels, seen = parts_along_time(cube.variable, CUBE, chunks), parts_along_time(usable, MASK, chunks)
+    jobs = [
+        write(part, mask, everything, int(first), int(last))
+        for part, mask, (first, last) in zip(pixels, seen, edges, strict=True)
+    ]
+    done = delayed(_all_paths, pure=False)(jobs)
+    return finish_writing(done, jobs, chunks, report, compute)
+
+
+def write_variables(
+    dataset: xr.Dataset, folder: Path, options: WriteOptions, report: xr.Dataset | None, compute: bool
+) -> Any:
+    """Of a Dataset a file for each variable and date; those that are no frames are named in a warning."""
+    frames = [
+        name
+        for name, array in dataset.data_vars.items()
+        if {*MASK} <= {role_of(dim) for dim in array.dims} and array.dtype.kind in "iufb"
+    ]
+    if not frames:
+        cure = "write it with torchalign.io.write_cube"
+        raise ValueError(message("cube", "variables over time, y and x", [*map(str, dataset)], cure))
+    others = [str(name) for name in dataset.data_vars if name not in frames]
+    if others:
+        told = "not written as GeoTIFF, for they are no frames of numbers"
+        warnings.warn(
+            f"{', '.join(others)}: {told}; torchalign.io.write_cube keeps them", UserWarning, stacklevel=3
+        )
+    written, lazy = [], False
+    for name in frames:
+        array = dataset[name].astype(np.uint8) if dataset[name].dtype == np.bool_ else dataset[name]
+        for own in (FILE, TAGS):
+            if f"{own}_{name}" in array.coords:
+                array = array.assign_coords({own: array.coords[f"{own}_{name}"].variable})
+        template = options.template
+        if template is None and FILE not in array.coords:
+            template = (
+                "{time:%Y%m%dT%H%M%S}_{name}.tif" if _days_repeat(array) else "{time:%Y%m%d}_{name}.tif"
+            )
+            template = template if _is_dated(array) else "{number:04d}_{name}.tif"
+        own_options = options._replace(template=template)
+        written.append(
+            write_rasters(Cube.of(array, None, f"cube[{name!r}]"), folder, own_options, None, False)
+        )
+        lazy = lazy or is_lazy(array)
+    if not lazy:
+        paths = _all_paths(written)
+        return paths if report is None else (paths, report.compute())
+    from dask.delayed import delayed
+
+    done = delayed(_all_paths, pure=False)(written)
+    if not compute:
+        return done if report is None else (done, report)
+    return done.compute() if report is None else compute_together((done, report))
+
+
+def _is_dated(array: xr.DataArray) -> bool:
+    own = Cube.of(array).coordinate("time")
+    return own is not None and all(_as_datetime(label) for label in own.values)
+
+
+def _days_repeat(array: xr.DataArray) -> bool:
+    own = Cube.of(array).coordinate("time")
+    days = (
+        []
+        if own is None
+        else [f"{_as_datetime(label) or label:%Y%m%d}" for label in own.values]
+        if _is_dated(array)
+        else []
+    )
+    return len({*days}) < len(days)
+
+
+def _codes(cube: Cube) -> xr.Variable | None:
+    """What is written as an alpha band or a mask, with the roles as dims."""
+    own = cube.array.coords.get(USABLE)
+    if own is None or own.ndim < 2:
+        return None
+    names = {dim: role for role, dim in cube.dims.items()}
+    if not {*own.dims} <= {cube.dims[role] for role in MASK}:
+        return None
+    variable = own.variable.copy(deep=False)
+    variable.dims = tuple(names[dim] for dim in own.dims)
+    return variable.set_dims({role: cube.sizes[role] for role in MASK})
+
+
+def _all_paths(parts: Sequence[Sequence[Path]]) -> list[Path]:
+    return [path for part in parts for path in part]
+
+
+class _File(NamedTuple):
+    path: Path
+    profile: dict[str, Any]  # of rasterio
+    bands: dict[str, list[Any]]  # what each band is called, how it is scaled and coloured
+    transform: tuple[float, ...] | None
+    tags: str
+    gcps: str
+    mask: str  # "alpha", "mask" or ""
+    overviews: tuple[int, ...]
+
+
+def plan_files(cube: Cube, folder: Path, options: WriteOptions) -> tuple[_File, ...]:
+    """What is written of every frame, beside its pixels; the folder is made.
+
+    Raises:
+        FileExistsError: a file is there.
+        ValueError: names that are not unique.
+    """
+    paths = [folder / name for name in _file_names(cube, options.template)]
+    for path in paths:
+        check_free(path, options.overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    profile, bands = _profile(cube, options.driver, options.compression), _band_tags(cube)
+    if options.tiled and min(cube.size) >= 512:
+        profile |= {"tiled": True, "blockxsize": 512, "blockysize": 512, "BIGTIFF": "IF_SAFER"}
+    transforms, tags = frame_transforms(cube), cube.array.coords.get(TAGS)
+    texts = [""] * len(paths) if tags is None or tags.dims != (cube.dims["time"],) else map(str, tags.values)
+    mapping = cube.array.coords.get("spatial_ref")
+    gcps = "" if mapping is None else str(mapping.attrs.get("gcps", ""))
+    if mapping is not None and gcps:
+        profile["crs"] = mapping.attrs.get("crs_wkt")
+        transforms = [None] * len(paths)
+    mask = ""
+    if _codes(cube) is not None:
+        mask = str(cube.array.coords[USABLE].attrs.get("kind", "mask"))
+        profile["count"] += mask == "alpha"
+    levels = () if options.driver == "COG" else tuple(cube.array.encoding.get("overviews", ()))
+    return tuple(
+        _File(path, profile, bands, own, text, gcps, mask, levels)
+        for path, own, text in zip(paths, transforms, texts, strict=True)
+    )
+
+
+def _file_names(cube: Cube, template: str | None) -> list[str]:
+    time, count = cube.dims["time"], cube.sizes["time"]
+    stems: list[str] = [""] * count
+    if FILE in cube.array.coords and cube.array[FILE].dims == (time,):
+        stems = [str(name) for name in cube.array[FILE].values]
+    own = cube.coordinate("time")
+    labels = [None] * count if own is None else list(own.values)
+    dates = [_as_datetime(label) for label in labels]
+    if template is None:
+        if all(stems):
+            names = [str(Path(stem).with_suffix(".tif").name) for stem in stems]
+        elif all(dates):
+            days = [f"{date:%Y%m%d}" for date in dates]
+            names = [
+                f"{date:%Y%m%d}.tif" if days.count(day) == 1 else f"{date:%Y%m%dT%H%M%S}.tif"
+                for date, day in zip(dates, days, strict=True)
+            ]
+        else:
+            names = [f"{number:04d}.tif" for number in range(count)]
+    else:
+        names = []
+        for number, (stem, date, label) in enumerate(zip(stems, dates, labels, strict=True)):
+            fields = {
+                "number": number,
+                "name": cube.array.name or "cube",
+                "time": label if date is None else date,
+            }
+            fields |= {"file": Path(stem).stem} if stem else {}
+            try:
+                names.append(template.format(**fields))
+            except (KeyError, IndexError, ValueError, TypeError) as error:
+                cure = f"use {{time:%Y%m%d}}, {{number}}, {{name}}{', {file}' if stem else ''}"
+                raise ValueError(
+                    message("template", "a name with fields", f"{template!r} ({error!r})", cure)
+                ) from error
+        names = [name if name.lower().endswith((".tif", ".tiff")) else f"{name}.tif" for name in names]
+    twice = [name for name, often in Counter(names).items() if often > 1]
+    if twice or any(os.sep in name for name in names):
+        got = f"{twice[0]} more than once" if twice else f"{names[0]}, a path"
+        cure = 'give a template with {number} or the time of day, "{time:%Y%m%dT%H%M%S}.tif"'
+        raise ValueError(message("template", "a file name for each frame", got, cure))
+    return names
+
+
+def _as_datetime(label: Any) -> datetime.datetime | None:
+    if isinstance(label, np.datetime64) and not np.isnat(label):
+        return label.astype("datetime64[us]").astype(datetime.datetime)
+    return label if isinstance(label, datetime.datetime) else None
+
+
+def _profile(cube: Cube, driver: str, compression: Compression) -> dict[str, Any]:
+    """What rasterio is told of every file, beside the transform and the bands."""
+    array, grid, nodata = cube.array, find_georeference(cube), find_nodata(cube.array)
+    declared = array.attrs.get("_FillValue", array.encoding.get("_FillValue"))
+    if nodata:
+        declared = nodata[0]
+    elif declared is not None and array.dtype.kind == "f":
+        declared = np.nan  # what is encoded is of the integers that another file packs these floats into
+    height, width = cube.size
+    profile: dict[str, Any] = {
+        "driver": driver,
+        "dtype": array.dtype.newbyteorder("=").name,
+        "count": cube.sizes["band"],
+        "height": height,
+        "width": width,
+        "crs": (grid.crs if grid is not None else "") or None,
+        "nodata": None if declared is None else float(declared),
+        "compress": compression,  # "none" must be said, too: a COG is else LZW
+    }
+    is_float = array.dtype.kind == "f"
+    if driver == "COG":
+        if compression != "none":
+            profile["predictor"] = "FLOATING_POINT" if is_float else "STANDARD"
+        # its default is cubic, which makes classes that there are not, and blends nodata
+        return profile | {"overview_resampling": "nearest"}
+    return profile if compression == "none" else profile | {"predictor": 3 if is_float else 2}
+
+
+def _band_tags(cube: Cube) -> dict[str, list[Any]]:
+    scaling = {names[0]: _per_band(cube, *names) for names in SCALING}
+    count, band = cube.sizes["band"], cube.dims.get("band")
+    own = cube.array.coords.get(COLOURS)
+    colours = [str(cube.array.attrs.get(COLOURS, ""))] * count
+    if own is not None and own.dims in ((band,), ()):
+        colours = [str(text) for text in np.broadcast_to(own.values, count)]
+    return {"descriptions": _descriptions(cube), "colours": colours, **scaling}
+
+
+def _descriptions(cube: Cube) -> list[str | None]:
+    """Names of the bands: as the file had them, else their labels, if these are text."""
+    count, labels = cube.sizes["band"], cube.coordinate("band")
+    if labels is not None:
+        if labels.dtype.kind in "UO":
+            return [str(label) for label in labels.values]
+        own = cube.array.coords.get("description")
+        if own is not None and own.dims == labels.dims:
+            return [str(name) or None for name in own.values]
+    names = cube.array.attrs.get("long_name")
+    if isinstance(names, (tuple, list)) and len(names) == count:
+        return [str(name) or None for name in names]
+    return [None] * count
+
+
+def _per_band(cube: Cube, plural: str, single: str, neutral: float) -> list[float]:
+    array, count = cube.array, cube.sizes["band"]
+    if plural in array.coords:
+        return [float(value) for value in np.broadcast_to(array[plural].values, count)]
+    if plural in array.attrs:  # as rioxarray has them
+        values = [float(value) for value in np.ravel(array.attrs[plural])]
+        if len(values) != count:
+            cure = f"select them as the bands were: cube.attrs[{plural!r}]"
+            raise ValueError(message("cube", f"{plural} of {count} bands", values, cure))
+        return values
+    return [float(array.attrs.get(single, neutral))] * count
+
+
+def _write_files(
+    frames: Array, seen: Array | None, files: Sequence[_File], first: int, last: int
+) -> list[Path]:
+    """Frames (t, C, H, W) of one chunk, and their masks (t, H, W), into those of the files that are theirs."""
+    for number, file in enumerate(files[first:last]):
+        _write_file(frames[number], None if seen is None else seen[number], file)
+    return [file.path for file in files[first:last]]
+
+
+def _write_file(values: Array, seen: Array | None, plan: _File) -> None:
+    with FileWriter(plan) as writer:
+        writer.write(values, seen, None)
+
+
+class FileWriter:
+    """One file that is whole or not there at all; its pixels may come by blocks of rows."""
+
+    def __init__(self, plan: _File) -> None:
+        self.plan = plan
+        self._stack = ExitStack()
+
+    def __enter__(self) -> FileWriter:
+        import rasterio
+        from rasterio.transform import Affine
+
+        plan = self.plan
+        where = {} if plan.transform is None else {"transform": Affine(*plan.transform)}
+        with ExitStack() as stack:
+            partial = stack.enter_context(atomic(plan.path))
+            stack.enter_context(quiet())
+            stack.enter_context(rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True))
+            self.file = stack.enter_context(rasterio.open(partial, "w", **plan.profile, **where))
+            self._describe()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None and self.plan.overviews:
+            from rasterio.enums import Resampling
+
+            self.file.build_overviews(list(self.plan.overviews), Resampling.nearest)
+        self._stack.__exit__(*error)
+
+    def write(self, values: Array, seen: Array | None, rows: slice | None) -> None:
+        """Pixels (C, h, W) and their mask (h, W), of all rows or of some."""
+        from rasterio.windows import Window
+
+        count, width = len(values), values.shape[-1]
+        window = None if rows is None else Window.from_slices((rows.start, rows.stop), (0, width))
+        pixels = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+        self.file.write(pixels, list(range(1, count + 1)), window=window)
+        if self.plan.mask == "alpha" and seen is not None:
+            self.file.write(seen.astype(pixels.dtype), count + 1, window=window)
+        elif seen is not None:
+            self.file.write_mask(np.where(seen != 0, np.uint8(255), np.uint8(0)), window=window)
+
+    def _describe(self) -> None:
+        from rasterio.enums import ColorInterp
+
+        file, plan, alpha = self.file, self.plan, self.plan.mask == "alpha"
+        told = [json.loads(text) if text else {} for text in plan.bands["colours"]]
+        kinds = [
+            ColorInterp[one["interpretation"]] if one else file.colorinterp[i] for i, one in enumerate(told)
+        ]
+        if any(told) or alpha:
+            file.colorinterp = [*kinds, *([ColorInterp.alpha] * alpha)]
+        for number, one in enumerate(told, 1):
+            if "table" in one:
+                colours = {int(key): tuple(colour) for key, colour in one["table"].items()}
+                file.write_colormap(number, colours)
+        for number, name in enumerate(plan.bands["descriptions"], 1):
+            if name:
+                file.set_band_description(number, name)
+        if set(plan.bands["scales"]) != {1.0} or set(plan.bands["offsets"]) != {0.0}:
+            file.scales = [*plan.bands["scales"], *([1.0] * alpha)]
+            file.offsets = [*plan.bands["offsets"], *([0.0] * alpha)]
+        for band, tags in json.loads(plan.tags or "{}").items():
+            if band == "RPC":
+                file.update_tags(ns="RPC", **tags)
+            elif not band or int(band) <= len(told):
+                file.update_tags(**({"bidx": int(band)} if band else {}), **tags)
+        if plan.gcps:
+            file.gcps = (control_points(plan.gcps), file.crs)
