@@ -26,6 +26,7 @@ __all__ = [
     "fractal",
     "fractal_stack",
     "pairs",
+    "scene_with_field",
     "shift_errors",
     "shifts_of",
 ]
@@ -97,6 +98,40 @@ def pairs(
     reference = scene.at(points)
     cube = torch.stack(frames) if frames else reference.new_empty(0, *reference.shape)
     return Pairs(cube.to(dtype), reference.to(dtype), warps)
+
+
+def waving(points: Tensor, amplitude: float, *, seed: int = 0) -> Tensor:
+    """A smooth field at (..., 2) points, of wavelengths around 100 pixels."""
+    random = torch.Generator().manual_seed(seed)
+    phase = 6.28 * torch.rand(2, 2, generator=random, dtype=torch.float64)
+    x, y = points[..., 0], points[..., 1]
+    u = torch.sin(2 * torch.pi * (x / 110 + y / 180) + phase[0, 0]) + 0.3 * torch.cos(y / 14 + phase[0, 1])
+    v = 0.6 * torch.sin(2 * torch.pi * (y / 95 - x / 230) + phase[1, 0])
+    return amplitude * torch.stack((u, v), -1)
+
+
+def scene_with_field(
+    size: tuple[int, int],
+    amplitude: float = 1.0,
+    shift=(0.4, -0.3),
+    *,
+    frames=1,
+    dtype=torch.float32,
+    noise=0.002,
+):
+    """Frames for which frame(q + u(q) − shift) is the reference at q; and u, (T, 2, H, W)."""
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in size), indexing="ij")
+    points, scene = torch.stack((x, y), -1), Waves(1, shortest=4.0, longest=30.0, seed=2)
+    cube, fields = [], []
+    random = torch.Generator().manual_seed(3)
+    for seed in range(frames):
+        there = points
+        for _ in range(25):  # the reference's point of a pixel of the frame: q = p − u(q) + shift
+            there = points - waving(there, amplitude, seed=seed) + torch.tensor(shift)
+        frame = scene.at(there)[0]
+        cube.append(1.2 * frame - 0.1 + noise * torch.randn(*size, generator=random, dtype=torch.float64))
+        fields.append(waving(points, amplitude, seed=seed).movedim(-1, 0))
+    return torch.stack(cube).to(dtype), scene.at(points).to(dtype), torch.stack(fields)
 
 
 def fractal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 import warnings
@@ -13,7 +14,9 @@ import torch
 from scenes import fractal, fractal_stack
 
 import torchalign as ta
+from torchalign import groupwise
 from torchalign.cube.sun import sun_position
+from torchalign.functional import network
 from torchalign.groupwise import Groupwise
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -256,6 +259,7 @@ def test_without_relief_nothing_is_corrected():
         ({"aligner": "pcc"}, TypeError, "aligner: expected an aligner"),
         ({"aligner": ta.ECC(motion="affine")}, ValueError, "translation"),
         ({"aligner": ta.Cascade(ta.PCC(), ta.ECC(motion="euclidean"))}, ValueError, "translation"),
+        ({"aligner": ta.Cascade(ta.PCC(), ta.Local())}, ValueError, "translation"),
         ({"neighbours": 0}, ValueError, "neighbours"),
         ({"links": 1.5}, TypeError, "links"),
         ({"season": "remove"}, ValueError, "season"),
@@ -291,8 +295,15 @@ def test_bad_cubes():
 # ---------------------------------------------------------------------------------------- devices and programs
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Loops of a fixed number of steps are long programs, and all steps are alike."""
+    monkeypatch.setattr(groupwise, "solve_positions", functools.partial(network.solve_positions, steps=2))
+    monkeypatch.setattr(network, "fit_slope", functools.partial(network.fit_slope, steps=2))
+
+
 @pytest.mark.parametrize("season", ["correct", "none"])
-def test_fake_cuda(fake, season):
+def test_fake_cuda(few_steps, fake, season):
     method = Groupwise(ta.PCC(), neighbours=2, links=1, season=season)
     cube = torch.empty(1, 5, 2, *SIZE, device="cuda")
     mask = torch.empty(1, 5, *SIZE, dtype=torch.bool, device="cuda")
@@ -304,7 +315,7 @@ def test_fake_cuda(fake, season):
             assert {field.device.type for field in estimate[:-1]} == {"cuda"}
 
 
-def test_compiled_and_exported():
+def test_compiled_and_exported(few_steps):
     data = series(4, size=(64, 64))
     method = Groupwise(ta.PCC(), neighbours=2, links=1, season="none")
     expected = method.estimate(data.cube)

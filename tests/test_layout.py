@@ -16,12 +16,15 @@ ROOT = Path(torchalign.__file__).parent
 
 # what may import what: a layer sees the layers below its own
 LAYERS = [
+    {"kernels", "kernels.ascend", "kernels.channel", "kernels.climb", "kernels.peak", "kernels.resample",
+     "kernels.sampling", "kernels.score", "kernels.texture", "kernels.turn"},
     {"types", "_check", "_host"},
     {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.channels",
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
      "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
      "functional.uncertainty", "functional.shift_field", "functional.local", "functional.network",
+     "functional.low_pass",
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
@@ -36,9 +39,9 @@ LAYERS = [
     {"cube.regrid"},
     {"cube.reference", "cube.solution"},
     {"cube.run", "cube.series", "cube.stores", "cube.tables"},
-    {"cube.rasters"},
+    {"cube.displacements", "cube.rasters"},
     {"datasets", "io", "report", "xr"},
-    {"pictures", "pictures.animation", "pictures.columns", "pictures.frames", "pictures.style"},
+    {"pictures", "pictures.animation", "pictures.columns", "pictures.frames", "pictures.series", "pictures.style"},
     {"plot"},
     {"html"},
     {"cli", "cli.commands", "cli.demo", "cli.outputs", "cli.sources"},
@@ -56,6 +59,7 @@ GROUND = {
     "functional.smoothing",
     "functional.shift_field",
     "functional.uncertainty",
+    "functional.low_pass",
 }
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
@@ -80,6 +84,7 @@ FOREIGN = {
     },
     "training": {"numpy", "kornia", "torchvision", "torchmetrics", "lightning", "pytorch_lightning"},
     "models": {"kornia", "torchvision"},
+    "kernels": {"triton"},
     "cube": {
         "rioxarray",
         "numpy",

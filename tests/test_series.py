@@ -635,8 +635,7 @@ def test_text_along_time_stays_text(suffix, labels, tmp_path):
     cube = make_series(3, 32).cube.assign_coords(time=labels)
     _, report = align(cube, cube[0].drop_vars("time"))
     path = ta.save_report(report, tmp_path / f"report.{suffix}")
-    if suffix == "json" or labels not in TEXT[-2:]:  # which a table cannot tell from numbers
-        assert ta.load_report(path).time.values.tolist() == labels
+    assert ta.load_report(path).time.values.tolist() == labels
     np.testing.assert_array_equal(ta.apply(cube, path), ta.apply(cube, report))
 
 
@@ -650,7 +649,7 @@ def test_labels_of_every_dtype_find_their_frames(suffix, dtype, tmp_path):
     cube = make_series(2, 32).cube.drop_vars("time").assign_coords(time=labels)
     _, report = align(cube, cube[0].drop_vars("time"))
     path = ta.save_report(report, tmp_path / f"report.{suffix}")
-    if suffix == "json" and dtype != "object":
+    if dtype != "object":
         again = ta.load_report(path).time
         assert again.dtype == cube.time.dtype
         np.testing.assert_array_equal(again, cube.time)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -228,3 +230,55 @@ def test_pairs_prefer_the_truth(made):
     assert evidence.prefers(found(off), found(made.shift))
     assert not evidence.prefers(found(made.shift), found(off))
     assert not evidence.prefers(found(off), found(off))
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture(scope="module")
+def told(made):
+    """The report of the series, the sun given."""
+    sun = np.stack([30 + 2.0 * np.arange(12), np.full(12, 160.0)], -1)
+    return ta.align(made.cube, "groupwise", sun=sun)[1]
+
+
+@pytest.mark.parametrize("name", ["pair_residuals", "network", "sun_shift", "closure"])
+def test_pictures(told, name):
+    figure = getattr(ta.plot, name)(told)
+    ax = figure.axes[0]
+    figure.savefig(io.BytesIO(), format="png")
+    assert ax.get_title()
+    if name == "pair_residuals":
+        drawn = ax.images[0].get_array().filled(np.nan)
+        assert drawn.shape == (12, 12)
+        np.testing.assert_array_equal(drawn, drawn.T)
+        assert np.isfinite(drawn).sum() == 2 * len(told.attrs["pair_moving"])
+    elif name == "network":
+        assert len(ax.collections[0].get_segments()) == len(told.attrs["pair_moving"])
+    elif name == "sun_shift":
+        found = np.sort(ax.lines[0].get_xdata())
+        np.testing.assert_allclose(found, np.sort(1 / np.tan(np.deg2rad(told.sun_elevation))), rtol=1e-5)
+    else:
+        assert "accuracy" in ax.get_title()
+
+
+def test_pictures_refuse_other_reports(made, told):
+    _, report = ta.align(made.cube, "first", "pcc")
+    for draw in (ta.plot.network, ta.plot.pair_residuals, ta.plot.closure):
+        with pytest.raises(ValueError, match="groupwise"):
+            draw(report)
+    with pytest.raises(ValueError, match="sun"):
+        ta.plot.sun_shift(told.drop_vars("sun_elevation"))
+
+
+def test_the_html_report_shows_the_pairs(told):
+    text = ta.html.to_html(told)
+    assert "pairs of frames" in text
+    assert "against the sun" in text
+
+
+def test_a_report_of_a_series_is_saved_and_read(told, tmp_path):
+    for name in ("r.nc", "r.json", "r.csv"):
+        ta.save_report(told, tmp_path / name)
+        found = ta.load_report(tmp_path / name)
+        np.testing.assert_allclose(found.closure, told.closure, rtol=1e-6)

@@ -45,11 +45,7 @@ def message(name: str, expected: str, got: object, cure: str) -> str:
 
 
 def require(what: str, extra: str, *packages: str) -> None:
-    """The packages that ``what`` needs must be installed; ``extra`` brings them.
-
-    Raises:
-        ImportError: one is not; with the command that installs it.
-    """
+    """The packages that ``what`` needs must be installed; ``extra`` brings them."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         cure = f'pip install "torchalign[{extra}]"'
@@ -180,13 +176,10 @@ def check_crop(crop_center: Any) -> tuple[int, int] | None:
     if crop_center is None:
         return None
     values = tuple(crop_center) if isinstance(crop_center, Sequence) else (crop_center, crop_center)
-    expected, cure = "an int ≥ 1, or two (h, w)", "give whole pixels"
-    if any(isinstance(value, bool) or not hasattr(value, "__index__") for value in values):
-        raise TypeError(message("crop_center", expected, repr(crop_center), cure))
-    sizes = tuple(operator.index(value) for value in values)
-    if len(sizes) != 2 or min(sizes) < 1:
+    if len(values) != 2:
+        expected, cure = "an int ≥ 1, or two (h, w)", "give whole pixels"
         raise ValueError(message("crop_center", expected, repr(crop_center), cure))
-    return sizes[0], sizes[1]
+    return check_whole("crop_center", values[0]), check_whole("crop_center", values[1])
 
 
 def check_bands(rgb_bands: object) -> tuple[int, int, int]:

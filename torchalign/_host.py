@@ -25,7 +25,6 @@ __all__ = [
     "all_true",
     "carries_gradient",
     "empty_on_host",
-    "exceeds",
     "fast_memory",
     "give_back_memory",
     "in_pieces",
@@ -38,7 +37,6 @@ __all__ = [
     "map_on_host",
     "may_keep",
     "may_read",
-    "product",
 ]
 
 Item = TypeVar("Item")
@@ -248,35 +246,6 @@ def _runs_triton(index: int | None) -> bool:
     if not torch.cuda.is_available():  # a fake one
         return True
     return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (7, 0)
-
-
-def exceeds(length: int, limit: int) -> bool:
-    """Whether a size is known to be larger: of a symbol, as sizes can be under torch.export, that is not known."""
-    return is_known(length) and length > limit
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """The matrix product in the operands' own precision, whatever the process allows: no TF32, no bfloat16.
-
-    Frame by frame: its sums do not depend, not even in the last bit, on how many others there are.
-    """
-    if left.ndim < right.ndim:
-        left = left.expand(*right.shape[:-2], *left.shape)
-    elif right.ndim < left.ndim:
-        right = right.expand(*left.shape[:-2], *right.shape)
-    if left.dtype != torch.float32 or not _rounds_products(left.device.type):
-        return torch.matmul(left, right)
-    return torch.matmul(left.double(), right.double()).float()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def _rounds_products(device: str) -> bool:
-    """Whether the process lets products of float32 be made with shorter mantissas."""
-    backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
-    try:
-        return backend.matmul.fp32_precision not in ("ieee", "none")
-    except AttributeError:  # before torch 2.9
-        return torch.get_float32_matmul_precision() != "highest"
 
 
 # Tables by what they are of, see keeps_tables; how many numbers they may hold in all.

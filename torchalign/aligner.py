@@ -216,6 +216,10 @@ class Aligner(nn.Module, ABC):
             return image
         return triangle_mean(orientation_field(image, usable), 1)
 
+    def field_nodes(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Nodes (n, m) of the field of local shifts over frames of (H, W); ``None`` where there is no field."""
+        return None
+
     @abstractmethod
     def estimate_motion(
         self,

@@ -112,6 +112,10 @@ class Cascade(Aligner):
         """That of the last stage, see :attr:`Aligner.score_contrast`."""
         return self._stages()[-1].score_contrast
 
+    def field_nodes(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Of the last stage, see :meth:`Aligner.field_nodes`."""
+        return self._stages()[-1].field_nodes(size)
+
     def _stages(self) -> list[Aligner]:
         return list(self.stages)  # type: ignore[arg-type]  # a ModuleList of aligners
 

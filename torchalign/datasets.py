@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._check import check_number, check_option, check_whole, message
+from torchalign._check import check_number, check_option, check_whole, message, require
 from torchalign.functional.affine import change_origin, invert_warp
 from torchalign.functional.motion import MotionModel
 from torchalign.functional.warp import warp
@@ -63,7 +63,6 @@ class SimulatedStack(NamedTuple):
         reference: (C, H, W) float32.
         shift: (T, 2) float32, the true translation (x, y) of the warp moving → reference, in pixels.
         clear: (T, H, W) bool, False under the simulated clouds.
-
     """
 
     cube: Tensor
@@ -79,7 +78,6 @@ class WarpedStack(NamedTuple):
         cube: (T, C, H, W) float32, the moving frames.
         reference: (C, H, W) float32.
         warp: (T, 3, 3) float64, the true warp moving → reference in pixels, its last entry 1.
-
     """
 
     cube: Tensor
@@ -95,7 +93,6 @@ class DemoStack(NamedTuple):
         shift: (time, axis) float64, the true translation of the warp moving → reference in pixels, axis
             being "x" (right) and "y" (down); the first frame is the reference, its shift is 0.
         clear: (time, y, x) bool, False under clouds and their shadows, and where there is no data.
-
     """
 
     cube: xr.DataArray
@@ -156,10 +153,9 @@ def simulate_stack(
         >>> x, y = stack.shift[0].int().tolist()
         >>> bool(stack.cube[0, 0, 12 - y, 10 - x] == stack.reference[0, 12, 10])
         True
-
     """
     _check_scene(scene)
-    _check_size(size)
+    size = _whole_pair("size", size, "(H, W)", 1)
     check_whole("frames", frames, minimum=0)
     check_whole("factor", factor, minimum=1)
     _check_bounded(max_shift=max_shift, offset=offset, noise=noise)
@@ -278,11 +274,10 @@ def simulate_warped_stack(
         >>> linear = stack.warp[0, :2, :2]
         >>> bool((linear @ linear.mT - torch.eye(2)).abs().max() < 1e-6)
         True
-
     """
     _check_scene(scene)
     check_option("motion", motion, MotionModel)
-    _check_size(size)
+    size = _whole_pair("size", size, "(H, W)", 1)
     check_whole("frames", frames, minimum=0)
     check_whole("factor", factor, minimum=1)
     _check_bounded(max_shift=max_shift, offset=offset, noise=noise)
@@ -380,11 +375,10 @@ def _check_ranges(**ranges: tuple[float, float]) -> None:
             raise ValueError(message(name, "(low, high)", pair, "put the smaller number first"))
 
 
-def _check_size(size: tuple[int, int]) -> None:
-    if not isinstance(size, tuple) or len(size) != 2:
-        raise ValueError(message("size", "(H, W)", repr(size), "give two whole numbers ≥ 1"))
-    for value in size:
-        check_whole("size", value, minimum=1)
+def _whole_pair(name: str, pair: object, expected: str, minimum: int) -> tuple[int, int]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ValueError(message(name, expected, repr(pair), f"give two whole numbers ≥ {minimum}"))
+    return check_whole(name, pair[0], minimum=minimum), check_whole(name, pair[1], minimum=minimum)
 
 
 def _check_blur(name: str, sigma: float, smallest: float, *, inclusive: bool = True) -> None:
@@ -394,15 +388,12 @@ def _check_blur(name: str, sigma: float, smallest: float, *, inclusive: bool = T
 
 def _check_origin(origin: tuple[int, int], room: tuple[int, int], margin: int) -> tuple[int, int]:
     """``room``: how many scene pixels a window and its margins can move, (y, x)."""
-    if not isinstance(origin, (tuple, list)) or len(origin) != 2:
-        raise ValueError(message("origin", "(y, x)", repr(origin), "give two whole numbers"))
-    for value in origin:
-        check_whole("origin", value, minimum=0)
+    origin = _whole_pair("origin", origin, "(y, x)", 0)
     if not all(margin <= value <= margin + free for value, free in zip(origin, room, strict=True)):
         expected = f"y in {margin} … {margin + room[0]} and x in {margin} … {margin + room[1]}"
         cure = "move it inwards, lower max_shift, or leave it out for the scene's centre"
         raise ValueError(message("origin", f"{expected}, so that shifted windows stay inside", origin, cure))
-    return int(origin[0]), int(origin[1])
+    return origin
 
 
 def _gaussian_blur(image: Tensor, sigma: float) -> Tensor:
@@ -432,16 +423,12 @@ def open_demo_scene() -> xr.DataArray:
         >>> scene = open_demo_scene()
         >>> scene.sizes["band"], scene.sizes["y"], float(scene.x[1] - scene.x[0])
         (4, 300, 10.0)
-
     """
     import xarray as xr
 
-    try:
-        from spyndex import datasets
-    except ImportError:
-        cure = 'pip install "torchalign[demo]"'
-        complaint = message("open_demo_scene", "the package spyndex", "no such package", cure)
-        raise ImportError(complaint) from None
+    require("open_demo_scene", "demo", "spyndex")
+    from spyndex import datasets
+
     chip = datasets.open("sentinel")
     # spyndex calls the axes (band, x, y); the rows of the picture are its second axis
     values = np.asarray(chip.values, dtype=np.float32) / np.float32(10_000)  # digital numbers to reflectance
@@ -494,12 +481,11 @@ def demo_stack(
         ({'time': 5, 'band': 4, 'y': 64, 'x': 64}, (5, 2))
         >>> stack.clear.mean(("y", "x")).values.round(1).min()
         np.float64(0.0)
-
     """
     import xarray as xr
 
     check_whole("frames", frames, minimum=4)
-    _check_size(size)
+    size = _whole_pair("size", size, "(H, W)", 1)
     _check_bounded(max_shift=max_shift, noise=noise)
     if scene is None:
         scene = open_demo_scene()
@@ -525,7 +511,10 @@ def demo_stack(
     for number, fraction in fractions.items():
         values[number], clear[number] = _add_clouds(values[number], fraction, random)
     values += random.normal(0.0, noise, values.shape)
-    beyond = _beyond_swath(size)
+    rows, columns = np.indices(size)
+    beyond = (
+        columns / size[1] + 0.25 * rows / size[0] > 0.93
+    )  # the swath's edge runs from north to south-west
     values[cut, :, beyond] = np.nan
     clear[cut] &= ~beyond
 
@@ -574,7 +563,8 @@ def _add_clouds(
     cloud_colour, shadow_colour = colours[:, np.minimum(np.arange(bands), 3), None, None]
     shape = _fractal(height, width, 2.0, random)
     level = np.quantile(shape, 1.0 - fraction) if fraction < 1.0 else shape.min() - 1.0
-    opacity = _smooth_step((shape - level) / 0.6 + 0.3)  # soft edges; (H, W)
+    ramp = np.clip((shape - level) / 0.6 + 0.3, 0.0, 1.0)
+    opacity = ramp * ramp * (3.0 - 2.0 * ramp)  # soft edges, without a kink; (H, W)
     # the sun stands in the south-east: what rises towards it is bright
     relief = _fractal(height, width, 1.7, random) + 0.5 * shape
     light = np.gradient(relief, axis=0) + np.gradient(relief, axis=1)
@@ -595,15 +585,3 @@ def _fractal(height: int, width: int, slope: float, random: np.random.Generator)
     amplitude[0, 0] = 0.0
     field = np.fft.irfft2(np.fft.rfft2(random.normal(size=(height, width))) * amplitude, s=(height, width))
     return np.asarray(field / max(float(field.std()), 1e-12))
-
-
-def _smooth_step(values: _Floats) -> _Floats:
-    """0 below 0, 1 above 1, without a kink between."""
-    ramp = np.clip(values, 0.0, 1.0)
-    return np.asarray(ramp * ramp * (3.0 - 2.0 * ramp))
-
-
-def _beyond_swath(size: tuple[int, int]) -> NDArray[np.bool_]:
-    """(H, W), True in a wedge along the right border: the swath's edge runs from north to south-west."""
-    rows, columns = np.indices(size)
-    return np.asarray(columns / size[1] + 0.25 * rows / size[0] > 0.93)

@@ -34,6 +34,7 @@ from torchalign.functional.smoothing import nanmedian
 from torchalign.functional.texture import Texture, extract_texture
 from torchalign.functional.uncertainty import isotropic, largest_sigma
 from torchalign.functional.warp import resample
+from torchalign.local import Local
 from torchalign.pcc import PCC
 from torchalign.types import Alignment, Estimate, Status, combine
 
@@ -167,8 +168,8 @@ class Groupwise(nn.Module):
                 message("aligner", "an aligner", got, "make an instance, for example torchalign.PCC()")
             )
         motions = {part.motion for part in aligner.modules() if isinstance(part, Aligner)}
-        if motions != {"translation"}:
-            got = ", ".join(sorted(motions))
+        if motions != {"translation"} or any(isinstance(part, Local) for part in aligner.modules()):
+            got = ", ".join(sorted(motions)) if motions != {"translation"} else "Local"
             cure = 'give one with motion="translation", for example torchalign.PCC()'
             raise ValueError(message("aligner", "a motion that is a translation", got, cure))
         self.aligner = aligner

@@ -149,7 +149,6 @@ def save_html(
         TypeError: as :func:`to_html`.
         ValueError: another suffix; as :func:`to_html`.
         FileExistsError: the file is there.
-
     """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
@@ -200,7 +199,6 @@ def to_html(
         >>> page = to_html(xr.Dataset({**dict.fromkeys(fields, zeros), "warp": warp}))
         >>> "3 of 3 frames aligned" in page, "://" in page
         (True, False)
-
     """
     report = check_pictured(report).compute()
     if cube is None and aligned is not None:
@@ -339,6 +337,11 @@ def _charts(
             plot.shifts_over_time(report), f"Shift x and y of {count} along time, with σ{reach}.", wide=True
         ),
     ]
+    if "local_shift_p95" in report and "field" in report and report["local_shift_p95"].any():
+        most = f"up to {report['local_shift_p95'].values.max():.2f} pixels (95 % of a frame)"
+        caption = f"Local shifts on top of the warp, {most}; the frame where they are largest."
+        charts.append(_chart(plot.local_shifts(report), caption, wide=True))
+    charts += _series_charts(report)
     if parts is not None and len(shift):
         options: dict[str, Any] = {"report": parts.report, "bands": parts.bands, "stretch": stretch}
         figure = plot.temporal_profile(parts.before, parts.after, **options)
@@ -346,6 +349,24 @@ def _charts(
             f"One row and one column along time{parts.words}: edges that wiggle before run straight after."
         )
         charts.append(_chart(figure, caption, wide=True))
+    return charts
+
+
+def _series_charts(report: xr.Dataset) -> list[_Picture]:
+    """Of a series without a reference; none of another."""
+    if "closure" not in report or "pair_moving" not in report.attrs:
+        return []
+    count = np.size(report.attrs["pair_moving"])
+    charts = [
+        _chart(plot.network(report), f"{count} pairs of frames, from which all positions follow.", wide=True),
+        _chart(
+            plot.pair_residuals(report),
+            "What each pair says less what the positions say: how well pairs agree, no accuracy.",
+        ),
+    ]
+    if "sun_elevation" in report and bool(np.isfinite(report["sun_elevation"].values).any()):
+        words = "Shift along the shadow against the sun's height: what follows it is no displacement of the frame."
+        charts.append(_chart(plot.sun_shift(report), words))
     return charts
 
 

@@ -15,11 +15,22 @@ import numpy as np
 import xarray as xr
 
 from torchalign._check import check_option, require
+from torchalign.cube.displacements import tie_points, write_displacements, write_tie_points
 from torchalign.cube.labels import Cube
 from torchalign.cube.rasters import Compression, OnError, parse_time, read_stack, write_rasters
 from torchalign.cube.stores import write_store
 
-__all__ = ["Compression", "OnError", "open_stack", "parse_time", "write_cube", "write_stack"]
+__all__ = [
+    "Compression",
+    "OnError",
+    "open_stack",
+    "parse_time",
+    "tie_points",
+    "write_cube",
+    "write_displacements",
+    "write_stack",
+    "write_tie_points",
+]
 
 
 def __dir__() -> list[str]:

@@ -75,9 +75,7 @@ _BLOCK_SIMILARITIES = 2**22
 _OUTSIDE_MARGIN = 1.2
 # Matches must exceed what chance brings about by so much, see `significance`; unrelated scenes stay below
 # (XFeat in 200 pairs: 5.3 at most).
-_LEAST_EVIDENCE: dict[MotionModel, float] = {
-    "translation": 6.0, "euclidean": 6.0, "similarity": 6.0, "affine": 6.0, "homography": 6.0,
-}  # fmt: skip
+_LEAST_EVIDENCE = 6.0
 
 
 class MatchedPoints(NamedTuple):
@@ -394,7 +392,7 @@ class LGM(Aligner):
                 found, evidence, targets = fit(matches, (INLIER_RADIUS / limit) ** 2)
                 beyond = anywhere.warp[..., 2].norm(dim=-1) > self.max_translation
                 clearly = anywhere.inliers > _OUTSIDE_MARGIN * found.inliers
-                too_far = beyond & clearly & (far_evidence >= _LEAST_EVIDENCE[motion])
+                too_far = beyond & clearly & (far_evidence >= _LEAST_EVIDENCE)
             else:
                 if start is not None:
                     nearby = {"expected": points + start.unsqueeze(-2), "others": others.keypoints}
@@ -405,11 +403,11 @@ class LGM(Aligner):
                 found, evidence, targets = fit(matches, (INLIER_RADIUS / _SECOND_RADIUS) ** 2, found.warp)
 
         status = torch.zeros_like(features.valid[..., 0], dtype=torch.int64)
-        status = torch.where(evidence >= _LEAST_EVIDENCE[motion], status, int(Status.TOO_FEW_MATCHES))
+        status = torch.where(evidence >= _LEAST_EVIDENCE, status, int(Status.TOO_FEW_MATCHES))
         status = torch.where(too_far, int(Status.TOO_FAR), status)
         empty = ~(features.valid.any(-1) & others.valid.any(-1))
         status = torch.where(empty, int(Status.NO_TEXTURE), status)
-        return _Found(points, targets, matches.index >= 0, found, evidence, status, about_centre, rows)
+        return _Found(points, targets, matches.index >= 0, found, status, about_centre, rows)
 
     def _fitted(self, part: _Part) -> Motion:
         """The motion of the matches."""
@@ -549,7 +547,6 @@ class _Found(NamedTuple):
     targets: Tensor  # (N, K, 2)
     matched: Tensor  # (N, K) bool
     fit: MotionFit
-    evidence: Tensor  # (N,)
     status: Tensor  # (N,)
     about_centre: Tensor | None  # what of an init was undone before
     rows: int  # K before those were dropped in which no frame has a keypoint

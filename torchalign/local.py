@@ -13,7 +13,7 @@ from torchalign._check import check_number, check_whole, message
 from torchalign.aligner import Aligner, Job, Motion
 from torchalign.functional.affine import translation_warp
 from torchalign.functional.channels import Channel
-from torchalign.functional.local import Ground, acceptable, estimate_shifts, prepare_ground
+from torchalign.functional.local import Ground, acceptable, estimate_shifts, lattice_size, prepare_ground
 from torchalign.functional.uncertainty import largest_sigma
 from torchalign.functional.warp import Interpolation, PaddingMode
 from torchalign.pcc import PCC
@@ -37,9 +37,9 @@ class Local(Aligner):
     differs, and λ the likeliest of eight, frame by frame (its marginal likelihood). It is
     :func:`~torchalign.functional.local.estimate_shifts`.
 
-    Alone it starts from the translation that :class:`~torchalign.pcc.PCC` finds, from ``init`` on. Last in a cascade
-    it starts from what the stages before it found: ``Cascade(PCC(), Local())``. The estimate's ``warp`` stays that
-    global one, its ``field`` holds the shifts on top of it, and the cube is resampled once, by both.
+    Alone it starts from the translation that :class:`~torchalign.pcc.PCC` finds, from ``init`` on. Last in a
+    cascade it starts from what the stages before it found: ``Cascade(PCC(), Local())``. The estimate's ``warp``
+    stays that global one, its ``field`` holds the shifts on top of it, and the cube is resampled once, by both.
 
     **Never worse than the warp.** A field is kept only if the frame is clearly likelier with it (by 5 nats) and its
     score, on the same ground, no more than 0.001 lower, if it is nowhere longer than ``max_deviation``, and if it
@@ -50,9 +50,9 @@ class Local(Aligner):
     images): within a node of one the field is a ramp.
 
     Bias: on real scenes without any local shift 0.003 px; frequencies beyond 0.32 cycles per pixel are not used.
-    What varies within less than two nodes is smoothed over: choose a smaller ``spacing`` for jitter, at the price of
-    more noise. Between dates that differ by season or by the sun's elevation the shadows and crowns that move are
-    local shifts too, which no image can tell from those of the ground.
+    What varies within less than two nodes is smoothed over: choose a smaller ``spacing`` for jitter, at the price
+    of more noise. Between dates that differ by season or by the sun's elevation the shadows and crowns that move
+    are local shifts too, which no image can tell from those of the ground.
 
     Args:
         spacing: pixels from one node to the next, a whole number, at least 8.
@@ -118,15 +118,20 @@ class Local(Aligner):
         self.max_deviation = float(max_deviation)
         self.start = PCC(max_translation=self.max_translation)
 
+    def field_nodes(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Of the lattice over the crop, see :meth:`Aligner.field_nodes`."""
+        crop = size if self.crop_center is None else self.crop_center
+        return lattice_size((min(size[0], crop[0]), min(size[1], crop[1])), self.spacing)
+
     def _block_pixels(self) -> int:
         return _BLOCK_PIXELS
 
-    def prepare_reference(self, image: Tensor, usable: Tensor | None) -> _Prepared:
+    def prepare_reference(self, image: Tensor, usable: Tensor | None) -> _PreparedLocal:
         """What PCC and the field need of the reference, see :meth:`Aligner.prepare_reference`."""
         size = image.shape[-2:]
         mask = None if usable is None else usable.expand(image.shape).reshape(-1, *size)
         ground = prepare_ground(image.reshape(-1, *size), mask, spacing=self.spacing)
-        return _Prepared(self.start.prepare_reference(image, usable), ground)
+        return _PreparedLocal(self.start.prepare_reference(image, usable), ground)
 
     def estimate_motion(
         self,
@@ -134,7 +139,7 @@ class Local(Aligner):
         moving_usable: Tensor | None,
         reference: Tensor,
         reference_usable: Tensor | None,
-        prepared: _Prepared,
+        prepared: _PreparedLocal,
         init: Tensor | None,
     ) -> Motion:
         """See :meth:`Aligner.estimate_motion`: the field on top of ``init``; not trusted where it is not kept."""
@@ -186,7 +191,7 @@ class Local(Aligner):
         return estimate._replace(stage=estimate.stage.clamp(max=0)), begun.only_shifts
 
 
-class _Prepared(NamedTuple):
+class _PreparedLocal(NamedTuple):
     start: Any
     ground: Ground
 

@@ -6,7 +6,8 @@ last line of a cell; elsewhere ``figure.savefig("name.png")`` writes it. With ``
 yours (several where it has several pictures) and returns their figure. :func:`summary`, a page, and
 :func:`animate`, a file, take none.
 
-Colours are those of Okabe and Ito, told apart with any colour vision; a status differs in its marker too.
+What does not fit raises, before anything is drawn: ``TypeError`` where a report is no Dataset, or a cube no
+DataArray; ``ValueError`` where a report lacks a field, or ``true_shift`` is of another shape than (T, 2).
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 import xarray as xr
 
 from torchalign._check import check_number, check_option, check_whole, message
-from torchalign.cube.labels import find_dims
-from torchalign.pictures import animation
+from torchalign.cube.displacements import field_of
+from torchalign.cube.labels import find_dims, find_frame, time_labels
+from torchalign.functional.shift_field import field_at
+from torchalign.pictures import animation, style
 from torchalign.pictures.columns import (
     Array,
     by_status,
@@ -49,28 +53,15 @@ from torchalign.pictures.frames import (
     reduce_time,
     to_rgb,
 )
-from torchalign.pictures.style import (
-    BLUE,
-    GREY,
-    INK,
-    ORANGE,
-    SKY,
-    STATUS_COLOUR,
-    STATUS_TEXT_COLOUR,
-    VERMILLION,
-    date_axis,
-    draw_points,
-    draw_rings,
-    draw_truth,
-    finish_axes,
-    marker_size,
-    marker_style,
-    new_figure,
-    one_axes,
-    several_axes,
-    zoom_outline,
+from torchalign.pictures.series import (
+    check_series,
+    draw_closure,
+    draw_network,
+    draw_pair_residuals,
+    draw_sun_shift,
+    sun_known,
 )
-from torchalign.types import Status
+from torchalign.types import ShiftField, Status
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,12 +75,17 @@ __all__ = [
     "Zoom",
     "animate",
     "before_after",
+    "closure",
+    "local_shifts",
     "matches",
+    "network",
+    "pair_residuals",
     "score_gain",
     "shift_error",
     "shift_scatter",
     "shifts_over_time",
     "summary",
+    "sun_shift",
     "temporal_profile",
 ]
 
@@ -103,8 +99,8 @@ Along = Literal["time", "y", "x"]
 _STRIP = 16  # thumbnails in a row of the summary
 # frames up to the split, or all, and those after it
 _GROUPS: tuple[dict[str, Any], ...] = (
-    {"marker": "o", "color": BLUE, "ecolor": SKY},
-    {"marker": "s", "color": VERMILLION, "ecolor": "#F2B48C"},
+    {"marker": "o", "color": style.BLUE, "ecolor": style.SKY},
+    {"marker": "s", "color": style.VERMILLION, "ecolor": "#F2B48C"},
 )
 
 # --- shifts ---
@@ -129,13 +125,8 @@ def shift_scatter(
         true_shift: (T, 2), x and y in pixels, NaN where it is unknown; drawn as open circles.
         ax: to draw into; default: a new figure.
 
-    Returns:
-        The figure.
-
     Raises:
-        TypeError: the report is no Dataset.
-        ValueError: it lacks a field, ``true_shift`` has another shape, or ``split`` cannot be compared with
-            the time coordinate.
+        ValueError: ``split`` cannot be compared with the time coordinate.
 
     Example:
         >>> zeros = xr.Variable("time", np.zeros(3))
@@ -143,24 +134,23 @@ def shift_scatter(
         >>> figure = shift_scatter(xr.Dataset(fields), true_shift=np.zeros((3, 2)))
         >>> figure.axes[0].get_xlabel()
         'shift x, right (pixels)'
-
     """
     report = check_pictured(report)
     truth = check_truth(true_shift, report)
     groups = _groups(report, split)
-    figure, ax = one_axes(ax, (5.4, 5.2))
-    shift, sigma, size = shift_of(report), sigma_of(report), marker_size(report)
+    figure, ax = style.one_axes(ax, (5.4, 5.2))
+    shift, sigma, size = shift_of(report), sigma_of(report), style.marker_size(report)
     status = report["status"].values
     moved = (status == Status.OK)[:, None]
     placed = shift if truth is None else np.where(moved | np.isnan(truth), shift, truth)
-    ax.axhline(0, color=GREY, linewidth=0.6, zorder=0)
-    ax.axvline(0, color=GREY, linewidth=0.6, zorder=0)
+    ax.axhline(0, color=style.GREY, linewidth=0.6, zorder=0)
+    ax.axvline(0, color=style.GREY, linewidth=0.6, zorder=0)
     if truth is not None:
-        draw_truth(ax, truth[:, 0], truth[:, 1], label="truth")
+        style.draw_truth(ax, truth[:, 0], truth[:, 1], label="truth")
     for code, chosen in by_status(status):
         if code != Status.OK:
             label = status_label(code, chosen)
-            drawn_as = {**marker_style(code, size), "s": 60 * size**2, "label": label}
+            drawn_as = {**style.marker_style(code, size), "s": 60 * size**2, "label": label}
             ax.scatter(placed[chosen, 0], placed[chosen, 1], zorder=4, **drawn_as)
             continue
         for (words, members), group in zip(groups, _GROUPS, strict=False):
@@ -171,11 +161,12 @@ def shift_scatter(
                 label = f"{words} ({drawn.sum()}), median {x:+.2f}, {y:+.2f}"
                 cross: dict[str, Any] = {"marker": "+", "markersize": 18, "markeredgewidth": 2.5}
                 ax.plot(x, y, **cross, linestyle="none", color=group["color"], zorder=5)
-            draw_points(ax, placed[drawn], sigma[drawn], label, size=size, **group)
+            bars: dict[str, Any] = {"xerr": sigma[drawn], "yerr": sigma[drawn]}
+            style.draw_points(ax, placed[drawn].T, label, size=size, **bars, **group)
     reach = 1.12 * max(float(np.abs(placed).max(initial=0.0)), 0.1)
     ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")  # y down, as in the image
     ax.set(xlabel="shift x, right (pixels)", ylabel="shift y, down (pixels)", title="Shift of each frame")
-    finish_axes(ax)
+    style.finish_axes(ax)
     return figure
 
 
@@ -188,36 +179,28 @@ def shift_error(report: xr.Dataset, true_shift: Any, *, ax: Axes | None = None) 
         report: from :func:`torchalign.align`.
         true_shift: (T, 2), x and y in pixels, NaN where it is unknown: those frames are left out.
         ax: to draw into; default: a new figure.
-
-    Returns:
-        The figure.
-
-    Raises:
-        TypeError: the report is no Dataset.
-        ValueError: it lacks a field, or ``true_shift`` has another shape.
-
     """
     report = check_pictured(report)
     truth = check_truth(true_shift, report)
     if truth is None:
         raise ValueError(message("true_shift", "an array (T, 2)", None, "use shift_scatter without a truth"))
-    figure, ax = one_axes(ax, (5.4, 5.2))
+    figure, ax = style.one_axes(ax, (5.4, 5.2))
     sigma, status = sigma_of(report), report["status"].values
     error = shift_of(report) - truth
     accepted = (status == Status.OK) & np.isfinite(error).all(1)
     radius = np.hypot(*error[accepted].T)
     reach = max(0.01, 1.15 * float((np.abs(error[accepted]) + sigma[accepted, None]).max(initial=0.0)))
-    draw_rings(ax, reach)
-    draw_points(
-        ax, error[accepted], sigma[accepted], f"found − true ± σ ({accepted.sum()})", size=marker_size(report)
-    )
+    style.draw_rings(ax, reach)
+    bars, label = sigma[accepted], f"found − true ± σ ({accepted.sum()})"
+    size = style.marker_size(report)
+    style.draw_points(ax, error[accepted].T, label, size=size, xerr=bars, yerr=bars)
     for code, chosen in by_status(status):
         if code != Status.OK:
-            ax.scatter([], [], **marker_style(code), s=50, label=status_label(code, chosen))
+            ax.scatter([], [], **style.marker_style(code), s=50, label=status_label(code, chosen))
     ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")
     median = f": median {np.median(radius):.4f} px" if len(radius) else ""
     ax.set(xlabel="error x (pixels)", ylabel="error y (pixels)", title=f"Error{median}")
-    finish_axes(ax)
+    style.finish_axes(ax)
     return figure
 
 
@@ -230,58 +213,113 @@ def shifts_over_time(
         report: from :func:`torchalign.align`.
         true_shift: (T, 2), x and y in pixels, NaN where it is unknown; drawn as open circles.
         ax: to draw into; default: a new figure.
+    """
+    report = check_pictured(report)
+    truth = check_truth(true_shift, report)
+    figure, ax = style.one_axes(ax, (9.0, 3.6))
+    time, is_date = time_of(report)
+    shift, sigma, status = shift_of(report), sigma_of(report), report["status"].values
+    accepted, size = status == Status.OK, style.marker_size(report)
+    ax.axhline(0, color=style.GREY, linewidth=0.6, zorder=0)
+    for axis, (name, colour, marker) in enumerate(
+        (("x, right", style.BLUE, "o"), ("y, down", style.ORANGE, "s"))
+    ):
+        if truth is not None:
+            style.draw_truth(ax, time, truth[:, axis], marker=marker, label="truth" if axis == 0 else "")
+        drawn: dict[str, Any] = {
+            "marker": marker,
+            "color": colour,
+            "ecolor": colour,
+            "elinewidth": 1.5 * size,
+        }
+        bars, label = sigma[accepted], f"{name} ± σ"
+        style.draw_points(ax, (time[accepted], shift[accepted, axis]), label, size=size, yerr=bars, **drawn)
+    for code, chosen in by_status(status):
+        if code != Status.OK:
+            line: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "lw": 0.8, "alpha": 0.6 * size**2}
+            ax.vlines(time[chosen], 0, 1, style.STATUS_COLOUR[code], "dotted", **line)
+            drawn_as = {
+                **style.marker_style(code, size),
+                "s": 50 * size**2,
+                "label": status_label(code, chosen),
+            }
+            ax.scatter(time[chosen], np.zeros(chosen.sum()), **drawn_as)
+    if is_date and len(time):
+        style.date_axis(ax)
+    ax.set(xlabel="" if is_date else "frame", ylabel="shift (pixels)", title="Shifts over time")
+    ax.margins(y=0.12)
+    style.finish_axes(ax, columns=4)
+    return figure
+
+
+def local_shifts(
+    report: xr.Dataset, frame: Label | None = None, *, ax: Sequence[Axes] | Array | None = None
+) -> Figure | SubFigure:
+    """The field of local shifts of one frame: arrows coloured by σ, its length, and its profiles.
+
+    Arrows show where the ground at a node was moved on top of the warp, magnified. The profiles are the mean over
+    each row and over each column: jitter of a platform shows in one of them alone.
+
+    Args:
+        report: of :func:`torchalign.align` with :class:`torchalign.Local`.
+        frame: its label, or else its position; default: the one with the largest local shifts.
+        ax: four axes to draw into; default: a new figure.
 
     Returns:
         The figure.
 
     Raises:
         TypeError: the report is no Dataset.
-        ValueError: it lacks a field, or ``true_shift`` has another shape.
-
+        ValueError: it has no field; an unknown frame; another number of axes.
     """
     report = check_pictured(report)
-    truth = check_truth(true_shift, report)
-    figure, ax = one_axes(ax, (9.0, 3.6))
-    time, is_date = time_of(report)
-    shift, sigma, status = shift_of(report), sigma_of(report), report["status"].values
-    accepted, size = status == Status.OK, marker_size(report)
-    ax.axhline(0, color=GREY, linewidth=0.6, zorder=0)
-    for axis, (name, colour, marker) in enumerate((("x, right", BLUE, "o"), ("y, down", ORANGE, "s"))):
-        if truth is not None:
-            draw_truth(ax, time, truth[:, axis], marker=marker, label="truth" if axis == 0 else "")
-        ax.errorbar(
-            time[accepted],
-            shift[accepted, axis],
-            yerr=sigma[accepted],
-            linestyle="none",
-            marker=marker,
-            markersize=4.5 * size,
-            elinewidth=1.5 * size,
-            color=colour,
-            label=f"{name} ± σ",
-            zorder=3,
-        )
-    for code, chosen in by_status(status):
-        if code != Status.OK:
-            along = ax.get_xaxis_transform()
-            ax.vlines(
-                time[chosen],
-                0,
-                1,
-                STATUS_COLOUR[code],
-                "dotted",
-                transform=along,
-                lw=0.8,
-                alpha=0.6 * size**2,
-            )
-            drawn_as = {**marker_style(code, size), "s": 50 * size**2, "label": status_label(code, chosen)}
-            ax.scatter(time[chosen], np.zeros(chosen.sum()), **drawn_as)
-    if is_date and len(time):
-        date_axis(ax)
-    ax.set(xlabel="" if is_date else "frame", ylabel="shift (pixels)", title="Shifts over time")
-    ax.margins(y=0.12)
-    finish_axes(ax, columns=4)
+    field = field_of(report)
+    if field is None:
+        cure = "align with torchalign.Cascade(torchalign.PCC(), torchalign.Local())"
+        raise ValueError(message("report", "the field of an aligner with Local", "none", cure))
+    time = report["status"].dims[0]
+    labels = time_labels(report["status"], time)
+    strongest = int(np.argmax(report["local_shift_p95"].values))
+    number = strongest if frame is None else find_frame(report["status"], time, frame)
+    figure, axes = style.several_axes(ax, (10.0, 8.6), (2, 2))
+    one = field._replace(**{name: part[number : number + 1] for name, part in field._asdict().items()})
+    _draw_local_shifts(axes, one, tuple(report.attrs.get("grid_size", (0, 0))))
+    if ax is None:
+        figure.suptitle(f"Local shifts, {labels[number]}", fontsize=13, color=style.INK)
     return figure
+
+
+def _draw_local_shifts(axes: Array, field: ShiftField, size: tuple[int, int]) -> None:
+    """Arrows, length, and the profiles by row and by column, of one frame."""
+    (left, top), (step_x, step_y) = field.origin[0].tolist(), field.spacing[0].tolist()
+    n, m = field.coefficients.shape[-2:]
+    height, width = (
+        length or int(step * (count - 3))
+        for length, step, count in zip(size, (step_y, step_x), (n, m), strict=True)
+    )
+    arrows, lengths, by_row, by_column = axes.ravel()
+    nodes_x, nodes_y = left + step_x * np.arange(1, m - 1), top + step_y * np.arange(1, n - 1)
+    nodes_x, nodes_y = nodes_x[nodes_x < width], nodes_y[nodes_y < height]
+    dx, dy = (-part[0].numpy() for part in field_at(field, torch.tensor(nodes_x), torch.tensor(nodes_y)))
+    sigma = field.sigma[0, 1 : 1 + len(nodes_y), 1 : 1 + len(nodes_x)].numpy()
+    drawn_as: dict[str, Any] = {"angles": "xy", "pivot": "mid", "cmap": "cividis_r", "width": 0.004}
+    drawn = arrows.quiver(nodes_x, nodes_y, dx, dy, sigma, **drawn_as)
+    arrows.figure.colorbar(drawn, ax=arrows, label="σ (pixels)", shrink=0.8)
+    arrows.quiverkey(drawn, 0.85, 1.04, 1.0, "1 px", labelpos="E")
+    arrows.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect="equal")
+    arrows.set_title("Moved by, on top of the warp", loc="left")
+    step = max(1, max(height, width) // 256)
+    x, y = torch.arange(0.0, width, step).double(), torch.arange(0.0, height, step).double()
+    dx, dy = (-part[0].numpy() for part in field_at(field, x, y))
+    picture = lengths.imshow(np.hypot(dx, dy), extent=(-0.5, width - 0.5, height - 0.5, -0.5), cmap="magma")
+    lengths.figure.colorbar(picture, ax=lengths, label="pixels", shrink=0.8)
+    lengths.set(title="Length")
+    for ax, along, axis, word in ((by_row, y, 1, "row"), (by_column, x, 0, "column")):
+        for part, name, colour in ((dx, "x, right", style.BLUE), (dy, "y, down", style.ORANGE)):
+            ax.plot(along.numpy(), part.mean(axis), color=colour, label=name)
+        ax.axhline(0, color=style.GREY, linewidth=0.6, zorder=0)
+        ax.set(title=f"Mean over each {word}", xlabel=f"{word} (pixels)", ylabel="shift (pixels)")
+        style.finish_axes(ax)
 
 
 def score_gain(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
@@ -290,33 +328,25 @@ def score_gain(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFig
     Args:
         report: from :func:`torchalign.align`.
         ax: to draw into; default: a new figure.
-
-    Returns:
-        The figure.
-
-    Raises:
-        TypeError: the report is no Dataset.
-        ValueError: it lacks a field.
-
     """
     report = check_pictured(report)
-    figure, ax = one_axes(ax, (5.4, 5.2))
+    figure, ax = style.one_axes(ax, (5.4, 5.2))
     after, before = report["score"].values, report["score_before"].values
     status = report["status"].values
-    size = marker_size(report)
+    size = style.marker_size(report)
     order = np.argsort(np.fmax(after, before), kind="stable")
     rank = np.empty(len(order))
     rank[order] = np.arange(len(order))
     for code, chosen in by_status(status):
-        colour = STATUS_COLOUR[code]
+        colour = style.STATUS_COLOUR[code]
         open_marker: dict[str, Any] = {"facecolors": "white", "edgecolors": colour, "linewidths": size}
-        drawn_as = {**marker_style(code, size), "s": 26 * size**2, "label": status_label(code, chosen)}
+        drawn_as = {**style.marker_style(code, size), "s": 26 * size**2, "label": status_label(code, chosen)}
         ax.hlines(rank[chosen], before[chosen], after[chosen], colour, linewidth=1.2 * size, alpha=0.6)
         ax.scatter(before[chosen], rank[chosen], s=22 * size**2, zorder=3, **open_marker)
         ax.scatter(after[chosen], rank[chosen], zorder=4, **drawn_as)
     ax.set(xlabel="correlation, before (open) → after (filled)")
     ax.set(ylabel="frames, ordered by score", yticks=[], title="Score of each frame")
-    finish_axes(ax)
+    style.finish_axes(ax)
     return figure
 
 
@@ -355,9 +385,6 @@ def before_after(
         ax: two axes to draw into, before and after, or four, with the magnified below; default: a new
             figure of four.
 
-    Returns:
-        The figure.
-
     Raises:
         TypeError: a cube is no DataArray.
         ValueError: the cubes differ in shape; unknown dims, bands, frame or statistic; stretch or zoom out of
@@ -369,13 +396,12 @@ def before_after(
         >>> figure = before_after(cube, cube, statistic="mean")
         >>> len(figure.axes)
         4
-
     """
     pair = compare(cube, aligned, bands, statistic, frame, report, stretch, zoom)
-    figure, axes = several_axes(ax, (9.6, 9.9), (2, 2))
+    figure, axes = style.several_axes(ax, (9.6, 9.9), (2, 2))
     _draw_comparison(axes, pair)
     if ax is None:
-        figure.suptitle(pair.words, fontsize=13, color=INK)
+        figure.suptitle(pair.words, fontsize=13, color=style.INK)
     return figure
 
 
@@ -412,9 +438,6 @@ def temporal_profile(
         ax: two axes to draw into, before and after, for a row or a column, or four for both: the row's first;
             default: a new figure.
 
-    Returns:
-        The figure.
-
     Raises:
         TypeError: a cube is no DataArray; the row or column is no whole number.
         ValueError: the cubes differ in shape; row or column outside; else as in :func:`before_after`.
@@ -425,7 +448,6 @@ def temporal_profile(
         >>> before, after = temporal_profile(cube, cube, row=7).axes
         >>> before.images[0].get_array().shape  # 5 dates, 30 columns, colours
         (5, 30, 3)
-
     """
     count, height, width = check_same(cube, aligned)
     kept = kept_frames(status_of(report, count))
@@ -436,7 +458,7 @@ def temporal_profile(
         for role, name, index, size in (("y", "row", row, height), ("x", "column", column, width))
         if index is not None
     ]
-    figure, axes = several_axes(ax, (10.4, 4.8 * len(slices)), (len(slices), 2))
+    figure, axes = style.several_axes(ax, (10.4, 4.8 * len(slices)), (len(slices), 2))
     if len(axes) != len(slices):
         raise ValueError(
             message("ax", f"{2 * len(slices)} axes", 2 * len(axes), "two for a row, two for a column")
@@ -477,27 +499,19 @@ def summary(
         stretch: as in :func:`before_after`.
         zoom: as in :func:`before_after`.
         title: default: how many frames were aligned.
-
-    Returns:
-        The figure.
-
-    Raises:
-        TypeError: as in :func:`before_after` and :func:`shift_scatter`.
-        ValueError: the same.
-
     """
     report = check_pictured(report)
     truth = check_truth(true_shift, report)
     count = report["status"].size
     rows = max(1, -(-min(count, 2 * _STRIP) // _STRIP))
-    figure = new_figure(18.0, 9.9 + 1.6 * rows)
+    figure = style.new_figure(18.0, 9.9 + 1.6 * rows)
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr, call-arg]
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(9.0, 0.3 + 1.6 * rows))[:, 0]
     axes = top.subplot_mosaic("ABST;abtt", width_ratios=(1.12, 1.12, 1.0, 1.0))
     pictures = np.array([[axes["A"], axes["B"]], [axes["a"], axes["b"]]])
     pair = compare(cube, aligned, bands, statistic, None, report, stretch, zoom)
     _draw_comparison(pictures, pair)
-    axes["A"].set_title(f"Before: {pair.words}".replace(" (", "\n(", 1), fontsize=11, color=INK)
+    axes["A"].set_title(f"Before: {pair.words}".replace(" (", "\n(", 1), fontsize=11, color=style.INK)
     shift_scatter(report, true_shift=truth, ax=axes["S"])
     if truth is None:
         score_gain(report, ax=axes["T"])
@@ -509,7 +523,7 @@ def summary(
     title = (
         f"torchalign: {done} of {count} frames aligned, {count - done} flagged" if title is None else title
     )
-    figure.suptitle(title, fontsize=17, color=INK, fontweight="bold")
+    figure.suptitle(title, fontsize=17, color=style.INK, fontweight="bold")
     return figure
 
 
@@ -553,7 +567,6 @@ def animate(
         TypeError: a cube is no DataArray.
         ValueError: as in :func:`before_after`; no frames; another suffix.
         ImportError: an MP4 without ffmpeg.
-
     """
     path = Path(path)
     animation.check_animation(path)
@@ -597,16 +610,16 @@ def _draw_comparison(axes: Array, pair: Comparison) -> None:
     for number, (rgb, name) in enumerate(zip(pair.pictures, titles, strict=True)):
         whole = axes[0, number]
         whole.imshow(rgb, interpolation="nearest")
-        whole.set_title(name, fontsize=11, color=INK)
+        whole.set_title(name, fontsize=11, color=style.INK)
         whole.set(xticks=[], yticks=[])
         if len(axes) == 1:
             continue
         part = axes[1, number]
-        whole.add_patch(zoom_outline(column - 0.5, row - 0.5, side))
+        whole.add_patch(style.zoom_outline(column - 0.5, row - 0.5, side))
         part.imshow(crop(rgb, pair.zoom), interpolation="nearest")
         part.set(xticks=[], yticks=[])
         for spine in part.spines.values():
-            spine.set(edgecolor=ORANGE, linewidth=2.0)
+            spine.set(edgecolor=style.ORANGE, linewidth=2.0)
     if len(axes) == 2:
         axes[1, 0].set_xlabel(f"{side} × {side} pixels, magnified", fontsize=9)
 
@@ -630,7 +643,7 @@ def _draw_profile(
         ax.imshow(rgb, interpolation="nearest", aspect="auto")
         agreement = _agreement(values)
         words = "" if agreement is None else f", correlation with the median {agreement:.3f}"
-        ax.set_title(f"{title}, {name}{words}", fontsize=10, color=INK)
+        ax.set_title(f"{title}, {name}{words}", fontsize=10, color=style.INK)
         labels = parts[0].labels
         ticks = np.unique(np.linspace(0, max(len(labels) - 1, 0), min(len(labels), 7)).round())
         named = [labels[int(tick)] for tick in ticks]
@@ -728,13 +741,109 @@ def _draw_frames(
         code = Status(status[number])
         ax.imshow(to_rgb(frames.values[number], low, high, clouds=True))
         for spine in ax.spines.values():
-            spine.set(edgecolor=STATUS_COLOUR[code], linewidth=1.2 if code == Status.OK else 4.0)
-        ax.set_title(frames.labels[number][:10], fontsize=8, color=INK, pad=3)
+            spine.set(edgecolor=style.STATUS_COLOUR[code], linewidth=1.2 if code == Status.OK else 4.0)
+        ax.set_title(frames.labels[number][:10], fontsize=8, color=style.INK, pad=3)
         words = f"{report['sigma'].values[number]:.3f} px" if code == Status.OK else code.name
-        colour, weight = (INK, "normal") if code == Status.OK else (STATUS_TEXT_COLOUR[code], "bold")
+        colour, weight = (
+            (style.INK, "normal") if code == Status.OK else (style.STATUS_TEXT_COLOUR[code], "bold")
+        )
         ax.set_xlabel(words, fontsize=8, color=colour, fontweight=weight, labelpad=3)
     which = f"{shown} of {len(status)} frames as they" if shown < len(status) else "Every frame as it"
     figure.suptitle(f"{which} came, with its σ or the reason why it was left", fontsize=11)
+
+
+# --- a series without a reference ---
+
+
+def pair_residuals(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
+    """What pairs of frames say less what the positions say: a matrix of frames by day of year.
+
+    Dark squares agree; a bright row is a frame that its pairs disagree about, a bright block two seasons that
+    do. White pairs were not compared, or count nothing.
+
+    Args:
+        report: from ``ta.align(cube, "groupwise")``.
+        ax: to draw into; default: a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: the report is no Dataset.
+        ValueError: it is of another reference.
+    """
+    report = check_series(report)
+    figure, ax = style.one_axes(ax, (6.0, 5.2))
+    figure.colorbar(draw_pair_residuals(report, ax), ax=ax, shrink=0.8)
+    return figure
+
+
+def network(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
+    """The pairs that hold a series together: frames at their date and day of year, the more weight the darker.
+
+    Args:
+        report: from ``ta.align(cube, "groupwise")``.
+        ax: to draw into; default: a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: the report is no Dataset.
+        ValueError: it is of another reference.
+    """
+    report = check_series(report)
+    figure, ax = style.one_axes(ax, (9.0, 4.0))
+    draw_network(report, ax)
+    style.finish_axes(ax)
+    return figure
+
+
+def sun_shift(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
+    """Shift along the shadow against the cotangent of the sun's elevation, and the season term through it.
+
+    Args:
+        report: from ``ta.align(cube, "groupwise")``, where the sun's place was known.
+        ax: to draw into; default: a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: the report is no Dataset.
+        ValueError: it is of another reference, or does not know where the sun stood.
+    """
+    report = check_series(report)
+    if not sun_known(report):
+        cure = "align a cube with dates and a CRS, or pass sun="
+        raise ValueError(message("report", "one that knows where the sun stood", "no sun_elevation", cure))
+    figure, ax = style.one_axes(ax, (5.6, 4.4))
+    draw_sun_shift(report, ax)
+    style.finish_axes(ax)
+    return figure
+
+
+def closure(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
+    """How well each frame's pairs agree, along time. No accuracy: an error that all its pairs share closes.
+
+    Args:
+        report: from ``ta.align(cube, "groupwise")``.
+        ax: to draw into; default: a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: the report is no Dataset.
+        ValueError: it is of another reference.
+    """
+    report = check_series(report)
+    figure, ax = style.one_axes(ax, (9.0, 3.0))
+    draw_closure(report, ax)
+    if time_of(report)[1] and report["status"].size:
+        style.date_axis(ax)
+    style.finish_axes(ax)
+    return figure
 
 
 # --- local features ---
@@ -760,9 +869,6 @@ def matches(
         lines: how many of either kind are drawn at most, evenly from all.
         stretch: percentiles that become black and white, each picture for itself.
         ax: to draw into; default: a new figure.
-
-    Returns:
-        The figure.
 
     Raises:
         ValueError: the shapes do not fit, or there are many frames and no index.
@@ -797,12 +903,12 @@ def matches(
             message("found", "one frame's K points", fields[3].shape, "give found of one series")
         )
     points, targets, matched, weight = fields
-    figure, ax = one_axes(ax, (10.0, 5.2))
+    figure, ax = style.one_axes(ax, (10.0, 5.2))
     width, gap = pictures[0].shape[1], max(2, pictures[0].shape[1] // 40)
     between = np.ones((pictures[0].shape[0], gap))
     ax.imshow(np.nan_to_num(np.hstack([pictures[0], between, pictures[1]])), cmap="gray", vmin=0, vmax=1)
     agree = matched & (weight > 0)
-    kinds = (("others", matched & ~agree, VERMILLION, 0.35), ("agree", agree, SKY, 0.8))
+    kinds = (("others", matched & ~agree, style.VERMILLION, 0.35), ("agree", agree, style.SKY, 0.8))
     for label, chosen, colour, alpha in kinds:
         rows = np.flatnonzero(chosen)
         rows = rows[np.linspace(0, len(rows) - 1, min(lines, len(rows))).round().astype(int)]
@@ -819,6 +925,6 @@ def matches(
             ax.scatter(x, y, s=5, color=colour, label=label, zorder=3)
     ax.set(title=f"{agree.sum()} of {matched.sum()} matches agree", xticks=[], yticks=[])
     ax.set(xlabel="frame, and the reference")
-    finish_axes(ax)
+    style.finish_axes(ax)
     ax.grid(False)
     return figure

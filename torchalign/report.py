@@ -28,9 +28,10 @@ def save_report(
     """Write a report, whole or not at all; a lazy one is computed.
 
     ``.nc`` keeps everything. ``.json`` keeps everything but coordinates along time beside the labels. ``.csv`` is
-    a table for spreadsheets, one row a frame: its label, the status in words, the numbers, the warp row by row and
-    the grid that its pixels are of; of the attributes it has the grid alone. All three give
-    :func:`torchalign.apply` the same warps, to the last bit.
+    a table for spreadsheets, one row a frame: its label, the status in words, the numbers, the warp row by row,
+    the grid that its pixels are of and the dtype of the labels; no other attributes, and of local shifts their
+    length. All three give :func:`torchalign.apply` the same warps, to the last bit, and the first two the same
+    fields.
 
     Args:
         report: of :func:`torchalign.align`, or a plain :class:`~torchalign.Estimate` of one series.

@@ -16,7 +16,8 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_option, message
+from torchalign._check import check_bool, check_option, check_whole, message
+from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
 from torchalign.cube.chunks import Companion, compute_together, is_lazy
 from torchalign.cube.georeference import FRAME_TRANSFORM, georeference_frames, metres_per_pixel
@@ -26,7 +27,6 @@ from torchalign.cube.reference import Found, FrameReader, ReferenceSource, find_
 from torchalign.cube.run import (
     AlignFrames,
     WarpFrames,
-    check_batch,
     find_device,
     mask_companion,
     place_module,
@@ -47,12 +47,21 @@ from torchalign.cube.series import (
     warp_variable,
     without_season,
 )
-from torchalign.cube.solution import build_report, check_report, find_warps, report_fields, summarize
+from torchalign.cube.solution import (
+    build_report,
+    check_report,
+    find_field,
+    find_warps,
+    report_fields,
+    summarize,
+    unpack_field,
+)
 from torchalign.cube.tables import read_report
 from torchalign.ecc import ECC
 from torchalign.functional.warp import Interpolation, PaddingMode
 from torchalign.groupwise import Groupwise
 from torchalign.lgm import LGM
+from torchalign.local import Local
 from torchalign.pcc import PCC
 from torchalign.types import Estimate
 
@@ -69,6 +78,7 @@ _ALIGNERS: dict[str, Callable[[], nn.Module]] = {
     "cross": lambda: PCC(contrast="structure"),
     "pcc": PCC,
     "ecc": ECC,
+    "local": lambda: Cascade(PCC(), Local()),
     "lgm": LGM,
 }
 
@@ -141,7 +151,8 @@ def align(
               without band, one picture for every band), for example a frame of another cube, or an array
               (C, H, W) or (T, C, H, W). In pixels without a declared nodata value the cube's applies.
         aligner: a module, for example ``torchalign.PCC(channel="mean")``; it is neither changed nor moved.
-            Or a name, for default options: ``"auto"``, ``"cross"``, ``"pcc"``, ``"ecc"`` or ``"lgm"``. ``"cross"``
+            Or a name, for default options: ``"auto"``, ``"cross"``, ``"pcc"``, ``"ecc"``, ``"local"`` or ``"lgm"``.
+            ``"local"`` is ``Cascade(PCC(), Local())``. ``"cross"``
             is for frames and a reference of different sensors, ``PCC(contrast="structure")``. ``"auto"`` stands for
             the best general choice of the installed release; in this one it is ``Cascade(PCC(), ECC())``.
         mask: bool, **True = usable**: a DataArray with some of time, y and x, on the cube's coordinates, or
@@ -174,7 +185,9 @@ def align(
         in pixels; ``shift_x`` and ``shift_y``, the displacement of the frame's centre in pixels, right and
         down; ``shift_x_metres`` and ``shift_y_metres``, the same along the map's axes (north is positive)
         where the grid is regular and has a unit of length; ``score``, ``score_before``, ``sigma`` (pixels),
-        ``status``, a :class:`~torchalign.Status`, and of ``verify`` ``residual_x`` and ``residual_y``, like the
+        ``status``, a :class:`~torchalign.Status`; of an aligner with :class:`~torchalign.Local` the ``field``, its
+        ``field_sigma`` and ``field_lattice``, and its length over the frame, ``local_shift_median`` and
+        ``local_shift_p95``, in pixels; and of ``verify`` ``residual_x`` and ``residual_y``, like the
         shifts (NaN for frames that were not aligned, or where nothing could be measured). Its attributes hold the
         grid and, unless it is lazy, the numbers of :func:`torchalign.summarize`.
 
@@ -196,19 +209,16 @@ def align(
         >>> shift = report[["shift_x", "shift_y"]].sel(time=2020).round(1)
         >>> float(shift.shift_x), float(shift.shift_y), aligned.dims
         (2.0, 1.0, ('time', 'y', 'x'))
-
     """
     cube = Cube.of(datacube, {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim})
-    if not isinstance(verify, bool):
-        raise TypeError(message("verify", "True or False", repr(verify), "give a bool"))
+    check_bool("verify", verify)
+    batch = None if batch_size is None else check_whole("batch_size", batch_size)
     module = _find_aligner(aligner)
     word = reference if isinstance(reference, str) else None
     if word in ("groupwise", "previous"):
         _check_series(word, reference_mask, init, sun)
         chosen = _Series(word, _series_module(module, aligner) if word == "groupwise" else module, sun)
-        return _align_series(
-            datacube, cube, chosen, mask, _Running(device, check_batch(batch_size), progress)
-        )
+        return _align_series(datacube, cube, chosen, mask, _Running(device, batch, progress))
     if isinstance(module, Groupwise) or sun is not None:
         name, got = ("aligner", "Groupwise") if isinstance(module, Groupwise) else ("sun", "a value")
         cure = 'pass reference="groupwise"'
@@ -217,8 +227,9 @@ def align(
     pixels = Pixels.of(cube, getattr(module, "fill_value", None), "aligner.fill_value")
     if not is_lazy(datacube):  # else each chunk chooses for itself, on the machine that computes it
         device, module = where, place_module(module, where)
-    batch, metres = check_batch(batch_size), metres_per_pixel(cube)
-    operation = AlignFrames(pixels, device, batch, module, verify, metres)
+    metres = metres_per_pixel(cube)
+    nodes = module.field_nodes(cube.size) if isinstance(module, Aligner) else None
+    operation = AlignFrames(pixels, device, batch, module, verify, metres, nodes=nodes)
     usable = find_mask(mask, "mask", cube)
     others = (
         mask_companion(usable),
@@ -227,11 +238,12 @@ def align(
     )
 
     def estimate(source: ReferenceSource) -> Found:
-        only = AlignFrames(pixels, device, batch, module, verify, metres, makes_pixels=False)
+        only = replace(operation, makes_pixels=False)
         _, fields = run(only, cube, (reference_companion(source, cube), *others))
         known = compute_together(fields) if is_lazy(datacube) else fields  # now, and without the pixels
-        warp, status = (np.array(known[name]) for name in ("warp", "status"))
-        return Found(torch.from_numpy(warp), torch.from_numpy(status) == 0)
+        told = {name: torch.from_numpy(np.array(values)) for name, values in known.items()}
+        field = unpack_field(told["field"], told["field_lattice"]) if "field" in told else None
+        return Found(told["warp"], told["status"] == 0, field)
 
     with torch.no_grad(), progress_bar(progress, cube, "align") as advance:
         reader = FrameReader(cube, pixels, usable, where)
@@ -292,7 +304,7 @@ def _align_series(
         if isinstance(module, Groupwise):
             angles = find_sun(series.sun, cube) if module.season != "none" else None
             solution = module.place(see_frames(module, reader), sun_tensor(angles, where))
-            estimate, fields = solution.estimate, series_fields(solution, cube.size, metres)
+            estimate, fields = solution.estimate, series_fields(solution, cube.size, metres, angles)
             attrs["reference"] = "groupwise (the median of all positions is 0)"
             attrs |= {"season": module.season, **pair_attrs(solution)}
         else:
@@ -407,15 +419,17 @@ def extend(
     usable = find_mask(mask, "mask", cube)
     new_reader = FrameReader(cube, pixels, usable, where)
     old_reader = FrameReader(old, Pixels.of(old), find_mask(archive_mask, "archive_mask", old), where)
-    running = _Running(device if is_lazy(datacube) else where, check_batch(batch_size), progress)
+    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    running = _Running(device if is_lazy(datacube) else where, batch, progress)
     with torch.no_grad(), progress_bar(progress, cube, "extend") as advance:
         there = sun_tensor(find_sun(None, old), where)
-        here = sun_tensor(find_sun(sun, cube), where)
+        angles = find_sun(sun, cube)
+        here = sun_tensor(angles, where)
         positions = ArchivePositions.of(report, there, where)
         frames = see_frames(module, new_reader), see_frames(module, old_reader)
         solution = module.extend(*frames, positions.shift, positions.sigma, positions.accepted)
         solution = without_season(solution, positions.season_shift(here, cube.sizes["time"]))
-        fields = series_fields(solution, cube.size, metres_per_pixel(cube))
+        fields = series_fields(solution, cube.size, metres_per_pixel(cube), angles)
         values = _move_frames(cube, module.aligner, pixels, solution.estimate, usable, running, advance)
     aligned = datacube.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
     return aligned, _longer_report(report, build_report(fields, cube, {}))
@@ -517,14 +531,19 @@ def apply(
     if warps is None:
         cure = "pass a report, its path, an Estimate or warps"
         raise TypeError(message("estimate", "a report", "None", cure))
+    fields = find_field(_read_solution(estimate), "estimate", cube, grid)
     if mode == "shift-coords":
+        if fields[0] is not None and bool((fields[0].variable != 0).any()):
+            cure = 'use mode="resample", or the report of an aligner without Local'
+            raise ValueError(message("mode", '"resample" for local shifts', repr(mode), cure))
         warp = warps.read(torch.device("cpu"), slice(None))
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})
     pixels = Pixels.of(cube, fill_value, "fill_value")
-    operation = WarpFrames(pixels, device, check_batch(batch_size), interpolation, padding_mode, fill_value)
+    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    operation = WarpFrames(pixels, device, batch, interpolation, padding_mode, fill_value)
     usable = mask_companion(find_mask(mask, "mask", cube))
     with torch.no_grad(), progress_bar(progress, cube, "apply") as advance:
-        values, _ = run(operation, cube, (warps, usable), advance)
+        values, _ = run(operation, cube, (warps, usable, *fields), advance)
     moved = datacube.copy(data=values.astype(np.bool_) if is_bool else values)
     return moved.drop_vars(FRAME_TRANSFORM, errors="ignore")
 
@@ -542,4 +561,8 @@ def _find_aligner(aligner: object) -> nn.Module:
 
 
 def _find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = None) -> Companion | None:
-    return find_warps(read_report(Path(given)) if isinstance(given, (str, Path)) else given, name, cube, grid)
+    return find_warps(_read_solution(given), name, cube, grid)
+
+
+def _read_solution(given: Any) -> Any:
+    return read_report(Path(given)) if isinstance(given, (str, Path)) else given

@@ -17,10 +17,10 @@ import xarray as xr
 
 import torchalign
 from torchalign._check import message
+from torchalign.cascade import Cascade
 from torchalign.cli.outputs import (
     CUBES,
     PAGES,
-    TABLES,
     check_apart,
     check_cube_output,
     check_report_output,
@@ -39,7 +39,9 @@ from torchalign.cube.georeference import crs_name, find_georeference
 from torchalign.cube.labels import Cube, band_labels, find_dims, label_text, time_labels
 from torchalign.cube.pixels import find_nodata
 from torchalign.cube.reference import ReferenceName
+from torchalign.cube.tables import REPORT_SUFFIXES
 from torchalign.functional.channels import ChannelName
+from torchalign.local import Local
 from torchalign.models.weights import load_weights, weights_table
 from torchalign.xr import _ALIGNERS
 
@@ -220,6 +222,10 @@ class AlignOptions(CubeOptions):
         ),
     ] = "median"
     aligner: Annotated[str, Option(help=f"The method: {', '.join(_ALIGNERS)}.")] = "auto"
+    local: Annotated[
+        bool,
+        Option("--local", help="Local shifts on top, of terrain or jitter; kept only where they are sure."),
+    ] = False
     max_translation: Annotated[
         float | None, Option(help="Largest shift in pixels; frames beyond are flagged. [default: 5]")
     ] = None
@@ -342,11 +348,13 @@ def _choose_aligner(given: AlignOptions, cube: xr.DataArray) -> Any:
     common = {key: getattr(given, key) for key in ("max_translation", "channel", "crop_center")}
     options = {key: value for key, value in common.items() if value is not None}
     options |= _parse_options(given.option)
-    if not options or name not in _ALIGNERS:
+    if name not in _ALIGNERS or not (options or given.local):
         return name  # align knows how to complain of the name
     if "channel" in options:
         options["channel"] = _choose_channel(str(options["channel"]), cube)
     module: Any = _ALIGNERS[name]()
+    if given.local and name != "local":
+        module = Cascade(module, Local())
     stages = getattr(module, "stages", None)  # of a cascade: each gets those options that it knows
     parts = [module] if stages is None else list(stages)
     known = [{*inspect.signature(type(part)).parameters} for part in parts]
@@ -501,7 +509,7 @@ def show_info(given: InfoOptions) -> int:
 def _is_report(path: Path) -> bool:
     if path.suffix.lower() in (".csv", ".json"):
         return True
-    if path.suffix.lower() not in TABLES or not path.is_file():
+    if path.suffix.lower() not in REPORT_SUFFIXES or not path.is_file():
         return False
     try:
         with xr.open_dataset(path, engine="h5netcdf") as dataset:

@@ -23,12 +23,7 @@ _TOLERANCE = 0.3  # pixels; every frame that the demo accepts is nearer to the t
 
 
 def run_demo(out: Path, frames: int, device: str | None, seed: int) -> int:
-    """Run the demo and write its files; the exit code is 1 if a shift was not found.
-
-    Raises:
-        ImportError: a package is missing.
-        ValueError: something that is no file of the demo's is in the place of one.
-    """
+    """Run the demo and write its files; the exit code is 1 if a shift was not found."""
     require("demo", "demo", "spyndex", "matplotlib", "PIL", "h5netcdf", "h5py")
     from torchalign import plot
     from torchalign.datasets import demo_stack
@@ -86,46 +81,30 @@ def run_demo(out: Path, frames: int, device: str | None, seed: int) -> int:
 
 
 def _print_demo(clear: Any, truth: Any, found: Any, error: Any, report: xr.Dataset) -> None:
-    header = [
-        "frame",
-        "date",
-        "clear",
-        "true x",
-        "true y",
-        "found x",
-        "found y",
-        "error",
-        "σ",
-        "score",
-        "status",
-    ]
-    rows, codes = [], []
+    """One row a frame; on a terminal, those that were not aligned in yellow."""
+    rows, good = [], []
     for number, code in enumerate(map(torchalign.Status, report["status"].values)):
         moved = code == torchalign.Status.OK
-        date = str(report["time"].values[number])[:10]
         before, after = (float(report[name].values[number]) for name in ("score_before", "score"))
+        good.append(moved)
         rows.append(
-            [
-                str(number),
-                date,
-                f"{clear[number]:.0%}",
-                *(f"{value:+.3f}" for value in truth[number]),
-                *(f"{value:+.3f}" if moved else "–" for value in found[number]),
-                f"{error[number]:.4f}" if moved else "–",
-                f"{float(report['sigma'].values[number]):.4f}" if moved else "–",
-                f"{before:.2f} → {after:.2f}",
-                code.name,
-            ]
+            {
+                "frame": str(number),
+                "date": str(report["time"].values[number])[:10],
+                "clear": f"{clear[number]:.0%}",
+                **{f"true {axis}": f"{value:+.3f}" for axis, value in zip("xy", truth[number], strict=True)},
+                **{f"found {axis}": f"{value:+.3f}" for axis, value in zip("xy", found[number], strict=True)},
+                "error": f"{error[number]:.4f}",
+                "σ": f"{float(report['sigma'].values[number]):.4f}",
+                "score": f"{before:.2f} → {after:.2f}",
+                "status": code.name,
+            }
         )
-        codes.append(code)
-    _print_table(header, rows, [code == torchalign.Status.OK for code in codes])
-
-
-def _print_table(header: list[str], rows: list[list[str]], good: list[bool]) -> None:
-    """Plain columns; on a terminal, the rows that are not good in yellow."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        if not moved:  # it is where it was, and nothing was found
+            rows[-1] |= dict.fromkeys(("found x", "found y", "error", "σ"), "–")
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print("  ".join(f"{cell:>{width}}" for cell, width in zip(header, widths, strict=True)).rstrip())
+    print("  ".join(f"{name:>{width}}" for name, width in widths.items()))
     for row, is_good in zip(rows, good, strict=True):
-        line = "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        line = "  ".join(f"{row[name]:>{width}}" for name, width in widths.items())
         print(line if is_good or not colour else f"\033[33m{line}\033[0m")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchalign._check import message, require
 from torchalign.cube.files import is_store
+from torchalign.cube.tables import REPORT_SUFFIXES
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = [
     "CUBES",
     "PAGES",
-    "TABLES",
     "check_apart",
     "check_cube_output",
     "check_output",
@@ -31,19 +31,13 @@ __all__ = [
 ]
 
 CUBES = (".nc", ".nc4", ".zarr")  # names of outputs that are one cube
-TABLES = (".csv", ".json", ".nc", ".nc4", ".netcdf", ".h5")  # reports to be read again
 PAGES = (".html", ".htm")
 
 # --- before the work ---
 
 
 def check_cube_output(path: Path, template: str | None, overwrite: bool) -> None:
-    """NAME.zarr, NAME.nc, or a folder for GeoTIFFs.
-
-    Raises:
-        ValueError: another name, or something is there.
-        ImportError: no writer for it is installed.
-    """
+    """NAME.zarr, NAME.nc, or a folder for GeoTIFFs."""
     suffix = path.suffix.lower()
     if suffix in CUBES:
         if template is not None:
@@ -66,14 +60,9 @@ def check_cube_output(path: Path, template: str | None, overwrite: bool) -> None
 
 
 def check_report_output(path: Path, overwrite: bool) -> None:
-    """A table or a page.
-
-    Raises:
-        ValueError: another name, or something is there.
-        ImportError: no writer for it is installed.
-    """
+    """A table or a page."""
     suffix = path.suffix.lower()
-    names = (*TABLES, *PAGES)
+    names = (*REPORT_SUFFIXES, *PAGES)
     if suffix not in names:
         raise ValueError(message("--report", f"a name ending in {', '.join(names)}", path.name, "rename it"))
     if suffix in PAGES:
@@ -84,11 +73,7 @@ def check_report_output(path: Path, overwrite: bool) -> None:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """A file may take the place of a file, and a Zarr store that of a Zarr store; nothing else is deleted.
-
-    Raises:
-        ValueError: something else is there, or nothing may be replaced.
-    """
+    """A file may take the place of a file, and a Zarr store that of a Zarr store; nothing else is deleted."""
     if path.exists() and not overwrite:
         cure = "add --overwrite or choose a name"
         raise ValueError(message("output", "a new file", f"{path}, which exists", cure))
@@ -101,11 +86,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 def check_apart(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
-    """No output is, holds or lies in an input or another output.
-
-    Raises:
-        ValueError: one does.
-    """
+    """No output is, holds or lies in an input or another output."""
 
     def is_same(one: Path, other: Path) -> bool:
         return one == other or (one.exists() and other.exists() and one.samefile(other))

@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from torchalign._check import message
-from torchalign.cube.files import is_store
+from torchalign.cube.files import NETCDF, is_store
 from torchalign.cube.labels import Array, band_labels, find_bands, find_dims
 from torchalign.cube.reference import ReferenceName
 
@@ -25,7 +25,6 @@ __all__ = [
     "open_source",
 ]
 
-_NETCDF = (".nc", ".nc4", ".netcdf", ".h5")
 _RASTERS = (".tif", ".tiff")
 _LAZY_BYTES = 2**27  # a cube above this is not taken into memory whole
 _CHUNK_BYTES = 2**24  # of a lazy one: several chunks are held, as floats, at the same time
@@ -38,7 +37,6 @@ class Source(NamedTuple):
         cube: the variable to align.
         others: of the same file; empty for GeoTIFFs.
         attributes: of the whole file.
-
     """
 
     cube: xr.DataArray
@@ -75,11 +73,6 @@ def open_source(
         skip: a variable that is not the one, for it is the mask.
         masks: the cube may be one of masks or classes: empty GeoTIFFs are kept, and a variable that is bool is
             taken where there is none of numbers.
-
-    Raises:
-        ValueError: nothing there, or nothing that can be read; several variables; unknown bands.
-        ImportError: no reader for it is installed.
-
     """
     for path in paths:
         if not path.exists():
@@ -164,9 +157,9 @@ def _open_dataset(path: Path) -> Iterator[xr.Dataset]:
     options: dict[str, Any] = {"decode_coords": "all"}  # grid mappings (the CRS) travel with the cube
     if _is_zarr(path):
         options |= {"engine": "zarr", "chunks": None}
-    elif path.suffix.lower() not in _NETCDF:
+    elif path.suffix.lower() not in NETCDF:
         kind = f"a {path.suffix or 'nameless'} file"
-        expected = f"a folder of GeoTIFFs, GeoTIFFs, a netCDF file ({', '.join(_NETCDF)}) or a Zarr store"
+        expected = f"a folder of GeoTIFFs, GeoTIFFs, a netCDF file ({', '.join(NETCDF)}) or a Zarr store"
         raise ValueError(message("SRC", expected, kind, "convert it, for example with gdal_translate"))
     try:
         with warnings.catch_warnings():  # a store without consolidated metadata is slower to open, no more
@@ -237,12 +230,7 @@ def _frames_in_a_chunk(cube: xr.DataArray) -> int:
 
 
 def open_mask(mask: str, source: Source, *, invert: bool, pattern: str) -> xr.DataArray:
-    """True = usable, from a variable of the input, another file, or GeoTIFFs of one band.
-
-    Raises:
-        ValueError: nothing of that name; several variables or bands; values beside 0 and 1.
-
-    """
+    """True = usable, from a variable of the input, another file, or GeoTIFFs of one band."""
     if mask in source.others:
         array = source.others[mask]
     else:
@@ -274,16 +262,11 @@ def _as_usable(values: Array, *, invert: bool) -> Array:
 
 
 def open_reference(reference: str, pattern: str) -> str | xr.DataArray:
-    """A word or a label as it is; of a path that is there the picture, or the pictures, in it.
-
-    Raises:
-        ValueError: nothing that can be read there.
-
-    """
+    """A word or a label as it is; of a path that is there the picture, or the pictures, in it."""
     if reference in get_args(ReferenceName):  # whatever lies around under that name
         return reference
     path = Path(reference)
-    if not path.exists() or not (is_raster(path) or _is_zarr(path) or path.suffix.lower() in _NETCDF):
+    if not path.exists() or not (is_raster(path) or _is_zarr(path) or path.suffix.lower() in NETCDF):
         return reference
     array = _open_array("--reference", reference, pattern, "a file")
     dim = find_dims(array)["time"] if array.ndim == 4 else None

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from torchalign._check import message
 
-__all__ = ["atomic", "check_free", "discard", "is_store", "put_in_place", "temporary_sibling"]
+__all__ = ["NETCDF", "atomic", "check_free", "discard", "is_store", "put_in_place", "temporary_sibling"]
 
+NETCDF = (".nc", ".nc4", ".netcdf", ".h5")  # endings of names
 _STORE_MARKS = (".zgroup", "zarr.json", ".zmetadata")  # one of these is in every Zarr store
 
 
@@ -22,11 +23,7 @@ def is_store(path: Path) -> bool:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Nothing is overwritten that was not meant to be.
-
-    Raises:
-        FileExistsError: ``path`` is there.
-    """
+    """Nothing is overwritten that was not meant to be."""
     if os.path.lexists(path) and not overwrite:
         cure = "pass overwrite=True or choose another name"
         raise FileExistsError(message("path", "a new name", f"{path}, which exists", cure))

@@ -14,6 +14,8 @@ from torch import Tensor
 from torchalign._check import message
 from torchalign.cube.labels import SAME_GRID, Cube
 from torchalign.functional.affine import change_origin, from_homogeneous, rescale_warp
+from torchalign.functional.shift_field import move_origin, rescale_field
+from torchalign.types import ShiftField
 
 __all__ = [
     "FRAME_TRANSFORM",
@@ -219,9 +221,6 @@ def regrid_warp(warp: Tensor, source: Georeference, target: Georeference) -> Ten
     Returns:
         In the shape, dtype and device of ``warp``.
 
-    Raises:
-        ValueError: another CRS, or grids rotated against each other.
-
     Example:
         >>> import torch
         >>> from torchalign.functional.affine import translation_warp
@@ -231,21 +230,40 @@ def regrid_warp(warp: Tensor, source: Georeference, target: Georeference) -> Ten
         tensor([[ 1.0000,  0.0000,  0.5000],
                 [ 0.0000,  1.0000, -1.0000]])
     """
+    moved = _between(source, target)
+    if moved is None:
+        return warp
+    # first the size of the pixels, with the source's corner kept, and then the corner
+    scale, origin = moved
+    return change_origin(rescale_warp(warp.double(), scale), origin).to(warp.dtype)
+
+
+def regrid_field(field: ShiftField, source: Georeference, target: Georeference) -> ShiftField:
+    """The same local shifts of the ground, from pixels of one grid to pixels of another; as :func:`regrid_warp`."""
+    moved = _between(source, target)
+    if moved is None:
+        return field
+    scale, origin = moved
+    return move_origin(rescale_field(field, scale), origin)
+
+
+def _between(
+    source: Georeference, target: Georeference
+) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """Old pixel size / new pixel size, and the target's corner from the source's; ``None`` if they are the same."""
     if not _is_same_crs(source.crs, target.crs):
         got = f"{crs_name(source.crs)!r} and {crs_name(target.crs)!r}"
         raise ValueError(message("grid", "one CRS", got, "reproject one of them with .rio.reproject"))
     if is_same_grid(source, target):
-        return warp
-    scale = np.linalg.solve(target.linear, source.linear)  # old pixel size / new pixel size
+        return None
+    scale = np.linalg.solve(target.linear, source.linear)
     height, width = target.size
     rotated = abs(scale[0, 1]) * height + abs(scale[1, 0]) * width
     if not rotated <= SAME_GRID:
         cure = "reproject one of them with .rio.reproject_match"
         raise ValueError(message("grid", "grids with the same axes", f"{source} and {target}", cure))
-    # first the size of the pixels, with the source's corner kept, and then the corner
-    rescaled = rescale_warp(warp.double(), (float(scale[0, 0]), float(scale[1, 1])))
     origin = np.linalg.solve(target.linear, target.corner - source.corner)
-    return change_origin(rescaled, (float(origin[0]), float(origin[1]))).to(warp.dtype)
+    return (float(scale[0, 0]), float(scale[1, 1])), (float(origin[0]), float(origin[1]))
 
 
 # --- a georeference for each frame ---
@@ -259,9 +277,6 @@ def georeference_frames(cube: Cube, warp: Tensor) -> xr.Variable:
     Args:
         cube: the frames.
         warp: (T, 2, 3) or (T, 3, 3), in pixels of the cube.
-
-    Raises:
-        ValueError: a cube without a grid; homographies, which no georeference can express.
     """
     grid = find_georeference(cube)
     if grid is None:
@@ -290,11 +305,7 @@ def georeference_frames(cube: Cube, warp: Tensor) -> xr.Variable:
 
 
 def frame_transforms(cube: Cube) -> list[tuple[float, ...] | None]:
-    """The transform of every frame: its own, or that of the cube; ``None`` where there is neither.
-
-    Raises:
-        ValueError: a cube that was cropped and has no coordinates that tell where.
-    """
+    """The transform of every frame: its own, or that of the cube; ``None`` where there is neither."""
     grid, own = find_georeference(cube), cube.array.coords.get(FRAME_TRANSFORM)
     if own is None or own.dims != (cube.dims["time"],):
         return [None if grid is None else grid.transform] * cube.sizes["time"]

@@ -63,12 +63,7 @@ class Cube:
 
     @classmethod
     def of(cls, array: object, given: Mapping[str, Hashable | None] | None = None) -> Cube:
-        """Find the dims, but for those that are given by role.
-
-        Raises:
-            TypeError: no DataArray of numbers.
-            ValueError: dims that cannot be told.
-        """
+        """Find the dims, but for those that are given by role."""
         dims = find_dims(array, "datacube", given)
         assert isinstance(array, xr.DataArray)  # as find_dims has seen
         if array.dtype.kind not in "iuf":
@@ -115,10 +110,6 @@ def find_dims(
         array: the cube, ``name`` to the user.
         name: of the argument.
         given: role → name of its dim, where the user says it.
-
-    Raises:
-        TypeError: no DataArray.
-        ValueError: dims that cannot be told.
     """
     if not isinstance(array, xr.DataArray):
         cure = "align tensors with aligner(cube, reference), or give the array dims with xarray.DataArray"
@@ -218,9 +209,6 @@ def find_bands(
         count: of the bands.
         first: the number of the first band to the user; 1 for GDAL.
         name: of the argument.
-
-    Raises:
-        ValueError: a band that is not there.
     """
     found = []
     for band in [wanted] if isinstance(wanted, (str, int, np.integer)) else wanted:
@@ -254,9 +242,6 @@ def find_frame(
         name: of the argument.
         words: what else the user may say.
         positions: whether a whole number that is no label is a position.
-
-    Raises:
-        ValueError: no frame, or several of them.
     """
     count = array.sizes[dim]
     if isinstance(label, np.datetime64) or type(label) is datetime.date:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchalign._check import message
 from torchalign.cube.labels import CUBE, Array, Cube, load
 from torchalign.functional.warp import warp as resample_frames
+from torchalign.types import ShiftField
 
 __all__ = ["Pixels", "find_nodata", "keep_nodata"]
 
@@ -159,10 +160,14 @@ class Pixels:
         return encoded
 
 
-def keep_nodata(aligned: Tensor, frames: Tensor, warp: Tensor) -> Tensor:
+def keep_nodata(aligned: Tensor, frames: Tensor, warp: Tensor, field: ShiftField | None = None) -> Tensor:
     """NaN where the frame's nearest pixel is NaN; a warp with a fill value has put that there."""
     footprint = resample_frames(
-        frames.isnan().to(frames.dtype), warp, interpolation="nearest", padding_mode="zeros"
+        frames.isnan().to(frames.dtype),
+        warp,
+        interpolation="nearest",
+        padding_mode="zeros",
+        field=field,
     )
     return aligned.masked_fill(footprint > 0, torch.nan)
 

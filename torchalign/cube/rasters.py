@@ -433,7 +433,8 @@ def write_rasters(
     for path in paths:
         check_free(path, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    profile, bands, transforms = _profile(cube, driver, compression), _band_tags(cube), frame_transforms(cube)
+    profile, transforms = _profile(cube, driver, compression), frame_transforms(cube)
+    bands = {"descriptions": _descriptions(cube)} | {names[0]: _per_band(cube, *names) for names in _SCALING}
     files = tuple(_File(path, profile, bands, own) for path, own in zip(paths, transforms, strict=True))
     if not is_lazy(cube.array):
         for number in range(len(files)):
@@ -541,11 +542,6 @@ def _profile(cube: Cube, driver: str, compression: Compression) -> dict[str, Any
         # its default is cubic, which makes classes that there are not, and blends nodata
         return profile | {"overview_resampling": "nearest"}
     return profile if compression == "none" else profile | {"predictor": 3 if is_float else 2}
-
-
-def _band_tags(cube: Cube) -> dict[str, list[Any]]:
-    scaling = {names[0]: _per_band(cube, *names) for names in _SCALING}
-    return {"descriptions": _descriptions(cube), **scaling}
 
 
 def _descriptions(cube: Cube) -> list[str | None]:

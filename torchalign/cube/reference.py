@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -36,7 +37,9 @@ from torchalign.functional.affine import (
     transform_points,
 )
 from torchalign.functional.quality import normalized_cross_correlation
+from torchalign.functional.shift_field import move_origin
 from torchalign.functional.warp import resample
+from torchalign.types import ShiftField
 
 __all__ = [
     "Found",
@@ -66,6 +69,7 @@ class Found(NamedTuple):
 
     warp: Tensor  # (T, 2, 3) or (T, 3, 3)
     valid: Tensor  # (T,) bool
+    field: ShiftField | None = None  # of local shifts on top of the warps
 
 
 Estimator = Callable[["ReferenceSource"], Found]
@@ -128,10 +132,6 @@ def find_reference(
         reader: of the frames.
         estimate: estimates all frames against a reference, for ``"iterative"``.
         prefers: whether the second of two solutions is clearly better, for ``"iterative"``.
-
-    Raises:
-        TypeError: an argument of another kind.
-        ValueError: no frame of that label, or several; pixels that do not fit.
     """
     if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim == 0:
         reference = getattr(reference, "values", reference)[()]  # a label, `cube.time[3]`
@@ -242,9 +242,13 @@ def _fill(
         frames = chosen[first : first + step]
         part = block.decode(frames, rows)
         if found is not None:
-            warp = change_origin(found.warp[frames].to(part), (0.0, float(rows.start)))
+            origin = (0.0, float(rows.start))
+            warp = change_origin(found.warp[frames].to(part), origin)
             # not bilinear: a median of blurred frames is blurred; NaN where a frame does not reach
-            part = resample(part, warp, interpolation="bicubic", fill_value=torch.nan).values
+            field = found.field
+            if field is not None:
+                field = move_origin(ShiftField(*(one[frames].to(part) for one in field)), origin)
+            part = resample(part, warp, interpolation="bicubic", fill_value=torch.nan, field=field).values
             part = part[:, :, top - rows.start :][:, :, : values.shape[2]]
         values[first : first + step] = part
 
@@ -293,7 +297,10 @@ class _Margins:
     def __init__(self, found: Found | None, size: tuple[int, int]) -> None:
         self.height, self.width = size
         self.back: Tensor | None = None  # reference → moving
+        self.beyond = 0  # rows that local shifts reach further
         if found is not None:
+            if found.field is not None and len(found.field.coefficients):
+                self.beyond = math.ceil(float(found.field.coefficients.abs().amax()))
             back = invert_warp(found.warp[found.valid].double().cpu())
             self.back = back[back.isfinite().flatten(-2).all(-1)]
 
@@ -305,8 +312,8 @@ class _Margins:
         corners = torch.tensor([(0.0, top), (right, top), (0.0, low), (right, low)], dtype=torch.float64)
         rows = transform_points(self.back, corners)[..., 1]
         rows = torch.cat((rows.flatten(), corners[:, 1])).nan_to_num(0.0, float(self.height), 0.0)
-        first = min(max(0, int(rows.min().floor()) - 3), top)
-        return slice(first, max(min(self.height, int(rows.max().ceil()) + 4), bottom))
+        first = min(max(0, int(rows.min().floor()) - 3 - self.beyond), top)
+        return slice(first, max(min(self.height, int(rows.max().ceil()) + 4 + self.beyond), bottom))
 
 
 # --- "iterative" ---
@@ -358,7 +365,18 @@ def _anchor(found: Found) -> Found:
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
     anchored = compose_warps(warp, invert_warp(middle).expand_as(warp))
     # what was not aligned stays as it came
-    return found._replace(warp=torch.where(found.valid[:, None, None], anchored, warp).to(found.warp.dtype))
+    rows = found.valid[:, None, None]
+    anchored = torch.where(rows, anchored, warp).to(found.warp.dtype)
+    if found.field is None:
+        return found._replace(warp=anchored)
+    coefficients = found.field.coefficients
+    common = coefficients[found.valid].median(0).values
+    field = found.field._replace(
+        coefficients=torch.where(rows[..., None], coefficients - common, coefficients)
+    )
+    return Found(
+        anchored, found.valid, move_origin(field, center_displacement(middle, (1, 1)).to(coefficients))
+    )
 
 
 # --- one of the frames ---

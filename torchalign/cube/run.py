@@ -17,25 +17,25 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_whole, message
+from torchalign._check import message
 from torchalign._host import give_back_memory
 from torchalign.aligner import Aligner
 from torchalign.cube.chunks import Companion, chunk_sizes, is_lazy, map_chunks, parts_along_time, undisturbed
 from torchalign.cube.labels import CUBE, MASK, Array, Cube, load
 from torchalign.cube.pixels import Pixels, keep_nodata
 from torchalign.cube.reference import ReferenceSource
-from torchalign.cube.solution import promised_fields, report_fields
+from torchalign.cube.solution import promised_fields, report_fields, unpack_field
 from torchalign.functional.affine import identity_warp, to_homogeneous
 from torchalign.functional.phase import phase_correlation
+from torchalign.functional.shift_field import is_zero
 from torchalign.functional.warp import Interpolation, PaddingMode, Resampled, resample
 from torchalign.pcc import PCC
-from torchalign.types import Estimate
+from torchalign.types import Estimate, ShiftField
 
 __all__ = [
     "AlignFrames",
     "Operation",
     "WarpFrames",
-    "check_batch",
     "find_device",
     "mask_companion",
     "place_module",
@@ -198,6 +198,7 @@ class AlignFrames(Operation):
     verify: bool
     metres: dict[str, float]  # of a pixel
     makes_pixels: bool = True
+    nodes: tuple[int, int] | None = None  # of the field of local shifts, if the aligner makes one
 
     def find_device(self) -> torch.device:
         """Where the aligner is, if nobody says otherwise."""
@@ -216,7 +217,9 @@ class AlignFrames(Operation):
     def promised(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """The fields of a report."""
         residual = self.verify and self.makes_pixels
-        return promised_fields(self.pixels.compute, self._rows, residual=residual, metres=self.metres)
+        return promised_fields(
+            self.pixels.compute, self._rows, residual=residual, metres=self.metres, nodes=self.nodes
+        )
 
     def as_promised(self, fields: dict[str, Array]) -> dict[str, Array]:
         """With warps of the rows that were promised."""
@@ -247,7 +250,7 @@ class AlignFrames(Operation):
             return raw, report_fields(found, None, size, self.metres)
         aligned, found = self.aligner(frames, reference, **options)
         if getattr(self.aligner, "fill_value", None) is not None:
-            aligned = keep_nodata(aligned, frames, found.warp)
+            aligned = keep_nodata(aligned, frames, found.warp, found.field)
         residual = None
         if self.verify and reference is not None:
             residual = _remaining_shift(self.aligner, aligned, usable, found, reference, reference_usable)
@@ -273,7 +276,8 @@ def _remaining_shift(
     if usable is not None:
         inside = inside * usable.reshape(-1, 1, *usable.shape[-2:])
     # the mask moved with its frame, and borders are repeated beyond it
-    seen = resample(inside, found.warp, interpolation="nearest", padding_mode="zeros").values.squeeze(1) > 0
+    options: dict[str, Any] = {"interpolation": "nearest", "padding_mode": "zeros", "field": found.field}
+    seen = resample(inside, found.warp, **options).values.squeeze(1) > 0
     if reference_usable is not None:
         reference_usable = reference_usable.expand(
             -1 if reference_usable.ndim == 3 else 1, *reference.shape[-2:]
@@ -303,15 +307,21 @@ class WarpFrames(Operation):
     def run(
         self, raw: Array, device: torch.device, *companions: Tensor | None
     ) -> tuple[Array, dict[str, Array]]:
-        """The companions: warps, which are on the host, and a mask."""
-        warp, usable = companions
+        """The companions: warps, which are on the host, a mask, and a field's coefficients and lattice."""
+        warp, usable, *parts = companions
         assert warp is not None
         identity = identity_warp(homography=warp.shape[-2] == 3, dtype=warp.dtype)
-        kept = (warp != identity).flatten(1).any(1).numpy()[:, None, None, None]
+        moved = (warp != identity).flatten(1).any(1)
+        field = None
+        if parts and parts[0] is not None and parts[1] is not None:
+            field = unpack_field(parts[0], parts[1])
+            moved = moved | ~is_zero(field)
+            field = ShiftField(*(part.to(device, self.pixels.compute) for part in field))
+        kept = moved.numpy()[:, None, None, None]
         # read while they are on the host: of shifts a GPU needs a line of indices, not an image
         shifts = warp.shape[-2] == 2 and bool((warp[..., :2] == identity[..., :2]).all())
         warp = warp.to(device, self.pixels.compute)
-        move = partial(resample, warp=warp[..., 2] if shifts else warp)
+        move = partial(resample, warp=warp[..., 2] if shifts else warp, field=field)
         options: dict[str, Any] = {"padding_mode": self.padding_mode, "mask": usable}
         if self.interpolation == "nearest":
             return np.where(kept, self._copy(raw, partial(move, **options), device), raw), {}
@@ -319,7 +329,7 @@ class WarpFrames(Operation):
         options |= {"interpolation": self.interpolation, "fill_value": self.fill_value}
         aligned = move(frames, **options).values
         if self.fill_value is not None:
-            aligned = keep_nodata(aligned, frames, warp)
+            aligned = keep_nodata(aligned, frames, warp, field)
         return np.where(kept, self.pixels.encode(aligned, raw), raw), {}
 
     def _copy(self, raw: Array, move: Callable[..., Resampled], device: torch.device) -> Array:
@@ -340,11 +350,7 @@ class WarpFrames(Operation):
 
 
 def find_device(device: torch.device | str | None, module: nn.Module | None) -> torch.device:
-    """Of this machine: what was asked for, where the module is if that is not the CPU, else CUDA or the CPU.
-
-    Raises:
-        ValueError: there is no such device.
-    """
+    """Of this machine: what was asked for, where the module is if that is not the CPU, else CUDA or the CPU."""
     if device is None:
         state = [] if module is None else [*module.parameters(), *module.buffers()]
         moved = [tensor.device for tensor in state if tensor.device.type != "cpu"]
@@ -362,23 +368,9 @@ def place_module(module: nn.Module, device: torch.device) -> nn.Module:
     return module if there else copy.deepcopy(module).to(device)
 
 
-def check_batch(size: int | None) -> int | None:
-    """A whole number of frames, or None.
-
-    Raises:
-        TypeError: another kind of thing.
-        ValueError: less than 1.
-    """
-    return None if size is None else check_whole("batch_size", size)
-
-
 @contextmanager
 def progress_bar(progress: bool | None, cube: Cube, word: str) -> Iterator[Callable[[int], object]]:
-    """A function to call with the number of frames done.
-
-    Raises:
-        ImportError: a bar is asked for, and there is no tqdm.
-    """
+    """A function to call with the number of frames done."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -104,8 +104,10 @@ def chain_frames(module: nn.Module, reader: FrameReader) -> Estimate:
     return combine(torch.cat, found)
 
 
-def series_fields(solution: Solution, size: tuple[int, int], metres: Mapping[str, float]) -> dict[str, Array]:
-    """The fields of a report of a series, on the host."""
+def series_fields(
+    solution: Solution, size: tuple[int, int], metres: Mapping[str, float], sun: Array | None = None
+) -> dict[str, Array]:
+    """The fields of a report of a series, on the host; with where the sun stood, (T, 2), if that is known."""
     season = solution.season_shift
     others = {
         "closure": solution.closure,
@@ -115,6 +117,8 @@ def series_fields(solution: Solution, size: tuple[int, int], metres: Mapping[str
         "season_shift_y": season[:, 1],
     }
     found = {name: np.asarray(tensor.detach().cpu().numpy()) for name, tensor in others.items()}
+    if sun is not None:
+        found |= {"sun_elevation": sun[:, 0], "sun_azimuth": sun[:, 1]}
     return report_fields(solution.estimate, None, size, metres) | found
 
 

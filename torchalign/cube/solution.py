@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,23 +11,33 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from torchalign import __version__
 from torchalign._check import message
 from torchalign.cube.chunks import Companion, is_lazy
-from torchalign.cube.georeference import Georeference, find_georeference, metres_per_pixel, regrid_warp
+from torchalign.cube.georeference import (
+    Georeference,
+    find_georeference,
+    metres_per_pixel,
+    regrid_field,
+    regrid_warp,
+)
 from torchalign.cube.labels import Array, Cube, label_text, labels_in_words
 from torchalign.functional.affine import center_displacement
-from torchalign.types import Estimate, Status
+from torchalign.functional.shift_field import field_lengths
+from torchalign.types import Estimate, ShiftField, Status
 
 __all__ = [
     "ReportSummary",
     "as_report",
     "build_report",
     "check_report",
+    "find_field",
     "find_warps",
     "promised_fields",
     "report_fields",
     "report_georeference",
     "summarize",
+    "unpack_field",
 ]
 
 # name: (unit, what it is); in this order in every report
@@ -39,18 +48,39 @@ _FIELDS = {
     "score": ("1", "correlation with the reference after alignment"),
     "score_before": ("1", "correlation with the reference before alignment"),
     "sigma": ("pixel", "predicted standard error of the translation"),
+    "local_shift_median": ("pixel", "median length of the local shifts on top of the warp, over the frame"),
+    "local_shift_p95": ("pixel", "95th percentile of their length"),
     "status": ("1", "OK: aligned; else the frame was left as it came, and why"),
     "closure": ("pixel", "how well the frame's pairs agree, root mean square per axis; no accuracy"),
     "support": ("1", "summed weight of the frame's pairs"),
     "sigma_season": ("pixel", "part of sigma that comes from the sun's place and from parts that disagree"),
     "season_shift_x": ("pixel", "shift that the sun's place explains, to the right"),
     "season_shift_y": ("pixel", "shift that the sun's place explains, downwards"),
+    "sun_elevation": ("degree", "of the sun, above the horizon"),
+    "sun_azimuth": ("degree", "of the sun, clockwise from the image's up"),
     "residual_x": ("pixel", "displacement left after alignment, measured again, to the right"),
     "residual_y": ("pixel", "displacement left after alignment, measured again, downwards"),
     "shift_x_metres": ("m", "displacement of the frame's centre, towards greater x"),
     "shift_y_metres": ("m", "displacement of the frame's centre, towards greater y"),
     "residual_x_metres": ("m", "displacement left after alignment, towards greater x"),
     "residual_y_metres": ("m", "displacement left after alignment, towards greater y"),
+    "field": (
+        "pixel",
+        "local shifts (x, y), coefficients of cubic B-splines, from reference to moving points",
+    ),
+    "field_sigma": ("pixel", "predicted standard error of the local shifts, per axis"),
+    "field_lattice": ("pixel", "x and y of the field's first node, and its spacing along x and y"),
+}
+# the dims of what is no (T,) or (T, row, col)
+_FIELD_DIMS: dict[str, tuple[str, ...]] = {
+    "field": ("component", "node_y", "node_x"),
+    "field_sigma": ("node_y", "node_x"),
+    "field_lattice": ("lattice",),
+}
+_ATTRS = {
+    "Conventions": "CF-1.11",
+    "title": "How each frame was aligned, and how far to trust it",
+    "torchalign_version": __version__,
 }
 
 
@@ -184,19 +214,41 @@ def report_fields(
     fields |= {"score_before": estimate.score_before, "sigma": estimate.sigma, "status": estimate.status}
     if residual is not None:
         fields |= {"residual_x": residual[:, 0], "residual_y": residual[:, 1]}
+    if estimate.field is not None and estimate.field.coefficients.shape[-1]:
+        fields |= _local_fields(estimate.field, size)
     for name in [name for name in fields if name.startswith(("shift", "residual")) and name[-1] in metres]:
         fields[f"{name}_metres"] = fields[name] * metres[name[-1]]
     found = {name: np.asarray(tensor.detach().cpu().numpy()) for name, tensor in fields.items()}
     return found | {"status": found["status"].astype(np.int8)}
 
 
+def _local_fields(field: ShiftField, size: tuple[int, int]) -> dict[str, Tensor]:
+    """What a report tells of local shifts."""
+    coefficients, sigma, origin, spacing = field
+    told = {"field": coefficients, "field_sigma": sigma, "field_lattice": torch.cat((origin, spacing), -1)}
+    lengths = field_lengths(field, size)
+    ranks = {"local_shift_median": 0.5, "local_shift_p95": 0.95}
+    if not len(lengths):
+        return told | dict.fromkeys(ranks, lengths[:, 0])
+    return told | {name: lengths.quantile(rank, dim=-1) for name, rank in ranks.items()}
+
+
 def promised_fields(
-    dtype: torch.dtype, rows: int, *, residual: bool, metres: Mapping[str, float]
+    dtype: torch.dtype,
+    rows: int,
+    *,
+    residual: bool,
+    metres: Mapping[str, float],
+    nodes: tuple[int, int] | None = None,
 ) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     """What :func:`report_fields` will give: the shape and the dtype of one frame's."""
     numbers = torch.empty(0, dtype=dtype)
     warp, covariance, codes = numbers.reshape(0, rows, 3), numbers.reshape(0, 2, 2), numbers.long()
-    empty = Estimate(warp, numbers, numbers, numbers, covariance, codes, codes)
+    field = None
+    if nodes is not None:
+        shapes = ((0, 2, *nodes), (0, *nodes), (0, 2), (0, 2))
+        field = ShiftField(*(torch.empty(shape, dtype=dtype) for shape in shapes))
+    empty = Estimate(warp, numbers, numbers, numbers, covariance, codes, codes, field)
     fields = report_fields(empty, numbers.reshape(0, 2) if residual else None, (1, 1), metres)
     return {name: (values.shape[1:], values.dtype) for name, values in fields.items()}
 
@@ -214,7 +266,7 @@ def build_report(
     """
     time = time if cube is None else cube.dims["time"]
     variables = {name: _variable(name, fields[name], time) for name in _FIELDS if name in fields}
-    report = xr.Dataset(variables, _time_coords(cube, variables, time), _general_attrs() | dict(attrs))
+    report = xr.Dataset(variables, _time_coords(cube, variables, time), _ATTRS | dict(attrs))
     if cube is not None:
         grid = find_georeference(cube)
         if grid is not None:
@@ -256,7 +308,8 @@ def _variable(name: str, values: Any, time: Hashable) -> xr.Variable:
             "flag_values": np.array(list(Status), np.int8),
             "flag_meanings": " ".join(code.name for code in Status),
         }
-    return xr.Variable((time, "row", "col")[: values.ndim], values, attrs)
+    dims = _FIELD_DIMS.get(name, ("row", "col")[: values.ndim - 1])
+    return xr.Variable((time, *dims), values, attrs)
 
 
 def _time_coords(cube: Cube | None, fields: Mapping[str, Any], time: Hashable) -> Any:
@@ -266,18 +319,6 @@ def _time_coords(cube: Cube | None, fields: Mapping[str, Any], time: Hashable) -
     taken = {"row", "col", *fields} - {time}  # names that the report itself uses
     others = [name for name, coord in along.coords.items() if coord.dims != (time,) or name in taken]
     return along.drop_vars(others).compute().coords
-
-
-def _general_attrs() -> dict[str, Any]:
-    try:
-        version = metadata.version("torchalign")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        version = "unknown"
-    return {
-        "Conventions": "CF-1.11",
-        "title": "How each frame was aligned, and how far to trust it",
-        "torchalign_version": version,
-    }
 
 
 def report_georeference(report: xr.Dataset) -> Georeference | None:
@@ -293,12 +334,7 @@ def report_georeference(report: xr.Dataset) -> Georeference | None:
 def check_report(
     report: object, name: str = "report", fields: Sequence[str] = ("warp", "status")
 ) -> xr.Dataset:
-    """A Dataset with these fields.
-
-    Raises:
-        TypeError: no Dataset.
-        ValueError: without them.
-    """
+    """A Dataset with these fields."""
     cure = "pass what torchalign.align returns second, or what load_report reads"
     if not isinstance(report, xr.Dataset):
         raise TypeError(message(name, "an xarray.Dataset", type(report).__name__, cure))
@@ -319,10 +355,6 @@ def find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = No
         name: of the argument.
         cube: the frames.
         grid: the cube that plain warps were made on; a report knows its own.
-
-    Raises:
-        TypeError: an argument of another kind.
-        ValueError: a frame that is missing; a grid that is not known.
     """
     if given is None:
         return None
@@ -332,12 +364,9 @@ def find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = No
             cure = "leave grid= out: a report knows its grid"
             raise ValueError(message("grid", "None with a report", type(grid).__name__, cure))
         variable = _match_frames(given, name, cube)
-        source = report_georeference(given)
-        source_size = tuple(int(length) for length in given.attrs.get("grid_size", size))
     else:
         variable = _plain_warps(given, name, cube)
-        other = cube if grid is None else Cube.of(grid)
-        source, source_size = find_georeference(other), other.size
+    source, source_size = _grid_of(given, cube, grid)
     if source is None or own is None:
         if source_size != size:
             got = f"{source_size} pixels and the cube's {size}, one of them without a grid"
@@ -345,6 +374,73 @@ def find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = No
             raise ValueError(message(name, "grids that are known", got, cure))
         source = own  # they are taken to be the same
     return Companion(variable, ("time", "row", "col"), partial(_decode_warps, source, own))
+
+
+def _grid_of(
+    given: Any, cube: Cube, grid: xr.DataArray | None
+) -> tuple[Georeference | None, tuple[int, ...]]:
+    """The grid, and the size of the frames, that a solution is in the pixels of."""
+    if isinstance(given, xr.Dataset):
+        size = given.attrs.get("grid_size", cube.size)
+        return report_georeference(given), tuple(int(length) for length in size)
+    other = cube if grid is None else Cube.of(grid)
+    return find_georeference(other), other.size
+
+
+def find_field(
+    given: Any, name: str, cube: Cube, grid: xr.DataArray | None = None
+) -> tuple[Companion | None, Companion | None]:
+    """Coefficients and lattice of an earlier solution's field, in pixels of the cube; see :func:`find_warps`.
+
+    Raises:
+        ValueError: a table of a report whose frames had local shifts, which it does not hold.
+    """
+    if isinstance(given, Estimate) and given.field is not None and given.field.coefficients.shape[-1]:
+        coefficients, _, origin, spacing = (part.detach().cpu() for part in given.field)
+        told = {"field": coefficients.numpy(), "field_lattice": torch.cat((origin, spacing), -1).numpy()}
+        variables = [xr.Variable(("time", *_FIELD_DIMS[part]), values) for part, values in told.items()]
+    elif isinstance(given, xr.Dataset) and "field" in given:
+        variables = [_match_frames(given, name, cube, part) for part in ("field", "field_lattice")]
+    else:
+        if isinstance(given, xr.Dataset) and "local_shift_p95" in given and given["local_shift_p95"].any():
+            cure = "save the report as .nc or .json: a .csv does not hold fields"
+            raise ValueError(message(name, "the field of frames with local shifts", "none", cure))
+        return None, None
+    own = find_georeference(cube)
+    source = _grid_of(given, cube, grid)[0]
+    grids = (own if source is None else source, own)
+    decoders = partial(_decode_coefficients, *grids), partial(_decode_lattice, *grids)
+    first, second = (
+        Companion(variable, ("time", *map(str, variable.dims[1:])), decode)
+        for variable, decode in zip(variables, decoders, strict=True)
+    )
+    return first, second
+
+
+def unpack_field(coefficients: Tensor, lattice: Tensor) -> ShiftField:
+    """The field of coefficients (T, 2, n, m) and a lattice (T, 4), of which no error is known."""
+    return ShiftField(coefficients, torch.zeros_like(coefficients[:, 0]), lattice[:, :2], lattice[:, 2:])
+
+
+def _decode_coefficients(
+    source: Georeference | None, target: Georeference | None, values: Array, device: torch.device
+) -> Tensor:
+    """Shifts in pixels of one grid in those of another."""
+    tensor = torch.from_numpy(np.array(values))
+    if source is None or target is None:
+        return tensor
+    return regrid_field(unpack_field(tensor, tensor.new_ones(len(tensor), 4)), source, target).coefficients
+
+
+def _decode_lattice(
+    source: Georeference | None, target: Georeference | None, values: Array, device: torch.device
+) -> Tensor:
+    """Its first node and spacing likewise."""
+    tensor = torch.from_numpy(np.array(values))
+    if source is None or target is None:
+        return tensor
+    field = regrid_field(unpack_field(tensor.new_zeros(len(tensor), 2, 4, 4), tensor), source, target)
+    return torch.cat((field.origin, field.spacing), -1)
 
 
 def _decode_warps(
@@ -368,11 +464,11 @@ def _plain_warps(given: Any, name: str, cube: Cube) -> xr.Variable:
     return xr.Variable(("time", "row", "col"), values)
 
 
-def _match_frames(report: xr.Dataset, name: str, cube: Cube) -> xr.Variable:
-    """The warps of the cube's frames, by label where both have labels."""
+def _match_frames(report: xr.Dataset, name: str, cube: Cube, told: str = "warp") -> xr.Variable:
+    """What is told of the cube's frames, by label where both have labels."""
     check_report(report, name)
     there, here = report["status"].dims[0], cube.coordinate("time")
-    warp, frames = report["warp"].transpose(there, ...), cube.sizes["time"]
+    warp, frames = report[told].transpose(there, ...), cube.sizes["time"]
     if there in report.coords and here is not None:
         labels = [label_text(label) for label in report[there].values]
         wanted = [label_text(label) for label in here.values]
@@ -389,4 +485,4 @@ def _match_frames(report: xr.Dataset, name: str, cube: Cube) -> xr.Variable:
         raise ValueError(message(name, "one warp for each frame", got, "give both labels along time"))
     # an eager cube would compute a lazy report anew for every batch
     keep = is_lazy(warp) and is_lazy(cube.array)
-    return xr.Variable(("time", "row", "col"), warp.variable._data if keep else warp.to_numpy())
+    return xr.Variable(("time", *warp.dims[1:]), warp.variable._data if keep else warp.to_numpy())

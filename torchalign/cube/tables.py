@@ -13,32 +13,27 @@ import pandas as pd
 import xarray as xr
 
 from torchalign._check import message, require
-from torchalign.cube.files import atomic
+from torchalign.cube.files import NETCDF, atomic
 from torchalign.cube.labels import Array
 from torchalign.cube.solution import build_report, check_report, summarize
 from torchalign.types import Status
 
-__all__ = ["check_suffix", "read_report", "to_table", "write_report"]
+__all__ = ["REPORT_SUFFIXES", "check_suffix", "read_report", "to_table", "write_report"]
 
-_NETCDF = (".nc", ".nc4", ".netcdf", ".h5")
-_SUFFIXES = (*_NETCDF, ".csv", ".json")
+REPORT_SUFFIXES = (".csv", ".json", *NETCDF)
 _GRID_COLUMNS = ("grid_height", "grid_width", *(f"grid_transform_{letter}" for letter in "abcdef"))
-_CRS_COLUMN = "grid_crs"
-_DATE_UNITS = {3: "ms", 6: "us", 9: "ns"}  # by the digits of a second's fraction
+_CRS_COLUMN, _LABEL_COLUMN = "grid_crs", "label_dtype"
 _CURE = "give a file that save_report wrote"
 
 
 def check_suffix(path: Path) -> None:
-    """A name whose ending says which format.
-
-    Raises:
-        ValueError: another one.
-        ImportError: what reads and writes netCDF is not installed.
-    """
+    """A name whose ending says which format."""
     suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise ValueError(message("path", f"a name ending in {', '.join(_SUFFIXES)}", path.name, "rename it"))
-    if suffix in _NETCDF:
+    if suffix not in REPORT_SUFFIXES:
+        raise ValueError(
+            message("path", f"a name ending in {', '.join(REPORT_SUFFIXES)}", path.name, "rename it")
+        )
+    if suffix in NETCDF:
         require("a report in netCDF", "io", "h5netcdf")
 
 
@@ -55,13 +50,7 @@ def write_report(report: xr.Dataset, path: Path) -> None:
 
 
 def read_report(path: Path) -> xr.Dataset:
-    """What :func:`write_report` wrote, in memory.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: another suffix, or no report.
-        ImportError: netCDF without h5netcdf.
-    """
+    """What :func:`write_report` wrote, in memory."""
     check_suffix(path)
     if not path.is_file():
         raise FileNotFoundError(message("path", "a report", f"{path}, which is not there", "check the path"))
@@ -79,6 +68,8 @@ def read_report(path: Path) -> xr.Dataset:
 
 def to_table(report: xr.Dataset) -> pd.DataFrame:
     """One row a frame, by its label: the status in words, the numbers, the warp row by row (``warp_00`` …).
+
+    Of a field of local shifts it has the length alone.
 
     Args:
         report: of :func:`torchalign.align`, or read by :func:`torchalign.load_report`; a lazy one is computed.
@@ -102,7 +93,7 @@ def to_table(report: xr.Dataset) -> pd.DataFrame:
         if array.dims == (time,):
             columns[str(name)] = array.values
     for name, array in known.items():
-        if array.dims != (time,):  # the entries of a matrix
+        if array.ndim == 3 and array.sizes.get("col"):  # the entries of a matrix; a field is no table
             values = array.transpose(time, ...).values
             for row, column in np.ndindex(*values.shape[1:]):
                 columns[f"{name}_{row}{column}"] = values[:, row, column]
@@ -127,17 +118,11 @@ def _write_csv(report: xr.Dataset, path: Path) -> None:
         table[name] = str(int(value)) if number < 2 else repr(float(value))
     if report.attrs.get("grid_crs"):
         table[_CRS_COLUMN] = str(report.attrs["grid_crs"])
-    time = report["status"].dims[0]
-    labels = report[time].values if time in report.coords else range(len(table))
-    table.index = pd.Index([_csv_label(label) for label in labels], name=time, dtype=object)
+    labels, kind = _plain_labels(report)
+    if kind is not None:
+        table[_LABEL_COLUMN] = kind
+    table.index = pd.Index([str(label) for label in labels], name=report["status"].dims[0], dtype=object)
     table.to_csv(path, encoding="utf-8")
-
-
-def _csv_label(label: Any) -> str:
-    """A date always with a fraction of the second, which tells it from text."""
-    if isinstance(label, np.datetime64) and np.datetime_data(label)[0] not in _DATE_UNITS.values():
-        label = label.astype("datetime64[ms]")
-    return str(label)
 
 
 def _read_csv(path: Path) -> xr.Dataset:
@@ -146,7 +131,7 @@ def _read_csv(path: Path) -> xr.Dataset:
     if not {"status", "warp_00"} <= {*names}:
         raise ValueError("a table has status and warp_00 … for every frame")
     cells = [name for name in names if re.fullmatch(r"warp_\d\d", name)]
-    others = {"status", *cells, *_GRID_COLUMNS, _CRS_COLUMN}
+    others = {"status", *cells, *_GRID_COLUMNS, _CRS_COLUMN, _LABEL_COLUMN}
     fields: dict[str, Any] = {name: _floats(table[name]) for name in names if name not in others}
     warp = _floats(table[cells].to_numpy().ravel())
     fields["warp"] = warp.reshape(len(table), len(cells) // 3, 3)
@@ -160,7 +145,9 @@ def _read_csv(path: Path) -> xr.Dataset:
         attrs["grid_transform"] = [float(value) for value in grid[2:]]
     if first.get(_CRS_COLUMN):
         attrs["grid_crs"] = first[_CRS_COLUMN]
-    return _relabel(fields, time, _parse_labels(table[time].tolist()), attrs)
+    kind = first.get(_LABEL_COLUMN)
+    read = {"M": str, "U": str, "f": float}.get("" if kind is None else np.dtype(kind).kind, int)
+    return _relabel(fields, time, [read(label) for label in table[time]] if kind else [], kind, attrs)
 
 
 def _floats(texts: Sequence[str]) -> Array:
@@ -178,19 +165,16 @@ def _status_codes(names: Sequence[str]) -> Array:
 
 
 def _to_json(report: xr.Dataset) -> str:
-    time = report["status"].dims[0]
-    labels = report[time].values if time in report.coords else None
-    plain = range(report["status"].size) if labels is None else map(_json_label, labels)
+    time, (labels, kind) = report["status"].dims[0], _plain_labels(report)
     fields = [
         {
             time: label,
             **{str(name): _json_values(array.values[number]) for name, array in report.items()},
             "status": Status(int(report["status"].values[number])).name,
         }
-        for number, label in enumerate(plain)
+        for number, label in enumerate(labels)
     ]
     attrs = {str(key): np.asarray(value).tolist() for key, value in report.attrs.items()}
-    kind = None if labels is None else str(labels.dtype) if labels.dtype.kind in "biufmM" else "str"
     dtype = str(report["warp"].dtype)
     document = {"time": time, "labels": kind, "dtype": dtype, "attrs": attrs, "frames": fields}
     return json.dumps(document, indent=1, allow_nan=False, default=str)
@@ -203,15 +187,6 @@ def _json_values(values: Any) -> Any:
     return float(str(values)) if np.isfinite(values) else str(values)
 
 
-def _json_label(label: Any) -> Any:
-    """With the dtype beside it, it is read back as it was."""
-    if isinstance(label, np.datetime64):
-        return str(np.datetime_as_string(label))
-    if isinstance(label, np.timedelta64):
-        return int(label.astype(np.int64))
-    return label.item() if isinstance(label, (np.bool_, np.number)) else str(label)
-
-
 def _read_json(path: Path) -> xr.Dataset:
     document = json.loads(path.read_text(encoding="utf-8"))
     time, rows, dtype = document["time"], document["frames"], np.dtype(document["dtype"])
@@ -220,33 +195,29 @@ def _read_json(path: Path) -> xr.Dataset:
     if not rows:
         fields["warp"] = fields["warp"].reshape(0, 2, 3)
     fields["status"] = _status_codes([row["status"] for row in rows])
-    labels = [row[time] for row in rows]
-    kind = document["labels"]
-    return _relabel(fields, time, None if kind is None else np.array(labels, kind), document["attrs"])
+    return _relabel(fields, time, [row[time] for row in rows], document["labels"], document["attrs"])
+
+
+# --- labels ---
+
+
+def _plain_labels(report: xr.Dataset) -> tuple[list[Any], str | None]:
+    """Numbers and text, and the dtype that makes the labels of them; the frames' numbers where there are none."""
+    time = report["status"].dims[0]
+    if time not in report.coords:
+        return list(range(report.sizes[time])), None
+    labels = report[time].values
+    if labels.dtype.kind == "M":
+        return np.datetime_as_string(labels).tolist(), str(labels.dtype)
+    if labels.dtype.kind in "bm":
+        return labels.astype(np.int64).tolist(), str(labels.dtype)
+    is_number = labels.dtype.kind in "iuf"
+    return labels.tolist() if is_number else list(map(str, labels)), str(labels.dtype) if is_number else "str"
 
 
 def _relabel(
-    fields: dict[str, Any], time: Hashable, labels: Array | None, attrs: Mapping[str, Any]
+    fields: dict[str, Any], time: Hashable, labels: list[Any], kind: str | None, attrs: Mapping[str, Any]
 ) -> xr.Dataset:
     report = build_report(fields, None, attrs, time)
     report.attrs |= dict(attrs) | summarize(report).attrs()
-    return report if labels is None else report.assign_coords({time: labels})
-
-
-def _parse_labels(labels: list[str]) -> Array | None:
-    """Dates and whole numbers that are written like this, or text; ``None`` if they are but the frames' numbers."""
-    if labels == list(map(str, range(len(labels)))):
-        return None
-    if all(re.fullmatch(r"-?\d{1,18}", label) for label in labels):
-        numbers = np.array(labels, np.int64)
-        return numbers if list(map(str, numbers)) == labels else np.array(labels)
-    date = re.compile(r"-?\d{4,}-\d\d-\d\dT\d\d:\d\d:\d\d\.(\d{3}|\d{6}|\d{9})")
-    found = [date.fullmatch(label) for label in labels]
-    if found[0] and all(found):
-        try:
-            dates = np.array(labels, f"datetime64[{_DATE_UNITS[len(found[0][1])]}]")
-        except (ValueError, TypeError):  # the 31st of June
-            return np.array(labels)
-        if list(map(str, dates)) == labels:
-            return dates
-    return np.array(labels)
+    return report if kind is None else report.assign_coords({time: np.array(labels, kind)})

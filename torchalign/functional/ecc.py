@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._check import message
-from torchalign._host import all_true, carries_gradient, keeps_tables, kernels_for
+from torchalign._host import all_true, carries_gradient, kernels_for
 from torchalign.functional.affine import (
     composed,
     from_homogeneous,
@@ -247,7 +247,7 @@ def enhanced_correlation(
     if grids[0].frame != frame:
         expected, cure = f"levels of frames of {frame}", "prepare_levels of that size"
         raise ValueError(message("reference", expected, grids[0].frame, cure))
-    textures = extract_pyramid(moving, moving_mask, grids=grids, contrast=contrast, blur=sigma_blur, periodic=True)
+    textures = extract_pyramid(moving, moving_mask, grids=grids, contrast=contrast, blur=sigma_blur)
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
     only_shifted = only_shifts(motion, init)
     init = moving.new_zeros((*shape, 2)) if init is None else init
@@ -344,7 +344,7 @@ def prepare_levels(
     grids = [
         WorkingGrid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies
     ]
-    textures = extract_pyramid(reference, mask, grids=grids, contrast=contrast, blur=sigma_blur, periodic=True)
+    textures = extract_pyramid(reference, mask, grids=grids, contrast=contrast, blur=sigma_blur)
     return [
         prepare_level(texture, grid, motion, taper) for texture, grid in zip(textures, grids, strict=True)
     ]
@@ -420,7 +420,11 @@ class _Shifted(NamedTuple):
             (search.max_iterations, steps.tolerance),
         )
         unit = half_length(grid.frame)
-        return to_homogeneous(translation_warp(shift / unit)), reach, to_homogeneous(translation_warp(seen / unit))
+        return (
+            to_homogeneous(translation_warp(shift / unit)),
+            reach,
+            to_homogeneous(translation_warp(seen / unit)),
+        )
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference, precise at any price."""

@@ -101,23 +101,29 @@ def strict_maxima(scores: Tensor, radius: int) -> Tensor:
         >>> strict_maxima(torch.tensor([[0.0, 2.0, 1.0, 3.0, 3.0]]), 1).int()
         tensor([[0, 1, 0, 0, 0]], dtype=torch.int32)
     """
+    if radius == 0:
+        return scores > -torch.inf
     height, width = scores.shape[-2:]
     padded = F.pad(scores, (radius,) * 4, value=-torch.inf)
     # the other rows of the own column, then all rows of the other columns
-    rows = [padded[..., dy : dy + height, :] for dy in range(2 * radius + 1)]
-    centre = rows.pop(radius)
-    beside = _largest(rows)
-    column = torch.maximum(beside, centre)
-    columns = [column[..., dx : dx + width] for dx in range(2 * radius + 1)]
-    columns[radius] = beside[..., radius : radius + width]
-    return scores > _largest(columns)
+    lines = _running_largest(padded, radius, -2)
+    beside = torch.maximum(lines.narrow(-2, 0, height), lines.narrow(-2, radius + 1, height))
+    column = torch.maximum(beside, padded.narrow(-2, radius, height))
+    others = _running_largest(column, radius, -1)
+    others = torch.maximum(others.narrow(-1, 0, width), others.narrow(-1, radius + 1, width))
+    return scores > torch.maximum(others, beside.narrow(-1, radius, width))
 
 
-def _largest(maps: list[Tensor]) -> Tensor:
-    found = maps[0]
-    for other in maps[1:]:
-        found = torch.maximum(found, other)
-    return found
+def _running_largest(maps: Tensor, length: int, dim: int) -> Tensor:
+    """The largest of ``length`` neighbours from each on, by doubling: 1 + log₂ of it many maxima."""
+    samples, reached = maps.shape[dim] - length + 1, 1
+    while 2 * reached <= length:
+        count = maps.shape[dim] - reached
+        maps = torch.maximum(maps.narrow(dim, 0, count), maps.narrow(dim, reached, count))
+        reached *= 2
+    if reached == length:
+        return maps
+    return torch.maximum(maps.narrow(dim, 0, samples), maps.narrow(dim, length - reached, samples))
 
 
 def erode(usable: Tensor, radius: int) -> Tensor:
@@ -127,10 +133,10 @@ def erode(usable: Tensor, radius: int) -> Tensor:
         >>> erode(torch.tensor([[True, True, True, False]]), 1)
         tensor([[ True,  True, False, False]])
     """
-    height, width = usable.shape[-2:]
-    bad = F.pad((~usable).float(), (radius,) * 4)
-    bad = _largest([bad[..., dy : dy + height, :] for dy in range(2 * radius + 1)])
-    return _largest([bad[..., dx : dx + width] for dx in range(2 * radius + 1)]) == 0
+    bad = F.pad((~usable).to(torch.uint8), (radius,) * 4)
+    for dim in (-2, -1):
+        bad = _running_largest(bad, 2 * radius + 1, dim)
+    return bad == 0
 
 
 def inside(height: int, width: int, border: int, like: Tensor) -> Tensor:

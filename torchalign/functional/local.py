@@ -6,7 +6,7 @@ The chain, each link a function that works alone:
    a frame can be read at any position without an interpolation that would pull towards whole pixels.
 2. :func:`estimate_shifts`: Gauss–Newton on all samples at once. The field is a cubic B-spline over a lattice of
    nodes, the frame is read at :math:`W^{-1} q + u(q)`, its local contrast compared with the reference's, every
-   sample weighted by similarity, masks and its own residual variance. First in a part of the band, then in all of it.
+   sample weighted by similarity, masks and its own residual variance. First in a part of the band.
 3. The prior: bending and membrane energy of the coefficients, times a smoothness that is chosen for every frame by
    marginal likelihood, among eight values.
 4. The posterior: the predicted error of the field at every node, and the evidence in nats for a field against none.
@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from torchalign.functional.affine import change_origin
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2
+from torchalign.functional.low_pass import band_response
 from torchalign.functional.sampling import spline_response, spline_weights
 from torchalign.functional.shift_field import spline_basis, spline_slope
 from torchalign.functional.smoothing import triangle_mean
@@ -60,7 +61,7 @@ _WITH_GRADIENT = 4
 # The smoothness that is tried, λ of the prior precision: powers of 6, from this one on.
 _LEAST_POWER, _TRIED = -2, 8
 # Errors on simulated frames of all kinds are this share of what the posterior predicts (benchmarks/local.py).
-_SIGMA_CALIBRATION = 0.65
+_SIGMA_CALIBRATION = 0.74
 # Ground counts by half in the score where the field is known to so many pixels only.
 _KNOWN = 0.1
 # A field must make the frame so much likelier, in nats, and nowhere fold it: det(I + ∂u) exceeds this.
@@ -201,7 +202,8 @@ def _prepare_frames(image: Tensor, mask: Tensor | None, levels: list[_Level]) ->
     for level in levels:
         whole = WorkingGrid.of(size, size, level.grid.max_frequency, image)
         y, x = (spline_response(frequency) for frequency in whole.frequencies)
-        coefficients = irfft2(spectrum * (whole.roll_off / (y[:, None] * x)), size)
+        gain = band_response(whole.radius, whole.max_frequency) / (y[:, None] * x)
+        coefficients = irfft2(spectrum * gain, size)
         scale = coefficients.detach().square().mean((-2, -1)).sqrt()
         blank = (scale <= noise) | ~torch.isfinite(scale)
         coefficients = coefficients / torch.where(blank, 1.0, scale)[..., None, None]
@@ -247,7 +249,7 @@ def _tile_ground(image: Tensor, mask: Tensor | None, spacing: int) -> _TileGroun
     fields, weights = [], []
     at = image.new_zeros(1, 1, 1)
     for level, frame in zip(levels, frames, strict=True):
-        field, _ = _read(frame, level, at, at)
+        field = _read_frames(frame, level, at, at)[0]
         fields.append(local_contrast(field, frame.weights))
         edge = _edge(level.y, size[0])[:, None] * _edge(level.x, size[1])
         weights.append(edge.expand(field.shape) if frame.weights is None else edge * frame.weights)
@@ -259,8 +261,10 @@ def _edge(position: Tensor, length: int) -> Tensor:
     return ((from_border + 1) / _EDGE).clamp(0, 1)
 
 
-def _read(frames: _Frames, level: _Level, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """The frames at the samples moved by (dx, dy), (N, h, w); and weights, 0 outside and where unusable."""
+def _read_frames(
+    frames: _Frames, level: _Level, dx: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The frames at the samples moved by (dx, dy), (N, h, w); 1 inside, 0 outside; and how usable it is there."""
     (height, width), pad = frames.frame, _PAD
     y, x = level.y[:, None] + dy, level.x + dx
     inside = (y > -0.5) & (y < height - 0.5) & (x > -0.5) & (x < width - 0.5)
@@ -283,16 +287,16 @@ def _read(frames: _Frames, level: _Level, dx: Tensor, dy: Tensor) -> tuple[Tenso
         assert sums is not None
         value = down[j] * sums if value is None else torch.addcmul(value, down[j], sums)
     assert value is not None
-    weights = inside.to(value.dtype).expand(value.shape)
+    usable: Tensor | None = None
     if frames.weights is not None:
         near_y = ((row + 0.5) * (h / height)).round().long().clamp(0, h - 1)
         near_x = ((column + 0.5) * (w / width)).round().long().clamp(0, w - 1)
         near = (near_y * w + near_x).expand(count, h, w).reshape(count, h * w)
-        weights = weights * frames.weights.flatten(1).gather(1, near).reshape(count, h, w)
-    return value, weights
+        usable = frames.weights.flatten(1).gather(1, near).reshape(count, h, w)
+    return value, inside.to(value.dtype).expand(value.shape), usable
 
 
-def _gradient(image: Tensor) -> tuple[Tensor, Tensor]:
+def _slopes(image: Tensor) -> tuple[Tensor, Tensor]:
     """Central differences of fourth order along x and y, a sample apart."""
     padded = F.pad(image.unsqueeze(1), (2, 2, 2, 2), mode="replicate").squeeze(1)
     across, down = padded[..., 2:-2, :], padded[..., 2:-2]
@@ -309,7 +313,7 @@ def _gradient(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Blocks(NamedTuple):
-    """A symmetric block tridiagonal matrix: of three rows of nodes a block, in the order (component, row, column)."""
+    """A symmetric block tridiagonal matrix: a block holds three rows of nodes."""
 
     diagonal: Tensor  # (N, B, s, s)
     beside: Tensor  # (N, B - 1, s, s), of a block and the one after it
@@ -502,17 +506,17 @@ def _linearize(
     ux, uy = local.unbind(1)
     dx, dy = _backward(warp, level)
     dx, dy = dx + ux, dy + uy
-    own, usable = _read(frames, level, dx, dy)
-    own = local_contrast(own, None if frames.weights is None else usable)
+    own, inside, usable = _read_frames(frames, level, dx, dy)
+    own = local_contrast(own, usable)
     similarity = agreement(own, field.expand(own.shape), fine=True)
-    weight = similarity * usable * weights
+    weight = similarity * inside * (weights if usable is None else usable * weights)
     residual = field - own
     square = weight * residual.square()
     around = triangle_mean(square, 3) / (triangle_mean(weight, 3) + 1e-3)
     typical = square.sum((-2, -1), keepdim=True) / weight.sum((-2, -1), keepdim=True).clamp(min=1e-6)
     variance = around.maximum(_LEAST_VARIANCE * typical) + 1e-6
     precision = weight / (variance * _REDUNDANCY)
-    gx, gy = _per_pixel(_gradient(0.5 * (own + field)), level)
+    gx, gy = _per_pixel(_slopes(0.5 * (own + field)), level)
     px, py = precision * gx, precision * gy
     products = torch.stack((px * gx, px * gy, py * gy), 1).detach()
     matrix = _normal_matrix(products, tables, (level.down.shape[-1], level.along.shape[-1]))
@@ -528,7 +532,7 @@ def _choose_smoothness(equations: _Equations, prior: _Prior) -> Tensor:
     powers = torch.arange(_TRIED, device=equations.right.device, dtype=equations.right.dtype)
     tried = 6.0 ** (powers + _LEAST_POWER)
     scale = tried[:, None, None, None]
-    matrix = _Blocks(*(part[:, None] + scale * unit for part, unit in _pairs(equations, prior)))
+    matrix = _Blocks(*(part[:, None] + scale * unit for part, unit in _with_prior(equations, prior)))
     factor = _factorize(matrix, _to_blocks(equations.right)[:, None].expand(-1, _TRIED, -1, -1))
     return tried[_evidence(factor, prior, tried).argmax(-1)]
 
@@ -548,14 +552,14 @@ def _evidence(factor: _Factor, prior: _Prior, smoothness: Tensor) -> Tensor:
     return torch.where(factor.failed | ~evidence.isfinite(), -torch.inf, evidence)
 
 
-def _pairs(equations: _Equations, prior: _Prior) -> list[tuple[Tensor, Tensor]]:
+def _with_prior(equations: _Equations, prior: _Prior) -> list[tuple[Tensor, Tensor]]:
     return list(zip(equations.matrix, prior.blocks, strict=True))
 
 
-def _solve(equations: _Equations, prior: _Prior, smoothness: Tensor) -> tuple[Tensor, _Factor]:
+def _solve_blocks(equations: _Equations, prior: _Prior, smoothness: Tensor) -> tuple[Tensor, _Factor]:
     """(N, 2, n, m): the coefficients that the linearised equations ask for."""
     scale = smoothness[:, None, None, None]
-    matrix = _Blocks(*((part + scale * unit).detach() for part, unit in _pairs(equations, prior)))
+    matrix = _Blocks(*((part + scale * unit).detach() for part, unit in _with_prior(equations, prior)))
     factor = _factorize(matrix, _to_blocks(equations.right))
     nodes = (equations.right.shape[-2], equations.right.shape[-1])
     return _from_blocks(_back_substitute(factor), nodes), factor
@@ -608,7 +612,7 @@ def _posterior(factor: _Factor, nodes: tuple[int, int]) -> Tensor:
     return torch.cat((near[:, :, :1], near, near[:, :, -1:]), 2)
 
 
-class _Found(NamedTuple):
+class _Fitted(NamedTuple):
     """The least squares over a frame, or a tile of one."""
 
     coefficients: Tensor  # (N, 2, n, m)
@@ -655,12 +659,12 @@ def estimate_shifts(
     """
     frame = (moving.shape[-2], moving.shape[-1])
     tiles = _Tiles.of(frame, spacing)
-    if tiles.count == 1:
+    if tiles.number == 1:
         found = _fit(moving, ground.tiles[0], warp, mask, spacing, smoothness)
         known = _known(found.variance)
         known = torch.matmul(torch.matmul(found.level.down, known), found.level.along.mT)
         inliers = found.similarity * known.clamp(0, 1)
-        return _describe(
+        return _conclude(
             found.coefficients, found.variance, found.evidence, found.flat, inliers, frame, spacing
         )
     return _fit_tiles(moving, ground, warp, mask, spacing, smoothness)
@@ -717,7 +721,7 @@ def _fit_tiles(
     )
     down, along = spline_basis(y, nodes[0]), spline_basis(x, nodes[1])
     inliers = torch.matmul(torch.matmul(down, (near * _known(variance)).clamp(0, 1)), along.mT)
-    return _describe(coefficients, variance, evidence, flat, inliers, frame, spacing)
+    return _conclude(coefficients, variance, evidence, flat, inliers, frame, spacing)
 
 
 class _Tiles(NamedTuple):
@@ -734,13 +738,13 @@ class _Tiles(NamedTuple):
         return cls(frame, sizes, starts, spacing)
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return len(self.starts[0]) * len(self.starts[1])
 
     @property
     def share(self) -> float:
         """Of a tile that is not also its neighbour's, on average."""
-        return self.frame[0] * self.frame[1] / (self.count * self.size[0] * self.size[1])
+        return self.frame[0] * self.frame[1] / (self.number * self.size[0] * self.size[1])
 
     def corners(self) -> list[tuple[int, int]]:
         return [(top, left) for top in self.starts[0] for left in self.starts[1]]
@@ -778,7 +782,7 @@ def _fit(
     mask: Tensor | None,
     spacing: int,
     smoothness: float | None,
-) -> _Found:
+) -> _Fitted:
     """The rounds."""
     frame = (moving.shape[-2], moving.shape[-1])
     nodes = lattice_size(frame, spacing)
@@ -799,15 +803,15 @@ def _fit(
             found = equations(offset, level)
             if smoothness is None and step == _CHOOSE:
                 chosen = _choose_smoothness(found, prior)
-            solution, factor = _solve(found, prior, chosen)
-            offset = _step(offset, solution)
+            solution, factor = _solve_blocks(found, prior, chosen)
+            offset = _step_towards(offset, solution)
     with torch.no_grad():
         variance = _SIGMA_CALIBRATION**2 * _posterior(factor, nodes)
         evidence = _evidence(factor, prior, chosen)
-    return _Found(offset, variance, evidence, flat | ground.flat, found.similarity, levels[-1])
+    return _Fitted(offset, variance, evidence, flat | ground.flat, found.similarity, levels[-1])
 
 
-def _step(offset: Tensor, found: Tensor) -> Tensor:
+def _step_towards(offset: Tensor, found: Tensor) -> Tensor:
     """Towards what was found, as far as it is a number, by so many pixels at most."""
     sound = found.isfinite().flatten(1).all(1)[:, None, None, None]
     return offset + torch.where(sound, found - offset, 0.0).clamp(-_LARGEST_STEP, _LARGEST_STEP)
@@ -818,7 +822,7 @@ def _known(variance: Tensor) -> Tensor:
     return 1 / (1 + 0.5 * (variance[:, 0] + variance[:, 2]).clamp(min=0) / _KNOWN**2).square()
 
 
-def _describe(
+def _conclude(
     coefficients: Tensor,
     variance: Tensor,
     evidence: Tensor,
@@ -838,7 +842,7 @@ def _describe(
         )
         # (a spline over the values at the nodes is a little smoother than they are)
         xx, xy, yy = torch.matmul(torch.matmul(down, variance), along.mT)[..., 0, 0].unbind(-1)
-        covariance = torch.stack((xx, xy, xy, yy), -1).unflatten(-1, (2, 2))
+        covariance = torch.stack((xx, xy, xy, yy), -1).reshape(-1, 2, 2)
         # four points a node tell the extremes of a cubic spline
         fine = [
             torch.linspace(

@@ -20,6 +20,7 @@ __all__ = [
     "compose_fields",
     "field_at",
     "field_at_points",
+    "field_lengths",
     "fit_nodes",
     "invert_field",
     "is_zero",
@@ -124,6 +125,14 @@ def field_at_points(field: ShiftField, points: Tensor) -> Tensor:
         bases.append(spline_basis(at.clamp(1, nodes - 2), nodes))  # (..., T, K, n)
     lines = torch.matmul(bases[0].unsqueeze(-3), field.coefficients)  # (..., T, 2, K, m)
     return (lines * bases[1].unsqueeze(-3)).sum(-1).mT
+
+
+def field_lengths(field: ShiftField, size: tuple[int, int], step: int = 8) -> Tensor:
+    """(..., T, K): how long the field is at every ``step``-th pixel of a frame of (H, W), in pixels."""
+    like = field.coefficients
+    y, x = (torch.arange(0, length, step, device=like.device, dtype=like.dtype) for length in size)
+    dx, dy = field_at(field, x, y)
+    return torch.hypot(dx, dy).flatten(-2)
 
 
 def is_zero(field: ShiftField) -> Tensor:
@@ -237,7 +246,7 @@ def _node_points(field: ShiftField) -> Tensor:
 
 def _through_nodes(field: ShiftField, values: Tensor) -> ShiftField:
     """The field of values (..., T, n·m, 2) at the nodes of another one."""
-    lattice = values.mT.unflatten(-1, field.coefficients.shape[-2:])
+    lattice = values.mT.reshape(field.coefficients.shape)
     return field._replace(coefficients=fit_nodes(lattice))
 
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchalign._host import keeps_tables, kernels_for
 from torchalign.functional.keypoints import erode, highest
 from torchalign.functional.sampling import bilinear
 
@@ -321,6 +322,9 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
     height, width = image.shape[-2:]
     mode = "reflect" if radius < min(height, width) else "replicate"
 
+    kernels = kernels_for(image)
+    if kernels is not None:
+        return kernels.blur(image, _gaussian(sigma, radius, like=image))  # type: ignore[no-any-return]
     weights = [math.exp(-(k**2) / (2 * sigma**2)) for k in range(radius + 1)]
     total = weights[0] + 2 * sum(weights[1:])
     weights = [weight / total for weight in weights]
@@ -337,6 +341,14 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
     rows = F.pad(image.unsqueeze(1), (radius, radius, 0, 0), mode=mode).squeeze(1)
     columns = F.pad(along(rows, -1, width).unsqueeze(1), (0, 0, radius, radius), mode=mode).squeeze(1)
     return along(columns, -2, height)
+
+
+@keeps_tables
+def _gaussian(sigma: float, radius: int, *, like: Tensor) -> Tensor:
+    """(radius + 1,), from the middle outwards; with their mirror image they sum to 1."""
+    distance = torch.arange(radius + 1, device=like.device, dtype=torch.float64)
+    weights = torch.exp(-distance.square() / (2 * sigma**2))
+    return (weights / (2 * weights.sum() - 1)).to(like.dtype)
 
 
 def _allowed(usable: Tensor | None, octave: int, size: tuple[int, int]) -> Tensor | None:

@@ -100,7 +100,6 @@ def extract_pyramid(
     grids: Sequence[WorkingGrid],
     contrast: Contrast = "local",
     blur: float = 0.0,
-    periodic: bool = False,
 ) -> list[Texture]:
     """:func:`extract_texture` for several bands.
 
@@ -113,7 +112,6 @@ def extract_pyramid(
         grids: what each level is sampled on, over frames of this size; the first one has the widest band.
         contrast: as in :func:`extract_texture`.
         blur: σ of a Gaussian in pixels.
-        periodic: see :func:`~torchalign.functional.low_pass.low_pass`.
 
     Returns:
         One :class:`Texture` a grid.
@@ -126,7 +124,7 @@ def extract_pyramid(
         empty, noise = empty | (_deviation(centred) <= noise), torch.zeros_like(noise)
     bands = [(grid.size, grid.max_frequency) for grid in grids]
     textures = []
-    for grid, limited in zip(grids, low_pass(seen, bands, blur=blur, periodic=periodic), strict=True):
+    for grid, limited in zip(grids, low_pass(seen, bands, blur=blur), strict=True):
         weights = None if mask is None else usable_share(mask, grid)
         textures.append(_standardized(limited, weights, noise, empty, contrast))
     return textures

@@ -142,9 +142,18 @@ def resample(
         return _resample_in_blocks(cube, warp, mask, options, out, field)
     planes = _prepare(cube, mask, options)
     result = _combine(planes, _sampler(warp, size, (0, size[0]), cube.dtype, options, field), options)
-    if field is not None and warp.shape[-1] == 2:
-        # what is only shifted is read line by line, which rounds in another order
-        plain = _combine(planes, _sampler(warp, size, (0, size[0]), cube.dtype, options), options)
+    if field is not None:
+        # where nothing is moved: to the bit what comes out without a field, whatever way that takes
+        usable = None if mask is None else mask.squeeze(-3)
+        plain = resample(
+            cube,
+            warp,
+            interpolation=interpolation,
+            padding_mode=padding_mode,
+            fill_value=fill_value,
+            mask=usable,
+            step=step,
+        )
         unmoved = is_zero(field)[..., None, None]
         values = torch.where(unmoved.unsqueeze(-1), plain.values, result.values)
         result = Resampled(values, torch.where(unmoved, plain.validity, result.validity))
@@ -229,7 +238,7 @@ def _check(cube: object, warp: Tensor, mask: object) -> None:
         raise ValueError(message("mask", expected, tuple(mask.shape), cure))
 
 
-def _check_field(field: ShiftField, cube: Tensor) -> None:
+def _check_field(field: object, cube: Tensor) -> None:
     if not isinstance(field, ShiftField):
         cure = "give an estimate's field, or build a torchalign.types.ShiftField"
         raise TypeError(message("field", "a ShiftField", type(field).__name__, cure))

@@ -12,6 +12,7 @@ Importing this package imports Triton, which comes with torch's CUDA wheels; ``i
 from __future__ import annotations
 
 from torchalign.kernels.ascend import Geometry, ascend_shifted, ascend_warped, look
+from torchalign.kernels.blur import blur
 from torchalign.kernels.channel import see
 from torchalign.kernels.climb import climb
 from torchalign.kernels.peak import peak
@@ -24,6 +25,7 @@ __all__ = [
     "Geometry",
     "ascend_shifted",
     "ascend_warped",
+    "blur",
     "climb",
     "common_window",
     "coverage",

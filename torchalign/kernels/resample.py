@@ -42,7 +42,7 @@ _COMPUTE = {
 @triton.jit
 def _restore(values, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, COMPUTE: tl.constexpr):
     """Rounded half to even, and clamped: what is added and taken off again leaves no place for a fraction."""
-    if COMPUTE == tl.float64:
+    if tl.float64 == COMPUTE:
         whole = 6755399441055744.0  # 1.5 · 2⁵²
     else:
         whole = 12582912.0  # 1.5 · 2²³

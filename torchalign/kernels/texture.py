@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import divide
 
-__all__ = ["MOST_PIXELS", "coverage", "cover_frames", "fill", "fill_frames", "mean_frames"]
+__all__ = ["MOST_PIXELS", "cover_frames", "coverage", "fill", "fill_frames", "mean_frames"]
 
 _BLOCK = 1024
 # One program takes the mean of a frame.

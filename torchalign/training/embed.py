@@ -67,28 +67,19 @@ class AlignToFirst(nn.Module):
         """
         check_cube(series)
         mask = check_mask("mask", mask, (*series.shape[:-3], *series.shape[-2:]), series)
-        index = 0 if self.onto == "first" else self.onto
-        if not isinstance(index, str):
-            frames = series.shape[-4]
-            if not -frames <= index < frames:
-                raise ValueError(
-                    message("onto", f"an index below {frames} frames", index, "count from 0, or from −1")
-                )
-            reference = series.select(-4, index)
-            known = None if mask is None else self._frames_of(mask, series).select(-3, index)
-        else:
-            usable = series
-            if mask is not None:
-                usable = torch.where(self._frames_of(mask, series).unsqueeze(-3), series, torch.nan)
+        if mask is not None:
+            mask = mask.expand(*series.shape[:-3], *series.shape[-2:])
+        if self.onto == "median":
             # ±inf is unusable too, and would be a median
-            reference = nanmedian(torch.where(usable.isfinite(), usable, torch.nan), -4)
-            known = None
-        shared = None if known is None else known.unsqueeze(-3)
-        return self.aligner(series, reference, mask, shared).aligned
-
-    @staticmethod
-    def _frames_of(mask: Tensor, series: Tensor) -> Tensor:
-        return mask.expand(*series.shape[:-3], *series.shape[-2:])
+            usable = series.isfinite() if mask is None else series.isfinite() & mask.unsqueeze(-3)
+            reference = nanmedian(torch.where(usable, series, torch.nan), -4)
+            return self.aligner(series, reference, mask).aligned
+        index, frames = 0 if self.onto == "first" else int(self.onto), series.shape[-4]
+        if not -frames <= index < frames:
+            cure = "count from 0, or from −1"
+            raise ValueError(message("onto", f"an index below {frames} frames", index, cure))
+        known = None if mask is None else mask.select(-3, index).unsqueeze(-3)
+        return self.aligner(series, series.select(-4, index), mask, known).aligned
 
     def extra_repr(self) -> str:
         """The options."""

@@ -25,21 +25,13 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
     ``transform_matrix`` (B, 3, 3), kornia's, maps the points of the input to those of the output;
     ``warp`` (B, 3, 3), torchalign's, maps moving (the output) → reference (the input): what an aligner should find.
 
+    Options that are not named here mean what they mean there, and raise the same.
+
     Args:
-        max_translation: of the frame's centre, in pixels.
-        max_deformation: how far any pixel may move against the centre, in pixels.
-        motion: ``"translation"``, ``"euclidean"``, ``"similarity"``, ``"affine"`` or ``"homography"``.
         p: probability that a frame moves.
         same_on_batch: one warp for the whole batch.
-        kernel: of images, see :func:`~torchalign.training.misregistration.misregister`; masks are always moved by
-            the nearest pixel.
-        padding_mode: what enters from outside the frame.
-        generator: a source of randomness of its own, or ``None`` for torch's default.
+        kernel: of images; masks are always moved by the nearest pixel.
         keepdim: give (C, H, W) back as (C, H, W).
-
-    Raises:
-        TypeError: an option has the wrong type.
-        ValueError: an option is out of range.
 
     Example:
         >>> augment = ta.RandomMisregistration2D(max_translation=1.5)
@@ -63,21 +55,14 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
     ) -> None:
         # kornia's own p would move a part of the batch and read how large it is; here, p draws identities
         super().__init__(p=1.0, same_on_batch=same_on_batch, keepdim=keepdim)
-        check_options(
-            max_translation=max_translation,
-            max_deformation=max_deformation,
-            motion=motion,
-            p=p,
-            kernel=kernel,
-            padding_mode=padding_mode,
-        )
         self._drawing: dict[str, Any] = {
-            "max_translation": float(max_translation),
-            "max_deformation": float(max_deformation),
+            "max_translation": max_translation,
+            "max_deformation": max_deformation,
             "motion": motion,
-            "p": float(p),
+            "p": p,
         }
         self.flags = {"kernel": kernel, "padding_mode": padding_mode}
+        check_options(self._drawing | self.flags)
         self._randomness = Randomness(generator)
 
     @property

@@ -105,7 +105,17 @@ class AlignmentLoss(nn.Module):
             TypeError: a dtype does not fit.
             ValueError: a shape or a device does not fit.
         """
-        self._check(moving, reference, warp, mask, reference_mask)
+        check_floating("moving", moving, "(..., C, H, W)")
+        check_floating("reference", reference, "(..., C, H, W)")
+        check_samples(moving, reference, mask, reference_mask)
+        expected, got = (
+            f"{image.dtype} {tuple(image.shape)} on {image.device}" for image in (moving, reference)
+        )
+        if expected != got:
+            error = ValueError if moving.dtype == reference.dtype else TypeError
+            raise error(message("reference", expected, got, "convert it, move it, or give the same bands"))
+        if warp is not None:
+            check_warp("warp", warp, moving.shape[:-3], moving)
         with torch.autocast(moving.device.type, enabled=False):
             kind = torch.promote_types(moving.dtype, torch.float32)
             moving, reference = moving.to(kind), reference.to(kind)
@@ -147,28 +157,6 @@ class AlignmentLoss(nn.Module):
         length = (shift.square().sum(-1) + epsilon**2).sqrt() - epsilon
         matched = estimate.valid.squeeze(-1)
         return torch.where(matched, length, 0.0).clamp(max=self.max_shift)
-
-    @staticmethod
-    def _check(
-        moving: Tensor,
-        reference: Tensor,
-        warp: Tensor | None,
-        mask: Tensor | None,
-        reference_mask: Tensor | None,
-    ) -> None:
-        check_floating("moving", moving, "(..., C, H, W)")
-        check_floating("reference", reference, "(..., C, H, W)")
-        if reference.dtype != moving.dtype:
-            raise TypeError(message("reference", str(moving.dtype), reference.dtype, "convert it"))
-        if reference.device != moving.device:
-            raise ValueError(message("reference", f"device {moving.device}", reference.device, "move it"))
-        if moving.ndim > 2 and reference.shape != moving.shape:
-            expected = f"the shape of moving, {tuple(moving.shape)}"
-            cure = "expand it, or resample it"
-            raise ValueError(message("reference", expected, tuple(reference.shape), cure))
-        check_samples(moving, reference, mask, reference_mask)
-        if warp is not None:
-            check_warp("warp", warp, moving.shape[:-3], moving)
 
     def extra_repr(self) -> str:
         """The options."""

@@ -113,11 +113,7 @@ def measure_residuals(
 
 
 def aligner_or(aligner: object, default: Callable[[], Aligner]) -> Aligner:
-    """The aligner, or the default where it is ``None``.
-
-    Raises:
-        TypeError: no aligner.
-    """
+    """The aligner, or the default where it is ``None``."""
     if aligner is None:
         return default()
     if not isinstance(aligner, Aligner):
@@ -129,12 +125,7 @@ def aligner_or(aligner: object, default: Callable[[], Aligner]) -> Aligner:
 def check_samples(
     moving: Any, reference: Any, mask: Tensor | None = None, reference_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Pairs (..., C, H, W) and their masks as N samples: (N, C, H, W) twice, (N, H, W) twice.
-
-    Raises:
-        TypeError: not tensors.
-        ValueError: their shapes do not fit.
-    """
+    """Pairs (..., C, H, W) and their masks as N samples: (N, C, H, W) twice, (N, H, W) twice."""
     for name, image in (("moving", moving), ("reference", reference)):
         if not isinstance(image, Tensor):
             expected, cure = "a tensor (..., C, H, W)", "convert it first"

@@ -71,7 +71,9 @@ class RegistrationError(Metric):
             found = measure_residuals(self.aligner, *samples, window=self.window)
             if ids is None:
                 ids = self.seen + torch.arange(found.residual.shape[0], device=found.residual.device)
-            self._keep(record(self._state(), found.residual, ids.reshape(-1), found.seeing))
+            kept = record(self._state(), found.residual, ids.reshape(-1), found.seeing)
+        for name, tensor in kept._asdict().items():
+            setattr(self, name, tensor)
 
     def compute(self) -> dict[str, Tensor]:
         """``measured``, ``unmatched``, ``mean``, ``median``, ``p95``, and ``worst`` (K,) with ``worst_ids`` (K,).
@@ -104,7 +106,3 @@ class RegistrationError(Metric):
             nothing, nothing._replace(worst=state.worst.flatten(), worst_ids=state.worst_ids.flatten())
         )
         return state._replace(worst=joined.worst, worst_ids=joined.worst_ids)
-
-    def _keep(self, state: Residuals) -> None:
-        for name, tensor in state._asdict().items():
-            setattr(self, name, tensor)

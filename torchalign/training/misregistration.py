@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -168,7 +168,7 @@ def misregister(
 
 def _upsample(image: Tensor, dim: int, padding_mode: PaddingMode) -> Tensor:
     """Twice as long: every sample, followed by the one half-way to the next."""
-    length, taps = image.shape[dim], 2 * _REACH
+    length = image.shape[dim]
     index = torch.arange(1 - _REACH, length + _REACH, device=image.device)
     if padding_mode == "reflection":  # about the outer edge
         index = index % (2 * length)
@@ -178,20 +178,17 @@ def _upsample(image: Tensor, dim: int, padding_mode: PaddingMode) -> Tensor:
         inside = ((index >= 0) & (index < length)).to(image.dtype)
         extended = extended * (inside if dim == -1 else inside[:, None])
     between = torch.zeros_like(image)
-    for tap in range(taps):
-        between = between + _half_way(tap) * extended.narrow(dim, tap, length)
+    for tap, weight in enumerate(_half_way()):
+        between = between + weight * extended.narrow(dim, tap, length)
     return torch.stack((image, between), dim).flatten(dim - 1, dim)
 
 
 @functools.cache
-def _half_way(tap: int) -> float:
-    """Weight of a tap of the sinc half-way between the middle two, under a Kaiser window; they add up to 1."""
-    weights = []
-    for k in range(2 * _REACH):
-        x = k - _REACH + 0.5
-        window = torch.special.i0(torch.tensor(6.0 * math.sqrt(1 - (x / _REACH) ** 2), dtype=torch.float64))
-        weights.append(math.sin(math.pi * x) / (math.pi * x) * float(window))
-    return weights[tap] / sum(weights)
+def _half_way() -> list[float]:
+    """Weights of the taps of the sinc half-way between the middle two, under a Kaiser window; they add up to 1."""
+    x = torch.arange(2 * _REACH, dtype=torch.float64) - _REACH + 0.5
+    weights = torch.sinc(x) * torch.special.i0(6.0 * (1 - (x / _REACH) ** 2).sqrt())
+    return (weights / weights.sum()).tolist()
 
 
 class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision has no types
@@ -256,24 +253,17 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_options(
-            max_translation=max_translation,
-            max_deformation=max_deformation,
-            motion=motion,
-            p=p,
-            kernel=kernel,
-            padding_mode=padding_mode,
-        )
         check_option("per", per, Per)
-        self.max_translation = float(max_translation)
-        self.max_deformation = float(max_deformation)
+        self.max_translation = max_translation
+        self.max_deformation = max_deformation
         self.motion = motion
-        self.p = float(p)
+        self.p = p
         self.per = per
         self.same_on_bands = bool(same_on_bands)
         self.return_warp = bool(return_warp)
         self.kernel = kernel
         self.padding_mode = padding_mode
+        check_options(vars(self))
         self._randomness = Randomness(generator)
 
     def forward(self, *inputs: Any) -> Any:
@@ -381,22 +371,13 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         return warp if size == other else rescale_warp(warp, (other[1] / size[1], other[0] / size[0]))
 
 
-def check_options(
-    *,
-    max_translation: object,
-    max_deformation: object,
-    motion: object,
-    p: object,
-    kernel: object,
-    padding_mode: object,
-) -> None:
+def check_options(options: Mapping[str, Any]) -> None:
     """What both shells check of their options."""
-    check_number("max_translation", max_translation, minimum=0, maximum=1e6)
-    check_number("max_deformation", max_deformation, minimum=0, maximum=1e6)
-    check_option("motion", motion, MotionModel)
-    check_number("p", p, minimum=0, maximum=1)
-    check_option("kernel", kernel, Kernel)
-    check_option("padding_mode", padding_mode, PaddingMode)
+    for name in ("max_translation", "max_deformation"):
+        check_number(name, options[name], minimum=0, maximum=1e6)
+    check_number("p", options["p"], minimum=0, maximum=1)
+    for name, choices in (("motion", MotionModel), ("kernel", Kernel), ("padding_mode", PaddingMode)):
+        check_option(name, options[name], choices)
 
 
 class Randomness:

@@ -140,11 +140,8 @@ def probe(
     if boxes is not None:
         out, moved = out[:-1], out[-1]
 
-    results = [
-        image
-        for image in map(functools.partial(_read_image, batched=bool(batch)), _images_of(out))
-        if image is not None
-    ]
+    images = (_read_image(item, batched=bool(batch)) for item in tree_flatten(out)[0])
+    results = [image for image in images if image is not None]
     if not results:
         raise ValueError(
             message("augmentation", "an image", type(out).__name__, "return images as they were given")
@@ -167,9 +164,7 @@ def probe(
         cure = "return every one of them, or give matrix= to check what is left against"
         raise MissingImageError(message("augmentation", expected, len(results), cure))
     if claimed is not None:
-        source = F.interpolate(
-            ground[:, None], size=next(iter(slots.values())).size, mode="bilinear", antialias=True
-        )
+        source = _resized(ground[:, None], next(iter(slots.values())).size)
         pairs.append(_against_claim(anchor, source, claimed))
     return pairs
 
@@ -332,38 +327,28 @@ def _slot_of(item: Any) -> _Slot | None:
 
 def _filled(item: Any, slot: _Slot, ground: Tensor, count: int) -> Any:
     """The item with the texture in it."""
-    image = F.interpolate(ground[:, None], size=slot.size, mode="bilinear", antialias=True)  # (n, 1, H, W)
+    image = _resized(ground[:, None], slot.size)  # (n, 1, H, W)
     if slot.channels_last:
+        filled = np.array(item, order="C")  # of numpy or PIL
+        scale = 1 if isinstance(item, np.ndarray) and filled.dtype.kind not in "iu" else 255
         single = image[0, 0].cpu().numpy()
-        if not isinstance(item, np.ndarray):  # PIL
-            filled = np.asarray(item).copy()
-            scaled = single > 0.5 if slot.is_label else 255 * single
-            filled[...] = scaled.astype(filled.dtype)[(...,) + (None,) * (filled.ndim - 2)]
-            return sys.modules["PIL.Image"].fromarray(filled)
-        if slot.is_label:
-            return (single > 0.5).astype(item.dtype)
-        scale = 255 if item.dtype.kind in "iu" else 1
-        return np.ascontiguousarray(
-            np.broadcast_to(
-                (scale * single).astype(item.dtype)[(...,) + (None,) * (item.ndim - 2)], item.shape
-            )
-        )
+        single = single > 0.5 if slot.is_label else scale * single
+        filled[...] = single.astype(filled.dtype)[(...,) + (None,) * (filled.ndim - 2)]
+        return filled if isinstance(item, np.ndarray) else sys.modules["PIL.Image"].fromarray(filled)
     if slot.batch is None:
         image = image[0, 0]  # (H, W)
     else:
         item = item[:count]
         image = image[:, 0].reshape(count, *(1,) * (item.ndim - 3), *slot.size)
     if slot.is_label:
-        values = (image > 0.5).to(item.dtype)
-    else:
-        values = (
-            image.to(item.dtype) if item.dtype.is_floating_point else (255 * image).round().to(item.dtype)
-        )
-    filled = values.expand(item.shape).clone()
+        image = image > 0.5
+    elif not item.dtype.is_floating_point:
+        image = (255 * image).round()
+    values = image.to(item.dtype).expand(item.shape).clone()
     tv_tensors, _ = _torchvision()
     if tv_tensors is not None and isinstance(item, tv_tensors.TVTensor):
-        return tv_tensors.wrap(filled, like=item)
-    return filled
+        return tv_tensors.wrap(values, like=item)
+    return values
 
 
 def _is_flat(item: Any) -> bool:
@@ -373,9 +358,7 @@ def _is_flat(item: Any) -> bool:
 
 def _shown(slot: _Slot, ground: Tensor, count: int) -> Tensor:
     """The texture as a slot has it, (n, 1, H, W)."""
-    image = F.interpolate(
-        ground[: (slot.batch and count) or 1, None], size=slot.size, mode="bilinear", antialias=True
-    )
+    image = _resized(ground[: (slot.batch and count) or 1, None], slot.size)
     return (image > 0.5).to(image.dtype) if slot.is_label else image
 
 
@@ -399,10 +382,6 @@ def _resizing(before: Tensor, after: Tensor) -> Resizing | None:
         if alike > best:
             best, found = alike, name
     return cast(Resizing, found) if found else None
-
-
-def _images_of(out: Any) -> list[Any]:
-    return [item for item in tree_flatten(out)[0] if _slot_of(item) is not None]
 
 
 def _read_image(item: Any, *, batched: bool) -> Tensor | None:
@@ -432,16 +411,15 @@ def _read_image(item: Any, *, batched: bool) -> Tensor | None:
 
 def _of_one_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """The finer one brought to the grid of the coarser; both show the same ground, corner to corner."""
-    if first.shape[-2:] == second.shape[-2:]:
-        return first, second
-    size = min((tuple(image.shape[-2:]) for image in (first, second)), key=math.prod)
-    resized = [
-        image
-        if tuple(image.shape[-2:]) == size
-        else F.interpolate(image, size=size, mode="bilinear", antialias=True)
-        for image in (first, second)
-    ]
-    return resized[0], resized[1]
+    size = min(first.shape[-2:], second.shape[-2:], key=math.prod)
+    return _resized(first, size), _resized(second, size)
+
+
+def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
+    """(n, 1, H, W) of another size; itself where it is of that size."""
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    return F.interpolate(image, size=tuple(size), mode="bilinear", antialias=True)
 
 
 # ------------------------------------------------------------------------------------------------------- the claim

@@ -156,34 +156,25 @@ def record(
     position = position.clamp(max=_BINS - 1)
     one = measured.to(torch.int64)
     blank = torch.zeros_like(one) if seeing is None else (~seeing).to(torch.int64)
-    return _keep_worst(
-        Residuals(
-            state.seen + residual.shape[0],
-            state.unmatched + (1 - one).sum(),
-            state.blank + ((1 - one) * blank).sum(),
-            state.slipped + (0 if slips is None else slips.sum()),
-            state.total + length.to(state.total.dtype).sum(),
-            state.histogram.scatter_add(0, position, one),
-            torch.cat((state.worst.to(torch.float32), torch.where(measured, length, -1.0))),
-            torch.cat((state.worst_ids, ids)),
-        ),
-        state.worst.shape[0],
+    new = Residuals(
+        torch.full_like(state.seen, residual.shape[0]),
+        (1 - one).sum(),
+        ((1 - one) * blank).sum(),
+        torch.zeros_like(state.slipped) if slips is None else slips.sum(),
+        length.to(state.total.dtype).sum(),
+        torch.zeros_like(state.histogram).scatter_add(0, position, one),
+        torch.where(measured, length, -1.0),
+        ids,
     )
+    return merge_residuals(state, new)
 
 
 def merge_residuals(first: Residuals, second: Residuals) -> Residuals:
     """The statistics of both, of the size of the first."""
-    joined = Residuals(
-        first.seen + second.seen,
-        first.unmatched + second.unmatched,
-        first.blank + second.blank,
-        first.slipped + second.slipped,
-        first.total + second.total,
-        first.histogram + second.histogram,
-        torch.cat((first.worst, second.worst)),
-        torch.cat((first.worst_ids, second.worst_ids)),
-    )
-    return _keep_worst(joined, first.worst.shape[0])
+    sums = [own + other for own, other in zip(first[:-2], second[:-2], strict=True)]
+    worst, order = torch.cat((first.worst.to(torch.float32), second.worst)).topk(first.worst.shape[0])
+    ids = torch.cat((first.worst_ids, second.worst_ids)).gather(0, order)
+    return Residuals(*[*sums, worst, ids])
 
 
 def quantile(state: Residuals, q: float) -> Tensor:
@@ -224,8 +215,3 @@ def read_verdict(state: Residuals) -> Verdict:
     count = int(seen - unmatched)
     mean = total / count if count else math.nan
     return Verdict(count, int(unmatched), int(blank), mean, median, p95, worst, slipped=int(slipped))
-
-
-def _keep_worst(state: Residuals, size: int) -> Residuals:
-    worst, order = state.worst.topk(size)
-    return state._replace(worst=worst, worst_ids=state.worst_ids.gather(0, order))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scenes import Waves, assert_derivative
+from scenes import Waves, assert_derivative, scene_with_field
 from torch import Tensor
 
 from torchalign.functional import local
@@ -13,34 +13,6 @@ from torchalign.functional.shift_field import spline_basis
 
 SIZE = (120, 136)
 SPACING = 16
-
-
-def waving(points: Tensor, amplitude: float, *, seed: int = 0) -> Tensor:
-    """A smooth field at (..., 2) points, of wavelengths around 100 pixels."""
-    random = torch.Generator().manual_seed(seed)
-    phase = 6.28 * torch.rand(2, 2, generator=random, dtype=torch.float64)
-    x, y = points[..., 0], points[..., 1]
-    u = torch.sin(2 * torch.pi * (x / 110 + y / 180) + phase[0, 0]) + 0.3 * torch.cos(y / 14 + phase[0, 1])
-    v = 0.6 * torch.sin(2 * torch.pi * (y / 95 - x / 230) + phase[1, 0])
-    return amplitude * torch.stack((u, v), -1)
-
-
-def scene_with_field(
-    size=SIZE, amplitude=1.0, shift=(0.4, -0.3), *, frames=1, dtype=torch.float32, noise=0.002
-):
-    """Frames for which frame(q + u(q) − shift) is the reference at q; and u, (T, 2, H, W)."""
-    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in size), indexing="ij")
-    points, scene = torch.stack((x, y), -1), Waves(1, shortest=4.0, longest=30.0, seed=2)
-    cube, fields = [], []
-    random = torch.Generator().manual_seed(3)
-    for seed in range(frames):
-        there = points
-        for _ in range(25):  # the reference's point of a pixel of the frame: q = p − u(q) + shift
-            there = points - waving(there, amplitude, seed=seed) + torch.tensor(shift)
-        frame = scene.at(there)[0]
-        cube.append(1.2 * frame - 0.1 + noise * torch.randn(*size, generator=random, dtype=torch.float64))
-        fields.append(waving(points, amplitude, seed=seed).movedim(-1, 0))
-    return torch.stack(cube).to(dtype), scene.at(points).to(dtype), torch.stack(fields)
 
 
 def start(frames: int, shift=(0.4, -0.3), dtype=torch.float32) -> Tensor:
@@ -64,7 +36,7 @@ def errors(found, fields, margin=8, size=SIZE, spacing=SPACING) -> Tensor:
     ("amplitude", "median", "largest"), [(1.0, 0.02, 0.1), (0.2, 0.01, 0.05), (3.0, 0.03, 0.15)]
 )
 def test_a_known_field(amplitude, median, largest):
-    cube, reference, fields = scene_with_field(amplitude=amplitude, frames=2)
+    cube, reference, fields = scene_with_field(SIZE, amplitude=amplitude, frames=2)
     ground = prepare_ground(reference, spacing=SPACING)
     found = estimate_shifts(cube, ground, start(2), spacing=SPACING)
     error = errors(found, fields)
@@ -84,14 +56,14 @@ def test_a_known_field(amplitude, median, largest):
 
 
 def test_where_there_is_no_field_there_is_no_evidence():
-    cube, reference, _ = scene_with_field(amplitude=0.0, frames=2, noise=0.01)
+    cube, reference, _ = scene_with_field(SIZE, amplitude=0.0, frames=2, noise=0.01)
     found = estimate_shifts(cube, prepare_ground(reference, spacing=SPACING), start(2), spacing=SPACING)
     assert (found.evidence < 0).all()
     assert not acceptable(found, 3.0).any()
 
 
 def test_a_general_warp_is_where_it_starts():
-    cube, reference, fields = scene_with_field(shift=(0.0, 0.0))
+    cube, reference, fields = scene_with_field(SIZE, shift=(0.0, 0.0))
     ground = prepare_ground(reference, spacing=SPACING)
     plain = estimate_shifts(cube, ground, torch.zeros(1, 2), spacing=SPACING)
     turn = torch.tensor([[[1.002, 0.004, -0.5], [-0.003, 0.999, 0.4]]])
@@ -111,7 +83,7 @@ def test_a_general_warp_is_where_it_starts():
 
 
 def test_masks_act():
-    cube, reference, fields = scene_with_field()
+    cube, reference, fields = scene_with_field(SIZE)
     other = Waves(1, shortest=4.0, longest=30.0, seed=9)
     y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in SIZE), indexing="ij")
     strange = other.at(torch.stack((x, y), -1))[0].float()
@@ -133,7 +105,7 @@ def test_masks_act():
 
 
 def test_flat_frames_and_a_flat_reference():
-    cube, reference, _ = scene_with_field(frames=3)
+    cube, reference, _ = scene_with_field(SIZE, frames=3)
     cube[0], cube[1] = 0.5, torch.nan_to_num(cube[1] * float("nan"))
     ground = prepare_ground(reference, spacing=SPACING)
     found = estimate_shifts(cube, ground, start(3), spacing=SPACING)
@@ -153,7 +125,7 @@ def test_tiles_agree_with_the_whole(monkeypatch):
     whole = estimate_shifts(cube, prepare_ground(reference, spacing=8), start(1), spacing=8)
     monkeypatch.setattr(local, "_LARGEST_TILE", 11)
     tiles = local._Tiles.of(size, 8)
-    assert tiles.count >= 4
+    assert tiles.number >= 4
     assert all(start % 8 == 0 for starts in tiles.starts for start in starts)
     assert tiles.starts[0][-1] + tiles.size[0] == size[0]
     tiled = estimate_shifts(cube, prepare_ground(reference, spacing=8), start(1), spacing=8)

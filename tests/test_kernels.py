@@ -1,0 +1,203 @@
+"""The Triton kernels on a machine without a GPU: each is compiled, each is what the functions of torch are."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton comes with torch's CUDA wheels; this torch has none")
+
+HERE = Path(__file__).resolve().parent
+INTEGERS = "i32"
+# kernels: the module, the pointers that are no float32, the numbers that are no integers, and the constants
+KERNELS = {
+    "resample_frames": (
+        "resample",
+        {"mask": "*u8", "validity": "*u8"},
+        ("fill",),
+        {
+            "KIND": 1,
+            "INTERPOLATION": 1,
+            "PADDING": 0,
+            "FLOATING": True,
+            "MASKED": True,
+            "FILLED": True,
+            "LOWEST": 0,
+            "HIGHEST": 0,
+            "COMPUTE": "float32",
+            "POSITION": "float32",
+            "INDEX": "int32",
+            "BLOCK": 512,
+        },
+    ),
+    "score_frames": (
+        "score",
+        {"moving_usable": "*u8", "reference_usable": "*u8"},
+        (),
+        {
+            "STAGES": 1,
+            "KIND": 0,
+            "MASKED": True,
+            "REFERENCE_MASKED": True,
+            "WEIGHTED": True,
+            "COMPUTE": "float32",
+            "BLOCK": 256,
+        },
+    ),
+    "see_frames": (
+        "channel",
+        {"frames": "*fp16", "mask": "*u8", "usable": "*u8"},
+        (),
+        {"MODE": 1, "MASKED": True, "COMPUTE": "float32", "BLOCK": 1024},
+    ),
+    "climb_frames": ("climb", {}, (), {"COMPUTE": "float32", "EPSILON": 1e-7, "BLOCK": 512}),
+    "peak_frames": (
+        "peak",
+        {},
+        ("step_y", "step_x", "reach", "margin", "least"),
+        {"TINY": 1e-38, "COMPUTE": "float32", "BLOCK": 1024},
+    ),
+    "turn_frames": ("turn", {}, (), {"BLOCK": 1024}),
+    "window_frames": (
+        "turn",
+        {},
+        ("height", "width", "ramp_y", "ramp_x"),
+        {"COMPUTE": "float32", "BLOCK": 1024},
+    ),
+    "mean_frames": ("texture", {"usable": "*u8"}, (), {"COMPUTE": "float32", "BLOCK": 1024}),
+    "fill_frames": ("texture", {"usable": "*u8"}, ("least",), {"COMPUTE": "float32", "BLOCK": 1024}),
+    "cover_frames": ("texture", {"usable": "*u8"}, (), {"COMPUTE": "float32", "BLOCK": 1024}),
+    "blur_frames": ("blur", {}, (), {"DOWN": True, "MIRRORED": True, "COMPUTE": "float32", "BLOCK": 1024}),
+    "look_frames": (
+        "ascend",
+        {},
+        ("height", "width", "ramp_y", "ramp_x"),
+        {
+            "MASKED": True,
+            "TAPERED": True,
+            "PROJECTIVE": True,
+            "SPLINE": False,
+            "COMPUTE": "float32",
+            "BLOCK": 256,
+        },
+    ),
+    "step_warped": (
+        "ascend",
+        {"moves": "*u8"},
+        ("height", "width", "longest", "tolerance"),
+        {
+            "PARAMETERS": 6,
+            "PADDED": 8,
+            "MOTION": 3,
+            "PROJECTIVE": False,
+            "SPLINE": False,
+            "COMPUTE": "float32",
+            "BLOCK": 256,
+        },
+    ),
+    "step_shifted": (
+        "ascend",
+        {"moves": "*u8"},
+        ("samples", "half", "longest", "tolerance"),
+        {"COMPUTE": "float32", "BLOCK": 256},
+    ),
+}
+POINTERS = ["frames", "motion", "mask", "values", "validity", "moving", "reference", "motions", "moving_usable", "reference_usable", "weight", "scores", "seen", "usable", "power", "fy", "fx", "start", "found", "last", "derivatives", "surface", "spectrum", "shift", "turned", "window", "image", "means", "filled", "share", "spline", "warp", "level_x", "level_y", "level_weights", "common", "moves", "weights", "regressors", "inverses", "solutions", "rests", "corners", "warps", "reaches", "weighted", "shifts", "blurred"]
+
+
+def compiled(name: str, capability: int, **constants: object):
+    """The kernel for a GPU of that capability, as it is launched."""
+    from triton import language
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, pointers, numbers, fixed = KERNELS[name]
+    kernel = getattr(importlib.import_module(f"torchalign.kernels.{module}"), name)
+    fixed = fixed | constants
+    signature = {}
+    for parameter in kernel.params:
+        own = parameter.name
+        if own in fixed:
+            signature[own] = "constexpr"
+        elif own in numbers:
+            signature[own] = "fp64"
+        elif own == "frames" and name == "score_frames":
+            signature[own] = INTEGERS
+        else:
+            signature[own] = pointers.get(own, "*fp32" if own in POINTERS else INTEGERS)
+    kinds = {
+        key: getattr(language, value) if isinstance(value, str) else value for key, value in fixed.items()
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=kinds)
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False}
+    )
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    "capability",
+    [80, *(pytest.param(other, marks=pytest.mark.slow) for other in (75, 90, 100))],
+)
+def test_every_kernel_compiles(name, capability):
+    found = compiled(name, capability)
+    assert len(found.asm["cubin"]) > 1000
+    # sine and cosine in full precision, division as torch rounds it
+    assert "cos.approx" not in found.asm["ptx"]
+    assert "sin.approx" not in found.asm["ptx"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"KIND": 2, "INTERPOLATION": 2, "PADDING": 2, "BLOCK": 256},
+        {"INTERPOLATION": 0, "PADDING": 1, "FILLED": False, "MASKED": False},
+        {"COMPUTE": "float64", "POSITION": "float64", "INDEX": "int64"},
+        {"FLOATING": False, "LOWEST": 0, "HIGHEST": 255},
+    ],
+)
+def test_the_warp_compiles_in_other_kinds(constants):
+    assert len(compiled("resample_frames", 90, **constants).asm["cubin"]) > 1000
+
+
+def test_every_kernel_is_named_here():
+    from triton.runtime.jit import JITFunction
+
+    launched = set()
+    for path in (HERE.parent / "torchalign" / "kernels").glob("[a-z]*.py"):
+        module = importlib.import_module(f"torchalign.kernels.{path.stem}")
+        launched |= {
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, JITFunction) and f"{name}[(" in path.read_text()
+        }
+    assert launched == set(KERNELS)
+
+
+def test_kernels_equal_the_functions_of_torch():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            str(HERE / "interpreted.py"),
+        ],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,306 @@
+"""What moved each frame, point by point: tie points for a GIS, rasters of the displacement."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import struct
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+
+from torchalign._check import message, require
+from torchalign.cube.files import atomic, check_free
+from torchalign.cube.georeference import Georeference
+from torchalign.cube.labels import Array, label_text
+from torchalign.cube.solution import check_report, report_georeference, unpack_field
+from torchalign.functional.affine import invert_warp, transform_points
+from torchalign.functional.shift_field import field_at, field_at_points
+from torchalign.functional.warp import backward_displacement
+from torchalign.types import ShiftField, Status
+
+__all__ = ["displacement_of", "field_of", "tie_points", "write_displacements", "write_tie_points"]
+
+# A point counts as right if it is off by no more pixels than this.
+_RIGHT = 0.1
+_TIE_POINT_SUFFIXES = (".geojson", ".csv", ".gpkg")
+# GeoPackage 1.2: "GPKG", and its version, in the header of the SQLite file
+_APPLICATION, _VERSION = 0x47504B47, 10200
+
+
+def field_of(report: xr.Dataset) -> ShiftField | None:
+    """The field of local shifts that a report holds, (T, …) float64; ``None`` if it holds none."""
+    check_report(report)
+    if "field" not in report:
+        return None
+    coefficients, lattice, sigma = (
+        torch.from_numpy(np.array(report[name].values, np.float64))
+        for name in ("field", "field_lattice", "field_sigma")
+    )
+    return unpack_field(coefficients, lattice)._replace(sigma=sigma)
+
+
+def displacement_of(report: xr.Dataset, size: tuple[int, int]) -> Array:
+    """(T, 2, H, W): how far the ground that lies at a pixel of the reference was moved to come there, (x, y) in px.
+
+    Args:
+        report: of :func:`torchalign.align`.
+        size: (H, W).
+    """
+    warp = torch.from_numpy(np.array(report["warp"].values, np.float64))
+    y, x = (torch.arange(length, dtype=torch.float64) for length in size)
+    dx, dy = backward_displacement(warp, x, y[:, None])
+    field = field_of(report)
+    if field is not None:
+        shift_x, shift_y = field_at(field, x, y)
+        dx, dy = dx + shift_x, dy + shift_y
+    shape = (len(warp), *size)
+    return -np.stack((dx.expand(shape).numpy(), dy.expand(shape).numpy()), 1)
+
+
+def tie_points(report: xr.Dataset) -> pd.DataFrame:
+    """One row for every node of the field of every frame that lies inside the frame.
+
+    Columns: ``frame`` (its label), ``column`` and ``row`` (of the point on the reference, in pixels), ``x`` and
+    ``y`` (on the map, where the grid is known), ``shift_x`` and ``shift_y`` (of warp and field together, moving →
+    reference, in pixels), ``local_x`` and ``local_y`` (of the field alone), ``sigma`` (of the field, in pixels;
+    that of the warp where the frame has no field), ``reliability`` (the probability that the point is right to
+    0.1 px, of normal errors) and ``kept`` (whether the frame was moved).
+
+    Args:
+        report: of :func:`torchalign.align` with :class:`torchalign.Local`.
+
+    Raises:
+        TypeError: no Dataset.
+        ValueError: no report, or one without a field.
+    """
+    field = field_of(report)
+    if field is None:
+        cure = "align with torchalign.Cascade(torchalign.PCC(), torchalign.Local())"
+        raise ValueError(message("report", "the field of an aligner with Local", "none", cure))
+    time = report["status"].dims[0]
+    frames = report.sizes[time]
+    labels = report[time].values if time in report.coords else range(frames)
+    warp = torch.from_numpy(np.array(report["warp"].values, np.float64))
+    n, m = field.coefficients.shape[-2:]
+    rows, columns = np.divmod(np.arange(n * m), m)
+    steps = torch.from_numpy(np.stack((columns, rows), -1).astype(float))
+    points = field.origin[:, None] + steps * field.spacing[:, None]  # (T, K, 2)
+    height, width = (float(length) for length in report.attrs.get("grid_size", (math.inf, math.inf)))
+    inside = ((points >= 0) & (points <= torch.tensor([width - 1, height - 1]))).all(-1).numpy()
+    local = -field_at_points(field, points)
+    shift = points - transform_points(invert_warp(warp), points) + local
+    own = field.sigma.flatten(1)
+    of_warp = torch.from_numpy(np.array(report["sigma"].values, np.float64))[:, None]
+    sigma = torch.where(own.isfinite(), own, of_warp).numpy()
+    with np.errstate(divide="ignore"):
+        reliability = 1 - np.exp(-0.5 * (_RIGHT / sigma) ** 2)
+    kept = np.broadcast_to((report["status"].values == Status.OK)[:, None], inside.shape)
+    texts = np.array([label_text(label) for label in labels])
+    table = {"frame": np.broadcast_to(texts[:, None], inside.shape)[inside]}
+    named = {"column": points[..., 0], "row": points[..., 1]}
+    named |= {"shift_x": shift[..., 0], "shift_y": shift[..., 1]}
+    named |= {"local_x": local[..., 0], "local_y": local[..., 1]}
+    table |= {name: values.numpy()[inside] for name, values in named.items()}
+    table |= {"sigma": sigma[inside], "reliability": reliability[inside], "kept": kept[inside]}
+    grid = report_georeference(report)
+    if grid is not None:
+        table["x"], table["y"] = _on_map(grid, table["column"], table["row"])
+    return pd.DataFrame(table)
+
+
+def _on_map(grid: Georeference, column: Array, row: Array) -> tuple[Array, Array]:
+    a, b, c, d, e, f = grid.transform
+    column, row = column + 0.5, row + 0.5  # integers are centres of pixels
+    return a * column + b * row + c, d * column + e * row + f
+
+
+def write_tie_points(report: xr.Dataset, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the nodes of the local shifts as points, see :func:`tie_points`; whole or not at all.
+
+    Args:
+        report: of :func:`torchalign.align` with :class:`torchalign.Local`.
+        path: ending in ``.geojson`` (in degrees, as the format wants; needs a CRS), ``.gpkg`` (in the CRS of the
+            grid) or ``.csv`` (a table with both).
+        overwrite: replace a file that is there.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: no Dataset.
+        ValueError: no report, or one without a field; another suffix; a GeoJSON or a GeoPackage without a grid.
+        FileExistsError: the file is there.
+        ImportError: without rasterio.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _TIE_POINT_SUFFIXES:
+        raise ValueError(
+            message("path", f"a name ending in {', '.join(_TIE_POINT_SUFFIXES)}", path.name, "rename it")
+        )
+    table, grid = tie_points(report), report_georeference(report)
+    check_free(path, overwrite)
+    if suffix == ".csv":
+        with atomic(path) as partial:
+            table.to_csv(partial, index=False, encoding="utf-8")
+        return path
+    if grid is None:
+        cure = "write a .csv, or align a cube with coordinates"
+        raise ValueError(message("report", "a grid", "none", cure))
+    write: Callable[[pd.DataFrame, Georeference, Path], None]
+    write = _write_geojson if suffix == ".geojson" else _write_geopackage
+    with atomic(path) as partial:
+        write(table, grid, partial)
+    return path
+
+
+def _write_geojson(table: pd.DataFrame, grid: Georeference, path: Path) -> None:
+    require("a GeoJSON", "io", "rasterio")
+    from rasterio.warp import transform
+
+    if not grid.crs:
+        raise ValueError(message("report", "a grid with a CRS", "none", "write a .csv or a .gpkg"))
+    longitude, latitude = transform(grid.crs, "EPSG:4326", table["x"].tolist(), table["y"].tolist())
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Point", "coordinates": [round(x, 9), round(y, 9)]},
+            "properties": {name: _plain(value) for name, value in row.items()},
+        }
+        for x, y, row in zip(longitude, latitude, table.to_dict("records"), strict=True)
+    ]
+    document = {"type": "FeatureCollection", "features": features}
+    path.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON knows; what is not finite is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def _write_geopackage(table: pd.DataFrame, grid: Georeference, path: Path) -> None:
+    """A table of points in SQLite, as the OGC's GeoPackage 1.2 wants it."""
+    types = {"O": "TEXT", "b": "BOOLEAN"}
+    names = list(table.columns)
+    kinds = [types.get(table[name].dtype.kind, "REAL") for name in names]
+    columns = ", ".join(f'"{name}" {kind}' for name, kind in zip(names, kinds, strict=True))
+    srs = _srs_id(grid.crs)
+    bounds = (table["x"].min(), table["y"].min(), table["x"].max(), table["y"].max())
+    with closing(sqlite3.connect(path)) as base, base:
+        base.execute(f"PRAGMA application_id = {_APPLICATION}")
+        base.execute(f"PRAGMA user_version = {_VERSION}")
+        base.executescript(_SCHEMA)
+        for number, name, text in ((-1, "undefined cartesian", "undefined"), (0, "undefined", "undefined")):
+            base.execute(_ADD_SRS, (name, number, "NONE", number, text))
+        if srs > 0:
+            base.execute(_ADD_SRS, ("CRS of the grid", srs, "EPSG", srs, grid.crs))
+        base.execute(
+            "INSERT INTO gpkg_contents (table_name, data_type, identifier, min_x, min_y, max_x, max_y, srs_id) "
+            "VALUES ('tie_points', 'features', 'tie_points', ?, ?, ?, ?, ?)",
+            (*map(float, bounds), srs),
+        )
+        base.execute(
+            "INSERT INTO gpkg_geometry_columns VALUES ('tie_points', 'geom', 'POINT', ?, 0, 0)", (srs,)
+        )
+        base.execute(f"CREATE TABLE tie_points (fid INTEGER PRIMARY KEY, geom BLOB, {columns})")
+        points = [_geometry(srs, x, y) for x, y in table[["x", "y"]].to_numpy()]
+        rows = (
+            (point, *map(_plain, row)) for point, row in zip(points, table.to_numpy().tolist(), strict=True)
+        )
+        marks = ", ".join("?" * (len(names) + 1))
+        quoted = ", ".join(f'"{name}"' for name in names)
+        base.executemany(f"INSERT INTO tie_points (geom, {quoted}) VALUES ({marks})", rows)
+
+
+def _geometry(srs: int, x: float, y: float) -> bytes:
+    """A point: the GeoPackage's header, little endian and without an envelope, then well-known binary."""
+    return struct.pack("<2sBBi", b"GP", 0, 1, srs) + struct.pack("<BIdd", 1, 1, x, y)
+
+
+_ADD_SRS = (
+    "INSERT INTO gpkg_spatial_ref_sys (srs_name, srs_id, organization, organization_coordsys_id, definition) "
+    "VALUES (?, ?, ?, ?, ?)"
+)
+_SCHEMA = """
+CREATE TABLE gpkg_spatial_ref_sys (srs_name TEXT NOT NULL, srs_id INTEGER PRIMARY KEY, organization TEXT NOT NULL,
+    organization_coordsys_id INTEGER NOT NULL, definition TEXT NOT NULL, description TEXT);
+CREATE TABLE gpkg_contents (table_name TEXT PRIMARY KEY, data_type TEXT NOT NULL, identifier TEXT UNIQUE,
+    description TEXT DEFAULT '', last_change DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ','now')),
+    min_x DOUBLE, min_y DOUBLE, max_x DOUBLE, max_y DOUBLE, srs_id INTEGER);
+CREATE TABLE gpkg_geometry_columns (table_name TEXT NOT NULL, column_name TEXT NOT NULL,
+    geometry_type_name TEXT NOT NULL, srs_id INTEGER NOT NULL, z TINYINT NOT NULL, m TINYINT NOT NULL,
+    PRIMARY KEY (table_name, column_name));
+"""
+
+
+def _srs_id(crs: str) -> int:
+    """The EPSG code of a CRS, or −1."""
+    if not crs:
+        return -1
+    require("a GeoPackage", "io", "rasterio")
+    from rasterio.crs import CRS
+
+    return CRS.from_string(crs).to_epsg() or -1
+
+
+def write_displacements(report: xr.Dataset, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
+    """A GeoTIFF a frame, of how far the ground at each pixel of the reference was moved to come there.
+
+    Bands ``shift_x`` and ``shift_y``, of warp and field together, in pixels to the right and down; where the grid
+    has metres also ``shift_x_metres`` and ``shift_y_metres``, along the map's axes. A frame that was not aligned
+    is 0.
+
+    Args:
+        report: of :func:`torchalign.align`.
+        folder: where ``displacement_<label>.tif`` go; made if it is not there.
+        overwrite: replace files that are there.
+
+    Returns:
+        The paths, one a frame.
+
+    Raises:
+        TypeError: no Dataset.
+        ValueError: no report, or one without a grid.
+        FileExistsError: a file is there.
+        ImportError: without rasterio.
+    """
+    check_report(report)
+    require("a GeoTIFF", "io", "rasterio")
+    import rasterio
+
+    grid = report_georeference(report)
+    if grid is None:
+        raise ValueError(message("report", "a grid", "none", "align a cube with coordinates along y and x"))
+    time = report["status"].dims[0]
+    labels = report[time].values if time in report.coords else range(report.sizes[time])
+    folder = Path(folder)
+    paths = [
+        folder / f"displacement_{label_text(label).replace(':', '')}.tif" for label in labels
+    ]  # no colon in a file's name
+    for path in paths:
+        check_free(path, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["shift_x", "shift_y"]
+    metres = [f"{name}_metres" for name in names] if "shift_x_metres" in report else []
+    steps = np.array([grid.linear[0, 0], grid.linear[1, 1]])
+    profile = {"driver": "GTiff", "dtype": "float32", "count": len(names + metres), "compress": "deflate"}
+    profile |= {"height": grid.size[0], "width": grid.size[1], "predictor": 3}
+    profile |= {"transform": rasterio.Affine(*grid.transform), "crs": grid.crs or None}
+    for number, path in enumerate(paths):
+        moved = displacement_of(report.isel({time: [number]}), grid.size)[0]
+        bands = np.concatenate((moved, moved * steps[:, None, None])) if metres else moved
+        with atomic(path) as partial, rasterio.open(partial, "w", **profile) as raster:
+            raster.write(bands.astype(np.float32))
+            raster.descriptions = (*names, *metres)
+            raster.units = ("pixel", "pixel", "m", "m")[: len(bands)]
+    return paths

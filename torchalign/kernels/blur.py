@@ -1,0 +1,99 @@
+"""A Gaussian blur of an axis as one kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["blur", "blur_frames"]
+
+_BLOCK = 1024
+
+
+@triton.jit
+def blur_frames(
+    image,  # (N, H, W)
+    weights,  # (radius + 1,)
+    blurred,  # (N, H, W)
+    height,
+    width,
+    radius,
+    DOWN: tl.constexpr,  # along y, else along x
+    MIRRORED: tl.constexpr,  # beyond the edge the image mirrored at it, else the edge repeated
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of pixels of one frame."""
+    pixels = height * width
+    blocks = tl.cdiv(pixels, BLOCK)
+    plane = (tl.program_id(0) // blocks).to(tl.int64) * pixels
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = place < pixels
+    x = place % width
+    y = place // width
+    if DOWN:
+        position = y
+        length = height
+        stride = width
+        line = x
+    else:
+        position = x
+        length = width
+        stride = 1
+        line = y * width
+    total = tl.zeros((BLOCK,), COMPUTE)
+    for k in range(-radius, radius + 1):
+        at = position + k
+        if MIRRORED:
+            at = tl.where(at < 0, -at, at)
+            at = tl.where(at >= length, 2 * (length - 1) - at, at)
+        else:
+            at = tl.minimum(tl.maximum(at, 0), length - 1)
+        weight = tl.load(weights + tl.where(k < 0, -k, k))
+        total += tl.load(image + plane + line + at * stride, mask=live, other=0) * weight
+    tl.store(blurred + plane + place, total, mask=live)
+
+
+def blur(image: Tensor, weights: Tensor) -> Tensor:
+    """A symmetric filter along x, then along y; the edge is mirrored, or repeated where it is too near.
+
+    Args:
+        image: (..., H, W).
+        weights: (radius + 1,), from the middle outwards.
+
+    Returns:
+        (..., H, W).
+    """
+    mirrored = weights.shape[0] <= min(image.shape[-2:])
+    return _blur_axis(_blur_axis(image, weights, False, mirrored), weights, True, mirrored)
+
+
+@torch.library.custom_op("torchalign::blur", mutates_args=())
+def _blur_axis(image: Tensor, weights: Tensor, down: bool, mirrored: bool) -> Tensor:
+    blurred = image.new_empty(image.shape)
+    if image.numel() == 0:
+        return blurred
+    height, width = image.shape[-2:]
+    blur_frames[(math.prod(image.shape[:-2]) * triton.cdiv(height * width, _BLOCK),)](
+        image.contiguous(),
+        weights.contiguous(),
+        blurred,
+        height,
+        width,
+        weights.shape[0] - 1,
+        DOWN=down,
+        MIRRORED=mirrored,
+        COMPUTE=tl.float64 if image.dtype == torch.float64 else tl.float32,
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return blurred
+
+
+@_blur_axis.register_fake
+def _(image: Tensor, weights: Tensor, down: bool, mirrored: bool) -> Tensor:
+    return image.new_empty(image.shape)
