@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_bool, check_option, check_whole, message
+from torchalign._check import check_bool, check_option, message
 from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
 from torchalign.cube.chunks import Companion, compute_together, is_lazy
@@ -27,6 +27,7 @@ from torchalign.cube.reference import Found, FrameReader, ReferenceSource, find_
 from torchalign.cube.run import (
     AlignFrames,
     WarpFrames,
+    check_batch,
     find_device,
     mask_companion,
     place_module,
@@ -212,7 +213,7 @@ def align(
     """
     cube = Cube.of(datacube, {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim})
     check_bool("verify", verify)
-    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    batch = check_batch(batch_size)
     module = _find_aligner(aligner)
     word = reference if isinstance(reference, str) else None
     if word in ("groupwise", "previous"):
@@ -419,7 +420,7 @@ def extend(
     usable = find_mask(mask, "mask", cube)
     new_reader = FrameReader(cube, pixels, usable, where)
     old_reader = FrameReader(old, Pixels.of(old), find_mask(archive_mask, "archive_mask", old), where)
-    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    batch = check_batch(batch_size)
     running = _Running(device if is_lazy(datacube) else where, batch, progress)
     with torch.no_grad(), progress_bar(progress, cube, "extend") as advance:
         there = sun_tensor(find_sun(None, old), where)
@@ -539,7 +540,7 @@ def apply(
         warp = warps.read(torch.device("cpu"), slice(None))
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})
     pixels = Pixels.of(cube, fill_value, "fill_value")
-    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    batch = check_batch(batch_size)
     operation = WarpFrames(pixels, device, batch, interpolation, padding_mode, fill_value)
     usable = mask_companion(find_mask(mask, "mask", cube))
     with torch.no_grad(), progress_bar(progress, cube, "apply") as advance:
