@@ -38,8 +38,7 @@ html_css_files = ["site.css"]
 nb_execution_mode = "off"
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
 myst_heading_anchors = 3
-# attributes of one name in several classes; a page that another branch brings
-suppress_warnings = ["mystnb.unknown_mime_type", "ref.python", "toc.empty_glob"]
+suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]  # attributes of one name in several classes
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give shapes and units, which types do not
