@@ -38,7 +38,7 @@ html_css_files = ["site.css"]
 nb_execution_mode = "off"
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
 myst_heading_anchors = 3
-suppress_warnings = ["mystnb.unknown_mime_type"]
+suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]  # attributes of one name in several classes
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give shapes and units, which types do not
@@ -48,7 +48,7 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_custom_sections = [("Yields", "returns_style")]
 
-# Objects of torchalign must resolve, but for private ones and names of types; those of other projects cannot.
+# Objects of torchalign must resolve, but for private ones; those of other projects cannot offline.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!torchalign\.).*"),
     (r"py:data", r".*"),

@@ -27,7 +27,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 HERE = Path(__file__).resolve().parent
 
 # The widest picture that is committed, in pixels, and how many colours it has.
-WIDEST, COLOURS = 1100, 256
+WIDEST, COLOURS = 840, 256
 
 
 def without_paths(text: str) -> str:
@@ -38,8 +38,11 @@ def without_paths(text: str) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
-def small_png(encoded: str) -> str:
-    """The same picture, base64 in and out, no wider than ``WIDEST`` and of few colours."""
+def small_picture(encoded: str) -> tuple[str, str]:
+    """A picture no wider than ``WIDEST``, base64 in and out, and its type.
+
+    It is a PNG of few colours or, if that is much smaller, a JPEG.
+    """
     from PIL import Image
 
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as opened:
@@ -47,8 +50,28 @@ def small_png(encoded: str) -> str:
     if picture.width > WIDEST:
         size = (WIDEST, round(picture.height * WIDEST / picture.width))
         picture = picture.resize(size, Image.Resampling.LANCZOS)
+    png, jpeg = io.BytesIO(), io.BytesIO()
+    picture.quantize(COLOURS, kmeans=4, dither=Image.Dither.NONE).save(png, "png", optimize=True)
+    picture.save(jpeg, "jpeg", quality=82, optimize=True)
+    kind, made = ("image/jpeg", jpeg) if 1.5 * jpeg.tell() < png.tell() else ("image/png", png)
+    return kind, base64.b64encode(made.getvalue()).decode()
+
+
+def small_gif(encoded: str) -> str:
+    """An animation of 320 pixels and 48 colours, base64 in and out."""
+    from PIL import Image, ImageSequence
+
     made = io.BytesIO()
-    picture.quantize(COLOURS, kmeans=4, dither=Image.Dither.NONE).save(made, "png", optimize=True)
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as opened:
+        duration = opened.info.get("duration", 200)
+        size = (min(320, opened.width), round(opened.height * min(320, opened.width) / opened.width))
+        frames = [
+            frame.convert("RGB").resize(size, Image.Resampling.LANCZOS).quantize(48)
+            for frame in ImageSequence.Iterator(opened)
+        ]
+    frames[0].save(
+        made, "gif", save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=True
+    )
     return base64.b64encode(made.getvalue()).decode()
 
 
@@ -73,7 +96,10 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
                 if kind.startswith("text/"):
                     data[kind] = without_paths(data[kind])
             if "image/png" in data:
-                data["image/png"] = small_png(data["image/png"])
+                kind, picture = small_picture(data.pop("image/png"))
+                data[kind] = picture
+            if "image/gif" in data:
+                data["image/gif"] = small_gif(data["image/gif"])
 
 
 def execute(path: Path, timeout: int, threads: int, write: bool) -> str | None:

@@ -134,10 +134,11 @@ def runnable(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page) or shell_commands(page)])
-def test_page(page, given, capsys):
+def test_page(page, given, stage, tmp_path, monkeypatch, capsys):
     for block in runnable(page):
         run(page, block, given)
-    if shell_commands(page):
+    if shell_commands(page):  # in folders as they were
+        monkeypatch.chdir(shutil.copytree(stage[0], tmp_path / "shell"))
         pytest.importorskip("typer")
         from torchalign.cli import main
 

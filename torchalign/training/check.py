@@ -75,10 +75,10 @@ class _Probed(NamedTuple):
 
 
 class AlignmentCheck(nn.Module):
-    r"""Measure, while training, whether what should be registered is.
+    r"""Check, while training, that images, masks and dates stay registered.
 
     Half-pixel slips in an augmentation (``align_corners``, resize conventions, a crop off by one, a flip of one
-    input alone) cost accuracy for months without a sound. Two ways to hear them:
+    input alone) lower accuracy and raise no error. There are two ways to find them:
 
     **Of the data**, given the pairs that go into the model (two dates, two sensors)::
 
@@ -88,24 +88,24 @@ class AlignmentCheck(nn.Module):
             ...
         print(check.summary())
 
-    **Of an augmentation**, whatever the data, by *probes*: every image and mask of the sample is replaced by one
-    and the same artificial texture (a mask gets it in black and white), the augmentation runs on that, and what
-    comes out is compared among itself and with the geometry that the augmentation claims: kornia's
-    ``transform_matrix``, the bounding boxes of torchvision v2, or a ``matrix`` of your own::
+    **Of an augmentation**, by *probes*: every image and mask of the sample is replaced by the same artificial
+    texture (black and white for a mask) and the augmentation runs on it. The outputs are compared with each other
+    and with the geometry that the augmentation reports: kornia's ``transform_matrix``, the bounding boxes of
+    torchvision v2, or a ``matrix`` of your own::
 
         augment = check.wrap(augment)        # use it as before; every n-th call is checked
         print(check.locate(augment, sample)) # which step of a Compose is at fault
 
-    Colours may change, be inverted too. But what hides the contours themselves (solarising, noise as strong as the
-    image) cannot be told from a loss of registration: it is said to match nothing; check the pipeline without it.
+    Colours may change or be inverted. A step that hides the contours (solarising, noise as strong as the image)
+    looks like a loss of registration and is reported as no match: check the pipeline without it.
 
     The probe works on a copy, and the random states of torch, numpy and Python are put back: training with and
     without the check is the same, bit for bit.
 
     A sample *slips* if any of five windows (corners and centre) is displaced by more than ``tolerance`` and two
-    standard errors of the estimate. Residuals are recorded in buffers of fixed size, on the device, and wait for
-    nothing until :meth:`summary`. ``"warn"`` and ``"raise"`` wait for the device in every call that is checked:
-    a larger ``every`` makes them cheaper.
+    standard errors of the estimate. Residuals are recorded in buffers of fixed size on the device. Nothing waits
+    for the device before :meth:`summary`. ``"warn"`` and ``"raise"`` wait for it in every call that is checked; a
+    larger ``every`` makes them cheaper.
 
     Args:
         aligner: what measures; ``None``: ``ta.PCC(max_translation=8)``.
