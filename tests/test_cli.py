@@ -981,8 +981,8 @@ def test_help_teaches(capsys):
         assert len(lines) >= 3
     assert run("align", "--help") == 0
     said = " ".join(capsys.readouterr().out.split())
-    from torchalign.xr import _ALIGNERS
+    from torchalign.cube.run import ALIGNERS
 
-    assert f"The method: {', '.join(_ALIGNERS)}." in said  # whatever xr knows
+    assert f"The method: {', '.join(ALIGNERS)}." in said  # whatever xr knows
     for word in ("iterative", "--skip-bad", "[default: median]", "[default: 5]"):
         assert word in said

@@ -98,7 +98,7 @@ def small(size, shifts, seed=1):
 @pytest.mark.parametrize("contrast", ["local", "none"])
 def test_gradcheck(size, shifts, robust, contrast):
     cube, reference = small(size, shifts)
-    aligner = ta.PCC(robust=robust, contrast=contrast)
+    aligner = ta.PCC(robust=robust, contrast=contrast, max_sigma=5.0)  # frames so small are not sure
     assert aligner.estimate(cube, reference).valid.all()
 
     def found(cube, reference):

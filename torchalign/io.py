@@ -249,7 +249,8 @@ def align_files(
     check_option("errors", errors, OnError)
     check_option("resampling", resampling, Resampling)
     check_option("compression", compression, Compression)
-    if isinstance(bands, Mapping):
+    given: object = bands
+    if isinstance(given, Mapping):
         cure = "align them as a Dataset of dask chunks: open_stack(…, bands=…, chunks=1)"
         raise TypeError(message("bands", "names or numbers of the bands in a file", "a mapping", cure))
     module = find_aligner(aligner)

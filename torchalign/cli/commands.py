@@ -39,11 +39,11 @@ from torchalign.cube.georeference import crs_name, find_georeference
 from torchalign.cube.labels import Cube, band_labels, find_dims, label_text, time_labels
 from torchalign.cube.pixels import find_nodata
 from torchalign.cube.reference import ReferenceName
+from torchalign.cube.run import ALIGNERS
 from torchalign.cube.tables import REPORT_SUFFIXES
 from torchalign.functional.channels import ChannelName
 from torchalign.local import Local
 from torchalign.models.weights import load_weights, weights_table
-from torchalign.xr import _ALIGNERS
 
 __all__ = ["app"]
 
@@ -222,7 +222,7 @@ class AlignOptions(CubeOptions):
             "of one frame, as 2020-05-01, or a file with the picture."
         ),
     ] = "median"
-    aligner: Annotated[str, Option(help=f"The method: {', '.join(_ALIGNERS)}.")] = "auto"
+    aligner: Annotated[str, Option(help=f"The method: {', '.join(ALIGNERS)}.")] = "auto"
     local: Annotated[
         bool,
         Option("--local", help="Local shifts on top, of terrain or jitter; kept only where they are sure."),
@@ -349,11 +349,11 @@ def _choose_aligner(given: AlignOptions, cube: xr.DataArray) -> Any:
     common = {key: getattr(given, key) for key in ("max_translation", "channel", "crop_center")}
     options = {key: value for key, value in common.items() if value is not None}
     options |= _parse_options(given.option)
-    if name not in _ALIGNERS or not (options or given.local):
+    if name not in ALIGNERS or not (options or given.local):
         return name  # align knows how to complain of the name
     if "channel" in options:
         options["channel"] = _choose_channel(str(options["channel"]), cube)
-    module: Any = _ALIGNERS[name]()
+    module: Any = ALIGNERS[name]()
     if given.local and name != "local":
         module = Cascade(module, Local())
     stages = getattr(module, "stages", None)  # of a cascade: each gets those options that it knows
