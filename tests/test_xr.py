@@ -765,7 +765,7 @@ def test_aligners_by_name(name, make):
 @pytest.mark.parametrize(
     ("aligner", "error", "pattern"),
     [
-        ("orb", ValueError, r"in this release one of 'auto', 'pcc', .*got 'orb'"),
+        ("orb", ValueError, r"in this release one of 'auto', 'cross', 'pcc', .*got 'orb'"),
         ("sift", ValueError, r"got 'sift'"),
         ("PCC ", ValueError, r"got 'PCC '"),
         (PCC, TypeError, r"make an instance"),
