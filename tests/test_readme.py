@@ -25,9 +25,6 @@ PAGES = {
 # Blocks that hold one of these wait for the branch that brings it, and are left out until the name is there. When
 # all branches are merged this list is empty.
 WAITS = {
-    "ta.Groupwise": ("groupwise", hasattr(ta, "Groupwise")),
-    '"groupwise"': ("groupwise", hasattr(ta, "Groupwise")),
-    "ta.extend": ("groupwise", hasattr(ta, "extend")),
     "aligned_dataset": ("data", (ROOT / "torchalign/cube/variables.py").exists()),
     'grid="union"': ("data", "grid" in ta.open_stack.__kwdefaults__),
 }
