@@ -85,7 +85,7 @@ def test_doc_names_every_option():
 # ---------------------------------------------------------------------------------------------------- gradients
 
 
-SMALL = [((24, 20), [[-0.4, 0.5]]), ((28, 25), [[0.7, -0.4]])]
+SMALL = [((30, 26), [[-0.4, 0.5]]), ((33, 37), [[0.7, -0.4]])]
 
 
 def small(size, shifts, seed=1):
@@ -98,7 +98,7 @@ def small(size, shifts, seed=1):
 @pytest.mark.parametrize("contrast", ["local", "none"])
 def test_gradcheck(size, shifts, robust, contrast):
     cube, reference = small(size, shifts)
-    aligner = ta.PCC(robust=robust, contrast=contrast, max_sigma=5.0)  # frames so small are not sure
+    aligner = ta.PCC(robust=robust, contrast=contrast)
     assert aligner.estimate(cube, reference).valid.all()
 
     def found(cube, reference):
