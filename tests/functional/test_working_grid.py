@@ -32,4 +32,4 @@ def test_common_ground_is_where_both_frames_lie():
     assert np.array_equal(common.numpy(), expected)
     soft = Window.of(grid, 0.5)
     still = soft.common(torch.zeros(2, dtype=torch.float64))
-    torch.testing.assert_close(still, soft.whole(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(still, soft.whole, atol=1e-12, rtol=0)

@@ -25,9 +25,10 @@ from torchalign.cube.chunks import Companion, chunk_sizes, is_lazy, map_chunks, 
 from torchalign.cube.labels import CUBE, MASK, Array, Cube, load
 from torchalign.cube.pixels import Pixels, keep_nodata
 from torchalign.cube.reference import ReferenceSource
-from torchalign.cube.solution import promised_fields, report_fields, unpack_field
+from torchalign.cube.solution import Remaining, promised_fields, report_fields, unpack_field
 from torchalign.ecc import ECC
 from torchalign.functional.affine import identity_warp, to_homogeneous
+from torchalign.functional.misfit import misfit
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.shift_field import is_zero
 from torchalign.functional.warp import Interpolation, PaddingMode, Resampled, resample
@@ -259,27 +260,27 @@ class AlignFrames(Operation):
         aligned, found = self.aligner(frames, reference, **options)
         if getattr(self.aligner, "fill_value", None) is not None:
             aligned = keep_nodata(aligned, frames, found.warp, found.field)
-        residual = None
+        left = None
         if self.verify and reference is not None:
-            residual = _remaining_shift(self.aligner, aligned, usable, found, reference, reference_usable)
+            left = _measure_again(self.aligner, aligned, usable, found, reference, reference_usable)
         del frames  # what is large is given back before more of it is made
         encoded = self.pixels.encode(aligned, raw)
         rejected = ~found.valid.cpu().numpy()
         encoded[rejected] = raw[rejected]
-        return encoded, report_fields(found, residual, size, self.metres)
+        return encoded, report_fields(found, left, size, self.metres)
 
 
-def _remaining_shift(
+def _measure_again(
     module: nn.Module,
     aligned: Tensor,
     usable: Tensor | None,
     found: Estimate,
     reference: Tensor,
     reference_usable: Tensor | None,
-) -> Tensor:
-    """(t, 2), how far aligned frames still are from the reference; NaN where that cannot be measured."""
+) -> Remaining:
+    """How far aligned frames, and their parts, still are from the reference."""
     if not len(aligned):
-        return aligned.new_empty(0, 2)
+        return Remaining(aligned.new_empty(0, 2), aligned.new_empty(0))
     inside = aligned.new_ones(len(aligned), 1, *aligned.shape[-2:])
     if usable is not None:
         inside = inside * usable.reshape(-1, 1, *usable.shape[-2:])
@@ -298,7 +299,10 @@ def _remaining_shift(
     contrast = channel_source.score_contrast
     remaining = phase_correlation(moving, still, moving_usable, still_usable, contrast=contrast)
     measured = found.valid & remaining.converged & ~remaining.flat & ~remaining.outside
-    return remaining.shift.masked_fill(~measured[:, None], torch.nan)
+    apart = misfit(moving, still, moving_usable, still_usable, contrast=contrast)
+    return Remaining(
+        remaining.shift.masked_fill(~measured[:, None], torch.nan), apart.masked_fill(~found.valid, torch.nan)
+    )
 
 
 # --- apply ---

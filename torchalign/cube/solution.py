@@ -27,6 +27,7 @@ from torchalign.functional.shift_field import field_lengths
 from torchalign.types import Estimate, ShiftField, Status
 
 __all__ = [
+    "Remaining",
     "ReportSummary",
     "as_report",
     "build_report",
@@ -47,10 +48,12 @@ _FIELDS = {
     "shift_y": ("pixel", "displacement of the frame's centre, downwards"),
     "score": ("1", "correlation with the reference after alignment"),
     "score_before": ("1", "correlation with the reference before alignment"),
-    "sigma": ("pixel", "predicted standard error of the translation"),
+    "sigma": ("pixel", "predicted standard error of the translation, along the axis that is known worst"),
+    "covariance": ("pixel2", "predicted covariance of the translation (x, y)"),
     "local_shift_median": ("pixel", "median length of the local shifts on top of the warp, over the frame"),
     "local_shift_p95": ("pixel", "95th percentile of their length"),
     "status": ("1", "OK: aligned; else the frame was left as it came, and why"),
+    "stage": ("1", "which stage of a cascade the warp is of; -1 where none was accepted"),
     "closure": ("pixel", "how well the frame's pairs agree, root mean square per axis; no accuracy"),
     "support": ("1", "summed weight of the frame's pairs"),
     "sigma_season": ("pixel", "part of sigma that comes from the sun's place and from parts that disagree"),
@@ -60,6 +63,10 @@ _FIELDS = {
     "sun_azimuth": ("degree", "of the sun, clockwise from the image's up"),
     "residual_x": ("pixel", "displacement left after alignment, measured again, to the right"),
     "residual_y": ("pixel", "displacement left after alignment, measured again, downwards"),
+    "misfit": (
+        "pixel",
+        "how far parts of the frame disagree with its warp, beyond their own standard errors",
+    ),
     "shift_x_metres": ("m", "displacement of the frame's centre, towards greater x"),
     "shift_y_metres": ("m", "displacement of the frame's centre, towards greater y"),
     "residual_x_metres": ("m", "displacement left after alignment, towards greater x"),
@@ -73,6 +80,7 @@ _FIELDS = {
 }
 # the dims of what is no (T,) or (T, row, col)
 _FIELD_DIMS: dict[str, tuple[str, ...]] = {
+    "covariance": ("axis", "other_axis"),
     "field": ("component", "node_y", "node_x"),
     "field_sigma": ("node_y", "node_x"),
     "field_lattice": ("lattice",),
@@ -82,6 +90,22 @@ _ATTRS = {
     "title": "How each frame was aligned, and how far to trust it",
     "torchalign_version": __version__,
 }
+
+
+# A frame is distorted if its parts disagree by more than this, in pixels, and than so many of its σ.
+_DISTORTED, _DISTORTED_SIGMAS = 0.1, 3.0
+
+
+class Remaining(NamedTuple):
+    """What is measured again after alignment; NaN where that could not be done.
+
+    Attributes:
+        shift: (T, 2), (x, y), how far frames still are from the reference, in pixels.
+        misfit: (T,), see :func:`~torchalign.functional.misfit.misfit`.
+    """
+
+    shift: Tensor
+    misfit: Tensor
 
 
 class ReportSummary(NamedTuple):
@@ -99,6 +123,7 @@ class ReportSummary(NamedTuple):
         residual_median: of the length of what is left after alignment, in pixels.
         ce90: circular error, 90 %: nine in ten frames have no more left than this, in pixels.
         ce90_metres: the same in metres.
+        distorted: share of the frames that were measured whose parts disagree with their warp.
     """
 
     frames: int
@@ -110,6 +135,7 @@ class ReportSummary(NamedTuple):
     residual_median: float
     ce90: float
     ce90_metres: float
+    distorted: float = float("nan")
 
     def __str__(self) -> str:
         """Lines for people."""
@@ -126,6 +152,8 @@ class ReportSummary(NamedTuple):
             if np.isfinite(pixels):
                 in_metres = f" = {metres:.3g} m" if np.isfinite(metres) else ""
                 lines.append(f"{label:<9}{first:<7}{pixels:.3f} px{in_metres}")
+        if self.distorted > 0.5:
+            lines.append('the frames are distorted: try ECC(motion="affine") or Local')
         return "\n".join(lines)
 
     def attrs(self) -> dict[str, Any]:
@@ -182,6 +210,13 @@ def summarize(report: xr.Dataset) -> ReportSummary:
         length("residual_x", "residual_y"),
         length("residual_x_metres", "residual_y_metres"),
     )
+    distorted = float("nan")
+    if "misfit" in known:
+        misfit, sigma = known["misfit"].values[aligned], known["sigma"].values[aligned]
+        seen = np.isfinite(misfit)
+        if seen.any():
+            bound = np.maximum(_DISTORTED, _DISTORTED_SIGMAS * sigma[seen])
+            distorted = float((misfit[seen] > bound).mean())
     return ReportSummary(
         len(status),
         {name: count for name, count in counts.items() if count},
@@ -192,6 +227,7 @@ def summarize(report: xr.Dataset) -> ReportSummary:
         percentile(residual, 50),
         percentile(residual, 90),
         percentile(residual_metres, 90),
+        distorted,
     )
 
 
@@ -199,27 +235,28 @@ def summarize(report: xr.Dataset) -> ReportSummary:
 
 
 def report_fields(
-    estimate: Estimate, residual: Tensor | None, size: tuple[int, int], metres: Mapping[str, float]
+    estimate: Estimate, left: Remaining | None, size: tuple[int, int], metres: Mapping[str, float]
 ) -> dict[str, Array]:
     """The fields of a report that come with a batch of frames, on the host.
 
     Args:
         estimate: of (T,) frames.
-        residual: (T, 2), (x, y) in pixels.
+        left: what was measured again after alignment, if it was.
         size: (H, W) of the frames.
         metres: in a pixel along ``"x"`` and ``"y"``, signed; without those that are not known.
     """
     shift = center_displacement(estimate.warp, size)  # (T, 2), (x, y)
     fields = {"warp": estimate.warp, "shift_x": shift[:, 0], "shift_y": shift[:, 1], "score": estimate.score}
     fields |= {"score_before": estimate.score_before, "sigma": estimate.sigma, "status": estimate.status}
-    if residual is not None:
-        fields |= {"residual_x": residual[:, 0], "residual_y": residual[:, 1]}
+    fields |= {"covariance": estimate.covariance, "stage": estimate.stage}
+    if left is not None:
+        fields |= {"residual_x": left.shift[:, 0], "residual_y": left.shift[:, 1], "misfit": left.misfit}
     if estimate.field is not None and estimate.field.coefficients.shape[-1]:
         fields |= _local_fields(estimate.field, size)
     for name in [name for name in fields if name.startswith(("shift", "residual")) and name[-1] in metres]:
         fields[f"{name}_metres"] = fields[name] * metres[name[-1]]
     found = {name: np.asarray(tensor.detach().cpu().numpy()) for name, tensor in fields.items()}
-    return found | {"status": found["status"].astype(np.int8)}
+    return found | {name: found[name].astype(np.int8) for name in ("status", "stage")}
 
 
 def _local_fields(field: ShiftField, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -249,7 +286,8 @@ def promised_fields(
         shapes = ((0, 2, *nodes), (0, *nodes), (0, 2), (0, 2))
         field = ShiftField(*(torch.empty(shape, dtype=dtype) for shape in shapes))
     empty = Estimate(warp, numbers, numbers, numbers, covariance, codes, codes, field)
-    fields = report_fields(empty, numbers.reshape(0, 2) if residual else None, (1, 1), metres)
+    left = Remaining(numbers.reshape(0, 2), numbers) if residual else None
+    fields = report_fields(empty, left, (1, 1), metres)
     return {name: (values.shape[1:], values.dtype) for name, values in fields.items()}
 
 

@@ -21,6 +21,7 @@ from torchalign.types import Status
 __all__ = ["REPORT_SUFFIXES", "check_suffix", "read_report", "to_table", "write_report"]
 
 REPORT_SUFFIXES = (".csv", ".json", *NETCDF)
+_MATRICES = {"warp": 3, "covariance": 2}  # of each frame, with its number of columns
 _GRID_COLUMNS = ("grid_height", "grid_width", *(f"grid_transform_{letter}" for letter in "abcdef"))
 _CRS_COLUMN, _LABEL_COLUMN = "grid_crs", "label_dtype"
 _CURE = "give a file that save_report wrote"
@@ -93,7 +94,7 @@ def to_table(report: xr.Dataset) -> pd.DataFrame:
         if array.dims == (time,):
             columns[str(name)] = array.values
     for name, array in known.items():
-        if array.ndim == 3 and array.sizes.get("col"):  # the entries of a matrix; a field is no table
+        if array.ndim == 3 and name in _MATRICES:  # a field is no table
             values = array.transpose(time, ...).values
             for row, column in np.ndindex(*values.shape[1:]):
                 columns[f"{name}_{row}{column}"] = values[:, row, column]
@@ -130,12 +131,23 @@ def _read_csv(path: Path) -> xr.Dataset:
     time, *names = (str(name) for name in table.columns)
     if not {"status", "warp_00"} <= {*names}:
         raise ValueError("a table has status and warp_00 … for every frame")
-    cells = [name for name in names if re.fullmatch(r"warp_\d\d", name)]
-    others = {"status", *cells, *_GRID_COLUMNS, _CRS_COLUMN, _LABEL_COLUMN}
+    matrices = {
+        matrix: [name for name in names if re.fullmatch(rf"{matrix}_\d\d", name)] for matrix in _MATRICES
+    }
+    cells = [name for entries in matrices.values() for name in entries]
+    others = {"status", "stage", *cells, *_GRID_COLUMNS, _CRS_COLUMN, _LABEL_COLUMN}
     fields: dict[str, Any] = {name: _floats(table[name]) for name in names if name not in others}
-    warp = _floats(table[cells].to_numpy().ravel())
-    fields["warp"] = warp.reshape(len(table), len(cells) // 3, 3)
+    for matrix, entries in matrices.items():
+        if entries:
+            values = _floats(table[entries].to_numpy().ravel())
+            columns = _MATRICES[matrix]
+            fields[matrix] = values.reshape(len(table), len(entries) // columns, columns)
+    # all were of one dtype; one that holds nothing but NaN does not tell which
+    dtype = np.result_type(*fields.values())
+    fields = {name: values.astype(dtype) for name, values in fields.items()}
     fields["status"] = _status_codes(table["status"])
+    if "stage" in names:
+        fields["stage"] = table["stage"].to_numpy().astype(np.int8)
     attrs: dict[str, Any] = {}
     first: Mapping[str, str] = table.iloc[0].to_dict() if len(table) else {}  # without a row there is no grid
     grid = [first[name] for name in _GRID_COLUMNS if name in first]
@@ -218,6 +230,8 @@ def _plain_labels(report: xr.Dataset) -> tuple[list[Any], str | None]:
 def _relabel(
     fields: dict[str, Any], time: Hashable, labels: list[Any], kind: str | None, attrs: Mapping[str, Any]
 ) -> xr.Dataset:
+    if "stage" in fields:
+        fields["stage"] = fields["stage"].astype(np.int8)
     report = build_report(fields, None, attrs, time)
     report.attrs |= dict(attrs) | summarize(report).attrs()
     return report if kind is None else report.assign_coords({time: np.array(labels, kind)})

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchalign.functional.phase import phase_correlation
+from torchalign.functional.texture import Contrast
 
 __all__ = ["misfit"]
 
@@ -20,6 +21,8 @@ def misfit(
     reference: Tensor,
     aligned_mask: Tensor | None = None,
     reference_mask: Tensor | None = None,
+    *,
+    contrast: Contrast = "local",
 ) -> Tensor:
     r"""The spread of the shifts of blocks of aligned frames, per axis, less what their σ explain.
 
@@ -33,6 +36,7 @@ def misfit(
         reference: (..., H, W), broadcastable.
         aligned_mask: bool, (..., H, W), True = usable; ``None`` if all is.
         reference_mask: bool, broadcastable.
+        contrast: see :func:`~torchalign.functional.texture.extract_texture`.
 
     Returns:
         (...,), in pixels; NaN where fewer than four blocks could be measured.
@@ -60,7 +64,12 @@ def misfit(
     assert moving is not None
     assert still is not None
     found = phase_correlation(
-        moving, still, blocks(aligned_mask), blocks(reference_mask), max_translation=_REACH
+        moving,
+        still,
+        blocks(aligned_mask),
+        blocks(reference_mask),
+        max_translation=_REACH,
+        contrast=contrast,
     )
     sure = found.converged & ~found.flat & ~found.outside & ~found.ambiguous
     weight = sure.to(aligned.dtype)
