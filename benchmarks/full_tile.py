@@ -1,8 +1,8 @@
 """Two full Sentinel-2 tiles, 10980² pixels of four bands in uint16, from file to file: memory, time, accuracy.
 
 ``/usr/bin/time -v python benchmarks/full_tile.py [--size 10980]``. The scene is made of the Landsat scene of
-``../shared/data``, repeated and cut at two offsets at three times the resolution, so that the shift is (2/3, −1/3) plus
-whole pixels exactly; made blockwise, and outside the measured part, which is a process of its own.
+``../shared/data``, repeated and cut at two offsets at three times the resolution, so that the shift is (5/3, 4/3)
+pixels exactly; made blockwise, and outside the measured part, which is a process of its own.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ def untidy(written, tmp_path_factory):
         ("align FOLDER --out out.nc", "files like *.tif*"),
         ("align image.tif --out out.nc", "date"),
         ("align CUBE image.tif --out out.nc", "one cube, or GeoTIFFs"),
-        ("align table.csv --out out.nc", "a .csv file"),
+        ("align table.csv --out out.nc", "a path in every line"),
         ("align CUBE --out out.tar", "a folder for GeoTIFFs"),
         ("align CUBE --out image.tif", "a folder for GeoTIFFs"),
         ("align CUBE --out full", "not empty"),
@@ -981,8 +981,8 @@ def test_help_teaches(capsys):
         assert len(lines) >= 3
     assert run("align", "--help") == 0
     said = " ".join(capsys.readouterr().out.split())
-    from torchalign.xr import _ALIGNERS
+    from torchalign.cube.run import ALIGNERS
 
-    assert f"The method: {', '.join(_ALIGNERS)}." in said  # whatever xr knows
+    assert f"The method: {', '.join(ALIGNERS)}." in said  # whatever xr knows
     for word in ("iterative", "--skip-bad", "[default: median]", "[default: 5]"):
         assert word in said

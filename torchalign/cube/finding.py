@@ -1,4 +1,4 @@
-"""Which files make a stack, and of what date each is: folders, globs, URLs, lists and manifests; names read for dates."""
+"""Which files make a stack, and of what date each is: folders, globs, URLs, lists, manifests; dates in names."""
 
 from __future__ import annotations
 

@@ -155,7 +155,8 @@ def _common_grid(layers: Sequence[_Layer], wanted: Any) -> Georeference:
     first, *others = (next(iter(layer.headers.values())) for layer in layers)
     for layer, other in zip(layers[1:], others, strict=True):
         if not are_close(first.grid, other.grid):
-            got = f"{_grid_in_words(first.grid)} for {layers[0].name}, {_grid_in_words(other.grid)} for {layer.name}"
+            own, its = _grid_in_words(first.grid), _grid_in_words(other.grid)
+            got = f"{own} for {layers[0].name}, {its} for {layer.name}"
             cure = 'pass grid="first", "union" or "intersection" to bring them onto one grid'
             raise ValueError(message("bands", "bands of one grid", got, cure))
     return first.grid

@@ -37,6 +37,7 @@ from torchalign.pcc import PCC
 from torchalign.types import Estimate, ShiftField
 
 __all__ = [
+    "ALIGNERS",
     "AlignFrames",
     "Operation",
     "WarpFrames",
@@ -355,7 +356,7 @@ class WarpFrames(Operation):
 # --- with what, where, and how many at a time ---
 
 # What `aligner=` knows by name.
-_ALIGNERS: dict[str, Callable[[], nn.Module]] = {
+ALIGNERS: dict[str, Callable[[], nn.Module]] = {
     "auto": lambda: Cascade(PCC(), ECC()),
     "cross": lambda: PCC(contrast="structure"),
     "pcc": PCC,
@@ -373,10 +374,10 @@ def find_aligner(aligner: object) -> nn.Module:
         ValueError: an unknown name.
     """
     if isinstance(aligner, str):
-        if aligner not in _ALIGNERS:
-            expected = f"a module, or in this release one of {', '.join(map(repr, _ALIGNERS))}"
+        if aligner not in ALIGNERS:
+            expected = f"a module, or in this release one of {', '.join(map(repr, ALIGNERS))}"
             raise ValueError(message("aligner", expected, repr(aligner), "choose one of these"))
-        aligner = _ALIGNERS[aligner]()
+        aligner = ALIGNERS[aligner]()
     if not isinstance(aligner, nn.Module):
         cure = "make an instance, for example torchalign.PCC()"
         raise TypeError(message("aligner", "a torch.nn.Module or a name", repr(aligner), cure))

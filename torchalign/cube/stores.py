@@ -50,7 +50,8 @@ def write_store(
     )  # masks and the like, which are small
     if lazy and isinstance(cube, xr.Dataset):  # one task a chunk writes all of them
         given = given.unify_chunks()
-    dataset = _storable(given.map(_without_codes, keep_attrs=True), suffix).assign_attrs(attrs)
+    plain = given.assign({name: _without_codes(array) for name, array in given.data_vars.items()})
+    dataset = _storable(plain, suffix).assign_attrs(attrs)
     if not lazy:
         with atomic(path) as partial:
             _store(dataset, partial, suffix)

@@ -1,9 +1,9 @@
 """Scenes larger than memory in space: estimated from tiles of full resolution, resampled and written row by row.
 
-A translation of the ground moves every tile alike, so the tiles' own estimates are combined by a robust mean, weighted
-by their predicted errors (Huber's weights, iterated; Huber 1964, doi:10.1214/aoms/1177703732). A tile of clouds or of
-water says so by its status and does not count; one that is wrong and does not say so is weighted down. Of affine
-motions the corners of the tiles are fitted in the same way.
+A translation of the ground moves every tile alike, so the tiles' own estimates are combined by a robust mean,
+weighted by their predicted errors (Huber's weights, iterated; Huber 1964, doi:10.1214/aoms/1177703732). A tile of
+clouds or of water says so by its status and does not count; one that is wrong and does not say so is weighted down.
+Of affine motions the corners of the tiles are fitted in the same way.
 """
 
 from __future__ import annotations

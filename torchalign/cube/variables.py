@@ -1,4 +1,4 @@
-"""The variables of a Dataset: which the estimate sees, which are moved, and which are classes that nothing may blend.
+"""The variables of a Dataset: which the estimate sees, which are moved, which are classes that nothing may blend.
 
 A DataArray whose bands are not of one kind (a classification among them, a nodata value each) is taken apart here.
 """
