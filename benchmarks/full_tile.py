@@ -27,7 +27,7 @@ BANDS, ROWS = 4, 180
 MEASURED = """
 import json, sys
 import torchalign as ta
-paths, report = ta.io.align_files(sys.argv[1], sys.argv[2], "first", sys.argv[3], progress=False)
+paths, report = ta.io.align_scenes(sys.argv[1], sys.argv[2], "first", sys.argv[3], progress=False)
 print(json.dumps({name: float(report[name][1]) for name in ("shift_x", "shift_y", "sigma", "score", "status")}))
 """
 

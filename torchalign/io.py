@@ -30,7 +30,7 @@ from torchalign.cube.writing import Compression, WriteOptions, write_rasters, wr
 __all__ = [
     "Compression",
     "OnError",
-    "align_files",
+    "align_scenes",
     "open_stack",
     "parse_time",
     "tie_points",
@@ -182,7 +182,7 @@ def write_stack(
     return write_rasters(Cube.of(cube, None, "cube"), Path(folder), options, report, compute)
 
 
-def align_files(
+def align_scenes(
     source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     folder: str | os.PathLike[str],
     reference: Any = "first",
@@ -242,7 +242,7 @@ def align_files(
         >>> cube = demo_stack(frames=3, size=(64, 64)).cube
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     paths = write_stack(cube, folder + "/in")
-        ...     written, report = align_files(folder + "/in", folder + "/out")
+        ...     written, report = align_scenes(folder + "/in", folder + "/out")
         >>> [path.name for path in written] == [path.name for path in paths], report.sizes["time"]
         (True, 3)
     """
@@ -250,7 +250,8 @@ def align_files(
     check_option("errors", errors, OnError)
     check_option("resampling", resampling, Resampling)
     check_option("compression", compression, Compression)
-    if isinstance(bands, Mapping):
+    given: Any = bands
+    if isinstance(given, Mapping):
         cure = "align them as a Dataset of dask chunks: open_stack(…, bands=…, chunks=1)"
         raise TypeError(message("bands", "names or numbers of the bands in a file", "a mapping", cure))
     module = find_aligner(aligner)

@@ -223,7 +223,7 @@ def align(
     check_bool("verify", verify)
     batch = None if batch_size is None else check_whole("batch_size", batch_size)
     running = _Running(device, batch, progress)
-    options = _Options(
+    options = _AlignOptions(
         find_aligner(aligner), aligner == "auto", mask, reference_mask, init, sun, verify, running
     )
     if isinstance(datacube, xr.Dataset):
@@ -246,7 +246,7 @@ class _Running:
 
 
 @dataclass(frozen=True)
-class _Options:
+class _AlignOptions:
     """Of :func:`align`."""
 
     module: nn.Module
@@ -259,7 +259,7 @@ class _Options:
     running: _Running
 
 
-def _align_cube(cube: Cube, reference: Any, options: _Options) -> tuple[xr.DataArray, xr.Dataset]:
+def _align_cube(cube: Cube, reference: Any, options: _AlignOptions) -> tuple[xr.DataArray, xr.Dataset]:
     """Of one DataArray, whose bands are of one kind."""
     module, sun, verify, running = options.module, options.sun, options.verify, options.running
     device, batch, lazy = running.device, running.batch_size, is_lazy(cube.array)
@@ -308,7 +308,7 @@ def _align_cube(cube: Cube, reference: Any, options: _Options) -> tuple[xr.DataA
 
 
 def _align_variables(
-    variables: Variables, reference: Any, options: _Options
+    variables: Variables, reference: Any, options: _AlignOptions
 ) -> tuple[xr.Dataset, xr.Dataset]:
     """Of a Dataset: one estimate of the bands that it may see, and its warps for all variables of frames."""
     stacked, slices = stack_variables(variables)
