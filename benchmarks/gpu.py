@@ -373,6 +373,25 @@ def aligner_table(found: dict[str, Any], frames: int) -> str:
     )
 
 
+def beside_model(results: Mapping[str, Any]) -> str:
+    """One launch as it was measured, beside what launches.py says of 256 frames of 4 × 256²."""
+    counted = read_results("launches")
+    rows = []
+    for name, entry in results["aligners"].items():
+        own = counted["aligners"].get(name, {}).get("triton")
+        if own is None or "kernels" not in entry:
+            continue
+        rows.append(
+            [
+                f"`{name}`",
+                f"{entry['kernels']} ({own['launches']})",
+                f"{entry['graph_frames_per_second']:,.0f} ({counted['frames'] / own['seconds']:,.0f})",
+                f"{entry['frames_per_second']:,.0f}",
+            ]
+        )
+    return table(["measured (model)", "kernels", "frames per second, one launch", "as called"], rows)
+
+
 def compiled_lines(found: Mapping[str, Any]) -> list[str]:
     return [
         f"`{name}` by `torch.compile`: {entry['frames_per_second']:,.0f} frames per second, after "
@@ -442,6 +461,8 @@ def main() -> None:
         print(f"written to {path.name}")
         results = json.loads(path.read_text())
     print(report(results))
+    if options.device == "cuda" and (options.frames, options.size) == (256, 256):
+        print(beside_model(results))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 Tensors on a fake CUDA device (``FakeTensorMode``) run through the aligners: shapes and devices are real, values are
 not. Every operator that is no view is one launch; it moves what it reads (an expanded tensor once, a gather no more
-than four times what it gives) and what it writes. An operator of ``torchalign.kernels`` is one launch that reads its
+than four times what it gives) and what it writes. An operator of ``torchalign.kernels`` is one launch: it reads its
 tensors and writes its results once. Copies to and from the host are not counted, for there are none.
 
 * **Model**: t = 3.3 µs × launches + bytes ÷ 2.5 TB/s, which agreed to 8 % with what an H100 took in one launch (a
@@ -185,9 +185,9 @@ def count(
     with (
         torch.backends.cudnn.flags(enabled=False),
         mock.patch("torchalign._host.HAS_TRITON", triton),
-        mock.patch("torchalign._host.may_keep", lambda like: True),  # as it is where nothing is fake
-        mock.patch("torchalign._host._place", lambda like: like.device),
-        mock.patch("torchalign._host._is_recording", lambda like: False),
+        mock.patch("torchalign._host.may_keep", return_value=True),  # as it is where nothing is fake
+        mock.patch("torchalign._host._home_of", lambda like: like.device),
+        mock.patch("torchalign._host._is_recording", return_value=False),
         mock.patch.dict("torchalign._host._TABLES", clear=True),
         warnings.catch_warnings(),
         FakeTensorMode(allow_non_fake_inputs=True),

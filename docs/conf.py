@@ -48,7 +48,7 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_custom_sections = [("Yields", "returns_style")]
 
-# Objects of torchalign must resolve, but for private ones and names of types; those of other projects cannot offline.
+# Objects of torchalign must resolve, but for private ones and names of types; those of other projects cannot.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!torchalign\.).*"),
     (r"py:data", r".*"),

@@ -573,12 +573,16 @@ class Behaviour:
         for value in (NAN, INF, 0.0, 1e9):
             init = good.clone()
             init[BAD] = value
-            aligned, estimate = case.make()(data.cube, data.reference, init=init)
+            aligner = case.make()
+            aligned, estimate = aligner(data.cube, data.reference, init=init)
             assert_sound(estimate, 5.0)
             assert aligned.isfinite().all()
             assert torch.equal(without(estimate.warp, BAD), without(plain.warp, BAD))
             if estimate.status[BAD] == 0:
                 assert shift_errors(estimate, data.shift)[BAD] < 0.5
+            # a later stage may find what the first, whose start was no number, is not believed
+            if value in (NAN, INF) and not isinstance(aligner, ta.Cascade):
+                assert estimate.status[BAD] == ta.Status.NOT_CONVERGED
 
     # --------------------------------------------------------------------------------------------- the module
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import importlib
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from torchalign import kernels
-from torchalign.functional import phase, quality, warp
+import torchalign as ta
+from torchalign import _host, kernels
+from torchalign.functional import fourier, phase, quality, sift, texture, warp
 from torchalign.functional.channels import extract_channel
+from torchalign.functional.working_grid import Window, WorkingGrid
 
 # of the values that are met; both round, each in its own order
 TOLERANCE = 2e-6
@@ -24,9 +27,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
     """An operation takes as long of 8 pixels as of 8,000 here."""
-    for name in ("resample", "channel", "score"):
+    for name in ("resample", "channel", "score", "ascend", "climb", "peak", "turn", "texture", "blur"):
         module = importlib.import_module(f"torchalign.kernels.{name}")
-        monkeypatch.setattr(module, "_BLOCK", 4096 if name == "resample" else 256)
+        monkeypatch.setattr(module, "_BLOCK", 256 if name == "channel" else 4096)
+
+
+@pytest.fixture
+def by_torch(monkeypatch):
+    """What the functions of torch give, though kernels are there."""
+
+    def call(function, *arguments, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(_host, "HAS_TRITON", False)
+            return function(*arguments, **options)
+
+    return call
 
 
 def generator(seed):
@@ -88,7 +103,7 @@ WARPS = [
 
 
 @pytest.mark.parametrize(("kind", "interpolation", "padding", "fill", "masked"), WARPS)
-def test_resample(kind, interpolation, padding, fill, masked):
+def test_resample(kind, interpolation, padding, fill, masked, by_torch):
     draw = generator(len(kind) + len(interpolation) + len(padding))
     for number, size in enumerate([SIZES[0], SIZES[1 + len(kind + padding) % 3]]):
         cube = spoilt((3, 2, *size), draw)
@@ -96,9 +111,17 @@ def test_resample(kind, interpolation, padding, fill, masked):
         motion = motions(kind, draw)
         step = 1 + number % 2
         found = kernels.resample(cube, motion, mask, interpolation, padding, fill, step)
-        plain = cube.requires_grad_()  # a gradient takes the functions of torch
-        expected = warp._resample(plain, motion, interpolation, padding, fill, mask, step=step)
-        same(found[0], expected.values.detach(), scale=10)
+        expected = by_torch(
+            warp.resample,
+            cube,
+            motion,
+            interpolation=interpolation,
+            padding_mode=padding,
+            fill_value=fill,
+            mask=mask,
+            step=step,
+        )
+        same(found[0], expected.values, scale=10)
         assert torch.equal(found[1], expected.validity)
 
 
@@ -106,7 +129,7 @@ def test_resample(kind, interpolation, padding, fill, masked):
     "dtype",
     [torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int16, torch.uint16, torch.int32],
 )
-def test_resample_dtypes(dtype):
+def test_resample_dtypes(dtype, by_torch):
     draw = generator(3)
     values = torch.randn(3, 1, 9, 11, generator=draw, dtype=torch.float64)
     cube = values.to(dtype) if dtype.is_floating_point else (values * 60 + 90).clamp(0, 255).to(dtype)
@@ -114,7 +137,9 @@ def test_resample_dtypes(dtype):
     motion = motions("affine", draw)
     for interpolation, fill in (("bicubic", 3.0), ("nearest", None)):
         found = kernels.resample(cube, motion, mask, interpolation, "border", fill, 1)
-        expected = warp._resample(cube, motion, interpolation, "border", fill, mask)
+        expected = by_torch(
+            warp.resample, cube, motion, interpolation=interpolation, fill_value=fill, mask=mask
+        )
         if cube.dtype.itemsize == 2 and dtype.is_floating_point:
             assert (found[0].float() - expected.values.float()).abs().max() <= torch.finfo(dtype).eps * 4
         else:
@@ -122,13 +147,13 @@ def test_resample_dtypes(dtype):
         assert torch.equal(found[1], expected.validity)
 
 
-def test_a_tie_goes_to_the_even_number_and_large_ones_are_clamped():
+def test_a_tie_goes_to_the_even_number_and_large_ones_are_clamped(by_torch):
     cube = torch.tensor([[[[0, 1, 2, 3, 255, 0, 255]]]], dtype=torch.uint8)
     half = torch.tensor([[0.5, 0.0]])
     found = kernels.resample(cube, half, None, "bilinear", "border", None, 1)[0]
     assert found.flatten().tolist() == [0, 0, 2, 2, 129, 128, 128]
     overshot = kernels.resample(cube, half, None, "bicubic", "border", None, 1)[0]
-    expected = warp._resample(cube, half, "bicubic", "border", None, None).values
+    expected = by_torch(warp.warp, cube, half, interpolation="bicubic")
     assert torch.equal(overshot, expected)
 
 
@@ -153,13 +178,13 @@ def test_identities_and_whole_pixels_copy_far_from_the_origin():
     assert (moved - (ramp - 0.1))[..., 1:].abs().max() < 1e-8
 
 
-def test_strides_are_respected():
+def test_strides_are_respected(by_torch):
     draw = generator(7)
     cube = torch.randn(3, 9, 11, 2, generator=draw).permute(0, 3, 1, 2)[..., 1:8, 2:10]
     mask = (torch.rand(9, 11, generator=draw) > 0.2)[1:8, 2:10].expand(3, 7, 8)
     motion = motions("affine", draw)
     found = kernels.resample(cube, motion, mask, "bilinear", "border", None, 1)
-    expected = warp._resample(cube, motion, "bilinear", "border", None, mask)
+    expected = by_torch(warp.resample, cube, motion, mask=mask)
     same(found[0], expected.values)
     assert torch.equal(found[1], expected.validity)
 
@@ -185,7 +210,7 @@ def test_nothing_is_given_for_nothing():
 
 @pytest.mark.parametrize("kind", ["shift", "affine", "homography"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_score(kind, masked):
+def test_score(kind, masked, by_torch):
     draw = generator(11 + masked)
     size, step = ((41, 37), 2) if masked else ((5, 7), 1)
     moving = torch.rand(3, *size, generator=draw) + 3
@@ -207,8 +232,13 @@ def test_score(kind, masked):
     ground = torch.ones(3, -(-size[0] // step), -(-size[1] // step), dtype=torch.bool)
     images = []
     for motion in (first, second):
-        values, validity = warp._resample(
-            moving.double()[:, None], motion.double(), "bicubic", "border", None, usable, step=step
+        values, validity = by_torch(
+            warp.resample,
+            moving.double()[:, None],
+            motion.double(),
+            interpolation="bicubic",
+            mask=usable,
+            step=step,
         )
         ground = ground & validity
         images.append(values[:, 0])
@@ -247,7 +277,7 @@ def test_score_of_flat_frames_large_numbers_and_one_reference_each():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [(8, 5), (24, 31)])
-def test_climb(dtype, size):
+def test_climb(dtype, size, by_torch):
     draw = generator(17)
     height, width = size
     exact = (
@@ -268,7 +298,9 @@ def test_climb(dtype, size):
     orders = phase.wave_orders(frequencies)
 
     shift, last, found = kernels.climb(power, frequencies, start, 4)
-    expected_shift, expected_last, curved = phase.refine_peak(power, frequencies, start, orders, steps=3)
+    expected_shift, expected_last, curved = by_torch(
+        phase.refine_peak, power, frequencies, start, orders, steps=3
+    )
     assert shift[1].tolist() == [0.0, 0.0]  # identical frames, exactly
     assert torch.equal(shift[3], start[3])
     torch.testing.assert_close(shift, expected_shift, rtol=TOLERANCE, atol=TOLERANCE)
@@ -281,7 +313,7 @@ def test_climb(dtype, size):
         found[:, :6], expected, rtol=TOLERANCE, atol=float(expected.abs().max()) * TOLERANCE
     )
     assert torch.equal((found[:, 3] < 0) & (found[:, 3] * found[:, 4] > found[:, 5] ** 2), curved)
-    sigma = phase._sigma(power, frequencies, shift, torch.ones(height, width, dtype=dtype), orders)
+    sigma = by_torch(phase._sigma, power, frequencies, shift, torch.ones(height, width, dtype=dtype), orders)
     hxx, hyy, hxy, sxx, syy, sxy = found[:, 3:].unbind(-1)
     variance = (
         (hyy**2 * sxx - 2 * hyy * hxy * sxy + hxy**2 * syy)
@@ -306,3 +338,123 @@ def test_see(dtype, channel, bands):
     good = expected.isfinite() if mask is None else expected.isfinite() & mask
     assert torch.equal(usable, good)
     same(seen, torch.where(good, expected, 0.0))
+
+
+@pytest.mark.parametrize(("size", "frame"), [((16, 24), (32, 48)), ((9, 11), (17, 22))])
+def test_peak_turn_and_window(size, frame, by_torch):
+    draw = generator(23)
+    surface = torch.randn(4, *size, generator=draw)
+    surface[0] = 0  # no peak
+    surface[1, -2, -1] = 9.0  # at a negative lag
+    surface[2, size[0] // 2, size[1] // 2] = 30.0  # out of reach
+    found = phase.coarse_peak(surface, frame, 5.0)
+    expected = by_torch(phase.coarse_peak, surface, frame, 5.0)
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=TOLERANCE)
+    assert found.outside.tolist() == [False, False, True, found.outside[3].item()]
+
+    grid = WorkingGrid.of(frame, size, 0.25, surface)
+    shift = 3 * torch.randn(4, 2, generator=draw)
+    for spectrum in (torch.fft.rfft2(surface), torch.fft.rfft2(surface[3])):
+        own = fourier.shift_phase(spectrum, grid.frequencies, shift)
+        other = by_torch(fourier.shift_phase, spectrum, grid.frequencies, shift)
+        torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=float(spectrum.abs().max()) * TOLERANCE)
+    window = Window.of(grid, 0.15)
+    torch.testing.assert_close(
+        window.common(shift), by_torch(window.common, shift), rtol=TOLERANCE, atol=TOLERANCE
+    )
+
+
+@pytest.mark.parametrize(
+    ("frame", "size"), [((32, 40), (16, 24)), ((17, 23), (16, 16)), ((5, 7), (5, 7))], ids=str
+)
+def test_texture_with_holes(frame, size, by_torch):
+    draw = generator(29)
+    mask = torch.rand(3, *frame, generator=draw) > 0.3
+    mask[0, :10, :9] = False
+    mask[1] = True
+    mask[2] = False
+    image = (torch.randn(3, *frame, generator=draw) + 5).where(mask, 0.0)
+    found = texture.centre(image, mask)
+    for own, other in zip(found, by_torch(texture.centre, image, mask), strict=True):
+        torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=5 * TOLERANCE)
+    grid = WorkingGrid.of(frame, size, 0.25, image)
+    own, other = texture.usable_share(mask, grid), by_torch(texture.usable_share, mask, grid)
+    torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [(20, 33), (5, 40)])
+def test_blur(size, by_torch):
+    image = torch.randn(2, *size, generator=generator(31))
+    own, other = sift._blur(image, 1.7), by_torch(sift._blur, image, 1.7)
+    torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def series():
+    """Three frames of 64 × 72 that are moved against their reference, with noise, holes and a mask."""
+    draw = generator(37)
+    ground = torch.nn.functional.avg_pool2d(torch.rand(2, 80, 88, generator=draw), 7, 1)
+    reference = ground[:, 4:68, 4:76]
+    cube = torch.stack([ground[:, 3:67, 5:77], reference, ground[:, 6:70, 1:73]])
+    cube = cube + 0.003 * torch.randn(cube.shape, generator=draw)
+    cube[0, :, 10:20, 5:30] = torch.nan
+    cube[2, 0, 40, 40] = torch.inf
+    return cube, reference, torch.rand(3, 64, 72, generator=draw) > 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(ta.PCC, fill_value=-1.0, interpolation="bicubic", channel=0, crop_center=60),
+        ta.ECC,
+        partial(ta.ECC, motion="homography", robust="none"),
+        lambda: ta.Cascade(ta.PCC(), ta.ECC(motion="affine")),
+    ],
+    ids=["PCC", "ECC", "homography", "Cascade"],
+)
+def test_aligners(make, by_torch):
+    cube, reference, mask = series()
+    aligner = make()
+    own, other = aligner(cube, reference, mask), by_torch(aligner, cube, reference, mask)
+    assert torch.equal(own.estimate.status, other.estimate.status)
+    assert (own.estimate.status == 0).any()
+    for name in ("warp", "score", "score_before", "sigma", "covariance"):
+        torch.testing.assert_close(
+            getattr(own.estimate, name), getattr(other.estimate, name), rtol=1e-4, atol=2e-5
+        )
+    torch.testing.assert_close(own.aligned, other.aligned, rtol=1e-4, atol=2e-5, equal_nan=True)
+
+
+def test_a_gradient_takes_the_functions_of_torch(by_torch):
+    cube, reference, _ = series()
+    cube = cube.nan_to_num(0.5, 0.5, 0.5).requires_grad_()
+    own = ta.PCC().estimate(cube, reference).warp
+    assert torch.equal(own, by_torch(ta.PCC().estimate, cube, reference).warp)
+    own.sum().backward()
+    assert cube.grad.isfinite().all()
+    mapped = torch.func.vmap(lambda frames: ta.warp(frames, torch.zeros(1, 2)))(cube.detach()[:, None])
+    assert torch.equal(mapped[:, 0], cube.detach())
+
+
+def test_operators_are_kept_by_export():
+    cube, reference, _ = series()
+    cube = cube[:2, :, :40, :48].nan_to_num(0.5)
+    program = torch.export.export(ta.PCC(), (cube, reference[:, :40, :48]), strict=False)
+    parts = [part for part in program.graph_module.modules() if hasattr(part, "graph")]
+    names = {str(node.target) for part in parts for node in part.graph.nodes}
+    for operator in (
+        "see",
+        "mean",
+        "fill",
+        "coverage",
+        "turn",
+        "common_window",
+        "peak",
+        "climb",
+        "score",
+        "resample",
+    ):
+        assert f"torchalign.{operator}.default" in names
+    found = program.module()(cube, reference[:, :40, :48])
+    assert torch.equal(found.estimate.warp, ta.PCC()(cube, reference[:, :40, :48]).estimate.warp)

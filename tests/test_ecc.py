@@ -7,17 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from scenes import fractal_stack, pairs, shift_errors
+from scenes import centre_errors, fractal_stack, pairs, shift_errors
 from torch import nn
 from torch.nn import functional as F
 
 import torchalign as ta
 from torchalign.datasets import open_demo_scene, simulate_stack, simulate_warped_stack
 from torchalign.functional.affine import (
+    change_origin,
     identity_warp,
     invert_warp,
     to_homogeneous,
     transform_points,
+    translation_warp,
 )
 
 OK, NO_TEXTURE, NOT_CONVERGED, TOO_FAR = (
@@ -234,6 +236,83 @@ def test_a_stage_that_makes_a_frame_worse_is_undone():
     assert shift_errors(alone, data.shift)[alone.valid].max() > 0.5  # alone it is taken at its word
 
 
+class Told(ta.PCC):
+    """Sure of the warps that it was told, whatever it sees."""
+
+    def __init__(self, warp, **options):
+        super().__init__(**options)
+        self.warp, self.motion = warp, "affine"
+
+    def estimate_motion(self, *arguments):
+        motion = super().estimate_motion(*arguments)
+        warp = change_origin(self.warp, self.origin)
+        return motion._replace(warp=warp, status=0 * motion.status, only_shifts=False)
+
+    def _prepare_block(self, job):
+        block = super()._prepare_block(job)
+        self.origin = block.origin
+        return block
+
+
+def test_a_stage_beyond_its_limit_hands_nothing_on():
+    data = fractal_stack(4, size=(96, 104), bands=2)
+    wild = identity_warp(4)
+    wild[1::2, 0, 2] = 30.0
+    # sure of itself, and beyond what it may do: ECC, which sees no further than a few pixels, starts anew
+    for first in (Told(wild, max_translation=5.0), Shifted(wild[..., 2], max_translation=5.0)):
+        estimate = ta.Cascade(first, ta.ECC(max_translation=40.0)).estimate(data.cube, data.reference)
+        assert estimate.valid.all()
+        assert shift_errors(estimate, data.shift).max() < 0.05
+        # within its limit it is believed, and ECC lost
+        first.max_translation = 40.0
+        lost = ta.Cascade(first, ta.ECC(max_translation=40.0)).estimate(data.cube, data.reference)
+        assert not lost.valid[1::2].any() or shift_errors(lost, data.shift)[1::2].min() > 1
+
+
+class Shifted(ta.PCC):
+    """The same for shifts."""
+
+    def __init__(self, shift, **options):
+        super().__init__(**options)
+        self.shift = shift
+
+    def estimate_motion(self, *arguments):
+        motion = super().estimate_motion(*arguments)
+        return motion._replace(warp=translation_warp(self.shift), status=0 * motion.status)
+
+
+def test_a_stage_with_a_crop_starts_where_the_last_one_arrived():
+    angle = math.radians(30)
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle), 0.7], [math.sin(angle), math.cos(angle), -0.6]])
+    truth = change_origin(turn, (-63.5, -59.5))[None]
+    data = pairs(truth, (120, 128), longest=24.0, seed=3)
+    rough = truth.clone()
+    rough[..., 2] += 0.4
+    # about the crop's corner the turn is another warp: ECC would start 13 px from the truth
+    cascade = ta.Cascade(Told(rough), ta.ECC(motion="affine", crop_center=72))
+    estimate = cascade.estimate(data.cube, data.reference)
+    assert estimate.stage.tolist() == [1]
+    assert centre_errors(estimate.warp, truth, (120, 128)).max() < 0.05
+
+
+def test_inliers_of_another_crop_judge_no_score():
+    data = fractal_stack(4, size=(96, 104), cloud_fraction=0.3, seed=4)
+    last = {"robust": "none", "max_sigma": 10.0}
+    plain, weighted = (
+        ta.Cascade(ta.PCC(crop_center=60, robust=robust, max_sigma=10.0), ta.ECC(**last))
+        for robust in (False, True)
+    )
+    expected, found = (cascade.estimate(data.cube, data.reference) for cascade in (plain, weighted))
+    torch.testing.assert_close(found.score_before, expected.score_before, atol=0.02, rtol=0)
+
+
+def test_flat_frames_have_no_texture():
+    data = fractal_stack(2, size=(64, 72), bands=1)
+    flat = torch.full_like(data.cube, 0.5)
+    assert (ta.ECC().estimate(flat, data.reference).status == NO_TEXTURE).all()
+    assert (ta.ECC().estimate(data.cube, flat[0]).status == NO_TEXTURE).all()
+
+
 def test_the_first_verdict_is_told_where_none_is_accepted():
     truth = torch.tensor([[12.5, -14.0], [1.0, -2.0]])
     data = pairs(truth, (128, 120), bands=2, longest=24.0, seed=5)
@@ -302,6 +381,23 @@ def test_a_cascade_on_one_image_is_its_stages():
     estimate = cascade.estimate(data.cube, data.reference)
     torch.testing.assert_close(motion.warp, estimate.warp, atol=1e-5, rtol=0)
     assert (motion.status == OK).all()
+    # a stage that fails counts for nothing
+    failing = ta.Cascade(ta.PCC(), ta.ECC(tolerance=1e-9, max_iterations=1))
+    ready = failing.prepare_reference(reference, None)
+    left = failing.estimate_motion(moving, None, reference, None, ready, None)
+    first = ta.PCC().estimate_motion(moving, None, reference, None, ready[0], None)
+    assert torch.equal(left.warp, first.warp)
+    assert torch.equal(left.sigma, first.sigma)
+
+
+def test_a_start_that_is_no_number_is_none_to_the_next_stage():
+    data = fractal_stack(3, size=(96, 104))
+    init = translation_warp(data.shift)
+    init[1] = float("nan")
+    estimate = ta.Cascade(ta.PCC(), ta.ECC()).estimate(data.cube, data.reference, init=init)
+    assert estimate.valid.all()
+    assert estimate.stage[1] == 1
+    assert shift_errors(estimate, data.shift).max() < 0.05
 
 
 def test_gradients_through_a_cascade():

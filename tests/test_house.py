@@ -69,6 +69,10 @@ def test_functions_are_short():
 def test_internal_functions_take_few_parameters():
     many = {}
     for path, tree in TREES.items():
+        if path.startswith(
+            "kernels/"
+        ):  # what is launched takes nothing but tensors and numbers, in one flat list
+            continue
         for name, node in functions(tree):
             internal = any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
             if internal and count_parameters(node) > PARAMETERS:

@@ -49,7 +49,7 @@ KERNELS = {
             "BLOCK": 256,
         },
     ),
-    "see_frames": (
+    "channel_frames": (
         "channel",
         {"frames": "*fp16", "mask": "*u8", "usable": "*u8"},
         (),
@@ -107,7 +107,12 @@ KERNELS = {
         {"COMPUTE": "float32", "BLOCK": 256},
     ),
 }
-POINTERS = ["frames", "motion", "mask", "values", "validity", "moving", "reference", "motions", "moving_usable", "reference_usable", "weight", "scores", "seen", "usable", "power", "fy", "fx", "start", "found", "last", "derivatives", "surface", "spectrum", "shift", "turned", "window", "image", "means", "filled", "share", "spline", "warp", "level_x", "level_y", "level_weights", "common", "moves", "weights", "regressors", "inverses", "solutions", "rests", "corners", "warps", "reaches", "weighted", "shifts", "blurred"]
+POINTERS = (  # noqa: SIM905
+    "frames motion mask values validity moving reference motions moving_usable reference_usable weight scores seen "
+    "usable power fy fx start found last derivatives surface spectrum shift turned window image means filled share "
+    "spline warp level_x level_y level_weights common moves weights regressors inverses solutions rests corners "
+    "warps reaches weighted shifts blurred"
+).split()
 
 
 def compiled(name: str, capability: int, **constants: object):
@@ -180,7 +185,12 @@ def test_every_kernel_is_named_here():
     assert launched == set(KERNELS)
 
 
-def test_kernels_equal_the_functions_of_torch():
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["--slow", "-k", "aligners"], marks=pytest.mark.slow)],
+    ids=["each", "together"],
+)
+def test_kernels_equal_the_functions_of_torch(options):
     done = subprocess.run(
         [
             sys.executable,
@@ -191,6 +201,7 @@ def test_kernels_equal_the_functions_of_torch():
             "0",
             "-p",
             "no:cacheprovider",
+            *options,
             str(HERE / "interpreted.py"),
         ],
         env=os.environ | {"TRITON_INTERPRET": "1"},

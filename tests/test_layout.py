@@ -16,15 +16,15 @@ ROOT = Path(torchalign.__file__).parent
 
 # what may import what: a layer sees the layers below its own
 LAYERS = [
-    {"kernels", "kernels.ascend", "kernels.channel", "kernels.climb", "kernels.peak", "kernels.resample",
-     "kernels.sampling", "kernels.score", "kernels.texture", "kernels.turn"},
+    {"kernels", "kernels.ascend", "kernels.blur", "kernels.channel", "kernels.climb", "kernels.peak",
+     "kernels.resample", "kernels.sampling", "kernels.score", "kernels.texture", "kernels.turn"},
     {"types", "_check", "_host"},
     {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.channels",
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
      "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
-     "functional.uncertainty", "functional.shift_field", "functional.local", "functional.network",
      "functional.low_pass",
+     "functional.uncertainty", "functional.shift_field", "functional.local", "functional.network",
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
@@ -87,9 +87,9 @@ FOREIGN = {
             "groupwise",
         )
     },
+    "kernels": {"triton"},
     "training": {"numpy", "kornia", "torchvision", "torchmetrics", "lightning", "pytorch_lightning"},
     "models": {"kornia", "torchvision"},
-    "kernels": {"triton"},
     "cube": {
         "rioxarray",
         "numpy",

@@ -11,6 +11,7 @@ import torch
 from scenes import fractal_stack, pairs, shift_errors
 
 import torchalign as ta
+from torchalign import lgm
 from torchalign.functional.affine import change_origin, to_homogeneous, transform_points, translation_warp
 from torchalign.functional.matching import Matches, mutual_matches
 from torchalign.models.extractors import SIFT, Features
@@ -77,6 +78,15 @@ def test_translations_to_hundredths_of_a_pixel(clouds):
         plain = ta.LGM(refine=False).estimate(data.cube, data.reference)
         assert plain.valid.all()
         assert errors.square().mean() < shift_errors(plain, data.shift).square().mean()
+
+
+def test_the_shared_ground_is_what_clouds_ask_for(monkeypatch):
+    data = fractal_stack(4, size=(160, 160), bands=2, noise=0.003, cloud_fraction=0.4, seed=2)
+    aligner = ta.LGM(max_num_keypoints=512)
+    errors = shift_errors(aligner.estimate(data.cube, data.reference), data.shift)
+    monkeypatch.setattr(lgm, "shared_ground", lambda moving, *others: torch.ones_like(moving).bool())
+    without = shift_errors(aligner.estimate(data.cube, data.reference), data.shift)
+    assert errors.square().mean().sqrt() < 0.7 * without.square().mean().sqrt()
 
 
 def test_frames_that_are_not_shifted_stay():

@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 import torch
 from contract import assert_helpful
-from scenes import Waves, assert_derivative, fractal_stack, pairs, shift_errors, shifts_of
+from scenes import (
+    Waves,
+    assert_derivative,
+    centre_errors,
+    fractal_stack,
+    pairs,
+    shift_errors,
+    shifts_of,
+)
 from torch.nn import functional as F
 
 import torchalign as ta
-from torchalign.functional.affine import translation_warp
+from torchalign.aligner import undo_init
+from torchalign.functional.affine import center_displacement, change_origin, invert_warp, translation_warp
 
 NAN, INF = float("nan"), float("inf")
 Status = ta.Status
@@ -209,6 +218,55 @@ def test_found_or_flagged_at_any_limit(limit, options):
     assert not estimate.valid[truth > limit + 0.3].any()
     near = truth < min(limit - 0.3, 10.0)
     assert estimate.valid[near].all()
+
+
+def test_a_frame_that_was_rejected_is_not_filled():
+    data = fractal_stack(3, size=(64, 72), bands=2)
+    cube = data.cube.clone()
+    cube[1, :, ::2] = NAN
+    cube[1, :, 1::2] = 0.3
+    aligned, estimate = ta.PCC(fill_value=-1.0)(cube, data.reference)
+    assert estimate.valid.tolist() == [True, False, True]
+    assert torch.equal(aligned[1].nan_to_num(7.0), cube[1].nan_to_num(7.0))
+    assert (aligned[::2] == -1).any()  # what a warp leaves empty
+
+
+def test_a_crop_is_refined_from_a_turn_that_is_known():
+    angle = math.radians(30)
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle), 0.7], [math.sin(angle), math.cos(angle), -0.6]])
+    truth = change_origin(turn, (-63.5, -59.5))[None]
+    data = pairs(truth, (120, 128), longest=24.0, seed=3)
+    init = truth.clone()
+    init[..., 2] += torch.tensor([0.9, -0.5])
+    # about the crop's corner, or with the shift before the turn, it is another motion
+    for crop in (None, 80):
+        estimate = ta.PCC(crop_center=crop).estimate(data.cube, data.reference, init=init)
+        assert estimate.valid.all()
+        assert centre_errors(estimate.warp, truth, (120, 128)).max() < 0.05
+
+
+def test_what_an_init_turns_into_the_frame_is_not_seen():
+    # by 30° about the centre the corners come from outside
+    init = change_origin(
+        torch.tensor([[0.866, -0.5, 2.0], [0.5, 0.866, -1.0]], dtype=torch.float64), (-31.5, -23.5)
+    )
+    frame, mask = torch.rand(1, 48, 64, dtype=torch.float64), torch.ones(1, 48, 64, dtype=torch.bool)
+    mask[:, 20:28, 30:34] = False
+    y, x = np.mgrid[:48, :64]
+    # the centred part: without the translation
+    centred = init.clone()
+    centred[:, 2] -= center_displacement(init, (48, 64))
+    back = invert_warp(centred).numpy()
+    source_x, source_y = (row[0] * x + row[1] * y + row[2] for row in back)
+    seen = (source_x >= -0.5) & (source_x < 63.5) & (source_y >= -0.5) & (source_y < 47.5)
+    moving, usable, start, about_centre = undo_init(init[None], frame, None)
+    assert moving.isfinite().all()
+    assert (usable[0].numpy() != seen).mean() < 0.002  # where it is a matter of rounding
+    assert 0.7 < seen.mean() < 0.95
+    torch.testing.assert_close(start[0], torch.tensor([2.0, -1.0], dtype=torch.float64))
+    masked = undo_init(init[None], frame, mask)[1]
+    assert not masked[0, 22:25, 31:33].any()
+    assert (masked <= usable).all()
 
 
 def test_max_sigma_flags_what_is_uncertain():

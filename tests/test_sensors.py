@@ -7,6 +7,8 @@ import pytest
 import xarray as xr
 
 import torchalign as ta
+from torchalign.cube.labels import Cube
+from torchalign.cube.regrid import onto_grid
 
 pytest.importorskip("rioxarray")
 
@@ -43,6 +45,15 @@ def test_a_reference_of_other_pixels_is_brought_onto_the_cubes_grid():
     assert "resampled onto the cube's grid" in report.attrs["reference"]
     np.testing.assert_allclose([report.shift_x[0], report.shift_y[0]], [1.3, -0.6], atol=0.03)
     assert aligned.sizes == cube.sizes
+
+
+def test_smaller_pixels_are_averaged():
+    cube = cube_on_map()
+    x, y = 500_000 + 2 * np.arange(640) + 1.0, 5_000_000 - 2 * np.arange(640) - 1.0
+    noise = np.random.default_rng(0).standard_normal((640, 640))
+    moved, done = onto_grid(raster(x, y, "EPSG:32633", noise), Cube.of(cube, {}))
+    assert done == "resampled onto the cube's grid"
+    np.testing.assert_allclose(moved, noise.reshape(128, 5, 128, 5).mean((1, 3)), atol=1e-5)
 
 
 def test_a_reference_of_another_zone_and_of_other_bands():

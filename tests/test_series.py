@@ -15,6 +15,7 @@ from series import UTM, make_series
 from torch import nn
 
 import torchalign as ta
+import torchalign.xr
 from torchalign.cube.georeference import Georeference, find_georeference, regrid_warp
 from torchalign.cube.labels import Cube
 from torchalign.cube.solution import report_georeference
@@ -130,6 +131,20 @@ def test_iterative_leaves_out_frames_that_show_nothing():
     assert report.attrs["reference"].startswith("iterative (")
 
 
+def test_frames_that_were_rejected_are_not_in_the_next_median(monkeypatch):
+    series, seen = make_series(5, 64, bands=1, dtype="float32", nodata=None), []
+    series.cube[3] = 0.5
+    original = torchalign.xr.find_reference
+
+    def spy(reference, reader, estimate):
+        seen.append(estimate(original("median", reader, estimate)))
+        return original(reference, reader, estimate)
+
+    monkeypatch.setattr(torchalign.xr, "find_reference", spy)
+    _, report = align(series.cube, "median")
+    assert seen[0].valid.tolist() == (report.status == 0).values.tolist() == [True, True, True, False, True]
+
+
 def test_iterative_on_frames_of_which_none_is_usable():
     cube = make_series(3, 32, dtype="float32").cube
     blank = cube.copy(data=np.full(cube.shape, np.nan, "f4"))
@@ -228,6 +243,19 @@ def test_the_residual_tells_of_a_wrong_warp():
     assert np.nanmax(np.abs(report.residual_x)) > 0.5
 
 
+def test_the_residual_is_not_measured_on_repeated_borders():
+    """Most of a frame that moves far is its border, repeated: no ground, whatever the reference shows there."""
+    series = make_series(2, 96, bands=1, dtype="float32", nodata=None)
+    far = torch.tensor([[60.0, 0.0], [-60.0, 0.0]])
+    repeated = ta.warp(torch.from_numpy(series.cube.values), translation_warp(far)).numpy()
+    reference = repeated.copy()
+    for number, border in enumerate((slice(0, 60), slice(36, 96))):  # a pixel further down
+        reference[number][..., border] = np.roll(repeated[number][..., border], 1, axis=-2)
+    _, report = align(series.cube, series.cube.copy(data=reference), Fixed(translation_warp(far)))
+    left = np.hypot(report.residual_x, report.residual_y)
+    assert (np.isnan(left) | (left < 0.1)).all()
+
+
 def test_the_summary_in_numbers_and_words():
     series = make_series(10, 64, bands=1, dtype="float32", nodata=None)
     found = Fixed(
@@ -240,6 +268,8 @@ def test_the_summary_in_numbers_and_words():
     assert summary.shift_p95 == pytest.approx(0.5 * np.percentile(np.arange(8), 95))
     assert summary.shift_median_metres == pytest.approx(5 * 3.5, rel=1e-5)
     radial = np.hypot(report.residual_x, report.residual_y).values[:8]
+    assert np.isfinite(radial).any()
+    assert report.residual_x[8:].isnull().all()  # there is nothing to be measured of what was not aligned
     assert summary.ce90 == pytest.approx(np.nanpercentile(radial, 90))
     assert summary.ce90_metres == pytest.approx(10 * summary.ce90, rel=1e-5)
     for name, value in summary.attrs().items():

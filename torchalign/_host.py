@@ -227,8 +227,8 @@ _KERNELS_ON = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 def kernels_for(*tensors: Tensor | None) -> ModuleType | None:
     """:mod:`torchalign.kernels`, where one launch of it may do what many functions of torch do with these tensors.
 
-    ``None`` where a derivative may be asked for, on other devices, where Triton is missing or the GPU is too old for
-    it, and with ``TORCHALIGN_KERNELS=0`` in the environment. The functions of torch define what is right.
+    ``None`` where a derivative may be asked for, on other devices, where Triton is missing or the GPU too old,
+    and with ``TORCHALIGN_KERNELS=0`` in the environment. The functions of torch define what is right.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     if not HAS_TRITON or given[0].device.type != _KERNELS_ON or carries_gradient(*given):
@@ -265,7 +265,7 @@ def keeps_tables(function: Callable[..., Result]) -> Callable[..., Result]:
     def kept(*arguments: Any, like: Tensor) -> Result:
         if not may_keep(like) or not _are_known(arguments):
             return function(*arguments, like=like)
-        key = (function.__module__, function.__qualname__, arguments, like.dtype, _place(like))
+        key = (function.__module__, function.__qualname__, arguments, like.dtype, _home_of(like))
         found = _TABLES.get(key)
         if found is None:
             if _is_recording(like):
@@ -293,7 +293,7 @@ def _are_known(arguments: Sequence[Any]) -> bool:
     return all(_are_known(part) if isinstance(part, tuple) else is_known(part) for part in arguments)
 
 
-def _place(like: Tensor) -> Any:
+def _home_of(like: Tensor) -> Any:
     """The device; of a GPU the stream too, for another one may come before the table is there."""
     if like.device.type != "cuda" or _is_recording(like):
         return like.device

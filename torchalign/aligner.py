@@ -360,9 +360,8 @@ class Aligner(nn.Module, ABC):
             return found
         if window.dtype.itemsize < 4 and not callable(self.channel):
             window = window.float()
-        if mask is not None:
-            if self.channel == "gradients":  # a masked value must not reach its neighbours either
-                window = torch.where(mask.unsqueeze(-3), window, torch.nan)
+        if mask is not None and self.channel == "gradients":  # a masked value must not reach its neighbours either
+            window = torch.where(mask.unsqueeze(-3), window, torch.nan)
         image = extract_channel(window, self.channel, rgb_bands=self.rgb_bands)
         if image.dtype.itemsize < 4:
             image = image.float()

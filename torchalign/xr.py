@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_bool, check_option, check_whole, message
+from torchalign._check import check_bool, check_option, message
 from torchalign.aligner import Aligner
 from torchalign.cube.chunks import Companion, compute_together, is_lazy
 from torchalign.cube.georeference import FRAME_TRANSFORM, georeference_frames, metres_per_pixel
@@ -27,6 +27,7 @@ from torchalign.cube.reference import Found, FrameReader, ReferenceSource, find_
 from torchalign.cube.run import (
     AlignFrames,
     WarpFrames,
+    check_batch,
     find_aligner,
     find_device,
     mask_companion,
@@ -221,7 +222,7 @@ def align(
     """
     dims = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
     check_bool("verify", verify)
-    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    batch = check_batch(batch_size)
     running = _Running(device, batch, progress)
     options = _AlignOptions(
         find_aligner(aligner), aligner == "auto", mask, reference_mask, init, sun, verify, running
@@ -543,7 +544,7 @@ def extend(
     old_reader = FrameReader(
         old, Pixels.of(old), _all_of(find_mask(archive_mask, "archive_mask", old), own_mask(old)), where
     )
-    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    batch = check_batch(batch_size)
     running = _Running(device if is_lazy(datacube) else where, batch, progress)
     with torch.no_grad(), progress_bar(progress, cube, "extend") as advance:
         there = sun_tensor(find_sun(None, old), where)
@@ -651,7 +652,7 @@ def apply(
         check_option("interpolation", interpolation, Interpolation)
     check_option("padding_mode", padding_mode, PaddingMode)
     dims: dict[str, Hashable | None] = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
-    batch = None if batch_size is None else check_whole("batch_size", batch_size)
+    batch = check_batch(batch_size)
     how = _Application(mode, interpolation, padding_mode, fill_value, mask, device, batch, progress)
     if isinstance(datacube, xr.Dataset):
         return _apply_to_variables(Variables.of(datacube, None, classes, dims), estimate, how, grid)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from scenes import Waves, pairs
+from scipy import ndimage
 
 from torchalign.functional import smoothing
-from torchalign.functional.common_ground import shared_ground
+from torchalign.functional.common_ground import fill_small_holes, shared_ground
 from torchalign.functional.smoothing import block_sums, triangle_mean
 
 SIZE = (97, 130)
@@ -45,6 +47,36 @@ def test_what_is_not_usable_may_be_anything(cloudy, value):
     found = shared_ground(torch.where(usable, moving, value), reference, weights, usable)
     assert torch.equal(found, expected)
     assert found[usable].float().mean() > 0.5
+
+
+def test_edges_are_forgiven_half_a_pixel():
+    # fields of one brightness each, and soft edges between them half a pixel apart
+    random = np.random.default_rng(1)
+    fields = np.roll(np.kron(random.random((6, 8)), np.ones((64, 64))), 7, 1)
+    soft = ndimage.gaussian_filter(fields, 3.0, mode="wrap")
+    reference, moving = (
+        torch.from_numpy(ground.reshape(96, 4, 128, 4).mean((1, 3)) + 0.002 * random.standard_normal((96, 128)))
+        for ground in (soft, np.roll(soft, 2, 1))
+    )
+    edge = (moving - reference).abs() > 0.06
+    assert edge.sum() > 300
+    ground = shared_ground(moving, reference, torch.full((48, 64), 0.5, dtype=torch.float64))
+    assert ground[edge].double().mean() > 0.8
+
+
+def test_small_holes_are_filled_from_around_and_wide_ones_are_not():
+    y, x = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij")
+    image, mask = 3 * x - 2 * y, torch.ones(48, 64, dtype=torch.bool)
+    mask[20, 30] = mask[40, 10] = False
+    mask[4:16, 40:56] = False
+    spoilt = torch.where(mask, image, -999.0)
+    filled, usable = fill_small_holes(spoilt, mask)
+    assert usable[20, 30]
+    assert usable[40, 10]
+    assert not usable[8:12, 44:52].any()
+    torch.testing.assert_close(filled[20, 30], image[20, 30], atol=0.5, rtol=0)
+    torch.testing.assert_close(filled[40, 10], image[40, 10], atol=0.5, rtol=0)
+    assert torch.equal(filled[mask], image[mask])
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

@@ -19,6 +19,7 @@ from torchalign.functional.affine import (
 )
 from torchalign.functional.ecc import enhanced_correlation, level_frequencies, prepare_levels
 from torchalign.functional.fourier import fft, irfft2, rfft, rfft2
+from torchalign.functional.quality import normalized_cross_correlation
 
 MOTIONS = ("translation", "euclidean", "similarity", "affine", "homography")
 SIZE = (120, 136)
@@ -156,6 +157,21 @@ def test_masks_of_both_act():
     assert error("none") > 0.05  # the test would see it
 
 
+@pytest.mark.parametrize("motion", ["translation", "affine"])
+@pytest.mark.parametrize("which", [2, 3], ids=["frame", "reference"])
+def test_what_is_masked_is_no_evidence(motion, which):
+    moving, reference = frames(about_centre([[1.0, 0.0, 1.4], [0.0, 1.0, -0.7]]))
+    mask = torch.ones(1, *SIZE, dtype=torch.bool)
+    mask[..., : SIZE[1] // 2] = False
+    whole, half = (
+        enhanced_correlation(*given, motion=motion)
+        for given in ((moving, reference), (moving, reference, *[None] * (which - 2), mask))
+    )
+    assert half.converged.all()
+    # of half of the samples
+    assert 0.6 < float(half.significance / whole.significance) < 0.8
+
+
 def test_robust_weights_spare_what_changed():
     data = fractal_stack(8, size=(128, 128), cloud_fraction=0.3)
     moving, reference = data.cube.mean(1), data.reference.mean(0, keepdim=True)
@@ -180,6 +196,33 @@ def test_a_coarse_level_that_leads_astray_is_undone():
     moving, reference = data.cube.mean(1), data.reference.mean(0, keepdim=True)
     found = enhanced_correlation(moving, reference, motion="translation", init=data.shift, levels=4)
     assert (found.warp[..., 2] - data.shift).norm(dim=-1).max() < 0.1
+
+
+@pytest.mark.parametrize("motion", ["translation", "affine"])
+def test_a_negative_correlation_is_no_reason_to_turn_back(motion):
+    # 6.5 px are nearly half of all wavelengths: at the start the correlation is negative, the gain of the
+    # theorem would be too, and the step would lead to where one frame is the other's negative
+    expected = about_centre([[1.0, 0.0, 6.5], [0.0, 1.0, 0.0]])
+    moving, reference = frames(expected, shortest=13.0, longest=17.0)
+    assert normalized_cross_correlation(moving, reference) < -0.2
+    found = enhanced_correlation(moving, reference, motion=motion, max_iterations=20, robust="none", levels=1)
+    assert found.converged.all()
+    assert corner_error(found.warp, expected).max() < 0.1
+
+
+@pytest.mark.parametrize("motion", ["translation", "affine"])
+def test_sigma_of_small_frames_is_their_error(motion):
+    # of 40 px a side, 24 samples: blocks of 8 of these would be nine, hardly more than the parameters
+    size = (40, 44)
+    moving, reference = frames(about_centre([[1.0, 0.0, 0.6], [0.0, 1.0, -0.4]], size), size, longest=20.0)
+    noise = torch.randn(2, 48, *size, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    given = (moving + 0.03 * noise[0], (reference + 0.03 * noise[1]))
+    found = enhanced_correlation(*given, motion=motion, max_iterations=10)
+    shift = center_displacement(found.warp, size)
+    error = (shift - torch.tensor([0.6, -0.4])).square().sum(-1)
+    ratio = (error / (2 * found.sigma.square()))[found.converged].mean().sqrt()
+    assert found.converged.double().mean() > 0.9
+    assert 0.5 < float(ratio) < 1.6
 
 
 def test_init_as_shift_and_as_warp():

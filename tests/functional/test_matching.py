@@ -116,6 +116,12 @@ def test_mutual_matches_are_those_of_a_loop(radius):
             assert len(set(kept.tolist())) == len(kept)
 
 
+def test_of_several_that_are_alike_the_first_is_matched():
+    similarity = torch.tensor([[0.1, 0.2, 0.9], [0.1, 0.2, 0.9], [0.8, 0.8, 0.0]])
+    every = torch.ones(3, dtype=torch.bool)
+    assert mutual_matches(similarity, every, every).index.tolist() == [2, -1, 0]
+
+
 # ------------------------------------------------------------------------------------------------------- fits
 
 
@@ -145,6 +151,18 @@ def test_exact_matches_are_fitted_exactly(motion):
     assert corner_error(single.warp, truth) < 2e-3
     still = fit(points, points.clone(), torch.ones(len(points), dtype=torch.float64), motion)
     assert torch.equal(still.warp, identity_warp(homography=motion == "homography", dtype=torch.float64))
+
+
+@pytest.mark.parametrize("motion", ["affine", "homography"])
+def test_a_mirrored_picture_is_none_of_its_motions(motion):
+    # most matches agree on a reflection, which a linear map can express and no frame can do
+    truth = motion_warp(motion, 2)
+    points, targets, right = matched(truth, 200, wrong=0.6, noise=0.05, seed=2)
+    mirrored = 2 * CENTRE * torch.tensor([1.0, 0.0]) + points * torch.tensor([-1.0, 1.0])
+    targets = torch.where(right[:, None], targets, mirrored)
+    assert right.double().mean() < 0.45
+    found = fit(points, targets, torch.ones(200, dtype=torch.float64), motion)
+    assert corner_error(found.warp, truth) < 0.5
 
 
 @pytest.mark.parametrize("motion", ["similarity", "affine", "homography"])
@@ -254,6 +272,9 @@ def test_too_little_to_fit_is_no_number_nowhere(motion, count):
     assert found.warp.isfinite().all()
     assert found.weight.isfinite().all()
     assert not found.sigma.isnan().any()
+    if 2 * count <= PARAMETERS[motion]:  # nothing is left to tell how well they fit
+        assert found.sigma[0].isinf()
+    assert found.sigma[3].isinf()
     evidence = significance(found.inliers, found.matches, 0.01, motion=motion)
     assert (evidence[3] < 1).all()
     assert evidence[0] < 3
@@ -351,10 +372,21 @@ def test_windows_without_weight_are_not_asked():
     none = window_ascent(fields, reference, points, torch.zeros_like(weight), SIZE)
     assert not none.converged.any()
     assert torch.equal(none.warp[0], identity_warp(dtype=torch.float64))
-    # what shows something else has no say: a third of the frame from elsewhere
-    spoilt[..., :, : spoilt.shape[-1] // 3] = spoilt[..., :, -(spoilt.shape[-1] // 3) :].flip(-1)
+    # what shows something else has no say: half of the frame from elsewhere
+    spoilt[..., :, : spoilt.shape[-1] // 2] = spoilt[..., :, -(spoilt.shape[-1] // 2) :].flip(-1)
     robust = window_ascent(spoilt, reference, points, torch.ones_like(weight), SIZE)
-    assert (robust.warp[..., 2] - shift).norm() < 0.05
+    assert (robust.warp[..., 2] - shift).norm() < 0.02
+
+
+def test_windows_in_the_same_place_tell_the_same():
+    fields, reference = scene(torch.tensor([[0.2, 0.1]], dtype=torch.float64))
+    noise = torch.from_numpy(np.random.default_rng(3).standard_normal(reference.shape))
+    once, twice = (
+        window_ascent(fields[0] + 0.3 * noise, reference, points, torch.ones(len(points)).double(), SIZE)
+        for points in (places(60), places(60).repeat(2, 1))
+    )
+    torch.testing.assert_close(twice.warp, once.warp, atol=1e-9, rtol=0)
+    assert float(twice.sigma / once.sigma) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 40), (33, 17)])

@@ -11,7 +11,14 @@ import torch
 from scenes import Waves, assert_derivative, fractal_stack, pairs
 
 from torchalign.functional.common_ground import agreement
-from torchalign.functional.phase import coarse_peak, cross_power, phase_correlation, refine_peak
+from torchalign.functional.phase import (
+    coarse_peak,
+    cross_power,
+    derivatives_at,
+    phase_correlation,
+    refine_peak,
+    wave_orders,
+)
 from torchalign.functional.texture import band_limit, local_contrast
 from torchalign.functional.working_grid import working_size
 
@@ -100,8 +107,11 @@ def test_a_start_is_taken_where_it_is_better():
     far = (TRUTH.abs() > 2).any(-1)
     assert far.any()
     assert (errors(kept)[far] < 0.02).all()
+    assert kept.converged.all()
+    assert not kept.outside.any()
     lost = phase_correlation(moving, reference, max_translation=0.5)
     assert (errors(lost)[far] > 0.5).all()
+    assert lost.outside[far].all()
 
 
 def test_masks_are_broadcast_and_heeded():
@@ -341,6 +351,11 @@ def test_refine_peak_finds_the_top_of_the_polynomial(size):
     # the value there is above that of any neighbour
     values = torch.fft.irfft2(power, s=size)
     assert (values.flatten(1).amax(1) <= power_value(power, fy, fx, shift) + 1e-9).all()
+    # and what is climbed is that value, every bin of the whole spectrum counted once
+    climbed = derivatives_at(power, (fy, fx), truth.round(), wave_orders((fy, fx)))[..., 0, 0]
+    expected = power_value(power, fy, fx, truth.round()) * rows * columns
+    if columns % 2:  # (of even sides the last column is its own conjugate, beyond every band)
+        torch.testing.assert_close(climbed, expected, atol=0, rtol=1e-9)
 
 
 def power_value(power, fy, fx, shift):

@@ -9,6 +9,7 @@ from scenes import Waves, pairs
 
 from torchalign.functional.affine import identity_warp, translation_warp
 from torchalign.functional.quality import gate, gate_stages, normalized_cross_correlation
+from torchalign.functional.uncertainty import isotropic, largest_sigma
 from torchalign.functional.warp import resample
 from torchalign.types import Motion, Status
 
@@ -160,6 +161,38 @@ def test_gate_leaves_a_frame_in_place_in_place(scene):
     assert verdict is Status.OK
     assert torch.equal(estimate.warp, identity_warp(1))
     assert estimate.score == estimate.score_before
+
+
+def test_a_move_that_was_left_in_place_is_part_of_sigma(scene):
+    shift, sigma = (0.2, -0.1), 0.01  # 0.22 px, which no score of this scene gains by
+    verdict, estimate = judged(scene, shift, sigma=sigma, frame=1)
+    assert verdict is Status.OK
+    assert torch.equal(estimate.warp, identity_warp(1))
+    # per axis: half of the squared length in each
+    assert float(estimate.sigma) == pytest.approx((sigma**2 + 0.5 * 0.05) ** 0.5)
+    torch.testing.assert_close(estimate.covariance, isotropic(estimate.sigma))
+
+
+def test_a_frame_is_in_place_within_three_sigma(scene):
+    assert judged(scene, (0.9, 0.0), sigma=0.2, frame=1)[0] is Status.NOT_BETTER
+    verdict, estimate = judged(scene, (0.9, 0.0), sigma=0.4, frame=1)
+    assert verdict is Status.OK
+    assert torch.equal(estimate.warp, identity_warp(1))
+
+
+def test_gate_takes_no_negative_score_for_a_gain(scene):
+    _, moving, reference = scene
+    # the less alike the better, if the frame is the reference's negative
+    verdict, estimate = judged((None, -moving, reference), (0.7, 0.5), frame=1)
+    assert verdict is Status.NOT_BETTER
+    assert estimate.score_before < -0.99
+
+
+def test_largest_sigma_is_numpys():
+    half = rand(50, 2, 2) - 0.5
+    covariance = half @ half.mT
+    expected = np.sqrt(np.linalg.eigvalsh(covariance.numpy())[:, -1])
+    np.testing.assert_allclose(largest_sigma(covariance).numpy(), expected, atol=1e-12)
 
 
 def test_gate_keeps_the_methods_verdict(scene):

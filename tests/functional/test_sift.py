@@ -55,6 +55,19 @@ def test_blobs_are_found_where_and_as_large_as_they_are(sigma, sign):
     assert float((ratio - 1).abs().max()) < 0.06
 
 
+def test_what_is_long_and_thin_is_no_blob():
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (80, 90)), indexing="ij")
+    long = 0.5 * torch.exp(-((x - 45) ** 2 / (2 * 12**2) + (y - 40) ** 2 / (2 * 2**2)))
+    space = scale_space(long[None])
+    near = {
+        ratio: ((found.points - torch.tensor([45.0, 40.0])).norm(dim=-1) < 4) & found.valid
+        for ratio in (10.0, 1e4)
+        for found in [detect_blobs(space, None, 8, max_edge_ratio=ratio)]
+    }
+    assert not near[10.0].any()
+    assert near[1e4].any()
+
+
 def test_against_opencv(picture):
     cv2 = pytest.importorskip("cv2")
     blobs, orientation, descriptors = extract(picture, 300)

@@ -226,7 +226,8 @@ class AlignOptions(CubeOptions):
     reference: Annotated[
         str,
         Option(
-            help="median, mean, first, clearest, iterative (the median of the aligned frames), the label "
+            help="median, mean, first, clearest, iterative (the median of the aligned frames), groupwise "
+            "(none: all frames by their pairs), previous (a chain), the label "
             "of one frame, as 2020-05-01, or a file with the picture."
         ),
     ] = "median"

@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import message
+from torchalign._check import check_whole, message
 from torchalign._host import give_back_memory
 from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
@@ -41,6 +41,7 @@ __all__ = [
     "AlignFrames",
     "Operation",
     "WarpFrames",
+    "check_batch",
     "count_progress",
     "find_aligner",
     "find_device",
@@ -401,6 +402,11 @@ def place_module(module: nn.Module, device: torch.device) -> nn.Module:
     """The module itself if it is on the device, else a copy of it there."""
     there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
     return module if there else copy.deepcopy(module).to(device)
+
+
+def check_batch(size: int | None) -> int | None:
+    """A whole number of frames, or None."""
+    return None if size is None else check_whole("batch_size", size)
 
 
 @contextmanager

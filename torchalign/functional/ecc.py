@@ -401,7 +401,7 @@ class _Shifted(NamedTuple):
     def ascend(
         self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """All steps by one kernel, where there is one: the warps, the last reach, and the warps before that step."""
+        """All steps by one kernel, where there is one: warps, the last reach, and the warps before that step."""
         kernels = kernels_for(self.spectrum, start, system.weights, level.field)
         if kernels is None:
             return None
@@ -491,7 +491,7 @@ class _Warped(NamedTuple):
     def ascend(
         self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """All steps by one kernel, where there is one: the warps, the last reach, and the warps before that step."""
+        """All steps by one kernel, where there is one: warps, the last reach, and the warps before that step."""
         kernels = kernels_for(self.spline, start, system.weights, level.field)
         if kernels is None:
             return None

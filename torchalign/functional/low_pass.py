@@ -1,9 +1,9 @@
 """The band limit: what lies below a frequency, resampled onto the coarser grid that just holds it.
 
-By Fourier transforms, of the image less the smooth one that accounts for the jumps between opposite borders, which the
-Fourier series would take for edges. (Two matrix products, a DCT-II low pass, do the same: with a response of each axis
-for itself they pass the corners of the band, which costs 25 % of the accuracy on clear frames; with a radial one they
-are as accurate, and on the CPU slower.)
+By Fourier transforms, of the image less the smooth one that accounts for the jumps between opposite borders, which
+the Fourier series would take for edges. (Two matrix products, a DCT-II low pass, do the same: with a response of
+each axis for itself they pass the corners of the band, which costs 25 % of the accuracy on clear frames; with a
+radial one they are as accurate, and on the CPU slower.)
 
 References:
     Moisan 2011, doi:10.1007/s10851-010-0227-1 (the periodic component of an image).

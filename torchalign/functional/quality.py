@@ -227,7 +227,7 @@ def _scores(
     *,
     vector: bool,
 ) -> Sequence[Tensor]:
-    """Correlations with the reference, under each motion and under none, over the ground that is seen in all cases."""
+    """Correlations with the reference, under each motion and under none, over the ground that all of them see."""
     warps = [motion.warp for motion in motions]
     if all(motion.only_shifts for motion in motions):
         warps = [warp[..., :2, 2] for warp in warps]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, lerp
+from torchalign.kernels.sampling import divide, kernel_dtype, lerp
 from torchalign.kernels.turn import tukey
 
 __all__ = [
@@ -237,7 +237,7 @@ def look_frames(
 
 
 @triton.jit
-def _increment(moments, mean, inverse, solved, rest, places):
+def _best_step(moments, mean, inverse, solved, rest, places):
     """The step, at places 2 …, that maximises the coefficient of the linearised reference."""
     first = tl.sum(tl.where(places == 0, moments, 0.0), 0)
     centred = moments - first * mean
@@ -248,7 +248,7 @@ def _increment(moments, mean, inverse, solved, rest, places):
 
 
 @triton.jit
-def _shorten(increment, corners_x, corners_y, longest):
+def _bounded_step(increment, corners_x, corners_y, longest):
     """No step is longer than a few samples; and how far it moves the farthest corner, in pixels."""
     x = tl.sum(corners_x * increment[None, :], 1)
     y = tl.sum(corners_y * increment[None, :], 1)
@@ -260,6 +260,48 @@ def _shorten(increment, corners_x, corners_y, longest):
 @triton.jit
 def _entry(vector, places, PLACE: tl.constexpr):
     return tl.sum(tl.where(places == PLACE, vector, 0.0), 0)
+
+
+@triton.jit
+def _composed(step, places, nothing, a, b, c, d, e, f, g, h, i, MOTION: tl.constexpr):
+    """The increment's warp, composed on the left of one of these entries; the last entry 1."""
+    tx = _entry(step, places, 2)
+    ty = _entry(step, places, 3)
+    aa = nothing + 1
+    bb = nothing
+    cc = nothing
+    dd = nothing + 1
+    gg = nothing
+    hh = nothing
+    if MOTION == 1:
+        angle = _entry(step, places, 4)
+        aa = tl.cos(angle)
+        cc = tl.sin(angle)
+        bb = -cc
+        dd = aa
+    elif MOTION == 2:
+        cc = _entry(step, places, 4)
+        bb = -cc
+        aa = 1 + _entry(step, places, 5)
+        dd = aa
+    elif MOTION >= 3:
+        aa = 1 + _entry(step, places, 4)
+        bb = _entry(step, places, 5)
+        cc = _entry(step, places, 6)
+        dd = 1 + _entry(step, places, 7)
+    if MOTION == 4:
+        gg = _entry(step, places, 8)
+        hh = _entry(step, places, 9)
+    last = gg * c + hh * f + i
+    na = divide(aa * a + bb * d + tx * g, last)
+    nb = divide(aa * b + bb * e + tx * h, last)
+    nc = divide(aa * c + bb * f + tx * i, last)
+    nd = divide(cc * a + dd * d + ty * g, last)
+    ne = divide(cc * b + dd * e + ty * h, last)
+    nf = divide(cc * c + dd * f + ty * i, last)
+    ng = divide(gg * a + hh * d + g, last)
+    nh = divide(gg * b + hh * e + h, last)
+    return na, nb, nc, nd, ne, nf, ng, nh, divide(last, last)
 
 
 @triton.jit
@@ -373,46 +415,9 @@ def step_warped(
                     other=0,
                 )
                 total += tile * value[None, :]
-            step = _increment(tl.sum(total, 1), mean, inverse, solved, rest, places)
-            step, reach = _shorten(step, corners_x, corners_y, limit)
-            # the increment's warp, composed on the left
-            tx = _entry(step, places, 2)
-            ty = _entry(step, places, 3)
-            aa = nothing + 1
-            bb = nothing
-            cc = nothing
-            dd = nothing + 1
-            gg = nothing
-            hh = nothing
-            if MOTION == 1:
-                angle = _entry(step, places, 4)
-                aa = tl.cos(angle)
-                cc = tl.sin(angle)
-                bb = -cc
-                dd = aa
-            elif MOTION == 2:
-                cc = _entry(step, places, 4)
-                bb = -cc
-                aa = 1 + _entry(step, places, 5)
-                dd = aa
-            elif MOTION >= 3:
-                aa = 1 + _entry(step, places, 4)
-                bb = _entry(step, places, 5)
-                cc = _entry(step, places, 6)
-                dd = 1 + _entry(step, places, 7)
-            if MOTION == 4:
-                gg = _entry(step, places, 8)
-                hh = _entry(step, places, 9)
-            last = gg * c + hh * f + i
-            na = divide(aa * a + bb * d + tx * g, last)
-            nb = divide(aa * b + bb * e + tx * h, last)
-            nc = divide(aa * c + bb * f + tx * i, last)
-            nd = divide(cc * a + dd * d + ty * g, last)
-            ne = divide(cc * b + dd * e + ty * h, last)
-            nf = divide(cc * c + dd * f + ty * i, last)
-            ng = divide(gg * a + hh * d + g, last)
-            nh = divide(gg * b + hh * e + h, last)
-            a, b, c, d, e, f, g, h, i = na, nb, nc, nd, ne, nf, ng, nh, divide(last, last)
+            step = _best_step(tl.sum(total, 1), mean, inverse, solved, rest, places)
+            step, reach = _bounded_step(step, corners_x, corners_y, limit)
+            a, b, c, d, e, f, g, h, i = _composed(step, places, nothing, a, b, c, d, e, f, g, h, i, MOTION)
             going = reach > tl.cast(tolerance, COMPUTE)
     out = warps + 9 * frame
     tl.store(out, a)
@@ -521,8 +526,8 @@ def step_shifted(
                 + tl.where(places == 3, tl.sum(m3, 0), 0.0)
             )
             moments = divide(moments, area + tl.zeros_like(moments))
-            step = _increment(moments, mean, inverse, solved, rest, places)
-            step, reach = _shorten(step, corners_x, corners_y, limit)
+            step = _best_step(moments, mean, inverse, solved, rest, places)
+            step, reach = _bounded_step(step, corners_x, corners_y, limit)
             x_shift += _entry(step, places, 2) * unit
             y_shift += _entry(step, places, 3) * unit
             going = reach > tl.cast(tolerance, COMPUTE)
@@ -612,7 +617,7 @@ def _look(
         TAPERED=bool(ramps),
         PROJECTIVE=projective,
         SPLINE=precise,
-        COMPUTE=_compute(warp),
+        COMPUTE=kernel_dtype(warp),
         BLOCK=_BLOCK,
         enable_fp_fusion=False,
     )
@@ -753,7 +758,7 @@ def _ascend_warped(
         MOTION=_MOTIONS.index(motion),
         PROJECTIVE=projective,
         SPLINE=precise,
-        COMPUTE=_compute(start),
+        COMPUTE=kernel_dtype(start),
         BLOCK=_BLOCK,
         enable_fp_fusion=False,
     )
@@ -875,7 +880,7 @@ def _ascend_shifted(
         half,
         longest,
         tolerance,
-        COMPUTE=_compute(start),
+        COMPUTE=kernel_dtype(start),
         BLOCK=_BLOCK,
         enable_fp_fusion=False,
     )
@@ -910,7 +915,3 @@ def _by_group(shared: Tensor, warp: Tensor, own: int) -> tuple[Tensor, int]:
     group = lead[-1] if shared.shape[-own - 1] == 1 else 1
     shape = (*lead[:-1], *shared.shape[-own - 1 :])
     return shared.expand(shape).contiguous(), group
-
-
-def _compute(tensor: Tensor) -> tl.dtype:
-    return tl.float64 if tensor.dtype == torch.float64 else tl.float32

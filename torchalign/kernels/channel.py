@@ -11,14 +11,14 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import divide, is_finite
 
-__all__ = ["see", "see_frames"]
+__all__ = ["channel_frames", "see"]
 
 _BLOCK = 1024
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @triton.jit
-def see_frames(
+def channel_frames(
     frames,  # (N, C, H, W), by its strides
     mask,  # (N, H, W), 0 and 1, by its strides
     seen,  # (N, H, W)
@@ -93,14 +93,14 @@ def see(
 
 @torch.library.custom_op("torchalign::see", mutates_args=())
 def _see(cube: Tensor, mask: Tensor | None, channel: str, bands: list[int]) -> tuple[Tensor, Tensor]:
-    seen, usable = _like(cube)
+    seen, usable = _seen_like(cube)
     if seen.numel() == 0:
         return seen, usable
     count, (number, height, width) = math.prod(cube.shape[:-3]), cube.shape[-3:]
     frames = cube.reshape(count, number, height, width)
     masks = frames if mask is None else mask.reshape(count, height, width).view(torch.uint8)
     first, second, third = (*bands, 0, 0, 0)[:3]
-    see_frames[(count * triton.cdiv(height * width, _BLOCK),)](
+    channel_frames[(count * triton.cdiv(height * width, _BLOCK),)](
         frames,
         masks,
         seen,
@@ -124,10 +124,10 @@ def _see(cube: Tensor, mask: Tensor | None, channel: str, bands: list[int]) -> t
 
 @_see.register_fake
 def _(cube: Tensor, mask: Tensor | None, channel: str, bands: list[int]) -> tuple[Tensor, Tensor]:
-    return _like(cube)
+    return _seen_like(cube)
 
 
-def _like(cube: Tensor) -> tuple[Tensor, Tensor]:
+def _seen_like(cube: Tensor) -> tuple[Tensor, Tensor]:
     shape = (*cube.shape[:-3], *cube.shape[-2:])
     dtype = torch.float64 if cube.dtype == torch.float64 else torch.float32
     return cube.new_empty(shape, dtype=dtype), cube.new_empty(shape, dtype=torch.bool)

@@ -157,7 +157,7 @@ def climb(
 
 @torch.library.custom_op("torchalign::climb", mutates_args=())
 def _climb(power: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    found, last, derivatives = _like(power)
+    found, last, derivatives = _climbed_like(power)
     if found.numel() == 0:
         return found, last, derivatives
     rows, columns = power.shape[-3:-1]
@@ -182,9 +182,9 @@ def _climb(power: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> 
 
 @_climb.register_fake
 def _(power: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(power)
+    return _climbed_like(power)
 
 
-def _like(power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _climbed_like(power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     lead = power.shape[:-3]
     return power.new_empty((*lead, 2)), power.new_empty((*lead, 2)), power.new_empty((*lead, 9))

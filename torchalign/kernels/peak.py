@@ -19,7 +19,7 @@ MOST_SAMPLES = 2**19
 
 
 @triton.jit
-def _parabola(before, centre, after):
+def _vertex(before, centre, after):
     """Where the parabola through three equidistant samples, the middle one highest, has its vertex."""
     curvature = before - 2 * centre + after
     vertex = divide(0.5 * (before - after), tl.where(curvature < 0, curvature, -1.0))
@@ -90,8 +90,8 @@ def peak_frames(
     above = tl.load(plane + (row + rows - 1) % rows * columns + column)
     below = tl.load(plane + (row + 1) % rows * columns + column)
     out = found + 6 * frame
-    tl.store(out, across * (x.to(COMPUTE) + _parabola(left, centre, right)))
-    tl.store(out + 1, down * (y.to(COMPUTE) + _parabola(above, centre, below)))
+    tl.store(out, across * (x.to(COMPUTE) + _vertex(left, centre, right)))
+    tl.store(out + 1, down * (y.to(COMPUTE) + _vertex(above, centre, below)))
     tl.store(out + 2, significance)
     tl.store(out + 3, outside.to(COMPUTE))
     tl.store(out + 4, height)
@@ -111,8 +111,8 @@ def peak(
         least: and this many standard deviations of the surface.
 
     Returns:
-        shift (..., 2), significance (...,), outside (...,) bool, height (...,) and spread (...,); ``None`` where the
-        surface is too large for one program.
+        shift (..., 2), significance (...,), outside (...,) bool, height (...,) and spread (...,); ``None`` where
+        the surface is too large for one program.
     """
     if surface.shape[-2] * surface.shape[-1] > MOST_SAMPLES:
         return None

@@ -1,4 +1,4 @@
-"""The final warp as one kernel: every interpolation, padding, mask and fill of :mod:`torchalign.functional.warp`."""
+"""The final warp as one kernel: all options of :func:`torchalign.functional.warp.resample`."""
 
 from __future__ import annotations
 
@@ -42,12 +42,44 @@ _COMPUTE = {
 @triton.jit
 def _restore(values, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, COMPUTE: tl.constexpr):
     """Rounded half to even, and clamped: what is added and taken off again leaves no place for a fraction."""
-    if tl.float64 == COMPUTE:
+    if COMPUTE == tl.float64:  # noqa: SIM108, SIM300
         whole = 6755399441055744.0  # 1.5 · 2⁵²
     else:
         whole = 12582912.0  # 1.5 · 2²³
     values = tl.minimum(tl.maximum(values, LOWEST), HIGHEST)
     return (values + whole) - whole
+
+
+@triton.jit
+def _chosen(
+    linear,
+    linear_share,
+    total,
+    met,
+    nearest,
+    near_usable,
+    INTERPOLATION: tl.constexpr,
+    FLOATING: tl.constexpr,
+    MASKED: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Bilinear, bicubic where that met nothing unusable, or the nearest pixel; in the cube's dtype."""
+    computed = linear
+    if FLOATING or MASKED:
+        # the nearest pixel weighs 1/4 or more, so that near_usable guards the division
+        computed = divide(linear, tl.where(near_usable, linear_share, 1.0))
+        if INTERPOLATION == 2:
+            computed = tl.where(met > 0, computed, total)
+    elif INTERPOLATION == 2:
+        computed = total
+    if not FLOATING:
+        computed = _restore(computed, LOWEST, HIGHEST, COMPUTE)
+    result = computed.to(nearest.dtype)
+    if FLOATING or MASKED:
+        result = tl.where(near_usable, result, nearest)
+    return result
 
 
 @triton.jit
@@ -125,9 +157,8 @@ def resample_frames(
         if INTERPOLATION == 0:
             result = nearest
         else:
-            if INTERPOLATION == 2:
-                total = tl.zeros_like(fx)
-                met = tl.zeros_like(fx)
+            total = tl.zeros_like(fx)
+            met = tl.zeros_like(fx)
             for j in tl.static_range(4):
                 if INTERPOLATION == 2 or (j == 1 or j == 2):
                     at_row = padded(row + (j - 1), height, PADDING == 2).to(INDEX)
@@ -170,19 +201,20 @@ def resample_frames(
                     elif j == 2:
                         linear = lerp(above, level, fy)
                         linear_share = lerp(above_share, level_share, fy)
-            computed = linear
-            if FLOATING or MASKED:
-                # the nearest pixel weighs 1/4 or more, so that near_usable guards the division
-                computed = divide(linear, tl.where(near_usable, linear_share, 1.0))
-                if INTERPOLATION == 2:
-                    computed = tl.where(met > 0, computed, total)
-            elif INTERPOLATION == 2:
-                computed = total
-            if not FLOATING:
-                computed = _restore(computed, LOWEST, HIGHEST, COMPUTE)
-            result = computed.to(nearest.dtype)
-            if FLOATING or MASKED:
-                result = tl.where(near_usable, result, nearest)
+            result = _chosen(
+                linear,
+                linear_share,
+                total,
+                met,
+                nearest,
+                near_usable,
+                INTERPOLATION,
+                FLOATING,
+                MASKED,
+                LOWEST,
+                HIGHEST,
+                COMPUTE,
+            )
         if FILLED:
             result = tl.where(
                 inside & near_usable, result, tl.full(result.shape, fill, COMPUTE).to(nearest.dtype)
@@ -237,7 +269,7 @@ def _resample(
 ) -> tuple[Tensor, Tensor]:
     lead, (bands, height, width) = cube.shape[:-3], cube.shape[-3:]
     count = math.prod(lead)
-    values, validity = _like(cube, step)
+    values, validity = _resampled_like(cube, step)
     if values.numel() == 0:
         return values, validity.fill_(True)
     frames = cube.reshape(count, bands, height, width)
@@ -289,10 +321,10 @@ def _(
     fill_value: float | None,
     step: int,
 ) -> tuple[Tensor, Tensor]:
-    return _like(cube, step)
+    return _resampled_like(cube, step)
 
 
-def _like(cube: Tensor, step: int) -> tuple[Tensor, Tensor]:
+def _resampled_like(cube: Tensor, step: int) -> tuple[Tensor, Tensor]:
     rows, columns = ((length + step - 1) // step for length in cube.shape[-2:])
     lead = cube.shape[:-3]
     return (

@@ -8,8 +8,10 @@ Convention:
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 __all__ = [
     "KINDS",
@@ -18,6 +20,7 @@ __all__ = [
     "displacement",
     "divide",
     "is_finite",
+    "kernel_dtype",
     "lerp",
     "padded",
     "read",
@@ -46,7 +49,7 @@ def lerp(first, second, share):
 @triton.jit
 def divide(numerator, denominator):
     """Rounded as torch rounds it."""
-    if numerator.dtype == tl.float64:
+    if numerator.dtype == tl.float64:  # noqa: SIM108
         quotient = numerator / denominator
     else:
         quotient = tl.div_rn(numerator, denominator)
@@ -137,3 +140,8 @@ def read(
     if MASKED:
         good = good & (tl.load(usable + at_mask, mask=live, other=0) != 0)
     return tl.where(good, values, 0.0), good
+
+
+def kernel_dtype(tensor: Tensor) -> tl.dtype:
+    """What a kernel computes in."""
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32

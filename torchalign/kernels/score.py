@@ -1,4 +1,4 @@
-"""The gate's scores as one kernel: sampling the moving frames, and their weighted correlation with the reference."""
+"""The gate's scores as one kernel: samples of the moving frames, and their correlation with the reference."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def score_frames(
 ):
     """One program: one frame under one of its motions, or (the last) under none.
 
-    Every lane keeps running means and sums of squares of what it has seen (Welford 1962, doi:10.2307/1266577), which
-    are put together at the end: nothing cancels, however far the values are from 0.
+    Every lane keeps running means and sums of squares of what it has seen (Welford 1962, doi:10.2307/1266577),
+    which are put together at the end: nothing cancels, however far the values are from 0.
     """
     frame = (tl.program_id(0) // (STAGES + 1)).to(tl.int64)
     chosen = tl.program_id(0) % (STAGES + 1)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide
+from torchalign.kernels.sampling import divide, kernel_dtype
 
 __all__ = ["MOST_PIXELS", "cover_frames", "coverage", "fill", "fill_frames", "mean_frames"]
 
@@ -134,11 +134,13 @@ def fill(image: Tensor, usable: Tensor, least: float) -> tuple[Tensor, Tensor] |
     """
     if image.shape[-2] * image.shape[-1] > MOST_PIXELS:
         return None
-    return tuple(_fill(image, usable.expand(image.shape), least))  # type: ignore[return-value]
+    usable = usable.expand(image.shape)
+    means = _usable_mean(image, usable)
+    return _fill_with(image, usable, means, least), means
 
 
 @torch.library.custom_op("torchalign::mean", mutates_args=())
-def _mean(image: Tensor, usable: Tensor) -> Tensor:
+def _usable_mean(image: Tensor, usable: Tensor) -> Tensor:
     means = image.new_empty((*image.shape[:-2], 2))
     if image.numel() == 0:
         return means
@@ -147,14 +149,14 @@ def _mean(image: Tensor, usable: Tensor) -> Tensor:
         usable.contiguous().view(torch.uint8),
         means,
         image.shape[-2] * image.shape[-1],
-        COMPUTE=_compute(image),
+        COMPUTE=kernel_dtype(image),
         BLOCK=_BLOCK,
         enable_fp_fusion=False,
     )
     return means
 
 
-@_mean.register_fake
+@_usable_mean.register_fake
 def _(image: Tensor, usable: Tensor) -> Tensor:
     return image.new_empty((*image.shape[:-2], 2))
 
@@ -173,7 +175,7 @@ def _fill_with(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Te
         height,
         width,
         least,
-        COMPUTE=_compute(image),
+        COMPUTE=kernel_dtype(image),
         BLOCK=_BLOCK,
         enable_fp_fusion=False,
     )
@@ -183,11 +185,6 @@ def _fill_with(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Te
 @_fill_with.register_fake
 def _(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Tensor:
     return image.new_empty(image.shape)
-
-
-def _fill(image: Tensor, usable: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    means = _mean(image, usable)
-    return _fill_with(image, usable, means, least), means
 
 
 def coverage(usable: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -220,7 +217,7 @@ def _coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
             -(-length // samples) + (1 if length % samples else 0)
             for length, samples in zip((height, width), size, strict=True)
         ),
-        COMPUTE=_compute(share),
+        COMPUTE=kernel_dtype(share),
         BLOCK=_BLOCK,
         enable_fp_fusion=False,
     )
@@ -230,7 +227,3 @@ def _coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
 @_coverage.register_fake
 def _(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     return usable.new_empty((*usable.shape[:-2], *size), dtype=dtype)
-
-
-def _compute(tensor: Tensor) -> tl.dtype:
-    return tl.float64 if tensor.dtype == torch.float64 else tl.float32

@@ -1,4 +1,4 @@
-"""A spectrum turned by a shift of its content, and the window of the ground that two frames share, a kernel each."""
+"""A spectrum turned by a shift of its content, and the window of common ground, a kernel each."""
 
 from __future__ import annotations
 

@@ -1,0 +1,53 @@
+"""What a GPU is asked for stays within its budget: launches, bytes and memory, counted on fake CUDA tensors."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="needs a build of torch with CUDA")
+
+# of 256 frames of 4 × 256²: launches, gigabytes, and the peak beside the cube in cubes
+BUDGETS = {
+    "PCC()": (450, 4.5, 3.5),
+    "ECC()": (1300, 9.0, 3.5),
+    'ECC(motion="affine")': (1600, 16.0, 3.5),
+    "Cascade(PCC(), ECC())": (1780, 12.0, 3.5),
+    "LGM()": (5100, 250.0, 40.0),
+}
+
+
+@pytest.fixture(scope="module")
+def launches():
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(BENCHMARKS)
+    yield runpy.run_path(str(BENCHMARKS / "launches.py"))
+    patch.undo()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(key, marks=pytest.mark.slow if "LGM" in key else ()) for key in BUDGETS]
+)
+def test_budget(launches, name):
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA wheels; this torch has none")
+    most, gigabytes, cubes = BUDGETS[name]
+    found = launches["summary"](launches["count"](launches["ALIGNERS"][name]), 4 * 256 * 4 * 256**2)
+    assert found["launches"] <= most
+    assert found["gigabytes"] <= gigabytes
+    assert found["peak_cubes"] <= cubes
+
+
+def test_what_torch_alone_launches(launches):
+    count = launches["count"](launches["ALIGNERS"]["PCC()"], triton=False)
+    assert len(count.launches) <= 1250
+    assert not any(launch.name.startswith("torchalign") for launch in count.launches)
+
+
+def test_bytes_are_those_that_are_read_and_written(launches):
+    tensor = torch.empty(4, 3).expand(2, 4, 3)
+    assert launches["size_of"](tensor) == 48
