@@ -239,12 +239,12 @@ def align_scenes(
     Example:
         >>> import tempfile
         >>> from torchalign.datasets import demo_stack
-        >>> cube = demo_stack(frames=3, size=(64, 64)).cube
+        >>> cube = demo_stack(frames=4, size=(64, 64)).cube
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     paths = write_stack(cube, folder + "/in")
         ...     written, report = align_scenes(folder + "/in", folder + "/out")
         >>> [path.name for path in written] == [path.name for path in paths], report.sizes["time"]
-        (True, 3)
+        (True, 4)
     """
     require("GeoTIFF", "io", "rasterio")
     check_option("errors", errors, OnError)
