@@ -71,13 +71,13 @@ def write_store(
         known, write = share(empty), delayed(_write_zarr if suffix == ".zarr" else _write_netcdf, pure=False)
         jobs: list[Any] = []
         for first, last in itertools.pairwise(np.cumsum((0, *chunks))):
-            pixels = {}
+            pixels = []  # (arguments, not a dict of them, which would be a task that holds them)
             for name in lazy:
                 part = dataset[name].variable.isel({time: slice(int(first), int(last))}).data.rechunk(-1)
-                pixels[str(name)] = part.to_delayed(optimize_graph=False).ravel()[0]
+                pixels.append(part.to_delayed(optimize_graph=False).ravel()[0])
             # a netCDF file is written by one after the other
             before = jobs[-1] if jobs and suffix != ".zarr" else None
-            jobs.append(write(pixels, partial, known, time, int(first), before))
+            jobs.append(write(partial, known, time, int(first), before, *pixels))
         done = delayed(_publish, pure=False)(jobs, partial, path)
         return finish_writing(done, jobs, chunks, report, compute)
     except BaseException:
@@ -161,31 +161,31 @@ def _store(dataset: xr.Dataset, path: Path, suffix: str) -> None:
 
 
 def _write_zarr(
-    pixels: Mapping[str, Array],
     path: Path,
     empty: Mapping[str, xr.Variable],
     time: Hashable,
     first: int,
     before: Any,
+    *pixels: Array,
 ) -> None:
     """Frames of one chunk into a store that has all but pixels; xarray encodes them as the store says."""
-    part = xr.Dataset({name: (empty[name].dims, values) for name, values in pixels.items()})
+    part = xr.Dataset({name: (empty[name].dims, values) for name, values in zip(empty, pixels, strict=True)})
     part.to_zarr(path, region={str(time): slice(first, first + part.sizes[time])}, consolidated=True)
 
 
 def _write_netcdf(
-    pixels: Mapping[str, Array],
     path: Path,
     empty: Mapping[str, xr.Variable],
     time: Hashable,
     first: int,
     before: Any,
+    *pixels: Array,
 ) -> None:
     """The same for a netCDF file."""
     import h5netcdf
 
     with h5netcdf.File(path, "a") as file:
-        for name, values in pixels.items():
+        for name, values in zip(empty, pixels, strict=True):
             like = empty[name]
             plain = xr.Variable(like.dims, values, like.attrs, like.encoding)
             variable = xr.conventions.encode_cf_variable(plain)
