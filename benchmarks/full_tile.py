@@ -1,8 +1,8 @@
 """Two full Sentinel-2 tiles, 10980² pixels of four bands in uint16, from file to file: memory, time, accuracy.
 
 ``/usr/bin/time -v python benchmarks/full_tile.py [--size 10980]``. The scene is made of the Landsat scene of
-``../shared/data``, repeated and cut at two offsets at three times the resolution, so that the shift is (2/3, −1/3) plus
-whole pixels exactly; made blockwise, and outside the measured part, which is a process of its own.
+``../shared/data``, repeated and cut at two offsets at three times the resolution, so that the shift is (5/3, 4/3)
+pixels exactly; made blockwise, and outside the measured part, which is a process of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BANDS, ROWS = 4, 180
 MEASURED = """
 import json, sys
 import torchalign as ta
-paths, report = ta.io.align_files(sys.argv[1], sys.argv[2], "first", sys.argv[3], progress=False)
+paths, report = ta.io.align_scenes(sys.argv[1], sys.argv[2], "first", sys.argv[3], progress=False)
 print(json.dumps({name: float(report[name][1]) for name in ("shift_x", "shift_y", "sigma", "score", "status")}))
 """
 

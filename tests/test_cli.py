@@ -236,7 +236,7 @@ def untidy(written, tmp_path_factory):
         ("align FOLDER --out out.nc", "files like *.tif*"),
         ("align image.tif --out out.nc", "date"),
         ("align CUBE image.tif --out out.nc", "one cube, or GeoTIFFs"),
-        ("align table.csv --out out.nc", "a .csv file"),
+        ("align table.csv --out out.nc", "a path in every line"),
         ("align CUBE --out out.tar", "a folder for GeoTIFFs"),
         ("align CUBE --out image.tif", "a folder for GeoTIFFs"),
         ("align CUBE --out full", "not empty"),

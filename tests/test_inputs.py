@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import subprocess
 import sys
 import warnings
@@ -22,6 +23,7 @@ from rasterio.control import GroundControlPoint  # noqa: E402
 from rasterio.crs import CRS  # noqa: E402
 from rasterio.enums import ColorInterp  # noqa: E402
 from rasterio.transform import Affine  # noqa: E402
+from rasterio.warp import transform as move_points  # noqa: E402
 
 SIZE = 64
 OFFSETS = [(8, 8), (7, 10), (9, 7)]  # (row, column) of the windows; shifts are their differences
@@ -830,10 +832,36 @@ def test_masks_that_look_wrong_are_said():
     align(array, mask=~clouds)
 
 
+def test_reports_to_look_at(tmp_path):
+    """GeoJSON: the outline of a frame that was 2 px left and 1 px low; HTML: a page."""
+    dataset = odc_dataset()
+    _, report = align(dataset)
+    path = ta.save_report(report, tmp_path / "frames.geojson")
+    features = json.loads(path.read_text())["features"]
+    assert [one["properties"]["time"][:10] for one in features] == DAYS
+    assert [one["properties"]["status"] for one in features] == ["OK"] * 3
+    assert features[1]["properties"]["shift_x"] == pytest.approx(2, abs=0.1)
+    corner = np.array([one["geometry"]["coordinates"][0][0] for one in features])
+    x, y = move_points("EPSG:4326", UTM, corner[:, 0].tolist(), corner[:, 1].tolist())
+    np.testing.assert_allclose(np.array(x) - 500_000, 10 * report.shift_x, atol=0.5)
+    np.testing.assert_allclose(np.array(y) - 5_000_000, -10 * report.shift_y, atol=0.5)
+    with pytest.raises(ValueError, match="a grid with a CRS"):
+        ta.save_report(align(dataset.drop_vars("spatial_ref"))[1], tmp_path / "no.geojson")
+    pytest.importorskip("matplotlib")
+    assert "<html" in ta.save_report(report, tmp_path / "page.html").read_text()
+    with pytest.raises(FileExistsError):
+        ta.save_report(report, tmp_path / "page.html")
+    with pytest.raises(ValueError, match=r"\.geojson"):
+        ta.save_report(report, tmp_path / "page.xml")
+
+
 def test_every_kind_is_in_the_docs():
     """docs/inputs.md names the test of every line of its table, and these are all."""
     text = (Path(__file__).parents[1] / "docs" / "inputs.md").read_text()
-    own = {name for name in globals() if name.startswith("test_")} - {"test_every_kind_is_in_the_docs"}
+    own = {name for name in globals() if name.startswith("test_")} - {
+        "test_every_kind_is_in_the_docs",
+        "test_reports_to_look_at",
+    }
     named = {
         word.strip("`")
         for line in text.splitlines()

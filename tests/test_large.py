@@ -44,7 +44,7 @@ def make_files(folder, size, *, clouds=False, seed=0):
 def check(folder, out, size, aligner, monkeypatch, tolerance, **options):
     truth = make_files(folder, size, **options)
     monkeypatch.setattr(tiles, "_ROW_BYTES", 4 * size[1] * 2 * 100)  # blocks of 100 rows
-    paths, report = ta.io.align_files(folder, out, "first", aligner)
+    paths, report = ta.io.align_scenes(folder, out, "first", aligner)
     assert report.status.values.tolist() == [0, 0]
     found = np.array([report.shift_x[1], report.shift_y[1]])
     assert np.abs(found - truth).max() < tolerance
@@ -82,7 +82,7 @@ def test_tiles_under_clouds_do_not_count(tmp_path, monkeypatch):
 def test_affine_motions(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "_TILE", 128)
     make_files(tmp_path / "in", (420, 420))
-    _, report = ta.io.align_files(tmp_path / "in", tmp_path / "out", "2020-01-01", ta.ECC(motion="affine"))
+    _, report = ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "2020-01-01", ta.ECC(motion="affine"))
     assert report.status.values.tolist() == [0, 0]
     assert abs(float(report.shift_x[1]) - 2 / 3) < 0.02
     np.testing.assert_allclose(report.warp[1, :, :2], np.eye(2), atol=2e-4)
@@ -92,7 +92,7 @@ def test_frames_that_cannot_be_aligned_come_back_bit_for_bit(tmp_path):
     make_files(tmp_path / "in", (130, 140))
     with rasterio.open(tmp_path / "in" / "20200102.tif", "r+") as file:
         file.write(np.random.default_rng(1).integers(1, 9000, (2, 130, 140)).astype("uint16"))
-    _, report = ta.io.align_files(tmp_path / "in", tmp_path / "out")
+    _, report = ta.io.align_scenes(tmp_path / "in", tmp_path / "out")
     assert report.status[1] != 0
     np.testing.assert_array_equal(ta.open_stack(tmp_path / "in"), ta.open_stack(tmp_path / "out"))
 
@@ -114,7 +114,7 @@ def test_masks_go_with_their_frames(tmp_path, kind, monkeypatch):
                 file.write(seen, 3)
             else:
                 file.write_mask(seen.astype("uint8"))
-    _, report = ta.io.align_files(tmp_path / "in", tmp_path / "out", aligner="pcc")
+    _, report = ta.io.align_scenes(tmp_path / "in", tmp_path / "out", aligner="pcc")
     assert report.status.values.tolist() == [0, 0]
     exact, written = ta.apply(ta.open_stack(tmp_path / "in"), report), ta.open_stack(tmp_path / "out")
     np.testing.assert_array_equal(written, exact)
@@ -124,15 +124,15 @@ def test_masks_go_with_their_frames(tmp_path, kind, monkeypatch):
 def test_what_cannot_be_done_is_said(tmp_path):
     make_files(tmp_path / "in", (64, 64))
     with pytest.raises(ValueError, match="'first', or the label of one frame"):
-        ta.io.align_files(tmp_path / "in", tmp_path / "out", "median")
+        ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "median")
     with pytest.raises(ValueError, match="a motion up to affine"):
-        ta.io.align_files(tmp_path / "in", tmp_path / "out", "first", ta.ECC(motion="homography"))
+        ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", ta.ECC(motion="homography"))
     with pytest.raises(TypeError, match="a mapping"):
-        ta.io.align_files(tmp_path / "in", tmp_path / "out", bands={"a": "*.tif"})
+        ta.io.align_scenes(tmp_path / "in", tmp_path / "out", bands={"a": "*.tif"})
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "20200101.tif").touch()
     with pytest.raises(FileExistsError):
-        ta.io.align_files(tmp_path / "in", tmp_path / "out")
+        ta.io.align_scenes(tmp_path / "in", tmp_path / "out")
 
 
 @pytest.mark.skipif(

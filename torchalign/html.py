@@ -22,6 +22,8 @@ from torchalign import plot
 from torchalign._check import message
 from torchalign.cube.files import atomic, check_free
 from torchalign.cube.labels import find_dims, time_labels
+from torchalign.cube.solution import summarize
+from torchalign.cube.tables import write_report
 from torchalign.pictures.columns import Array, by_status, check_pictured, kept_frames, shift_of, status_of
 from torchalign.pictures.frames import (
     Label,
@@ -34,7 +36,6 @@ from torchalign.pictures.frames import (
     to_rgb,
 )
 from torchalign.pictures.style import STATUS_COLOUR, STATUS_TEXT_COLOUR
-from torchalign.report import save_report, summarize
 from torchalign.types import Status
 
 if TYPE_CHECKING:
@@ -501,8 +502,9 @@ def _cell(value: float, form: str) -> _Cell:
 def _csv(report: xr.Dataset) -> str:
     """What :func:`torchalign.load_report` reads."""
     with tempfile.TemporaryDirectory() as folder:
-        content = save_report(report, Path(folder) / "report.csv").read_bytes()
-    return _data(content, "text/csv")
+        path = Path(folder) / "report.csv"
+        write_report(report.compute(), path)
+        return _data(path.read_bytes(), "text/csv")
 
 
 def _attribute_text(value: Any) -> str:

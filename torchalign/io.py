@@ -30,7 +30,7 @@ from torchalign.cube.writing import Compression, WriteOptions, write_rasters, wr
 __all__ = [
     "Compression",
     "OnError",
-    "align_files",
+    "align_scenes",
     "open_stack",
     "parse_time",
     "tie_points",
@@ -66,20 +66,20 @@ def open_stack(
     names of the files are the coordinate ``file``, so that :func:`write_stack` writes them under the same names.
     What GDAL keeps beside a file (``.aux.xml``, ``.ovr``) is no date.
 
-    An alpha band, or a mask inside or beside a file, is no imagery: it becomes the coordinate ``usable`` (time, y, x),
-    0 where a pixel is not usable, which :func:`torchalign.align` takes for a mask and :func:`write_stack` writes
-    back. So do the parts of a grid that a file without a nodata value does not reach. Tags, colour tables and
-    whether there are overviews are kept for :func:`write_stack`, too. Files that have nothing but ground control
-    points keep them where all have the same; else they need ``grid=``.
+    An alpha band, or a mask inside or beside a file, is no imagery: it becomes the coordinate ``usable``
+    (time, y, x), 0 where a pixel is not usable, which :func:`torchalign.align` takes for a mask and
+    :func:`write_stack` writes back. So do the parts of a grid that a file without a nodata value does not
+    reach. Tags, colour tables and whether there are overviews are kept for :func:`write_stack`, too. Files
+    that have nothing but ground control points keep them where all have the same; else they need ``grid=``.
 
     Args:
-        source: a folder, a file, a glob, a URL or ``/vsi…`` name that GDAL opens, or a list of these. Or a manifest, a
-            ``.csv`` with the column ``path`` (from the folder that the manifest is in), and maybe ``time`` and
-            ``band``.
+        source: a folder, a file, a glob, a URL or ``/vsi…`` name that GDAL opens, or a list of these. Or a
+            manifest, a ``.csv`` with the column ``path`` (from the folder that the manifest is in), and maybe
+            ``time`` and ``band``.
         pattern: of the names in a folder, as a shell has it; with a slash, of the path below the folder.
-        bands: names (the files' band descriptions) or GDAL's numbers, from 1; default: all. Or a mapping of a name to
-            a pattern, for products with a file a band and date: ``{"red": "*_B4.TIF", "qa": "*_QA_PIXEL.TIF"}``
-            gives a Dataset with these variables, each with its own dtype, nodata and scale.
+        bands: names (the files' band descriptions) or GDAL's numbers, from 1; default: all. Or a mapping of a
+            name to a pattern, for products with a file a band and date: ``{"red": "*_B4.TIF", "qa":
+            "*_QA_PIXEL.TIF"}`` gives a Dataset with these variables, each with its own dtype, nodata and scale.
         time: a function of a path that gives its date (a datetime, or what else numpy takes for one; or text with
             a date that :func:`parse_time` knows). Default: :func:`parse_time` of the name, else of the folders that
             the file is in. A series that writes the day or the month first is understood where one date tells.
@@ -92,13 +92,14 @@ def open_stack(
             a lazy stack.)
         keep_empty: take empty files as they are: in a folder of cloud masks they are the dates without clouds.
         recursive: search the subfolders, too.
-        grid: brings files of other extents, origins, pixel sizes or CRS onto one grid: that of the ``"first"`` date,
-            its pixels over the ``"union"`` or the ``"intersection"`` of all extents, or that of a file or a
-            DataArray. Files on these pixels to a hundredth of one are not resampled, only cut or padded. The others
-            go through GDAL's warper (rasterio's WarpedVRT), which is one resampling more: the coordinate
-            ``resampled`` along time, of the cube and of a report, names them. ``None``: files of one grid only.
-        resampling: of the warper: ``"nearest"``, ``"bilinear"``, ``"cubic"`` or ``"average"``; classes by the name of
-            their band, and files with a colour table, are taken by ``"nearest"``.
+        grid: brings files of other extents, origins, pixel sizes or CRS onto one grid: that of the
+            ``"first"`` date, its pixels over the ``"union"`` or the ``"intersection"`` of all extents, or
+            that of a file or a DataArray. Files on these pixels to a hundredth of one are not resampled, only
+            cut or padded. The others go through GDAL's warper (rasterio's WarpedVRT), which is one resampling
+            more: the coordinate ``resampled`` along time, of the cube and of a report, names them. ``None``:
+            files of one grid only.
+        resampling: of the warper: ``"nearest"``, ``"bilinear"``, ``"cubic"`` or ``"average"``; classes by the
+            name of their band, and files with a colour table, are taken by ``"nearest"``.
 
     Returns:
         The cube, sorted by time. With band descriptions as labels, else 1, 2, …. With a mapping as ``bands``, or
@@ -148,8 +149,8 @@ def write_stack(
     written back, and with ``driver="GTiff"`` overviews where there were some; statistics are not.
 
     Args:
-        cube: time, y, x and maybe band, of numbers or bool (written as uint8). Of a Dataset, a file for each variable
-            and date.
+        cube: time, y, x and maybe band, of numbers or bool (written as uint8). Of a Dataset, a file for each
+            variable and date.
         folder: made if it is not there.
         template: names of the files, with ``{time:%Y%m%d}``, ``{number}`` from 0, ``{name}`` of the cube, and
             ``{file}``, the name it was read from, without its ending; for example ``"{file}_aligned.tif"``.
@@ -181,7 +182,7 @@ def write_stack(
     return write_rasters(Cube.of(cube, None, "cube"), Path(folder), options, report, compute)
 
 
-def align_files(
+def align_scenes(
     source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     folder: str | os.PathLike[str],
     reference: Any = "first",
@@ -204,10 +205,10 @@ def align_files(
 
     The warp of each frame is estimated from up to 5 × 5 tiles of 512 × 512 pixels of full resolution, whose
     estimates are combined by a robust mean (a robust fit for affine motions), each weighted by its own ``sigma``;
-    tiles that are not ``OK`` do not count. A frame is ``AMBIGUOUS`` where fewer than half of its tiles agree to half
-    a pixel. It is then read, resampled and written by blocks of rows: what is needed of memory is set by the width
-    of a frame, not by its height or the number of frames. Two Sentinel-2 tiles, 10980² of four bands, need about
-    1.5 GB.
+    tiles that are not ``OK`` do not count. A frame is ``AMBIGUOUS`` where fewer than half of its tiles agree
+    to half a pixel. It is then read, resampled and written by blocks of rows: what is needed of memory is set
+    by the width of a frame, not by its height or the number of frames. Two Sentinel-2 tiles, 10980² of four
+    bands, need 1.9 GiB.
 
     Args:
         source: as in :func:`open_stack`.
@@ -238,27 +239,26 @@ def align_files(
     Example:
         >>> import tempfile
         >>> from torchalign.datasets import demo_stack
-        >>> cube = demo_stack(frames=3, size=(64, 64)).cube
+        >>> cube = demo_stack(frames=4, size=(64, 64)).cube
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     paths = write_stack(cube, folder + "/in")
-        ...     written, report = align_files(folder + "/in", folder + "/out")
+        ...     written, report = align_scenes(folder + "/in", folder + "/out")
         >>> [path.name for path in written] == [path.name for path in paths], report.sizes["time"]
-        (True, 3)
+        (True, 4)
     """
     require("GeoTIFF", "io", "rasterio")
     check_option("errors", errors, OnError)
     check_option("resampling", resampling, Resampling)
     check_option("compression", compression, Compression)
-    given: object = bands
+    given: Any = bands
     if isinstance(given, Mapping):
         cure = "align them as a Dataset of dask chunks: open_stack(…, bands=…, chunks=1)"
         raise TypeError(message("bands", "names or numbers of the bands in a file", "a mapping", cure))
     module = find_aligner(aligner)
     where = find_device(device, module)
     options = StackOptions(pattern, bands, time, None, errors, True, recursive, grid, resampling, True)
-    array: Any
     array, readings = plan_stack(source, options)
-    if not isinstance(array, xr.DataArray):
+    if None not in readings:
         raise ValueError(
             message("source", "a manifest without bands", "one with bands", "leave the column out")
         )

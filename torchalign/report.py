@@ -6,12 +6,16 @@ from pathlib import Path
 
 import xarray as xr
 
+from torchalign._check import require
 from torchalign.cube.files import check_free
+from torchalign.cube.footprints import write_footprints
 from torchalign.cube.solution import ReportSummary, as_report, check_report, summarize
 from torchalign.cube.tables import check_suffix, read_report, to_table, write_report
 from torchalign.types import Estimate
 
 __all__ = ["ReportSummary", "as_report", "load_report", "save_report", "summarize", "to_table"]
+
+_PICTURED = (".html", ".htm", ".geojson")  # which are not read back
 
 
 def __dir__() -> list[str]:
@@ -33,9 +37,12 @@ def save_report(
     length. All three give :func:`torchalign.apply` the same warps, to the last bit, and the first two the same
     fields.
 
+    Two more are to look at, and cannot be read back: ``.html`` is the page of :func:`torchalign.html.save_html`,
+    ``.geojson`` the outlines of the frames where they lie on the map once aligned, each with its shifts and status.
+
     Args:
         report: of :func:`torchalign.align`, or a plain :class:`~torchalign.Estimate` of one series.
-        path: ending in ``.nc``, ``.json`` or ``.csv``.
+        path: ending in ``.nc``, ``.json``, ``.csv``, ``.html`` or ``.geojson``.
         like: the cube that a plain estimate was made on, for dates, grid and metres.
         overwrite: replace a file that is there.
 
@@ -44,16 +51,26 @@ def save_report(
 
     Raises:
         TypeError: neither a report nor an estimate.
-        ValueError: another suffix; a Dataset that is no report.
+        ValueError: another suffix; a Dataset that is no report; a .geojson of a report without a CRS.
         FileExistsError: the file is there.
-        ImportError: netCDF without h5netcdf.
+        ImportError: netCDF without h5netcdf, GeoJSON without rasterio, HTML without matplotlib.
     """
     path = Path(path)
-    check_suffix(path)
+    suffix = path.suffix.lower()
+    if suffix not in _PICTURED:
+        check_suffix(path, _PICTURED)
     given = as_report(report, like) if isinstance(report, Estimate) else report
     check_report(given)
     check_free(path, overwrite)
     made = given.compute()
+    if suffix == ".geojson":
+        write_footprints(made, path)
+        return path
+    if suffix in _PICTURED:
+        require("an HTML report", "plot", "matplotlib", "jinja2")
+        from torchalign.html import save_html
+
+        return save_html(made.assign_attrs(summarize(made).attrs()), path, overwrite=overwrite)
     write_report(made.assign_attrs(summarize(made).attrs()), path)
     return path
 

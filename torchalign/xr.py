@@ -130,9 +130,9 @@ def align(
     bit.
 
     Args:
-        datacube: time, y, x and maybe band; integer or floating. Or a Dataset of such variables, as ``odc.stac.load``
-            returns: one estimate of all bands (or of ``bands``) moves every variable, each with its own nodata, dtype
-            and attributes. Variables without time, y or x stay as they are.
+        datacube: time, y, x and maybe band; integer or floating. Or a Dataset of such variables, as
+            ``odc.stac.load`` returns: one estimate of all bands (or of ``bands``) moves every variable, each
+            with its own nodata, dtype and attributes. Variables without time, y or x stay as they are.
         reference: what the frames are brought onto.
 
             * ``"median"`` or ``"mean"`` over time of the usable pixels, of the frames as they are.
@@ -161,12 +161,13 @@ def align(
             the best general choice of the installed release; in this one it is ``Cascade(PCC(), ECC())``.
         bands: the variables of a Dataset (or the bands of a DataArray) that the estimate sees; default: all but
             classes. All of them are aligned. An aligner's band numbers (``channel``, ``rgb_bands``) count these.
-        classes: variables (or bands) that nothing may blend; they are copied from the nearest pixel and the estimate
-            does not see them. So are, without being named, bool variables, those with ``flag_values`` or
+        classes: variables (or bands) that nothing may blend; they are copied from the nearest pixel and the
+            estimate does not see them. So are, without being named, bool variables, those with ``flag_values`` or
             ``flag_masks``, and those called like a classification (SCL, QA…, CLM, Fmask, UDM, …_class).
         mask: bool, **True = usable**: a DataArray with some of time, y and x, on the cube's coordinates, or
             an array broadcastable to (T, H, W). Acts in the estimate, the warp and the reference taken over
-            time. Files with an alpha band or a mask of their own bring the coordinate ``usable``, which acts beside it.
+            time. Files with an alpha band or a mask of their own bring the coordinate ``usable``, which acts
+            beside it.
         reference_mask: the same for the reference.
         init: an earlier solution to start from: a report (of other bands or another pixel size, too), the path of
             one, an ``Estimate``, or warps (T, 2, 3) or (T, 3, 3). Frames are matched by their labels.
@@ -189,10 +190,10 @@ def align(
         x_dim: the same for x.
 
     Returns:
-        The aligned cube or Dataset, with the same dims, coords, attrs, name, dtype and encoding. And the report along
-        time, with the coords that the cube has along it: ``warp`` (T, 2, 3) or (T, 3, 3), moving → reference
-        in pixels; ``shift_x`` and ``shift_y``, the displacement of the frame's centre in pixels, right and
-        down; ``shift_x_metres`` and ``shift_y_metres``, the same along the map's axes (north is positive)
+        The aligned cube or Dataset, with the same dims, coords, attrs, name, dtype and encoding. And the
+        report along time, with the coords that the cube has along it: ``warp`` (T, 2, 3) or (T, 3, 3), moving
+        → reference in pixels; ``shift_x`` and ``shift_y``, the displacement of the frame's centre in pixels,
+        right and down; ``shift_x_metres`` and ``shift_y_metres``, the same along the map's axes (north is positive)
         where the grid is regular and has a unit of length; ``score``, ``score_before``, ``sigma`` (pixels),
         ``status``, a :class:`~torchalign.Status`; of an aligner with :class:`~torchalign.Local` the ``field``, its
         ``field_sigma`` and ``field_lattice``, and its length over the frame, ``local_shift_median`` and
@@ -201,9 +202,9 @@ def align(
         grid and, unless it is lazy, the numbers of :func:`torchalign.summarize`.
 
     Raises:
-        TypeError: the cube is no DataArray or Dataset of numbers, a mask is not bool, an argument is of another kind.
-        ValueError: unknown, missing or ambiguous dims; coordinates other than the cube's; a label of no
-            frame or of several; an unknown aligner, device or batch size; a fill value that the dtype
+        TypeError: the cube is no DataArray or Dataset of numbers, a mask is not bool, an argument is of
+        another kind. ValueError: unknown, missing or ambiguous dims; coordinates other than the cube's; a
+            label of no frame or of several; an unknown aligner, device or batch size; a fill value that the dtype
             cannot hold.
         ImportError: ``progress=True`` without tqdm.
 
@@ -223,7 +224,7 @@ def align(
     check_bool("verify", verify)
     batch = check_batch(batch_size)
     running = _Running(device, batch, progress)
-    options = _Options(
+    options = _AlignOptions(
         find_aligner(aligner), aligner == "auto", mask, reference_mask, init, sun, verify, running
     )
     if isinstance(datacube, xr.Dataset):
@@ -246,7 +247,7 @@ class _Running:
 
 
 @dataclass(frozen=True)
-class _Options:
+class _AlignOptions:
     """Of :func:`align`."""
 
     module: nn.Module
@@ -259,7 +260,7 @@ class _Options:
     running: _Running
 
 
-def _align_cube(cube: Cube, reference: Any, options: _Options) -> tuple[xr.DataArray, xr.Dataset]:
+def _align_cube(cube: Cube, reference: Any, options: _AlignOptions) -> tuple[xr.DataArray, xr.Dataset]:
     """Of one DataArray, whose bands are of one kind."""
     module, sun, verify, running = options.module, options.sun, options.verify, options.running
     device, batch, lazy = running.device, running.batch_size, is_lazy(cube.array)
@@ -308,9 +309,9 @@ def _align_cube(cube: Cube, reference: Any, options: _Options) -> tuple[xr.DataA
 
 
 def _align_variables(
-    variables: Variables, reference: Any, options: _Options
+    variables: Variables, reference: Any, options: _AlignOptions
 ) -> tuple[xr.Dataset, xr.Dataset]:
-    """Of a Dataset: one estimate of the bands that it may see, and its warps for all variables over time, y and x."""
+    """Of a Dataset: one estimate of the bands that it may see, and its warps for all variables of frames."""
     stacked, slices = stack_variables(variables)
     if isinstance(reference, xr.Dataset):
         reference = stack_reference(reference, variables)

@@ -36,6 +36,7 @@ from torchalign.cli.sources import (
     open_source,
 )
 from torchalign.cube.georeference import crs_name, find_georeference
+from torchalign.cube.headers import describe_files
 from torchalign.cube.labels import Cube, band_labels, find_dims, label_text, time_labels
 from torchalign.cube.pixels import find_nodata
 from torchalign.cube.reference import ReferenceName
@@ -144,11 +145,19 @@ class SourceOptions:
             help="Leave out GeoTIFFs that are unreadable, undated, of another grid, or (in memory) empty.",
         ),
     ] = False
+    recursive: Annotated[bool, Option("--recursive", help="Look for GeoTIFFs in subfolders, too.")] = False
+    grid: Annotated[
+        str | None,
+        Option(
+            help="Bring GeoTIFFs of other extents, pixel sizes or CRS onto one grid: first, union, intersection, "
+            "or that of a file."
+        ),
+    ] = None
     overwrite: Annotated[bool, Option("--overwrite", help="Replace files that exist.")] = False
 
     def opened(self, **more: Any) -> AbstractContextManager[Source]:
         """The source, opened as the options say."""
-        names = ("variable", "bands", "pattern", "skip_bad", "lazy")
+        names = ("variable", "bands", "pattern", "skip_bad", "lazy", "recursive", "grid")
         given = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return open_source(self.source, **(given | more))
 
@@ -499,6 +508,8 @@ def show_info(given: InfoOptions) -> int:
     if given.html is not None:
         got = ", ".join(map(str, given.source))
         raise ValueError(message("--html", "a report to show", got, "give a report"))
+    if all(is_raster(path) for path in given.source):
+        return _show_rasters(given)
     with given.opened(lazy=find_spec("dask") is not None) as opened:
         for line in _cube_lines(opened.cube):
             print(line)
@@ -507,7 +518,30 @@ def show_info(given: InfoOptions) -> int:
     return 0
 
 
+def _show_rasters(given: InfoOptions) -> int:
+    """The cube that they are; or, of any files, a table of their kinds and what keeps them from being one."""
+    try:
+        with given.opened(lazy=find_spec("dask") is not None) as opened:
+            for line in _cube_lines(opened.cube):
+                print(line)
+        return 0
+    except (ValueError, FileNotFoundError) as error:
+        folders = [path for path in given.source if path.is_dir()]
+        everything = folders[0] if len(folders) == len(given.source) == 1 else list(given.source)
+        try:
+            lines = describe_files(everything, given.pattern, given.recursive)
+        except (ValueError, FileNotFoundError):
+            raise error from None
+        for line in lines:
+            print(line)
+        print(f"no cube yet: {error}")
+    return 0
+
+
 def _is_report(path: Path) -> bool:
+    if path.suffix.lower() == ".csv" and path.is_file():  # or it is a table of GeoTIFFs
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return "path" not in file.readline().strip().lower().split(",")
     if path.suffix.lower() in (".csv", ".json"):
         return True
     if path.suffix.lower() not in REPORT_SUFFIXES or not path.is_file():

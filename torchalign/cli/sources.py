@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torchalign.cube.reference import ReferenceName
 __all__ = [
     "Source",
     "is_raster",
+    "is_remote",
     "open_mask",
     "open_reference",
     "open_source",
@@ -44,8 +46,20 @@ class Source(NamedTuple):
     attributes: Mapping[str, Any]
 
 
+def is_remote(path: Path) -> bool:
+    """A URL (of which a path keeps one slash), or a name of GDAL's that begins with /vsi."""
+    return str(path).startswith("/vsi") or re.match(r"[a-z][a-z0-9+.-]+:/", str(path)) is not None
+
+
+def _name_of(path: Path) -> str:
+    text = str(path)
+    return re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", text)
+
+
 def is_raster(path: Path) -> bool:
-    """A GeoTIFF, or a folder that is no Zarr store."""
+    """A GeoTIFF or a table of them, a folder that is no Zarr store, or what GDAL opens elsewhere."""
+    if is_remote(path) or path.suffix.lower() in (".jp2", ".csv"):
+        return True
     return (path.is_dir() and not _is_zarr(path)) or path.suffix.lower() in _RASTERS
 
 
@@ -60,6 +74,8 @@ def open_source(
     skip_bad: bool = False,
     skip: str | None = None,
     masks: bool = False,
+    recursive: bool = False,
+    grid: str | None = None,
 ) -> Iterator[Source]:
     """The cube in a netCDF file, a Zarr store, a folder of GeoTIFFs or a list of them.
 
@@ -73,14 +89,17 @@ def open_source(
         skip: a variable that is not the one, for it is the mask.
         masks: the cube may be one of masks or classes: empty GeoTIFFs are kept, and a variable that is bool is
             taken where there is none of numbers.
+        recursive: search subfolders, too.
+        grid: what GeoTIFFs of other extents are brought onto: a word of :func:`torchalign.open_stack`, or a file.
     """
     for path in paths:
-        if not path.exists():
+        if not path.exists() and not is_remote(path):
             expected = "a folder of GeoTIFFs, GeoTIFFs, a netCDF file or a Zarr store"
             raise ValueError(message("SRC", expected, f"{path}, which is not there", "check the path"))
     if all(is_raster(path) for path in paths):
         with _translated(paths):
-            cube = _open_rasters(paths, bands, pattern, lazy, skip_bad, keep_empty=masks)
+            places = {"recursive": recursive, "grid": grid}
+            cube = _open_rasters(paths, bands, pattern, lazy, skip_bad, keep_empty=masks, **places)
         yield Source(cube, {}, {})
         return
     if len(paths) > 1:
@@ -106,6 +125,7 @@ def _open_rasters(
     skip_bad: bool,
     *,
     keep_empty: bool = False,
+    **places: Any,
 ) -> xr.DataArray:
     from torchalign.io import open_stack
 
@@ -115,9 +135,12 @@ def _open_rasters(
         raise ValueError(
             message("SRC", "one folder, or files", got, "give the files, as the shell lists them")
         )
-    source: Any = folders[0] if folders else list(paths)
+    source: Any = folders[0] if folders else [_name_of(path) for path in paths]
+    if len(paths) == 1 and paths[0].suffix.lower() == ".csv":
+        source = paths[0]  # a manifest
     chosen = None if bands is None else _comma_separated(bands)
     options: dict[str, Any] = {"pattern": pattern, "bands": chosen, "errors": "skip" if skip_bad else "raise"}
+    options |= places
     chunks = None
     if lazy or (lazy is None and find_spec("dask") is not None):
         headers = open_stack(source, chunks=1, **options)
@@ -140,6 +163,9 @@ def _translated(paths: Sequence[Path]) -> Iterator[None]:
                 ", or choose others with --pattern",
             ),
             ("give pattern=", "give --pattern"),
+            ("pass recursive=True", "add --recursive"),
+            ('pass grid="first", "union" or "intersection"', "add --grid first, union or intersection"),
+            ("pass grid=", "add --grid "),
         ):
             words = words.replace(python, shell)
         raise ValueError(words) from error

@@ -1,4 +1,4 @@
-"""Which files make a stack, and of what date each is: folders, globs, URLs, lists and manifests; names read for dates."""
+"""Which files make a stack, and of what date each is: folders, globs, URLs, lists, manifests; dates in names."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Remote(str):
 Source = Path | Remote
 
 
-class Found(NamedTuple):
+class FoundFiles(NamedTuple):
     """Files, by what band they are of (``None``: all of them), and what a manifest says of their dates."""
 
     bands: dict[str | None, list[Source]]
@@ -72,7 +72,7 @@ class Found(NamedTuple):
     total: int
 
 
-def find_sources(source: Any, pattern: str, bands: Mapping[str, str] | None, recursive: bool) -> Found:
+def find_sources(source: Any, pattern: str, bands: Mapping[str, str] | None, recursive: bool) -> FoundFiles:
     """The files of a folder, a glob, a URL, a manifest, or a list of these.
 
     Args:
@@ -89,7 +89,7 @@ def find_sources(source: Any, pattern: str, bands: Mapping[str, str] | None, rec
         return _read_manifest(Path(source).expanduser())
     if bands is None:
         files = _list(source, pattern, recursive)
-        return Found({None: files}, {}, len(files))
+        return FoundFiles({None: files}, {}, len(files))
     everything = _list(source, "*", recursive)
     found: dict[str | None, list[Source]] = {}
     for name, own in bands.items():
@@ -97,7 +97,7 @@ def find_sources(source: Any, pattern: str, bands: Mapping[str, str] | None, rec
         if not found[name]:
             got = f"none among {len(everything)} files"
             raise FileNotFoundError(message(f"bands[{name!r}]", f"files like {own}", got, "mend the pattern"))
-    return Found(found, {}, sum(map(len, found.values())))
+    return FoundFiles(found, {}, sum(map(len, found.values())))
 
 
 def _list(source: Any, pattern: str, recursive: bool) -> list[Source]:
@@ -174,7 +174,7 @@ def _without_notes(paths: Sequence[Source]) -> list[Source]:
     return [path for path in paths if not is_note(path)]
 
 
-def _read_manifest(path: Path) -> Found:
+def _read_manifest(path: Path) -> FoundFiles:
     """A table with the column path, and maybe time and band."""
     if not path.is_file():
         raise FileNotFoundError(message("source", "a manifest", f"{path}, not there", "check the path"))
@@ -197,7 +197,7 @@ def _read_manifest(path: Path) -> Found:
         bands.setdefault(row.get("band") or None, []).append(one)
         if row.get("time"):
             times[one] = row["time"]
-    return Found(bands, times, len(rows))
+    return FoundFiles(bands, times, len(rows))
 
 
 def _is_remote(text: str) -> bool:

@@ -211,7 +211,7 @@ def _find_crs(array: xr.DataArray) -> str:
 
 
 def _bare_crs(array: xr.DataArray) -> str:
-    """WKT of what is only a name or a number: the coordinates ``crs``, ``epsg``, ``proj:epsg``, the attribute ``crs``.
+    """WKT of what is only a name or a number: coordinates ``crs``, ``epsg``, ``proj:epsg``, the attribute ``crs``.
 
     Such are those of stackstac, cubo, xcube and older xarray; other words than a CRS's name are not taken for one.
     """

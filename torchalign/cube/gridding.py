@@ -193,7 +193,7 @@ def find_grid(grid: Any, headers: Mapping[Source, Header]) -> Georeference:
         TypeError: neither a word, nor a file, nor a DataArray.
         ValueError: files that lie nowhere; an intersection that is empty; a grid of too many pixels.
     """
-    own = [_place(path, header) for path, header in headers.items()]
+    own = [_grid_of_header(path, header) for path, header in headers.items()]
     if isinstance(grid, (xr.DataArray, xr.Dataset)):
         return _grid_of_labels(grid)
     if isinstance(grid, Georeference):
@@ -230,7 +230,7 @@ def find_grid(grid: Any, headers: Mapping[Source, Header]) -> Georeference:
     return Georeference((a, b, float(corner[0]), d, e, float(corner[1])), (height, width), first.crs)
 
 
-def _place(path: Source, header: Header) -> Georeference:
+def _grid_of_header(path: Source, header: Header) -> Georeference:
     """The grid of a file; of one with ground control points alone, the one that GDAL would warp it to."""
     if not header.gcps:
         if not header.is_georeferenced:

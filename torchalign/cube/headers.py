@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchalign.cube.finding import Source
+from torchalign.cube.finding import Source, find_sources, read_times
 from torchalign.cube.georeference import Georeference, crs_name, is_same_crs
 
-__all__ = ["CLOSE", "Header", "are_close", "drop_strangers", "quiet", "read_headers"]
+__all__ = ["CLOSE", "Header", "are_close", "describe_files", "drop_strangers", "quiet", "read_headers"]
 
 CLOSE = 0.01  # pixels; grids that agree to this are one
 _ALPHA_ROWS, _ALPHA_SHARE = 16, 0.9  # of these rows the share that is wholly clear or wholly not
@@ -124,7 +124,7 @@ def _read_header(file: Any) -> Header:
 
 
 def _is_transparency(file: Any) -> bool:
-    """Whether an alpha band holds what its name says: GDAL calls the fourth band of 8 bits alpha, near infrared, too."""
+    """Whether an alpha band holds what its name says: GDAL calls any fourth band of 8 bits alpha."""
     from rasterio.windows import Window
 
     rows = sorted({int(row) for row in np.linspace(0, file.height - 1, _ALPHA_ROWS)})
@@ -195,3 +195,47 @@ def drop_strangers(headers: Mapping[Source, Header], skipped: dict[Source, str],
             if name == "ground control points":
                 own, most = "of its own", "others or none"
             skipped[path] = f"{name} {own} where most have {most}"
+
+
+def describe_files(source: Any, pattern: str, recursive: bool) -> list[str]:
+    """A table of the files of a folder, whatever they are: one line for each kind of grid, bands and nodata.
+
+    With how many files there are of it, their dates, and one of their names.
+    """
+    found = find_sources(source, pattern, None, recursive)
+    paths = [path for group in found.bands.values() for path in group]
+    skipped: dict[Source, str] = {}
+    headers = read_headers(paths, skipped)
+    undated: dict[Source, str] = {}
+    times = read_times(list(headers), None, found.times, source, undated)
+    groups: dict[tuple[str, ...], list[Source]] = {}
+    for path, header in headers.items():
+        groups.setdefault(_in_words(header), []).append(path)
+    lines = [
+        "files  dates                    size           pixel      CRS                   bands  dtype    nodata"
+    ]
+    for words, members in sorted(groups.items(), key=lambda item: -len(item[1])):
+        days = sorted(str(times[path])[:10] for path in members if path in times)
+        span = f"{days[0]} … {days[-1]}" if days else "none in the names"
+        lines.append(f"{len(members):<6} {span:<24} {' '.join(words)}  {members[0].name}")
+    return lines + [f"{path.name}: {reason}" for path, reason in skipped.items()]
+
+
+def _in_words(header: Header) -> tuple[str, ...]:
+    height, width = header.grid.size
+    step = f"{abs(header.grid.transform[0]):g}" if header.is_georeferenced and not header.gcps else "-"
+    place = "control points" if header.gcps else crs_name(header.grid.crs) or "none"
+    dtypes, nodata = (
+        "/".join(dict.fromkeys(header.dtypes)),
+        "none" if header.nodata is None else f"{header.nodata:g}",
+    )
+    extra = " + alpha" if header.alpha else " + mask" if header.has_mask else ""
+    size = f"{height} × {width}"
+    return (
+        f"{size:<14}",
+        f"{step:<10}",
+        f"{place[:20]:<21}",
+        f"{len(header.numbers):<6}",
+        f"{dtypes:<8}",
+        f"{nodata}{extra}",
+    )

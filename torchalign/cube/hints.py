@@ -1,4 +1,4 @@
-"""What looks wrong with a cube before anything is estimated: a fill that nobody declared, a mask the wrong way round.
+"""What looks wrong with a cube beforehand: a fill that nobody declared, a mask the wrong way round.
 
 A few thousand pixels of every frame are looked at; a cube of dask's chunks is not, for it would be computed.
 """
@@ -20,7 +20,8 @@ __all__ = ["find_hints", "give_hints"]
 _SAMPLES = 96  # along y and along x
 _FRAMES = 24  # that are looked at
 _SHARE = 0.01  # of the pixels that a fill covers, at least
-_APART = 0.5  # of the range of the others (1 to 99 %): so far from them is a fill
+_APART = 0.5  # of the range of the others (1 to 99 %): so far below them is a fill
+_SENTINELS = (32767, 65535, 2**31 - 1)  # above the others a fill is one of these; saturated clouds are others
 _FEWEST, _LEVELS = 50, 10  # pixels, and values of them, that tell anything
 _NOISIER = 3.0  # so many times what is masked out do pixels under an inverted mask vary
 
@@ -41,11 +42,11 @@ def find_hints(cube: Cube, pixels: Pixels, usable: xr.Variable | None) -> list[s
     if usable is not None and not is_lazy(usable):
         if not bool(usable.any()):
             return [
-                "mask: no pixel is usable (all False), so no frame can be aligned; True = usable, a cloud mask with "
-                "1 = cloud becomes `clouds == 0`"
+                "mask: no pixel is usable (all False), so no frame can be aligned; True = usable, a cloud mask "
+                "with 1 = cloud becomes `clouds == 0`"
             ]
-        seen = np.broadcast_to(_sample(usable, MASK, cube), _shape(cube))
-    values = _sample(cube.variable, CUBE, cube)[:, 0]
+        seen = np.broadcast_to(_sample_pixels(usable, MASK, cube), _shape(cube))
+    values = _sample_pixels(cube.variable, CUBE, cube)[:, 0]
     valid = np.isfinite(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
     for value in pixels.nodata:
         valid &= values != value
@@ -62,7 +63,7 @@ def _shape(cube: Cube) -> tuple[int, ...]:
     return tuple(len(range(*part.indices(cube.sizes[role]))) for role, part in _steps(cube).items())
 
 
-def _sample(variable: xr.Variable, roles: tuple[str, ...], cube: Cube) -> Array:
+def _sample_pixels(variable: xr.Variable, roles: tuple[str, ...], cube: Cube) -> Array:
     """Some pixels of some frames, of the first band."""
     bands = {"band": slice(0, 1)} if "band" in roles else {}
     return load(variable, roles, **_steps(cube), **bands)
@@ -83,11 +84,12 @@ def _undeclared_fill(values: Array, valid: Array) -> list[str]:
             if len(np.unique(others)) < _LEVELS:  # a classification, or a picture in black and white
                 continue
             gap = others.min() - float(end) if end < others[0] else float(end) - others.max()
-            if gap > _APART * (high - low) or _stays(values, valid, end):
+            far = gap > _APART * (high - low) and (end < others[0] or end in _SENTINELS or end > 1e30)
+            if far or _stays(values, valid, end):
                 found[end] = found.get(end, 0) + 1
     return [
-        f"datacube: the value {value} covers a part of {frames} of {len(values)} frames looked at and is not declared "
-        f"as nodata; if it is a fill, declare it: datacube.attrs['_FillValue'] = {value}"
+        f"datacube: the value {value} covers a part of {frames} of {len(values)} frames looked at and is not "
+        f"declared as nodata; if it is a fill, declare it: datacube.attrs['_FillValue'] = {value}"
         for value, frames in found.items()
     ]
 
@@ -113,6 +115,6 @@ def _inverted(values: Array, valid: Array, seen: Array) -> list[str]:
     if np.median(inside) <= _NOISIER * np.median(outside):
         return []
     return [
-        f"mask: what it calls usable ({seen.mean():.0%}) varies from frame to frame more than what it leaves out, as "
-        "clouds do; if 1 = cloud, pass `mask == 0`"
+        f"mask: what it calls usable ({seen.mean():.0%}) varies from frame to frame more than what it leaves "
+        "out, as clouds do; if 1 = cloud, pass `mask == 0`"
     ]

@@ -54,7 +54,7 @@ class StackOptions:
     without_pixels: bool = False  # what the files say, and zeros that take no memory
 
 
-class _Layer(NamedTuple):
+class _BandFiles(NamedTuple):
     """Files of one kind: all of a stack, or those of one band."""
 
     name: str | None
@@ -83,7 +83,7 @@ def plan_stack(source: Any, options: StackOptions) -> tuple[Any, dict[str | None
             (path for path in taken if path not in skipped), key=lambda path: (times[path], str(path))
         )
         layers.append(
-            _Layer(name, {path: headers[path] for path in chosen}, [times[path] for path in chosen])
+            _BandFiles(name, {path: headers[path] for path in chosen}, [times[path] for path in chosen])
         )
     layers = _common_dates(layers, skipped)
     _complain(skipped, options, found.total)
@@ -121,7 +121,7 @@ def _drop_duplicates(
             first[times[path]] = path
 
 
-def _common_dates(layers: Sequence[_Layer], skipped: dict[Source, str]) -> list[_Layer]:
+def _common_dates(layers: Sequence[_BandFiles], skipped: dict[Source, str]) -> list[_BandFiles]:
     """Of every band the dates that all bands have."""
     common = set(layers[0].times).intersection(*(layer.times for layer in layers[1:]))
     kept = []
@@ -131,7 +131,7 @@ def _common_dates(layers: Sequence[_Layer], skipped: dict[Source, str]) -> list[
                 lacking = next(other.name for other in layers if time not in other.times)
                 skipped[path] = f"band {lacking} has no file of its time, {time}"
         pairs = [pair for pair in zip(layer.headers.items(), layer.times, strict=True) if pair[1] in common]
-        kept.append(_Layer(layer.name, dict(item for item, _ in pairs), [time for _, time in pairs]))
+        kept.append(_BandFiles(layer.name, dict(item for item, _ in pairs), [time for _, time in pairs]))
     return kept
 
 
@@ -148,14 +148,15 @@ def _complain(skipped: Mapping[Source, str], options: StackOptions, total: int) 
     raise ValueError(message("source", "files of one grid, each of its own date", got, cure))
 
 
-def _common_grid(layers: Sequence[_Layer], wanted: Any) -> Georeference:
+def _common_grid(layers: Sequence[_BandFiles], wanted: Any) -> Georeference:
     every = {path: header for layer in layers for path, header in layer.headers.items()}
     if wanted is not None:
         return find_grid(wanted, every)
     first, *others = (next(iter(layer.headers.values())) for layer in layers)
     for layer, other in zip(layers[1:], others, strict=True):
         if not are_close(first.grid, other.grid):
-            got = f"{_grid_in_words(first.grid)} for {layers[0].name}, {_grid_in_words(other.grid)} for {layer.name}"
+            own, its = _grid_in_words(first.grid), _grid_in_words(other.grid)
+            got = f"{own} for {layers[0].name}, {its} for {layer.name}"
             cure = 'pass grid="first", "union" or "intersection" to bring them onto one grid'
             raise ValueError(message("bands", "bands of one grid", got, cure))
     return first.grid
@@ -169,7 +170,7 @@ def _grid_in_words(grid: Georeference) -> str:
 
 
 def _read_layer(
-    layer: _Layer, grid: Georeference, options: StackOptions, skipped: dict[Source, str], total: int
+    layer: _BandFiles, grid: Georeference, options: StackOptions, skipped: dict[Source, str], total: int
 ) -> tuple[xr.DataArray, list[Reading]]:
     paths, times, first = list(layer.headers), layer.times, next(iter(layer.headers.values()))
     count = len(first.numbers)

@@ -50,7 +50,8 @@ def write_store(
     )  # masks and the like, which are small
     if lazy and isinstance(cube, xr.Dataset):  # one task a chunk writes all of them
         given = given.unify_chunks()
-    dataset = _storable(given.map(_without_codes, keep_attrs=True), suffix).assign_attrs(attrs)
+    plain = given.assign({name: _without_codes(array) for name, array in given.data_vars.items()})
+    dataset = _storable(plain, suffix).assign_attrs(attrs)
     if not lazy:
         with atomic(path) as partial:
             _store(dataset, partial, suffix)
@@ -62,21 +63,21 @@ def write_store(
     partial = temporary_sibling(path)
     try:
         _store(dataset, partial, suffix)  # all but the pixels
-        empty = {}
+        empty: list[tuple[str, xr.Variable]] = []
         for name in lazy:
             variable = dataset[name].variable
             nothing = np.empty([0 if d == time else n for d, n in variable.sizes.items()], variable.dtype)
-            empty[str(name)] = variable.isel({time: slice(0)}).copy(data=nothing)
-        known, write = share(empty), delayed(_write_zarr if suffix == ".zarr" else _write_netcdf, pure=False)
+            empty.append((str(name), variable.isel({time: slice(0)}).copy(data=nothing)))
+        known, write = share(tuple(empty)), delayed(_write_zarr if suffix == ".zarr" else _write_netcdf, pure=False)
         jobs: list[Any] = []
         for first, last in itertools.pairwise(np.cumsum((0, *chunks))):
-            pixels = {}
+            pixels = []  # (arguments, not a dict of them, which would be a task that holds them)
             for name in lazy:
                 part = dataset[name].variable.isel({time: slice(int(first), int(last))}).data.rechunk(-1)
-                pixels[str(name)] = part.to_delayed(optimize_graph=False).ravel()[0]
+                pixels.append(part.to_delayed(optimize_graph=False).ravel()[0])
             # a netCDF file is written by one after the other
             before = jobs[-1] if jobs and suffix != ".zarr" else None
-            jobs.append(write(pixels, partial, known, time, int(first), before))
+            jobs.append(write(partial, known, time, int(first), before, *pixels))
         done = delayed(_publish, pure=False)(jobs, partial, path)
         return finish_writing(done, jobs, chunks, report, compute)
     except BaseException:
@@ -160,32 +161,31 @@ def _store(dataset: xr.Dataset, path: Path, suffix: str) -> None:
 
 
 def _write_zarr(
-    pixels: Mapping[str, Array],
     path: Path,
-    empty: Mapping[str, xr.Variable],
+    empty: tuple[tuple[str, xr.Variable], ...],
     time: Hashable,
     first: int,
     before: Any,
+    *pixels: Array,
 ) -> None:
     """Frames of one chunk into a store that has all but pixels; xarray encodes them as the store says."""
-    part = xr.Dataset({name: (empty[name].dims, values) for name, values in pixels.items()})
+    part = xr.Dataset({name: (like.dims, values) for (name, like), values in zip(empty, pixels, strict=True)})
     part.to_zarr(path, region={str(time): slice(first, first + part.sizes[time])}, consolidated=True)
 
 
 def _write_netcdf(
-    pixels: Mapping[str, Array],
     path: Path,
-    empty: Mapping[str, xr.Variable],
+    empty: tuple[tuple[str, xr.Variable], ...],
     time: Hashable,
     first: int,
     before: Any,
+    *pixels: Array,
 ) -> None:
     """The same for a netCDF file."""
     import h5netcdf
 
     with h5netcdf.File(path, "a") as file:
-        for name, values in pixels.items():
-            like = empty[name]
+        for (name, like), values in zip(empty, pixels, strict=True):
             plain = xr.Variable(like.dims, values, like.attrs, like.encoding)
             variable = xr.conventions.encode_cf_variable(plain)
             last = first + variable.sizes[time]

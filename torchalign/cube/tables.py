@@ -27,12 +27,14 @@ _CRS_COLUMN, _LABEL_COLUMN = "grid_crs", "label_dtype"
 _CURE = "give a file that save_report wrote"
 
 
-def check_suffix(path: Path) -> None:
-    """A name whose ending says which format."""
+def check_suffix(path: Path, others: Sequence[str] = ()) -> None:
+    """A name whose ending says which format; ``others`` are those that the caller knows, too."""
     suffix = path.suffix.lower()
     if suffix not in REPORT_SUFFIXES:
         raise ValueError(
-            message("path", f"a name ending in {', '.join(REPORT_SUFFIXES)}", path.name, "rename it")
+            message(
+                "path", f"a name ending in {', '.join((*REPORT_SUFFIXES, *others))}", path.name, "rename it"
+            )
         )
     if suffix in NETCDF:
         require("a report in netCDF", "io", "h5netcdf")

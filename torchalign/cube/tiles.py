@@ -1,9 +1,9 @@
 """Scenes larger than memory in space: estimated from tiles of full resolution, resampled and written row by row.
 
-A translation of the ground moves every tile alike, so the tiles' own estimates are combined by a robust mean, weighted
-by their predicted errors (Huber's weights, iterated; Huber 1964, doi:10.1214/aoms/1177703732). A tile of clouds or of
-water says so by its status and does not count; one that is wrong and does not say so is weighted down. Of affine
-motions the corners of the tiles are fitted in the same way.
+A translation of the ground moves every tile alike, so the tiles' own estimates are combined by a robust mean,
+weighted by their predicted errors (Huber's weights, iterated; Huber 1964, doi:10.1214/aoms/1177703732). A tile of
+clouds or of water says so by its status and does not count; one that is wrong and does not say so is weighted down.
+Of affine motions the corners of the tiles are fitted in the same way.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def align_large(
     options: WriteOptions,
     advance: Callable[[int], object],
 ) -> tuple[list[Path], xr.Dataset]:
-    """See :func:`torchalign.io.align_files`."""
+    """See :func:`torchalign.io.align_scenes`."""
     number = _reference_number(stack.cube, reference)
     motion = str(getattr(module, "motion", "translation"))
     if motion == "homography":
@@ -194,7 +194,7 @@ def _combine_tiles(
             fitted, apart, sigma = own[0], torch.zeros(1, dtype=torch.float64), float(tiles.sigma[0])
         else:
             corner = torch.tensor([origins[i] for i in chosen.tolist()], dtype=torch.float64)
-            fitted, apart, sigma = _fit(own, corner, size, tiles.sigma[chosen].double(), motion)
+            fitted, apart, sigma = _fit_tiles(own, corner, size, tiles.sigma[chosen].double(), motion)
         agree = apart <= max(_OUTLIER, 3 * float(apart.median()))
         if float((apart <= _OUTLIER).double().mean()) < 0.5:
             status = Status.AMBIGUOUS
@@ -222,7 +222,7 @@ def _why_not(tiles: Estimate) -> Status:
     return Status(int(seen[seen != 0].mode().values))
 
 
-def _fit(
+def _fit_tiles(
     warps: Tensor, corners: Tensor, size: tuple[int, int], sigma: Tensor, motion: str
 ) -> tuple[Tensor, Tensor, float]:
     """The motion (2, 3) of all tiles, how far each is from it in pixels, and the error of the whole.

@@ -1,4 +1,4 @@
-"""The variables of a Dataset: which the estimate sees, which are moved, and which are classes that nothing may blend.
+"""The variables of a Dataset: which the estimate sees, which are moved, which are classes that nothing may blend.
 
 A DataArray whose bands are not of one kind (a classification among them, a nodata value each) is taken apart here.
 """
@@ -62,10 +62,12 @@ class Variables:
             got = f"{_sizes_in_words(dataset)}"
             cure = "choose variables with time, y and x, or name the dims with time_dim=, y_dim=, x_dim="
             raise ValueError(message("datacube", "a Dataset with variables over time, y and x", got, cure))
-        named = [] if classes is None else _pick(classes, frames, "classes")
+        named = [] if classes is None else _choose_names(classes, frames, "classes")
         kinds = {name: name in named or is_class(dataset[name], name) for name in frames}
         wanted = (
-            [name for name in frames if not kinds[name]] if bands is None else _pick(bands, frames, "bands")
+            [name for name in frames if not kinds[name]]
+            if bands is None
+            else _choose_names(bands, frames, "bands")
         )
         if not wanted:
             cure = "name the variables that the estimate is to see: bands=[…]"
@@ -116,7 +118,7 @@ def _sizes_in_words(dataset: xr.Dataset) -> str:
     )
 
 
-def _pick(wanted: Any, names: Sequence[Hashable], argument: str) -> list[Hashable]:
+def _choose_names(wanted: Any, names: Sequence[Hashable], argument: str) -> list[Hashable]:
     wanted = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Sequence) else list(wanted)
     missing = [name for name in wanted if name not in names]
     if missing or (not wanted and argument == "bands"):

@@ -1,0 +1,68 @@
+"""The frames of a report on a map: a GeoJSON of their outlines, each with its shift and what it may be trusted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from torchalign._check import message, require
+from torchalign.cube.files import atomic
+from torchalign.cube.labels import label_text
+from torchalign.cube.solution import report_georeference
+from torchalign.functional.affine import transform_points
+from torchalign.types import Status
+
+__all__ = ["write_footprints"]
+
+
+def write_footprints(report: xr.Dataset, path: Path) -> None:
+    """One polygon a frame, in degrees, as the format wants: where its own pixels lie on the map once aligned.
+
+    With its label, the status in words and all numbers of the report as properties.
+
+    Raises:
+        ValueError: a report without a grid or a CRS.
+        ImportError: rasterio is not installed.
+    """
+    import torch
+
+    grid = report_georeference(report)
+    if grid is None or not grid.crs:
+        got = "none" if grid is None else "one without"
+        cure = "write a .csv, or align a cube with coordinates and a CRS"
+        raise ValueError(message("report", "a grid with a CRS", got, cure))
+    require("a GeoJSON", "io", "rasterio")
+    from rasterio.warp import transform
+
+    height, width = grid.size
+    # a pixel's centre has whole numbers
+    corners = np.array([(0, 0), (0, height), (width, height), (width, 0), (0, 0)], np.float64) - 0.5
+    warp = torch.from_numpy(np.array(report["warp"].values, np.float64))
+    moved = transform_points(warp, torch.from_numpy(corners)).numpy() + 0.5  # (T, 5, 2)
+    places = moved @ grid.linear.T + grid.corner
+    time = report["status"].dims[0]
+    labels = report[time].values if time in report.coords else np.arange(report.sizes[time])
+    numbers = {str(name): array.values for name, array in report.items() if array.dims == (time,)}
+    features = []
+    for row, outline in enumerate(places):
+        x, y = transform(grid.crs, "EPSG:4326", outline[:, 0].tolist(), outline[:, 1].tolist())
+        ring = [[round(lon, 9), round(lat, 9)] for lon, lat in zip(x, y, strict=True)]
+        properties: dict[str, Any] = {str(time): label_text(labels[row])}
+        properties |= {name: _plain_number(values[row]) for name, values in numbers.items()}
+        properties["status"] = Status(int(report["status"].values[row])).name
+        geometry = {"type": "Polygon", "coordinates": [ring]}
+        features.append({"type": "Feature", "geometry": geometry, "properties": properties})
+    document = {"type": "FeatureCollection", "features": features}
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
+
+
+def _plain_number(value: Any) -> Any:
+    """What JSON knows; what is not finite is null."""
+    if isinstance(value, (np.floating, float)):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else str(value)
