@@ -136,9 +136,9 @@ def test_frames_that_were_rejected_are_not_in_the_next_median(monkeypatch):
     series.cube[3] = 0.5
     original = torchalign.xr.find_reference
 
-    def spy(reference, reader, estimate):
-        seen.append(estimate(original("median", reader, estimate)))
-        return original(reference, reader, estimate)
+    def spy(reference, reader, estimate, prefers):
+        seen.append(estimate(original("median", reader, estimate, prefers)))
+        return original(reference, reader, estimate, prefers)
 
     monkeypatch.setattr(torchalign.xr, "find_reference", spy)
     _, report = align(series.cube, "median")
@@ -408,9 +408,11 @@ def test_classes_stay_classes(dtype):
 
 
 def test_bool_is_not_interpolated():
-    cube = xr.DataArray(np.ones((1, 8, 8), bool), dims=("time", "y", "x"))
+    cube = xr.DataArray(np.arange(64).reshape(1, 8, 8) % 3 == 0, dims=("time", "y", "x"))
+    warp = translation_warp(torch.tensor([[1.0, 0.0]]))
+    np.testing.assert_array_equal(ta.apply(cube, warp)[0, :, 1:], cube[0, :, :-1])  # nearest, unasked
     with pytest.raises(ValueError, match=r'^datacube: .*interpolation="nearest"'):
-        ta.apply(cube, torch.eye(2, 3)[None])
+        ta.apply(cube, warp, interpolation="bilinear")
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])

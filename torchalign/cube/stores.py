@@ -68,7 +68,10 @@ def write_store(
             variable = dataset[name].variable
             nothing = np.empty([0 if d == time else n for d, n in variable.sizes.items()], variable.dtype)
             empty.append((str(name), variable.isel({time: slice(0)}).copy(data=nothing)))
-        known, write = share(tuple(empty)), delayed(_write_zarr if suffix == ".zarr" else _write_netcdf, pure=False)
+        known, write = (
+            share(tuple(empty)),
+            delayed(_write_zarr if suffix == ".zarr" else _write_netcdf, pure=False),
+        )
         jobs: list[Any] = []
         for first, last in itertools.pairwise(np.cumsum((0, *chunks))):
             pixels = []  # (arguments, not a dict of them, which would be a task that holds them)
