@@ -82,6 +82,8 @@ class Aligner(nn.Module, ABC):
     """
 
     motion: MotionModel = "translation"
+    # Whether fills, hot pixels and enlarged frames are looked for; a probe that was made has none.
+    expects_defects: bool = True
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
@@ -305,7 +307,7 @@ class Aligner(nn.Module, ABC):
 
     def _common_enlargement(self, job: Job, block: Block) -> Tensor:
         """(..., T), the factor by which a frame and its reference were enlarged; 1 where not both were, alike."""
-        if min(block.moving.shape[-2:]) < _LEAST_ENLARGED:
+        if not self.expects_defects or min(block.moving.shape[-2:]) < _LEAST_ENLARGED:
             return torch.ones_like(block.moving[..., 0, 0], dtype=torch.int64)
         own = enlargement(block.moving, block.usable)
         other = enlargement(job.reference, job.usable)
@@ -434,13 +436,17 @@ class Aligner(nn.Module, ABC):
         if mask is not None:
             mask = center_crop(mask.expand(*mask.shape[:-2], *cube.shape[-2:]), self.crop_center)[0]
         found = see_channel(window, mask, self.channel, rgb_bands=self.rgb_bands)
-        if found is not None:
-            return found
+        image, usable = self._finite_channel(window, mask) if found is None else found
+        good = exclude_defects(image, usable) if self.expects_defects else usable
+        if good is None or good is usable:
+            return image, usable
+        return torch.where(good, image, 0.0), good
+
+    def _finite_channel(self, window: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if window.dtype.itemsize < 4 and not callable(self.channel):
             window = window.float()
-        if (
-            mask is not None and self.channel == "gradients"
-        ):  # a masked value must not reach its neighbours either
+        # a masked value must not reach its neighbours either
+        if mask is not None and self.channel == "gradients":
             window = torch.where(mask.unsqueeze(-3), window, torch.nan)
         image = extract_channel(window, self.channel, rgb_bands=self.rgb_bands)
         if image.dtype.itemsize < 4:
@@ -451,10 +457,7 @@ class Aligner(nn.Module, ABC):
             if mask is not None:
                 usable = usable & mask
             image = torch.where(usable, image, 0.0)
-        good = exclude_defects(image, usable)
-        if good is None or good is usable:
-            return image, usable
-        return torch.where(good, image, 0.0), good
+        return image, usable
 
     def extra_repr(self) -> str:
         """The options, as they are written in the constructor."""

@@ -35,6 +35,8 @@ _LEAST_REPEAT = 5.5
 _LEAST_SIDE = 24
 # An area is constant over squares of so many pixels a side, and fills at least this share of the frame.
 _SQUARE, _LEAST_FILL = 5, 0.01
+# And leaves at least this share of ground, most of which is of no single value.
+_LEAST_GROUND = 0.02
 # At a cut the first pixel is as far off the fill as the third; at a shore, or where a sensor saturates, it is not.
 _SHARPNESS = 0.8
 # A hot pixel is so many times as far off its neighbours along its row and its column as neighbours are on the mean.
@@ -92,6 +94,11 @@ def undeclared_fill(image: Tensor, usable: Tensor | None = None) -> Tensor:
     filled = (first > _SHARPNESS * third) & (first > 0) & (spread.mean((-2, -1)) >= _LEAST_FILL)
     # wherever else the value stands it is the fill too: in a corner that no square fits into
     found = ((flat == value) & filled[..., None, None]).any(1)
+    # of labels, or black and white, all is of such values: that is what the image shows
+    others = constant & (highest != value[:, :1]) & (highest != value[:, 1:])
+    ground = (~found).to(flat.dtype).mean((-2, -1))
+    drawn = (ground < _LEAST_GROUND) | (others.to(flat.dtype).mean((-2, -1))[:, 0] > 0.5 * ground)
+    found = found & ~drawn[:, None, None]
     if known is not None:
         found = found & known.squeeze(1)
     return found.reshape(image.shape)

@@ -74,6 +74,12 @@ class _Probed(NamedTuple):
     resizing: Resizing | None
 
 
+def _probe_aligner() -> PCC:
+    aligner = PCC(max_translation=8.0)
+    aligner.expects_defects = False  # an augmentation enlarges and fills probes, which is what is to be measured
+    return aligner
+
+
 class AlignmentCheck(nn.Module):
     r"""Check, while training, that images, masks and dates stay registered.
 
@@ -149,7 +155,7 @@ class AlignmentCheck(nn.Module):
         check_number("tolerance", tolerance, minimum=0, inclusive=False)
         check_number("max_unmatched", max_unmatched, minimum=0, maximum=1)
         check_option("action", action, Action)
-        self.aligner = aligner_or(aligner, lambda: PCC(max_translation=8.0))
+        self.aligner = aligner_or(aligner, _probe_aligner)
         self.tolerance = float(tolerance)
         self.every = check_whole("every", every)
         self.action = action
