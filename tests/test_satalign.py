@@ -1,4 +1,4 @@
-"""Coming from satalign: every row of the README's table, done. Where it is installed, satalign is the oracle."""
+"""Coming from satalign: every row of the table in docs/migrate, done. Where it is installed, satalign is the oracle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torchalign as ta
 from torchalign.datasets import simulate_stack
 from torchalign.functional.channels import center_crop, extract_channel
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "migrate" / "satalign.md"
 ROWS: dict[str, str] = {}  # name in satalign → the test of its row
 
 # satalign 0.1.17, all that is public
@@ -415,12 +415,9 @@ def test_animations(cube, pair, tmp_path):
 
 
 def table_rows() -> dict[str, str]:
-    """Name in satalign → the torchalign side, of the README's table."""
-    text = README.read_text("utf-8")
-    section = text[text.index("## Coming from satalign") :]
-    section = section[: section.index("\n## ", 5)]
+    """Name in satalign → the torchalign side, of the table in the docs."""
     rows = {}
-    for line in section.splitlines():
+    for line in PAGE.read_text("utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if line.startswith("| `") and len(cells) >= 2:
             rows |= dict.fromkeys(re.findall(r"`(\w+)`", cells[0]), cells[1])

@@ -437,7 +437,9 @@ class Aligner(nn.Module, ABC):
             mask = center_crop(mask.expand(*mask.shape[:-2], *cube.shape[-2:]), self.crop_center)[0]
         found = see_channel(window, mask, self.channel, rgb_bands=self.rgb_bands)
         image, usable = self._finite_channel(window, mask) if found is None else found
-        good = exclude_defects(image, usable) if self.expects_defects else usable
+        # on a device, and in a program, it would cost more than all else: ta.align looks there itself
+        asked = self.expects_defects and may_read(image.detach())
+        good = exclude_defects(image, usable) if asked else usable
         if good is None or good is usable:
             return image, usable
         return torch.where(good, image, 0.0), good

@@ -28,6 +28,7 @@ from torchalign.cube.reference import ReferenceSource
 from torchalign.cube.solution import Remaining, promised_fields, report_fields, unpack_field
 from torchalign.ecc import ECC
 from torchalign.functional.affine import identity_warp, to_homogeneous
+from torchalign.functional.defects import exclude_defects, suspicious
 from torchalign.functional.misfit import misfit
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.shift_field import is_zero
@@ -251,6 +252,7 @@ class AlignFrames(Operation):
         options = {"mask": usable, "reference_mask": reference_usable}
         options |= {} if init is None else {"init": init.to(frames)}
         size = (raw.shape[-2], raw.shape[-1])
+        options["mask"] = _ground(self.aligner, frames, usable)
         if not self.makes_pixels:
             only = getattr(self.aligner, "estimate", None)
             found = (
@@ -268,6 +270,16 @@ class AlignFrames(Operation):
         rejected = ~found.valid.cpu().numpy()
         encoded[rejected] = raw[rejected]
         return encoded, report_fields(found, left, size, self.metres)
+
+
+def _ground(module: nn.Module, frames: Tensor, usable: Tensor | None) -> Tensor | None:
+    """What is usable less fills and hot pixels, for which an aligner itself looks on the host only."""
+    if frames.device.type == "cpu" or not isinstance(module, Aligner) or module.crop_center is not None:
+        return usable
+    image, known = module._extract_channel(frames, usable)
+    if not bool(suspicious(image, known).any()):
+        return usable
+    return exclude_defects(image, known)
 
 
 def _measure_again(

@@ -26,7 +26,7 @@ __all__ = [
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor (benchmarks/accuracy.py).
 _SIGMA_CALIBRATION = 1.07
 # So is one whose σ is larger than this, in pixels, and so many times that of the other.
-_STRETCHED, _UNSURE = 3.5, 0.04
+_STRETCHED, _UNSURE = 4.2, 0.04
 # What the weights share of the curvature leaves of an error, in pixels.
 _WEIGHTS_ERROR = 0.4
 # A direction whose curvature is less than so many standard deviations of chance, a maximum less high than so many,

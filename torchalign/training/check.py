@@ -76,7 +76,9 @@ class _Probed(NamedTuple):
 
 def _probe_aligner() -> PCC:
     aligner = PCC(max_translation=8.0)
-    aligner.expects_defects = False  # an augmentation enlarges and fills probes, which is what is to be measured
+    aligner.expects_defects = (
+        False  # an augmentation enlarges and fills probes, which is what is to be measured
+    )
     return aligner
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -186,9 +187,10 @@ def _upsample(image: Tensor, dim: int, padding_mode: PaddingMode) -> Tensor:
 @functools.cache
 def _half_way() -> list[float]:
     """Weights of the taps of the sinc half-way between the middle two, under a Kaiser window; they add up to 1."""
-    x = torch.arange(2 * _REACH, dtype=torch.float64) - _REACH + 0.5
-    weights = torch.sinc(x) * torch.special.i0(6.0 * (1 - (x / _REACH) ** 2).sqrt())
-    return (weights / weights.sum()).tolist()
+    x = np.arange(2 * _REACH) - _REACH + 0.5
+    weights = np.sinc(x) * np.i0(6.0 * np.sqrt(1 - (x / _REACH) ** 2))
+    values: list[float] = (weights / weights.sum()).tolist()
+    return values
 
 
 class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision has no types
