@@ -22,12 +22,6 @@ PAGES = {
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
     if "_generated" not in path.parts
 }
-# Blocks that hold one of these wait for the branch that brings it, and are left out until the name is there. When
-# all branches are merged this list is empty.
-WAITS = {
-    "aligned_dataset": ("data", (ROOT / "torchalign/cube/variables.py").exists()),
-    'grid="union"': ("data", "grid" in ta.open_stack.__kwdefaults__),
-}
 # What a page says to a shell, beside the command torchalign.
 SHELL = re.compile(
     r"python3 -m venv |pip install |bash \.ci/run|"
@@ -45,10 +39,6 @@ def is_slow(block: str) -> bool:
 
 def wants_gpu(block: str) -> bool:
     return ".cuda" in block
-
-
-def waits_for(block: str) -> str | None:
-    return next((branch for text, (branch, here) in WAITS.items() if text in block and not here), None)
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +115,7 @@ def shell_commands(page: str) -> list[list[str]]:
 
 
 def runnable(page: str) -> list[str]:
-    return [
-        block
-        for block in blocks(page, "python")
-        if not (is_slow(block) or wants_gpu(block) or waits_for(block))
-    ]
+    return [block for block in blocks(page, "python") if not (is_slow(block) or wants_gpu(block))]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page) or shell_commands(page)])
@@ -163,7 +149,7 @@ def test_slow_block(page, block, given):
 @pytest.mark.parametrize("page", [page for page in PAGES if any(map(wants_gpu, blocks(page, "python")))])
 def test_page_on_a_gpu(page, given):
     for block in blocks(page, "python"):
-        if not is_slow(block) and not waits_for(block):
+        if not is_slow(block):
             run(page, block, given)
 
 
@@ -182,11 +168,6 @@ def test_every_block_is_of_a_known_kind():
         kind for text in PAGES.values() for kind in re.findall(r"^ *```([^\n`]*)\n(?=.)", text, re.MULTILINE)
     }
     assert kinds <= {"python", "bash", "text", "{eval-rst}", ""}
-
-
-def test_what_waits_is_shown_somewhere():
-    shown = "\n".join(block for page in PAGES for block in blocks(page, "python"))
-    assert [text for text in WAITS if text not in shown] == []
 
 
 def test_readme_is_one_screen():
