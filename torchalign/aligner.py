@@ -318,11 +318,13 @@ class Aligner(nn.Module, ABC):
 
         Their pixel grid is a pattern that fits itself at no motion. Every k-th pixel of an interpolated image is a
         filtered sample of what it was made from: its grid is the true one. Where the factor may not be read (on a
-        device), or several channels are asked, such a frame is ``AMBIGUOUS``.
+        device), of several series at once, with local shifts, or if several channels are asked, such a frame is
+        ``AMBIGUOUS``.
         """
         if all_true(factor == 1):
             return estimate
-        if not may_read(factor) or factor.ndim != 1:
+        # a field found on a coarser lattice is no field of the frame
+        if not may_read(factor) or factor.ndim != 1 or estimate.field is not None:
             return flagged(estimate, factor > 1)
         parts, order = [], []
         for k in sorted(set(factor.tolist())):
@@ -348,7 +350,10 @@ class Aligner(nn.Module, ABC):
         moving, reference = thin(block.moving), thin(job.reference)
         assert moving is not None
         assert reference is not None
-        init = None if block.init is None else _scaled(block.init[rows], 1 / k)
+        init = block.init
+        if init is not None and block.nonfinite is not None:
+            init = torch.where(block.nonfinite[..., None, None], torch.nan, init)
+        init = None if init is None else _scaled(init[rows], 1 / k)
         part = Job(moving.unsqueeze(-3), thin(block.usable), reference, thin(job.usable), None, init)
         found, _ = coarse._estimate(coarse._job_of(part))
         warp = _scaled(found.warp, k)

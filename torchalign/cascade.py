@@ -159,7 +159,9 @@ class Cascade(Aligner):
         first = motions[0][1]
         seen = {(str(stage.channel), stage.rgb_bands) for stage in self._stages()}
         if len(seen) == 1 and first.is_over(block) and not callable(self._stages()[0].channel):
-            estimate = self._with_true_samples(estimate, factor, job, block._replace(init=first.init))
+            estimate = self._with_true_samples(
+                estimate, factor, job, block._replace(init=first.init, nonfinite=first.nonfinite)
+            )
         else:
             estimate = flagged(estimate, factor > 1)
         return estimate, all(motion.only_shifts for motion in judged)

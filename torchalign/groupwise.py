@@ -13,6 +13,7 @@ from torchalign._check import check_cube, check_device, check_mask, check_option
 from torchalign._host import is_on_host, map_on_host
 from torchalign.aligner import Aligner, full_precision
 from torchalign.functional.affine import translation_warp
+from torchalign.functional.defects import enlargement
 from torchalign.functional.network import (
     Edges,
     Positions,
@@ -44,6 +45,8 @@ Season = Literal["report", "correct", "none"]
 
 # Pairs that agree less than this count only where nothing else ties a frame to the series.
 _LEAST_AGREEMENT = 0.4
+# Shorter frames, in pixels, are not asked whether they were enlarged.
+_LEAST_ENLARGED = 32
 # Of pairs that have nothing in common, in pixels: measured on simulated seasons, relief and change.
 _DISAGREEMENT = 0.3
 # Blocks a side that disagree about the sun's part, and the fewest pixels of one; their pairs may be less sure.
@@ -248,7 +251,10 @@ class Groupwise(nn.Module):
             seen, usable = self.aligner._extract_channel(cube, mask)
             size = (seen.shape[-2], seen.shape[-1])
             if self._by_textures() is not None:
-                return Frames(self.aligner.prepare_reference(seen, usable), size)
+                texture = self.aligner.prepare_reference(seen, usable)
+                if min(size) >= _LEAST_ENLARGED:  # a pattern of the pixel grid fits itself at no motion
+                    texture = texture._replace(flat=texture.flat | (enlargement(seen, usable) > 1))
+                return Frames(texture, size)
             return Frames(extract_texture(seen, usable), size, cube, mask)
 
     @staticmethod

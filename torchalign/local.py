@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchalign._check import check_number, check_whole, message
-from torchalign.aligner import Aligner, Job, Motion
+from torchalign.aligner import Aligner, Job, Motion, flagged
 from torchalign.functional.affine import translation_warp
 from torchalign.functional.channels import Channel
 from torchalign.functional.local import Ground, acceptable, estimate_shifts, lattice_size, prepare_ground
@@ -188,6 +188,7 @@ class Local(Aligner):
         begun = self.start._find_motion(job, block._replace(prepared=block.prepared.start))
         local = self._add_shifts(begun, block.moving, block.usable, job.reference, block.prepared.ground)
         estimate = self._judge([begun, local], [self.max_translation] * 2, job, block)
+        estimate = flagged(estimate, self._common_enlargement(job, block) > 1)
         return estimate._replace(stage=estimate.stage.clamp(max=0)), begun.only_shifts
 
 

@@ -70,6 +70,7 @@ from torchalign.cube.variables import (
 )
 from torchalign.functional.warp import Interpolation, PaddingMode
 from torchalign.groupwise import Groupwise
+from torchalign.local import Local
 from torchalign.pcc import PCC
 from torchalign.types import Estimate
 
@@ -195,6 +196,7 @@ def align(
         → reference in pixels; ``shift_x`` and ``shift_y``, the displacement of the frame's centre in pixels,
         right and down; ``shift_x_metres`` and ``shift_y_metres``, the same along the map's axes (north is positive)
         where the grid is regular and has a unit of length; ``score``, ``score_before``, ``sigma`` (pixels),
+        ``covariance`` (T, 2, 2), ``stage``,
         ``status``, a :class:`~torchalign.Status`; of an aligner with :class:`~torchalign.Local` the ``field``, its
         ``field_sigma`` and ``field_lattice``, and its length over the frame, ``local_shift_median`` and
         ``local_shift_p95``, in pixels; and of ``verify`` ``residual_x`` and ``residual_y``, like the
@@ -412,6 +414,9 @@ def _align_series(
     cube: Cube, series: _Series, mask: Any, running: _Running
 ) -> tuple[xr.DataArray, xr.Dataset]:
     """Frames are read twice: to be placed, now; and to be resampled, when they are wanted."""
+    if any(isinstance(part, Local) for part in series.module.modules()):
+        cure = "leave Local out, or name a reference"
+        raise ValueError(message("aligner", f"no local shifts with reference={series.word!r}", "Local", cure))
     aligner = series.module.aligner if isinstance(series.module, Groupwise) else series.module
     fill = getattr(aligner, "fill_value", None)
     pixels = Pixels.of(cube, fill, "aligner.fill_value")

@@ -252,19 +252,29 @@ class AlignFrames(Operation):
         options = {"mask": usable, "reference_mask": reference_usable}
         options |= {} if init is None else {"init": init.to(frames)}
         size = (raw.shape[-2], raw.shape[-1])
-        options["mask"] = _ground(self.aligner, frames, usable)
+        ground = _ground(self.aligner, frames, usable)
+        options["mask"] = ground
         if not self.makes_pixels:
             only = getattr(self.aligner, "estimate", None)
             found = (
                 only(frames, reference, **options) if only else self.aligner(frames, reference, **options)[1]
             )
             return raw, report_fields(found, None, size, self.metres)
-        aligned, found = self.aligner(frames, reference, **options)
+        if ground is usable:
+            aligned, found = self.aligner(frames, reference, **options)
+        else:  # what is no ground is moved like all else
+            assert isinstance(self.aligner, Aligner)  # of others nothing is left out
+            found = self.aligner.estimate(frames, reference, **options)
+            kept = None if usable is None else usable.expand(len(frames), *size)
+            resampling = self.aligner._resampling()
+            aligned = resample(frames, found.warp, mask=kept, field=found.field, **resampling).values
+            if self.aligner.fill_value is not None:
+                aligned = torch.where(found.valid[:, None, None, None], aligned, frames)
         if getattr(self.aligner, "fill_value", None) is not None:
             aligned = keep_nodata(aligned, frames, found.warp, found.field)
         left = None
         if self.verify and reference is not None:
-            left = _measure_again(self.aligner, aligned, usable, found, reference, reference_usable)
+            left = _measure_again(self.aligner, aligned, ground, found, reference, reference_usable)
         del frames  # what is large is given back before more of it is made
         encoded = self.pixels.encode(aligned, raw)
         rejected = ~found.valid.cpu().numpy()
@@ -274,7 +284,9 @@ class AlignFrames(Operation):
 
 def _ground(module: nn.Module, frames: Tensor, usable: Tensor | None) -> Tensor | None:
     """What is usable less fills and hot pixels, for which an aligner itself looks on the host only."""
-    if frames.device.type == "cpu" or not isinstance(module, Aligner) or module.crop_center is not None:
+    if frames.device.type == "cpu" or not isinstance(module, Aligner) or not module.expects_defects:
+        return usable
+    if module.crop_center is not None:
         return usable
     image, known = module._extract_channel(frames, usable)
     if not bool(suspicious(image, known).any()):

@@ -34,6 +34,7 @@ from torchalign.functional.affine import (
     invert_warp,
     transform_points,
 )
+from torchalign.local import Local
 from torchalign.types import Estimate, Status, combine
 
 __all__ = ["LargeStack", "align_large", "count_steps"]
@@ -91,6 +92,9 @@ def align_large(
     """See :func:`torchalign.io.align_scenes`."""
     number = _reference_number(stack.cube, reference)
     motion = str(getattr(module, "motion", "translation"))
+    if any(isinstance(part, Local) for part in module.modules()):
+        cure = "leave Local out, or align a cube in memory"
+        raise ValueError(message("aligner", "a motion without local shifts", "Local", cure))
     if motion == "homography":
         cure = "estimate an affine motion, or align a cube in memory"
         raise ValueError(message("aligner", "a motion up to affine", motion, cure))

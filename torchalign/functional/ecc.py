@@ -215,7 +215,7 @@ def enhanced_correlation(
         reference: (..., 1 or T, H, W); or its :func:`prepare_levels` with the same options.
         moving_mask: bool, broadcastable to ``moving``, True = usable; ``None`` if all of it is.
         reference_mask: the same for ``reference``.
-        motion: what is estimated; see :data:`~torchalign.functional.affine.MotionModel`.
+        motion: what is estimated; see :data:`~torchalign.functional.motion.MotionModel`.
         init: (..., T, 2 or 3, 3), a warp moving → reference to start from, or (..., T, 2), a shift (x, y) in
             pixels; ``None`` for none. What the motion model lacks (the rotation of an init, for a translation)
             is kept as it is. A frame whose init is no number starts from the identity, and has not converged.

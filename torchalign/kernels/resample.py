@@ -235,7 +235,7 @@ def resample(
     fill_value: float | None,
     step: int = 1,
 ) -> tuple[Tensor, Tensor] | None:
-    """What :func:`torchalign.functional.warp.resample_lattice` gives, with every option of ``resample``.
+    """What :func:`torchalign.functional.warp.resample` gives, with every option of ``resample``.
 
     Args:
         cube: (..., T, C, H, W).

@@ -86,7 +86,7 @@ def window_frames(
 
 
 def turn(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> Tensor:
-    """See :func:`torchalign.functional.fourier.turn_spectrum`.
+    """See :func:`torchalign.functional.fourier.shift_phase`.
 
     Args:
         spectrum: (..., H, W//2+1), an ``rfft2``; its leading dimensions broadcast against those of ``shift``.
