@@ -264,6 +264,7 @@ class AlignFrames(Operation):
             aligned, found = self.aligner(frames, reference, **options)
         else:  # what is no ground is moved like all else
             assert isinstance(self.aligner, Aligner)  # of others nothing is left out
+            assert reference is not None
             found = self.aligner.estimate(frames, reference, **options)
             kept = None if usable is None else usable.expand(len(frames), *size)
             resampling = self.aligner._resampling()
