@@ -83,10 +83,10 @@ def to_table(report: xr.Dataset) -> pd.DataFrame:
 
     Example:
         >>> from torchalign.datasets import demo_stack
-        >>> cube = demo_stack(frames=4, size=(64, 64)).cube
+        >>> cube = demo_stack(frames=4, size=(128, 128)).cube  # the last is overcast
         >>> table = to_table(ta.align(cube, "first")[1])
         >>> table.status.tolist(), table.index.name
-        (['OK', 'OK', 'OK', 'OK'], 'time')
+        (['OK', 'OK', 'OK', 'NOT_CONVERGED'], 'time')
     """
     check_report(report)
     known = report.compute()

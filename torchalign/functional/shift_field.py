@@ -51,7 +51,7 @@ def spline_basis(position: Tensor, nodes: int) -> Tensor:
 def spline_slope(position: Tensor, nodes: int) -> Tensor:
     """The derivative of :func:`spline_basis`, per unit of nodes.
 
-    >>> spline_slope(torch.tensor([1.0]), 3)
+    >>> spline_slope(torch.tensor([1.0]), 3) + 0.0  # of no sign
     tensor([[-0.5000,  0.0000,  0.5000]])
     """
     signed = position[..., None] - torch.arange(nodes, device=position.device)

@@ -49,8 +49,8 @@ def orientation_field(image: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Example:
         >>> ramp = torch.arange(5.0).expand(5, 5)
-        >>> orientation_field(ramp)[:, 2, 2], orientation_field(-ramp.mT)[:, 2, 2]
-        (tensor([0.2410, 0.0000]), tensor([-0.2410, 0.0000]))
+        >>> orientation_field(ramp)[:, 2, 2] + 0.0, orientation_field(-ramp.mT)[:, 2, 2] + 0.0  # zeros of no sign
+        (tensor([0.2489, 0.0000]), tensor([-0.2489,  0.0000]))
     """
     if mask is not None:
         image = fill_holes(torch.where(mask, image, 0.0), mask)
