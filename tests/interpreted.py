@@ -466,4 +466,6 @@ def test_operators_are_kept_by_export():
     ):
         assert f"torchalign.{operator}.default" in names
     found = program.module()(cube, reference[:, :40, :48])
-    assert torch.equal(found.estimate.warp, ta.PCC()(cube, reference[:, :40, :48]).estimate.warp)
+    # (eager frames without a hole need no mask, which a program always has)
+    expected = ta.PCC()(cube, reference[:, :40, :48]).estimate.warp
+    torch.testing.assert_close(found.estimate.warp, expected, rtol=0, atol=1e-3)

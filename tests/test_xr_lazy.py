@@ -229,7 +229,7 @@ def test_a_lazy_report_is_summed_up_and_saved_when_it_is_known(series, tmp_path)
     _, eager = align(series.cube, series.reference, batch_size=2)
     _, lazy = align(series.cube.chunk({"time": 2}), series.reference)
     assert "status_counts" not in lazy.attrs
-    assert ta.summarize(lazy) == ta.summarize(eager)
+    np.testing.assert_equal(ta.summarize(lazy)._asdict(), ta.summarize(eager)._asdict())  # NaN too
     again = ta.load_report(ta.save_report(lazy, tmp_path / "report.csv"))
     assert again.attrs["status_counts"] == eager.attrs["status_counts"]
 
