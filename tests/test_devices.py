@@ -770,9 +770,8 @@ def exported(module, given, shapes):
         (lambda: ta.Cascade(ta.PCC(robust=False), ta.ECC(motion="affine", levels=1, channel=0)), (48, 56)),
         (lambda: ta.LGM(max_num_keypoints=64), (64, 72)),
         (lambda: ta.ECC(levels=1), (48, 56)),
-        (ta.Local, (96, 104)),
     ],
-    ids=["cascade of general warps", "local features", "enhanced correlation", "local shifts"],
+    ids=["cascade of general warps", "local features", "enhanced correlation"],
 )
 def test_export_of_other_methods_with_any_number_of_frames(quiet, make, size):
     module = make()

@@ -269,7 +269,9 @@ def enhanced_correlation(
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
     only_shifted = only_shifts(motion, init)
     init = moving.new_zeros((*shape, 2)) if init is None else init
-    homography = motion == "homography" or (init.shape[-1] == 3 and init.shape[-2] == 3)  # (a shift is (..., T, 2))
+    homography = motion == "homography" or (
+        init.shape[-1] == 3 and init.shape[-2] == 3
+    )  # (a shift is (..., T, 2))
     start, finite = _finite_start(init, frame, shape)
     pyramid: list[_Shifted | _Warped] = [
         _Shifted.of(texture, level.grid, taper)
