@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchalign._check import check_number, check_whole, message
-from torchalign.aligner import Aligner, Job, Motion, flagged
+from torchalign.aligner import Aligner, Job, Motion, SharedOptions, flagged
 from torchalign.functional.affine import translation_warp
-from torchalign.functional.channels import Channel
 from torchalign.functional.local import Ground, acceptable, estimate_shifts, lattice_size, prepare_ground
 from torchalign.functional.uncertainty import largest_sigma
-from torchalign.functional.warp import Interpolation, PaddingMode
 from torchalign.pcc import PCC
 from torchalign.types import Estimate, ShiftField, Status
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Local"]
 
@@ -59,9 +60,9 @@ class Local(Aligner):
         smoothness: λ, in px⁻², a number > 0, or ``"auto"``. 1/√λ is about how much the field bends from node to
             node: 0.17 px for λ = 36.
         max_deviation: limit of the field's length, in pixels.
-        max_translation: of the warp, in pixels.
-        channel, rgb_bands, crop_center, min_score, interpolation, padding_mode, fill_value: see
-            :class:`~torchalign.aligner.Aligner`. Beyond a crop the field goes on as it is at its border.
+        **shared: those of every method, see :class:`~torchalign.aligner.Aligner`.
+
+    ``max_translation`` limits the warp. Beyond a crop the field goes on as it is at its border.
 
     Status: that of the warp. A field that is not kept is no failure: its coefficients are 0 and its σ is inf.
     ``sigma`` and ``covariance`` of a frame with a field are those of warp and field together at its centre.
@@ -85,25 +86,9 @@ class Local(Aligner):
         spacing: int = 24,
         smoothness: float | Literal["auto"] = "auto",
         max_deviation: float = 3.0,
-        channel: Channel = "mean",
-        rgb_bands: Sequence[int] = (3, 2, 1),
-        crop_center: int | Sequence[int] | None = None,
-        max_translation: float = 5.0,
-        min_score: float | None = None,
-        interpolation: Interpolation = "bilinear",
-        padding_mode: PaddingMode = "border",
-        fill_value: float | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(
-            channel=channel,
-            rgb_bands=rgb_bands,
-            crop_center=crop_center,
-            max_translation=max_translation,
-            min_score=min_score,
-            interpolation=interpolation,
-            padding_mode=padding_mode,
-            fill_value=fill_value,
-        )
+        super().__init__(**shared)
         self.spacing = check_whole("spacing", spacing, minimum=8, maximum=4096)
         if isinstance(smoothness, str):
             if smoothness != "auto":
