@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -62,7 +63,7 @@ _TASK_BATCH_BYTES = 2**24  # of each of dask's tasks on the CPU, several of whic
 
 
 @dataclass(frozen=True)
-class Operation:
+class Operation(ABC):
     """What is done to a batch of frames; it travels to dask's workers."""
 
     pixels: Pixels
@@ -87,11 +88,11 @@ class Operation:
         """Fields of the promised shapes; dask has made its arrays of them before anything was computed."""
         return fields
 
+    @abstractmethod
     def run(
         self, raw: Array, device: torch.device, *companions: Tensor | None
     ) -> tuple[Array, dict[str, Array]]:
         """Pixels like raw, (t, C, H, W), and what is told of each frame."""
-        raise NotImplementedError
 
 
 def run(
