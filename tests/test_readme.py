@@ -102,9 +102,7 @@ def run(page: str, block: str, names: dict) -> None:
         block = block.replace('device="cuda"', 'device="cpu"')
     # what is shown is checked here, not the compiler of the day; and a cluster of threads starts at once
     block = block.replace("fullgraph=True)", 'fullgraph=True, backend="aot_eager")')
-    block = block.replace(
-        "Client(n_workers=2, threads_per_worker=1)", "Client(processes=False, dashboard_address=None)"
-    )
+    block = block.replace("n_workers=2, threads_per_worker=1", "processes=False")
     exec(compile(block, page, "exec"), names)
 
 

@@ -310,7 +310,7 @@ def test_distributed_equals_local_bit_for_bit(series, tmp_path, processes):
     local = dask.compute(*align(lazy, "first", mask=series.clear))
     with (
         distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=processes, dashboard_address=None
+            n_workers=2, threads_per_worker=1, processes=processes, dashboard_address=":0"
         ) as cluster,
         distributed.Client(cluster),
     ):
