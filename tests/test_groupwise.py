@@ -119,7 +119,9 @@ def test_what_fits_more_than_one_place_is_ambiguous():
     alone = Groupwise(ta.PCC()).estimate(cube[:4])
     assert (alone.status == ta.Status.AMBIGUOUS).all()
     # stripes of one direction: known across them, not along
-    wave = torch.nn.functional.avg_pool1d(torch.randn(1, 2, 140, generator=torch.Generator().manual_seed(3)), 5, 1)
+    wave = torch.nn.functional.avg_pool1d(
+        torch.randn(1, 2, 140, generator=torch.Generator().manual_seed(3)), 5, 1
+    )
     stripes = torch.stack([wave[0, :, i : i + 128, None].expand(2, 128, 128) for i in (0, 1, 2, 3)])
     noise = 0.01 * torch.randn(4, 2, 128, 128, generator=torch.Generator().manual_seed(1))
     striped = Groupwise(ta.PCC()).estimate(stripes + noise)

@@ -164,12 +164,37 @@ def test_a_series_of_series_vmap_pickle_and_collate(frames):
         ({"smoothness": NAN}, ValueError),
         ({"max_deviation": 0.0}, ValueError),
         ({"max_deviation": "3"}, TypeError),
+        ({"tie_points": [[0, 0, 0, 0]]}, TypeError),
+        ({"tie_points": torch.zeros(3, 3)}, ValueError),
+        ({"tie_points": torch.zeros(3, 5)}, ValueError),
+        ({"tie_points": torch.full((3, 4), NAN)}, ValueError),
     ],
 )
 def test_bad_options(options, kind):
     (name,) = options
     with pytest.raises(kind, match=rf"{name}: expected .*, got .*; "):
         ta.Local(**options)
+
+
+def test_tie_points_of_all_frames(frames):
+    cube, reference, fields = frames
+    cube, truth = cube[:1].repeat(2, 1, 1, 1), fields[:1]
+    cube[1, :, :, 60:] = 0.5 + 0.1 * torch.rand(1, SIZE[0], SIZE[1] - 60)  # a cloud that nobody marked
+    y, x = (
+        part.flatten()
+        for part in torch.meshgrid(torch.arange(4, 120, 10), torch.arange(4, 136, 10), indexing="ij")
+    )
+    at = torch.stack((x, y), 1).float()
+    seen = at - torch.tensor([0.4, -0.3]) + truth[0, :, y, x].mT
+    points = torch.cat((at, seen, torch.full((len(at), 1), 0.05)), 1)
+    told = ta.Local(spacing=16, tie_points=points)
+    estimate = pickle.loads(pickle.dumps(told)).estimate(cube, reference)
+    assert estimate.valid.all()
+    assert errors(estimate, truth).median(1).values.max() < 0.03
+    assert "tie_points=(168, 5)" in repr(told)
+    assert not told.state_dict()
+    with pytest.raises(ValueError, match="crop_center: expected None with tie_points"):
+        ta.Local(tie_points=points, crop_center=64)
 
 
 def test_local_comes_last():

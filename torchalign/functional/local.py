@@ -440,11 +440,6 @@ def _tables(frame: tuple[int, int], band: float, spacing: int, *, like: Tensor) 
     count = rows // _BLOCK
     device = level.y.device
 
-    def products(basis: Tensor) -> Tensor:
-        padded = F.pad(basis, (0, 3))
-        nodes = basis.shape[-1]
-        return torch.cat([basis * padded[:, lag : lag + nodes] for lag in range(4)], -1)
-
     def places(first: Tensor, second: Tensor, nodes: int) -> Tensor:
         lag = (first - second).abs()
         return torch.where(lag < 4, lag * nodes + torch.minimum(first, second), 4 * nodes).flatten()
@@ -452,18 +447,29 @@ def _tables(frame: tuple[int, int], band: float, spacing: int, *, like: Tensor) 
     j = torch.arange(columns, device=device)
     i = torch.arange(rows, device=device).reshape(count, _BLOCK)
     return _Tables(
-        products(level.down),
-        products(level.along),
+        _products(level.down),
+        _products(level.along),
         places(j[:, None], j, columns),
         torch.cat([places(i[:, :, None], i[:, None], rows), places(i[:-1, :, None], i[1:, None], rows)]),
     )
 
 
+def _products(basis: Tensor) -> Tensor:
+    """(L, n) → (L, 4n): of a spline and the one 0 … 3 nodes on."""
+    nodes = basis.shape[-1]
+    padded = F.pad(basis, (0, 3))
+    return torch.cat([basis * padded[:, lag : lag + nodes] for lag in range(4)], -1)
+
+
 def _normal_matrix(products: Tensor, tables: _Tables, nodes: tuple[int, int]) -> _Blocks:
     """(N, 3, h, w), the weighted products xx, xy, yy of the gradients, summed against pairs of splines."""
+    return _arrange(torch.matmul(tables.down.mT, torch.matmul(products, tables.along)), tables, nodes)
+
+
+def _arrange(sums: Tensor, tables: _Tables, nodes: tuple[int, int]) -> _Blocks:
+    """(N, 3, 4n, 4m), sums xx, xy, yy of the products of :class:`_Tables`, in their places."""
     rows, columns = nodes
-    count, frames = rows // _BLOCK, products.shape[0]
-    sums = torch.matmul(tables.down.mT, torch.matmul(products, tables.along))  # (N, 3, 4n, 4m)
+    count, frames = rows // _BLOCK, sums.shape[0]
     sums = F.pad(sums, (0, 1, 0, 1)).index_select(-1, tables.columns).index_select(-2, tables.rows)
     xx, xy, yy = sums.unbind(1)
     both = torch.stack((xx, xy, xy, yy), 1).reshape(
@@ -545,6 +551,25 @@ def _linearize(
     pull = torch.stack((pull_x, pull_y), 1)
     right = torch.matmul(torch.matmul(level.down.mT, pull), level.along)
     return _Equations(matrix, right, similarity)
+
+
+def _point_equations(points: Tensor, warp: Tensor, tables: _Tables, level: _Level) -> _Equations:
+    """What tie points (K, 5) add in every round, see :func:`estimate_shifts`."""
+    nodes = (level.down.shape[-1], level.along.shape[-1])
+    at, seen, precision = points[:, :2], points[:, 2:4], points[:, 4].reciprocal().square()
+    if warp.shape[-1] == 2:
+        begun = at - warp[:, None]
+    else:
+        begun = at + torch.stack(backward_displacement(warp, at[:, 0], at[:, 1]), -1).reshape(-1, *at.shape)
+    down, along = (
+        spline_basis(at[:, axis] / level.spacing + 1, count)
+        for axis, count in zip((1, 0), nodes, strict=True)
+    )
+    sums = torch.matmul((_products(down) * precision[:, None]).mT, _products(along))
+    alone = torch.stack((sums, torch.zeros_like(sums), sums))[None]
+    pull = (precision[:, None] * (seen - begun)).mT  # (N, 2, K)
+    right = torch.matmul(down.mT * pull[:, :, None, :], along)
+    return _Equations(_arrange(alone, tables, nodes), right, right.new_zeros(()))
 
 
 def _choose_smoothness(equations: _Equations, prior: _Prior) -> Tensor:
@@ -644,6 +669,19 @@ class _Fitted(NamedTuple):
     level: _Level
 
 
+class _Options(NamedTuple):
+    spacing: int
+    smoothness: float | None
+    points: Tensor | None
+
+    def seen_from(self, x: int, y: int) -> _Options:
+        """The same for a tile whose corner lies there."""
+        if self.points is None:
+            return self
+        columns = zip(self.points.unbind(1), (x, y, x, y, 0), strict=True)
+        return self._replace(points=torch.stack([column - corner for column, corner in columns], 1))
+
+
 def estimate_shifts(
     moving: Tensor,
     ground: Ground,
@@ -652,6 +690,7 @@ def estimate_shifts(
     *,
     spacing: int = 24,
     smoothness: float | None = None,
+    points: Tensor | None = None,
 ) -> LocalShifts:
     r"""The field on top of a global warp. See the module's docstring.
 
@@ -674,6 +713,8 @@ def estimate_shifts(
         mask: bool, (N, H, W), True = usable, or ``None``.
         spacing: pixels from one node to the next.
         smoothness: λ, or ``None`` for the likeliest of eight.
+        points: (K, 5), tie points that somebody measured: (x, y) on the reference, (x, y) of the same ground in the
+            frame, and σ per axis, all in pixels. Each adds :math:`|W^{-1} q + u(q) - p|^2 / \sigma^2`.
 
     Returns:
         :class:`LocalShifts`.
@@ -681,14 +722,14 @@ def estimate_shifts(
     frame = (moving.shape[-2], moving.shape[-1])
     tiles = _Tiles.of(frame, spacing)
     if tiles.number == 1:
-        found = _fit(moving, ground.tiles[0], warp, mask, spacing, smoothness)
+        found = _fit(moving, ground.tiles[0], warp, mask, _Options(spacing, smoothness, points))
         known = _known(found.variance)
         known = torch.matmul(torch.matmul(found.level.down, known), found.level.along.mT)
         inliers = found.similarity * known.clamp(0, 1)
         return _conclude(
             found.coefficients, found.variance, found.evidence, found.flat, inliers, frame, spacing
         )
-    return _fit_tiles(moving, ground, warp, mask, spacing, smoothness)
+    return _fit_tiles(moving, ground, warp, mask, _Options(spacing, smoothness, points))
 
 
 def acceptable(shifts: LocalShifts, max_deviation: float) -> Tensor:
@@ -704,10 +745,10 @@ def acceptable(shifts: LocalShifts, max_deviation: float) -> Tensor:
 
 
 def _fit_tiles(
-    moving: Tensor, ground: Ground, warp: Tensor, mask: Tensor | None, spacing: int, smoothness: float | None
+    moving: Tensor, ground: Ground, warp: Tensor, mask: Tensor | None, options: _Options
 ) -> LocalShifts:
     """Tile by tile; coefficients, variances and similarity blended at the nodes."""
-    frame = (moving.shape[-2], moving.shape[-1])
+    frame, spacing = (moving.shape[-2], moving.shape[-1]), options.spacing
     tiles = _Tiles.of(frame, spacing)
     nodes = lattice_size(frame, spacing)
     sums: Tensor | None = None
@@ -716,7 +757,9 @@ def _fit_tiles(
         rows, columns = slice(top, top + tiles.size[0]), slice(left, left + tiles.size[1])
         there = warp if warp.shape[-1] == 2 else change_origin(warp, (left, top))
         usable = None if mask is None else mask[:, rows, columns]
-        found = _fit(moving[:, rows, columns], ground.tiles[index], there, usable, spacing, smoothness)
+        found = _fit(
+            moving[:, rows, columns], ground.tiles[index], there, usable, options.seen_from(left, top)
+        )
         level = found.level
         # the similarity at the nodes
         weight = level.down.sum(0)[:, None] * level.along.sum(0) + 1e-6
@@ -797,24 +840,26 @@ def _cut(length: int, spacing: int) -> tuple[int, list[int]]:
 
 
 def _fit(
-    moving: Tensor,
-    ground: _TileGround,
-    warp: Tensor,
-    mask: Tensor | None,
-    spacing: int,
-    smoothness: float | None,
+    moving: Tensor, ground: _TileGround, warp: Tensor, mask: Tensor | None, options: _Options
 ) -> _Fitted:
     """The rounds."""
     frame = (moving.shape[-2], moving.shape[-1])
+    spacing, smoothness, points = options
     nodes = lattice_size(frame, spacing)
     levels = [_level(frame, band, spacing, like=moving) for band in _BANDS]
     tables = [_tables(frame, band, spacing, like=moving) for band in _BANDS]
     prior = _prior(nodes, like=moving)
     frames, flat = _prepare_frames(moving, mask, levels)
 
+    told = None if points is None else _point_equations(points, warp, tables[0], levels[0])
+
     def equations(offset: Tensor, level: int) -> _Equations:
         field, weights = ground.fields[level], ground.weights[level]
-        return _linearize(frames[level], levels[level], tables[level], field, weights, warp, offset)
+        found = _linearize(frames[level], levels[level], tables[level], field, weights, warp, offset)
+        if told is None:
+            return found
+        matrix = _Blocks(*(own + added for own, added in zip(found.matrix, told.matrix, strict=True)))
+        return found._replace(matrix=matrix, right=found.right + told.right)
 
     schedule = [level for level, count in enumerate(_ROUNDS) for _ in range(count)]
     offset = moving.new_zeros(moving.shape[0], 2, *nodes)
