@@ -355,6 +355,40 @@ def test_rasters_of_the_displacement(labelled, frames, tmp_path):
         np.testing.assert_allclose(bands[3], -10 * bands[1], rtol=1e-5)
 
 
+def test_ground_control_points(labelled, frames, tmp_path):
+    pytest.importorskip("rasterio")
+    import rasterio
+    from rasterio.transform import GCPTransformer
+
+    from torchalign import io
+
+    array, *_, report = labelled
+    report = report.assign_attrs(grid_crs="EPSG:32633")
+    paths = [tmp_path / f"{number}.tif" for number in range(3)]
+    profile = {"driver": "GTiff", "dtype": "float32", "count": 1, "height": SIZE[0], "width": SIZE[1]}
+    profile |= {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 599995, 0, -10, 5005)}
+    for path, frame in zip(paths, array.values, strict=True):
+        with rasterio.open(path, "w", **profile) as raster:
+            raster.write(frame, 1)
+    io.write_ground_control(report, paths)
+    with rasterio.open(paths[1]) as raster:
+        np.testing.assert_array_equal(raster.read(1), array.values[1])
+        control, crs = raster.gcps
+    assert crs.to_epsg() == 32633
+    # what lies at a pixel of the reference lies in the frame where the truth says, and is put back from there
+    row, column = (part.flatten() for part in np.mgrid[20:100:10, 20:116:10])
+    seen = np.stack((column, row)) - np.array([[0.4], [-0.3]]) + frames[-1][1].numpy()[:, row, column]
+    x, y = GCPTransformer(control, tps=True).xy(seen[1], seen[0])
+    off = np.hypot((np.array(x) - array.x.values[column]) / 10, (np.array(y) - array.y.values[row]) / 10)
+    assert np.median(off) < 0.03
+    with pytest.raises(ValueError, match="paths: expected 3 paths"):
+        io.write_ground_control(report, paths[:2])
+    with rasterio.open(paths[2], "w", **profile | {"height": 50}):
+        pass
+    with pytest.raises(ValueError, match="paths: expected frames of"):
+        io.write_ground_control(report, paths)
+
+
 def test_pictures_and_the_page(labelled):
     pytest.importorskip("matplotlib")
     from torchalign import html, io, plot

@@ -897,9 +897,9 @@ class _Axis(NamedTuple):
 
 @keeps_tables
 def _extremes(length: int, spacing: int, count: int, *, like: Tensor) -> _Axis:
-    options = {"device": like.device, "dtype": like.dtype}
-    middle = torch.full((1,), 1 + 0.5 * (length - 1) / spacing, **options)  # type: ignore[arg-type]
-    at = torch.linspace(1, 1 + (length - 1) / spacing, 4 * (count - 3) + 1, **options)  # type: ignore[arg-type]
+    last, points = 1 + (length - 1) / spacing, 4 * (count - 3) + 1
+    middle = like.new_full((1,), 0.5 * (1 + last))
+    at = torch.linspace(1, last, points, device=like.device, dtype=like.dtype)
     return _Axis(spline_basis(middle, count), spline_basis(at, count), spline_slope(at, count) / spacing)
 
 
