@@ -125,6 +125,18 @@ def check_same(aligned, cube):
     assert aligned.values[0].tobytes() == cube.values[0].tobytes()  # the first frame is not resampled
 
 
+def check_rows(folder, pattern="*.tif*"):
+    """Of files that are warped some rows are what they are in the whole."""
+    from torchalign.cube.rasters import StackOptions, plan_stack
+
+    options = StackOptions(pattern, None, None, None, "raise", True, False, "first", "bilinear", True)
+    for reading in plan_stack(folder, options)[1][None]:
+        whole, usable = reading.pixels(), reading.usable()
+        for rows in (slice(0, 5), slice(20, 40), slice(SIZE - 3, SIZE)):
+            np.testing.assert_array_equal(reading.pixels(rows), whole[:, rows])
+            np.testing.assert_array_equal(reading.usable(rows), usable[rows])
+
+
 def align(cube, **options):
     return ta.align(cube, "first", ta.PCC(), **options)
 
@@ -462,6 +474,7 @@ def test_sentinel1_grd_with_ground_control_points(tmp_path):
         ta.open_stack(tmp_path, pattern="*.tiff")
     cube = ta.open_stack(tmp_path, pattern="*.tiff", grid="first")
     assert cube.resampled.all()
+    check_rows(tmp_path, pattern="*.tiff")
     assert cube.attrs["_FillValue"] == 0
     assert abs(float(cube.x[0]) - (10 + 1e-4 * 8.5)) < 1e-4  # where the points of the first frame say
     aligned, report = align(cube)
@@ -582,6 +595,7 @@ def test_two_utm_zones_and_pixel_sizes(tmp_path, nodata):
     assert report.resampled.values.tolist() == [False, True]
     lazy = ta.open_stack(tmp_path, grid="first", chunks=1)
     np.testing.assert_array_equal(lazy.compute(), cube)
+    check_rows(tmp_path)
 
 
 def test_our_own_corrected_georeferences(tmp_path):

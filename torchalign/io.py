@@ -16,13 +16,14 @@ import torch
 import xarray as xr
 from torch import nn
 
-from torchalign._check import check_option, message, require
+from torchalign._check import check_bool, check_kind, check_option, check_path, message, require
 from torchalign.cube.displacements import tie_points, write_displacements, write_tie_points
 from torchalign.cube.finding import parse_time
 from torchalign.cube.gridding import GridWord, Resampling
 from torchalign.cube.labels import USABLE, Cube
 from torchalign.cube.rasters import OnError, StackOptions, plan_stack, read_stack
 from torchalign.cube.run import count_progress, find_aligner, find_device, place_module
+from torchalign.cube.solution import check_report
 from torchalign.cube.stores import write_store
 from torchalign.cube.tiles import LargeStack, align_large, count_steps
 from torchalign.cube.writing import Compression, WriteOptions, write_rasters, write_variables
@@ -121,12 +122,33 @@ def open_stack(
         >>> names[0], same.dims, bool((same.values == cube.values).sum() == cube.notnull().sum())
         ('20240105.tif', ('time', 'band', 'y', 'x'), True)
     """
+    options = StackOptions(pattern, bands, time, chunks, errors, keep_empty, recursive, grid, resampling)
+    _check_reading(options)
+    return read_stack(source, options)
+
+
+def _check_reading(options: StackOptions) -> None:
     require("GeoTIFF", "io", "rasterio")
-    check_option("errors", errors, OnError)
-    check_option("resampling", resampling, Resampling)
-    return read_stack(
-        source, StackOptions(pattern, bands, time, chunks, errors, keep_empty, recursive, grid, resampling)
-    )
+    check_option("errors", options.errors, OnError)
+    check_option("resampling", options.resampling, Resampling)
+    check_bool("recursive", options.recursive)
+    check_bool("keep_empty", options.keep_empty)
+    if not isinstance(options.pattern, str):
+        got = f"{options.pattern!r:.60} ({type(options.pattern).__name__})"
+        raise TypeError(message("pattern", "text, as a shell has it", got, 'write it as "*.tif"'))
+    check_kind("time", options.time, Callable, "a function of a path", "for example lambda path: path.stem")
+    if isinstance(options.bands, Mapping) and not options.bands:
+        raise ValueError(message("bands", "a name and its pattern at least", "none", "name some, or pass None"))
+
+
+def _check_writing(options: WriteOptions, report: Any) -> None:
+    require("GeoTIFF", "io", "rasterio")
+    check_option("compression", options.compression, Compression)
+    check_option("driver", options.driver, Literal["GTiff", "COG"])
+    check_kind("template", options.template, str, "a name with fields", 'write it as "{time:%Y%m%d}.tif"')
+    check_bool("overwrite", options.overwrite)
+    if report is not None:
+        check_report(report)
 
 
 def write_stack(
@@ -171,15 +193,14 @@ def write_stack(
         FileExistsError: a file is there.
         ImportError: rasterio is not installed.
     """
-    require("GeoTIFF", "io", "rasterio")
-    check_option("compression", compression, Compression)
-    check_option("driver", driver, Literal["GTiff", "COG"])
     options = WriteOptions(template, driver, compression, overwrite)
+    _check_writing(options, report)
+    where = check_path("folder", folder)
     if isinstance(cube, xr.Dataset):
-        return write_variables(cube, Path(folder), options, report, compute)
+        return write_variables(cube, where, options, report, compute)
     if isinstance(cube, xr.DataArray) and cube.dtype == np.bool_:
         cube = cube.astype(np.uint8)
-    return write_rasters(Cube.of(cube, None, "cube"), Path(folder), options, report, compute)
+    return write_rasters(Cube.of(cube, None, "cube"), where, options, report, compute)
 
 
 def align_scenes(
@@ -300,4 +321,8 @@ def write_cube(
         TypeError, ValueError: no cube; another ending; chunks that differ in length, for Zarr.
         FileExistsError: the path is there.
     """
-    return write_store(cube, Path(path), attrs or {}, overwrite, report, compute)
+    check_kind("attrs", attrs, Mapping, "a mapping", "give a dict")
+    check_bool("overwrite", overwrite)
+    if report is not None:
+        check_report(report)
+    return write_store(cube, check_path("path", path), attrs or {}, overwrite, report, compute)

@@ -13,7 +13,7 @@ import numpy as np
 from torchalign.cube.finding import Source, find_sources, read_times
 from torchalign.cube.georeference import Georeference, crs_name, is_same_crs
 
-__all__ = ["CLOSE", "Header", "are_close", "describe_files", "drop_strangers", "quiet", "read_headers"]
+__all__ = ["CLOSE", "Header", "are_close", "describe_files", "drop_strangers", "gdal_errors", "quiet", "read_headers"]
 
 CLOSE = 0.01  # pixels; grids that agree to this are one
 _ALPHA_ROWS, _ALPHA_SHARE = 16, 0.9  # of these rows the share that is wholly clear or wholly not
@@ -61,6 +61,14 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def gdal_errors() -> tuple[type[Exception], ...]:
+    """What rasterio raises: errors of its own, and of GDAL and PROJ, which it lets through here and there."""
+    from rasterio._err import CPLE_BaseError
+    from rasterio.errors import RasterioError
+
+    return RasterioError, CPLE_BaseError
+
+
 def read_headers(paths: Sequence[Source], skipped: dict[Source, str]) -> dict[Source, Header]:
     """Of all files that can be opened; the others are added to ``skipped``."""
     import rasterio
@@ -76,7 +84,7 @@ def read_headers(paths: Sequence[Source], skipped: dict[Source, str]) -> dict[So
                     skipped[path] = (
                         f"it has no bands of its own, but {inside} datasets inside; name one of these"
                     )
-        except rasterio.errors.RasterioError as error:
+        except gdal_errors() as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             skipped[path] = f"it cannot be read ({reason[0]})"
     return headers

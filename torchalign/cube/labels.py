@@ -6,6 +6,7 @@ Nothing is estimated here and nothing is loaded before it is needed.
 from __future__ import annotations
 
 import datetime
+import numbers
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ __all__ = [
     "USABLE",
     "Array",
     "Cube",
+    "as_list",
     "axes_of",
     "band_labels",
     "find_bands",
@@ -127,7 +129,7 @@ def find_dims(
     dims = array.dims
     found = {role: dim for role, dim in (given or {}).items() if dim is not None}
     for role, dim in found.items():
-        if dim not in dims or list(found.values()).count(dim) > 1:
+        if not isinstance(dim, Hashable) or dim not in dims or list(found.values()).count(dim) > 1:
             raise ValueError(message(f"{role}_dim", f"one dim of {dims}", repr(dim), "name each dim once"))
     for role in (role for role in CUBE if role not in found):
         named = [dim for dim in dims if role_of(dim) == role and dim not in found.values()]
@@ -227,7 +229,7 @@ def find_bands(
         name: of the argument.
     """
     found = []
-    for band in [wanted] if isinstance(wanted, (str, int, np.integer)) else wanted:
+    for band in as_list(wanted):
         if band is not None and band in labels:
             found.append(labels.index(band))
         elif str(band).isdecimal() and first <= int(band) < first + count:
@@ -238,6 +240,14 @@ def find_bands(
             expected = f"some of {named} or of {numbers}" if named else numbers
             raise ValueError(message(name, expected, repr(band), "choose among these"))
     return found
+
+
+def as_list(wanted: Any) -> list[Any]:
+    """One name or number, or several."""
+    try:
+        return [wanted] if isinstance(wanted, str) else list(wanted)
+    except TypeError:
+        return [wanted]
 
 
 def find_frame(
@@ -260,6 +270,9 @@ def find_frame(
         positions: whether a whole number that is no label is a position.
     """
     count = array.sizes[dim]
+    if not isinstance(label, (str, np.generic, datetime.date, numbers.Number)):
+        cure = "write it as text, a date or a number"
+        raise TypeError(message(name, "the label of a frame", f"{label!r:.60} ({type(label).__name__})", cure))
     if isinstance(label, np.datetime64) or type(label) is datetime.date:
         label = str(label)  # its unit is its resolution
     matches: list[int] = []
