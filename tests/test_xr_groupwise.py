@@ -169,7 +169,11 @@ def test_a_foreign_frame_does_not_enter_an_archive(made):
 @pytest.mark.parametrize("lazy", [False, True])
 def test_an_archive_of_variables_grows(made, lazy):
     """A Dataset in, a Dataset out: the same numbers, and classes are copied."""
-    both = made.cube.astype("float32").to_dataset("band").rename_vars(dict(zip(made.cube.band.values, ("red", "nir"), strict=False)))
+    both = (
+        made.cube.astype("float32")
+        .to_dataset("band")
+        .rename_vars(dict(zip(made.cube.band.values, ("red", "nir"), strict=False)))
+    )
     both["SCL"] = xr.where(both.red > float(both.red.median()), 8, 4).astype("uint8")
     both = both.chunk({"time": 2}) if lazy else both
     old, new = both.isel(time=slice(0, 9)), both.isel(time=slice(9, 12))

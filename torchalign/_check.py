@@ -75,18 +75,21 @@ def check_option(name: str, value: object, choices: Any) -> None:
         raise ValueError(message(name, f"one of {allowed}", repr(value), "choose one of these"))
 
 
-def check_kind(name: str, value: object, kind: type | tuple[type, ...], expected: str, cure: str) -> None:
-    """``value`` must be ``None`` or an instance of ``kind``, ``expected`` in words."""
-    if value is not None and not isinstance(value, kind):
-        raise TypeError(message(name, f"{expected}, or None", f"{value!r:.60} ({type(value).__name__})", cure))
+def check_kind(
+    name: str, value: object, kind: Any, expected: str, cure: str, *, optional: bool = True
+) -> None:
+    """``value`` must be an instance of ``kind``, ``expected`` in words (or ``None`` where ``optional``)."""
+    if not isinstance(value, kind) and not (value is None and optional):
+        got = f"{value!r:.60} ({type(value).__name__})"
+        raise TypeError(message(name, f"{expected}{', or None' * optional}", got, cure))
 
 
 def check_path(name: str, path: object) -> Path:
     """``path`` must be one, or text."""
-    if not isinstance(path, (str, os.PathLike)):
-        got = f"{path!r:.60} ({type(path).__name__})"
-        raise TypeError(message(name, "a path, as text or a pathlib.Path", got, "give one"))
-    return Path(path)
+    check_kind(
+        name, path, (str, os.PathLike), "a path, as text or a pathlib.Path", "give one", optional=False
+    )
+    return Path(path)  # type: ignore[arg-type]  # as was checked
 
 
 def check_fill(name: str, value: object) -> None:
@@ -130,7 +133,9 @@ def check_whole(name: str, value: object, *, minimum: int = 1, maximum: int = 2*
     try:
         number = operator.index(value)  # type: ignore[arg-type]  # that it can be told is being tried
     except TypeError:  # arrays have the method, too
-        raise TypeError(message(name, expected, f"{value!r} ({type(value).__name__})", "give an int")) from None
+        raise TypeError(
+            message(name, expected, f"{value!r} ({type(value).__name__})", "give an int")
+        ) from None
     if not minimum <= number <= maximum:
         raise ValueError(message(name, expected, number, "give a number within these bounds"))
     return number

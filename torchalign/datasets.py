@@ -491,8 +491,8 @@ def demo_stack(
     if scene is None:
         scene = open_demo_scene()
     if not isinstance(scene, xr.DataArray) or {*scene.dims} != {"band", "y", "x"}:
-        got = f"{type(scene).__name__} with {getattr(scene, 'dims', 'no dims')}"
-        raise TypeError(message("scene", "a DataArray over band, y, x", got, "name its dims so"))
+        kind = f"{type(scene).__name__} with {getattr(scene, 'dims', 'no dims')}"
+        raise TypeError(message("scene", "a DataArray over band, y, x", kind, "name its dims so"))
     scene = scene.transpose("band", "y", "x")
     needed = tuple(length + 2 * math.ceil(max_shift) for length in size)
     if scene.sizes["y"] < needed[0] or scene.sizes["x"] < needed[1]:

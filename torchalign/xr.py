@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_bool, check_fill, check_kind, check_option, message
+from torchalign._check import check_bool, check_fill, check_option, message
 from torchalign.aligner import Aligner
 from torchalign.cube.chunks import Companion, compute_together, is_lazy
 from torchalign.cube.georeference import FRAME_TRANSFORM, georeference_frames, metres_per_pixel
@@ -473,7 +473,7 @@ def _move_frames(
     return values
 
 
-def extend(
+def extend(  # noqa: D417  # options that are those of align stand in one line
     datacube: Labelled,
     report: xr.Dataset | str | Path,
     *,
@@ -538,7 +538,9 @@ def extend(
     options = _ExtendOptions(module, mask, archive_mask, sun, running)
     variables, join = take_apart(datacube, bands, classes, dims)
     if variables is None:
-        aligned, rows = _extend_cube(Cube.of(datacube, dims), Cube.of(archive, dims, "archive"), report, options)
+        aligned, rows = _extend_cube(
+            Cube.of(datacube, dims), Cube.of(archive, dims, "archive"), report, options
+        )
         return aligned, _longer_report(report, rows)  # type: ignore[return-value]  # as it came
     stacked, slices = stack_variables(variables)
     old = Cube.of(stack_archive(archive, variables, dims), None, "archive")
@@ -586,9 +588,7 @@ def _extend_cube(
         here = sun_tensor(angles, where)
         positions = ArchivePositions.of(report, there, where)
         new_frames, old_frames = (see_frames(module, reader) for reader in readers)
-        solution = module.extend(
-            new_frames, old_frames, positions.shift, positions.sigma, positions.accepted
-        )
+        solution = module.extend(new_frames, old_frames, positions.shift, positions.sigma, positions.accepted)
         solution = without_season(solution, positions.season_shift(here, cube.sizes["time"]))
         fields = series_fields(solution, cube.size, metres_per_pixel(cube), angles)
         device = running.device if is_lazy(cube.array) else where
@@ -617,7 +617,7 @@ def _longer_report(report: xr.Dataset, rows: xr.Dataset) -> xr.Dataset:
     return longer
 
 
-def apply(
+def apply(  # noqa: D417  # options that are those of align stand in one line
     datacube: Labelled,
     estimate: xr.Dataset | Estimate | Array | Tensor | str | Path,
     *,
@@ -692,7 +692,7 @@ def apply(
         return _apply_to_cube(datacube, estimate, how, grid, dims)
     variables, join = take_apart(datacube, None, classes, dims)
     if variables is None:
-        return _apply_to_cube(datacube, estimate, how, grid, dims)  # type: ignore[arg-type]  # a DataArray
+        return _apply_to_cube(datacube, estimate, how, grid, dims)  # type: ignore[arg-type, return-value]  # a DataArray
     return join(_apply_to_variables(variables, estimate, how, grid))
 
 

@@ -163,7 +163,9 @@ class Reading(NamedTuple):
         transform, fill = Affine(a, b, c + b * rows[0], d, e, f + e * rows[0]), self._fill
         how: dict[str, Any] = {"dst_transform": transform, "dst_crs": crs, **self._scale}
         source: Any = rasterio.band(file, bands) if bands != "mask" else None
-        if source is None or not self.header.grid.crs:  # of a file GDAL takes the points and the CRS as they are
+        if (
+            source is None or not self.header.grid.crs
+        ):  # of a file GDAL takes the points and the CRS as they are
             source = file.read_masks([self.numbers[0]]) if bands == "mask" else file.read(bands)
             how |= {"gcps": control_points(self.header.gcps), "src_crs": own}
         shape = (1 if bands == "mask" else len(bands), rows[1] - rows[0], self.grid.size[1])

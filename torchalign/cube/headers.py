@@ -13,7 +13,16 @@ import numpy as np
 from torchalign.cube.finding import Source, find_sources, read_times
 from torchalign.cube.georeference import Georeference, crs_name, is_same_crs
 
-__all__ = ["CLOSE", "Header", "are_close", "describe_files", "drop_strangers", "gdal_errors", "quiet", "read_headers"]
+__all__ = [
+    "CLOSE",
+    "Header",
+    "are_close",
+    "describe_files",
+    "drop_strangers",
+    "gdal_errors",
+    "quiet",
+    "read_headers",
+]
 
 CLOSE = 0.01  # pixels; grids that agree to this are one
 _ALPHA_ROWS, _ALPHA_SHARE = 16, 0.9  # of these rows the share that is wholly clear or wholly not

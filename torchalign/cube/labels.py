@@ -6,7 +6,6 @@ Nothing is estimated here and nothing is loaded before it is needed.
 from __future__ import annotations
 
 import datetime
-import numbers
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
+from pandas.errors import InvalidIndexError
 from torch import Tensor
 
 from torchalign._check import message
@@ -270,15 +270,12 @@ def find_frame(
         positions: whether a whole number that is no label is a position.
     """
     count = array.sizes[dim]
-    if not isinstance(label, (str, np.generic, datetime.date, numbers.Number)):
-        cure = "write it as text, a date or a number"
-        raise TypeError(message(name, "the label of a frame", f"{label!r:.60} ({type(label).__name__})", cure))
     if isinstance(label, np.datetime64) or type(label) is datetime.date:
         label = str(label)  # its unit is its resolution
     matches: list[int] = []
     if dim in array.coords:
         numbers = xr.DataArray(np.arange(count), {dim: array[dim]}, [dim])
-        with suppress(KeyError, TypeError, ValueError, IndexError):
+        with suppress(KeyError, TypeError, ValueError, IndexError, InvalidIndexError):
             matches = numbers.sel({dim: label}).values.ravel().tolist()
     is_number = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
     if positions and is_number and len(matches) != 1 and -count <= label < count:
