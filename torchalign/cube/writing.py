@@ -29,6 +29,8 @@ from torchalign.cube.stores import finish_writing
 
 __all__ = ["Compression", "FileWriter", "WriteOptions", "plan_files", "write_rasters", "write_variables"]
 
+_ENDINGS = (".tif", ".tiff")
+
 Compression = Literal["deflate", "lzw", "zstd", "none"]
 
 
@@ -202,7 +204,10 @@ def _file_names(cube: Cube, template: str | None) -> list[str]:
     dates = [_as_datetime(label) for label in labels]
     if template is None:
         if all(stems):
-            names = [str(Path(stem).with_suffix(".tif").name) for stem in stems]
+            names = [
+                stem if stem.lower().endswith(_ENDINGS) else Path(stem).with_suffix(".tif").name
+                for stem in stems
+            ]
         elif all(dates):
             days = [f"{date:%Y%m%d}" for date in dates]
             names = [
@@ -227,7 +232,7 @@ def _file_names(cube: Cube, template: str | None) -> list[str]:
                 raise ValueError(
                     message("template", "a name with fields", f"{template!r} ({error!r})", cure)
                 ) from error
-        names = [name if name.lower().endswith((".tif", ".tiff")) else f"{name}.tif" for name in names]
+        names = [name if name.lower().endswith(_ENDINGS) else f"{name}.tif" for name in names]
     twice = [name for name, often in Counter(names).items() if often > 1]
     if twice or any(os.sep in name for name in names):
         got = f"{twice[0]} more than once" if twice else f"{names[0]}, a path"
