@@ -713,7 +713,7 @@ def read_all(path):
             "crs": file.crs,
             "nodata": file.nodata,
             "names": file.descriptions,
-            "scales": (file.scales, file.offsets),
+            "scales": (file.scales, file.offsets, file.units),
             "dtypes": file.dtypes,
             "tags": {key: value for key, value in file.tags().items() if key != "OVR_RESAMPLING_ALG"},
         }
@@ -782,7 +782,8 @@ def test_scales_offsets_and_nodata(tmp_path):
     for number, day in enumerate(COMPACT):
         path = write(tmp_path / f"{day}.tif", values[number], nodata=-9999, names=("B04", "B08"))
         with rasterio.open(path, "r+") as file:
-            file.scales, file.offsets = (1e-4, 2e-4), (0.0, -0.1)
+            file.scales, file.offsets, file.units = (1e-4, 2e-4), (0.0, -0.1), ("1", "K")
+            file.update_tags(AREA_OR_POINT="Point")
     cube = ta.open_stack(tmp_path)
     aligned, report = align(cube)
     check_shifts(report)

@@ -175,7 +175,7 @@ def align(
             Default: from the dates (UTC; without a time of day, half past ten local solar time) and the middle of
             the cube, where it has both dates and a CRS.
         verify: measure what is left after alignment, once more and for every aligner in the same way: by phase
-            correlation of the aligned frame with the reference. ``PCC`` takes half as long again; slower aligners
+            correlation of the aligned frame with the reference. ``PCC`` takes two to three times as long; slower aligners
             hardly notice. It tells of a warp that went wrong and of what the aligner left behind; it does not
             tell of an error that the reference itself has.
         device: where to compute. Default: where the aligner's parameters are if that is not the CPU, else

@@ -26,7 +26,7 @@ __all__ = [
 
 CLOSE = 0.01  # pixels; grids that agree to this are one
 _ALPHA_ROWS, _ALPHA_SHARE = 16, 0.9  # of these rows the share that is wholly clear or wholly not
-_STALE = ("STATISTICS_", "AREA_OR_POINT")  # what a file is told anew
+_STALE = "STATISTICS_"  # what no longer holds of resampled pixels
 
 
 class Header(NamedTuple):
@@ -39,6 +39,7 @@ class Header(NamedTuple):
     descriptions: tuple[str | None, ...]
     scales: tuple[float, ...]
     offsets: tuple[float, ...]
+    units: tuple[str, ...] = ()
     alpha: int = 0  # the number of the alpha band
     has_mask: bool = False  # of its own, inside or beside the file
     gcps: str = ""  # GeoJSON, where control points are all that it has
@@ -131,6 +132,7 @@ def _read_header(file: Any) -> Header:
         of_bands(file.descriptions),
         of_bands(file.scales),
         of_bands(file.offsets),
+        of_bands([unit or "" for unit in file.units]),
         alpha,
         MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags,
         gcps,

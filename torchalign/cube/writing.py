@@ -300,17 +300,17 @@ def _descriptions(cube: Cube) -> list[str | None]:
     return [None] * count
 
 
-def _per_band(cube: Cube, plural: str, single: str, neutral: float) -> list[float]:
-    array, count = cube.array, cube.sizes["band"]
+def _per_band(cube: Cube, plural: str, single: str, neutral: Any) -> list[Any]:
+    array, count, kind = cube.array, cube.sizes["band"], type(neutral)
     if plural in array.coords:
-        return [float(value) for value in np.broadcast_to(array[plural].values, count)]
-    if plural in array.attrs:  # as rioxarray has them
-        values = [float(value) for value in np.ravel(array.attrs[plural])]
+        return [kind(value) for value in np.broadcast_to(array[plural].values, count)]
+    if not isinstance(array.attrs.get(plural, ""), str):  # as rioxarray has them
+        values = [kind(value) for value in np.ravel(array.attrs[plural])]
         if len(values) != count:
             cure = f"select them as the bands were: cube.attrs[{plural!r}]"
             raise ValueError(message("cube", f"{plural} of {count} bands", values, cure))
         return values
-    return [float(array.attrs.get(single, neutral))] * count
+    return [kind(array.attrs.get(single, neutral))] * count
 
 
 def _write_files(
@@ -389,6 +389,8 @@ class FileWriter:
         if set(plan.bands["scales"]) != {1.0} or set(plan.bands["offsets"]) != {0.0}:
             file.scales = [*plan.bands["scales"], *([1.0] * alpha)]
             file.offsets = [*plan.bands["offsets"], *([0.0] * alpha)]
+        if any(plan.bands["units"]):
+            file.units = [*plan.bands["units"], *([""] * alpha)]
         for band, tags in json.loads(plan.tags or "{}").items():
             if band == "RPC":
                 file.update_tags(ns="RPC", **tags)
