@@ -11,8 +11,8 @@ import xarray as xr
 
 from torchalign._check import message
 from torchalign.cube.finding import Source
-from torchalign.cube.georeference import Georeference, crs_name, find_georeference
-from torchalign.cube.headers import CLOSE, Header, are_close, gdal_errors, quiet
+from torchalign.cube.georeference import Georeference, crs_name, find_georeference, gdal_errors
+from torchalign.cube.headers import CLOSE, Header, are_close, quiet
 from torchalign.cube.labels import Array, Cube, role_of
 
 __all__ = ["GridWord", "Reading", "Resampling", "control_points", "find_grid", "plan_reading"]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchalign.cube.finding import Source, find_sources, read_times
-from torchalign.cube.georeference import Georeference, crs_name, is_same_crs
+from torchalign.cube.georeference import Georeference, crs_name, gdal_errors, is_same_crs
 
 __all__ = [
     "CLOSE",
@@ -19,7 +19,6 @@ __all__ = [
     "are_close",
     "describe_files",
     "drop_strangers",
-    "gdal_errors",
     "quiet",
     "read_headers",
 ]
@@ -69,14 +68,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         yield
-
-
-def gdal_errors() -> tuple[type[Exception], ...]:
-    """What rasterio raises: errors of its own, and of GDAL and PROJ, which it lets through here and there."""
-    from rasterio._err import CPLE_BaseError
-    from rasterio.errors import RasterioError
-
-    return RasterioError, CPLE_BaseError
 
 
 def read_headers(paths: Sequence[Source], skipped: dict[Source, str]) -> dict[Source, Header]:

@@ -8,8 +8,7 @@ import numpy as np
 import xarray as xr
 
 from torchalign._check import message, require
-from torchalign.cube.georeference import Georeference, crs_name, find_georeference, is_same_grid
-from torchalign.cube.headers import gdal_errors
+from torchalign.cube.georeference import Georeference, crs_name, find_georeference, gdal_errors, is_same_grid
 from torchalign.cube.labels import Cube, spatial_dims
 from torchalign.cube.pixels import find_nodata
 

@@ -256,9 +256,9 @@ def _combine_tiles(
             fitted, apart, found = own[0], torch.zeros(1, dtype=torch.float64), tiles.covariance[0].double()
         else:
             corner = torch.tensor([origins[i] for i in chosen.tolist()], dtype=torch.float64)
-            points = corner[:, None] + _corners(size)
-            fit = _Tiles(points, transform_points(own, points), tiles.covariance[chosen].double())
-            fitted, apart, found = fit.motion(motion == "translation", _middle(whole))
+            points = corner[:, None] + _box(*size)
+            fit = _TileMotions(points, transform_points(own, points), tiles.covariance[chosen].double())
+            fitted, apart, found = fit.motion(motion == "translation", _box(*whole).mean(0))
         agree = apart <= max(_OUTLIER, 3 * float(apart.median()))
         if float((apart <= _OUTLIER).double().mean()) < 0.5:
             status = Status.AMBIGUOUS
@@ -285,18 +285,13 @@ def _why_not(tiles: Estimate) -> Status:
     return Status(int(seen[seen != 0].mode().values))
 
 
-def _corners(size: tuple[int, int]) -> Tensor:
-    """(4, 2), the points (x, y) at the corners of a frame."""
-    height, width = size
-    box = [(0, 0), (width - 1, 0), (0, height - 1), (width - 1, height - 1)]
-    return torch.tensor(box, dtype=torch.float64)
+def _box(height: int, width: int, top: int = 0) -> Tensor:
+    """(4, 2), the points (x, y) at the corners of some rows of a frame."""
+    right, low = width - 1, top + height - 1
+    return torch.tensor([(0, top), (right, top), (0, low), (right, low)], dtype=torch.float64)
 
 
-def _middle(size: tuple[int, int]) -> Tensor:
-    return _corners(size).mean(0)
-
-
-class _Tiles(NamedTuple):
+class _TileMotions(NamedTuple):
     """What n tiles say of the motion of the whole."""
 
     points: Tensor  # (n, 4, 2), their corners
@@ -381,10 +376,7 @@ def _write_frame(
 
 def _source_rows(back: Tensor, rows: slice, height: int, width: int) -> slice:
     """Rows of the frame that show up in rows of the aligned one, with what a kernel reaches over."""
-    low, right = float(rows.stop - 1), float(width - 1)
-    corners = torch.tensor(
-        [(0.0, rows.start), (right, rows.start), (0.0, low), (right, low)], dtype=torch.float64
-    )
+    corners = _box(rows.stop - rows.start, width, rows.start)
     there = transform_points(back, corners)[..., 1].flatten()
     first = min(int(there.min().floor()), rows.start) - _MARGIN
     last = max(int(there.max().ceil()) + 1, rows.stop) + _MARGIN
