@@ -236,6 +236,7 @@ def report(results: Mapping[str, Any]) -> str:
     """For benchmarks/README.md: of the parts that were run."""
     found = [described(results)]
     if "kinds" in results:
+        count = len(next(iter(results["kinds"].values()))["p95 by series"])
         header = [
             "series",
             "method",
@@ -248,7 +249,7 @@ def report(results: Mapping[str, Any]) -> str:
             "in 2 σ",
         ]
         found += [
-            f"{len(results['kinds']['seasons']['p95 by series'])} series of each kind, from seed {results['first seed']} on; errors in pixels:",
+            f"{count} series of each kind, from seed {results['first seed']} on; errors in pixels:",
             table([*header, "z rms", "CPU s"], kind_rows(results["kinds"])),
         ]
     if "archive" in results:
