@@ -41,6 +41,7 @@ def _few_programs(monkeypatch):
         "assess",
         "divide",
         "defects",
+        "contrast",
     ):
         module = importlib.import_module(f"torchalign.kernels.{name}")
         monkeypatch.setattr(module, "_BLOCK", 256 if name == "channel" else 4096)
@@ -403,12 +404,26 @@ def test_texture_with_holes(frame, size, by_torch):
     grid = WorkingGrid.of(frame, size, 0.25, image)
     own, other = texture.usable_share(mask, grid), by_torch(texture.usable_share, mask, grid)
     torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=TOLERANCE)
+    field, share = torch.randn(4, *size, generator=draw), torch.rand(4, *size, generator=draw)
+    field[1], field[2, 0, 0], share[3] = 1e-3 * field[1], torch.nan, 0.2
+    options = torch.tensor([0.0, 0.01, 0.0, 0.0]), torch.tensor([False, False, False, False]), "local"
+    for weights in (None, share):
+        own, other = (
+            call(texture._standardized, field, weights, *options)
+            for call in (lambda function, *rest: function(*rest), by_torch)
+        )
+        assert torch.equal(own.flat, other.flat)
+        assert own.flat.tolist() == [False, True, True, False]
+        for one, theirs in ((own.field, other.field), (own.detail, other.detail)):
+            torch.testing.assert_close(one, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
+    own, other = texture._cover(share), by_torch(texture._cover, share)
+    torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_peak_assessed_and_divided(dtype, shared, by_torch):
-    cube, reference, mask = series()
+    cube, _, mask = series()
     image = cube.nan_to_num(0.0, 0.0, 0.0).mean(1).to(dtype)
     mask[0, 10:30, 5:30] = False
     still = image[1:2] if shared else image[[1, 1, 0]]

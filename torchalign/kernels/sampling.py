@@ -8,6 +8,9 @@ Convention:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +25,7 @@ __all__ = [
     "is_finite",
     "kernel_dtype",
     "lerp",
+    "operator",
     "padded",
     "read",
 ]
@@ -140,6 +144,17 @@ def read(
     if MASKED:
         good = good & (tl.load(usable + at_mask, mask=live, other=0) != 0)
     return tl.where(good, values, 0.0), good
+
+
+def operator(name: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function that launches a kernel an operator; of its arguments ``like`` makes what it gives, empty."""
+
+    def register(launch: Callable[..., Any]) -> Callable[..., Any]:
+        made = torch.library.custom_op(f"torchalign::{name}", mutates_args=())(launch)
+        made.register_fake(like)
+        return made
+
+    return register
 
 
 def kernel_dtype(tensor: Tensor) -> tl.dtype:
