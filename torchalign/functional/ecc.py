@@ -46,7 +46,6 @@ from torchalign.functional.affine import (
     from_homogeneous,
     invert_warp,
     to_homogeneous,
-    translation_warp,
 )
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase
@@ -293,7 +292,9 @@ def enhanced_correlation(
         # the optimum does not move with where the search began: the derivative is exactly 0
         warp = warp + 0.0 * (start - start.detach())
     quality = _detach(_assess(state, _detach(finest), tolerance))
-    found = denormalize(_settle(warp), frame)
+    warp = _settle(warp)
+    # a shift by itself is the same about any centre
+    found = _shifted_by(_shift_of(warp, finest.grid)) if only_shifted else denormalize(warp, frame)
     return EnhancedCorrelation(
         found if homography else from_homogeneous(found),
         quality.sigma,
@@ -313,8 +314,9 @@ def _finite_start(
     identity = torch.eye(3, dtype=like.dtype, device=like.device)
     if init is None:
         return identity.expand(*shape, 3, 3), torch.ones(*shape, dtype=torch.bool, device=like.device)
-    warp = translation_warp(init) if init.shape[-1] == 2 else init
-    start = normalize(to_homogeneous(warp), frame).expand(*shape, 3, 3)
+    shifted = init.shape[-1] == 2
+    start = _shifted_by(init / half_length(frame)) if shifted else normalize(to_homogeneous(init), frame)
+    start = start.expand(*shape, 3, 3)
     finite = _are_finite(start)
     return torch.where(finite[..., None, None], start, identity), finite
 
@@ -450,12 +452,7 @@ class _Shifted(NamedTuple):
             (search.max_iterations, steps.tolerance),
         )
         values = level.grid.move(self.spectrum, seen).flatten(-2) if steps.precise else None
-        offset = (shift / half_length(grid.frame)).unsqueeze(-1)
-        return (
-            torch.eye(3, dtype=shift.dtype, device=shift.device) + F.pad(offset, (2, 0, 0, 1)),
-            reach,
-            values,
-        )
+        return _shifted_by(shift / half_length(grid.frame)), reach, values
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference, precise at any price."""
@@ -1049,6 +1046,12 @@ def _slopes(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> t
     return torch.complex(torch.zeros_like(omega_x), omega_x), torch.complex(
         torch.zeros_like(omega_y), omega_y
     )
+
+
+def _shifted_by(shift: Tensor) -> Tensor:
+    """(..., 3, 3), of (..., 2)."""
+    identity = torch.eye(3, dtype=shift.dtype, device=shift.device)
+    return identity + F.pad(shift.unsqueeze(-1), (2, 0, 0, 1))
 
 
 def _shift_of(warp: Tensor, grid: WorkingGrid) -> Tensor:
