@@ -470,8 +470,8 @@ def _without_stripes(power: Tensor, grid: WorkingGrid, shift: Tensor) -> Tensor:
     rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
     fixed = power.detach()
     summed = (
-        torch.matmul(fixed.mT, rows.to(fixed.dtype))[..., 0],
-        torch.matmul(fixed, columns.to(fixed.dtype).mT)[..., 0],
+        torch.matmul(rows.mT.to(fixed.dtype), fixed).squeeze(-2),
+        torch.matmul(fixed, columns.mT.to(fixed.dtype)).squeeze(-1),
     )
     kept = []
     for axis, (line, near) in enumerate(zip(summed, (rows, columns), strict=True)):
