@@ -55,7 +55,7 @@ KERNELS = {
         (),
         {"MODE": 1, "MASKED": True, "COMPUTE": "float32", "BLOCK": 1024},
     ),
-    "climb_frames": ("climb", {}, (), {"COMPUTE": "float32", "EPSILON": 1e-7, "BLOCK": 512}),
+    "climb_frames": ("climb", {"peaks": "*u8"}, (), {"COMPUTE": "float32", "EPSILON": 1e-7, "BLOCK": 512}),
     "peak_frames": (
         "peak",
         {},

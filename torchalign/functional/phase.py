@@ -372,8 +372,7 @@ def refine_peak(
     if kernels is not None:
         climbed = kernels.climb(power, frequencies, start, steps + 1)
         if climbed is not None:
-            shift, last, derivatives = climbed
-            return shift, last, _is_peak(derivatives[..., 3], derivatives[..., 4], derivatives[..., 5])
+            return climbed
     shift = start.detach()
     fixed = power.detach()
     orders = wave_orders(frequencies) if orders is None else orders

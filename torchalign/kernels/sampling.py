@@ -8,6 +8,7 @@ Convention:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -147,11 +148,23 @@ def read(
 
 
 def operator(name: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a function that launches a kernel an operator; of its arguments ``like`` makes what it gives, empty."""
+    """Makes an operator of a function that launches a kernel.
+
+    Args:
+        name: in ``torch.ops.torchalign``.
+        like: makes what it gives, empty, of those of its arguments that it names.
+    """
+    wanted = list(inspect.signature(like).parameters)
 
     def register(launch: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(launch)
+
+        def empty(*arguments: Any, **named: Any) -> Any:
+            given = signature.bind(*arguments, **named).arguments
+            return like(*(given[key] for key in wanted))
+
         made = torch.library.custom_op(f"torchalign::{name}", mutates_args=())(launch)
-        made.register_fake(like)
+        made.register_fake(empty)
         return made
 
     return register
