@@ -29,8 +29,8 @@ def test_the_angle_is_doubled(degrees):
     middle = orientation_field(ramp)[:, 20, 20]
     expected = torch.tensor([math.cos(2 * angle), math.sin(2 * angle)])
     torch.testing.assert_close(middle / middle.norm(), expected, atol=1e-5, rtol=0)
-    # strength 1, of which mean and median are nearly 1 too (less at the border): b = 1/2, clipped at 1/4
-    assert float(middle.norm()) == pytest.approx(0.25 * math.tanh(2), abs=2e-3)
+    # strength 1, of which mean and median are nearly 1 too (less at the border): b = 1/2, twice the clip
+    assert float(middle.norm()) == pytest.approx(0.5 / math.sqrt(1 + 2**2), abs=2e-3)
 
 
 @pytest.mark.parametrize(("gain", "offset"), [(-1, 0), (1e-3, 5), (-40, 1e3)])
@@ -56,7 +56,7 @@ def test_scipy_finds_the_same():
     local = ndimage.gaussian_filter(strength, 10, mode="nearest")
     relative = strength / (local + np.median(local))
     assert (
-        np.abs(np.hypot(*orientation_field(image).numpy()) - 0.25 * np.tanh(4 * relative))[inner].max() < 0.03
+        np.abs(np.hypot(*orientation_field(image).numpy()) - relative / np.sqrt(1 + (4 * relative) ** 2))[inner].max() < 0.03
     )
 
 
