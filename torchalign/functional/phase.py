@@ -34,7 +34,13 @@ from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave
 from torchalign.functional.sizes import lags_within, square_root
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid, extract_texture
-from torchalign.functional.uncertainty import PeakQuality, assess_peak, largest_sigma, overlap_curvature
+from torchalign.functional.uncertainty import (
+    STRUCTURE_CALIBRATION,
+    PeakQuality,
+    assess_peak,
+    largest_sigma,
+    overlap_curvature,
+)
 from torchalign.functional.working_grid import Window, WorkingGrid, working_size
 
 __all__ = [
@@ -70,8 +76,6 @@ _LEAST_HOLES, _LEAST_COVER = 0.06, 0.6
 # What is taken off for the weights' own correlation is of the second order: no more than this, on no longer a way
 # than that, in pixels.
 _LARGEST_CORRECTION, _LONGEST_WAY = 0.5, 4.0
-# Across sensors, where each shows edges of its own, errors exceed the prediction by that (benchmarks/sensors.py).
-_STRUCTURE_CALIBRATION = 3.2
 
 
 class PhaseShift(NamedTuple):
@@ -202,7 +206,7 @@ def phase_correlation(
         )
     covariance = found.quality.covariance
     if vector:
-        covariance = _STRUCTURE_CALIBRATION**2 * covariance
+        covariance = STRUCTURE_CALIBRATION**2 * covariance
     sigma = largest_sigma(covariance)
     climbed = (found.shift - shift).norm(dim=-1)
     # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)

@@ -19,7 +19,7 @@ from torchalign.functional.common_ground import fill_holes
 from torchalign.functional.keypoints import erode
 from torchalign.functional.smoothing import block_sums, enlarge, nanmedian, triangle_mean
 
-__all__ = ["orientation_field"]
+__all__ = ["orientation_field", "turn_orientations"]
 
 # The gradient at a pixel sees the 5 × 5 pixels around it: so far a mask reaches.
 _SUPPORT = 2
@@ -70,6 +70,35 @@ def orientation_field(image: Tensor, mask: Tensor | None = None) -> Tensor:
     # b / √(1 + b²/c²) of a vector b, of which the square is at hand: one root for both
     length = _CLIP * torch.rsqrt(torch.addcmul(square + _LEAST, square, square))
     return torch.stack(((xx - yy) * length, 2 * x * y * length))
+
+
+def turn_orientations(field: Tensor, warp: Tensor) -> Tensor:
+    r"""Orientations that were moved by a warp, turned as it turns: by twice its angle φ.
+
+    .. math:: \varphi = \operatorname{atan2}(a_{21} - a_{12},\, a_{11} + a_{22})
+
+    Args:
+        field: (2, ..., T, *samples).
+        warp: (..., T, 2 or 3, 3), of which the linear part counts; held fixed in derivatives.
+
+    Returns:
+        (2, ..., T, *samples).
+
+    Example:
+        >>> quarter = torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> turn_orientations(torch.tensor([0.2, 0.1]), quarter)
+        tensor([-0.2000, -0.1000])
+    """
+    warp = warp.detach()
+    cosine, sine = warp[..., 0, 0] + warp[..., 1, 1], warp[..., 1, 0] - warp[..., 0, 1]
+    square = cosine.square() + sine.square()
+    turned = square > 0  # a reflection turns nothing
+    square = torch.where(turned, square, 1.0)
+    double = torch.where(turned, (cosine.square() - sine.square()) / square, 1.0), 2 * cosine * sine / square
+    shape = cosine.shape + (1,) * (field.ndim - 1 - cosine.ndim)
+    cosine, sine = double[0].reshape(shape), double[1].reshape(shape)
+    first, second = field.unbind(0)
+    return torch.stack((cosine * first - sine * second, sine * first + cosine * second))
 
 
 def _gradient(image: Tensor) -> tuple[Tensor, Tensor]:
