@@ -70,7 +70,6 @@ from torchalign.functional.smoothing import block_sums, nanmedian
 from torchalign.functional.structure import turn_orientations
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid
 from torchalign.functional.uncertainty import (
-    STRUCTURE_CALIBRATION,
     isotropic,
     largest_direction,
     largest_sigma,
@@ -115,6 +114,9 @@ _INDEPENDENT = 0.35
 _BLOCK = 3
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor.
 _SIGMA_CALIBRATION = 1.1
+# Across sensors: the factor; and, each showing edges of its own, an error of so many pixels per axis for what is not
+# in common (benchmarks/sensors.py).
+_STRUCTURE_CALIBRATION, _STRUCTURE_ERROR = 1.3, 0.25
 # The coefficient is divided by what the weights overlap, but for this.
 _WEIGHTS_SHARE = 0.5
 # A direction along which less than this share of the slope is the ground's is ambiguous.
@@ -932,9 +934,11 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     blocks = sums.shape[-1]
     freedom = blocks / max(1, blocks - level.regressors.shape[-2])
     scatter = freedom * torch.matmul(sums, sums.mT)
-    calibration = STRUCTURE_CALIBRATION if level.vector else _SIGMA_CALIBRATION
+    calibration = _STRUCTURE_CALIBRATION if level.vector else _SIGMA_CALIBRATION
     scale = calibration * half_length(level.grid.frame) / certainty
     covariance = scale.square()[..., None, None] * scatter
+    if level.vector:
+        covariance = covariance + isotropic(_STRUCTURE_ERROR * (1 - seen.correlation))
     root = _unflatten(system.weights, -1, size).sqrt()
     covariance = covariance + isotropic(_WEIGHTS_SHARE * weights_error(level.field, root, level.grid))
     sigma = largest_sigma(covariance)

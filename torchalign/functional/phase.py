@@ -35,7 +35,6 @@ from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave
 from torchalign.functional.sizes import lags_within, square_root
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid, extract_texture
 from torchalign.functional.uncertainty import (
-    STRUCTURE_CALIBRATION,
     PeakQuality,
     assess_peak,
     largest_sigma,
@@ -73,6 +72,8 @@ _LINE, _STATIC = 2, 0.12
 # Holes are divided by where they, and what is next to them, are at least this share of a frame; and where what lies
 # off them is at least that share of what is mostly usable.
 _LEAST_HOLES, _LEAST_COVER = 0.06, 0.6
+# Across sensors, where each shows edges of its own, errors exceed the prediction by that (benchmarks/sensors.py).
+_STRUCTURE_CALIBRATION = 3.2
 # What is taken off for the weights' own correlation is of the second order: no more than this, on no longer a way
 # than that, in pixels.
 _LARGEST_CORRECTION, _LONGEST_WAY = 0.5, 4.0
@@ -206,7 +207,7 @@ def phase_correlation(
         )
     covariance = found.quality.covariance
     if vector:
-        covariance = STRUCTURE_CALIBRATION**2 * covariance
+        covariance = _STRUCTURE_CALIBRATION**2 * covariance
     sigma = largest_sigma(covariance)
     climbed = (found.shift - shift).norm(dim=-1)
     # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)

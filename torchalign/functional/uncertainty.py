@@ -12,7 +12,6 @@ from torch import Tensor
 from torchalign.functional.working_grid import WorkingGrid
 
 __all__ = [
-    "STRUCTURE_CALIBRATION",
     "PeakQuality",
     "assess_peak",
     "isotropic",
@@ -26,8 +25,6 @@ __all__ = [
 
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor (benchmarks/accuracy.py).
 _SIGMA_CALIBRATION = 1.07
-# Across sensors, where each shows edges of its own, errors exceed the prediction by that (benchmarks/sensors.py).
-STRUCTURE_CALIBRATION = 3.2
 # So is one whose σ is larger than this, in pixels, and so many times that of the other.
 _STRETCHED, _UNSURE = 4.2, 0.04
 # What the weights share of the curvature leaves of an error, in pixels.
