@@ -16,6 +16,7 @@ from torchalign.functional.ecc import enhanced_correlation
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.structure import orientation_field
 from torchalign.functional.texture import extract_texture
+from torchalign.models.extractors import SIFT
 
 
 def noise(*shape, seed=0):
@@ -227,6 +228,69 @@ def test_orientations_turn_with_the_frame():
     torch.testing.assert_close(
         orientation_field(data.reference.rot90(1, (-2, -1))), expected, atol=2e-3, rtol=0
     )
+
+
+@pytest.mark.parametrize("degrees", [4, 90, 163, 200])
+def test_lgm_finds_a_negative_that_is_turned(degrees):
+    size = (144, 144)
+    scene = fractal((1100, 1100), bands=1)
+    angle = math.radians(degrees)
+    linear = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    # scipy turns the scene on its own pixels, about the centre of the frames
+    matrix = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    middle = np.full(2, 549.5)
+    turned = ndimage.affine_transform(
+        scene[0].numpy(), matrix, middle - matrix @ middle, order=3, mode="reflect"
+    )
+    frames = [
+        torch.nn.functional.avg_pool2d(image[None, None, 190:910, 190:910], 5)[0]
+        for image in (torch.from_numpy(turned), scene[0])
+    ]
+    centre = torch.full((2,), 71.5)
+    truth = torch.cat((linear, (centre - linear @ centre)[:, None]), 1)[None]
+    lgm = ta.LGM(contrast="structure", motion="euclidean", max_num_keypoints=300)
+    estimate = lgm.estimate(1 - frames[0][None], frames[1])
+    assert estimate.valid.all()
+    assert corner_errors(estimate.warp, truth, size).max() < 0.2
+    ecc = ta.ECC(contrast="structure", motion="euclidean")
+    refined = ta.Cascade(lgm, ecc).estimate(1 - frames[0][None], frames[1])
+    assert (refined.stage == 1).all()
+    assert corner_errors(refined.warp, truth, size).max() < 0.05
+    # descriptors of brightness find nothing there
+    assert not ta.LGM(motion="euclidean").estimate(1 - frames[0][None], frames[1]).valid.any()
+
+
+def test_descriptors_of_unsigned_directions():
+    image = fractal_stack(1, size=(128, 128), bands=1, noise=0.0).reference
+    upright, turning = (SIFT(64, upright=upright, unsigned=True) for upright in (True, False))
+    for extractor in (upright, turning):
+        features, negative = extractor(image), extractor(1 - image)
+        assert features.descriptors.shape == (1, 64, 64)
+        torch.testing.assert_close(features.descriptors.norm(dim=-1), features.valid.float())
+        # the order of blobs of the same response is anyone's: each finds itself
+        torch.testing.assert_close(
+            (features.descriptors @ negative.descriptors.mT).amax(-1),
+            features.valid.float(),
+            atol=1e-3,
+            rtol=0,
+        )
+    # and half a turn, which upright ones tell
+    half = image.rot90(2, (-2, -1))
+    found = (turning(image).descriptors @ turning(half).descriptors.mT).amax(-1)
+    told = (upright(image).descriptors @ upright(half).descriptors.mT).amax(-1)
+    assert (found > 0.98).float().mean() > 0.8
+    assert (told > 0.98).float().mean() < 0.2
+
+
+def test_lgm_says_what_it_cannot_do_across_sensors():
+    assert not ta.LGM(contrast="structure").refine
+    for options, name in (
+        ({"refine": True}, "refine"),
+        ({"feature_model": "xfeat"}, "feature_model"),
+        ({"matcher_model": "lightglue"}, "matcher_model"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            ta.LGM(contrast="structure", **options)
 
 
 @pytest.mark.parametrize(("motion", "tolerance"), [("translation", 1e-5), ("affine", 0.05)])
