@@ -73,11 +73,11 @@ _LINE, _STATIC = 2, 0.12
 # Holes are divided by where they, and what is next to them, are at least this share of a frame; and where what lies
 # off them is at least that share of what is mostly usable.
 _LEAST_HOLES, _LEAST_COVER = 0.06, 0.6
+# Across sensors, where each shows edges of its own, errors exceed the prediction by that (benchmarks/sensors.py).
+_STRUCTURE_CALIBRATION = 3.2
 # What is taken off for the weights' own correlation is of the second order: no more than this, on no longer a way
 # than that, in pixels.
 _LARGEST_CORRECTION, _LONGEST_WAY = 0.5, 4.0
-# Across sensors, where each shows edges of its own, errors exceed the prediction by that (benchmarks/sensors.py).
-_STRUCTURE_CALIBRATION = 3.2
 
 
 class PhaseShift(NamedTuple):
