@@ -243,7 +243,13 @@ def _last_trusted(first: Motion, second: Motion) -> Motion:
         first.only_shifts and second.only_shifts,
         torch.where(trusted[..., None, None], covariances[1], covariances[0]),
         second.field,
+        torch.where(trusted, *(_distorted(one) for one in (second, first))),
     )
+
+
+def _distorted(motion: Motion) -> Tensor:
+    """(...,) bool; none where a method does not tell."""
+    return torch.zeros_like(motion.status, dtype=torch.bool) if motion.distorted is None else motion.distorted
 
 
 def _move_origin(motion: Motion, origin: tuple[int, int]) -> Motion:

@@ -69,9 +69,11 @@ from torchalign.functional.sampling import (
 from torchalign.functional.smoothing import block_sums, nanmedian
 from torchalign.functional.texture import Brightness, Texture, extract_pyramid
 from torchalign.functional.uncertainty import (
+    beyond_chance,
     isotropic,
     largest_direction,
     largest_sigma,
+    parts_of,
     shared_slope,
     weights_error,
 )
@@ -131,6 +133,7 @@ class EnhancedCorrelation(NamedTuple):
         sigma: (..., T), predicted 1-σ error of the displacement of the frame's centre, in pixels, along the larger
             axis of ``covariance``.
         covariance: (..., T, 2, 2), of the displacement of the frame's centre, px².
+        misfit: (..., T, 2, 2), what of it comes from parts of the frame that disagree.
         significance: (..., T), the correlation in standard deviations of that of unrelated scenes.
         flat: (..., T) bool, no texture or too few usable pixels in frame or reference.
         converged: (..., T) bool, the last step was short, the Hessian has an inverse, the correlation is
@@ -143,6 +146,7 @@ class EnhancedCorrelation(NamedTuple):
     warp: Tensor
     sigma: Tensor
     covariance: Tensor
+    misfit: Tensor
     significance: Tensor
     flat: Tensor
     converged: Tensor
@@ -300,6 +304,7 @@ def enhanced_correlation(
         found if homography else from_homogeneous(found),
         quality.sigma,
         quality.covariance,
+        quality.misfit,
         quality.significance,
         (finest.flat | frames.flat).expand(shape),
         quality.converged & finite,
@@ -835,6 +840,7 @@ def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
 class _Quality(NamedTuple):
     sigma: Tensor  # (..., T)
     covariance: Tensor  # (..., T, 2, 2)
+    misfit: Tensor  # (..., T, 2, 2)
     significance: Tensor  # (..., T)
     converged: Tensor  # (..., T) bool
     ambiguous: Tensor  # (..., T) bool
@@ -867,17 +873,13 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     while times < _BLOCK and min(size) >= 16 * 2**times:  # compared, not computed: a size may be a symbol
         times += 1
     sums = block_sums(_unflatten(pulls, -1, size), times)  # (..., T, 2 + P, h / b, w / b)
-    # what every block does to the two translations
-    lever = system.inverse[..., :2, :]
-    mean = system.mean[..., 2:, None]
-    sums = torch.matmul(lever, sums[..., 2:, :, :].flatten(-2) - mean * sums[..., :1, :, :].flatten(-2))
-    blocks = sums.shape[-1]
-    freedom = blocks / max(1, blocks - level.regressors.shape[-2])
-    scatter = freedom * torch.matmul(sums, sums.mT)
     scale = _SIGMA_CALIBRATION * half_length(level.grid.frame) / seen.correlation.square().square()
-    covariance = scale.square()[..., None, None] * scatter
+    covariance = scale.square()[..., None, None] * _scatter(sums, system)
+    parts = scale.square()[..., None, None] * _scatter(parts_of(sums), system)
+    misfit = beyond_chance(parts, covariance)
     root = _unflatten(system.weights, -1, size).sqrt()
     covariance = covariance + isotropic(_WEIGHTS_SHARE * weights_error(level.field, root, level.grid))
+    covariance = covariance + misfit
     sigma = largest_sigma(covariance)
     residual, weights = (_unflatten(field, -1, size) for field in (residual, system.weights))
     share = shared_slope(residual, level.field, weights, largest_direction(covariance))
@@ -892,7 +894,18 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     unknown = isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
     sigma = torch.where(sound, sigma, torch.inf)
-    return _Quality(sigma, covariance, significance, converged, share < _LEAST_SHARE)
+    misfit = torch.where(sound[..., None, None], misfit, 0.0)
+    return _Quality(sigma, covariance, misfit, significance, converged, share < _LEAST_SHARE)
+
+
+def _scatter(sums: Tensor, system: _System) -> Tensor:
+    """(..., T, 2, 2): of what blocks, whose pulls are (..., T, 2 + P, h, w), do to the two translations."""
+    lever = system.inverse[..., :2, :]
+    mean = system.mean[..., 2:, None]
+    moved = torch.matmul(lever, sums[..., 2:, :, :].flatten(-2) - mean * sums[..., :1, :, :].flatten(-2))
+    blocks = moved.shape[-1]
+    freedom = blocks / max(1, blocks - sums.shape[-3])
+    return freedom * torch.matmul(moved, moved.mT)
 
 
 class _Moments(NamedTuple):

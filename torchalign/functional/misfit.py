@@ -78,7 +78,7 @@ def misfit(
     mean = shift.sum(-2) / count.clamp(min=1)[..., None]
     apart = (shift - mean[..., None, :]).square().sum(-1) * weight
     spread = apart.sum(-1) / (2 * (count - 1).clamp(min=1))
-    variance = found.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)  # per axis
+    variance = (found.covariance - found.misfit).diagonal(dim1=-2, dim2=-1).mean(-1)  # per axis
     noise = torch.where(sure, variance, 0.0).sum(-1) / count.clamp(min=1)
     value = (spread - noise).clamp(min=0).sqrt()
     return torch.where(count >= _LEAST_MEASURED, value, torch.nan)

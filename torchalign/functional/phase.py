@@ -34,7 +34,13 @@ from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave
 from torchalign.functional.sizes import lags_within, square_root
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid, extract_texture
-from torchalign.functional.uncertainty import PeakQuality, assess_peak, largest_sigma, overlap_curvature
+from torchalign.functional.uncertainty import (
+    PeakQuality,
+    assess_peak,
+    block_pulls,
+    largest_sigma,
+    overlap_curvature,
+)
 from torchalign.functional.working_grid import Window, WorkingGrid, working_size
 
 __all__ = [
@@ -61,9 +67,9 @@ _NEWTON_STEPS = 3
 _NEWTON_TOLERANCE = 1e-2
 # Holes that pull so far, in pixels, may pull on.
 _FAR_PULLED = 0.5
-# Lines of the spectrum, up to so many bins wide to either side, are of stripes where at no shift they correlate by
-# this share more than their ground would.
-_LINE, _STATIC = 2, 0.12
+# Lines of the spectrum, up to so many bins wide to either side, are of stripes where this share of them stays, and
+# that by so many standard deviations; the ground's way must turn them by more than the root of the last.
+_LINE, _STATIC, _STATIC_SIGMAS, _LEAST_WAY = 2, 0.28, 2.0, 1e-3
 # Holes are divided by where they, and what is next to them, are at least this share of a frame; and where what lies
 # off them is at least that share of what is mostly usable.
 _LEAST_HOLES, _LEAST_COVER = 0.06, 0.6
@@ -81,6 +87,7 @@ class PhaseShift(NamedTuple):
         shift: (..., 2), (x, y) in pixels.
         sigma: (...,), predicted 1-σ error in pixels, along the larger axis of ``covariance``.
         covariance: (..., 2, 2), predicted, of the errors, px².
+        misfit: (..., 2, 2), what of it comes from parts of the frame that disagree: a motion that a shift lacks.
         significance: (...,), height of the coarse peak in standard deviations of the correlation surface.
         flat: (...,) bool, no texture or too few usable pixels in frame or reference.
         outside: (...,) bool, a clearly higher peak lies beyond ``max_translation``.
@@ -93,6 +100,7 @@ class PhaseShift(NamedTuple):
     shift: Tensor
     sigma: Tensor
     covariance: Tensor
+    misfit: Tensor
     significance: Tensor
     flat: Tensor
     outside: Tensor
@@ -116,6 +124,7 @@ def phase_correlation(
     upsample_factor: int | None = None,
     start: Tensor | None = None,
     size: tuple[int, int] | None = None,
+    fixed_at: Tensor | None = None,
 ) -> PhaseShift:
     """The translation that brings every moving frame onto the reference. See the module's docstring.
 
@@ -138,6 +147,8 @@ def phase_correlation(
         upsample_factor: ``None`` for Newton; n for the best of a grid of 1/n pixel (not differentiable).
         start: (..., 2), a shift to refine, where it correlates better than the coarse peak does.
         size: (H, W) in pixels of what a moving texture shows, which it does not tell itself.
+        fixed_at: (..., 2), the shift at which a pattern of the detector lies on itself, if frames were moved before;
+            ``None``: no shift.
 
     Returns:
         :class:`PhaseShift`. Never NaN, whatever the data.
@@ -171,7 +182,7 @@ def phase_correlation(
         )
     pair = _Pair(texture, reference, grid, Window.of(grid, taper), weighting)
     window = pair.tapering.whole
-    spectrum, power = pair.correlate(window, window)
+    spectrum, still, power = pair.correlate(window, window)
     rows, columns = _lines(grid)
     # without the two lines on which a detector's stripes lie, which fit at no shift
     surface = irfft2(power * ~(rows | columns), samples)
@@ -184,14 +195,18 @@ def phase_correlation(
     if robust:
         same = agreement(grid.move(spectrum, shift), reference.field * window, vector=vector)
         inliers, own, effective = pair.weights_at(shift, same)
-        _, power = pair.correlate(own, effective)
+        spectrum, still, power = pair.correlate(own, effective)
         if not vector and upsample_factor is None:
             holes = pair.holes()
     if not vector:
-        power = _without_stripes(power, grid, shift)
+        ground = _without_stripes(power, grid, shift, fixed_at)
+        power, still = power * ground, still * ground
     together = shift if robust else torch.zeros_like(shift)
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
     ambiguous = found.quality.ambiguous
+    if not vector and weighting == "ramp":
+        pulls = block_pulls(spectrum.detach(), still.detach(), found.peak, grid)
+        found = found._replace(quality=found.quality.with_misfit(pulls))
     if holes is not None:
         divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same)
         found = found._replace(
@@ -214,6 +229,7 @@ def phase_correlation(
         found.shift,
         sigma,
         covariance,
+        found.quality.misfit,
         peak.significance,
         flat,
         outside,
@@ -457,24 +473,29 @@ def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Te
     )
 
 
-def _without_stripes(power: Tensor, grid: WorkingGrid, shift: Tensor) -> Tensor:
-    r"""The cross-power without the lines of columns, or rows, that stay where they are while the ground moves.
+def _without_stripes(power: Tensor, grid: WorkingGrid, shift: Tensor, fixed_at: Tensor | None) -> Tensor:
+    r"""Bool, (..., h, w//2+1): all but the lines of columns, or rows, that stay while the ground moves.
 
-    What is constant along an axis, as the gains of a detector's columns are, has its spectrum on a line. Where that
-    line correlates at no shift by more than the ground there would, it is left out.
+    What is constant along an axis, as the gains of a detector's columns are, has its spectrum L on a line. Turned by
+    the ground's shift, what moves with it is real; what stays has the phase of the way t between the two,
+
+    .. math:: \sum \sin(\omega t)\, \mathrm{Im}\, L / \sum \sin^2(\omega t)\, |L|
+
+    of the line: 0 for the ground, 1 for a pattern of the detector.
     """
-    fixed = power.detach()
+    shift = shift.detach()
+    way = shift if fixed_at is None else shift - fixed_at.detach()
     masks = []
     for axis, near in enumerate(_lines(grid)):
-        line = torch.where(near, fixed, 0.0).sum(axis - 2)  # (..., n)
         along = grid.frequencies[1 - axis]
-        turned = line * wave(along, shift.detach()[..., axis])
-        # as if all of it were ground: what would be left of it at no shift
-        ground = turned.real.clamp(min=0)
-        expected = (ground * wave(along, shift.detach()[..., axis]).real).sum(-1)
-        static = line.real.sum(-1) > expected + _STATIC * ground.sum(-1)
-        masks.append(~(static[..., None, None] & near))
-    return power * (masks[0] & masks[1])
+        line = torch.where(near, power.detach(), 0.0).sum(axis - 2) * wave(along, shift[..., axis])  # (..., n)
+        turned = wave(along, way[..., axis]).imag
+        pull, size = turned * line.imag, line.abs()
+        pulled, whole = pull.sum(-1), (turned.square() * size).sum(-1)
+        fixed = (pulled > _STATIC * whole) & (pulled > _STATIC_SIGMAS * pull.square().sum(-1).sqrt())
+        fixed = fixed & (whole > _LEAST_WAY * size.sum(-1))  # where nothing moves both are the same
+        masks.append(~(fixed[..., None, None] & near))
+    return masks[0] & masks[1]
 
 
 def _lines(grid: WorkingGrid) -> tuple[Tensor, Tensor]:
@@ -495,12 +516,12 @@ class _Pair(NamedTuple):
     tapering: Window
     weighting: Weighting
 
-    def correlate(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """The moving frame's spectrum under weights (..., h, w), and the cross-power: (..., h, w//2+1)."""
+    def correlate(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The spectra of both under weights (..., h, w), and the cross-power: (..., h, w//2+1)."""
         spectrum = rfft2(self.moving.field * own)
         reference = rfft2(self.reference.field * other)
         power = cross_power(spectrum, reference, self.grid.radius, self.grid.max_frequency, self.weighting)
-        return spectrum, power.sum(0) if self.moving.is_vector else power
+        return spectrum, reference, power.sum(0) if self.moving.is_vector else power
 
     def weights_at(self, shift: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where both show the same ground, over the reference; and the weights of the two that lie on it."""
@@ -534,6 +555,7 @@ class _Pair(NamedTuple):
 
 class _Refined(NamedTuple):
     shift: Tensor  # (..., 2)
+    peak: Tensor  # (..., 2), of the correlation itself
     step: Tensor  # (...,), length of the last of Newton's steps
     curved: Tensor  # (...,) bool
     quality: PeakQuality
@@ -572,7 +594,7 @@ def _refine_plain(
         quality = quality.widened(extra.detach().clamp(-1, 1))
         none = shift.detach().abs() < 64 * torch.finfo(shift.dtype).eps
         shift = torch.where(none, shift - shift.detach(), shift)
-    return _Refined(shift, step.norm(dim=-1), curved, quality)
+    return _Refined(shift, found.detach(), step.norm(dim=-1), curved, quality)
 
 
 def _refine_divided(

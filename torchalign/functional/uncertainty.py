@@ -9,15 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchalign.functional.fourier import irfft2, shift_phase
+from torchalign.functional.smoothing import block_sums
 from torchalign.functional.working_grid import WorkingGrid
 
 __all__ = [
     "PeakQuality",
     "assess_peak",
+    "beyond_chance",
+    "block_pulls",
     "isotropic",
     "largest_direction",
     "largest_sigma",
     "overlap_curvature",
+    "parts_of",
     "sandwich",
     "shared_slope",
     "weights_error",
@@ -29,6 +34,9 @@ _SIGMA_CALIBRATION = 1.07
 _STRETCHED, _UNSURE = 4.2, 0.04
 # What the weights share of the curvature leaves of an error, in pixels.
 _WEIGHTS_ERROR = 0.4
+# What blocks, so many along the shorter axis, disagree by counts where it is so many times what chance explains, in
+# standard deviations; and as the displacements of neighbouring blocks are alike, it counts so many times.
+_PARTS, _BEYOND_CHANCE, _MISFIT = 4, 1.6, 2.0
 # A direction whose curvature is less than so many standard deviations of chance, a maximum less high than so many,
 # and a direction along which less than this share of the curvature is the ground's, are ambiguous.
 _LEAST_CURVATURE, _LEAST_HEIGHT, _LEAST_FIXED = 3.0, 3.0, 0.82
@@ -126,6 +134,50 @@ def weights_error(reference: Tensor, weights: Tensor, grid: WorkingGrid) -> Tens
     return _WEIGHTS_ERROR * share.clamp(max=1)
 
 
+def parts_of(field: Tensor) -> Tensor:
+    """Sums of (..., h, w) over blocks of 2ⁿ samples a side, 4 or more along the shorter axis."""
+    times = 0
+    while min(field.shape[-2:]) >= _PARTS * 2 ** (times + 1):  # compared, not computed: a size may be a symbol
+        times += 1
+    return block_sums(field, times)
+
+
+def block_pulls(moving: Tensor, reference: Tensor, shift: Tensor, grid: WorkingGrid) -> Tensor:
+    r"""By how much blocks of a frame pull a correlation weighted by \|f\| off its peak, along x and y.
+
+    .. math:: s_b = \sum_{p \in b} \tfrac{1}{2} (a - b) \nabla (a + b)
+
+    with a and b the frame, moved, and the reference, each weighted by the root of \|f\|. Summed over all blocks it is
+    the correlation's gradient there, 0; where the two are alike it is 0 in every block.
+
+    Args:
+        moving: (..., h, w//2+1), an ``rfft2`` on the grid.
+        reference: the same, broadcastable.
+        shift: (..., 2), of the peak, in pixels.
+        grid: of both.
+
+    Returns:
+        (..., 2, n), in units of the sum over all frequencies.
+    """
+    root = grid.radius.sqrt() * (grid.radius < grid.max_frequency)
+    own, other = shift_phase(moving, grid.frequencies, -shift) * root, reference * root
+    both = own + other
+    y, x = (2j * math.pi * frequency for frequency in grid.frequencies)
+    spectra = torch.stack((own - other, both * x, both * y[:, None]), -3)
+    fields = irfft2(spectra, grid.size)
+    pulls = fields[..., :1, :, :] * fields[..., 1:, :, :]
+    samples = grid.size[0] * grid.size[1]
+    return 0.5 * samples * parts_of(pulls).flatten(-2)
+
+
+def beyond_chance(scatter: Tensor, covariance: Tensor) -> Tensor:
+    """What of a scatter (..., 2, 2) of parts of the frame their covariance does not explain: 0 where it may."""
+    chance = _BEYOND_CHANCE**2 * covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    found = scatter.diagonal(dim1=-2, dim2=-1).sum(-1)
+    share = torch.where(found > chance, 1 - chance / torch.where(found > 0, found, 1.0), 0.0)
+    return (_MISFIT**2 * share)[..., None, None] * torch.where(share[..., None, None] > 0, scatter, 0.0)
+
+
 class PeakQuality(NamedTuple):
     """How well a maximum of a correlation is known, see :func:`assess_peak`; one row a frame.
 
@@ -135,6 +187,8 @@ class PeakQuality(NamedTuple):
         curvature: (...,), its curvature along the larger axis of the covariance, likewise.
         fixed: (...,), share of the curvature along that axis that is not that of the weights.
         correction: (..., 2, 2), what to add to the way from where the weights were brought together.
+        inverse: (..., 2, 2), of the Hessian of the ground's correlation; 0 where it has none.
+        misfit: (..., 2, 2), what of the covariance comes from parts of the frame that disagree.
     """
 
     covariance: Tensor
@@ -142,6 +196,8 @@ class PeakQuality(NamedTuple):
     curvature: Tensor
     fixed: Tensor
     correction: Tensor
+    inverse: Tensor
+    misfit: Tensor
 
     @property
     def ambiguous(self) -> Tensor:
@@ -152,6 +208,16 @@ class PeakQuality(NamedTuple):
         stretched = (larger > _STRETCHED * smaller) & (larger > _UNSURE) & larger.isfinite()
         weak = (self.curvature < _LEAST_CURVATURE) | (self.height < _LEAST_HEIGHT)
         return weak | (self.fixed < _LEAST_FIXED) | stretched
+
+    def with_misfit(self, pulls: Tensor) -> PeakQuality:
+        r"""With what parts of the frame disagree by, beyond chance: a motion that the model lacks.
+
+        Were the pulls (..., 2, n) of n blocks independent, their scatter would give the same covariance,
+        :math:`H^{-1} \sum_b s_b s_b^T H^{-1}`. Where it gives more than four times that, it counts.
+        """
+        moved = torch.matmul(self.inverse, pulls)
+        misfit = beyond_chance(torch.matmul(moved, moved.mT), self.covariance)
+        return self._replace(covariance=self.covariance + misfit, misfit=misfit)
 
     def widened(self, error: Tensor) -> PeakQuality:
         """With an error (..., 2) of unknown sign besides."""
@@ -241,7 +307,9 @@ def assess_peak(
     curvature = bend * torch.rsqrt(0.5 * bins * fourth + tiny)
     entire = along(whole)
     fixed = torch.where(entire > 0, bend / torch.where(entire > 0, entire, 1.0), 0.0)
-    return PeakQuality(covariance, height, curvature, fixed, correction)
+    one = torch.ones_like(xx.detach())
+    inverse = _correction(ground, (one, one, torch.zeros_like(one)))
+    return PeakQuality(covariance, height, curvature, fixed, correction, inverse, torch.zeros_like(covariance))
 
 
 def _correction(ground: Sequence[Tensor], pulls: Sequence[Tensor]) -> Tensor:
