@@ -280,7 +280,11 @@ class Shifted(ta.PCC):
         motion = super().estimate_motion(*arguments)
         rough = torch.full_like(motion.sigma, 2.0)
         return motion._replace(
-            warp=translation_warp(self.shift), sigma=rough, covariance=None, status=0 * motion.status, distorted=None
+            warp=translation_warp(self.shift),
+            sigma=rough,
+            covariance=None,
+            status=0 * motion.status,
+            distorted=None,
         )
 
 

@@ -17,6 +17,7 @@ from torchalign.functional.affine import (
     to_homogeneous,
     translation_warp,
 )
+from torchalign.functional.quality import parts_disagree
 from torchalign.functional.shift_field import move_origin
 from torchalign.functional.texture import Contrast
 from torchalign.functional.uncertainty import isotropic
@@ -243,13 +244,8 @@ def _last_trusted(first: Motion, second: Motion) -> Motion:
         first.only_shifts and second.only_shifts,
         torch.where(trusted[..., None, None], covariances[1], covariances[0]),
         second.field,
-        torch.where(trusted, *(_distorted(one) for one in (second, first))),
+        torch.where(trusted, parts_disagree(second), parts_disagree(first)),
     )
-
-
-def _distorted(motion: Motion) -> Tensor:
-    """(...,) bool; none where a method does not tell."""
-    return torch.zeros_like(motion.status, dtype=torch.bool) if motion.distorted is None else motion.distorted
 
 
 def _move_origin(motion: Motion, origin: tuple[int, int]) -> Motion:

@@ -18,7 +18,6 @@ from torchalign.functional.ecc import (
 )
 from torchalign.functional.motion import MotionModel, only_shifts
 from torchalign.functional.texture import Brightness
-from torchalign.functional.uncertainty import largest_sigma
 from torchalign.types import Status
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ class ECC(Aligner):
             gradients=self.gradients,
             **self._seen_as(),
         )
-        sure = found.converged & (largest_sigma(found.covariance - found.misfit) <= self.max_sigma)
+        sure = found.converged & (found.sigma.square() - found.misfit <= self.max_sigma**2)
         status = torch.where(sure, int(Status.OK), int(Status.NOT_CONVERGED))
         status = torch.where(found.converged & found.ambiguous, int(Status.AMBIGUOUS), status)
         status = torch.where(found.flat, int(Status.NO_TEXTURE), status)

@@ -472,7 +472,7 @@ class LGM(Aligner):
             (found.status == 0) & better & refined.ambiguous, int(Status.AMBIGUOUS), found.status
         )
         warp, sigma = found.whole(translation_warp(shift)), largest_sigma(covariance)
-        apart = better & (largest_sigma(refined.covariance - refined.misfit) <= _LARGEST_SIGMA)
+        apart = better & (refined.sigma.square() - refined.misfit <= _LARGEST_SIGMA**2)
         distorted = apart & (sigma > _LARGEST_SIGMA)
         return Motion(warp, sigma, status, refined.inliers, covariance=covariance, distorted=distorted)
 

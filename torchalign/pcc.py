@@ -12,7 +12,6 @@ from torchalign.aligner import Aligner, Motion, SharedOptions, undo_init
 from torchalign.functional.affine import compose_warps, translation_warp
 from torchalign.functional.phase import Weighting, phase_correlation
 from torchalign.functional.texture import Contrast, Texture, extract_texture
-from torchalign.functional.uncertainty import largest_sigma
 from torchalign.types import Status
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ class PCC(Aligner):
         if about_centre is not None:
             warp = compose_warps(about_centre, warp)
         status = torch.zeros_like(found.flat, dtype=torch.int64)
-        sure = found.converged & (largest_sigma(found.covariance - found.misfit) <= self.max_sigma)
+        sure = found.converged & (found.sigma.square() - found.misfit <= self.max_sigma**2)
         status = torch.where(sure, status, int(Status.NOT_CONVERGED))
         status = torch.where(found.converged & found.ambiguous, int(Status.AMBIGUOUS), status)
         status = torch.where(found.outside, int(Status.TOO_FAR), status)

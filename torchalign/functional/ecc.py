@@ -75,6 +75,7 @@ from torchalign.functional.uncertainty import (
     largest_sigma,
     parts_of,
     shared_slope,
+    trace,
     weights_error,
 )
 from torchalign.functional.working_grid import Window, WorkingGrid, ramp_length, tukey, working_size
@@ -133,7 +134,7 @@ class EnhancedCorrelation(NamedTuple):
         sigma: (..., T), predicted 1-σ error of the displacement of the frame's centre, in pixels, along the larger
             axis of ``covariance``.
         covariance: (..., T, 2, 2), of the displacement of the frame's centre, px².
-        misfit: (..., T, 2, 2), what of it comes from parts of the frame that disagree.
+        misfit: (..., T), what of its trace comes from parts of the frame that disagree.
         significance: (..., T), the correlation in standard deviations of that of unrelated scenes.
         flat: (..., T) bool, no texture or too few usable pixels in frame or reference.
         converged: (..., T) bool, the last step was short, the Hessian has an inverse, the correlation is
@@ -840,7 +841,7 @@ def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
 class _Quality(NamedTuple):
     sigma: Tensor  # (..., T)
     covariance: Tensor  # (..., T, 2, 2)
-    misfit: Tensor  # (..., T, 2, 2)
+    misfit: Tensor  # (..., T)
     significance: Tensor  # (..., T)
     converged: Tensor  # (..., T) bool
     ambiguous: Tensor  # (..., T) bool
@@ -874,8 +875,8 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
         times += 1
     sums = block_sums(_unflatten(pulls, -1, size), times)  # (..., T, 2 + P, h / b, w / b)
     scale = _SIGMA_CALIBRATION * half_length(level.grid.frame) / seen.correlation.square().square()
-    covariance = scale.square()[..., None, None] * _scatter(sums, system)
-    parts = scale.square()[..., None, None] * _scatter(parts_of(sums), system)
+    covariance = scale.square()[..., None, None] * _scatter_of_blocks(sums, system)
+    parts = scale.square()[..., None, None] * _scatter_of_blocks(parts_of(sums), system)
     misfit = beyond_chance(parts, covariance)
     root = _unflatten(system.weights, -1, size).sqrt()
     covariance = covariance + isotropic(_WEIGHTS_SHARE * weights_error(level.field, root, level.grid))
@@ -894,11 +895,11 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     unknown = isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
     sigma = torch.where(sound, sigma, torch.inf)
-    misfit = torch.where(sound[..., None, None], misfit, 0.0)
+    misfit = torch.where(sound, trace(misfit), 0.0)
     return _Quality(sigma, covariance, misfit, significance, converged, share < _LEAST_SHARE)
 
 
-def _scatter(sums: Tensor, system: _System) -> Tensor:
+def _scatter_of_blocks(sums: Tensor, system: _System) -> Tensor:
     """(..., T, 2, 2): of what blocks, whose pulls are (..., T, 2 + P, h, w), do to the two translations."""
     lever = system.inverse[..., :2, :]
     mean = system.mean[..., 2:, None]

@@ -21,6 +21,7 @@ __all__ = [
     "gate",
     "gate_stages",
     "normalized_cross_correlation",
+    "parts_disagree",
     "rejected",
 ]
 
@@ -209,7 +210,7 @@ def gate_stages(
     distorted = torch.zeros_like(motions[0].status, dtype=torch.bool)
     for number, row in enumerate(zip(motions, displacements, scores, strict=True)):
         judged = _judge(*row, score_before, identity)
-        apart = _apart(motions[number])
+        apart = parts_disagree(motions[number])
         judged = judged._replace(stage=torch.where(judged.valid, number, -1))
         if result is None:
             result, distorted = judged, apart
@@ -224,7 +225,7 @@ def gate_stages(
         if motions[number].only_shifts and judged.field is None:
             # a shift after a shift measures the same: where they differ the first, which searched further, stays
             extra = _disagreement(motions[number], motions[number - 1], accepted)
-            apart = apart | _apart(motions[number - 1])
+            apart = apart | parts_disagree(motions[number - 1])
             accepted = accepted & ~(result.valid & (extra > 0).flatten(-2).any(-1))
         result = _choose(accepted, judged, result)
         distorted = torch.where(accepted, apart, distorted)
@@ -322,7 +323,7 @@ def _judge(
     return rejected(estimate)
 
 
-def _apart(motion: Motion) -> Tensor:
+def parts_disagree(motion: Motion) -> Tensor:
     """(...,) bool: parts of the frame disagree about the motion, where the method tells."""
     return torch.zeros_like(motion.status, dtype=torch.bool) if motion.distorted is None else motion.distorted
 

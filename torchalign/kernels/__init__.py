@@ -12,9 +12,12 @@ Importing this package imports Triton, which comes with torch's CUDA wheels; ``i
 from __future__ import annotations
 
 from torchalign.kernels.ascend import Geometry, ascend_shifted, ascend_warped, look
+from torchalign.kernels.assess import assess
 from torchalign.kernels.blur import blur
 from torchalign.kernels.channel import see
 from torchalign.kernels.climb import climb
+from torchalign.kernels.defects import repeated
+from torchalign.kernels.divide import climb_divided, overlaps
 from torchalign.kernels.peak import peak
 from torchalign.kernels.resample import resample
 from torchalign.kernels.score import score
@@ -25,13 +28,17 @@ __all__ = [
     "Geometry",
     "ascend_shifted",
     "ascend_warped",
+    "assess",
     "blur",
     "climb",
+    "climb_divided",
     "common_window",
     "coverage",
     "fill",
     "look",
+    "overlaps",
     "peak",
+    "repeated",
     "resample",
     "score",
     "see",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import divide
 
-__all__ = ["MOST_BINS", "climb", "climb_frames"]
+__all__ = ["MOST_BINS", "climb", "climb_frames", "waves"]
 
 _BLOCK = 512
 # One program walks the spectrum of a frame, once a step: of larger ones the matrix products of torch are faster.
@@ -19,7 +19,7 @@ MOST_BINS = 2**18
 
 
 @triton.jit
-def _waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE: tl.constexpr):
+def waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE: tl.constexpr):
     """Angular frequencies of a block of bins, how often each counts, and the wave there."""
     live = place < bins
     y = tl.load(fy + place // columns, mask=live, other=0)
@@ -76,7 +76,7 @@ def climb_frames(
         for first in range(0, bins, BLOCK):
             place = first + tl.arange(0, BLOCK)
             live = place < bins
-            y, x, often, cosine, sine = _waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE)
+            y, x, often, cosine, sine = waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE)
             real = tl.load(spectrum + 2 * place, mask=live, other=0)
             imaginary = tl.load(spectrum + 2 * place + 1, mask=live, other=0)
             along = (real * cosine - imaginary * sine) * often
