@@ -178,10 +178,10 @@ def phase_correlation(
     spectrum, still, power = pair.correlate(window, window)
     rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
     # without the two lines on which a detector's stripes lie, which fit at no shift
-    surface = irfft2(power * ((1 - rows) * (1 - columns)), samples)
-    peak = coarse_peak(surface, (height, width), max_translation)
+    ground = power * ((1 - rows) * (1 - columns))
+    peak = coarse_peak(irfft2(ground, samples), (height, width), max_translation)
     if start is not None:
-        peak = _higher_of(peak, start, power, grid, wave_orders(grid.frequencies))
+        peak = _higher_of(peak, start, ground, grid, wave_orders(grid.frequencies))
     shift, outside = peak.shift, peak.outside
 
     inliers, effective, holes = None, window, None
