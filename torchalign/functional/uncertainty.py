@@ -41,7 +41,7 @@ _WEIGHTS_ERROR = 0.4
 CALIBRATION = _SIGMA_CALIBRATION**2, _WEIGHTS_ERROR**2
 # What blocks, so many along the shorter axis, disagree by counts where it is so many times what chance explains, in
 # standard deviations; and as the displacements of neighbouring blocks are alike, it counts so many times.
-_PARTS, _BEYOND_CHANCE, _MISFIT = 4, 1.6, 2.0
+_PARTS, _BEYOND_CHANCE, _MISFIT = 4, 2.0, 2.0
 # A direction whose curvature is less than so many standard deviations of chance, a maximum less high than so many,
 # and a direction along which less than this share of the curvature is the ground's, are ambiguous.
 _LEAST_CURVATURE, _LEAST_HEIGHT, _LEAST_FIXED = 3.0, 3.0, 0.82
