@@ -235,11 +235,11 @@ def assess(
         return None
     parts = torch.view_as_real(power.resolve_conj())
     lead = power.shape[:-2]
-    places = torch.stack(torch.broadcast_tensors(shift, together)).to(parts.dtype)  # type: ignore[no-untyped-call]
+    places = torch.stack(torch.broadcast_tensors(shift, together)).to(parts.dtype)
     found = _assess(
         parts, *frequencies, places, weights.expand(*lead, *weights.shape[-2:]), list(spacing), list(limits)
     )
-    covariance = found[..., 2:6].unflatten(-1, (2, 2))  # type: ignore[no-untyped-call]
+    covariance = found[..., 2:6].unflatten(-1, (2, 2))
     return found[..., :2], (covariance, found[..., 6], found[..., 7], found[..., 8])
 
 
