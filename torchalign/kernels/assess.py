@@ -18,7 +18,7 @@ _BLOCK = 512
 
 
 @triton.jit
-def _overlap(
+def _overlap_of_weights(
     weights, rows, columns, half_y, half_x, COMPUTE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr
 ):
     """functional.uncertainty.overlap_curvature, and how many bins the window's spectrum correlates."""
@@ -152,7 +152,7 @@ def assess_frames(
     wxx = -tl.sum(c20, 0)
     wyy = -tl.sum(c02, 0)
     wxy = -tl.sum(c11, 0)
-    kxx, kyy, kxy, correlated = _overlap(
+    kxx, kyy, kxy, correlated = _overlap_of_weights(
         weights + frame * rows * columns, rows, columns, tl.cast(half_y, COMPUTE), tl.cast(half_x, COMPUTE),
         COMPUTE, TINY, BLOCK,
     )  # fmt: skip
