@@ -73,8 +73,8 @@ class ECC(Aligner):
 
     Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``NOT_CONVERGED`` where the last step was longer
     than ``tolerance``, the correlation is no more than that of unrelated scenes (5 standard deviations, 6 of
-    structure), or σ exceeds ``max_sigma``; ``AMBIGUOUS`` where along some direction the slope of the ground is noise; then what the
-    gate says.
+    structure), or σ exceeds ``max_sigma``; ``AMBIGUOUS`` where along some direction the slope of the ground is
+    noise; then what the gate says.
 
     References:
         Evangelidis & Psarakis 2008, doi:10.1109/TPAMI.2008.113; Baker & Matthews 2004,
