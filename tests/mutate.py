@@ -262,7 +262,7 @@ MUTATIONS = [
     ),
     Mutation(
         "texture-flat", "functional/texture.py",
-        "flat = (scale <= noise) | empty | ~torch.isfinite(scale)", "flat = empty | ~torch.isfinite(scale)",
+        "flat = ~((scale > noise) & (scale < torch.inf)) | empty", "flat = ~(scale < torch.inf) | empty",
         f"{_F}/test_phase.py -k flat",
     ),
     Mutation(
@@ -300,8 +300,8 @@ MUTATIONS = [
     ),
     Mutation(
         "structure-single-angle", "functional/structure.py",
-        "torch.stack(((gx.square() - gy.square()) * length, 2 * gx * gy * length))",
-        "torch.stack(((gx.square() - gy.square()) * length, gx * gy * length))",
+        "torch.stack(((xx - yy) * length, 2 * x * y * length))",
+        "torch.stack(((xx - yy) * length, x * y * length))",
         f"{_F}/test_structure.py -k 'angle or scipy'",
     ),
     # --- functional/quality, uncertainty ---
@@ -384,7 +384,7 @@ MUTATIONS = [
     ),
     Mutation(
         "ecc-significance", "functional/ecc.py",
-        "converged = sound & (state.reach <= tolerance) & (significance >= _MIN_SIGNIFICANCE)",
+        "converged = sound & (state.reach <= tolerance) & (significance >= least)",
         "converged = sound & (state.reach <= tolerance)",
         f"{_F}/test_enhanced_correlation.py -k unrelated",
     ),
@@ -894,8 +894,8 @@ MUTATIONS = [
     ),
     Mutation(
         "xr-own-georeference", "xr.py",
-        'moved = datacube.copy(data=values.astype(datacube.dtype) if codes is not datacube else values)',
-        'moved = datacube.copy(data=values)',
+        'return moved if codes is datacube else moved.copy(data=moved.data.astype(datacube.dtype))',
+        'return moved',
         "tests/test_series.py -k classes_stay",
     ),
     Mutation(

@@ -18,6 +18,7 @@ from torchalign._check import (
     check_bands,
     check_crop,
     check_cube,
+    check_fill,
     check_mask,
     check_number,
     check_option,
@@ -108,8 +109,7 @@ class Aligner(nn.Module, ABC):
         check_option("interpolation", interpolation, Interpolation)
         check_option("padding_mode", padding_mode, PaddingMode)
         check_channel(channel)
-        if fill_value is None or fill_value == fill_value:  # NaN is a fill value like any other
-            check_number("fill_value", fill_value, optional=True)
+        check_fill("fill_value", fill_value)
         self.channel = channel
         self.rgb_bands = check_bands(rgb_bands)
         self.crop_center = check_crop(crop_center)
@@ -310,6 +310,8 @@ class Aligner(nn.Module, ABC):
         if not self.expects_defects or min(block.moving.shape[-2:]) < _LEAST_ENLARGED:
             return torch.ones_like(block.moving[..., 0, 0], dtype=torch.int64)
         own = enlargement(block.moving, block.usable)
+        if all_true(own == 1):
+            return own
         other = enlargement(job.reference, job.usable)
         return torch.where(own == other, own, 1)
 

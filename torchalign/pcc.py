@@ -117,6 +117,10 @@ class PCC(Aligner):
         """See :attr:`Aligner.score_contrast`."""
         return "structure" if self.contrast == "structure" else "local"
 
+    def _block_pixels(self) -> int:
+        pixels = super()._block_pixels()
+        return pixels // 4 if self.contrast == "structure" else pixels  # two parts, at every pixel
+
     def estimate_motion(
         self,
         moving: Tensor,

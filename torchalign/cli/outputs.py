@@ -107,7 +107,7 @@ def check_apart(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
 
 
 def write_result(
-    cube: xr.DataArray,
+    cube: xr.DataArray | xr.Dataset,
     out: Path,
     source: Source,
     report: xr.Dataset | None = None,
@@ -124,7 +124,7 @@ def write_result(
     from torchalign.io import write_cube, write_stack
 
     suffix = out.suffix.lower()
-    with _dask_bar(progress if cube.chunks is not None else False):
+    with _dask_bar(progress if cube.chunks else False):
         if suffix in CUBES:
             attrs = _portable_attributes(source.attributes, suffix)
             done = write_cube(_portable(cube, suffix), out, attrs=attrs, report=report, overwrite=overwrite)
@@ -134,14 +134,20 @@ def write_result(
 
 
 def write_page(
-    report: xr.Dataset, path: Path, cube: xr.DataArray, aligned: xr.DataArray, out: Path, *, overwrite: bool
+    report: xr.Dataset, path: Path, pair: Sequence[Any], out: Path, *, classes: Any, overwrite: bool
 ) -> None:
-    """Write the page of an alignment whose result has been written to ``out``."""
+    """Write the page of an alignment, a cube and itself aligned, whose result has been written to ``out``."""
     from torchalign.cli.sources import open_source
+    from torchalign.cube.variables import stack_variables, take_apart
     from torchalign.html import save_html
 
-    if aligned.chunks is None:
-        save_html(report, path, cube, aligned, overwrite=overwrite)
+    cube, aligned = pair
+    if not hasattr(aligned, "dims") or not aligned.chunks or hasattr(aligned, "data_vars"):
+        shown = []
+        for one in pair:
+            variables, _ = take_apart(one, None, classes, {})
+            shown.append(one if variables is None else stack_variables(variables)[0])
+        save_html(report, path, *shown, overwrite=overwrite)
         return
     # what was lazy is read from where it has been written, in place of being computed anew for every picture
     with open_source([out], lazy=True) as written:
@@ -165,16 +171,20 @@ def _dask_bar(progress: bool | None) -> Iterator[None]:
         yield
 
 
-def _portable(cube: xr.DataArray, suffix: str) -> xr.DataArray:
+def _portable(cube: xr.DataArray | xr.Dataset, suffix: str) -> xr.Dataset:
     """The cube under a name, without the attributes that the format of ``suffix`` cannot take."""
+    import xarray as xr
+
+    if isinstance(cube, xr.DataArray):
+        cube = cube.to_dataset(name=cube.name if cube.name is not None else "aligned")
     cleaned = cube.copy(deep=False)
-    for variable in (cleaned.variable, *(array.variable for array in cleaned.coords.values())):
+    for variable in cleaned.variables.values():
         variable.attrs = _portable_attributes(variable.attrs, suffix)
-    # a fill value is declared once: by the encoding, where xarray writes it
-    declared = cleaned.attrs.pop("_FillValue", None)
-    if declared is not None:
-        cleaned.encoding = {"_FillValue": declared} | cleaned.encoding
-    return cleaned.rename(cube.name if cube.name is not None else "aligned")
+        # a fill value is declared once: by the encoding, where xarray writes it
+        declared = variable.attrs.pop("_FillValue", None)
+        if declared is not None:
+            variable.encoding = {"_FillValue": declared} | variable.encoding
+    return cleaned
 
 
 def _portable_attributes(attributes: Mapping[Any, Any], suffix: str) -> dict[Any, Any]:

@@ -11,13 +11,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchalign.cube.finding import Source, find_sources, read_times
-from torchalign.cube.georeference import Georeference, crs_name, is_same_crs
+from torchalign.cube.georeference import Georeference, crs_name, gdal_errors, is_same_crs
 
-__all__ = ["CLOSE", "Header", "are_close", "describe_files", "drop_strangers", "quiet", "read_headers"]
+__all__ = [
+    "CLOSE",
+    "Header",
+    "are_close",
+    "describe_files",
+    "drop_strangers",
+    "quiet",
+    "read_headers",
+]
 
 CLOSE = 0.01  # pixels; grids that agree to this are one
 _ALPHA_ROWS, _ALPHA_SHARE = 16, 0.9  # of these rows the share that is wholly clear or wholly not
-_STALE = ("STATISTICS_", "AREA_OR_POINT")  # what a file is told anew
+_STALE = "STATISTICS_"  # what no longer holds of resampled pixels
 
 
 class Header(NamedTuple):
@@ -30,6 +38,7 @@ class Header(NamedTuple):
     descriptions: tuple[str | None, ...]
     scales: tuple[float, ...]
     offsets: tuple[float, ...]
+    units: tuple[str, ...] = ()
     alpha: int = 0  # the number of the alpha band
     has_mask: bool = False  # of its own, inside or beside the file
     gcps: str = ""  # GeoJSON, where control points are all that it has
@@ -76,7 +85,7 @@ def read_headers(paths: Sequence[Source], skipped: dict[Source, str]) -> dict[So
                     skipped[path] = (
                         f"it has no bands of its own, but {inside} datasets inside; name one of these"
                     )
-        except rasterio.errors.RasterioError as error:
+        except gdal_errors() as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             skipped[path] = f"it cannot be read ({reason[0]})"
     return headers
@@ -114,6 +123,7 @@ def _read_header(file: Any) -> Header:
         of_bands(file.descriptions),
         of_bands(file.scales),
         of_bands(file.offsets),
+        of_bands([unit or "" for unit in file.units]),
         alpha,
         MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags,
         gcps,

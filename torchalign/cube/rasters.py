@@ -34,7 +34,11 @@ OnError = Literal["raise", "skip"]
 FILE, TAGS, COLOURS, RESAMPLED = "file", "tags", "colours", "resampled"
 _CHUNK_BYTES = 2**26  # of chunks="auto"
 # the coordinate where bands differ, the attribute where they do not, and what changes nothing
-SCALING = (("scales", "scale_factor", 1.0), ("offsets", "add_offset", 0.0))
+SCALING: tuple[tuple[str, str, Any], ...] = (
+    ("scales", "scale_factor", 1.0),
+    ("offsets", "add_offset", 0.0),
+    ("units", "units", ""),
+)
 _PLAIN = {"gray", "undefined"}  # interpretations of bands that say nothing
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ __all__ = [
 ]
 
 _CPU_BATCH_BYTES, _CUDA_BATCH_BYTES = 2**26, 2**30
+_MARGIN_SHARE = 0.05  # of a frame's side, which may be left out when it is measured again
 _TASK_BATCH_BYTES = 2**24  # of each of dask's tasks on the CPU, several of which run side by side
 
 
@@ -296,6 +298,16 @@ def _ground(module: nn.Module, frames: Tensor, usable: Tensor | None) -> Tensor 
     return exclude_defects(image, known)
 
 
+def _margin(module: nn.Module, found: Estimate, size: tuple[int, int]) -> int:
+    """So many pixels at the borders are all that shifts can bring in from outside; 0 where that is not known."""
+    if not isinstance(module, Aligner) or found.field is not None or found.warp.shape[-2] != 2:
+        return 0
+    if any(getattr(part, "motion", "translation") != "translation" for part in module.modules()):
+        return 0
+    margin = math.ceil(module.max_translation) + 1
+    return margin if margin <= _MARGIN_SHARE * min(size) else 0
+
+
 def _measure_again(
     module: nn.Module,
     aligned: Tensor,
@@ -307,16 +319,22 @@ def _measure_again(
     """How far aligned frames, and their parts, still are from the reference."""
     if not len(aligned):
         return Remaining(aligned.new_empty(0, 2), aligned.new_empty(0))
-    inside = aligned.new_ones(len(aligned), 1, *aligned.shape[-2:])
-    if usable is not None:
-        inside = inside * usable.reshape(-1, 1, *usable.shape[-2:])
-    # the mask moved with its frame, and borders are repeated beyond it
-    options: dict[str, Any] = {"interpolation": "nearest", "padding_mode": "zeros", "field": found.field}
-    seen = resample(inside, found.warp, **options).values.squeeze(1) > 0
     if reference_usable is not None:
         reference_usable = reference_usable.expand(
             -1 if reference_usable.ndim == 3 else 1, *reference.shape[-2:]
         )
+    seen, margin = None, _margin(module, found, (aligned.shape[-2], aligned.shape[-1]))
+    if usable is None and margin:  # without a mask a correlation costs half
+        within = slice(margin, -margin)
+        aligned, reference = aligned[..., within, within], reference[..., within, within]
+        reference_usable = None if reference_usable is None else reference_usable[..., within, within]
+    else:
+        inside = aligned.new_ones(len(aligned), 1, *aligned.shape[-2:])
+        if usable is not None:
+            inside = inside * usable.reshape(-1, 1, *usable.shape[-2:])
+        # the mask moved with its frame, and borders are repeated beyond it
+        options: dict[str, Any] = {"interpolation": "nearest", "padding_mode": "zeros", "field": found.field}
+        seen = resample(inside, found.warp, **options).values.squeeze(1) > 0
     # the channel and the crop are those of the estimate; a module of another kind is taken to see the mean
     channel_source = module if isinstance(module, Aligner) else PCC()
     moving, moving_usable = channel_source._extract_channel(aligned, seen)

@@ -29,6 +29,8 @@ from torchalign.cube.stores import finish_writing
 
 __all__ = ["Compression", "FileWriter", "WriteOptions", "plan_files", "write_rasters", "write_variables"]
 
+_ENDINGS = (".tif", ".tiff")
+
 Compression = Literal["deflate", "lzw", "zstd", "none"]
 
 
@@ -202,7 +204,10 @@ def _file_names(cube: Cube, template: str | None) -> list[str]:
     dates = [_as_datetime(label) for label in labels]
     if template is None:
         if all(stems):
-            names = [str(Path(stem).with_suffix(".tif").name) for stem in stems]
+            names = [
+                stem if stem.lower().endswith(_ENDINGS) else Path(stem).with_suffix(".tif").name
+                for stem in stems
+            ]
         elif all(dates):
             days = [f"{date:%Y%m%d}" for date in dates]
             names = [
@@ -227,7 +232,7 @@ def _file_names(cube: Cube, template: str | None) -> list[str]:
                 raise ValueError(
                     message("template", "a name with fields", f"{template!r} ({error!r})", cure)
                 ) from error
-        names = [name if name.lower().endswith((".tif", ".tiff")) else f"{name}.tif" for name in names]
+        names = [name if name.lower().endswith(_ENDINGS) else f"{name}.tif" for name in names]
     twice = [name for name, often in Counter(names).items() if often > 1]
     if twice or any(os.sep in name for name in names):
         got = f"{twice[0]} more than once" if twice else f"{names[0]}, a path"
@@ -295,17 +300,17 @@ def _descriptions(cube: Cube) -> list[str | None]:
     return [None] * count
 
 
-def _per_band(cube: Cube, plural: str, single: str, neutral: float) -> list[float]:
-    array, count = cube.array, cube.sizes["band"]
+def _per_band(cube: Cube, plural: str, single: str, neutral: Any) -> list[Any]:
+    array, count, kind = cube.array, cube.sizes["band"], type(neutral)
     if plural in array.coords:
-        return [float(value) for value in np.broadcast_to(array[plural].values, count)]
-    if plural in array.attrs:  # as rioxarray has them
-        values = [float(value) for value in np.ravel(array.attrs[plural])]
+        return [kind(value) for value in np.broadcast_to(array[plural].values, count)]
+    if not isinstance(array.attrs.get(plural, ""), str):  # as rioxarray has them
+        values = [kind(value) for value in np.ravel(array.attrs[plural])]
         if len(values) != count:
             cure = f"select them as the bands were: cube.attrs[{plural!r}]"
             raise ValueError(message("cube", f"{plural} of {count} bands", values, cure))
         return values
-    return [float(array.attrs.get(single, neutral))] * count
+    return [kind(array.attrs.get(single, neutral))] * count
 
 
 def _write_files(
@@ -384,6 +389,8 @@ class FileWriter:
         if set(plan.bands["scales"]) != {1.0} or set(plan.bands["offsets"]) != {0.0}:
             file.scales = [*plan.bands["scales"], *([1.0] * alpha)]
             file.offsets = [*plan.bands["offsets"], *([0.0] * alpha)]
+        if any(plan.bands["units"]):
+            file.units = [*plan.bands["units"], *([""] * alpha)]
         for band, tags in json.loads(plan.tags or "{}").items():
             if band == "RPC":
                 file.update_tags(ns="RPC", **tags)

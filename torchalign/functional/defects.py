@@ -32,7 +32,7 @@ __all__ = [
 LARGEST_FACTOR = 8
 # A repeating sharpness stands out of that of the other columns by so many standard deviations.
 _LEAST_REPEAT = 5.5
-# Of the rows every so many-th, and further ones where so many remain, tell how sharp the columns are.
+# Of the rows every so many-th, and fewer where so many remain, tell how sharp the columns are.
 _THINNED, _LEAST_LINES = 4, 32
 # Smaller images, in pixels a side, are not looked at.
 _LEAST_SIDE = 24
@@ -173,14 +173,17 @@ def enlargement(image: Tensor, usable: Tensor | None = None) -> Tensor:
     kernels = kernels_for(image, usable)
     if kernels is not None and min(size) >= _LEAST_SIDE:
         return kernels.repeated(image, usable, strides, _LEAST_REPEAT)
-    repeats = []
+    least: Tensor | None = None  # (..., K)
     for dim, stride in zip((-2, -1), strides, strict=True):
         lines, known = (
             None if part is None else _every(part, dim, stride).transpose(dim, -2) for part in (image, usable)
         )
         assert lines is not None
-        repeats.append(_repeats(_profiles(lines, known)))
-    least = torch.minimum(*repeats)  # (..., K)
+        repeats = _repeats(_profiles(lines, known))
+        least = repeats if least is None else torch.minimum(least, repeats)
+        if all_true(least <= _LEAST_REPEAT):  # the other axis changes nothing
+            break
+    assert least is not None
     factors = torch.arange(2, LARGEST_FACTOR + 1, device=image.device)
     return torch.where(least > _LEAST_REPEAT, factors, 1).amax(-1)
 
@@ -226,15 +229,17 @@ def _turns(count: int, *, like: Tensor) -> Tensor:
 
 
 def suspicious(image: Tensor, usable: Tensor | None = None) -> Tensor:
-    """(...,) bool: whether a quarter of the rows has a pixel off both its neighbours, or some alike in a row.
+    """(...,) bool: whether every eighth row has a pixel off both its neighbours, or some alike in a row.
 
     A look at images of which most have neither fill nor hot pixels, for a tenth of the price of the others.
     """
-    lines = image.detach()[..., ::_THINNED, :]
+    # where there are many rows, fewer of them will do
+    stride = min(2 * _THINNED, max(_THINNED, stride_for((image.shape[-2],) * 2, _LEAST_LINES)))
+    lines = image.detach()[..., ::stride, :]
     step = lines[..., 1:] - lines[..., :-1]
     length = step.abs()
     if usable is not None:
-        known = usable.expand(image.shape)[..., ::_THINNED, :]
+        known = usable.expand(image.shape)[..., ::stride, :]
         known = known[..., 1:] & known[..., :-1]
         step = torch.where(known, step, 0.0)
         length, known_length = torch.where(known, length, torch.inf), step.abs()

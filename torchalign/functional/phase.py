@@ -74,11 +74,11 @@ _LINE, _STATIC, _STATIC_SIGMAS, _LEAST_WAY = 2, 0.28, 2.0, 1e-3
 # Holes are divided by where they, and what is next to them, are at least this share of a frame; and where what lies
 # off them is at least that share of what is mostly usable.
 _LEAST_HOLES, _LEAST_COVER = 0.06, 0.6
+# Across sensors, where each shows edges of its own, errors exceed the prediction by that (benchmarks/sensors.py).
+_STRUCTURE_CALIBRATION = 3.2
 # What is taken off for the weights' own correlation is of the second order: no more than this, on no longer a way
 # than that, in pixels.
 _LARGEST_CORRECTION, _LONGEST_WAY = 0.5, 4.0
-# Across sensors, where each shows edges of its own, errors exceed the prediction by that (benchmarks/sensors.py).
-_STRUCTURE_CALIBRATION = 3.2
 
 
 class PhaseShift(NamedTuple):
@@ -395,8 +395,7 @@ def refine_peak(
     if kernels is not None:
         climbed = kernels.climb(power, frequencies, start, steps + 1)
         if climbed is not None:
-            shift, last, derivatives = climbed
-            return shift, last, _is_peak(derivatives[..., 3], derivatives[..., 4], derivatives[..., 5])
+            return climbed
     shift = start.detach()
     fixed = power.detach()
     orders = wave_orders(frequencies) if orders is None else orders
@@ -500,8 +499,8 @@ def _without_stripes(
     rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
     omega_x, omega_y, parts = _line_parts(grid.frame, grid.size, like=grid.radius)
     fixed = power.detach()
-    columns_line = torch.matmul(fixed.mT, rows.to(fixed.dtype))[..., 0]
-    rows_line = torch.matmul(fixed, columns.to(fixed.dtype).mT)[..., 0]
+    columns_line = torch.matmul(rows.mT.to(fixed.dtype), fixed).squeeze(-2)
+    rows_line = torch.matmul(fixed, columns.mT.to(fixed.dtype)).squeeze(-1)
     line = torch.cat((columns_line, rows_line), -1)
 
     def turned(way: Tensor) -> Tensor:

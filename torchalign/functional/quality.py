@@ -13,6 +13,7 @@ from torchalign._host import kernels_for
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
 from torchalign.functional.shift_field import is_zero
 from torchalign.functional.sizes import stride_for
+from torchalign.functional.structure import turn_orientations
 from torchalign.functional.uncertainty import beyond_chance, isotropic, largest_sigma
 from torchalign.functional.warp import resample
 from torchalign.types import Estimate, Motion, ShiftField, Status, combine
@@ -269,7 +270,8 @@ def _scores(
         aligned, inside = resample(moving.unsqueeze(-3), path, step=step, **options)
         inside = inside[0] if vector else inside
         overlap = inside if overlap is None else overlap & inside
-        images.append(aligned.squeeze(-3))
+        aligned = aligned.squeeze(-3)
+        images.append(turn_orientations(aligned, path) if vector and not motion.only_shifts else aligned)
     assert overlap is not None  # there is at least one stage
     ground = overlap.to(moving.dtype)
     if weight is not None:

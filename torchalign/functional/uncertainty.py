@@ -250,14 +250,14 @@ def overlap_curvature(weights: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tenso
     Returns:
         xx, yy and xy, (...,) each.
     """
-    step_y, step_x = (length / samples for length, samples in zip(grid.frame, grid.size, strict=True))
-    by_y = (weights[..., 2:, 1:-1] - weights[..., :-2, 1:-1]) * (0.5 / step_y)
-    by_x = (weights[..., 1:-1, 2:] - weights[..., 1:-1, :-2]) * (0.5 / step_x)
-    total = weights.square().sum((-2, -1)) + torch.finfo(weights.dtype).tiny
-    xx, yy, xy = (
-        (one * other).sum((-2, -1)) / total for one, other in ((by_x, by_x), (by_y, by_y), (by_x, by_y))
+    by_y = weights[..., 2:, 1:-1] - weights[..., :-2, 1:-1]
+    by_x = weights[..., 1:-1, 2:] - weights[..., 1:-1, :-2]
+    slopes = torch.stack((by_x, by_y), dim=-3).flatten(-2)
+    sums = torch.matmul(slopes, slopes.mT) / (
+        4 * (weights.square().sum((-2, -1)) + torch.finfo(weights.dtype).tiny)[..., None, None]
     )
-    return xx, yy, xy
+    y, x = grid.spacings()
+    return sums[..., 0, 0] / (x * x), sums[..., 1, 1] / (y * y), sums[..., 0, 1] / (x * y)
 
 
 def assess_peak(

@@ -16,6 +16,7 @@ from torchalign.kernels.assess import assess
 from torchalign.kernels.blur import blur
 from torchalign.kernels.channel import see
 from torchalign.kernels.climb import climb
+from torchalign.kernels.contrast import contrast, opened, units
 from torchalign.kernels.defects import repeated
 from torchalign.kernels.divide import climb_divided, overlaps
 from torchalign.kernels.peak import peak
@@ -33,9 +34,11 @@ __all__ = [
     "climb",
     "climb_divided",
     "common_window",
+    "contrast",
     "coverage",
     "fill",
     "look",
+    "opened",
     "overlaps",
     "peak",
     "repeated",
@@ -43,4 +46,5 @@ __all__ = [
     "score",
     "see",
     "turn",
+    "units",
 ]

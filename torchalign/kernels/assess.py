@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.climb import MOST_BINS, waves
-from torchalign.kernels.sampling import divide, kernel_dtype
+from torchalign.kernels.sampling import divide, kernel_dtype, operator
 
 __all__ = ["assess", "assess_frames"]
 
@@ -258,7 +258,7 @@ def assess(
     return found[..., :2], (covariance, found[..., 6], found[..., 7], found[..., 8], inverse)
 
 
-@torch.library.custom_op("torchalign::assess", mutates_args=())
+@operator("assess", lambda power: power.new_empty((*power.shape[:-3], 13)))
 def _assess(
     power: Tensor,
     fy: Tensor,
@@ -291,16 +291,3 @@ def _assess(
         enable_fp_fusion=False,
     )
     return found
-
-
-@_assess.register_fake
-def _(
-    power: Tensor,
-    fy: Tensor,
-    fx: Tensor,
-    places: Tensor,
-    weights: Tensor,
-    spacing: list[float],
-    limits: list[float],
-) -> Tensor:
-    return power.new_empty((*power.shape[:-3], 13))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, kernel_dtype
+from torchalign.kernels.sampling import divide, kernel_dtype, operator
 
 __all__ = ["profile_frames", "repeat_frames", "repeated"]
 
@@ -150,7 +150,11 @@ def repeated(image: Tensor, usable: Tensor | None, strides: tuple[int, int], lea
     return _repeat(profile, list(image.shape[-2:]), least)
 
 
-@torch.library.custom_op("torchalign::profile", mutates_args=())
+def _profile_like(image: Tensor) -> Tensor:
+    return image.new_empty((*image.shape[:-2], 2 * (image.shape[-2] + image.shape[-1] - 4)))
+
+
+@operator("profile", _profile_like)
 def _profile(image: Tensor, usable: Tensor | None, strides: list[int]) -> Tensor:
     profile = _profile_like(image)
     if profile.numel() == 0:
@@ -173,16 +177,7 @@ def _profile(image: Tensor, usable: Tensor | None, strides: list[int]) -> Tensor
     return profile
 
 
-@_profile.register_fake
-def _(image: Tensor, usable: Tensor | None, strides: list[int]) -> Tensor:
-    return _profile_like(image)
-
-
-def _profile_like(image: Tensor) -> Tensor:
-    return image.new_empty((*image.shape[:-2], 2 * (image.shape[-2] + image.shape[-1] - 4)))
-
-
-@torch.library.custom_op("torchalign::repeat", mutates_args=())
+@operator("repeat", lambda profile: profile.new_empty(profile.shape[:-1], dtype=torch.int64))
 def _repeat(profile: Tensor, size: list[int], least: float) -> Tensor:
     factor = profile.new_empty(profile.shape[:-1], dtype=torch.int64)
     if factor.numel() == 0:
@@ -199,8 +194,3 @@ def _repeat(profile: Tensor, size: list[int], least: float) -> Tensor:
         enable_fp_fusion=False,
     )
     return factor
-
-
-@_repeat.register_fake
-def _(profile: Tensor, size: list[int], least: float) -> Tensor:
-    return profile.new_empty(profile.shape[:-1], dtype=torch.int64)

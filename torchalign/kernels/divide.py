@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.climb import MOST_BINS, waves
-from torchalign.kernels.sampling import divide, kernel_dtype
+from torchalign.kernels.sampling import divide, kernel_dtype, operator
 
 __all__ = ["climb_divided", "divided_frames", "overlap_frames", "overlaps"]
 
@@ -168,7 +168,7 @@ def overlaps(
     return _overlaps(*windows, moved, weights, *covers, moving, reference)
 
 
-@torch.library.custom_op("torchalign::overlaps", mutates_args=())
+@operator("overlaps", lambda moved: moved.new_empty((2, 3, *moved.shape)))
 def _overlaps(
     own: Tensor,
     other: Tensor,
@@ -215,20 +215,6 @@ def _overlaps(
     return fields
 
 
-@_overlaps.register_fake
-def _(
-    own: Tensor,
-    other: Tensor,
-    moved: Tensor,
-    weights: Tensor,
-    cover: Tensor | None,
-    other_cover: Tensor | None,
-    moving: Tensor,
-    reference: Tensor,
-) -> Tensor:
-    return moved.new_empty((2, 3, *moved.shape))
-
-
 def climb_divided(
     spectra: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, steps: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -251,7 +237,7 @@ def climb_divided(
     return found[..., :2], found[..., 2], found[..., 3] > 0
 
 
-@torch.library.custom_op("torchalign::climb_divided", mutates_args=())
+@operator("climb_divided", lambda spectra: spectra.new_empty((*spectra.shape[2:-3], 4)))
 def _climb_divided(spectra: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> Tensor:
     found = spectra.new_empty((*spectra.shape[2:-3], 4))
     if found.numel() == 0:
@@ -274,8 +260,3 @@ def _climb_divided(spectra: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps
         enable_fp_fusion=False,
     )
     return found
-
-
-@_climb_divided.register_fake
-def _(spectra: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> Tensor:
-    return spectra.new_empty((*spectra.shape[2:-3], 4))
