@@ -606,7 +606,10 @@ def main() -> None:
     if not given.kind:
         cases = protocol(3, given.seed)
         print(cases)
-        described_by = {"machine": machine(), "versions": versions("torchalign", "torch", "opencv-python-headless")}
+        described_by = {
+            "machine": machine(),
+            "versions": versions("torchalign", "torch", "opencv-python-headless"),
+        }
         results = {"seed": given.seed, "mixed": together, "protocol": cases, "kinds": found}
         write_results(NAME, described_by | results)
 

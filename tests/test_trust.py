@@ -300,6 +300,17 @@ def test_a_model_that_has_the_motion_is_accepted_from_where_a_translation_arrive
     assert wanted.valid.all()
 
 
+def test_the_misfit_of_ecc():
+    moving, reference = windows((0.6, -0.4), 160, seed=5)
+    plain = ta.ECC().estimate(moving[None, None], reference[None])
+    turned = ta.ECC(max_sigma=2.0).estimate(rolled(moving, 0.5)[None, None], reference[None])
+    assert turned.valid.all()
+    assert turned.sigma > 8 * plain.sigma
+    # a model that has the motion knows it as well as ever
+    found = ta.ECC(motion="euclidean").estimate(rolled(moving, 0.5)[None, None], reference[None])
+    assert found.sigma < 2 * plain.sigma
+
+
 def test_two_shifts_that_disagree_are_known_no_better_than_that():
     from torchalign.functional.affine import translation_warp
 

@@ -935,11 +935,12 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
         times += 1
     sums = block_sums(_unflatten(pulls, -1, size), times)  # (..., T, 2 + P, h / b, w / b)
     calibration = _STRUCTURE_CALIBRATION if level.vector else _SIGMA_CALIBRATION
-    scale = (calibration * half_length(level.grid.frame) / certainty).square()[..., None, None]
-    covariance = scale * _scatter_of_blocks(sums, system)
-    misfit = beyond_chance(scale * _scatter_of_blocks(parts_of(sums), system), covariance)
+    scale = calibration * half_length(level.grid.frame) / certainty
+    covariance = scale.square()[..., None, None] * _scatter_of_blocks(sums, system)
+    parts = scale.square()[..., None, None] * _scatter_of_blocks(parts_of(sums), system)
     if level.vector:
         covariance = covariance + isotropic(_STRUCTURE_ERROR * (1 - seen.correlation))
+    misfit = beyond_chance(parts, covariance)
     root = _unflatten(system.weights, -1, size).sqrt()
     covariance = covariance + isotropic(_WEIGHTS_SHARE * weights_error(level.field, root, level.grid))
     covariance = covariance + misfit
@@ -958,7 +959,7 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     unknown = isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
     sigma = sigma.masked_fill(~sound, torch.inf)
-    misfit = torch.where(sound, trace(misfit), 0.0)
+    misfit = trace(misfit).masked_fill(~sound, 0.0)
     return _Quality(sigma, covariance, misfit, significance, converged, share < _LEAST_SHARE)
 
 

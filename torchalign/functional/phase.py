@@ -502,8 +502,8 @@ def _without_stripes(
     rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
     omega_x, omega_y, parts = _line_parts(grid.frame, grid.size, like=grid.radius)
     fixed = power.detach()
-    columns_line = torch.matmul(fixed.mT, rows.to(fixed.dtype))[..., 0]
-    rows_line = torch.matmul(fixed, columns.to(fixed.dtype).mT)[..., 0]
+    columns_line = torch.matmul(rows.mT.to(fixed.dtype), fixed).squeeze(-2)
+    rows_line = torch.matmul(fixed, columns.mT.to(fixed.dtype)).squeeze(-1)
     line = torch.cat((columns_line, rows_line), -1)
 
     def turned(way: Tensor) -> Tensor:
