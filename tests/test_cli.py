@@ -743,8 +743,8 @@ def test_files_bands_masks_and_templates(series, tmp_path):
     assert align(cloudy, "-o", tmp_path / "out.nc", "--reference", reference) == 0
     with xr.open_dataset(tmp_path / "out.nc", engine="h5netcdf", mask_and_scale=False) as found:
         whole, _ = ta.align(ta.open_stack(cloudy), "first", "pcc")
-        assert np.array_equal(found["aligned"].values, whole.values)
-        assert found["aligned"].attrs["_FillValue"] == 0
+        assert np.array_equal(found["cube"].values, whole.values)
+        assert found["cube"].attrs["_FillValue"] == 0
 
 
 def test_a_folder_may_be_called_like_a_reference(series, tmp_path, monkeypatch):
@@ -779,7 +779,7 @@ def test_a_lazy_cube_gives_the_same_and_a_page(series, tmp_path, capsys):
         assert align(frames, "-o", tmp_path / f"{name}.zarr", "--reference", "first", *arguments) == 0
     memory, lazy = (
         xr.open_dataset(tmp_path / f"{name}.zarr", engine="zarr", mask_and_scale=False)[
-            "aligned"
+            "cube"
         ].values.astype(int)
         for name in ("memory", "lazy")
     )
