@@ -8,13 +8,14 @@ import fnmatch
 import glob
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from torchalign._check import message
+from torchalign.cube.labels import as_list
 
 __all__ = ["Remote", "Source", "find_sources", "parse_time", "read_times", "short_names"]
 
@@ -102,8 +103,8 @@ def find_sources(source: Any, pattern: str, bands: Mapping[str, str] | None, rec
 
 def _list(source: Any, pattern: str, recursive: bool) -> list[Source]:
     if not isinstance(source, (str, os.PathLike)):
-        given = list(source) if isinstance(source, Iterable) else None
-        if given is None or not all(isinstance(one, (str, os.PathLike)) for one in given):
+        given = as_list(source)
+        if not all(isinstance(one, (str, os.PathLike)) for one in given):
             cure = "give a path, a glob, a URL or a list of them"
             raise TypeError(message("source", "a folder or files", type(source).__name__, cure))
         if not given:

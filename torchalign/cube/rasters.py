@@ -254,13 +254,13 @@ def _read_lazily(readings: Sequence[Reading], chunks: Any, masked: bool) -> tupl
 
     da: Any = dask.array  # which has no types
     size = chunks if isinstance(chunks, (int, np.integer)) and not isinstance(chunks, bool) else None
-    known = chunks == "auto" or isinstance(chunks, Mapping) or (size is not None and size > 0)
-    if not known:
+    automatic = isinstance(chunks, str) and chunks == "auto"
+    if not (automatic or isinstance(chunks, Mapping) or (size is not None and size > 0)):
         expected = 'a positive number of frames, a mapping, "auto" or None'
         raise ValueError(message("chunks", expected, repr(chunks), "give a number of frames"))
     one = readings[0]
     shape = (len(one.numbers), *one.grid.size)
-    if chunks == "auto":
+    if automatic:
         size = max(1, _CHUNK_BYTES // max(1, int(np.prod(shape)) * np.dtype(one.dtype).itemsize))
     if isinstance(chunks, Mapping) and isinstance(chunks.get("time"), int) and chunks["time"] > 0:
         size = chunks["time"]

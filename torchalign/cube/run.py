@@ -19,7 +19,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_whole, message
+from torchalign._check import check_kind, check_whole, message
 from torchalign._host import give_back_memory
 from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
@@ -478,6 +478,7 @@ def count_progress(
     Raises:
         ImportError: a bar is asked for, and there is no tqdm.
     """
+    check_kind("progress", progress, bool, "True or False", "give a bool")
     try:
         from tqdm import tqdm
     except ImportError:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from torchalign._check import message
+from torchalign._check import check_kind, message
 from torchalign.cube.labels import CUBE, MASK, Cube, as_list, band_labels, find_bands, find_dims, role_of
 from torchalign.cube.pixels import find_nodata, find_packing
 
@@ -240,6 +240,8 @@ def take_apart(
     datacube: Any, bands: Any, classes: Any, dims: Mapping[str, Hashable | None]
 ) -> tuple[Variables | None, Callable[[xr.Dataset], Any]]:
     """The variables of a cube, and how they go together again; ``None`` of a DataArray whose bands are of one kind."""
+    for role, dim in dims.items():
+        check_kind(f"{role}_dim", dim, Hashable, "the name of a dim", "give it as in datacube.dims")
     if isinstance(datacube, xr.Dataset):
         return Variables.of(datacube, bands, classes, dims), lambda moved: moved
     found = find_dims(datacube, "datacube", dims)
