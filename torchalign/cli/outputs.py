@@ -61,11 +61,13 @@ def check_cube_output(path: Path, template: str | None, overwrite: bool) -> None
 def check_report_output(path: Path, overwrite: bool) -> None:
     """A table or a page."""
     suffix = path.suffix.lower()
-    names = (*REPORT_SUFFIXES, *PAGES)
+    names = (*REPORT_SUFFIXES, *PAGES, ".geojson")
     if suffix not in names:
         raise ValueError(message("--report", f"a name ending in {', '.join(names)}", path.name, "rename it"))
     if suffix in PAGES:
         require("a page", "plot", "matplotlib", "PIL")
+    elif suffix == ".geojson":
+        require("a GeoJSON", "io", "rasterio")
     elif suffix not in (".csv", ".json"):
         require("a report in netCDF", "io", "h5netcdf", "h5py")
     check_output(path, overwrite)

@@ -267,24 +267,22 @@ def _read_lazily(readings: Sequence[Reading], chunks: Any, masked: bool) -> tupl
     step = size or 1
     groups = [list(readings[start : start + step]) for start in range(0, len(readings), step)]
 
-    def together(read: Any, of_one: tuple[int, ...], dtype: str) -> Any:
-        parts = [da.from_delayed(read(group), (len(group), *of_one), dtype=dtype) for group in groups]
+    read = delayed(_read_some, pure=True)
+
+    def together(masks: bool, of_one: tuple[int, ...], dtype: str) -> Any:
+        parts = [da.from_delayed(read(group, masks), (len(group), *of_one), dtype=dtype) for group in groups]
         return da.concatenate(parts)
 
-    whole = together(delayed(_read_some, pure=True), shape, one.dtype)
-    usable = together(delayed(_read_masks, pure=True), shape[1:], _mask_dtype(one)) if masked else None
+    whole = together(False, shape, one.dtype)
+    usable = together(True, shape[1:], _mask_dtype(one)) if masked else None
     if isinstance(chunks, Mapping):
         axes = {role: axis for axis, role in enumerate(CUBE)}
         whole = whole.rechunk({axes.get(key, key): value for key, value in chunks.items()})
     return whole, usable
 
 
-def _read_some(readings: Sequence[Reading]) -> Array:
-    return np.stack([reading.pixels() for reading in readings])
-
-
-def _read_masks(readings: Sequence[Reading]) -> Array:
-    return np.stack([reading.usable() for reading in readings])
+def _read_some(readings: Sequence[Reading], masks: bool) -> Array:
+    return np.stack([reading.usable() if masks else reading.pixels() for reading in readings])
 
 
 # --- labels ---
