@@ -208,7 +208,7 @@ def check_crop(crop_center: Any) -> tuple[int, int] | None:
     """``None``, an int, or (h, w), each ≥ 1; returned as (h, w)."""
     if crop_center is None:
         return None
-    values = tuple(crop_center) if isinstance(crop_center, Sequence) else (crop_center, crop_center)
+    values = tuple(crop_center) if isinstance(crop_center, Iterable) else (crop_center, crop_center)
     if len(values) != 2:
         expected, cure = "an int ≥ 1, or two (h, w)", "give whole pixels"
         raise ValueError(message("crop_center", expected, repr(crop_center), cure))

@@ -17,7 +17,12 @@ import xarray as xr
 from torch import nn
 
 from torchalign._check import check_bool, check_kind, check_option, check_path, message, require
-from torchalign.cube.displacements import tie_points, write_displacements, write_tie_points
+from torchalign.cube.displacements import (
+    tie_points,
+    write_displacements,
+    write_ground_control,
+    write_tie_points,
+)
 from torchalign.cube.finding import parse_time
 from torchalign.cube.gridding import GridWord, Resampling
 from torchalign.cube.labels import Cube
@@ -37,6 +42,7 @@ __all__ = [
     "tie_points",
     "write_cube",
     "write_displacements",
+    "write_ground_control",
     "write_stack",
     "write_tie_points",
 ]

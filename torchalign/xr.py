@@ -727,7 +727,7 @@ def _apply_to_cube(
     fields = find_field(estimate, "estimate", cube, grid)
     if how.mode == "shift-coords":
         if fields[0] is not None and bool((fields[0].variable != 0).any()):
-            cure = 'use mode="resample", or the report of an aligner without Local'
+            cure = 'use mode="resample", or torchalign.io.write_ground_control'
             raise ValueError(message("mode", '"resample" for local shifts', repr(how.mode), cure))
         warp = warps.read(torch.device("cpu"), slice(None))
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sqlite3
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -24,7 +24,14 @@ from torchalign.functional.shift_field import field_at, field_at_points
 from torchalign.functional.warp import backward_displacement
 from torchalign.types import ShiftField, Status
 
-__all__ = ["displacement_of", "field_of", "tie_points", "write_displacements", "write_tie_points"]
+__all__ = [
+    "displacement_of",
+    "field_of",
+    "tie_points",
+    "write_displacements",
+    "write_ground_control",
+    "write_tie_points",
+]
 
 # A point counts as right if it is off by no more pixels than this.
 _RIGHT = 0.1
@@ -153,6 +160,54 @@ def write_tie_points(report: xr.Dataset, path: str | Path, *, overwrite: bool = 
     with atomic(path) as partial:
         write(table, grid, partial)
     return path
+
+
+def write_ground_control(report: xr.Dataset, paths: Sequence[str | Path]) -> None:
+    """Put the nodes of the local shifts into the frames' own files, as ground control points.
+
+    What ``mode="shift-coords"`` is for warps: pixels are not touched, and GDAL puts them in their places
+    (``gdalwarp -tps``, ``rasterio.vrt.WarpedVRT``). The file's CRS stays, its transform gives way to the points.
+
+    Args:
+        report: of :func:`torchalign.align` with :class:`torchalign.Local`.
+        paths: a GeoTIFF a frame, in the report's order, of frames as they were before they were aligned.
+
+    Raises:
+        TypeError: no Dataset.
+        ValueError: no report, one without a field or without a grid; as many paths as there are no frames; a file of
+            another size.
+        ImportError: without rasterio.
+    """
+    table, grid = tie_points(report), report_georeference(report)
+    require("ground control points", "io", "rasterio")
+    import rasterio
+    from rasterio.control import GroundControlPoint
+
+    if grid is None or not grid.crs:
+        cure = "align a cube with coordinates and a CRS"
+        raise ValueError(message("report", "a grid with a CRS", "none", cure))
+    time = report["status"].dims[0]
+    labels = [label_text(label) for label in report[time].values] if time in report.coords else None
+    labels = labels or [label_text(number) for number in range(report.sizes[time])]
+    if len(paths) != len(labels):
+        raise ValueError(message("paths", f"{len(labels)} paths, one a frame", len(paths), "give them all"))
+    own = dict(iter(table.groupby("frame", sort=False)))
+    for label, path in zip(labels, paths, strict=True):
+        points = own[label]
+        column, row = (
+            points[name] - points[f"shift_{axis}"] + 0.5 for name, axis in (("column", "x"), ("row", "y"))
+        )
+        control = [
+            GroundControlPoint(*numbers, id=str(number))
+            for number, numbers in enumerate(zip(row, column, points["x"], points["y"], strict=True), 1)
+        ]
+        with rasterio.open(path, "r+") as raster:
+            if (raster.height, raster.width) != grid.size:
+                got = f"{(raster.height, raster.width)} in {Path(path).name}"
+                raise ValueError(
+                    message("paths", f"frames of {grid.size}", got, "give the files of this cube")
+                )
+            raster.gcps = (control, rasterio.crs.CRS.from_string(grid.crs))
 
 
 def _write_geojson(table: pd.DataFrame, grid: Georeference, path: Path) -> None:

@@ -129,7 +129,7 @@ def find_dims(
     dims = array.dims
     found = {role: dim for role, dim in (given or {}).items() if dim is not None}
     for role, dim in found.items():
-        if dim not in dims or list(found.values()).count(dim) > 1:
+        if not isinstance(dim, Hashable) or dim not in dims or list(found.values()).count(dim) > 1:
             raise ValueError(message(f"{role}_dim", f"one dim of {dims}", repr(dim), "name each dim once"))
     for role in (role for role in CUBE if role not in found):
         named = [dim for dim in dims if role_of(dim) == role and dim not in found.values()]

@@ -40,13 +40,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._check import message
-from torchalign._host import all_true, carries_gradient, kernels_for
+from torchalign._host import all_true, carries_gradient, keeps_tables, kernels_for
 from torchalign.functional.affine import (
     composed,
     from_homogeneous,
     invert_warp,
     to_homogeneous,
-    translation_warp,
 )
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase
@@ -268,11 +267,9 @@ def enhanced_correlation(
     textures = extract_pyramid(moving, moving_mask, grids=grids, contrast=contrast, blur=sigma_blur)
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
     only_shifted = only_shifts(motion, init)
-    init = moving.new_zeros((*shape, 2)) if init is None else init
-    homography = motion == "homography" or (
-        init.shape[-1] == 3 and init.shape[-2] == 3
-    )  # (a shift is (..., T, 2))
-    start, finite = _finite_start(init, frame, shape)
+    # (a shift is (..., T, 2))
+    homography = motion == "homography" or (init is not None and init.shape[-1] == init.shape[-2] == 3)
+    start, finite = _finite_start(init, frame, shape, moving)
     pyramid: list[_Shifted | _Warped] = [
         _Shifted.of(texture, level.grid, taper)
         if only_shifted
@@ -295,7 +292,9 @@ def enhanced_correlation(
         # the optimum does not move with where the search began: the derivative is exactly 0
         warp = warp + 0.0 * (start - start.detach())
     quality = _detach(_assess(state, _detach(finest), tolerance))
-    found = denormalize(_settle(warp), frame)
+    warp = _settle(warp)
+    # a shift by itself is the same about any centre
+    found = _shifted_by(_shift_of(warp, finest.grid)) if only_shifted else denormalize(warp, frame)
     return EnhancedCorrelation(
         found if homography else from_homogeneous(found),
         quality.sigma,
@@ -308,13 +307,23 @@ def enhanced_correlation(
     )
 
 
-def _finite_start(init: Tensor, frame: tuple[int, int], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _finite_start(
+    init: Tensor | None, frame: tuple[int, int], shape: Sequence[int], like: Tensor
+) -> tuple[Tensor, Tensor]:
     """Normalised (..., T, 3, 3), the identity where an init is no number; and where (..., T) it is one."""
-    warp = translation_warp(init) if init.shape[-1] == 2 else init
-    start = normalize(to_homogeneous(warp), frame).expand(*shape, 3, 3)
-    finite = start.isfinite().flatten(-2).all(-1)
-    identity = torch.eye(3, dtype=start.dtype, device=start.device)
+    identity = torch.eye(3, dtype=like.dtype, device=like.device)
+    if init is None:
+        return identity.expand(*shape, 3, 3), torch.ones(*shape, dtype=torch.bool, device=like.device)
+    shifted = init.shape[-1] == 2
+    start = _shifted_by(init / half_length(frame)) if shifted else normalize(to_homogeneous(init), frame)
+    start = start.expand(*shape, 3, 3)
+    finite = _are_finite(start)
     return torch.where(finite[..., None, None], start, identity), finite
+
+
+def _are_finite(matrices: Tensor) -> Tensor:
+    """(...,) bool: of (..., n, m), all of whose entries are finite."""
+    return torch.linalg.vector_norm(matrices.detach(), torch.inf, dim=(-2, -1)) < torch.inf
 
 
 def level_frequencies(
@@ -383,11 +392,10 @@ def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, tape
         motion: what will be estimated.
         taper: share of each axis over which the window falls off.
     """
-    spectrum = rfft2(texture.field) * _response(grid)
+    spectrum = rfft2(texture.field) * _response(grid.frame, grid.size, grid.max_frequency, like=grid.radius)
     field = irfft2(spectrum, grid.size)
     slope_x, slope_y = _differentiate(spectrum, grid)
-    x, y = _coordinates(grid)
-    basis_x, basis_y = jacobian(motion, x, y)  # (P, n)
+    x, y, basis_x, basis_y, corners = _coordinates(grid.frame, grid.size, motion, like=grid.radius)
     derivatives = slope_x[..., None, :] * basis_x + slope_y[..., None, :] * basis_y  # (..., P, n)
     values = field.flatten(-2)[..., None, :]
     rows = torch.cat([torch.ones_like(values), values, derivatives], dim=-2)
@@ -398,7 +406,6 @@ def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, tape
     weights = Window.of(grid, taper).whole.flatten(-2).expand(texture.field.flatten(-2).shape)
     if texture.weights is not None:
         weights = weights * texture.weights.flatten(-2)
-    corners = _corners(grid, motion)
     return Level(grid, field, products, weights, texture.flat, x, y, corners)
 
 
@@ -413,7 +420,8 @@ class _Shifted(NamedTuple):
     @classmethod
     def of(cls, texture: Texture, grid: WorkingGrid, taper: float) -> _Shifted:
         weights = None if texture.weights is None else rfft2(texture.weights)
-        return cls(rfft2(texture.field) * _response(grid), weights, texture.flat, Window.of(grid, taper))
+        response = _response(grid.frame, grid.size, grid.max_frequency, like=grid.radius)
+        return cls(rfft2(texture.field) * response, weights, texture.flat, Window.of(grid, taper))
 
     def detach(self) -> _Shifted:
         return _detach(self)
@@ -424,8 +432,8 @@ class _Shifted(NamedTuple):
 
     def ascend(
         self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """All steps by one kernel, where there is one: warps, the last reach, and the warps before that step."""
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """All steps by one kernel, where there is one: warps, the last reach; if precise, the values before it."""
         kernels = kernels_for(self.spectrum, start, system.weights, level.field)
         if kernels is None:
             return None
@@ -443,12 +451,8 @@ class _Shifted(NamedTuple):
             (grid.size[0] * grid.size[1], half_length(grid.frame), _LONGEST_STEP * grid.spacing()),
             (search.max_iterations, steps.tolerance),
         )
-        unit = half_length(grid.frame)
-        return (
-            to_homogeneous(translation_warp(shift / unit)),
-            reach,
-            to_homogeneous(translation_warp(seen / unit)),
-        )
+        values = level.grid.move(self.spectrum, seen).flatten(-2) if steps.precise else None
+        return _shifted_by(shift / half_length(grid.frame)), reach, values
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference, precise at any price."""
@@ -487,15 +491,13 @@ class _Warped(NamedTuple):
     def of(cls, texture: Texture, grid: WorkingGrid, taper: float, projective: bool) -> _Warped:
         rows, columns = grid.size
         size = (_OVERSAMPLING * rows, _OVERSAMPLING * columns)
-        spectrum = rfft2(texture.field) * _response(grid)
-        kind = {"device": spectrum.device, "dtype": grid.radius.dtype}
-        y, x = torch.fft.fftfreq(size[0], **kind), torch.fft.rfftfreq(size[1], **kind)[: spectrum.shape[-1]]
+        spectrum = rfft2(texture.field) * _spline_gain(
+            grid.frame, grid.size, grid.max_frequency, like=grid.radius
+        )
         # zeros between the positive and the negative frequencies; those of the columns are appended by irfft
         positive = rows - rows // 2
         middle = spectrum.new_zeros((*spectrum.shape[:-2], size[0] - rows, spectrum.shape[-1]))
-        padded = torch.cat([spectrum[..., :positive, :], middle, spectrum[..., positive:, :]], dim=-2)
-        gain = size[0] * size[1] / (rows * columns)
-        coefficients = padded * (gain / (spline_response(y)[:, None] * spline_response(x)))
+        coefficients = torch.cat([spectrum[..., :positive, :], middle, spectrum[..., positive:, :]], dim=-2)
         weights = None if texture.weights is None else continue_border(texture.weights)
         return cls(continue_border(irfft2(coefficients, size)), weights, texture.flat, taper, projective)
 
@@ -514,13 +516,13 @@ class _Warped(NamedTuple):
 
     def ascend(
         self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """All steps by one kernel, where there is one: warps, the last reach, and the warps before that step."""
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """All steps by one kernel, where there is one: warps, the last reach; if precise, the values before it."""
         kernels = kernels_for(self.spline, start, system.weights, level.field)
         if kernels is None:
             return None
         equations = system.mean, system.inverse, system.solved, system.rest
-        return kernels.ascend_warped(
+        warp, reach, seen = kernels.ascend_warped(
             self.spline,
             start,
             moves,
@@ -531,6 +533,7 @@ class _Warped(NamedTuple):
             search.motion,
             (search.max_iterations, steps.tolerance, steps.precise),
         )
+        return warp, reach, self.look(seen, level, precise=True)[0] if steps.precise else None
 
     def _geometry(self, level: Level) -> tuple[Any, ...]:
         """As :class:`torchalign.kernels.ascend.Geometry` has it."""
@@ -681,10 +684,8 @@ class _Search(NamedTuple):
         moves = (level.flat | moving.flat).logical_not()
         ascended = moving.ascend(warp, moves, system, level, self, _Steps(tolerance, precise))
         if ascended is not None:
-            warp, reach, seen = ascended
-            if precise:  # of the others only the warp is wanted
-                values, _ = moving.look(seen, level, precise=True)
-            return _State(warp, reach, values, common, system, inliers)
+            warp, reach, found = ascended  # of steps that are not precise only the warp is wanted
+            return _State(warp, reach, values if found is None else found, common, system, inliers)
         reach = torch.zeros_like(warp[..., 0, 0])
         for iteration in range(self.max_iterations):
             if iteration > 0:
@@ -778,18 +779,18 @@ def _biweight(values: Tensor, common: Tensor, level: Level) -> Tensor:
 def _solve(weights: Tensor, level: Level) -> _System:
     """The normal equations of these weights."""
     parameters = level.corners.shape[-1]
-    gram = _inner(weights, level.products)[..., _places(2 + parameters, weights.device)]
+    gram = _inner(weights, level.products)[..., _places(2 + parameters, like=weights)]
     mean = gram[..., 0, :] / gram[..., 0, :1].clamp(min=torch.finfo(weights.dtype).tiny)
-    centred = gram[..., 1:, 1:] - gram[..., 1:, :1] * mean[..., None, 1:]  # (..., T, 1 + P, 1 + P)
-    against, hessian = centred[..., 0, :], centred[..., 1:, 1:]
+    centred = torch.addcmul(gram[..., 1:, 1:], gram[..., 1:, :1], mean[..., None, 1:], value=-1)
+    against, hessian = centred[..., 0, :], centred[..., 1:, 1:]  # of (..., T, 1 + P, 1 + P)
     ridge = _RIDGE * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ridge = torch.where(ridge > 0, ridge, 1.0)
+    ridge = ridge.masked_fill(~(ridge > 0), 1.0)
     eye = torch.eye(parameters, dtype=weights.dtype, device=weights.device)
-    inverse = torch.linalg.inv_ex(hessian + ridge[..., None, None] * eye).inverse
+    inverse = torch.linalg.inv_ex(torch.addcmul(hessian, ridge[..., None, None], eye)).inverse
     # in a direction in which nothing changes the ridge is all there is
     spread = inverse.diagonal(dim1=-2, dim2=-1) * ridge[..., None]
-    sound = inverse.isfinite().flatten(-2).all(-1) & ((spread > 0) & (spread < _BLIND)).all(-1)
-    inverse = torch.where(sound[..., None, None], inverse, 0.0)
+    sound = _are_finite(inverse) & ((spread > 0) & (spread < _BLIND)).all(-1)
+    inverse = inverse.masked_fill(~sound[..., None, None], 0.0)
     solved = (inverse * against[..., None, 1:]).sum(-1)
     rest = against[..., 0] - (against[..., 1:] * solved).sum(-1)
     return _System(weights, mean, inverse, solved, rest, sound)
@@ -887,11 +888,11 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     samples = _INDEPENDENT * ground.sum(-1).square() / torch.linalg.vecdot(ground, ground).clamp(min=tiny)
     significance = _moments(values, level, ground).correlation * samples.sqrt()
 
-    sound = system.sound & sigma.isfinite() & state.warp.isfinite().flatten(-2).all(-1)
+    sound = system.sound & (sigma < torch.inf) & _are_finite(state.warp)
     converged = sound & (state.reach <= tolerance) & (significance >= _MIN_SIGNIFICANCE)
     unknown = isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
-    sigma = torch.where(sound, sigma, torch.inf)
+    sigma = sigma.masked_fill(~sound, torch.inf)
     return _Quality(sigma, covariance, significance, converged, share < _LEAST_SHARE)
 
 
@@ -918,8 +919,8 @@ def _moments(values: Tensor, level: Level, weights: Tensor) -> _Moments:
     other_variance = other_square / count - other_mean.square()
     covariance = product / count - mean * other_mean
     flat = (variance <= 1e-6) | (other_variance <= 1e-6)
-    variance, other_variance = torch.where(flat, 1.0, variance), torch.where(flat, 1.0, other_variance)
-    covariance = torch.where(flat, 0.0, covariance)
+    variance, other_variance = variance.masked_fill(flat, 1.0), other_variance.masked_fill(flat, 1.0)
+    covariance = covariance.masked_fill(flat, 0.0)
     return _Moments(
         mean, other_mean, variance, covariance, covariance * torch.rsqrt(variance * other_variance)
     )
@@ -970,23 +971,20 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
 # ------------------------------------------------------------------------------------------------- coordinates
 
 
-def _coordinates(grid: WorkingGrid) -> tuple[Tensor, Tensor]:
-    """(n,) x and y of the samples, in halves of the frame from its centre."""
-    (height, width), half = grid.frame, half_length(grid.frame)
-    kind: dict[str, Any] = {"device": grid.radius.device, "dtype": grid.radius.dtype}
-    x = (torch.arange(grid.size[1], **kind) * (width / grid.size[1]) - (width - 1) / 2) / half
-    y = (torch.arange(grid.size[0], **kind) * (height / grid.size[0]) - (height - 1) / 2) / half
-    shape = (grid.size[0], grid.size[1])
-    return x.expand(shape).flatten(), y[:, None].expand(shape).flatten()
-
-
-def _corners(grid: WorkingGrid, motion: MotionModel) -> Tensor:
-    """(8, P), see :class:`Level`."""
-    (height, width), half = grid.frame, half_length(grid.frame)
-    sign = 2 * torch.arange(4, device=grid.radius.device) - 3  # −3, −1, 1, 3: left, left, right, right
-    x = sign.sign().to(grid.radius.dtype) * ((width - 1) / 2 / half)
-    y = (sign % 4 - 2).to(grid.radius.dtype) * ((height - 1) / 2 / half)  # up and down in turns
-    return half * torch.cat(jacobian(motion, x, y), dim=-1).mT
+@keeps_tables
+def _coordinates(
+    frame: tuple[int, int], size: tuple[int, int], motion: MotionModel, *, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(n,) x and y of the samples, in halves of the frame from its centre, (P, n) their jacobian, (8, P) the corners."""
+    (height, width), half = frame, half_length(frame)
+    kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    x = (torch.arange(size[1], **kind) * (width / size[1]) - (width - 1) / 2) / half
+    y = (torch.arange(size[0], **kind) * (height / size[0]) - (height - 1) / 2) / half
+    x, y = x.expand(size).flatten(), y[:, None].expand(size).flatten()
+    sign = 2 * torch.arange(4, device=like.device) - 3  # −3, −1, 1, 3: left, left, right, right
+    far_x = sign.sign().to(like.dtype) * ((width - 1) / 2 / half)
+    far_y = (sign % 4 - 2).to(like.dtype) * ((height - 1) / 2 / half)  # up and down in turns
+    return x, y, *jacobian(motion, x, y), half * torch.cat(jacobian(motion, far_x, far_y), dim=-1).mT
 
 
 def _settle(warp: Tensor) -> Tensor:
@@ -999,9 +997,10 @@ def _settle(warp: Tensor) -> Tensor:
     return settled + (warp - warp.detach()).nan_to_num(0.0)
 
 
-def _places(parameters: int, device: torch.device) -> Tensor:
+@keeps_tables
+def _places(parameters: int, *, like: Tensor) -> Tensor:
     """(P, P): where in the packed upper triangle of a symmetric matrix its entries are."""
-    index = torch.arange(parameters, device=device)
+    index = torch.arange(parameters, device=like.device)
     low, high = torch.minimum(index[:, None], index), torch.maximum(index[:, None], index)
     return low * parameters - low * (low - 1) // 2 + high - low
 
@@ -1009,20 +1008,50 @@ def _places(parameters: int, device: torch.device) -> Tensor:
 # ----------------------------------------------------------------------------------------- spectra and shapes
 
 
-def _response(grid: WorkingGrid) -> Tensor:
+@keeps_tables
+def _response(frame: tuple[int, int], size: tuple[int, int], max_frequency: float, *, like: Tensor) -> Tensor:
     """(h, w//2+1): the root of the ramp |f|, within the band."""
-    share = grid.radius / grid.max_frequency
+    share = WorkingGrid.of(frame, size, max_frequency, like).radius / max_frequency
     return share.sqrt() * (share < 1)
+
+
+@keeps_tables
+def _spline_gain(
+    frame: tuple[int, int], size: tuple[int, int], max_frequency: float, *, like: Tensor
+) -> Tensor:
+    """(h, w//2+1): the same for the coefficients of a spline through twice as many samples a side."""
+    rows, columns = (_OVERSAMPLING * samples for samples in size)
+    kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    y, x = torch.fft.fftfreq(rows, **kind), torch.fft.rfftfreq(columns, **kind)[: size[1] // 2 + 1]
+    positive = size[0] - size[0] // 2
+    y = torch.cat([y[:positive], y[rows - size[0] // 2 :]])
+    gain = _OVERSAMPLING**2 / (spline_response(y)[:, None] * spline_response(x))
+    return gain * _response(frame, size, max_frequency, like=like)
 
 
 def _differentiate(spectrum: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tensor]:
     """(..., n) twice, the derivatives of a field by x and y, per half of the frame."""
-    omega_y, omega_x = (2 * math.pi * half_length(grid.frame) * frequency for frequency in grid.frequencies)
     by_x, by_y = (
-        irfft2(torch.complex(-spectrum.imag * omega, spectrum.real * omega), grid.size).flatten(-2)
-        for omega in (omega_x, omega_y[:, None])
+        irfft2(spectrum * slope, grid.size).flatten(-2)
+        for slope in _slopes(grid.frame, grid.size, like=grid.radius)
     )
     return by_x, by_y
+
+
+@keeps_tables
+def _slopes(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(w//2+1,) and (h, 1): iω, per half of the frame."""
+    y, x = WorkingGrid.of(frame, size, 0.5, like).frequencies
+    omega_x, omega_y = (2 * math.pi * half_length(frame) * frequency for frequency in (x, y[:, None]))
+    return torch.complex(torch.zeros_like(omega_x), omega_x), torch.complex(
+        torch.zeros_like(omega_y), omega_y
+    )
+
+
+def _shifted_by(shift: Tensor) -> Tensor:
+    """(..., 3, 3), of (..., 2)."""
+    identity = torch.eye(3, dtype=shift.dtype, device=shift.device)
+    return identity + F.pad(shift.unsqueeze(-1), (2, 0, 0, 1))
 
 
 def _shift_of(warp: Tensor, grid: WorkingGrid) -> Tensor:

@@ -29,12 +29,18 @@ import torch
 from torch import Tensor
 
 from torchalign._check import message
-from torchalign._host import kernels_for
+from torchalign._host import all_true, keeps_tables, kernels_for
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave
 from torchalign.functional.sizes import lags_within, square_root
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid, extract_texture
-from torchalign.functional.uncertainty import PeakQuality, assess_peak, largest_sigma, overlap_curvature
+from torchalign.functional.uncertainty import (
+    CALIBRATION,
+    PeakQuality,
+    assess_peak,
+    largest_sigma,
+    overlap_curvature,
+)
 from torchalign.functional.working_grid import Window, WorkingGrid, working_size
 
 __all__ = [
@@ -172,9 +178,9 @@ def phase_correlation(
     pair = _Pair(texture, reference, grid, Window.of(grid, taper), weighting)
     window = pair.tapering.whole
     spectrum, power = pair.correlate(window, window)
-    rows, columns = _lines(grid)
+    rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
     # without the two lines on which a detector's stripes lie, which fit at no shift
-    surface = irfft2(power * ~(rows | columns), samples)
+    surface = irfft2(power * ((1 - rows) * (1 - columns)), samples)
     peak = coarse_peak(surface, (height, width), max_translation)
     if start is not None:
         peak = _higher_of(peak, start, power, grid, wave_orders(grid.frequencies))
@@ -366,8 +372,7 @@ def refine_peak(
     if kernels is not None:
         climbed = kernels.climb(power, frequencies, start, steps + 1)
         if climbed is not None:
-            shift, last, derivatives = climbed
-            return shift, last, _is_peak(derivatives[..., 3], derivatives[..., 4], derivatives[..., 5])
+            return climbed
     shift = start.detach()
     fixed = power.detach()
     orders = wave_orders(frequencies) if orders is None else orders
@@ -376,9 +381,7 @@ def refine_peak(
         shift = shift + step
     last, curved = _newton_step(power, frequencies, shift, orders)
     shift = shift + last
-    # identical frames are at exactly 0: what rounding leaves there is taken off, and its gradient kept
-    none = shift.detach().abs() < 64 * torch.finfo(shift.dtype).eps
-    return torch.where(none, shift - shift.detach(), shift), last.detach(), curved
+    return _settled(shift), last.detach(), curved
 
 
 def _newton_step(
@@ -463,27 +466,33 @@ def _without_stripes(power: Tensor, grid: WorkingGrid, shift: Tensor) -> Tensor:
     What is constant along an axis, as the gains of a detector's columns are, has its spectrum on a line. Where that
     line correlates at no shift by more than the ground there would, it is left out.
     """
+    rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
     fixed = power.detach()
-    masks = []
-    for axis, near in enumerate(_lines(grid)):
-        line = torch.where(near, fixed, 0.0).sum(axis - 2)  # (..., n)
-        along = grid.frequencies[1 - axis]
-        turned = line * wave(along, shift.detach()[..., axis])
+    summed = (
+        torch.matmul(rows.mT.to(fixed.dtype), fixed).squeeze(-2),
+        torch.matmul(fixed, columns.mT.to(fixed.dtype)).squeeze(-1),
+    )
+    kept = []
+    for axis, (line, near) in enumerate(zip(summed, (rows, columns), strict=True)):
+        turned = wave(grid.frequencies[1 - axis], shift.detach()[..., axis])
         # as if all of it were ground: what would be left of it at no shift
-        ground = turned.real.clamp(min=0)
-        expected = (ground * wave(along, shift.detach()[..., axis]).real).sum(-1)
-        static = line.real.sum(-1) > expected + _STATIC * ground.sum(-1)
-        masks.append(~(static[..., None, None] & near))
-    return power * (masks[0] & masks[1])
+        ground = (line * turned).real.clamp(min=0)
+        static = line.real.sum(-1) > (ground * (turned.real + _STATIC)).sum(-1)
+        kept.append((static[..., None, None], near))
+    if all_true(~(kept[0][0] | kept[1][0])):
+        return power
+    return power * ((1 - kept[0][0] * kept[0][1]) * (1 - kept[1][0] * kept[1][1]))
 
 
-def _lines(grid: WorkingGrid) -> tuple[Tensor, Tensor]:
-    """Bool, (h, 1) and (1, w//2+1): frequencies of what is constant along y, or x, as far as windows spread it."""
+@keeps_tables
+def _lines(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(h, 1) and (1, w//2+1): 1 at the frequencies of what is constant along y, or x, as far as windows spread it."""
+    grid = WorkingGrid.of(frame, size, 0.5, like)
     y, x = (
         frequency.abs() * length < torch.sym_min(float(_LINE), samples / 32) + 0.5
-        for frequency, length, samples in zip(grid.frequencies, grid.frame, grid.size, strict=True)
+        for frequency, length, samples in zip(grid.frequencies, frame, size, strict=True)
     )
-    return y[:, None], x[None]
+    return y[:, None].to(like.dtype), x[None].to(like.dtype)
 
 
 class _Pair(NamedTuple):
@@ -552,27 +561,39 @@ def _refine_plain(
     The correlation is that of the ground times that of the weights, which has its peak there and pulls there. To
     the second order in the way from there, its curvature is taken off.
     """
-    orders = wave_orders(grid.frequencies)
     if upsample_factor is None:
-        shift, step, curved = refine_peak(power, grid.frequencies, start, orders)
+        shift, step, curved = refine_peak(power, grid.frequencies, start)
     else:
         shift = _upsampled_peak(power, grid.frequencies, start, upsample_factor)
         step, curved = torch.zeros_like(shift), torch.ones_like(shift[..., 0], dtype=torch.bool)
+    step = step.norm(dim=-1)
+    pulls = _LONGEST_WAY, _LARGEST_CORRECTION
+    kernels = kernels_for(power, shift, together, weights) if upsample_factor is None else None
+    if kernels is not None:
+        limits = (*CALIBRATION, *pulls)
+        known = kernels.assess(power, grid.frequencies, shift, together, weights, grid.spacings(), limits)
+        if known is not None:
+            return _Refined(known[0], step, curved, PeakQuality(*known[1]))
     found = shift
-    derivatives = derivatives_at(power, grid.frequencies, found, orders)
+    derivatives = derivatives_at(power, grid.frequencies, found, wave_orders(grid.frequencies))
     overlap = overlap_curvature(weights, grid)
     turned = shift_phase(power.detach(), grid.frequencies, found.detach())
     bins = _correlated_bins(weights.detach().square())
-    quality = assess_peak(turned, grid.frequencies, derivatives, overlap, bins)
+    quality, correction = assess_peak(turned, grid.frequencies, derivatives, overlap, bins)
     if upsample_factor is None:
-        away = (found - together).clamp(-_LONGEST_WAY, _LONGEST_WAY)
-        extra = (quality.correction * away[..., None, :]).sum(-1)
-        bounded = extra.detach().abs().amax(-1, keepdim=True) <= _LARGEST_CORRECTION
-        shift = found + torch.where(bounded, extra, 0.0)
+        away = (found - together).clamp(-pulls[0], pulls[0])
+        extra = (correction * away[..., None, :]).sum(-1)
+        bounded = extra.detach().abs().amax(-1, keepdim=True) <= pulls[1]
+        shift = _settled(found + torch.where(bounded, extra, 0.0))
         quality = quality.widened(extra.detach().clamp(-1, 1))
-        none = shift.detach().abs() < 64 * torch.finfo(shift.dtype).eps
-        shift = torch.where(none, shift - shift.detach(), shift)
-    return _Refined(shift, step.norm(dim=-1), curved, quality)
+    return _Refined(shift, step, curved, quality)
+
+
+def _settled(shift: Tensor) -> Tensor:
+    """Identical frames are at exactly 0: what rounding leaves there is taken off, and its gradient kept."""
+    fixed = shift.detach()
+    none = fixed.abs() < 64 * torch.finfo(shift.dtype).eps
+    return torch.where(none, shift - fixed, shift)
 
 
 def _refine_divided(
@@ -595,51 +616,59 @@ def _refine_divided(
     Returns:
         The shift (..., 2); the length of the last step; and whether the curvature there is that of a maximum.
     """
-    grid, orders = pair.grid, wave_orders(pair.grid.frequencies)
-    inliers = same.clamp(min=torch.finfo(same.dtype).tiny).sqrt()
-    own = pair.tapering.common(-together) * grid.move(rfft2(inliers), -together).clamp(0, 1)
-    other = pair.tapering.common(together) * inliers
-    if pair.moving.cover is not None:
-        own = own * pair.moving.cover
-    if pair.reference.cover is not None:
-        other = other * pair.reference.cover
-    first = pair.moving.field if pair.moving.detail is None else pair.moving.detail
-    second = pair.reference.field if pair.reference.detail is None else pair.reference.detail
-    weighted, other_weighted = own * first, other * second
-    spectra = rfft2(torch.stack((weighted, weighted * first, own)))
-    others = rfft2(torch.stack(torch.broadcast_tensors(other_weighted, other, other_weighted * second)))  # type: ignore[no-untyped-call]
-    powers = spectra.conj() * others  # (3, ..., h, w//2+1)
-    share = powers.new_ones(3, dtype=same.dtype)
-    share = share - 1.5 * (torch.arange(3, device=same.device) > 0).to(same.dtype)  # 1, −1/2, −1/2
-    share = share.reshape(3, *[1] * (same.ndim - 2))
-
-    def climb(powers: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """The step, and whether it is one to a maximum."""
-        sums = derivatives_at(powers, grid.frequencies, shift, orders)
-        value = sums[..., 0, 0]
-        positive = (value > 0).all(0)
-        relative = sums / torch.where(value > 0, value, 1.0)[..., None, None]
-        gx, gy = relative[..., 0, 1], relative[..., 1, 0]
-        curvatures = (
-            relative[..., 0, 2] - gx.square(),
-            relative[..., 2, 0] - gy.square(),
-            relative[..., 1, 1] - gx * gy,
-        )
-        gx, gy, hxx, hyy, hxy = ((share * one).sum(0) for one in (gx, gy, *curvatures))
-        determinant = hxx * hyy - hxy.square()
-        curved = positive & (hxx < 0) & (determinant > 0)
-        safe = torch.where(curved, determinant, 1.0)
-        step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1) / safe[..., None]
-        return torch.where(curved[..., None], step, 0.0).clamp(-0.3, 0.3), curved
-
+    grid = pair.grid
+    spectra = rfft2(_divided_fields(pair, together, same))  # (2, 3, ..., h, w//2+1)
+    kernels = kernels_for(spectra, start)
+    if kernels is not None:
+        climbed = kernels.climb_divided(spectra, grid.frequencies, start, _NEWTON_STEPS + 2)
+        if climbed is not None:
+            return climbed
+    powers, orders = spectra[0].conj() * spectra[1], wave_orders(grid.frequencies)
     shift, fixed = start.detach(), powers.detach()
     for _ in range(_NEWTON_STEPS + 1):
-        shift = shift + climb(fixed, shift)[0]
-    step, curved = climb(powers, shift)
-    shift = shift + step
-    found = shift.detach()
-    none = found.abs() < 64 * torch.finfo(found.dtype).eps
-    return torch.where(none, shift - found, shift), step.detach().norm(dim=-1), curved
+        shift = shift + _divided_step(derivatives_at(fixed, grid.frequencies, shift, orders))[0]
+    step, curved = _divided_step(derivatives_at(powers, grid.frequencies, shift, orders))
+    return _settled(shift + step), step.detach().norm(dim=-1), curved
+
+
+def _divided_fields(pair: _Pair, together: Tensor, same: Tensor) -> Tensor:
+    """(2, 3, ..., h, w): of the moving frame and of the reference what each of the three sums correlates."""
+    inliers = same.clamp(min=torch.finfo(same.dtype).tiny).sqrt()
+    moved = pair.grid.move(rfft2(inliers), -together)
+    windows = pair.tapering.common(-together), pair.tapering.common(together)
+    covers = pair.moving.cover, pair.reference.cover
+    first, second = (
+        texture.field if texture.detail is None else texture.detail
+        for texture in (pair.moving, pair.reference)
+    )
+    kernels = kernels_for(moved, *windows, *covers, first, second)
+    if kernels is not None:
+        return kernels.overlaps(windows, moved, inliers, covers, first, second)
+    own, other = windows[0] * moved.clamp(0, 1), windows[1] * inliers
+    if covers[0] is not None:
+        own = own * covers[0]
+    if covers[1] is not None:
+        other = other * covers[1]
+    weighted, other_weighted = own * first, other * second
+    fields = weighted, weighted * first, own, other_weighted, other, other_weighted * second
+    return torch.stack(torch.broadcast_tensors(*fields)).unflatten(0, (2, 3))  # type: ignore[no-untyped-call]
+
+
+def _divided_step(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Newton's step (..., 2) on log S, by the derivatives (3, ..., 3, 3) of its sums; and whether to a maximum."""
+    value = sums[..., 0, 0]
+    positive = (value > 0).all(0)
+    relative = sums / torch.where(value > 0, value, 1.0)[..., None, None]
+    gx, gy = relative[..., 0, 1], relative[..., 1, 0]
+    seconds = torch.stack((relative[..., 0, 2], relative[..., 2, 0], relative[..., 1, 1]))
+    seconds = torch.addcmul(seconds, torch.stack((gx, gy, gx)), torch.stack((gx, gy, gy)), value=-1)
+    each = torch.cat((torch.stack((gx, gy)), seconds))  # (5, 3, ...)
+    gx, gy, hxx, hyy, hxy = torch.sub(each[:, 0], each[:, 1] + each[:, 2], alpha=0.5)
+    determinant = hxx * hyy - hxy.square()
+    curved = positive & (hxx < 0) & (determinant > 0)
+    safe = torch.where(curved, determinant, 1.0)
+    step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1) / safe[..., None]
+    return torch.where(curved[..., None], step, 0.0).clamp(-0.3, 0.3), curved
 
 
 def _doubt(way: Tensor, holes: Tensor) -> Tensor:

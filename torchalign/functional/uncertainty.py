@@ -12,6 +12,7 @@ from torch import Tensor
 from torchalign.functional.working_grid import WorkingGrid
 
 __all__ = [
+    "CALIBRATION",
     "PeakQuality",
     "assess_peak",
     "isotropic",
@@ -29,6 +30,8 @@ _SIGMA_CALIBRATION = 1.07
 _STRETCHED, _UNSURE = 4.2, 0.04
 # What the weights share of the curvature leaves of an error, in pixels.
 _WEIGHTS_ERROR = 0.4
+# Factors of the variance of a peak, and of the square of its correction.
+CALIBRATION = _SIGMA_CALIBRATION**2, _WEIGHTS_ERROR**2
 # A direction whose curvature is less than so many standard deviations of chance, a maximum less high than so many,
 # and a direction along which less than this share of the curvature is the ground's, are ambiguous.
 _LEAST_CURVATURE, _LEAST_HEIGHT, _LEAST_FIXED = 3.0, 3.0, 0.82
@@ -134,14 +137,12 @@ class PeakQuality(NamedTuple):
         height: (...,), the correlation in standard deviations of what unrelated phases would give.
         curvature: (...,), its curvature along the larger axis of the covariance, likewise.
         fixed: (...,), share of the curvature along that axis that is not that of the weights.
-        correction: (..., 2, 2), what to add to the way from where the weights were brought together.
     """
 
     covariance: Tensor
     height: Tensor
     curvature: Tensor
     fixed: Tensor
-    correction: Tensor
 
     @property
     def ambiguous(self) -> Tensor:
@@ -167,14 +168,14 @@ def overlap_curvature(weights: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tenso
     Returns:
         xx, yy and xy, (...,) each.
     """
-    step_y, step_x = (length / samples for length, samples in zip(grid.frame, grid.size, strict=True))
-    by_y = (weights[..., 2:, 1:-1] - weights[..., :-2, 1:-1]) * (0.5 / step_y)
-    by_x = (weights[..., 1:-1, 2:] - weights[..., 1:-1, :-2]) * (0.5 / step_x)
-    total = weights.square().sum((-2, -1)) + torch.finfo(weights.dtype).tiny
-    xx, yy, xy = (
-        (one * other).sum((-2, -1)) / total for one, other in ((by_x, by_x), (by_y, by_y), (by_x, by_y))
+    by_y = weights[..., 2:, 1:-1] - weights[..., :-2, 1:-1]
+    by_x = weights[..., 1:-1, 2:] - weights[..., 1:-1, :-2]
+    slopes = torch.stack((by_x, by_y), dim=-3).flatten(-2)
+    sums = torch.matmul(slopes, slopes.mT) / (
+        4 * (weights.square().sum((-2, -1)) + torch.finfo(weights.dtype).tiny)[..., None, None]
     )
-    return xx, yy, xy
+    y, x = grid.spacings()
+    return sums[..., 0, 0] / (x * x), sums[..., 1, 1] / (y * y), sums[..., 0, 1] / (x * y)
 
 
 def assess_peak(
@@ -183,7 +184,7 @@ def assess_peak(
     derivatives: Tensor,
     overlap: tuple[Tensor, Tensor, Tensor],
     bins: Tensor,
-) -> PeakQuality:
+) -> tuple[PeakQuality, Tensor]:
     r"""The sandwich :math:`H^{-1} G H^{-1}` of a maximum, G the scatter of the gradient; and whether it is one.
 
     At the optimum every frequency pulls by :math:`-\omega\, \mathrm{Im}\,P e^{i\omega t}`; the pulls sum to zero,
@@ -202,7 +203,8 @@ def assess_peak(
         bins: (...,), how many bins the window correlates.
 
     Returns:
-        :class:`PeakQuality`; only ``correction`` carries a gradient, by ``derivatives`` and ``overlap``.
+        :class:`PeakQuality`; and (..., 2, 2), what to add to the way from where the weights were brought together,
+        which alone carries a gradient, by ``derivatives`` and ``overlap``.
     """
     omega_y, omega_x = (2 * math.pi * frequency for frequency in frequencies)
     orders = torch.arange(5, device=omega_x.device)
@@ -221,10 +223,10 @@ def assess_peak(
     value, whole = value.detach(), (whole[0].detach(), whole[1].detach(), whole[2].detach())
     ground = xx.detach(), yy.detach(), xy.detach()
     moments = scatter[..., 0, 2] * bins, scatter[..., 2, 0] * bins, scatter[..., 1, 1] * bins
-    covariance = _SIGMA_CALIBRATION**2 * sandwich(ground, moments)
+    covariance = CALIBRATION[0] * sandwich(ground, moments)
     # what the weights do to higher orders, in small and smooth frames
     share = correction.detach()
-    covariance = covariance + _WEIGHTS_ERROR**2 * torch.matmul(share, share.mT)
+    covariance = covariance + CALIBRATION[1] * torch.matmul(share, share.mT)
 
     tiny = torch.finfo(bins.dtype).tiny
     height = value * torch.rsqrt(0.5 * bins * power[..., 0, 0] + tiny)
@@ -241,7 +243,7 @@ def assess_peak(
     curvature = bend * torch.rsqrt(0.5 * bins * fourth + tiny)
     entire = along(whole)
     fixed = torch.where(entire > 0, bend / torch.where(entire > 0, entire, 1.0), 0.0)
-    return PeakQuality(covariance, height, curvature, fixed, correction)
+    return PeakQuality(covariance, height, curvature, fixed), correction
 
 
 def _correction(ground: Sequence[Tensor], pulls: Sequence[Tensor]) -> Tensor:
