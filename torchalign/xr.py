@@ -226,7 +226,7 @@ def align(
     batch = check_batch(batch_size)
     running = _Running(device, batch, progress)
     module = find_aligner(aligner)
-    options = _Options(module, aligner == "auto", mask, reference_mask, sun, running, init, verify)
+    options = _Request(module, aligner == "auto", mask, reference_mask, sun, running, init, verify)
     variables, join = take_apart(datacube, bands, classes, dims)
     if variables is None:
         return _align_cube(Cube.of(datacube, dims), reference, options)  # type: ignore[return-value]  # as it came
@@ -242,7 +242,7 @@ class _Running:
 
 
 @dataclass(frozen=True)
-class _Options:
+class _Request:
     """Of :func:`align` and :func:`extend`."""
 
     module: nn.Module
@@ -255,7 +255,7 @@ class _Options:
     verify: bool = False
 
 
-def _align_cube(cube: Cube, reference: Any, options: _Options) -> tuple[xr.DataArray, xr.Dataset]:
+def _align_cube(cube: Cube, reference: Any, options: _Request) -> tuple[xr.DataArray, xr.Dataset]:
     """Of one DataArray, whose bands are of one kind."""
     module, sun, verify, running = options.module, options.sun, options.verify, options.running
     device, batch, lazy = running.device, running.batch_size, is_lazy(cube.array)
@@ -302,7 +302,7 @@ def _align_cube(cube: Cube, reference: Any, options: _Options) -> tuple[xr.DataA
 
 
 def _align_variables(
-    variables: Variables, reference: Any, options: _Options
+    variables: Variables, reference: Any, options: _Request
 ) -> tuple[xr.Dataset, xr.Dataset]:
     """Of a Dataset: one estimate of the bands that it may see, and its warps for all variables of frames."""
     stacked, slices = stack_variables(variables)
@@ -320,7 +320,7 @@ def _move_variables(
     stacked: tuple[xr.DataArray, Mapping[Hashable, slice]],
     report: xr.Dataset,
     module: Any,
-    options: _Options,
+    options: _Request,
 ) -> xr.Dataset:
     """All variables of frames: those that were stacked for the estimate are aligned already."""
     aligned, slices = stacked
@@ -405,7 +405,7 @@ def _series_module(module: nn.Module, is_auto: bool) -> Groupwise:
     return Groupwise(module)  # type: ignore[arg-type]  # it complains of what is no aligner
 
 
-def _align_series(cube: Cube, word: str, options: _Options) -> tuple[xr.DataArray, xr.Dataset]:
+def _align_series(cube: Cube, word: str, options: _Request) -> tuple[xr.DataArray, xr.Dataset]:
     """Frames are read twice: to be placed, now; and to be resampled, when they are wanted."""
     running = options.running
     if any(isinstance(part, Local) for part in options.module.modules()):
@@ -523,7 +523,7 @@ def extend(  # noqa: D417  # options that are those of align stand in one line
         raise TypeError(message("archive", expected, got, "pass the cube that the report was made on"))
     module = _series_module(find_aligner(aligner), aligner == "auto")
     running = _Running(device, check_batch(batch_size), progress)
-    options = _Options(module, False, mask, archive_mask, sun, running)
+    options = _Request(module, False, mask, archive_mask, sun, running)
     variables, join = take_apart(datacube, bands, classes, dims)
     if variables is None:
         aligned, rows = _extend_cube(
@@ -538,7 +538,7 @@ def extend(  # noqa: D417  # options that are those of align stand in one line
 
 
 def _extend_cube(
-    cube: Cube, old: Cube, report: xr.Dataset, options: _Options
+    cube: Cube, old: Cube, report: xr.Dataset, options: _Request
 ) -> tuple[xr.DataArray, xr.Dataset]:
     """The new frames, and their rows of the report."""
     if cube.size != old.size:

@@ -151,7 +151,7 @@ def plan_files(cube: Cube, folder: Path, options: WriteOptions) -> tuple[_File, 
     for path in paths:
         check_free(path, options.overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    profile, bands = _profile(cube, options.driver, options.compression), _band_tags(cube)
+    profile, bands = _raster_profile(cube, options.driver, options.compression), _band_tags(cube)
     if options.tiled and min(cube.size) >= 512:
         profile |= {"tiled": True, "blockxsize": 512, "blockysize": 512, "BIGTIFF": "IF_SAFER"}
     transforms, tags = frame_transforms(cube), cube.array.coords.get(TAGS)
@@ -225,7 +225,7 @@ def _as_datetime(label: Any) -> datetime.datetime | None:
     return label if isinstance(label, datetime.datetime) else None
 
 
-def _profile(cube: Cube, driver: str, compression: Compression) -> dict[str, Any]:
+def _raster_profile(cube: Cube, driver: str, compression: Compression) -> dict[str, Any]:
     """What rasterio is told of every file, beside the transform and the bands."""
     array, grid, nodata = cube.array, find_georeference(cube), find_nodata(cube.array)
     declared = array.attrs.get("_FillValue", array.encoding.get("_FillValue"))
