@@ -42,6 +42,7 @@ from torchalign.functional.affine import (
     transform_points,
 )
 from torchalign.functional.uncertainty import isotropic, largest_sigma
+from torchalign.groupwise import Groupwise
 from torchalign.local import Local
 from torchalign.types import Estimate, Status, combine
 
@@ -124,6 +125,8 @@ class LargeReference(NamedTuple):
         if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim > 1:
             source = given_pixels(reference, cube, stack.pixels)
             return cls(source.name, stack, None, source, known)
+        if isinstance(reference, xr.DataArray) and not reference.ndim:  # a label, `cube.time[3]`
+            reference = reference.values[()]
         words = ("first", "median", "mean")
         frame = 0 if isinstance(reference, str) and reference == "first" else find_frame(
             cube.array, cube.dims["time"], reference, "reference", words=words
@@ -165,6 +168,9 @@ def align_large(
     if any(isinstance(part, Local) for part in module.modules()):
         cure = "leave Local out, or align a cube in memory"
         raise ValueError(message("aligner", "a motion without local shifts", "Local", cure))
+    if isinstance(module, Groupwise):
+        cure = "pass the aligner inside it, or align a cube of dask chunks"
+        raise ValueError(message("aligner", "one that compares a frame with a reference", "Groupwise", cure))
     if motion == "homography":
         cure = "estimate an affine motion, or align a cube in memory"
         raise ValueError(message("aligner", "a motion up to affine", motion, cure))
