@@ -14,9 +14,8 @@ import torch
 
 import torchalign as ta
 from torchalign import _host, kernels
-from torchalign.functional import fourier, phase, quality, sift, texture, warp
+from torchalign.functional import defects, fourier, phase, quality, sift, texture, warp
 from torchalign.functional.channels import extract_channel
-from torchalign.functional.fourier import shift_phase
 from torchalign.functional.working_grid import Window, WorkingGrid
 
 # of the values that are met; both round, each in its own order
@@ -28,7 +27,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
     """An operation takes as long of 8 pixels as of 8,000 here."""
-    for name in ("resample", "channel", "score", "ascend", "climb", "peak", "turn", "texture", "blur"):
+    for name in (
+        "resample",
+        "channel",
+        "score",
+        "ascend",
+        "climb",
+        "peak",
+        "turn",
+        "texture",
+        "blur",
+        "assess",
+        "divide",
+        "defects",
+        "contrast",
+    ):
         module = importlib.import_module(f"torchalign.kernels.{name}")
         monkeypatch.setattr(module, "_BLOCK", 256 if name == "channel" else 4096)
 
@@ -306,30 +319,7 @@ def test_climb(dtype, size, by_torch):
     assert torch.equal(shift[3], start[3])
     torch.testing.assert_close(shift, expected_shift, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(last, expected_last, rtol=TOLERANCE, atol=TOLERANCE)
-    table = phase.derivatives_at(power, frequencies, shift, orders)
-    places = [(0, 0), (0, 1), (1, 0), (0, 2), (2, 0), (1, 1)]
-    expected = torch.stack([table[:, i, j] for i, j in places], -1)
-    # the slopes are 0 at the optimum: what they are measured by is the curvature
-    torch.testing.assert_close(
-        found[:, :6], expected, rtol=TOLERANCE, atol=float(expected.abs().max()) * TOLERANCE
-    )
-    assert torch.equal((found[:, 3] < 0) & (found[:, 3] * found[:, 4] > found[:, 5] ** 2), curved)
-    # the scatter of what the frequencies pull by, each bin and its conjugate alike
-    omega_y, omega_x = (2 * torch.pi * frequency for frequency in frequencies)
-    turned = by_torch(shift_phase, power, frequencies, shift)
-    square = turned.imag.square() * phase.multiplicity(frequencies[1]).square()
-    sums = torch.stack(
-        [
-            (square * omega_x.square()).sum((-2, -1)),
-            (square * omega_y.square()[:, None]).sum((-2, -1)),
-            (square * omega_y[:, None] * omega_x).sum((-2, -1)),
-        ],
-        -1,
-    )
-    # of frames that fit exactly they are nothing but rounding: against what they would be unaligned
-    whole = (turned.abs().square() * phase.multiplicity(frequencies[1]).square()).sum((-2, -1)).max()
-    atol = float(whole * omega_y.square().max()) * TOLERANCE
-    torch.testing.assert_close(found[:, 6:], sums, rtol=10 * TOLERANCE, atol=atol)
+    assert torch.equal(found, curved)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
@@ -390,6 +380,72 @@ def test_texture_with_holes(frame, size, by_torch):
     grid = WorkingGrid.of(frame, size, 0.25, image)
     own, other = texture.usable_share(mask, grid), by_torch(texture.usable_share, mask, grid)
     torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=TOLERANCE)
+    field, share = torch.randn(4, *size, generator=draw), torch.rand(4, *size, generator=draw)
+    field[1], field[2, 0, 0], share[3] = 1e-3 * field[1], torch.nan, 0.2
+    options = torch.tensor([0.0, 0.01, 0.0, 0.0]), torch.tensor([False, False, False, False]), "local"
+    for weights in (None, share):
+        own, other = (
+            call(texture._standardized, field, weights, *options)
+            for call in (lambda function, *rest: function(*rest), by_torch)
+        )
+        assert torch.equal(own.flat, other.flat)
+        assert own.flat.tolist() == [False, True, True, False]
+        for one, theirs in ((own.field, other.field), (own.detail, other.detail)):
+            torch.testing.assert_close(one, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
+    own, other = texture._cover(share), by_torch(texture._cover, share)
+    torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_peak_assessed_and_divided(dtype, shared, by_torch):
+    cube, _, mask = series()
+    image = cube.nan_to_num(0.0, 0.0, 0.0).mean(1).to(dtype)
+    mask[0, 10:30, 5:30] = False
+    still = image[1:2] if shared else image[[1, 1, 0]]
+    textures = [
+        by_torch(texture.extract_texture, part, usable, cover=True)
+        for part, usable in ((image, mask), (still, None if shared else mask))
+    ]
+    grid = WorkingGrid.of((64, 72), (32, 40), 0.25, image)
+    pair = phase._Pair(*textures, grid, Window.of(grid, 0.15), "ramp")
+    together = torch.tensor([[-0.9, 0.8], [0.0, 0.0], [3.1, -2.2]], dtype=dtype)
+    same = torch.rand(3, 32, 40, generator=generator(41)).to(dtype)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-7
+    fields, expected = (
+        phase._divided_fields(pair, together, same),
+        by_torch(phase._divided_fields, pair, together, same),
+    )
+    torch.testing.assert_close(fields, expected, rtol=10 * TOLERANCE, atol=10 * TOLERANCE)
+    for own, other in zip(
+        phase._refine_divided(pair, together, together, same),
+        by_torch(phase._refine_divided, pair, together, together, same),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other, rtol=tolerance, atol=tolerance)
+    *_, power = by_torch(pair.correlate, pair.tapering.whole, same)
+    power[1] = 0  # nothing to climb
+    found = phase._refine_plain(power, same, together, together + 0.1, grid, None)
+    other = by_torch(phase._refine_plain, power, same, together, together + 0.1, grid, None)
+    for own, theirs in zip((*found[:3], *found[3]), (*other[:3], *other[3]), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=100 * tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_enlargement(dtype, by_torch):
+    draw = generator(43)
+    frames = torch.rand(6, 150, 170, generator=draw)[:, :60, :70]
+    for number, factor in ((1, 2), (2, 3), (3, 5)):
+        large = frames[number].repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+        frames[number] = large[1:61, 2:72]
+    frames[4] = 3.0
+    frames[5] = torch.arange(70.0)
+    frames = frames.to(dtype)
+    mask = torch.rand(frames.shape, generator=draw) > 0.1
+    for usable in (None, mask):
+        own = defects.enlargement(frames, usable)
+        assert torch.equal(own, by_torch(defects.enlargement, frames, usable))
+    assert own.tolist()[:3] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("size", [(20, 33), (5, 40)])
@@ -437,7 +493,7 @@ def test_aligners(make, by_torch):
 
 def test_a_gradient_takes_the_functions_of_torch(by_torch):
     cube, reference, _ = series()
-    cube = cube.nan_to_num(0.5, 0.5, 0.5).requires_grad_()
+    cube, reference = cube.nan_to_num(0.5, 0.5, 0.5).requires_grad_(), reference.clone().requires_grad_()
     own = ta.PCC().estimate(cube, reference).warp
     assert torch.equal(own, by_torch(ta.PCC().estimate, cube, reference).warp)
     own.sum().backward()

@@ -55,7 +55,7 @@ KERNELS = {
         (),
         {"MODE": 1, "MASKED": True, "COMPUTE": "float32", "BLOCK": 1024},
     ),
-    "climb_frames": ("climb", {}, (), {"COMPUTE": "float32", "EPSILON": 1e-7, "BLOCK": 512}),
+    "climb_frames": ("climb", {"peaks": "*u8"}, (), {"COMPUTE": "float32", "EPSILON": 1e-7, "BLOCK": 512}),
     "peak_frames": (
         "peak",
         {},
@@ -72,6 +72,35 @@ KERNELS = {
     "mean_frames": ("texture", {"usable": "*u8"}, (), {"COMPUTE": "float32", "BLOCK": 1024}),
     "fill_frames": ("texture", {"usable": "*u8"}, ("least",), {"COMPUTE": "float32", "BLOCK": 1024}),
     "cover_frames": ("texture", {"usable": "*u8"}, (), {"COMPUTE": "float32", "BLOCK": 1024}),
+    "assess_frames": (
+        "assess",
+        {},
+        ("half_y", "half_x", "calibration", "share", "longest", "largest"),
+        {"COMPUTE": "float32", "TINY": 1e-38, "EPSILON": 1e-7, "BLOCK": 512},
+    ),
+    "overlap_frames": ("divide", {}, (), {"COVERED": True, "OTHER_COVERED": True, "BLOCK": 512}),
+    "divided_frames": ("divide", {}, (), {"COMPUTE": "float32", "EPSILON": 1e-7, "BLOCK": 512}),
+    "profile_frames": (
+        "defects",
+        {"usable": "*u8"},
+        (),
+        {"MASKED": True, "COMPUTE": "float32", "BLOCK": 256},
+    ),
+    "repeat_frames": (
+        "defects",
+        {"factor": "*i64"},
+        ("least",),
+        {"COMPUTE": "float32", "TINY": 1e-38, "BLOCK": 256, "FACTORS": 8},
+    ),
+    "unit_frames": (
+        "contrast",
+        {"empty": "*u8", "flat": "*u8"},
+        (),
+        {"COMPUTE": "float32", "BLOCK": 1024},
+    ),
+    "smooth_frames": ("contrast", {}, (), {"SQUARED": False, "COMPUTE": "float32", "BLOCK": 1024}),
+    "contrast_frames": ("contrast", {}, (), {"WEIGHTED": True, "LEAST": 1e-19, "BLOCK": 1024}),
+    "open_frames": ("contrast", {}, (), {"COMPUTE": "float32", "BLOCK": 1024}),
     "blur_frames": ("blur", {}, (), {"DOWN": True, "MIRRORED": True, "COMPUTE": "float32", "BLOCK": 1024}),
     "look_frames": (
         "ascend",
@@ -111,7 +140,8 @@ POINTERS = (  # noqa: SIM905
     "frames motion mask values validity moving reference motions moving_usable reference_usable weight scores seen "
     "usable power fy fx start found last derivatives surface spectrum shift turned window image means filled share "
     "spline warp level_x level_y level_weights common moves weights regressors inverses solutions rests corners "
-    "warps reaches weighted shifts blurred"
+    "warps reaches weighted shifts blurred together fields spectra own other moved cover other_cover profile factor "
+    "field noise empty unit flat result detail variance typical contrast coverage"
 ).split()
 
 
@@ -131,7 +161,7 @@ def compiled(name: str, capability: int, **constants: object):
             signature[own] = "constexpr"
         elif own in numbers:
             signature[own] = "fp64"
-        elif own == "frames" and name == "score_frames":
+        elif own == "frames" and name in ("score_frames", "overlap_frames", "divided_frames"):
             signature[own] = INTEGERS
         else:
             signature[own] = pointers.get(own, "*fp32" if own in POINTERS else INTEGERS)

@@ -16,7 +16,8 @@ ROOT = Path(torchalign.__file__).parent
 
 # what may import what: a layer sees the layers below its own
 LAYERS = [
-    {"kernels", "kernels.ascend", "kernels.blur", "kernels.channel", "kernels.climb", "kernels.peak",
+    {"kernels", "kernels.ascend", "kernels.assess", "kernels.blur", "kernels.channel", "kernels.climb",
+     "kernels.contrast", "kernels.defects", "kernels.divide", "kernels.peak",
      "kernels.resample", "kernels.sampling", "kernels.score", "kernels.texture", "kernels.turn"},
     {"types", "_check", "_host"},
     {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.channels",

@@ -289,8 +289,11 @@ def may_keep(like: Tensor) -> bool:
 
 
 def _are_known(arguments: Sequence[Any]) -> bool:
-    """Whether all of them, and of their parts, are plain numbers."""
-    return all(_are_known(part) if isinstance(part, tuple) else is_known(part) for part in arguments)
+    """Whether all of them, and of their parts, are plain numbers or words."""
+    return all(
+        _are_known(part) if isinstance(part, tuple) else isinstance(part, str) or is_known(part)
+        for part in arguments
+    )
 
 
 def _home_of(like: Tensor) -> Any:

@@ -310,6 +310,8 @@ class Aligner(nn.Module, ABC):
         if not self.expects_defects or min(block.moving.shape[-2:]) < _LEAST_ENLARGED:
             return torch.ones_like(block.moving[..., 0, 0], dtype=torch.int64)
         own = enlargement(block.moving, block.usable)
+        if all_true(own == 1):
+            return own
         other = enlargement(job.reference, job.usable)
         return torch.where(own == other, own, 1)
 

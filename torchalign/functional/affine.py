@@ -305,7 +305,8 @@ def mapped(warp: Tensor, points: Tensor) -> Tensor:
     """:func:`transform_points` of what is known to be a warp and points, for the loops of an estimate."""
     x, y = points.unbind(-1)  # (..., N)
     rows = warp[..., None, :, :]  # (..., 1, 2 or 3, 3), one matrix for all N points
-    moved = rows[..., 0] * x.unsqueeze(-1) + rows[..., 1] * y.unsqueeze(-1) + rows[..., 2]  # (..., N, 2 or 3)
+    moved = torch.addcmul(rows[..., 2], rows[..., 0], x.unsqueeze(-1))
+    moved = torch.addcmul(moved, rows[..., 1], y.unsqueeze(-1))  # (..., N, 2 or 3)
     return moved if warp.shape[-2] == 2 else moved[..., :2] / moved[..., 2:]
 
 

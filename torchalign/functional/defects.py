@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import all_true
+from torchalign._host import all_true, keeps_tables, kernels_for
+from torchalign.functional.sizes import stride_for
 
 __all__ = [
     "LARGEST_FACTOR",
@@ -31,6 +32,8 @@ __all__ = [
 LARGEST_FACTOR = 8
 # A repeating sharpness stands out of that of the other columns by so many standard deviations.
 _LEAST_REPEAT = 5.5
+# Of the rows every so many-th, and fewer where so many remain, tell how sharp the columns are.
+_THINNED, _LEAST_LINES = 4, 32
 # Smaller images, in pixels a side, are not looked at.
 _LEAST_SIDE = 24
 # An area is constant over squares of so many pixels a side, and fills at least this share of the frame.
@@ -164,60 +167,94 @@ def enlargement(image: Tensor, usable: Tensor | None = None) -> Tensor:
     image = image.detach()
     if usable is not None:
         usable = usable.expand(image.shape)
-    repeats = []
-    for turned in (False, True):
-        lines = image.mT if turned else image
-        known = usable.mT if turned and usable is not None else usable
-        # a quarter of the rows tells the columns as well
-        repeats.append(_repeats(lines[..., ::4, :], None if known is None else known[..., ::4, :]))
-    least = torch.minimum(*repeats)  # (..., K)
+    size = (image.shape[-2], image.shape[-1])
+    # some of the rows tell the columns as well
+    strides = [max(_THINNED, stride_for((length, length), _LEAST_LINES)) for length in size]
+    kernels = kernels_for(image, usable)
+    if kernels is not None and min(size) >= _LEAST_SIDE:
+        return kernels.repeated(image, usable, strides, _LEAST_REPEAT)
+    least: Tensor | None = None  # (..., K)
+    for dim, stride in zip((-2, -1), strides, strict=True):
+        lines, known = (
+            None if part is None else _every(part, dim, stride).transpose(dim, -2) for part in (image, usable)
+        )
+        assert lines is not None
+        repeats = _repeats(_profiles(lines, known))
+        least = repeats if least is None else torch.minimum(least, repeats)
+        if all_true(least <= _LEAST_REPEAT):  # the other axis changes nothing
+            break
+    assert least is not None
     factors = torch.arange(2, LARGEST_FACTOR + 1, device=image.device)
     return torch.where(least > _LEAST_REPEAT, factors, 1).amax(-1)
 
 
-def _repeats(lines: Tensor, known: Tensor | None) -> Tensor:
-    """(..., K): z of every factor from 2 on."""
-    # of first differences and of second ones: twice as large, pairs of columns are bent alike
+def _every(image: Tensor, dim: int, stride: int) -> Tensor:
+    """Every ``stride``-th row (dim −2) or column (−1) of (..., H, W)."""
+    return (image[..., ::stride, :] if dim == -2 else image[..., ::stride]).contiguous()
+
+
+def _profiles(lines: Tensor, known: Tensor | None) -> Tensor:
+    """(..., 2, n): mean first differences and second ones: twice as large, pairs of columns are bent alike."""
     step = lines[..., 1:] - lines[..., :-1]
-    both = torch.stack((step[..., 1:], step[..., 1:] - step[..., :-1]), dim=-3).abs()
+    first, second = step[..., 1:], step[..., 1:] - step[..., :-1]
     if known is None:
-        mean = both.mean(-2)
-    else:
-        whole = (known[..., 1:-1] & known[..., :-2] & known[..., 2:]).to(both.dtype).unsqueeze(-3)
-        mean = (both * whole).sum(-2) / whole.sum(-2).clamp(min=1)
-    # (…, 2, n); the floor is what rounding leaves of a straight line
-    floor = 1e-3 * mean.mean(-1, keepdim=True) + torch.finfo(mean.dtype).tiny
-    level = (mean + floor).log()
+        return torch.stack([part.abs().mean(-2) for part in (first, second)], dim=-2)
+    weight = (known[..., 1:-1] & known[..., :-2] & known[..., 2:]).to(step.dtype)
+    count = weight.sum(-2, keepdim=True).clamp(min=1)
+    return torch.stack([(part.abs() * weight).sum(-2) for part in (first, second)], dim=-2) / count
+
+
+def _repeats(profiles: Tensor) -> Tensor:
+    """(..., K): z of every factor from 2 on, of mean differences (..., 2, n)."""
+    # the floor is what rounding leaves of a straight line
+    floor = 1e-3 * profiles.mean(-1, keepdim=True) + torch.finfo(profiles.dtype).tiny
+    level = (profiles + floor).log()
     # less what changes slowly
     level = level[..., 1:-1] - 0.5 * (level[..., :-2] + level[..., 2:])
     level = level - level.mean(-1, keepdim=True)
     count = level.shape[-1]
-    spread = level.square().mean(-1, keepdim=True).sqrt()
-    normal = level / torch.where(spread > 0, spread, 1.0)
-    position = torch.arange(count, device=lines.device, dtype=mean.dtype)
-    factors = torch.arange(2, LARGEST_FACTOR + 1, device=lines.device, dtype=mean.dtype)
+    spread = torch.linalg.vector_norm(level, dim=-1, keepdim=True)
+    turned = torch.matmul(level / torch.where(spread > 0, spread, 1.0), _turns(count, like=level))
+    real, imaginary = turned.chunk(2, -1)
+    return 2**0.5 * torch.hypot(real, imaginary).amax(-2)
+
+
+@keeps_tables
+def _turns(count: int, *, like: Tensor) -> Tensor:
+    """(n, 2 K): cosine and sine of 2π j / k."""
+    position = torch.arange(count, device=like.device, dtype=like.dtype)
+    factors = torch.arange(2, LARGEST_FACTOR + 1, device=like.device, dtype=like.dtype)
     angle = 2 * math.pi * position[:, None] / factors
-    real, imaginary = torch.matmul(normal, angle.cos()), torch.matmul(normal, angle.sin())
-    return (2 / count) ** 0.5 * torch.hypot(real, imaginary).amax(-2)
+    return torch.cat((angle.cos(), angle.sin()), -1)
 
 
 def suspicious(image: Tensor, usable: Tensor | None = None) -> Tensor:
-    """(...,) bool: whether a quarter of the rows has a pixel off both its neighbours, or some alike in a row.
+    """(...,) bool: whether every eighth row has a pixel off both its neighbours, or some alike in a row.
 
     A look at images of which most have neither fill nor hot pixels, for a tenth of the price of the others.
     """
-    lines = image.detach()[..., ::4, :]
+    # where there are many rows, fewer of them will do
+    stride = min(2 * _THINNED, max(_THINNED, stride_for((image.shape[-2],) * 2, _LEAST_LINES)))
+    lines = image.detach()[..., ::stride, :]
     step = lines[..., 1:] - lines[..., :-1]
-    if usable is not None:
-        known = usable.expand(image.shape)[..., ::4, :]
-        step = torch.where(known[..., 1:] & known[..., :-1], step, torch.nan)
-    alike = step == 0
-    alike = (alike[..., :-3] & alike[..., 1:-2] & alike[..., 2:-1] & alike[..., 3:]).flatten(-2).any(-1)
     length = step.abs()
-    least = torch.minimum(length[..., 1:], length[..., :-1])  # NaN stays
-    off = torch.where(step[..., 1:] * step[..., :-1] < 0, least, 0.0)
-    mean = length.nan_to_num(0.0).mean((-2, -1), keepdim=True)
-    return alike | (off > _HOT * mean).flatten(-2).any(-1)
+    if usable is not None:
+        known = usable.expand(image.shape)[..., ::stride, :]
+        known = known[..., 1:] & known[..., :-1]
+        step = torch.where(known, step, 0.0)
+        length, known_length = torch.where(known, length, torch.inf), step.abs()
+    else:
+        known_length = length
+    # four steps of nothing in a row
+    longer = torch.maximum(length[..., 1:], length[..., :-1])
+    alike = torch.maximum(longer[..., 2:], longer[..., :-2]).amin((-2, -1)) == 0
+    # up and down again, or down and up
+    back = -step
+    off = torch.maximum(
+        torch.minimum(step[..., 1:], back[..., :-1]).amax((-2, -1)),
+        torch.minimum(back[..., 1:], step[..., :-1]).amax((-2, -1)),
+    )
+    return alike | (off > _HOT * known_length.mean((-2, -1)))
 
 
 def exclude_defects(image: Tensor, usable: Tensor | None = None) -> Tensor | None:

@@ -40,13 +40,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._check import message
-from torchalign._host import all_true, carries_gradient, kernels_for
+from torchalign._host import all_true, carries_gradient, keeps_tables, kernels_for
 from torchalign.functional.affine import (
     composed,
     from_homogeneous,
     invert_warp,
     to_homogeneous,
-    translation_warp,
 )
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase
@@ -67,12 +66,16 @@ from torchalign.functional.sampling import (
     spline_with_slopes,
 )
 from torchalign.functional.smoothing import block_sums, nanmedian
-from torchalign.functional.texture import Brightness, Texture, extract_pyramid
+from torchalign.functional.structure import turn_orientations
+from torchalign.functional.texture import Contrast, Texture, extract_pyramid
 from torchalign.functional.uncertainty import (
+    beyond_chance,
     isotropic,
     largest_direction,
     largest_sigma,
+    parts_of,
     shared_slope,
+    trace,
     weights_error,
 )
 from torchalign.functional.working_grid import Window, WorkingGrid, ramp_length, tukey, working_size
@@ -105,12 +108,17 @@ _NEAR = 0.1
 _LONGEST_STEP = 2.0
 # A correlation must stand this many standard deviations out of that of unrelated scenes.
 _MIN_SIGNIFICANCE = 5.0
+# Of vectors, the parts of which are not independent of each other, this many (benchmarks/sensors.py).
+_MIN_SIGNIFICANCE_OF_VECTORS = 6.0
 # Share of a level's samples that are independent.
 _INDEPENDENT = 0.35
 # Blocks of 2³ samples a side, whose pulls are taken to be independent.
 _BLOCK = 3
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor.
 _SIGMA_CALIBRATION = 1.1
+# Across sensors: the factor; and, each showing edges of its own, an error of so many pixels per axis for what is not
+# in common (benchmarks/sensors.py).
+_STRUCTURE_CALIBRATION, _STRUCTURE_ERROR = 1.3, 0.25
 # The coefficient is divided by what the weights overlap, but for this.
 _WEIGHTS_SHARE = 0.5
 # A direction along which less than this share of the slope is the ground's is ambiguous.
@@ -131,6 +139,7 @@ class EnhancedCorrelation(NamedTuple):
         sigma: (..., T), predicted 1-σ error of the displacement of the frame's centre, in pixels, along the larger
             axis of ``covariance``.
         covariance: (..., T, 2, 2), of the displacement of the frame's centre, px².
+        misfit: (..., T), what of its trace comes from parts of the frame that disagree.
         significance: (..., T), the correlation in standard deviations of that of unrelated scenes.
         flat: (..., T) bool, no texture or too few usable pixels in frame or reference.
         converged: (..., T) bool, the last step was short, the Hessian has an inverse, the correlation is
@@ -143,6 +152,7 @@ class EnhancedCorrelation(NamedTuple):
     warp: Tensor
     sigma: Tensor
     covariance: Tensor
+    misfit: Tensor
     significance: Tensor
     flat: Tensor
     converged: Tensor
@@ -154,15 +164,16 @@ class Level(NamedTuple):
     """What a level of the pyramid keeps of the reference, see :func:`prepare_level`.
 
     Attributes:
-        grid: the samples, n = h · w of them.
+        grid: the samples, n = h · w of them, or 2h · w of a vector.
         field: (..., 1 or T, h, w), the reference's texture.
         products: (..., 1 or T, (2 + P)(3 + P) / 2, n), of the regressors with each other: the upper triangle, row
             by row. The first of the regressors being 1, the first row are they themselves.
-        weights: (..., 1 or T, n) in [0, 1]: the window, and what is usable.
+        weights: (..., 1 or T, h · w) in [0, 1]: the window, and what is usable.
         flat: (..., 1 or T) bool.
-        x: (n,), where the samples are, in halves of the frame from its centre.
-        y: (n,), likewise.
+        x: (h · w,), where the samples are, in halves of the frame from its centre.
+        y: (h · w,), likewise.
         corners: (8, P), how each parameter displaces the frame's corners, x of the four and then y, in pixels.
+        vector: the texture has two parts, one below the other: field, products and weights are of 2h · w samples.
     """
 
     grid: WorkingGrid
@@ -173,6 +184,13 @@ class Level(NamedTuple):
     x: Tensor
     y: Tensor
     corners: Tensor
+    vector: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the samples; the second part of a vector lies below the first."""
+        rows, columns = self.grid.size
+        return (2 * rows if self.vector else rows), columns
 
     @property
     def regressors(self) -> Tensor:
@@ -202,7 +220,7 @@ def enhanced_correlation(
     max_iterations: int = 4,
     tolerance: float = 0.02,
     max_frequency: float = 0.25,
-    contrast: Brightness = "local",
+    contrast: Contrast = "local",
     sigma_blur: float = 0.0,
     taper: float = 0.15,
     robust: Robust = "agreement",
@@ -224,7 +242,8 @@ def enhanced_correlation(
         max_iterations: on each level, and for each set of weights.
         tolerance: a frame has converged when a step moves no point of it by more, in pixels.
         max_frequency: the band that is used on the finest level, in cycles per pixel.
-        contrast: ``"local"`` or ``"none"``, see :func:`~torchalign.functional.texture.local_contrast`.
+        contrast: ``"local"``, ``"none"`` or ``"structure"``, see
+            :func:`~torchalign.functional.texture.extract_texture`. Orientations turn as the warp does.
         sigma_blur: σ in pixels of a Gaussian that both images are blurred with.
         taper: share of each axis over which the window falls off, in [0, 1].
         robust: ``"agreement"`` weights samples by the local correlation of the two frames around them,
@@ -268,11 +287,9 @@ def enhanced_correlation(
     textures = extract_pyramid(moving, moving_mask, grids=grids, contrast=contrast, blur=sigma_blur)
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
     only_shifted = only_shifts(motion, init)
-    init = moving.new_zeros((*shape, 2)) if init is None else init
-    homography = motion == "homography" or (
-        init.shape[-1] == 3 and init.shape[-2] == 3
-    )  # (a shift is (..., T, 2))
-    start, finite = _finite_start(init, frame, shape)
+    # (a shift is (..., T, 2))
+    homography = motion == "homography" or (init is not None and init.shape[-1] == init.shape[-2] == 3)
+    start, finite = _finite_start(init, frame, shape, moving)
     pyramid: list[_Shifted | _Warped] = [
         _Shifted.of(texture, level.grid, taper)
         if only_shifted
@@ -295,11 +312,14 @@ def enhanced_correlation(
         # the optimum does not move with where the search began: the derivative is exactly 0
         warp = warp + 0.0 * (start - start.detach())
     quality = _detach(_assess(state, _detach(finest), tolerance))
-    found = denormalize(_settle(warp), frame)
+    warp = _settle(warp)
+    # a shift by itself is the same about any centre
+    found = _shifted_by(_shift_of(warp, finest.grid)) if only_shifted else denormalize(warp, frame)
     return EnhancedCorrelation(
         found if homography else from_homogeneous(found),
         quality.sigma,
         quality.covariance,
+        quality.misfit,
         quality.significance,
         (finest.flat | frames.flat).expand(shape),
         quality.converged & finite,
@@ -308,13 +328,23 @@ def enhanced_correlation(
     )
 
 
-def _finite_start(init: Tensor, frame: tuple[int, int], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _finite_start(
+    init: Tensor | None, frame: tuple[int, int], shape: Sequence[int], like: Tensor
+) -> tuple[Tensor, Tensor]:
     """Normalised (..., T, 3, 3), the identity where an init is no number; and where (..., T) it is one."""
-    warp = translation_warp(init) if init.shape[-1] == 2 else init
-    start = normalize(to_homogeneous(warp), frame).expand(*shape, 3, 3)
-    finite = start.isfinite().flatten(-2).all(-1)
-    identity = torch.eye(3, dtype=start.dtype, device=start.device)
+    identity = torch.eye(3, dtype=like.dtype, device=like.device)
+    if init is None:
+        return identity.expand(*shape, 3, 3), torch.ones(*shape, dtype=torch.bool, device=like.device)
+    shifted = init.shape[-1] == 2
+    start = _shifted_by(init / half_length(frame)) if shifted else normalize(to_homogeneous(init), frame)
+    start = start.expand(*shape, 3, 3)
+    finite = _are_finite(start)
     return torch.where(finite[..., None, None], start, identity), finite
+
+
+def _are_finite(matrices: Tensor) -> Tensor:
+    """(...,) bool: of (..., n, m), all of whose entries are finite."""
+    return torch.linalg.vector_norm(matrices.detach(), torch.inf, dim=(-2, -1)) < torch.inf
 
 
 def level_frequencies(
@@ -347,7 +377,7 @@ def prepare_levels(
     motion: MotionModel = "affine",
     max_frequency: float = 0.25,
     levels: int | None = None,
-    contrast: Brightness = "local",
+    contrast: Contrast = "local",
     sigma_blur: float = 0.0,
     taper: float = 0.15,
 ) -> list[Level]:
@@ -359,7 +389,7 @@ def prepare_levels(
         motion: what will be estimated.
         max_frequency: of the finest level.
         levels: how many.
-        contrast: ``"local"`` or ``"none"``.
+        contrast: ``"local"``, ``"none"`` or ``"structure"``.
         sigma_blur: in pixels.
         taper: share of each axis.
     """
@@ -383,11 +413,19 @@ def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, tape
         motion: what will be estimated.
         taper: share of each axis over which the window falls off.
     """
-    spectrum = rfft2(texture.field) * _response(grid)
+    vector = texture.is_vector
+    band = grid.frame, grid.size, grid.max_frequency
+    spectrum = rfft2(texture.field) * _response(*band, vector, like=grid.radius)
     field = irfft2(spectrum, grid.size)
     slope_x, slope_y = _differentiate(spectrum, grid)
-    x, y = _coordinates(grid)
-    basis_x, basis_y = jacobian(motion, x, y)  # (P, n)
+    x, y, basis_x, basis_y, corners = _coordinates(grid.frame, grid.size, motion, like=grid.radius)
+    if vector:
+        field, slope_x, slope_y = (
+            torch.cat((*field,), -2),
+            torch.cat((*slope_x,), -1),
+            torch.cat((*slope_y,), -1),
+        )
+        basis_x, basis_y = torch.cat((basis_x, basis_x), -1), torch.cat((basis_y, basis_y), -1)
     derivatives = slope_x[..., None, :] * basis_x + slope_y[..., None, :] * basis_y  # (..., P, n)
     values = field.flatten(-2)[..., None, :]
     rows = torch.cat([torch.ones_like(values), values, derivatives], dim=-2)
@@ -395,11 +433,10 @@ def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, tape
     products = torch.cat(
         [rows, *(rows[..., i : i + 1, :] * rows[..., i:, :] for i in range(1, rows.shape[-2]))], dim=-2
     )
-    weights = Window.of(grid, taper).whole.flatten(-2).expand(texture.field.flatten(-2).shape)
+    weights = Window.of(grid, taper).whole.flatten(-2).expand(*texture.flat.shape, -1)
     if texture.weights is not None:
         weights = weights * texture.weights.flatten(-2)
-    corners = _corners(grid, motion)
-    return Level(grid, field, products, weights, texture.flat, x, y, corners)
+    return Level(grid, field, products, weights, texture.flat, x, y, corners, vector)
 
 
 class _Shifted(NamedTuple):
@@ -413,20 +450,21 @@ class _Shifted(NamedTuple):
     @classmethod
     def of(cls, texture: Texture, grid: WorkingGrid, taper: float) -> _Shifted:
         weights = None if texture.weights is None else rfft2(texture.weights)
-        return cls(rfft2(texture.field) * _response(grid), weights, texture.flat, Window.of(grid, taper))
+        response = _response(grid.frame, grid.size, grid.max_frequency, texture.is_vector, like=grid.radius)
+        return cls(rfft2(texture.field) * response, weights, texture.flat, Window.of(grid, taper))
 
     def detach(self) -> _Shifted:
         return _detach(self)
 
     def look(self, warp: Tensor, level: Level, *, precise: bool) -> tuple[Tensor, Tensor]:
         """:meth:`values` and :meth:`ground`."""
-        return self.values(warp, level, precise=precise), self.ground(warp, level)
+        return self.values(warp, level, precise=precise), _for_parts(self.ground(warp, level), level)
 
     def ascend(
         self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """All steps by one kernel, where there is one: warps, the last reach, and the warps before that step."""
-        kernels = kernels_for(self.spectrum, start, system.weights, level.field)
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """All steps by one kernel, where there is one: warps, the last reach; if precise, the values before it."""
+        kernels = None if level.vector else kernels_for(self.spectrum, start, system.weights, level.field)
         if kernels is None:
             return None
         grid = level.grid
@@ -443,16 +481,13 @@ class _Shifted(NamedTuple):
             (grid.size[0] * grid.size[1], half_length(grid.frame), _LONGEST_STEP * grid.spacing()),
             (search.max_iterations, steps.tolerance),
         )
-        unit = half_length(grid.frame)
-        return (
-            to_homogeneous(translation_warp(shift / unit)),
-            reach,
-            to_homogeneous(translation_warp(seen / unit)),
-        )
+        values = level.grid.move(self.spectrum, seen).flatten(-2) if steps.precise else None
+        return _shifted_by(shift / half_length(grid.frame)), reach, values
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference, precise at any price."""
-        return level.grid.move(self.spectrum, _shift_of(warp, level.grid)).flatten(-2)
+        moved = level.grid.move(self.spectrum, _shift_of(warp, level.grid)).flatten(-2)
+        return torch.cat((*moved,), -1) if level.vector else moved
 
     def ground(self, warp: Tensor, level: Level) -> Tensor:
         """(..., T, n) in [0, 1]: the windows, and what is usable, of both."""
@@ -470,8 +505,11 @@ class _Shifted(NamedTuple):
         """The values, and their derivatives by x and y of the reference."""
         grid = level.grid
         shifted = shift_phase(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
-        by_x, by_y = _differentiate(shifted, grid)
-        return irfft2(shifted, grid.size).flatten(-2), by_x, by_y
+        found = irfft2(shifted, grid.size).flatten(-2), *_differentiate(shifted, grid)
+        if not level.vector:
+            return found
+        values, by_x, by_y = (torch.cat((*field,), -1) for field in found)
+        return values, by_x, by_y
 
 
 class _Warped(NamedTuple):
@@ -487,15 +525,12 @@ class _Warped(NamedTuple):
     def of(cls, texture: Texture, grid: WorkingGrid, taper: float, projective: bool) -> _Warped:
         rows, columns = grid.size
         size = (_OVERSAMPLING * rows, _OVERSAMPLING * columns)
-        spectrum = rfft2(texture.field) * _response(grid)
-        kind = {"device": spectrum.device, "dtype": grid.radius.dtype}
-        y, x = torch.fft.fftfreq(size[0], **kind), torch.fft.rfftfreq(size[1], **kind)[: spectrum.shape[-1]]
+        band = grid.frame, grid.size, grid.max_frequency
+        spectrum = rfft2(texture.field) * _spline_gain(*band, texture.is_vector, like=grid.radius)
         # zeros between the positive and the negative frequencies; those of the columns are appended by irfft
         positive = rows - rows // 2
         middle = spectrum.new_zeros((*spectrum.shape[:-2], size[0] - rows, spectrum.shape[-1]))
-        padded = torch.cat([spectrum[..., :positive, :], middle, spectrum[..., positive:, :]], dim=-2)
-        gain = size[0] * size[1] / (rows * columns)
-        coefficients = padded * (gain / (spline_response(y)[:, None] * spline_response(x)))
+        coefficients = torch.cat([spectrum[..., :positive, :], middle, spectrum[..., positive:, :]], dim=-2)
         weights = None if texture.weights is None else continue_border(texture.weights)
         return cls(continue_border(irfft2(coefficients, size)), weights, texture.flat, taper, projective)
 
@@ -504,9 +539,10 @@ class _Warped(NamedTuple):
 
     def look(self, warp: Tensor, level: Level, *, precise: bool) -> tuple[Tensor, Tensor]:
         """:meth:`values` and :meth:`ground`."""
-        kernels = kernels_for(self.spline, self.weights, warp, level.weights)
+        kernels = None if level.vector else kernels_for(self.spline, self.weights, warp, level.weights)
         if kernels is None:
-            return self.values(warp, level, precise=precise), self.ground(warp, level)
+            ground = _for_parts(self.ground(warp, level), level)
+            return self.values(warp, level, precise=precise), ground
         ramps = [ramp_length(length, self.taper) for length in level.grid.frame] if self.taper > 0 else None
         return kernels.look(
             self.spline, self.weights, warp, level.weights, self._geometry(level), ramps, precise
@@ -514,13 +550,13 @@ class _Warped(NamedTuple):
 
     def ascend(
         self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """All steps by one kernel, where there is one: warps, the last reach, and the warps before that step."""
-        kernels = kernels_for(self.spline, start, system.weights, level.field)
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """All steps by one kernel, where there is one: warps, the last reach; if precise, the values before it."""
+        kernels = None if level.vector else kernels_for(self.spline, start, system.weights, level.field)
         if kernels is None:
             return None
         equations = system.mean, system.inverse, system.solved, system.rest
-        return kernels.ascend_warped(
+        warp, reach, seen = kernels.ascend_warped(
             self.spline,
             start,
             moves,
@@ -531,6 +567,7 @@ class _Warped(NamedTuple):
             search.motion,
             (search.max_iterations, steps.tolerance, steps.precise),
         )
+        return warp, reach, self.look(seen, level, precise=True)[0] if steps.precise else None
 
     def _geometry(self, level: Level) -> tuple[Any, ...]:
         """As :class:`torchalign.kernels.ascend.Geometry` has it."""
@@ -540,7 +577,11 @@ class _Warped(NamedTuple):
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference; else bilinear, for a fifth of the price."""
         column, row = self._sources(warp, level, _samples_of(self.spline))
-        return spline_at(self.spline, column, row) if precise else bilinear_at(self.spline, column, row)
+        sample = spline_at if precise else bilinear_at
+        if not level.vector:
+            return sample(self.spline, column, row)
+        parts = torch.stack([sample(part, column, row) for part in self.spline])
+        return torch.cat((*turn_orientations(parts, warp),), -1)
 
     def ground(self, warp: Tensor, level: Level) -> Tensor:
         """(..., T, n) in [0, 1]: the windows, and what is usable, of both."""
@@ -562,10 +603,18 @@ class _Warped(NamedTuple):
         """The values, and their derivatives by x and y of the reference."""
         size = _samples_of(self.spline)
         column, row = self._sources(warp, level, size)
-        values, by_column, by_row = spline_with_slopes(self.spline, column, row)
+        if level.vector:
+            # (what turns with the warp is held fixed)
+            parts = zip(*(spline_with_slopes(part, column, row) for part in self.spline), strict=True)
+            values, by_column, by_row = (
+                torch.cat((*turn_orientations(torch.stack(both), warp),), -1) for both in parts
+            )
+        else:
+            values, by_column, by_row = spline_with_slopes(self.spline, column, row)
         (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-2) for row in invert_warp(warp)[..., None].unbind(-3))
         depth = g * level.x + h * level.y + i
         x, y = (a * level.x + b * level.y + c) / depth, (d * level.x + e * level.y + f) / depth
+        depth, x, y = (_for_parts(position, level) for position in (depth, x, y))
         height, width = level.grid.frame
         slope_x, slope_y = (
             slope * (half_length(level.grid.frame) * samples / length)
@@ -676,15 +725,13 @@ class _Search(NamedTuple):
         """
         warp, values, common = samples
         inliers = self._inliers(values, common, level)
-        weights = common if inliers is None else common * inliers.flatten(-2)
+        weights = common if inliers is None else common * _for_parts(inliers.flatten(-2), level)
         system = _solve(weights.square(), level)
         moves = (level.flat | moving.flat).logical_not()
         ascended = moving.ascend(warp, moves, system, level, self, _Steps(tolerance, precise))
         if ascended is not None:
-            warp, reach, seen = ascended
-            if precise:  # of the others only the warp is wanted
-                values, _ = moving.look(seen, level, precise=True)
-            return _State(warp, reach, values, common, system, inliers)
+            warp, reach, found = ascended  # of steps that are not precise only the warp is wanted
+            return _State(warp, reach, values if found is None else found, common, system, inliers)
         reach = torch.zeros_like(warp[..., 0, 0])
         for iteration in range(self.max_iterations):
             if iteration > 0:
@@ -706,9 +753,17 @@ class _Search(NamedTuple):
             return None
         size = level.grid.size
         if self.robust == "residual":
-            return _unflatten(_biweight(values, common, level), -1, size)
-        ours, theirs = values * common, level.field * _unflatten(level.weights, -1, size)
-        return agreement(_unflatten(ours, -1, size), theirs)
+            found = _biweight(values, common, level)
+            # a vector is an inlier if both its parts are
+            found = torch.minimum(*found.chunk(2, -1)) if level.vector else found
+            return _unflatten(found, -1, size)
+        ours, window = values * common, _unflatten(level.weights, -1, size)
+        if not level.vector:
+            return agreement(_unflatten(ours, -1, size), level.field * window)
+        ours, theirs = (
+            torch.stack(field.chunk(2, -2)) for field in (_unflatten(ours, -1, level.size), level.field)
+        )
+        return agreement(ours, theirs * window, vector=True)
 
 
 class _WarpedSamples(NamedTuple):
@@ -750,18 +805,19 @@ def _every_second(level: Level) -> Level:
     if rows % 2 or columns % 2 or min(rows, columns) < 4 * _COARSEST:
         return level
 
-    def thin(values: Tensor) -> Tensor:
-        return _unflatten(values, -1, (rows, columns))[..., ::2, ::2].flatten(-2)
+    def thin(values: Tensor, size: tuple[int, int] = (rows, columns)) -> Tensor:
+        return _unflatten(values, -1, size)[..., ::2, ::2].flatten(-2)
 
     return Level(
         WorkingGrid.of(grid.frame, (rows // 2, columns // 2), grid.max_frequency, level.field),
         level.field[..., ::2, ::2],
-        thin(level.products),
+        thin(level.products, level.size),
         thin(level.weights),
         level.flat,
         thin(level.x),
         thin(level.y),
         level.corners,
+        level.vector,
     )
 
 
@@ -778,18 +834,18 @@ def _biweight(values: Tensor, common: Tensor, level: Level) -> Tensor:
 def _solve(weights: Tensor, level: Level) -> _System:
     """The normal equations of these weights."""
     parameters = level.corners.shape[-1]
-    gram = _inner(weights, level.products)[..., _places(2 + parameters, weights.device)]
+    gram = _inner(weights, level.products)[..., _places(2 + parameters, like=weights)]
     mean = gram[..., 0, :] / gram[..., 0, :1].clamp(min=torch.finfo(weights.dtype).tiny)
-    centred = gram[..., 1:, 1:] - gram[..., 1:, :1] * mean[..., None, 1:]  # (..., T, 1 + P, 1 + P)
-    against, hessian = centred[..., 0, :], centred[..., 1:, 1:]
+    centred = torch.addcmul(gram[..., 1:, 1:], gram[..., 1:, :1], mean[..., None, 1:], value=-1)
+    against, hessian = centred[..., 0, :], centred[..., 1:, 1:]  # of (..., T, 1 + P, 1 + P)
     ridge = _RIDGE * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ridge = torch.where(ridge > 0, ridge, 1.0)
+    ridge = ridge.masked_fill(~(ridge > 0), 1.0)
     eye = torch.eye(parameters, dtype=weights.dtype, device=weights.device)
-    inverse = torch.linalg.inv_ex(hessian + ridge[..., None, None] * eye).inverse
+    inverse = torch.linalg.inv_ex(torch.addcmul(hessian, ridge[..., None, None], eye)).inverse
     # in a direction in which nothing changes the ridge is all there is
     spread = inverse.diagonal(dim1=-2, dim2=-1) * ridge[..., None]
-    sound = inverse.isfinite().flatten(-2).all(-1) & ((spread > 0) & (spread < _BLIND)).all(-1)
-    inverse = torch.where(sound[..., None, None], inverse, 0.0)
+    sound = _are_finite(inverse) & ((spread > 0) & (spread < _BLIND)).all(-1)
+    inverse = inverse.masked_fill(~sound[..., None, None], 0.0)
     solved = (inverse * against[..., None, 1:]).sum(-1)
     rest = against[..., 0] - (against[..., 1:] * solved).sum(-1)
     return _System(weights, mean, inverse, solved, rest, sound)
@@ -835,6 +891,7 @@ def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
 class _Quality(NamedTuple):
     sigma: Tensor  # (..., T)
     covariance: Tensor  # (..., T, 2, 2)
+    misfit: Tensor  # (..., T)
     significance: Tensor  # (..., T)
     converged: Tensor  # (..., T) bool
     ambiguous: Tensor  # (..., T) bool
@@ -860,24 +917,33 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     slope = seen.covariance / seen.variance
     offset = seen.other_mean - slope * seen.mean
     residual = torch.addcmul(offset[..., None] - level.texture, slope[..., None], values)
-    pulls = (system.weights * residual).unsqueeze(-2) * level.regressors  # (..., T, 2 + P, n)
-    size = level.grid.size
+    pull, certainty = residual, seen.correlation.square().square()
+    if level.vector:
+        # across sensors little is common: r̄ is to be told of m̄ by what it is multiplied with there, not the
+        # other way round, and then nothing is to be divided by
+        correlation = seen.correlation.square().clamp(min=torch.finfo(values.dtype).eps)
+        gain = slope / correlation
+        pull = gain[..., None] * (values - seen.mean[..., None]) - (
+            level.texture - seen.other_mean[..., None]
+        )
+        certainty = torch.ones_like(certainty)
+    pulls = (system.weights * pull).unsqueeze(-2) * level.regressors  # (..., T, 2 + P, n)
+    size = level.size
     # blocks of 8 × 8 samples, smaller ones where there would be less than 8 a side
     times = 0
     while times < _BLOCK and min(size) >= 16 * 2**times:  # compared, not computed: a size may be a symbol
         times += 1
     sums = block_sums(_unflatten(pulls, -1, size), times)  # (..., T, 2 + P, h / b, w / b)
-    # what every block does to the two translations
-    lever = system.inverse[..., :2, :]
-    mean = system.mean[..., 2:, None]
-    sums = torch.matmul(lever, sums[..., 2:, :, :].flatten(-2) - mean * sums[..., :1, :, :].flatten(-2))
-    blocks = sums.shape[-1]
-    freedom = blocks / max(1, blocks - level.regressors.shape[-2])
-    scatter = freedom * torch.matmul(sums, sums.mT)
-    scale = _SIGMA_CALIBRATION * half_length(level.grid.frame) / seen.correlation.square().square()
-    covariance = scale.square()[..., None, None] * scatter
+    calibration = _STRUCTURE_CALIBRATION if level.vector else _SIGMA_CALIBRATION
+    scale = calibration * half_length(level.grid.frame) / certainty
+    covariance = scale.square()[..., None, None] * _scatter_of_blocks(sums, system)
+    parts = scale.square()[..., None, None] * _scatter_of_blocks(parts_of(sums), system)
+    if level.vector:
+        covariance = covariance + isotropic(_STRUCTURE_ERROR * (1 - seen.correlation))
+    misfit = beyond_chance(parts, covariance)
     root = _unflatten(system.weights, -1, size).sqrt()
     covariance = covariance + isotropic(_WEIGHTS_SHARE * weights_error(level.field, root, level.grid))
+    covariance = covariance + misfit
     sigma = largest_sigma(covariance)
     residual, weights = (_unflatten(field, -1, size) for field in (residual, system.weights))
     share = shared_slope(residual, level.field, weights, largest_direction(covariance))
@@ -887,12 +953,24 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     samples = _INDEPENDENT * ground.sum(-1).square() / torch.linalg.vecdot(ground, ground).clamp(min=tiny)
     significance = _moments(values, level, ground).correlation * samples.sqrt()
 
-    sound = system.sound & sigma.isfinite() & state.warp.isfinite().flatten(-2).all(-1)
-    converged = sound & (state.reach <= tolerance) & (significance >= _MIN_SIGNIFICANCE)
+    sound = system.sound & (sigma < torch.inf) & _are_finite(state.warp)
+    least = _MIN_SIGNIFICANCE_OF_VECTORS if level.vector else _MIN_SIGNIFICANCE
+    converged = sound & (state.reach <= tolerance) & (significance >= least)
     unknown = isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
-    sigma = torch.where(sound, sigma, torch.inf)
-    return _Quality(sigma, covariance, significance, converged, share < _LEAST_SHARE)
+    sigma = sigma.masked_fill(~sound, torch.inf)
+    misfit = trace(misfit).masked_fill(~sound, 0.0)
+    return _Quality(sigma, covariance, misfit, significance, converged, share < _LEAST_SHARE)
+
+
+def _scatter_of_blocks(sums: Tensor, system: _System) -> Tensor:
+    """(..., T, 2, 2): of what blocks, whose pulls are (..., T, 2 + P, h, w), do to the two translations."""
+    lever = system.inverse[..., :2, :]
+    mean = system.mean[..., 2:, None]
+    moved = torch.matmul(lever, sums[..., 2:, :, :].flatten(-2) - mean * sums[..., :1, :, :].flatten(-2))
+    blocks = moved.shape[-1]
+    freedom = blocks / max(1, blocks - sums.shape[-3])
+    return freedom * torch.matmul(moved, moved.mT)
 
 
 class _Moments(NamedTuple):
@@ -918,8 +996,8 @@ def _moments(values: Tensor, level: Level, weights: Tensor) -> _Moments:
     other_variance = other_square / count - other_mean.square()
     covariance = product / count - mean * other_mean
     flat = (variance <= 1e-6) | (other_variance <= 1e-6)
-    variance, other_variance = torch.where(flat, 1.0, variance), torch.where(flat, 1.0, other_variance)
-    covariance = torch.where(flat, 0.0, covariance)
+    variance, other_variance = variance.masked_fill(flat, 1.0), other_variance.masked_fill(flat, 1.0)
+    covariance = covariance.masked_fill(flat, 0.0)
     return _Moments(
         mean, other_mean, variance, covariance, covariance * torch.rsqrt(variance * other_variance)
     )
@@ -948,7 +1026,7 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
     system, gain, along, direction = _detach(system), gain.detach(), along.detach(), direction.detach()
     level, by_x, by_y = _detach(level), by_x.detach(), by_y.detach()
     # a small increment k composed to the warp shifts the frame on the reference by −(its displacement)
-    basis_x, basis_y = jacobian(motion, level.x, level.y)
+    basis_x, basis_y = (_for_parts(basis, level) for basis in jacobian(motion, level.x, level.y))
     moved = -(by_x[..., None, :] * basis_x + by_y[..., None, :] * basis_y)  # (..., T, P, n)
     change = torch.matmul(system.weights[..., None, :] * moved, level.regressors.mT)  # (..., T, P, 2 + P)
     change = change - change[..., :1] * system.mean[..., None, :]
@@ -970,23 +1048,20 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
 # ------------------------------------------------------------------------------------------------- coordinates
 
 
-def _coordinates(grid: WorkingGrid) -> tuple[Tensor, Tensor]:
-    """(n,) x and y of the samples, in halves of the frame from its centre."""
-    (height, width), half = grid.frame, half_length(grid.frame)
-    kind: dict[str, Any] = {"device": grid.radius.device, "dtype": grid.radius.dtype}
-    x = (torch.arange(grid.size[1], **kind) * (width / grid.size[1]) - (width - 1) / 2) / half
-    y = (torch.arange(grid.size[0], **kind) * (height / grid.size[0]) - (height - 1) / 2) / half
-    shape = (grid.size[0], grid.size[1])
-    return x.expand(shape).flatten(), y[:, None].expand(shape).flatten()
-
-
-def _corners(grid: WorkingGrid, motion: MotionModel) -> Tensor:
-    """(8, P), see :class:`Level`."""
-    (height, width), half = grid.frame, half_length(grid.frame)
-    sign = 2 * torch.arange(4, device=grid.radius.device) - 3  # −3, −1, 1, 3: left, left, right, right
-    x = sign.sign().to(grid.radius.dtype) * ((width - 1) / 2 / half)
-    y = (sign % 4 - 2).to(grid.radius.dtype) * ((height - 1) / 2 / half)  # up and down in turns
-    return half * torch.cat(jacobian(motion, x, y), dim=-1).mT
+@keeps_tables
+def _coordinates(
+    frame: tuple[int, int], size: tuple[int, int], motion: MotionModel, *, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(n,) x and y of the samples, in halves of the frame from its centre, (P, n) their jacobian, (8, P) the corners."""
+    (height, width), half = frame, half_length(frame)
+    kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    x = (torch.arange(size[1], **kind) * (width / size[1]) - (width - 1) / 2) / half
+    y = (torch.arange(size[0], **kind) * (height / size[0]) - (height - 1) / 2) / half
+    x, y = x.expand(size).flatten(), y[:, None].expand(size).flatten()
+    sign = 2 * torch.arange(4, device=like.device) - 3  # −3, −1, 1, 3: left, left, right, right
+    far_x = sign.sign().to(like.dtype) * ((width - 1) / 2 / half)
+    far_y = (sign % 4 - 2).to(like.dtype) * ((height - 1) / 2 / half)  # up and down in turns
+    return x, y, *jacobian(motion, x, y), half * torch.cat(jacobian(motion, far_x, far_y), dim=-1).mT
 
 
 def _settle(warp: Tensor) -> Tensor:
@@ -999,9 +1074,10 @@ def _settle(warp: Tensor) -> Tensor:
     return settled + (warp - warp.detach()).nan_to_num(0.0)
 
 
-def _places(parameters: int, device: torch.device) -> Tensor:
+@keeps_tables
+def _places(parameters: int, *, like: Tensor) -> Tensor:
     """(P, P): where in the packed upper triangle of a symmetric matrix its entries are."""
-    index = torch.arange(parameters, device=device)
+    index = torch.arange(parameters, device=like.device)
     low, high = torch.minimum(index[:, None], index), torch.maximum(index[:, None], index)
     return low * parameters - low * (low - 1) // 2 + high - low
 
@@ -1009,20 +1085,60 @@ def _places(parameters: int, device: torch.device) -> Tensor:
 # ----------------------------------------------------------------------------------------- spectra and shapes
 
 
-def _response(grid: WorkingGrid) -> Tensor:
-    """(h, w//2+1): the root of the ramp |f|, within the band."""
-    share = grid.radius / grid.max_frequency
-    return share.sqrt() * (share < 1)
+@keeps_tables
+def _response(
+    frame: tuple[int, int], size: tuple[int, int], max_frequency: float, vector: bool, *, like: Tensor
+) -> Tensor:
+    """(h, w//2+1): the root of the ramp |f|, within the band; 1 for vectors, whose fields have no 1/f spectrum."""
+    share = WorkingGrid.of(frame, size, max_frequency, like).radius / max_frequency
+    band = share < 1
+    return band.to(share.dtype) if vector else share.sqrt() * band
+
+
+def _for_parts(values: Tensor, level: Level) -> Tensor:
+    """(..., n) from (..., h · w): the same for both parts of a vector."""
+    return torch.cat((values, values), -1) if level.vector else values
+
+
+@keeps_tables
+def _spline_gain(
+    frame: tuple[int, int], size: tuple[int, int], max_frequency: float, vector: bool, *, like: Tensor
+) -> Tensor:
+    """(h, w//2+1): the same for the coefficients of a spline through twice as many samples a side."""
+    rows, columns = (_OVERSAMPLING * samples for samples in size)
+    kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    y, x = torch.fft.fftfreq(rows, **kind), torch.fft.rfftfreq(columns, **kind)[: size[1] // 2 + 1]
+    positive = size[0] - size[0] // 2
+    y = torch.cat([y[:positive], y[rows - size[0] // 2 :]])
+    gain = _OVERSAMPLING**2 / (spline_response(y)[:, None] * spline_response(x))
+    return gain * _response(frame, size, max_frequency, vector, like=like)
 
 
 def _differentiate(spectrum: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tensor]:
     """(..., n) twice, the derivatives of a field by x and y, per half of the frame."""
-    omega_y, omega_x = (2 * math.pi * half_length(grid.frame) * frequency for frequency in grid.frequencies)
     by_x, by_y = (
-        irfft2(torch.complex(-spectrum.imag * omega, spectrum.real * omega), grid.size).flatten(-2)
-        for omega in (omega_x, omega_y[:, None])
+        irfft2(spectrum * slope, grid.size).flatten(-2)
+        for slope in _derivatives_along(grid.frame, grid.size, like=grid.radius)
     )
     return by_x, by_y
+
+
+@keeps_tables
+def _derivatives_along(
+    frame: tuple[int, int], size: tuple[int, int], *, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(w//2+1,) and (h, 1): iω, per half of the frame."""
+    y, x = WorkingGrid.of(frame, size, 0.5, like).frequencies
+    omega_x, omega_y = (2 * math.pi * half_length(frame) * frequency for frequency in (x, y[:, None]))
+    return torch.complex(torch.zeros_like(omega_x), omega_x), torch.complex(
+        torch.zeros_like(omega_y), omega_y
+    )
+
+
+def _shifted_by(shift: Tensor) -> Tensor:
+    """(..., 3, 3), of (..., 2)."""
+    identity = torch.eye(3, dtype=shift.dtype, device=shift.device)
+    return identity + F.pad(shift.unsqueeze(-1), (2, 0, 0, 1))
 
 
 def _shift_of(warp: Tensor, grid: WorkingGrid) -> Tensor:

@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torchalign.functional.affine import (
     adjugate,
@@ -548,8 +549,7 @@ def _increment(delta: Tensor, size: tuple[int, int], motion: MotionModel) -> Ten
 
 def _residuals(warp: Tensor, points: Tensor, targets: Tensor) -> Tensor:
     """(..., K, 2): what is left between mapped points and targets; far where a point is at infinity."""
-    moved = mapped(warp, points)
-    return torch.where(moved.isfinite(), targets - moved, 1e6)
+    return (targets - mapped(warp, points)).nan_to_num(1e6, 1e6, 1e6)
 
 
 def _biweight(square: Tensor, radius: Tensor | float) -> Tensor:
@@ -583,14 +583,14 @@ def _step(
     radius: Tensor | float,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One Gauss–Newton step under Tukey's weights; and these weights, and the squared residuals, before it."""
-    square = _residuals(warp, points, targets).square().sum(-1)
+    residual = _residuals(warp, points, targets)
+    square = residual.square().sum(-1)
     inner = weight * _biweight(square, radius)
     if motion == "translation":  # the weighted mean
-        residual = torch.where((inner > 0).unsqueeze(-1), _residuals(warp, points, targets), 0.0)
-        total = inner.sum(-1, keepdim=True)
-        delta = (inner.unsqueeze(-1) * residual).sum(-2) / torch.where(total > 0, total, 1.0)
-    else:
-        delta, _ = _solve(*_normal_equations(warp, points, targets, inner, size, motion))
+        total = inner.sum(-1, keepdim=True).clamp(min=torch.finfo(inner.dtype).tiny)
+        delta = (inner.unsqueeze(-1) * residual).sum(-2) / total
+        return warp + F.pad(delta.unsqueeze(-1), (2, 0)), (inner, square)
+    delta, _ = _solve(*_normal_equations(warp, points, targets, inner, size, motion))
     warp = composed(warp, _increment(delta, size, motion))
     if motion == "homography":
         warp = warp / warp[..., 2:, 2:]

@@ -29,12 +29,19 @@ import torch
 from torch import Tensor
 
 from torchalign._check import message
-from torchalign._host import kernels_for
+from torchalign._host import all_true, keeps_tables, kernels_for
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave
 from torchalign.functional.sizes import lags_within, square_root
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid, extract_texture
-from torchalign.functional.uncertainty import PeakQuality, assess_peak, largest_sigma, overlap_curvature
+from torchalign.functional.uncertainty import (
+    CALIBRATION,
+    PeakQuality,
+    assess_peak,
+    block_pulls,
+    largest_sigma,
+    overlap_curvature,
+)
 from torchalign.functional.working_grid import Window, WorkingGrid, working_size
 
 __all__ = [
@@ -61,17 +68,17 @@ _NEWTON_STEPS = 3
 _NEWTON_TOLERANCE = 1e-2
 # Holes that pull so far, in pixels, may pull on.
 _FAR_PULLED = 0.5
-# Lines of the spectrum, up to so many bins wide to either side, are of stripes where at no shift they correlate by
-# this share more than their ground would.
-_LINE, _STATIC = 2, 0.12
+# Lines of the spectrum, up to so many bins wide to either side, are of stripes where this share of them stays, and
+# that by so many standard deviations; the ground's way must turn them by more than the root of the last.
+_LINE, _STATIC, _STATIC_SIGMAS, _LEAST_WAY = 2, 0.28, 2.0, 1e-3
 # Holes are divided by where they, and what is next to them, are at least this share of a frame; and where what lies
 # off them is at least that share of what is mostly usable.
 _LEAST_HOLES, _LEAST_COVER = 0.06, 0.6
+# Across sensors, where each shows edges of its own, errors exceed the prediction by that (benchmarks/sensors.py).
+_STRUCTURE_CALIBRATION = 3.2
 # What is taken off for the weights' own correlation is of the second order: no more than this, on no longer a way
 # than that, in pixels.
 _LARGEST_CORRECTION, _LONGEST_WAY = 0.5, 4.0
-# Across sensors, where each shows edges of its own, errors exceed the prediction by that (benchmarks/sensors.py).
-_STRUCTURE_CALIBRATION = 3.2
 
 
 class PhaseShift(NamedTuple):
@@ -81,6 +88,7 @@ class PhaseShift(NamedTuple):
         shift: (..., 2), (x, y) in pixels.
         sigma: (...,), predicted 1-σ error in pixels, along the larger axis of ``covariance``.
         covariance: (..., 2, 2), predicted, of the errors, px².
+        misfit: (...,), what of its trace comes from parts of the frame that disagree: a motion that a shift lacks.
         significance: (...,), height of the coarse peak in standard deviations of the correlation surface.
         flat: (...,) bool, no texture or too few usable pixels in frame or reference.
         outside: (...,) bool, a clearly higher peak lies beyond ``max_translation``.
@@ -93,6 +101,7 @@ class PhaseShift(NamedTuple):
     shift: Tensor
     sigma: Tensor
     covariance: Tensor
+    misfit: Tensor
     significance: Tensor
     flat: Tensor
     outside: Tensor
@@ -116,6 +125,7 @@ def phase_correlation(
     upsample_factor: int | None = None,
     start: Tensor | None = None,
     size: tuple[int, int] | None = None,
+    fixed_at: Tensor | None = None,
 ) -> PhaseShift:
     """The translation that brings every moving frame onto the reference. See the module's docstring.
 
@@ -138,6 +148,8 @@ def phase_correlation(
         upsample_factor: ``None`` for Newton; n for the best of a grid of 1/n pixel (not differentiable).
         start: (..., 2), a shift to refine, where it correlates better than the coarse peak does.
         size: (H, W) in pixels of what a moving texture shows, which it does not tell itself.
+        fixed_at: (..., 2), the shift at which a pattern of the detector lies on itself, if frames were moved before;
+            ``None``: no shift.
 
     Returns:
         :class:`PhaseShift`. Never NaN, whatever the data.
@@ -152,16 +164,8 @@ def phase_correlation(
         >>> phase_correlation(moving, reference).shift.round(decimals=2)
         tensor([ 1.3000, -0.6000])
     """
-    if isinstance(moving, Texture):
-        if size is None:
-            raise ValueError(message("size", "(H, W) with a moving texture", size, "give the frame's size"))
-        texture, samples = moving, (moving.field.shape[-2], moving.field.shape[-1])
-        (height, width), grid = size, WorkingGrid.of(size, samples, max_frequency, moving.field)
-    else:
-        height, width = moving.shape[-2:]
-        samples = working_size((height, width), max_frequency)
-        grid = WorkingGrid.of((height, width), samples, max_frequency, moving)
-        (texture,) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast, cover=True)
+    texture, grid = _textured(moving, moving_mask, size, max_frequency, contrast)
+    (height, width), samples = grid.frame, grid.size
     vector = texture.is_vector
     weighting = weighting or ("none" if vector else "ramp")
     robust = not vector if robust is None else robust
@@ -171,27 +175,35 @@ def phase_correlation(
         )
     pair = _Pair(texture, reference, grid, Window.of(grid, taper), weighting)
     window = pair.tapering.whole
-    spectrum, power = pair.correlate(window, window)
-    rows, columns = _lines(grid)
+    spectrum, still, power = pair.correlate(window, window)
+    rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
     # without the two lines on which a detector's stripes lie, which fit at no shift
-    surface = irfft2(power * ~(rows | columns), samples)
-    peak = coarse_peak(surface, (height, width), max_translation)
+    ground = power * ((1 - rows) * (1 - columns))
+    peak = coarse_peak(irfft2(ground, samples), (height, width), max_translation)
     if start is not None:
-        peak = _higher_of(peak, start, power, grid, wave_orders(grid.frequencies))
+        peak = _higher_of(peak, start, ground, grid, wave_orders(grid.frequencies))
     shift, outside = peak.shift, peak.outside
 
     inliers, effective, holes = None, window, None
     if robust:
         same = agreement(grid.move(spectrum, shift), reference.field * window, vector=vector)
         inliers, own, effective = pair.weights_at(shift, same)
-        _, power = pair.correlate(own, effective)
+        spectrum, still, power = pair.correlate(own, effective)
         if not vector and upsample_factor is None:
             holes = pair.holes()
     if not vector:
-        power = _without_stripes(power, grid, shift)
+        power, still = _without_stripes(power, still, grid, shift, fixed_at)
     together = shift if robust else torch.zeros_like(shift)
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
+    if vector:  # most of their power is in a few low frequencies: the peak of the surface tells chance from ground
+        unasked = torch.full_like(found.quality.height, torch.inf)
+        found = found._replace(quality=found.quality._replace(height=unasked))
     ambiguous = found.quality.ambiguous
+    misfit = torch.zeros_like(found.quality.height)
+    if not vector and weighting == "ramp":
+        pulls = block_pulls(spectrum.detach(), still.detach(), found.peak, grid)
+        quality, misfit = found.quality.with_misfit(pulls)
+        found = found._replace(quality=quality)
     if holes is not None:
         divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same)
         found = found._replace(
@@ -214,6 +226,7 @@ def phase_correlation(
         found.shift,
         sigma,
         covariance,
+        misfit,
         peak.significance,
         flat,
         outside,
@@ -221,6 +234,25 @@ def phase_correlation(
         ambiguous,
         inliers,
     )
+
+
+def _textured(
+    moving: Tensor | Texture,
+    mask: Tensor | None,
+    size: tuple[int, int] | None,
+    max_frequency: float,
+    contrast: Contrast,
+) -> tuple[Texture, WorkingGrid]:
+    """The texture of moving frames, and its grid."""
+    if isinstance(moving, Texture):
+        if size is None:
+            raise ValueError(message("size", "(H, W) with a moving texture", size, "give the frame's size"))
+        samples = moving.field.shape[-2], moving.field.shape[-1]
+        return moving, WorkingGrid.of(size, samples, max_frequency, moving.field)
+    size = moving.shape[-2], moving.shape[-1]
+    grid = WorkingGrid.of(size, working_size(size, max_frequency), max_frequency, moving)
+    (texture,) = extract_pyramid(moving, mask, grids=(grid,), contrast=contrast, cover=True)
+    return texture, grid
 
 
 def cross_power(
@@ -366,8 +398,7 @@ def refine_peak(
     if kernels is not None:
         climbed = kernels.climb(power, frequencies, start, steps + 1)
         if climbed is not None:
-            shift, last, derivatives = climbed
-            return shift, last, _is_peak(derivatives[..., 3], derivatives[..., 4], derivatives[..., 5])
+            return climbed
     shift = start.detach()
     fixed = power.detach()
     orders = wave_orders(frequencies) if orders is None else orders
@@ -376,9 +407,7 @@ def refine_peak(
         shift = shift + step
     last, curved = _newton_step(power, frequencies, shift, orders)
     shift = shift + last
-    # identical frames are at exactly 0: what rounding leaves there is taken off, and its gradient kept
-    none = shift.detach().abs() < 64 * torch.finfo(shift.dtype).eps
-    return torch.where(none, shift - shift.detach(), shift), last.detach(), curved
+    return _settled(shift), last.detach(), curved
 
 
 def _newton_step(
@@ -457,33 +486,64 @@ def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Te
     )
 
 
-def _without_stripes(power: Tensor, grid: WorkingGrid, shift: Tensor) -> Tensor:
-    r"""The cross-power without the lines of columns, or rows, that stay where they are while the ground moves.
+def _without_stripes(
+    power: Tensor, still: Tensor, grid: WorkingGrid, shift: Tensor, fixed_at: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    r"""The cross-power, and the reference, without the lines of columns, or rows, that stay while the ground moves.
 
-    What is constant along an axis, as the gains of a detector's columns are, has its spectrum on a line. Where that
-    line correlates at no shift by more than the ground there would, it is left out.
+    What is constant along an axis, as the gains of a detector's columns are, has its spectrum L on a line. Turned by
+    the ground's shift, what moves with it is real; what stays has the phase of the way t between the two,
+
+    .. math:: \sum \sin(\omega t)\, \mathrm{Im}\, L / \sum \sin^2(\omega t)\, |L|
+
+    of the line: 0 for the ground, 1 for a pattern of the detector.
     """
+    shift = shift.detach()
+    rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
+    omega_x, omega_y, parts = _line_parts(grid.frame, grid.size, like=grid.radius)
     fixed = power.detach()
-    masks = []
-    for axis, near in enumerate(_lines(grid)):
-        line = torch.where(near, fixed, 0.0).sum(axis - 2)  # (..., n)
-        along = grid.frequencies[1 - axis]
-        turned = line * wave(along, shift.detach()[..., axis])
-        # as if all of it were ground: what would be left of it at no shift
-        ground = turned.real.clamp(min=0)
-        expected = (ground * wave(along, shift.detach()[..., axis]).real).sum(-1)
-        static = line.real.sum(-1) > expected + _STATIC * ground.sum(-1)
-        masks.append(~(static[..., None, None] & near))
-    return power * (masks[0] & masks[1])
+    columns_line = torch.matmul(rows.mT.to(fixed.dtype), fixed).squeeze(-2)
+    rows_line = torch.matmul(fixed, columns.mT.to(fixed.dtype)).squeeze(-1)
+    line = torch.cat((columns_line, rows_line), -1)
+
+    def turned(way: Tensor) -> Tensor:
+        return torch.cat((way[..., :1] * omega_x, way[..., 1:] * omega_y), -1)
+
+    angle = turned(shift)
+    across = torch.addcmul(line.imag * angle.cos(), line.real, angle.sin())
+    way = (angle if fixed_at is None else turned(shift - fixed_at.detach())).sin()
+    pull, size = way * across, line.abs()
+    sums = torch.matmul(
+        torch.stack((pull, pull.square(), way.square() * size, size), -2), parts
+    )  # (..., 4, 2)
+    pulled, square, whole, all_of_it = sums.unbind(-2)
+    static = (pulled > _STATIC * whole) & (pulled > _STATIC_SIGMAS * square.sqrt())
+    static = static & (whole > _LEAST_WAY * all_of_it)  # where nothing moves both are the same
+    if all_true(~static):
+        return power, still
+    kept = (1 - static[..., :1, None] * rows) * (1 - static[..., 1:, None] * columns)
+    return power * kept, still * kept
 
 
-def _lines(grid: WorkingGrid) -> tuple[Tensor, Tensor]:
-    """Bool, (h, 1) and (1, w//2+1): frequencies of what is constant along y, or x, as far as windows spread it."""
+@keeps_tables
+def _line_parts(
+    frame: tuple[int, int], size: tuple[int, int], *, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ω along x and along y, and (n, 2): which of the two a sample of both is of."""
+    y, x = WorkingGrid.of(frame, size, 0.5, like).frequencies
+    first = torch.cat((torch.ones_like(x), torch.zeros_like(y)))
+    return 2 * math.pi * x, 2 * math.pi * y, torch.stack((first, 1 - first), -1)
+
+
+@keeps_tables
+def _lines(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(h, 1) and (1, w//2+1): 1 at the frequencies of what is constant along y, or x, as far as windows spread it."""
+    grid = WorkingGrid.of(frame, size, 0.5, like)
     y, x = (
         frequency.abs() * length < torch.sym_min(float(_LINE), samples / 32) + 0.5
-        for frequency, length, samples in zip(grid.frequencies, grid.frame, grid.size, strict=True)
+        for frequency, length, samples in zip(grid.frequencies, frame, size, strict=True)
     )
-    return y[:, None], x[None]
+    return y[:, None].to(like.dtype), x[None].to(like.dtype)
 
 
 class _Pair(NamedTuple):
@@ -495,12 +555,12 @@ class _Pair(NamedTuple):
     tapering: Window
     weighting: Weighting
 
-    def correlate(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """The moving frame's spectrum under weights (..., h, w), and the cross-power: (..., h, w//2+1)."""
+    def correlate(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The spectra of both under weights (..., h, w), and the cross-power: (..., h, w//2+1)."""
         spectrum = rfft2(self.moving.field * own)
         reference = rfft2(self.reference.field * other)
         power = cross_power(spectrum, reference, self.grid.radius, self.grid.max_frequency, self.weighting)
-        return spectrum, power.sum(0) if self.moving.is_vector else power
+        return spectrum, reference, power.sum(0) if self.moving.is_vector else power
 
     def weights_at(self, shift: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where both show the same ground, over the reference; and the weights of the two that lie on it."""
@@ -537,6 +597,7 @@ class _Refined(NamedTuple):
     step: Tensor  # (...,), length of the last of Newton's steps
     curved: Tensor  # (...,) bool
     quality: PeakQuality
+    peak: Tensor  # (..., 2), of the correlation itself
 
 
 def _refine_plain(
@@ -552,27 +613,39 @@ def _refine_plain(
     The correlation is that of the ground times that of the weights, which has its peak there and pulls there. To
     the second order in the way from there, its curvature is taken off.
     """
-    orders = wave_orders(grid.frequencies)
     if upsample_factor is None:
-        shift, step, curved = refine_peak(power, grid.frequencies, start, orders)
+        shift, step, curved = refine_peak(power, grid.frequencies, start)
     else:
         shift = _upsampled_peak(power, grid.frequencies, start, upsample_factor)
         step, curved = torch.zeros_like(shift), torch.ones_like(shift[..., 0], dtype=torch.bool)
+    step = step.norm(dim=-1)
+    pulls = _LONGEST_WAY, _LARGEST_CORRECTION
+    kernels = kernels_for(power, shift, together, weights) if upsample_factor is None else None
+    if kernels is not None:
+        limits = (*CALIBRATION, *pulls)
+        known = kernels.assess(power, grid.frequencies, shift, together, weights, grid.spacings(), limits)
+        if known is not None:
+            return _Refined(known[0], step, curved, PeakQuality(*known[1]), shift.detach())
     found = shift
-    derivatives = derivatives_at(power, grid.frequencies, found, orders)
+    derivatives = derivatives_at(power, grid.frequencies, found, wave_orders(grid.frequencies))
     overlap = overlap_curvature(weights, grid)
     turned = shift_phase(power.detach(), grid.frequencies, found.detach())
     bins = _correlated_bins(weights.detach().square())
-    quality = assess_peak(turned, grid.frequencies, derivatives, overlap, bins)
+    quality, correction = assess_peak(turned, grid.frequencies, derivatives, overlap, bins)
     if upsample_factor is None:
-        away = (found - together).clamp(-_LONGEST_WAY, _LONGEST_WAY)
-        extra = (quality.correction * away[..., None, :]).sum(-1)
-        bounded = extra.detach().abs().amax(-1, keepdim=True) <= _LARGEST_CORRECTION
-        shift = found + torch.where(bounded, extra, 0.0)
+        away = (found - together).clamp(-pulls[0], pulls[0])
+        extra = (correction * away[..., None, :]).sum(-1)
+        bounded = extra.detach().abs().amax(-1, keepdim=True) <= pulls[1]
+        shift = _settled(found + torch.where(bounded, extra, 0.0))
         quality = quality.widened(extra.detach().clamp(-1, 1))
-        none = shift.detach().abs() < 64 * torch.finfo(shift.dtype).eps
-        shift = torch.where(none, shift - shift.detach(), shift)
-    return _Refined(shift, step.norm(dim=-1), curved, quality)
+    return _Refined(shift, step, curved, quality, found.detach())
+
+
+def _settled(shift: Tensor) -> Tensor:
+    """Identical frames are at exactly 0: what rounding leaves there is taken off, and its gradient kept."""
+    fixed = shift.detach()
+    none = fixed.abs() < 64 * torch.finfo(shift.dtype).eps
+    return torch.where(none, shift - fixed, shift)
 
 
 def _refine_divided(
@@ -595,51 +668,59 @@ def _refine_divided(
     Returns:
         The shift (..., 2); the length of the last step; and whether the curvature there is that of a maximum.
     """
-    grid, orders = pair.grid, wave_orders(pair.grid.frequencies)
-    inliers = same.clamp(min=torch.finfo(same.dtype).tiny).sqrt()
-    own = pair.tapering.common(-together) * grid.move(rfft2(inliers), -together).clamp(0, 1)
-    other = pair.tapering.common(together) * inliers
-    if pair.moving.cover is not None:
-        own = own * pair.moving.cover
-    if pair.reference.cover is not None:
-        other = other * pair.reference.cover
-    first = pair.moving.field if pair.moving.detail is None else pair.moving.detail
-    second = pair.reference.field if pair.reference.detail is None else pair.reference.detail
-    weighted, other_weighted = own * first, other * second
-    spectra = rfft2(torch.stack((weighted, weighted * first, own)))
-    others = rfft2(torch.stack(torch.broadcast_tensors(other_weighted, other, other_weighted * second)))  # type: ignore[no-untyped-call]
-    powers = spectra.conj() * others  # (3, ..., h, w//2+1)
-    share = powers.new_ones(3, dtype=same.dtype)
-    share = share - 1.5 * (torch.arange(3, device=same.device) > 0).to(same.dtype)  # 1, −1/2, −1/2
-    share = share.reshape(3, *[1] * (same.ndim - 2))
-
-    def climb(powers: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """The step, and whether it is one to a maximum."""
-        sums = derivatives_at(powers, grid.frequencies, shift, orders)
-        value = sums[..., 0, 0]
-        positive = (value > 0).all(0)
-        relative = sums / torch.where(value > 0, value, 1.0)[..., None, None]
-        gx, gy = relative[..., 0, 1], relative[..., 1, 0]
-        curvatures = (
-            relative[..., 0, 2] - gx.square(),
-            relative[..., 2, 0] - gy.square(),
-            relative[..., 1, 1] - gx * gy,
-        )
-        gx, gy, hxx, hyy, hxy = ((share * one).sum(0) for one in (gx, gy, *curvatures))
-        determinant = hxx * hyy - hxy.square()
-        curved = positive & (hxx < 0) & (determinant > 0)
-        safe = torch.where(curved, determinant, 1.0)
-        step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1) / safe[..., None]
-        return torch.where(curved[..., None], step, 0.0).clamp(-0.3, 0.3), curved
-
+    grid = pair.grid
+    spectra = rfft2(_divided_fields(pair, together, same))  # (2, 3, ..., h, w//2+1)
+    kernels = kernels_for(spectra, start)
+    if kernels is not None:
+        climbed = kernels.climb_divided(spectra, grid.frequencies, start, _NEWTON_STEPS + 2)
+        if climbed is not None:
+            return climbed
+    powers, orders = spectra[0].conj() * spectra[1], wave_orders(grid.frequencies)
     shift, fixed = start.detach(), powers.detach()
     for _ in range(_NEWTON_STEPS + 1):
-        shift = shift + climb(fixed, shift)[0]
-    step, curved = climb(powers, shift)
-    shift = shift + step
-    found = shift.detach()
-    none = found.abs() < 64 * torch.finfo(found.dtype).eps
-    return torch.where(none, shift - found, shift), step.detach().norm(dim=-1), curved
+        shift = shift + _divided_step(derivatives_at(fixed, grid.frequencies, shift, orders))[0]
+    step, curved = _divided_step(derivatives_at(powers, grid.frequencies, shift, orders))
+    return _settled(shift + step), step.detach().norm(dim=-1), curved
+
+
+def _divided_fields(pair: _Pair, together: Tensor, same: Tensor) -> Tensor:
+    """(2, 3, ..., h, w): of the moving frame and of the reference what each of the three sums correlates."""
+    inliers = same.clamp(min=torch.finfo(same.dtype).tiny).sqrt()
+    moved = pair.grid.move(rfft2(inliers), -together)
+    windows = pair.tapering.common(-together), pair.tapering.common(together)
+    covers = pair.moving.cover, pair.reference.cover
+    first, second = (
+        texture.field if texture.detail is None else texture.detail
+        for texture in (pair.moving, pair.reference)
+    )
+    kernels = kernels_for(moved, *windows, *covers, first, second)
+    if kernels is not None:
+        return kernels.overlaps(windows, moved, inliers, covers, first, second)
+    own, other = windows[0] * moved.clamp(0, 1), windows[1] * inliers
+    if covers[0] is not None:
+        own = own * covers[0]
+    if covers[1] is not None:
+        other = other * covers[1]
+    weighted, other_weighted = own * first, other * second
+    fields = weighted, weighted * first, own, other_weighted, other, other_weighted * second
+    return torch.stack(torch.broadcast_tensors(*fields)).unflatten(0, (2, 3))  # type: ignore[no-untyped-call]
+
+
+def _divided_step(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Newton's step (..., 2) on log S, by the derivatives (3, ..., 3, 3) of its sums; and whether to a maximum."""
+    value = sums[..., 0, 0]
+    positive = (value > 0).all(0)
+    relative = sums / torch.where(value > 0, value, 1.0)[..., None, None]
+    gx, gy = relative[..., 0, 1], relative[..., 1, 0]
+    seconds = torch.stack((relative[..., 0, 2], relative[..., 2, 0], relative[..., 1, 1]))
+    seconds = torch.addcmul(seconds, torch.stack((gx, gy, gx)), torch.stack((gx, gy, gy)), value=-1)
+    each = torch.cat((torch.stack((gx, gy)), seconds))  # (5, 3, ...)
+    gx, gy, hxx, hyy, hxy = torch.sub(each[:, 0], each[:, 1] + each[:, 2], alpha=0.5)
+    determinant = hxx * hyy - hxy.square()
+    curved = positive & (hxx < 0) & (determinant > 0)
+    safe = torch.where(curved, determinant, 1.0)
+    step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1) / safe[..., None]
+    return torch.where(curved[..., None], step, 0.0).clamp(-0.3, 0.3), curved
 
 
 def _doubt(way: Tensor, holes: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ r"""What of an image is registered: band-limited, locally normalised, on the coa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -181,14 +182,18 @@ def _local_contrast(image: Tensor, weights: Tensor | None) -> Tensor:
     """The same before it is multiplied by the weights."""
     detail = image - triangle_mean(image, 2)
     variance = triangle_mean(detail.square(), 2)
+    total = variance + _typical(variance, weights).nan_to_num(0.0)[..., None, None]
+    flat = total <= torch.finfo(image.dtype).tiny ** 0.5  # below it the derivative of the root overflows
+    return (detail * torch.rsqrt(total.masked_fill(flat, 1.0))).masked_fill(flat, 0.0)
+
+
+def _typical(variance: Tensor, weights: Tensor | None) -> Tensor:
+    """(...,): the median where the weights exceed one half, NaN where they nowhere do."""
     # a sixteenth of the samples has the same median, and sorting is what costs
     sampled = variance[..., ::4, ::4]
     if weights is not None:
         sampled = sampled.masked_fill(weights[..., ::4, ::4] < 0.5, torch.nan)
-    typical = nanmedian(sampled.flatten(-2)).nan_to_num(0.0)[..., None, None]
-    total = variance + typical
-    flat = total <= torch.finfo(image.dtype).tiny ** 0.5  # below it the derivative of the root overflows
-    return torch.where(flat, 0.0, detail * torch.rsqrt(torch.where(flat, 1.0, total)))
+    return nanmedian(sampled.flatten(-2))
 
 
 def centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,12 +217,17 @@ def _standardized(
     limited: Tensor, weights: Tensor | None, noise: Tensor, empty: Tensor, contrast: Contrast
 ) -> Texture:
     """Units of any size become 1; then the local contrast."""
+    kernels = kernels_for(limited, weights, noise, empty) if contrast == "local" else None
+    units = None if kernels is None else kernels.units(limited, noise, empty)
+    if kernels is not None and units is not None:
+        detail, field = kernels.contrast(limited, units[0], weights, partial(_typical, weights=weights))
+        return Texture(field, weights, units[1], detail)
     scale = _deviation(limited)
     if contrast == "structure":
         scale = torch.linalg.vector_norm(scale, dim=0)
-    flat = (scale <= noise) | empty | ~torch.isfinite(scale)
+    flat = ~((scale > noise) & (scale < torch.inf)) | empty
     # squares of what follows neither vanish nor overflow
-    normal = limited / torch.where(flat, 1.0, scale)[..., None, None]
+    normal = limited / scale.masked_fill(flat, 1.0)[..., None, None]
     detail = _local_contrast(normal, weights) if contrast == "local" else normal
     return Texture(detail if weights is None else detail * weights, weights, flat, detail)
 
@@ -241,6 +251,9 @@ def _coverage(mask: Tensor, grid: WorkingGrid) -> Tensor:
 
 def _cover(coverage: Tensor) -> Tensor:
     """(..., h, w) in [0, 1]: 0 where a neighbour has a hole, with a ramp of a sample."""
+    kernels = kernels_for(coverage)
+    if kernels is not None:
+        return kernels.opened(coverage)
     flat = coverage.reshape(-1, 1, *coverage.shape[-2:])
     least = -F.max_pool2d(-flat, 3, 1, 1).reshape(coverage.shape)
     return (2 * triangle_mean(least, 1) - 1).clamp(0, 1)

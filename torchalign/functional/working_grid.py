@@ -48,8 +48,11 @@ class WorkingGrid(NamedTuple):
 
     def spacing(self) -> float:
         """Pixels from one sample to the next, along the axis where they are further apart."""
-        y, x = self.frame[0] / self.size[0], self.frame[1] / self.size[1]
-        return larger(y, x)
+        return larger(*self.spacings())
+
+    def spacings(self) -> tuple[float, float]:
+        """Pixels from one sample to the next, along y and x."""
+        return self.frame[0] / self.size[0], self.frame[1] / self.size[1]
 
     def move(self, spectrum: Tensor, shift: Tensor) -> Tensor:
         """(..., h, w): the field of a spectrum with its content moved by ``shift`` (..., 2)."""

@@ -12,9 +12,13 @@ Importing this package imports Triton, which comes with torch's CUDA wheels; ``i
 from __future__ import annotations
 
 from torchalign.kernels.ascend import Geometry, ascend_shifted, ascend_warped, look
+from torchalign.kernels.assess import assess
 from torchalign.kernels.blur import blur
 from torchalign.kernels.channel import see
 from torchalign.kernels.climb import climb
+from torchalign.kernels.contrast import contrast, opened, units
+from torchalign.kernels.defects import repeated
+from torchalign.kernels.divide import climb_divided, overlaps
 from torchalign.kernels.peak import peak
 from torchalign.kernels.resample import resample
 from torchalign.kernels.score import score
@@ -25,15 +29,22 @@ __all__ = [
     "Geometry",
     "ascend_shifted",
     "ascend_warped",
+    "assess",
     "blur",
     "climb",
+    "climb_divided",
     "common_window",
+    "contrast",
     "coverage",
     "fill",
     "look",
+    "opened",
+    "overlaps",
     "peak",
+    "repeated",
     "resample",
     "score",
     "see",
     "turn",
+    "units",
 ]

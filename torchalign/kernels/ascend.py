@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, kernel_dtype, lerp
+from torchalign.kernels.sampling import divide, kernel_dtype, lerp, operator
 from torchalign.kernels.turn import tukey
 
 __all__ = [
@@ -579,7 +579,12 @@ def look(
     )
 
 
-@torch.library.custom_op("torchalign::look", mutates_args=())
+def _looked_like(warp: Tensor, level_x: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*warp.shape[:-2], level_x.shape[0])
+    return warp.new_empty(shape), warp.new_empty(shape)
+
+
+@operator("look", _looked_like)
 def _look(
     spline: Tensor,
     usable: Tensor | None,
@@ -593,7 +598,7 @@ def _look(
     precise: bool,
 ) -> tuple[Tensor, Tensor]:
     frames, samples = math.prod(warp.shape[:-2]), level_x.shape[0]
-    values, common = (warp.new_empty((*warp.shape[:-2], samples)) for _ in range(2))
+    values, common = _looked_like(warp, level_x)
     if values.numel() == 0:
         return values, common
     mask = spline if usable is None else usable.expand(*warp.shape[:-2], *usable.shape[-2:])
@@ -622,23 +627,6 @@ def _look(
         enable_fp_fusion=False,
     )
     return values, common
-
-
-@_look.register_fake
-def _(
-    spline: Tensor,
-    usable: Tensor | None,
-    warp: Tensor,
-    level_weights: Tensor,
-    level_x: Tensor,
-    level_y: Tensor,
-    frame: list[int],
-    ramps: list[float],
-    projective: bool,
-    precise: bool,
-) -> tuple[Tensor, Tensor]:
-    shape = (*warp.shape[:-2], level_x.shape[0])
-    return warp.new_empty(shape), warp.new_empty(shape)
 
 
 class _Equations(NamedTuple):
@@ -698,7 +686,11 @@ def ascend_warped(
     )
 
 
-@torch.library.custom_op("torchalign::ascend_warped", mutates_args=())
+def _ascended_like(start: Tensor, moves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return start.new_empty(start.shape), start.new_empty(moves.shape), start.new_empty(start.shape)
+
+
+@operator("ascend_warped", _ascended_like)
 def _ascend_warped(
     spline: Tensor,
     start: Tensor,
@@ -720,11 +712,7 @@ def _ascend_warped(
     tolerance: float,
     precise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    warp, reach, seen = (
-        torch.empty_like(start).contiguous(),
-        start.new_empty(start.shape[:-2]),
-        torch.empty_like(start).contiguous(),
-    )
+    warp, reach, seen = _ascended_like(start, moves)
     if warp.numel() == 0:
         return warp, reach, seen
     lines, group = _by_group(regressors, start, 2)
@@ -763,31 +751,6 @@ def _ascend_warped(
         enable_fp_fusion=False,
     )
     return warp, reach, seen
-
-
-@_ascend_warped.register_fake
-def _(
-    spline: Tensor,
-    start: Tensor,
-    moves: Tensor,
-    weights: Tensor,
-    regressors: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    solved: Tensor,
-    rest: Tensor,
-    level_x: Tensor,
-    level_y: Tensor,
-    corners: Tensor,
-    frame: list[int],
-    longest: float,
-    projective: bool,
-    motion: str,
-    iterations: int,
-    tolerance: float,
-    precise: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return start.new_empty(start.shape), start.new_empty(start.shape[:-2]), start.new_empty(start.shape)
 
 
 def ascend_shifted(
@@ -834,7 +797,7 @@ def ascend_shifted(
     )
 
 
-@torch.library.custom_op("torchalign::ascend_shifted", mutates_args=())
+@operator("ascend_shifted", _ascended_like)
 def _ascend_shifted(
     spectrum: Tensor,
     weighted: Tensor,
@@ -853,8 +816,7 @@ def _ascend_shifted(
     iterations: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shift, reach = start.new_empty(start.shape), start.new_empty(start.shape[:-1])
-    seen = torch.empty_like(shift)
+    shift, reach, seen = _ascended_like(start, moves)
     if shift.numel() == 0:
         return shift, reach, seen
     rows, columns = spectrum.shape[-3:-1]
@@ -885,28 +847,6 @@ def _ascend_shifted(
         enable_fp_fusion=False,
     )
     return shift, reach, seen
-
-
-@_ascend_shifted.register_fake
-def _(
-    spectrum: Tensor,
-    weighted: Tensor,
-    start: Tensor,
-    moves: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    solved: Tensor,
-    rest: Tensor,
-    fy: Tensor,
-    fx: Tensor,
-    corners: Tensor,
-    samples: int,
-    half: float,
-    longest: float,
-    iterations: int,
-    tolerance: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return start.new_empty(start.shape), start.new_empty(start.shape[:-1]), start.new_empty(start.shape)
 
 
 def _by_group(shared: Tensor, warp: Tensor, own: int) -> tuple[Tensor, int]:

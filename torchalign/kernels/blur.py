@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchalign.kernels.sampling import operator
+
 __all__ = ["blur", "blur_frames"]
 
 _BLOCK = 1024
@@ -72,7 +74,7 @@ def blur(image: Tensor, weights: Tensor) -> Tensor:
     return _blur_axis(_blur_axis(image, weights, False, mirrored), weights, True, mirrored)
 
 
-@torch.library.custom_op("torchalign::blur", mutates_args=())
+@operator("blur", lambda image: image.new_empty(image.shape))
 def _blur_axis(image: Tensor, weights: Tensor, down: bool, mirrored: bool) -> Tensor:
     blurred = image.new_empty(image.shape)
     if image.numel() == 0:
@@ -92,8 +94,3 @@ def _blur_axis(image: Tensor, weights: Tensor, down: bool, mirrored: bool) -> Te
         enable_fp_fusion=False,
     )
     return blurred
-
-
-@_blur_axis.register_fake
-def _(image: Tensor, weights: Tensor, down: bool, mirrored: bool) -> Tensor:
-    return image.new_empty(image.shape)

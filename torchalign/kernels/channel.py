@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, is_finite
+from torchalign.kernels.sampling import divide, is_finite, operator
 
 __all__ = ["channel_frames", "see"]
 
@@ -91,7 +91,13 @@ def see(
     return tuple(_see(cube, mask, channel, list(bands)))
 
 
-@torch.library.custom_op("torchalign::see", mutates_args=())
+def _seen_like(cube: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*cube.shape[:-3], *cube.shape[-2:])
+    dtype = torch.float64 if cube.dtype == torch.float64 else torch.float32
+    return cube.new_empty(shape, dtype=dtype), cube.new_empty(shape, dtype=torch.bool)
+
+
+@operator("see", _seen_like)
 def _see(cube: Tensor, mask: Tensor | None, channel: str, bands: list[int]) -> tuple[Tensor, Tensor]:
     seen, usable = _seen_like(cube)
     if seen.numel() == 0:
@@ -120,14 +126,3 @@ def _see(cube: Tensor, mask: Tensor | None, channel: str, bands: list[int]) -> t
         enable_fp_fusion=False,
     )
     return seen, usable
-
-
-@_see.register_fake
-def _(cube: Tensor, mask: Tensor | None, channel: str, bands: list[int]) -> tuple[Tensor, Tensor]:
-    return _seen_like(cube)
-
-
-def _seen_like(cube: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (*cube.shape[:-3], *cube.shape[-2:])
-    dtype = torch.float64 if cube.dtype == torch.float64 else torch.float32
-    return cube.new_empty(shape, dtype=dtype), cube.new_empty(shape, dtype=torch.bool)

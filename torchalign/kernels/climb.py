@@ -1,4 +1,4 @@
-"""Newton's ascent on a correlation's trigonometric polynomial, and the scatter of its pulls, as one kernel."""
+"""Newton's ascent on a correlation's trigonometric polynomial as one kernel."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide
+from torchalign.kernels.sampling import divide, operator
 
-__all__ = ["MOST_BINS", "climb", "climb_frames"]
+__all__ = ["MOST_BINS", "climb", "climb_frames", "waves"]
 
 _BLOCK = 512
 # One program walks the spectrum of a frame, once a step: of larger ones the matrix products of torch are faster.
@@ -19,7 +19,7 @@ MOST_BINS = 2**18
 
 
 @triton.jit
-def _waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE: tl.constexpr):
+def waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE: tl.constexpr):
     """Angular frequencies of a block of bins, how often each counts, and the wave there."""
     live = place < bins
     y = tl.load(fy + place // columns, mask=live, other=0)
@@ -39,7 +39,7 @@ def climb_frames(
     start,  # (N, 2)
     found,  # (N, 2)
     last,  # (N, 2)
-    derivatives,  # (N, 9)
+    peaks,  # (N,), 0 and 1
     bins,
     columns,
     steps,
@@ -54,82 +54,47 @@ def climb_frames(
     shift_y = tl.load(start + 2 * frame + 1)
     step_x = tl.zeros_like(shift_x)
     step_y = tl.zeros_like(shift_y)
-    value = tl.zeros_like(shift_x)
-    gx = tl.zeros_like(shift_x)
-    gy = tl.zeros_like(shift_x)
-    hxx = tl.zeros_like(shift_x)
-    hyy = tl.zeros_like(shift_x)
-    hxy = tl.zeros_like(shift_x)
-    sxx = tl.zeros_like(shift_x)
-    syy = tl.zeros_like(shift_x)
-    sxy = tl.zeros_like(shift_x)
-    for step in range(steps + 1):
-        c00 = tl.zeros((BLOCK,), COMPUTE)
+    curved = shift_x != shift_x
+    for _ in range(steps):
         c10 = tl.zeros((BLOCK,), COMPUTE)
         c01 = tl.zeros((BLOCK,), COMPUTE)
         c20 = tl.zeros((BLOCK,), COMPUTE)
         c02 = tl.zeros((BLOCK,), COMPUTE)
         c11 = tl.zeros((BLOCK,), COMPUTE)
-        pxx = tl.zeros((BLOCK,), COMPUTE)
-        pyy = tl.zeros((BLOCK,), COMPUTE)
-        pxy = tl.zeros((BLOCK,), COMPUTE)
         for first in range(0, bins, BLOCK):
             place = first + tl.arange(0, BLOCK)
             live = place < bins
-            y, x, often, cosine, sine = _waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE)
+            y, x, often, cosine, sine = waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE)
             real = tl.load(spectrum + 2 * place, mask=live, other=0)
             imaginary = tl.load(spectrum + 2 * place + 1, mask=live, other=0)
             along = (real * cosine - imaginary * sine) * often
             across = (real * sine + imaginary * cosine) * often
-            c00 += along
             c10 -= x * across
             c01 -= y * across
             c20 -= x * x * along
             c02 -= y * y * along
             c11 -= x * y * along
-            # a bin and its conjugate pull alike: together the square of twice the pull
-            pull = across * across
-            pxx += x * x * pull
-            pyy += y * y * pull
-            pxy += x * y * pull
-        value = tl.sum(c00, 0)
         gx = tl.sum(c10, 0)
         gy = tl.sum(c01, 0)
         hxx = tl.sum(c20, 0)
         hyy = tl.sum(c02, 0)
         hxy = tl.sum(c11, 0)
-        sxx = tl.sum(pxx, 0)
-        syy = tl.sum(pyy, 0)
-        sxy = tl.sum(pxy, 0)
-        if step < steps:
-            product = hxx * hyy
-            determinant = product - hxy * hxy
-            curved = (hxx < 0) & (determinant > EPSILON * product)
-            safe = tl.where(curved, determinant, 1.0)
-            step_x = tl.where(curved, divide(hxy * gy - hyy * gx, safe), 0.0)
-            step_y = tl.where(curved, divide(hxy * gx - hxx * gy, safe), 0.0)
-            step_x = tl.minimum(tl.maximum(step_x, -0.5), 0.5)
-            step_y = tl.minimum(tl.maximum(step_y, -0.5), 0.5)
-            shift_x += step_x
-            shift_y += step_y
-            # identical frames are at exactly 0: what rounding leaves there is taken off
-            if step == steps - 1:
-                shift_x = tl.where(tl.abs(shift_x) < 64 * EPSILON, 0.0, shift_x)
-                shift_y = tl.where(tl.abs(shift_y) < 64 * EPSILON, 0.0, shift_y)
-    tl.store(found + 2 * frame, shift_x)
-    tl.store(found + 2 * frame + 1, shift_y)
+        product = hxx * hyy
+        determinant = product - hxy * hxy
+        curved = (hxx < 0) & (determinant > EPSILON * product)
+        safe = tl.where(curved, determinant, 1.0)
+        step_x = tl.where(curved, divide(hxy * gy - hyy * gx, safe), 0.0)
+        step_y = tl.where(curved, divide(hxy * gx - hxx * gy, safe), 0.0)
+        step_x = tl.minimum(tl.maximum(step_x, -0.5), 0.5)
+        step_y = tl.minimum(tl.maximum(step_y, -0.5), 0.5)
+        shift_x += step_x
+        shift_y += step_y
+    # identical frames are at exactly 0: what rounding leaves there is taken off
+    tl.store(found + 2 * frame, tl.where(tl.abs(shift_x) < 64 * EPSILON, 0.0, shift_x))
+    tl.store(found + 2 * frame + 1, tl.where(tl.abs(shift_y) < 64 * EPSILON, 0.0, shift_y))
     tl.store(last + 2 * frame, step_x)
     tl.store(last + 2 * frame + 1, step_y)
-    out = derivatives + 9 * frame
-    tl.store(out, value)
-    tl.store(out + 1, gx)
-    tl.store(out + 2, gy)
-    tl.store(out + 3, hxx)
-    tl.store(out + 4, hyy)
-    tl.store(out + 5, hxy)
-    tl.store(out + 6, sxx)
-    tl.store(out + 7, syy)
-    tl.store(out + 8, sxy)
+    tl.store(peaks + frame, curved.to(tl.uint8))
 
 
 def climb(
@@ -144,9 +109,8 @@ def climb(
         steps: at least one, each of at most half a pixel an axis.
 
     Returns:
-        The shift (..., 2); the last step (..., 2); and (..., 9), there: the correlation, its derivatives by x, y,
-        xx, yy, xy, and the sums over frequencies of the squared pulls, xx, yy, xy. ``None`` where the spectrum is
-        too large for one program.
+        The shift (..., 2); the last step (..., 2); and whether the Hessian was negative definite there (...,).
+        ``None`` where the spectrum is too large for one program.
     """
     if power.shape[-2] * power.shape[-1] > MOST_BINS:
         return None
@@ -155,11 +119,16 @@ def climb(
     return tuple(_climb(parts, frequencies[0], frequencies[1], start, steps))
 
 
-@torch.library.custom_op("torchalign::climb", mutates_args=())
+def _climbed_like(power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    lead = power.shape[:-3]
+    return power.new_empty((*lead, 2)), power.new_empty((*lead, 2)), power.new_empty(lead, dtype=torch.bool)
+
+
+@operator("climb", _climbed_like)
 def _climb(power: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    found, last, derivatives = _climbed_like(power)
+    found, last, peaks = _climbed_like(power)
     if found.numel() == 0:
-        return found, last, derivatives
+        return found, last, peaks
     rows, columns = power.shape[-3:-1]
     climb_frames[(math.prod(power.shape[:-3]),)](
         power.contiguous(),
@@ -168,7 +137,7 @@ def _climb(power: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> 
         start.contiguous(),
         found,
         last,
-        derivatives,
+        peaks.view(torch.uint8),
         rows * columns,
         columns,
         steps,
@@ -177,14 +146,4 @@ def _climb(power: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> 
         BLOCK=_BLOCK,
         enable_fp_fusion=False,
     )
-    return found, last, derivatives
-
-
-@_climb.register_fake
-def _(power: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _climbed_like(power)
-
-
-def _climbed_like(power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    lead = power.shape[:-3]
-    return power.new_empty((*lead, 2)), power.new_empty((*lead, 2)), power.new_empty((*lead, 9))
+    return found, last, peaks

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide
+from torchalign.kernels.sampling import divide, operator
 
 __all__ = ["MOST_SAMPLES", "peak", "peak_frames"]
 
@@ -120,7 +120,7 @@ def peak(
     return found[..., :2], found[..., 2], found[..., 3] > 0, found[..., 4], found[..., 5]
 
 
-@torch.library.custom_op("torchalign::peak", mutates_args=())
+@operator("peak", lambda surface: surface.new_empty((*surface.shape[:-2], 6)))
 def _peak(surface: Tensor, steps: list[float], reach: float, margin: float, least: float) -> Tensor:
     found = surface.new_empty((*surface.shape[:-2], 6))
     if found.numel() == 0:
@@ -139,8 +139,3 @@ def _peak(surface: Tensor, steps: list[float], reach: float, margin: float, leas
         enable_fp_fusion=False,
     )
     return found
-
-
-@_peak.register_fake
-def _(surface: Tensor, steps: list[float], reach: float, margin: float, least: float) -> Tensor:
-    return surface.new_empty((*surface.shape[:-2], 6))

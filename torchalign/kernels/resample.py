@@ -16,6 +16,7 @@ from torchalign.kernels.sampling import (
     divide,
     is_finite,
     lerp,
+    operator,
     padded,
     read,
 )
@@ -257,7 +258,16 @@ def resample(
     return tuple(_resample(cube, flat, mask, interpolation, padding_mode, fill_value, step))
 
 
-@torch.library.custom_op("torchalign::resample", mutates_args=())
+def _resampled_like(cube: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    rows, columns = ((length + step - 1) // step for length in cube.shape[-2:])
+    lead = cube.shape[:-3]
+    return (
+        cube.new_empty((*lead, cube.shape[-3], rows, columns)),
+        cube.new_empty((*lead, rows, columns), dtype=torch.bool),
+    )
+
+
+@operator("resample", _resampled_like)
 def _resample(
     cube: Tensor,
     motion: Tensor,
@@ -309,28 +319,6 @@ def _resample(
         enable_fp_fusion=False,
     )
     return values, validity
-
-
-@_resample.register_fake
-def _(
-    cube: Tensor,
-    motion: Tensor,
-    mask: Tensor | None,
-    interpolation: str,
-    padding_mode: str,
-    fill_value: float | None,
-    step: int,
-) -> tuple[Tensor, Tensor]:
-    return _resampled_like(cube, step)
-
-
-def _resampled_like(cube: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    rows, columns = ((length + step - 1) // step for length in cube.shape[-2:])
-    lead = cube.shape[:-3]
-    return (
-        cube.new_empty((*lead, cube.shape[-3], rows, columns)),
-        cube.new_empty((*lead, rows, columns), dtype=torch.bool),
-    )
 
 
 def _extent(frames: Tensor) -> int:

@@ -8,6 +8,10 @@ Convention:
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +26,7 @@ __all__ = [
     "is_finite",
     "kernel_dtype",
     "lerp",
+    "operator",
     "padded",
     "read",
 ]
@@ -140,6 +145,29 @@ def read(
     if MASKED:
         good = good & (tl.load(usable + at_mask, mask=live, other=0) != 0)
     return tl.where(good, values, 0.0), good
+
+
+def operator(name: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes an operator of a function that launches a kernel.
+
+    Args:
+        name: in ``torch.ops.torchalign``.
+        like: makes what it gives, empty, of those of its arguments that it names.
+    """
+    wanted = list(inspect.signature(like).parameters)
+
+    def register(launch: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(launch)
+
+        def empty(*arguments: Any, **named: Any) -> Any:
+            given = signature.bind(*arguments, **named).arguments
+            return like(*(given[key] for key in wanted))
+
+        made = torch.library.custom_op(f"torchalign::{name}", mutates_args=())(launch)
+        made.register_fake(empty)
+        return made
+
+    return register
 
 
 def kernel_dtype(tensor: Tensor) -> tl.dtype:

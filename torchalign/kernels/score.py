@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import KINDS, cubic_weight, displacement, divide, lerp, padded, read
+from torchalign.kernels.sampling import (
+    KINDS,
+    cubic_weight,
+    displacement,
+    divide,
+    lerp,
+    operator,
+    padded,
+    read,
+)
 
 __all__ = ["score", "score_frames"]
 
@@ -203,7 +212,11 @@ def score(
     return _score(moving, reference, stacked, moving_usable, reference_usable, weight, step)
 
 
-@torch.library.custom_op("torchalign::score", mutates_args=())
+def _scores_like(moving: Tensor, motions: Tensor) -> Tensor:
+    return moving.new_empty((*moving.shape[:-2], motions.shape[0] + 1))
+
+
+@operator("score", _scores_like)
 def _score(
     moving: Tensor,
     reference: Tensor,
@@ -256,20 +269,3 @@ def _score(
         enable_fp_fusion=False,
     )
     return scores
-
-
-@_score.register_fake
-def _(
-    moving: Tensor,
-    reference: Tensor,
-    motions: Tensor,
-    moving_usable: Tensor | None,
-    reference_usable: Tensor | None,
-    weight: Tensor | None,
-    step: int,
-) -> Tensor:
-    return _scores_like(moving, motions)
-
-
-def _scores_like(moving: Tensor, motions: Tensor) -> Tensor:
-    return moving.new_empty((*moving.shape[:-2], motions.shape[0] + 1))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, kernel_dtype
+from torchalign.kernels.sampling import divide, kernel_dtype, operator
 
 __all__ = ["MOST_PIXELS", "cover_frames", "coverage", "fill", "fill_frames", "mean_frames"]
 
@@ -139,7 +139,7 @@ def fill(image: Tensor, usable: Tensor, least: float) -> tuple[Tensor, Tensor] |
     return _fill_with(image, usable, means, least), means
 
 
-@torch.library.custom_op("torchalign::mean", mutates_args=())
+@operator("mean", lambda image: image.new_empty((*image.shape[:-2], 2)))
 def _usable_mean(image: Tensor, usable: Tensor) -> Tensor:
     means = image.new_empty((*image.shape[:-2], 2))
     if image.numel() == 0:
@@ -156,12 +156,7 @@ def _usable_mean(image: Tensor, usable: Tensor) -> Tensor:
     return means
 
 
-@_usable_mean.register_fake
-def _(image: Tensor, usable: Tensor) -> Tensor:
-    return image.new_empty((*image.shape[:-2], 2))
-
-
-@torch.library.custom_op("torchalign::fill", mutates_args=())
+@operator("fill", lambda image: image.new_empty(image.shape))
 def _fill_with(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Tensor:
     filled = image.new_empty(image.shape)
     if image.numel() == 0:
@@ -182,11 +177,6 @@ def _fill_with(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Te
     return filled
 
 
-@_fill_with.register_fake
-def _(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Tensor:
-    return image.new_empty(image.shape)
-
-
 def coverage(usable: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The share of usable pixels around each sample of a coarser grid.
 
@@ -201,7 +191,7 @@ def coverage(usable: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tenso
     return _coverage(usable, list(size), dtype)
 
 
-@torch.library.custom_op("torchalign::coverage", mutates_args=())
+@operator("coverage", lambda usable, size, dtype: usable.new_empty((*usable.shape[:-2], *size), dtype=dtype))
 def _coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     share = usable.new_empty((*usable.shape[:-2], *size), dtype=dtype)
     if share.numel() == 0:
@@ -222,8 +212,3 @@ def _coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
         enable_fp_fusion=False,
     )
     return share
-
-
-@_coverage.register_fake
-def _(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
-    return usable.new_empty((*usable.shape[:-2], *size), dtype=dtype)

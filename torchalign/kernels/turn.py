@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchalign.kernels.sampling import operator
+
 __all__ = ["common_window", "tukey", "turn", "turn_frames", "window_frames"]
 
 _BLOCK = 1024
@@ -104,7 +106,11 @@ def turn(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) ->
     return torch.view_as_complex(turned)
 
 
-@torch.library.custom_op("torchalign::turn", mutates_args=())
+def _turned_like(spectrum: Tensor, shift: Tensor) -> Tensor:
+    return spectrum.new_empty((*shift.shape[:-1], *spectrum.shape[-3:]))
+
+
+@operator("turn", _turned_like)
 def _turn(spectrum: Tensor, fy: Tensor, fx: Tensor, shift: Tensor) -> Tensor:
     turned = _turned_like(spectrum, shift)
     if turned.numel() == 0:
@@ -126,15 +132,6 @@ def _turn(spectrum: Tensor, fy: Tensor, fx: Tensor, shift: Tensor) -> Tensor:
     return turned
 
 
-@_turn.register_fake
-def _(spectrum: Tensor, fy: Tensor, fx: Tensor, shift: Tensor) -> Tensor:
-    return _turned_like(spectrum, shift)
-
-
-def _turned_like(spectrum: Tensor, shift: Tensor) -> Tensor:
-    return spectrum.new_empty((*shift.shape[:-1], *spectrum.shape[-3:]))
-
-
 def common_window(
     shift: Tensor, size: tuple[int, int], frame: tuple[int, int], ramps: tuple[float, float]
 ) -> Tensor:
@@ -152,7 +149,7 @@ def common_window(
     return _common_window(shift, list(size), list(frame), list(ramps))
 
 
-@torch.library.custom_op("torchalign::common_window", mutates_args=())
+@operator("common_window", lambda shift, size: shift.new_empty((*shift.shape[:-1], *size)))
 def _common_window(shift: Tensor, size: list[int], frame: list[int], ramps: list[float]) -> Tensor:
     window = shift.new_empty((*shift.shape[:-1], *size))
     if window.numel() == 0:
@@ -169,8 +166,3 @@ def _common_window(shift: Tensor, size: list[int], frame: list[int], ramps: list
         enable_fp_fusion=False,
     )
     return window
-
-
-@_common_window.register_fake
-def _(shift: Tensor, size: list[int], frame: list[int], ramps: list[float]) -> Tensor:
-    return shift.new_empty((*shift.shape[:-1], *size))

@@ -1,0 +1,290 @@
+"""How well a maximum of a correlation is known, and how far its weights pulled it, as one kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchalign.kernels.climb import MOST_BINS, waves
+from torchalign.kernels.sampling import divide, kernel_dtype, operator
+
+__all__ = ["assess", "assess_frames"]
+
+_BLOCK = 512
+
+
+@triton.jit
+def _overlap_of_weights(
+    weights, rows, columns, half_y, half_x, COMPUTE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr
+):
+    """functional.uncertainty.overlap_curvature, and how many bins the window's spectrum correlates."""
+    kxx = tl.zeros((BLOCK,), COMPUTE)
+    kyy = tl.zeros((BLOCK,), COMPUTE)
+    kxy = tl.zeros((BLOCK,), COMPUTE)
+    square = tl.zeros((BLOCK,), COMPUTE)
+    fourth = tl.zeros((BLOCK,), COMPUTE)
+    for first in range(0, rows * columns, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        live = place < rows * columns
+        x = place % columns
+        y = place // columns
+        inner = live & (x > 0) & (x < columns - 1) & (y > 0) & (y < rows - 1)
+        own = tl.load(weights + place, mask=live, other=0)
+        right = tl.load(weights + place + 1, mask=inner, other=0)
+        left = tl.load(weights + place - 1, mask=inner, other=0)
+        below = tl.load(weights + place + columns, mask=inner, other=0)
+        above = tl.load(weights + place - columns, mask=inner, other=0)
+        by_x = (right - left) * half_x
+        by_y = (below - above) * half_y
+        kxx += by_x * by_x
+        kyy += by_y * by_y
+        kxy += by_x * by_y
+        square += own * own
+        fourth += own * own * own * own
+    area = tl.sum(square, 0)
+    total = area + TINY
+    bins = divide(tl.cast(rows * columns, COMPUTE) * tl.sum(fourth, 0), area * area + TINY)
+    return divide(tl.sum(kxx, 0), total), divide(tl.sum(kyy, 0), total), divide(tl.sum(kxy, 0), total), bins
+
+
+@triton.jit
+def _direction(xx, yy, xy):
+    """functional.uncertainty.largest_direction, by the half angle."""
+    difference = xx - yy
+    difference = tl.where(difference == difference, difference, 0.0)
+    twice = tl.where(xy == xy, 2 * xy, 0.0)
+    largest = tl.maximum(tl.abs(difference), tl.abs(twice))
+    unit = tl.where(largest > 0, largest, 1.0)
+    difference = divide(difference, unit)
+    twice = divide(twice, unit)
+    length = tl.sqrt(difference * difference + twice * twice)
+    length = tl.where(length > 0, length, 1.0)
+    cosine = tl.where(largest > 0, divide(difference, length), 1.0)
+    sine = divide(twice, length)
+    longer = tl.sqrt(0.5 * (1 + tl.abs(cosine)))
+    shorter = divide(0.5 * tl.abs(sine), longer)
+    x = tl.where(cosine >= 0, longer, shorter)
+    y = tl.where(cosine >= 0, shorter, longer)
+    return x, tl.where(twice < 0, -y, y)
+
+
+@triton.jit
+def _store_inverse(out, gxx, gyy, gxy, determinant, regular):
+    """The inverse of a symmetric matrix; 0 where it has none."""
+    across = tl.where(regular, -divide(gxy, determinant), 0.0)
+    tl.store(out, tl.where(regular, divide(gyy, determinant), 0.0))
+    tl.store(out + 1, across)
+    tl.store(out + 2, across)
+    tl.store(out + 3, tl.where(regular, divide(gxx, determinant), 0.0))
+
+
+@triton.jit
+def assess_frames(
+    power,  # (N, h, w//2+1, 2)
+    fy,  # (h,), cycles per pixel
+    fx,  # (w//2+1,)
+    start,  # (N, 2), the maximum
+    together,  # (N, 2)
+    weights,  # (N, h, w)
+    found,  # (N, 13)
+    rows,
+    columns,  # of the weights
+    half_y: tl.float64,  # one by twice the sampling, in pixels
+    half_x: tl.float64,
+    calibration: tl.float64,
+    share: tl.float64,
+    longest: tl.float64,
+    largest: tl.float64,
+    COMPUTE: tl.constexpr,
+    TINY: tl.constexpr,
+    EPSILON: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one frame. See functional.uncertainty.assess_peak, and functional.phase for what follows it."""
+    frame = tl.program_id(0).to(tl.int64)
+    half = columns // 2 + 1
+    bins = rows * half
+    spectrum = power + frame * bins * 2
+    shift_x = tl.load(start + 2 * frame)
+    shift_y = tl.load(start + 2 * frame + 1)
+    c00 = tl.zeros((BLOCK,), COMPUTE)
+    c20 = tl.zeros((BLOCK,), COMPUTE)
+    c02 = tl.zeros((BLOCK,), COMPUTE)
+    c11 = tl.zeros((BLOCK,), COMPUTE)
+    sxx = tl.zeros((BLOCK,), COMPUTE)
+    syy = tl.zeros((BLOCK,), COMPUTE)
+    sxy = tl.zeros((BLOCK,), COMPUTE)
+    p00 = tl.zeros((BLOCK,), COMPUTE)
+    p40 = tl.zeros((BLOCK,), COMPUTE)
+    p31 = tl.zeros((BLOCK,), COMPUTE)
+    p22 = tl.zeros((BLOCK,), COMPUTE)
+    p13 = tl.zeros((BLOCK,), COMPUTE)
+    p04 = tl.zeros((BLOCK,), COMPUTE)
+    for first in range(0, bins, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        live = place < bins
+        y, x, often, cosine, sine = waves(place, bins, half, fy, fx, shift_x, shift_y, COMPUTE)
+        real = tl.load(spectrum + 2 * place, mask=live, other=0)
+        imaginary = tl.load(spectrum + 2 * place + 1, mask=live, other=0)
+        along = (real * cosine - imaginary * sine) * often
+        across = (real * sine + imaginary * cosine) * often
+        c00 += along
+        c20 -= x * x * along
+        c02 -= y * y * along
+        c11 -= x * y * along
+        # a bin and its conjugate pull alike: together the square of twice the pull
+        pull = across * across
+        sxx += x * x * pull
+        syy += y * y * pull
+        sxy += x * y * pull
+        whole = pull + along * along
+        p00 += whole
+        p40 += x * x * x * x * whole
+        p31 += x * x * x * y * whole
+        p22 += x * x * y * y * whole
+        p13 += x * y * y * y * whole
+        p04 += y * y * y * y * whole
+    value = tl.sum(c00, 0)
+    wxx = -tl.sum(c20, 0)
+    wyy = -tl.sum(c02, 0)
+    wxy = -tl.sum(c11, 0)
+    kxx, kyy, kxy, correlated = _overlap_of_weights(
+        weights + frame * rows * columns, rows, columns, tl.cast(half_y, COMPUTE), tl.cast(half_x, COMPUTE),
+        COMPUTE, TINY, BLOCK,
+    )  # fmt: skip
+    kxx *= value
+    kyy *= value
+    kxy *= value
+    gxx = wxx - kxx
+    gyy = wyy - kyy
+    gxy = wxy - kxy
+    determinant = gxx * gyy - gxy * gxy
+    regular = determinant > 0
+    safe = tl.where(regular, determinant, 1.0)
+    # H⁻¹ (C K)
+    rxx = tl.where(regular, divide(gyy * kxx - gxy * kxy, safe), 0.0)
+    rxy = tl.where(regular, divide(gyy * kxy - gxy * kyy, safe), 0.0)
+    ryx = tl.where(regular, divide(gxx * kxy - gxy * kxx, safe), 0.0)
+    ryy = tl.where(regular, divide(gxx * kyy - gxy * kxy, safe), 0.0)
+    # the sandwich
+    mxx = tl.sum(sxx, 0) * correlated
+    myy = tl.sum(syy, 0) * correlated
+    mxy = tl.sum(sxy, 0) * correlated
+    square = safe * safe
+    cxx = divide(gyy * gyy * mxx - 2 * gyy * gxy * mxy + gxy * gxy * myy, square)
+    cyy = divide(gxx * gxx * myy - 2 * gxx * gxy * mxy + gxy * gxy * mxx, square)
+    cxy = divide((gxx * gyy + gxy * gxy) * mxy - gyy * gxy * mxx - gxx * gxy * myy, square)
+    scale = tl.cast(calibration, COMPUTE)
+    left = tl.cast(share, COMPUTE)
+    cxx = tl.where(regular, scale * cxx, float("inf")) + left * (rxx * rxx + rxy * rxy)
+    cyy = tl.where(regular, scale * cyy, float("inf")) + left * (ryx * ryx + ryy * ryy)
+    cxy = tl.where(regular, scale * cxy, 0.0) + left * (rxx * ryx + rxy * ryy)
+    height = value / tl.sqrt(0.5 * correlated * tl.sum(p00, 0) + TINY)
+    x, y = _direction(cxx, cyy, cxy)
+    fourth = x * x * x * x * tl.sum(p40, 0) + 4 * x * x * x * y * tl.sum(p31, 0)
+    fourth += 6 * x * x * y * y * tl.sum(p22, 0)
+    fourth += 4 * x * y * y * y * tl.sum(p13, 0) + y * y * y * y * tl.sum(p04, 0)
+    bend = x * x * gxx + y * y * gyy + 2 * x * y * gxy
+    entire = x * x * wxx + y * y * wyy + 2 * x * y * wxy
+    curvature = bend / tl.sqrt(0.5 * correlated * fourth + TINY)
+    fixed = tl.where(entire > 0, divide(bend, tl.where(entire > 0, entire, 1.0)), 0.0)
+    # what the weights pulled is taken off, if it is little, and is an error besides
+    most = tl.cast(longest, COMPUTE)
+    away_x = tl.minimum(tl.maximum(shift_x - tl.load(together + 2 * frame), -most), most)
+    away_y = tl.minimum(tl.maximum(shift_y - tl.load(together + 2 * frame + 1), -most), most)
+    extra_x = rxx * away_x + rxy * away_y
+    extra_y = ryx * away_x + ryy * away_y
+    bounded = tl.maximum(tl.abs(extra_x), tl.abs(extra_y)) <= tl.cast(largest, COMPUTE)
+    shift_x += tl.where(bounded, extra_x, 0.0)
+    shift_y += tl.where(bounded, extra_y, 0.0)
+    extra_x = tl.minimum(tl.maximum(extra_x, -1.0), 1.0)
+    extra_y = tl.minimum(tl.maximum(extra_y, -1.0), 1.0)
+    out = found + 13 * frame
+    tl.store(out, tl.where(tl.abs(shift_x) < 64 * EPSILON, 0.0, shift_x))
+    tl.store(out + 1, tl.where(tl.abs(shift_y) < 64 * EPSILON, 0.0, shift_y))
+    tl.store(out + 2, cxx + extra_x * extra_x)
+    tl.store(out + 3, cxy + extra_x * extra_y)
+    tl.store(out + 4, cxy + extra_x * extra_y)
+    tl.store(out + 5, cyy + extra_y * extra_y)
+    tl.store(out + 6, height)
+    tl.store(out + 7, curvature)
+    tl.store(out + 8, fixed)
+    _store_inverse(out + 9, gxx, gyy, gxy, safe, regular)
+
+
+def assess(
+    power: Tensor,
+    frequencies: tuple[Tensor, Tensor],
+    shift: Tensor,
+    together: Tensor,
+    weights: Tensor,
+    spacing: tuple[float, float],
+    limits: tuple[float, float, float, float],
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | None:
+    """See :func:`torchalign.functional.uncertainty.assess_peak`, and what :mod:`torchalign.functional.phase` makes of it.
+
+    Args:
+        power: (..., H, W//2+1), half of a Hermitian cross-power spectrum.
+        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
+        shift: (..., 2), the maximum.
+        together: (..., 2), where the weights match.
+        weights: (..., H, W).
+        spacing: pixels from one sample to the next, along y and x.
+        limits: the factor of the covariance; the share of the square of the weights' correction that is error; the
+            longest way, and the largest correction that is made, in pixels.
+
+    Returns:
+        The shift (..., 2) less the weights' pull; and its covariance (..., 2, 2), the height, the curvature along
+        its larger axis, and the share of it that is not the weights', (...,) each, and the inverse of the Hessian
+        (..., 2, 2). ``None`` where the spectrum is
+        too large for one program.
+    """
+    if power.shape[-2] * power.shape[-1] > MOST_BINS:
+        return None
+    parts = torch.view_as_real(power.resolve_conj())
+    lead = power.shape[:-2]
+    places = torch.stack(torch.broadcast_tensors(shift, together)).to(parts.dtype)
+    found = _assess(
+        parts, *frequencies, places, weights.expand(*lead, *weights.shape[-2:]), list(spacing), list(limits)
+    )
+    covariance, inverse = (found[..., first : first + 4].unflatten(-1, (2, 2)) for first in (2, 9))
+    return found[..., :2], (covariance, found[..., 6], found[..., 7], found[..., 8], inverse)
+
+
+@operator("assess", lambda power: power.new_empty((*power.shape[:-3], 13)))
+def _assess(
+    power: Tensor,
+    fy: Tensor,
+    fx: Tensor,
+    places: Tensor,
+    weights: Tensor,
+    spacing: list[float],
+    limits: list[float],
+) -> Tensor:
+    found = power.new_empty((*power.shape[:-3], 13))
+    if found.numel() == 0:
+        return found
+    start, together = places.contiguous().unbind(0)
+    assess_frames[(math.prod(power.shape[:-3]),)](
+        power.contiguous(),
+        fy.contiguous(),
+        fx.contiguous(),
+        start,
+        together,
+        weights.contiguous(),
+        found,
+        *weights.shape[-2:],
+        0.5 / spacing[0],
+        0.5 / spacing[1],
+        *limits,
+        COMPUTE=kernel_dtype(power),
+        TINY=torch.finfo(power.dtype).tiny,
+        EPSILON=torch.finfo(power.dtype).eps,
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return found

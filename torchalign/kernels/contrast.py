@@ -1,0 +1,263 @@
+"""The local contrast of textures: their unit, what stands out of the local mean, and its variance, a kernel each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchalign.kernels.sampling import divide, kernel_dtype, operator
+
+__all__ = ["contrast", "contrast_frames", "open_frames", "opened", "smooth_frames", "unit_frames", "units"]
+
+_BLOCK = 1024
+# One program walks the samples of a frame.
+MOST_SAMPLES = 2**20
+
+
+@triton.jit
+def unit_frames(
+    field,  # (N, h, w)
+    noise,  # (N,)
+    empty,  # (N,), 0 and 1
+    unit,  # (N,)
+    flat,  # (N,), 0 and 1
+    samples,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one frame; the root of the mean square, 1 where there is nothing to see."""
+    frame = tl.program_id(0).to(tl.int64)
+    square = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, samples, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        value = tl.load(field + frame * samples + place, mask=place < samples, other=0).to(tl.float64)
+        square += value * value
+    scale = tl.sqrt(tl.sum(square, 0) / samples).to(COMPUTE)
+    known = (scale > tl.load(noise + frame)) & (scale < float("inf")) & (tl.load(empty + frame) == 0)
+    tl.store(unit + frame, tl.where(known, scale, 1.0))
+    tl.store(flat + frame, (~known).to(tl.uint8))
+
+
+@triton.jit
+def smooth_frames(
+    field,  # (N, h, w)
+    unit,  # (N,)
+    result,  # (N, h, w)
+    rows,
+    columns,
+    SQUARED: tl.constexpr,  # the mean of squares; else the field, in its unit, less its mean
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of samples of one frame. Means over 7 × 7 samples, triangular, the border continued."""
+    samples = rows * columns
+    blocks = tl.cdiv(samples, BLOCK)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = place < samples
+    x = place % columns
+    y = place // columns
+    plane = field + frame * samples
+    scale = tl.zeros((BLOCK,), COMPUTE) + tl.load(unit + frame)
+    total = tl.zeros((BLOCK,), COMPUTE)
+    for j in range(-3, 4):
+        row = tl.minimum(tl.maximum(y + j, 0), rows - 1) * columns
+        down = 4 - tl.where(j < 0, -j, j)
+        for i in range(-3, 4):
+            at = row + tl.minimum(tl.maximum(x + i, 0), columns - 1)
+            share = (down * (4 - tl.where(i < 0, -i, i))) * 0.00390625
+            value = tl.load(plane + at, mask=live, other=0)
+            if SQUARED:
+                total += value * value * share
+            else:
+                total += divide(value, scale) * share
+    if not SQUARED:
+        total = divide(tl.load(plane + place, mask=live, other=0), scale) - total
+    tl.store(result + frame * samples + place, total, mask=live)
+
+
+@triton.jit
+def contrast_frames(
+    detail,  # (N, h, w)
+    variance,  # (N, h, w)
+    typical,  # (N,)
+    weights,  # (N, h, w)
+    contrast,  # (N, h, w)
+    weighted,  # (N, h, w)
+    samples,
+    WEIGHTED: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of samples of one frame."""
+    blocks = tl.cdiv(samples, BLOCK)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = place < samples
+    at = frame * samples + place
+    median = tl.load(typical + frame)
+    total = tl.load(variance + at, mask=live, other=0) + tl.where(median == median, median, 0.0)
+    flat = total <= LEAST
+    value = tl.load(detail + at, mask=live, other=0)
+    value = tl.where(flat, 0.0, divide(value, tl.sqrt(tl.where(flat, 1.0, total))))
+    tl.store(contrast + at, value, mask=live)
+    if WEIGHTED:
+        tl.store(weighted + at, value * tl.load(weights + at, mask=live, other=0), mask=live)
+
+
+@triton.jit
+def open_frames(
+    coverage,  # (N, h, w)
+    found,  # (N, h, w)
+    rows,
+    columns,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of samples of one frame; see functional.texture._cover."""
+    samples = rows * columns
+    blocks = tl.cdiv(samples, BLOCK)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = place < samples
+    x = place % columns
+    y = place // columns
+    total = tl.zeros((BLOCK,), COMPUTE)
+    for j in range(-1, 2):
+        row = tl.minimum(tl.maximum(y + j, 0), rows - 1)
+        for i in range(-1, 2):
+            column = tl.minimum(tl.maximum(x + i, 0), columns - 1)
+            least = tl.full((BLOCK,), float("inf"), COMPUTE)
+            for n in range(-1, 2):
+                line = tl.minimum(tl.maximum(row + n, 0), rows - 1) * columns
+                for m in range(-1, 2):
+                    at = line + tl.minimum(tl.maximum(column + m, 0), columns - 1)
+                    least = tl.minimum(least, tl.load(coverage + frame * samples + at, mask=live, other=1))
+            total += least * ((2 - tl.where(j < 0, -j, j)) * (2 - tl.where(i < 0, -i, i)) * 0.0625)
+    opened_share = tl.minimum(tl.maximum(2 * total - 1, 0.0), 1.0)
+    tl.store(found + frame * samples + place, opened_share, mask=live)
+
+
+def units(field: Tensor, noise: Tensor, empty: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The deviation of every frame, 1 where it is no more than ``noise``, not finite, or ``empty``; and where it is.
+
+    Args:
+        field: (..., h, w), of mean nearly 0.
+        noise: (...,).
+        empty: (...,) bool.
+
+    Returns:
+        (...,) and (...,) bool; ``None`` where a frame is too large for one program.
+    """
+    if field.shape[-2] * field.shape[-1] > MOST_SAMPLES:
+        return None
+    return tuple(_units(field, noise.expand(field.shape[:-2]), empty.expand(field.shape[:-2])))
+
+
+@operator("units", lambda field, noise, empty: (field.new_empty(noise.shape), empty.new_empty(noise.shape)))
+def _units(field: Tensor, noise: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    unit, flat = field.new_empty(noise.shape), empty.new_empty(noise.shape)
+    if field.numel() > 0:
+        unit_frames[(unit.numel(),)](
+            field.contiguous(),
+            noise.contiguous(),
+            empty.contiguous().view(torch.uint8),
+            unit,
+            flat.view(torch.uint8),
+            field.shape[-2] * field.shape[-1],
+            COMPUTE=kernel_dtype(field),
+            BLOCK=_BLOCK,
+            enable_fp_fusion=False,
+        )
+    return unit, flat
+
+
+def contrast(
+    field: Tensor, unit: Tensor, weights: Tensor | None, typical: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """See :func:`torchalign.functional.texture.local_contrast`, of a field in its ``unit`` (...).
+
+    Args:
+        field: (..., h, w).
+        unit: (...,), what it is divided by.
+        weights: (..., h, w) or ``None``.
+        typical: makes of the local variance (..., h, w) its median (...,), which may be NaN.
+
+    Returns:
+        (..., h, w), and the same times the weights.
+    """
+    detail = _smooth(field, unit, False)
+    variance = _smooth(detail, unit, True)
+    weights = None if weights is None else weights.expand(field.shape)
+    plain, weighted = _contrast(detail, variance, typical(variance), weights)
+    return plain, plain if weights is None else weighted
+
+
+@operator("smooth", lambda field, unit, squared: field.new_empty(field.shape))
+def _smooth(field: Tensor, unit: Tensor, squared: bool) -> Tensor:
+    result = field.new_empty(field.shape)
+    if field.numel() > 0:
+        samples = field.shape[-2] * field.shape[-1]
+        smooth_frames[(math.prod(field.shape[:-2]) * triton.cdiv(samples, _BLOCK),)](
+            field.contiguous(),
+            unit.contiguous(),
+            result,
+            *field.shape[-2:],
+            SQUARED=squared,
+            COMPUTE=kernel_dtype(field),
+            BLOCK=_BLOCK,
+            enable_fp_fusion=False,
+        )
+    return result
+
+
+def _contrast_like(
+    detail: Tensor, variance: Tensor, typical: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return detail.new_empty(detail.shape), detail.new_empty(0 if weights is None else detail.shape)
+
+
+@operator("contrast", _contrast_like)
+def _contrast(
+    detail: Tensor, variance: Tensor, typical: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    plain, weighted = _contrast_like(detail, variance, typical, weights)
+    if detail.numel() > 0:
+        samples = detail.shape[-2] * detail.shape[-1]
+        contrast_frames[(math.prod(detail.shape[:-2]) * triton.cdiv(samples, _BLOCK),)](
+            detail.contiguous(),
+            variance.contiguous(),
+            typical.contiguous(),
+            detail if weights is None else weights.contiguous(),
+            plain,
+            weighted,
+            samples,
+            WEIGHTED=weights is not None,
+            # below it the derivative of the root overflows
+            LEAST=torch.finfo(detail.dtype).tiny ** 0.5,
+            BLOCK=_BLOCK,
+            enable_fp_fusion=False,
+        )
+    return plain, weighted
+
+
+@operator("opened", lambda coverage: coverage.new_empty(coverage.shape))
+def opened(coverage: Tensor) -> Tensor:
+    """(..., h, w): of the shares of samples that are usable what :func:`functional.texture._cover` makes."""
+    found = coverage.new_empty(coverage.shape)
+    if coverage.numel() > 0:
+        samples = coverage.shape[-2] * coverage.shape[-1]
+        open_frames[(math.prod(coverage.shape[:-2]) * triton.cdiv(samples, _BLOCK),)](
+            coverage.contiguous(),
+            found,
+            *coverage.shape[-2:],
+            COMPUTE=kernel_dtype(coverage),
+            BLOCK=_BLOCK,
+            enable_fp_fusion=False,
+        )
+    return found

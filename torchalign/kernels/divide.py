@@ -1,0 +1,262 @@
+"""The correlation divided by the overlap of its weights: what is correlated for it, and its ascent, a kernel each."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchalign.kernels.climb import MOST_BINS, waves
+from torchalign.kernels.sampling import divide, kernel_dtype, operator
+
+__all__ = ["climb_divided", "divided_frames", "overlap_frames", "overlaps"]
+
+_BLOCK = 512
+
+
+@triton.jit
+def overlap_frames(
+    own,  # (N, h, w), the window of the ground in common, over the moving frame
+    other,  # (N, h, w), over the reference
+    moved,  # (N, h, w), the weights over the moving frame
+    weights,  # (N, h, w), over the reference
+    cover,  # (N, h, w), of the moving frame
+    other_cover,  # (N or 1 a group, h, w)
+    moving,  # (N, h, w)
+    reference,  # (N or 1 a group, h, w)
+    fields,  # (2, 3, N, h, w)
+    frames,
+    group,
+    samples,
+    COVERED: tl.constexpr,
+    OTHER_COVERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of samples of one frame."""
+    blocks = tl.cdiv(samples, BLOCK)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = place < samples
+    here = frame * samples + place
+    there = frame // group * samples + place
+    weight = tl.load(own + here, mask=live, other=0)
+    share = tl.load(moved + here, mask=live, other=0)
+    weight *= tl.minimum(tl.maximum(share, 0.0), 1.0)
+    if COVERED:
+        weight *= tl.load(cover + here, mask=live, other=0)
+    value = tl.load(moving + here, mask=live, other=0)
+    step = tl.cast(frames, tl.int64) * samples
+    tl.store(fields + here, weight * value, mask=live)
+    tl.store(fields + step + here, weight * value * value, mask=live)
+    tl.store(fields + 2 * step + here, weight, mask=live)
+    weight = tl.load(other + here, mask=live, other=0) * tl.load(weights + here, mask=live, other=0)
+    if OTHER_COVERED:
+        weight *= tl.load(other_cover + there, mask=live, other=0)
+    value = tl.load(reference + there, mask=live, other=0)
+    tl.store(fields + 3 * step + here, weight * value, mask=live)
+    tl.store(fields + 4 * step + here, weight, mask=live)
+    tl.store(fields + 5 * step + here, weight * value * value, mask=live)
+
+
+@triton.jit
+def divided_frames(
+    spectra,  # (2, 3, N, h, w//2+1, 2)
+    fy,  # (h,), cycles per pixel
+    fx,  # (w//2+1,)
+    start,  # (N, 2)
+    found,  # (N, 4)
+    frames,
+    bins,
+    columns,
+    steps,
+    COMPUTE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one frame. See functional.phase._divided_step."""
+    frame = tl.program_id(0).to(tl.int64)
+    shift_x = tl.load(start + 2 * frame)
+    shift_y = tl.load(start + 2 * frame + 1)
+    step_x = tl.zeros_like(shift_x)
+    step_y = tl.zeros_like(shift_y)
+    peak = shift_x == shift_x
+    for _ in range(steps):
+        gx = tl.zeros_like(shift_x)
+        gy = tl.zeros_like(shift_x)
+        hxx = tl.zeros_like(shift_x)
+        hyy = tl.zeros_like(shift_x)
+        hxy = tl.zeros_like(shift_x)
+        peak = shift_x == shift_x
+        for which in range(3):
+            own = spectra + (which * frames + frame) * bins * 2
+            other = own + tl.cast(frames, tl.int64) * bins * 6
+            c00 = tl.zeros((BLOCK,), COMPUTE)
+            c10 = tl.zeros((BLOCK,), COMPUTE)
+            c01 = tl.zeros((BLOCK,), COMPUTE)
+            c20 = tl.zeros((BLOCK,), COMPUTE)
+            c02 = tl.zeros((BLOCK,), COMPUTE)
+            c11 = tl.zeros((BLOCK,), COMPUTE)
+            for first in range(0, bins, BLOCK):
+                place = first + tl.arange(0, BLOCK)
+                live = place < bins
+                y, x, often, cosine, sine = waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE)
+                a = tl.load(own + 2 * place, mask=live, other=0)
+                b = tl.load(own + 2 * place + 1, mask=live, other=0)
+                c = tl.load(other + 2 * place, mask=live, other=0)
+                d = tl.load(other + 2 * place + 1, mask=live, other=0)
+                real = a * c + b * d
+                imaginary = a * d - b * c
+                along = (real * cosine - imaginary * sine) * often
+                across = (real * sine + imaginary * cosine) * often
+                c00 += along
+                c10 -= x * across
+                c01 -= y * across
+                c20 -= x * x * along
+                c02 -= y * y * along
+                c11 -= x * y * along
+            value = tl.sum(c00, 0)
+            peak = peak & (value > 0)
+            safe = tl.where(value > 0, value, 1.0)
+            share = tl.where(which == 0, 1.0, -0.5).to(COMPUTE)
+            x1 = divide(tl.sum(c10, 0), safe)
+            y1 = divide(tl.sum(c01, 0), safe)
+            gx += share * x1
+            gy += share * y1
+            hxx += share * (divide(tl.sum(c20, 0), safe) - x1 * x1)
+            hyy += share * (divide(tl.sum(c02, 0), safe) - y1 * y1)
+            hxy += share * (divide(tl.sum(c11, 0), safe) - x1 * y1)
+        determinant = hxx * hyy - hxy * hxy
+        peak = peak & (hxx < 0) & (determinant > 0)
+        safe = tl.where(peak, determinant, 1.0)
+        step_x = tl.where(peak, divide(hxy * gy - hyy * gx, safe), 0.0)
+        step_y = tl.where(peak, divide(hxy * gx - hxx * gy, safe), 0.0)
+        step_x = tl.minimum(tl.maximum(step_x, -0.3), 0.3)
+        step_y = tl.minimum(tl.maximum(step_y, -0.3), 0.3)
+        shift_x += step_x
+        shift_y += step_y
+    out = found + 4 * frame
+    tl.store(out, tl.where(tl.abs(shift_x) < 64 * EPSILON, 0.0, shift_x))
+    tl.store(out + 1, tl.where(tl.abs(shift_y) < 64 * EPSILON, 0.0, shift_y))
+    tl.store(out + 2, tl.sqrt(step_x * step_x + step_y * step_y))
+    tl.store(out + 3, peak.to(COMPUTE))
+
+
+def overlaps(
+    windows: tuple[Tensor, Tensor],
+    moved: Tensor,
+    weights: Tensor,
+    covers: tuple[Tensor | None, Tensor | None],
+    moving: Tensor,
+    reference: Tensor,
+) -> Tensor:
+    """See :func:`torchalign.functional.phase._divided_fields`.
+
+    Args:
+        windows: (..., T, h, w) each, of the ground in common, over the moving frame and over the reference.
+        moved: (..., T, h, w), the weights over the moving frame.
+        weights: (..., T, h, w), over the reference.
+        covers: (..., T, h, w) and (..., 1 or T, h, w), or ``None``.
+        moving: (..., T, h, w).
+        reference: (..., 1 or T, h, w).
+
+    Returns:
+        (2, 3, ..., T, h, w).
+    """
+    return _overlaps(*windows, moved, weights, *covers, moving, reference)
+
+
+@operator("overlaps", lambda moved: moved.new_empty((2, 3, *moved.shape)))
+def _overlaps(
+    own: Tensor,
+    other: Tensor,
+    moved: Tensor,
+    weights: Tensor,
+    cover: Tensor | None,
+    other_cover: Tensor | None,
+    moving: Tensor,
+    reference: Tensor,
+) -> Tensor:
+    fields = moved.new_empty((2, 3, *moved.shape))
+    if fields.numel() == 0:
+        return fields
+    lead, size = moved.shape[:-2], moved.shape[-2:]
+    theirs = [part for part in (reference, other_cover) if part is not None]
+    shared = all(part.ndim == moved.ndim and part.shape[-3] == 1 for part in theirs) and len(lead) > 0
+    kept = (*lead[:-1], 1) if shared else lead
+    reference, other_cover = (
+        moved if part is None else part.expand(*kept, *size).contiguous() for part in (reference, other_cover)
+    )
+    own, other, moved, weights, cover, moving = (
+        fields if part is None else part.expand(*lead, *size).contiguous()
+        for part in (own, other, moved, weights, cover, moving)
+    )
+    frames, samples = math.prod(lead), size[0] * size[1]
+    overlap_frames[(frames * triton.cdiv(samples, _BLOCK),)](
+        own,
+        other,
+        moved,
+        weights,
+        cover,
+        other_cover,
+        moving,
+        reference,
+        fields,
+        frames,
+        lead[-1] if shared else 1,
+        samples,
+        COVERED=cover is not fields,
+        OTHER_COVERED=len(theirs) > 1,
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return fields
+
+
+def climb_divided(
+    spectra: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, steps: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Newton's ascent, see :func:`torchalign.functional.phase._refine_divided`.
+
+    Args:
+        spectra: (2, 3, ..., H, W//2+1), of what is correlated.
+        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
+        start: (..., 2), (x, y) in pixels.
+        steps: at least one, each of at most 0.3 pixels an axis.
+
+    Returns:
+        The shift (..., 2); the length (...,) of the last step; and whether that was one to a maximum. ``None``
+        where the spectra are too large for one program.
+    """
+    if spectra.shape[-2] * spectra.shape[-1] > MOST_BINS:
+        return None
+    parts = torch.view_as_real(spectra.resolve_conj())
+    found = _climb_divided(parts, *frequencies, start.expand(*spectra.shape[2:-2], 2).to(parts.dtype), steps)
+    return found[..., :2], found[..., 2], found[..., 3] > 0
+
+
+@operator("climb_divided", lambda spectra: spectra.new_empty((*spectra.shape[2:-3], 4)))
+def _climb_divided(spectra: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> Tensor:
+    found = spectra.new_empty((*spectra.shape[2:-3], 4))
+    if found.numel() == 0:
+        return found
+    rows, columns = spectra.shape[-3:-1]
+    frames = math.prod(spectra.shape[2:-3])
+    divided_frames[(frames,)](
+        spectra.contiguous(),
+        fy.contiguous(),
+        fx.contiguous(),
+        start.contiguous(),
+        found,
+        frames,
+        rows * columns,
+        columns,
+        steps,
+        COMPUTE=kernel_dtype(spectra),
+        EPSILON=torch.finfo(spectra.dtype).eps,
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return found
