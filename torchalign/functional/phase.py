@@ -183,7 +183,7 @@ def phase_correlation(
     surface = irfft2(power * ((1 - rows) * (1 - columns)), samples)
     peak = coarse_peak(surface, (height, width), max_translation)
     if start is not None:
-        peak = _higher_of(peak, start, power, grid, wave_orders(grid.frequencies))
+        peak = _higher_of(peak, start, power, grid, _orders(grid.frame, grid.size, like=grid.radius))
     shift, outside = peak.shift, peak.outside
 
     inliers, effective, holes = None, window, None
@@ -443,6 +443,12 @@ def wave_orders(frequencies: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return along_y, along_x * multiplicity(frequencies[1])
 
 
+@keeps_tables
+def _orders(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`wave_orders` of a working grid."""
+    return wave_orders(WorkingGrid.of(frame, size, 0.5, like).frequencies)
+
+
 def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, factor: int) -> Tensor:
     """The best point of a grid of 1/factor pixel, 1.5 pixels around the start (Guizar-Sicairos et al. 2008)."""
     half = math.ceil(0.75 * factor)
@@ -562,7 +568,8 @@ def _refine_plain(
     the second order in the way from there, its curvature is taken off.
     """
     if upsample_factor is None:
-        shift, step, curved = refine_peak(power, grid.frequencies, start)
+        orders = _orders(grid.frame, grid.size, like=grid.radius)
+        shift, step, curved = refine_peak(power, grid.frequencies, start, orders)
     else:
         shift = _upsampled_peak(power, grid.frequencies, start, upsample_factor)
         step, curved = torch.zeros_like(shift), torch.ones_like(shift[..., 0], dtype=torch.bool)
@@ -575,7 +582,9 @@ def _refine_plain(
         if known is not None:
             return _Refined(known[0], step, curved, PeakQuality(*known[1]))
     found = shift
-    derivatives = derivatives_at(power, grid.frequencies, found, wave_orders(grid.frequencies))
+    derivatives = derivatives_at(
+        power, grid.frequencies, found, _orders(grid.frame, grid.size, like=grid.radius)
+    )
     overlap = overlap_curvature(weights, grid)
     turned = shift_phase(power.detach(), grid.frequencies, found.detach())
     bins = _correlated_bins(weights.detach().square())
@@ -623,7 +632,7 @@ def _refine_divided(
         climbed = kernels.climb_divided(spectra, grid.frequencies, start, _NEWTON_STEPS + 2)
         if climbed is not None:
             return climbed
-    powers, orders = spectra[0].conj() * spectra[1], wave_orders(grid.frequencies)
+    powers, orders = spectra[0].conj() * spectra[1], _orders(grid.frame, grid.size, like=grid.radius)
     shift, fixed = start.detach(), powers.detach()
     for _ in range(_NEWTON_STEPS + 1):
         shift = shift + _divided_step(derivatives_at(fixed, grid.frequencies, shift, orders))[0]
