@@ -1,4 +1,4 @@
-"""Local shifts against known fields: ``python benchmarks/local.py [--frames 16] [--write]``.
+"""Local shifts against known fields: ``python benchmarks/local.py [--frames 16] [--only rows scale large real]``.
 
 Ground truth: a real high-resolution scene (Landsat-7, ``../shared/data/landsat7_rgb.tif``) is warped at four times
 the resolution by a known field, then averaged over 4 × 4 pixels: no interpolation kernel under test made the truth,
@@ -8,28 +8,49 @@ and field together, in pixels, over pixels that are clear and inside the frame; 
 below 0.05 px, for the scene holds water, which shows nothing.
 
 Beside it: OpenCV's DIS and Farnebäck, scikit-image's ILK and TV-L1 (standardised images; none of them takes the
-frame's global shift or a mask), and AROSICS' local tie points where it is installed.
+frame's global shift or a mask).
+
+* **scale**: seconds of CPU a frame, of many frames at once; and of ECC with an affine motion, beside it.
+* **large**: one frame of 2048² and one of 4096², which are cut into tiles; and how far the field on and beside the
+  tiles' borders is from that of a window around them, which is one tile.
+* **real**: triangles of three clear dates of the Sentinel-2 NDVI series: what lies at a pixel of the first, found in the
+  third directly and by way of the second, in pixels.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import machine, versions, write_results
+from common import (
+    RESULTS,
+    add_readme_options,
+    described,
+    machine,
+    pixels,
+    read_results,
+    readme_or_run,
+    table,
+    versions,
+    write_results,
+)
+from real_series import ROOT, load
 from scipy.ndimage import gaussian_filter, map_coordinates, spline_filter
 
 import torchalign as ta
-from torchalign.functional.shift_field import field_at, sigma_at
+from torchalign.functional.affine import invert_warp, transform_points
+from torchalign.functional.local import _Tiles
+from torchalign.functional.shift_field import field_at, field_at_points, is_zero, sigma_at
 from torchalign.functional.warp import backward_displacement
 
 SCENE = Path(__file__).resolve().parents[2] / "shared" / "data" / "landsat7_rgb.tif"
 SIZE, FACTOR, MARGIN = 256, 4, 24
+PARTS = ("rows", "scale", "large", "real")
 
 
 class Row(NamedTuple):
@@ -229,23 +250,212 @@ def measure(row: Row, frames: int, seed: int, with_others: bool) -> dict[str, di
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--alone", action="store_true", help="only torchalign")
-    parser.add_argument("--write", action="store_true", help="save to results/local.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def run_rows(options: argparse.Namespace) -> dict[str, Any]:
     rows = {}
     for number, (name, row) in enumerate(ROWS.items()):
         rows[name] = measure(row, options.frames, options.seed + number, not options.alone)
         for method, result in rows[name].items():
             numbers = " ".join(f"{key} {value:.4g}" for key, value in result.items())
             print(f"{name:30s} {method:17s} {numbers}", flush=True)
-    if options.write:
-        packages = ("torchalign", "torch", "opencv-python-headless", "scikit-image")
-        write_results("local", {"machine": machine(), "versions": versions(*packages), "rows": rows})
+    return rows
+
+
+def timed(function: Callable[[], Any], times: int = 3) -> float:
+    """Seconds of CPU, the best of some."""
+    found = []
+    for _ in range(times):
+        begun = time.process_time()
+        function()
+        found.append(time.process_time() - begun)
+    return min(found)
+
+
+def run_scale() -> dict[str, Any]:
+    data = simulate(ROWS["terrain-like, 1 px"], 8, 77)
+    cube, reference = (torch.tensor(part, dtype=torch.float32) for part in (data.cube, data.reference))
+    cube, reference = cube[:, None], reference[None]
+    local, affine = ta.Cascade(ta.PCC(), ta.Local()), ta.ECC(motion="affine")
+    found: dict[str, Any] = {
+        "Local, ms": 1e3 * timed(lambda: local.estimate(cube, reference)) / 8,
+        "ECC affine, ms": 1e3 * timed(lambda: affine.estimate(cube, reference)) / 8,
+    }
+    small, still = cube[..., :128, :128], reference[..., :128, :128]
+    for frames in (8, 100, 1000):
+        many = small[torch.arange(frames) % 8]
+        seconds = timed(lambda many=many: local.estimate(many, still), 1 if frames > 100 else 3)
+        found[f"{frames} frames of 128², ms a frame"] = 1e3 * seconds / frames
+    return found
+
+
+def run_large() -> dict[str, Any]:
+    import rasterio
+
+    with rasterio.open(SCENE) as source:
+        scene = source.read(window=((330, 1510), (480, 1660))).mean(0) / 255
+    found: dict[str, Any] = {}
+    random = np.random.default_rng(5)
+    for side in (2048, 4096):
+        far = side + 64
+        still = np.pad(scene, ((0, max(0, far - len(scene))), (0, max(0, far - len(scene)))), "symmetric")[
+            :far, :far
+        ]
+        smooth = gaussian_filter(random.normal(size=(2, far // 16, far // 16)), (0, 5, 5))
+        field = np.stack([np.kron(part / np.abs(part).max(), np.ones((16, 16))) for part in smooth])
+        field = gaussian_filter(field, (0, 16, 16))
+        y, x = np.mgrid[:far, :far].astype(np.float32)
+        moving = map_coordinates(still, [y[: len(field[1])] - field[1], x - field[0]], order=3)[:far, :far]
+        moving, still = (
+            torch.tensor(part[32:-32, 32:-32], dtype=torch.float32)[None] for part in (moving, still)
+        )
+        moving = moving + 0.005 * torch.randn(moving.shape, generator=torch.Generator().manual_seed(1))
+        local = ta.Local()
+        start = torch.eye(2, 3)[None]
+        begun = time.process_time()
+        estimate = local.estimate(moving[None], still, init=start)
+        found[f"{side}², s"] = time.process_time() - begun
+        if side == 2048:
+            continue
+        # across tiles' borders: a window of 600 pixels around each of some of them, estimated alone
+        tiles = _Tiles.of((side, side), local.spacing)
+        borders = [start + tiles.size[0] for start in tiles.starts[0][:-1]]
+        gaps = []
+        for border in borders[:3]:
+            corner = (border - 300) // local.spacing * local.spacing
+            window = (slice(None), slice(corner, corner + 600), slice(corner, corner + 600))
+            alone = local.estimate(moving[window][None], still[window], init=start)
+            inner = torch.arange(150.0, 450.0, 4)
+            both = [
+                field_at(alone.field, inner, inner),
+                field_at(estimate.field, inner + corner, inner + corner),
+            ]
+            apart = torch.hypot(*(one - other for one, other in zip(*both, strict=True)))
+            known = sigma_at(alone.field, inner, inner) < 0.05
+            gaps.append(apart[known])
+        apart = torch.cat(gaps)
+        found |= {
+            "tiles": tiles.number,
+            "apart at borders, median": float(apart.median()),
+            "apart at borders, p95": float(apart.quantile(0.95)),
+        }
+    return found
+
+
+def run_real() -> dict[str, Any]:
+    ndvi, clear = load(ROOT / "../shared/data/sentinel2_ndvi")
+    chosen = (clear.mean(("y", "x")) > 0.98).values
+    cube = torch.from_numpy(ndvi.where(clear).values[chosen]).float()[:, None]
+    height, width = cube.shape[-2:]
+    y, x = (torch.arange(12.0, length - 12, 4) for length in (height, width))
+    at = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(1, -1, 2)
+    closures: dict[str, list[float]] = {"global": [], "local": []}
+    lost = fields = 0
+    aligners = {"global": ta.PCC(), "local": ta.Cascade(ta.PCC(), ta.Local())}
+    triples = [cube[first::gap][:3] for gap in (2, 5, 8) for first in range(len(cube) - 2 * gap)]
+    for one, two, three in triples:
+        pairs = ((two, one), (three, two), (three, one))
+        found = {
+            name: [aligner.estimate(moving[None], still) for moving, still in pairs]
+            for name, aligner in aligners.items()
+        }
+        if not all(bool(estimate.valid) for estimates in found.values() for estimate in estimates):
+            continue
+        fields += any(not bool(is_zero(estimate.field)) for estimate in found["local"])
+        lost += sum(
+            bool(after.score < before.score - 1e-3)
+            for before, after in zip(found["global"], found["local"], strict=True)
+        )
+
+        for name, (to_two, to_three, direct) in found.items():
+
+            def source(estimate: ta.Estimate, points: torch.Tensor) -> torch.Tensor:
+                own = transform_points(invert_warp(estimate.warp), points)
+                return own if estimate.field is None else own + field_at_points(estimate.field, points)
+
+            gap = source(to_three, source(to_two, at)) - source(direct, at)
+            closures[name].append(float(gap.norm(dim=-1).median()))
+    return {
+        "triangles": len(closures["global"]),
+        "with a field": fields,
+        "global": float(np.median(closures["global"])),
+        "local": float(np.median(closures["local"])),
+        "pairs with a lower score": lost,
+    }
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """For benchmarks/README.md: of the parts that were run."""
+    found = [described(results)]
+    if "rows" in results:
+        found += [
+            f"{results['frames']} frames a row from seed {results['first seed']} on (4 for the methods of others); px, "
+            "median / p95 over clear pixels.",
+            table(*row_table(results["rows"])),
+        ]
+    if "scale" in results:
+        scale = results["scale"]
+        many = [f"{value:.1f} of {name.split(' ')[0]}" for name, value in scale.items() if "128²" in name]
+        found.append(
+            f"A frame of 256² takes {scale['Local, ms']:.0f} ms on one thread, PCC before it included, "
+            f'{scale["Local, ms"] / scale["ECC affine, ms"]:.1f} times as long as `ECC(motion="affine")`. '
+            f"Milliseconds a frame of 128²: {', '.join(many)} at once."
+        )
+    if "large" in results:
+        large = results["large"]
+        apart = f"{pixels(large['apart at borders, median'])} / {pixels(large['apart at borders, p95'])}"
+        found.append(
+            f"One frame of 2048²: {large['2048², s']:.0f} s of CPU; of 4096², in {large['tiles']} tiles: "
+            f"{large['4096², s']:.0f} s. Around the tiles' borders its field is {apart} px (median / p95) from that of "
+            "one window around them."
+        )
+    if "real" in results:
+        real = results["real"]
+        found.append(
+            f"Real Sentinel-2 NDVI, {real['triangles']} triangles of clear dates: they close to {real['global']:.3f} px "
+            f"with PCC, to {real['local']:.3f} px with Local; in {real['with a field']} of them a pair asks for a field. "
+            f"{real['pairs with a lower score']} pairs lose score."
+        )
+    return "\n\n".join(found)
+
+
+def row_table(rows: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    lines = []
+    for name, methods in rows.items():
+        own = methods["Local"]
+        sure = z = "–"
+        if "share" in own:
+            sure = f"{pixels(own['sure_median'])} / {pixels(own['sure_p95'])} ({own['share']:.0%})"
+            z = f"{own['within_1']:.0%} / {own['within_2']:.0%}"
+        both = [f"{pixels(result['median'])} / {pixels(result['p95'])}" for result in methods.values()]
+        lines.append([name, both[0], both[1], sure, z, *both[2:]])
+    names = list(next(iter(rows.values())))
+    header = ["field", names[0], f"**{names[1]}**", "its σ < 0.05 px (share)", "within 1 / 2 σ", *names[2:]]
+    return header, lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=7000)
+    parser.add_argument("--alone", action="store_true", help="only torchalign")
+    parser.add_argument(
+        "--only", nargs="*", choices=PARTS, default=PARTS, help="the rest of the last results stays"
+    )
+    add_readme_options(parser)
+    options = parser.parse_args()
+    if readme_or_run(options, "local", report):
+        return
+    torch.set_num_threads(1)
+    packages = ("torchalign", "torch", "opencv-python-headless", "scikit-image")
+    results = read_results("local") if (RESULTS / "local.json").exists() else {}
+    results |= {"machine": machine(), "versions": versions(*packages)}
+    runs = {"rows": lambda: run_rows(options), "scale": run_scale, "large": run_large, "real": run_real}
+    for part in options.only:
+        results[part] = runs[part]()
+        if part == "rows":
+            results |= {"frames": options.frames, "first seed": options.seed}
+        print(part, results[part] if part != "rows" else "", flush=True)
+        write_results("local", results)
+    print(report(results))
 
 
 if __name__ == "__main__":

@@ -743,8 +743,8 @@ def test_files_bands_masks_and_templates(series, tmp_path):
     assert align(cloudy, "-o", tmp_path / "out.nc", "--reference", reference) == 0
     with xr.open_dataset(tmp_path / "out.nc", engine="h5netcdf", mask_and_scale=False) as found:
         whole, _ = ta.align(ta.open_stack(cloudy), "first", "pcc")
-        assert np.array_equal(found["aligned"].values, whole.values)
-        assert found["aligned"].attrs["_FillValue"] == 0
+        assert np.array_equal(found["cube"].values, whole.values)
+        assert found["cube"].attrs["_FillValue"] == 0
 
 
 def test_a_folder_may_be_called_like_a_reference(series, tmp_path, monkeypatch):
@@ -778,9 +778,9 @@ def test_a_lazy_cube_gives_the_same_and_a_page(series, tmp_path, capsys):
         arguments = ("--report", tmp_path / f"{name}.json", "--report", tmp_path / f"{name}.html", *words)
         assert align(frames, "-o", tmp_path / f"{name}.zarr", "--reference", "first", *arguments) == 0
     memory, lazy = (
-        xr.open_dataset(tmp_path / f"{name}.zarr", engine="zarr", mask_and_scale=False)[
-            "aligned"
-        ].values.astype(int)
+        xr.open_dataset(tmp_path / f"{name}.zarr", engine="zarr", mask_and_scale=False)["cube"].values.astype(
+            int
+        )
         for name in ("memory", "lazy")
     )
     assert np.abs(memory - lazy).max() <= 1
@@ -939,6 +939,132 @@ def test_info(source, series, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert run("info", report, "--html", tmp_path / "page.html") == 0
     assert "5 of 5 frames aligned" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def write_product(folder, series, *, extent=96):
+    """A file a band and date, with a classification beside them, as Landsat has it."""
+    values = series[0][:4, :, :extent]
+    folder.mkdir()
+    for band, name in enumerate(("B4", "B8", "QA_PIXEL")):
+        layer = values[:, band : band + 1] if name[0] == "B" else (values[:, :1] > 4000).astype("uint16") * 7
+        names = [f"LC08_{day}_{name}.TIF" for day in ("20200105", "20200115", "20200125", "20200204")]
+        write_frames(folder.parent / f"{folder.name}-{name}", layer, names, descriptions=[name])
+        for path in (folder.parent / f"{folder.name}-{name}").iterdir():
+            shutil.move(path, folder / path.name)
+    return folder
+
+
+BY_PATTERN = ("--bands", "red=*_B4.TIF", "--bands", "nir=*_B8.TIF", "--bands", "qa=*_QA_PIXEL.TIF")
+
+
+@pytest.mark.parametrize("lazy", ["--lazy", "--in-memory"])
+def test_a_file_a_band_and_date(series, tmp_path, capsys, lazy):
+    folder = write_product(tmp_path / "in", series)
+    patterns = dict(word.split("=") for word in BY_PATTERN[1::2])
+    dataset = ta.open_stack(folder, bands=patterns)
+    expected, report = ta.align(dataset, "first", "pcc")
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    assert (
+        align(folder, *BY_PATTERN, "-o", out, "--reference", "first", "--report", tmp_path / "r.json", lazy)
+        == 0
+    )
+    written = ta.open_stack(out, bands=patterns)
+    assert {path.name for path in out.iterdir()} == {path.name for path in folder.iterdir()}
+    for name in dataset:
+        np.testing.assert_allclose(written[name], expected[name], atol=1)
+        assert written[name].attrs["_FillValue"] == dataset[name].attrs["_FillValue"]
+    assert set(np.unique(written.qa)) <= {0, 7}
+    np.testing.assert_allclose(ta.load_report(tmp_path / "r.json").warp, report.warp, atol=1e-5)
+    # one cube in one file, only one band decides; the page shows what is seen
+    pytest.importorskip("matplotlib")
+    assert (
+        align(folder, *BY_PATTERN, "-o", tmp_path / "out.nc", "--channel", "nir", "--report", page, lazy) == 0
+    )
+    with xr.open_dataset(tmp_path / "out.nc", mask_and_scale=False) as made:
+        assert made.red.dtype == np.uint16
+        assert made.red.attrs["_FillValue"] == 0
+    assert page.stat().st_size > 10_000
+    # the solution applied to the same files, classes by name or named
+    assert run("apply", folder, *BY_PATTERN[:4], "--bands", "other=*_QA_PIXEL.TIF", "--classes", "other",
+               "--report", tmp_path / "r.json", "-o", tmp_path / "again") == 0  # fmt: skip
+    again = ta.open_stack(tmp_path / "again", bands={"other": "*_QA_PIXEL.TIF"})
+    np.testing.assert_array_equal(again.other, written.qa)
+    capsys.readouterr()
+    assert run("info", folder, *BY_PATTERN) == 0
+    said = capsys.readouterr().out
+    assert "3 bands: red, nir, qa" in said
+    assert "qa: uint16, nodata 0" in said
+
+
+def test_a_table_of_files(series, tmp_path, capsys):
+    folder = write_product(tmp_path / "in", series)
+    table = tmp_path / "list.csv"
+    rows = [f"in/{path.name},{path.stem.split('_', 2)[2]}" for path in sorted(folder.iterdir())]
+    table.write_text("path,band\n" + "\n".join(rows))
+    assert align(table, "-o", tmp_path / "out", "--reference", "first") == 0
+    assert len(list((tmp_path / "out").iterdir())) == 12
+    assert run("info", table) == 0
+    assert "B4, B8, QA_PIXEL" in capsys.readouterr().out
+
+
+def test_files_of_other_extents_in_subfolders(series, tmp_path, capsys):
+    write_product(tmp_path / "one", series)
+    write_product(tmp_path / "two", (series[0][4:8], None), extent=90)
+    for path in (tmp_path / "two").iterdir():
+        (tmp_path / "all" / "b").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "all" / "b" / path.name.replace("2020", "2021"))
+    (tmp_path / "all" / "a").mkdir()
+    for path in (tmp_path / "one").iterdir():
+        shutil.copy(path, tmp_path / "all" / "a" / path.name)
+    arguments = (tmp_path / "all", *BY_PATTERN[:2], "-o", tmp_path / "out", "--reference", "first")
+    assert align(*arguments) == 2
+    assert "--recursive" in capsys.readouterr().err
+    assert align(*arguments, "--recursive") == 2
+    assert "--grid first, union or intersection" in capsys.readouterr().err
+    assert align(*arguments, "--recursive", "--grid", "union") == 0
+    written = ta.open_stack(tmp_path / "out")
+    assert written.sizes["time"] == 8
+    assert written.sizes["y"] == 96
+
+
+def test_several_variables_of_one_file(source, tmp_path, capsys):
+    with xr.open_dataset(source, engine="h5netcdf", decode_coords="all") as dataset:
+        parts = dataset.reflectance.to_dataset("band").assign(clouds=dataset.clouds).load()
+    parts.to_netcdf(tmp_path / "parts.nc", engine="h5netcdf")
+    out = tmp_path / "out.nc"
+    assert align(tmp_path / "parts.nc", "-o", out) == 2
+    assert "several as red,nir" in capsys.readouterr().err
+    for words in (
+        ("--variable", "B02,B03", "--mask", "clouds", "--invert-mask"),
+        ("--variable", "*", "--classes", "clouds"),
+    ):
+        assert align(tmp_path / "parts.nc", "-o", out, *words, "--overwrite") == 0
+        with xr.open_dataset(out, engine="h5netcdf") as made:
+            assert {"B02", "B03"} <= set(made)
+            assert ("clouds" in made) == ("*" in words)
+    assert align(tmp_path / "parts.nc", "-o", out, "--variable", "B02,B99", "--overwrite") == 2
+    assert "B99" in capsys.readouterr().err
+    assert (
+        align(tmp_path / "parts.nc", "-o", out, "--variable", "B02,B03", "--bands", "a=b", "--overwrite") == 2
+    )
+
+
+def test_large_scenes_by_tiles(series, tmp_path, capsys):
+    folder = write_frames(tmp_path / "in", series[0][:3], fastcubo_names(3))
+    clear = write_frames(tmp_path / "clear", np.ones((3, 1, 96, 96), np.uint8), fastcubo_names(3), nodata=None,
+                         descriptions=["clear"])  # fmt: skip
+    assert align(folder, "-o", tmp_path / "out", "--large", "--reference", "first", "--mask", clear,
+                 "--report", tmp_path / "r.csv", "--report", tmp_path / "r.html", "--no-progress") == 0  # fmt: skip
+    assert "3 of 3 frames aligned" in capsys.readouterr().out
+    assert align(folder, "-o", tmp_path / "map", "--large", "--reference", "first",
+                 "--report", tmp_path / "r.geojson") == 0  # fmt: skip
+    assert len(json.loads((tmp_path / "r.geojson").read_text())["features"]) == 3
+    report = ta.load_report(tmp_path / "r.csv")
+    truth = series[1][:3] - series[1][0]
+    np.testing.assert_allclose(np.stack([report.shift_x, report.shift_y], 1), truth, atol=0.05)
+    for words in (("-o", tmp_path / "out.nc"), ("-o", tmp_path / "o2", "--init", tmp_path / "r.csv")):
+        assert align(folder, *words, "--large", "--reference", "first") == 2
+        assert "--large" in capsys.readouterr().err
 
 
 def test_nothing_aligned_is_one(tmp_path, capsys):

@@ -30,6 +30,12 @@ OPTIONS = {
     "PCC plain": Case(partial(ta.PCC, weighting="none", contrast="none", taper=0.5), steadiness=0.07),
     "PCC grid": Case(partial(ta.PCC, weighting="sqrt", upsample_factor=50), steadiness=0.05, grid=0.02),
     "PCC structure": Case(partial(ta.PCC, contrast="structure", robust=True), accuracy=0.1, steadiness=0.1),
+    "ECC structure": Case(
+        partial(ta.ECC, motion="affine", contrast="structure"),
+        accuracy=0.1,
+        steadiness=0.1,
+        global_search=False,
+    ),
     "PCC gradients": Case(partial(ta.PCC, channel="gradients"), accuracy=0.1, steadiness=0.05),
     "ECC affine": Case(partial(ta.ECC, motion="affine"), accuracy=0.1, steadiness=0.05, global_search=False),
     "ECC homography": Case(

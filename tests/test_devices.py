@@ -89,6 +89,7 @@ ALIGNERS = {
     "structure, module": Proof(
         lambda: ta.PCC(contrast="structure", robust=True, channel=Channel(), max_translation=20.0)
     ),
+    "ECC structure": Proof(partial(ta.ECC, contrast="structure", motion="euclidean", max_translation=20.0)),
     "ECC": Proof(ta.ECC, thorough=True),
     "ECC affine": Proof(partial(ta.ECC, motion="affine", robust="none", sigma_blur=1.0)),
     "ECC homography": Proof(

@@ -105,6 +105,31 @@ def test_bad_frames_come_back_as_they_were_and_touch_no_other(kind):
     assert errors(estimate, data.shift).max() < 0.02
 
 
+def test_what_fits_more_than_one_place_is_ambiguous():
+    data = series(12, size=(128, 128))
+    cube = data.cube.clone()
+    # twice enlarged, all from one grid: the pattern of that grid fits itself at no motion
+    cube[:4] = cube[:4, :, ::2, ::2].repeat_interleave(2, -1).repeat_interleave(2, -2)
+    estimate = Groupwise(ta.PCC()).estimate(cube)
+    assert estimate.valid.all()  # by those that were not enlarged
+    error = estimate.warp[:, :, 2].double() - data.shift
+    error = error - error[4:].median(0).values
+    assert (error[:4] + 0.5).abs().max() < 0.05  # a sample now lies half a pixel beside where it was taken
+    assert error[4:].abs().max() < 0.02
+    alone = Groupwise(ta.PCC()).estimate(cube[:4])
+    assert (alone.status == ta.Status.AMBIGUOUS).all()
+    # stripes of one direction: known across them, not along
+    wave = torch.nn.functional.avg_pool1d(
+        torch.randn(1, 2, 140, generator=torch.Generator().manual_seed(3)), 5, 1
+    )
+    stripes = torch.stack([wave[0, :, i : i + 128, None].expand(2, 128, 128) for i in (0, 1, 2, 3)])
+    noise = 0.01 * torch.randn(4, 2, 128, 128, generator=torch.Generator().manual_seed(1))
+    striped = Groupwise(ta.PCC()).estimate(stripes + noise)
+    assert (striped.status == ta.Status.AMBIGUOUS).all()
+    mixed = Groupwise(ta.PCC()).estimate(torch.cat([data.cube, stripes + noise]))
+    assert mixed.valid.tolist() == [True] * 12 + [False] * 4
+
+
 def test_masks_act_in_the_estimate():
     data = series(10, size=(128, 128))
     cube, mask = data.cube.clone(), torch.ones(10, 128, 128, dtype=torch.bool)

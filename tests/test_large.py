@@ -53,6 +53,7 @@ def check(folder, out, size, aligner, monkeypatch, tolerance, **options):
     aligned, whole = ta.align(cube, "first", aligner)
     assert abs(float(whole.shift_x[1]) - found[0]) < tolerance
     assert abs(float(whole.shift_y[1]) - found[1]) < tolerance
+    assert report.covariance[1, 0, 0] > 0
     assert report.shift_x_metres[1] == pytest.approx(10 * found[0])
     written = ta.open_stack(out)
     np.testing.assert_array_equal(written[0], cube[0])
@@ -72,6 +73,85 @@ def test_the_same_as_in_memory(tmp_path, monkeypatch):
 def test_a_frame_of_one_tile_is_bit_equal(tmp_path, monkeypatch):
     aligned, written = check(tmp_path / "in", tmp_path / "out", (150, 170), ta.PCC(), monkeypatch, 0.01)
     np.testing.assert_array_equal(aligned, written)
+    _, whole = ta.align(ta.open_stack(tmp_path / "in"), "first", ta.PCC())
+    _, report = ta.io.align_scenes(tmp_path / "in", tmp_path / "again", "first", ta.PCC())
+    np.testing.assert_allclose(report.covariance, whole.covariance, rtol=1e-4)
+    np.testing.assert_allclose(report.sigma, whole.sigma, rtol=1e-4)
+
+
+@pytest.mark.parametrize("word", ["median", "mean"])
+def test_a_median_is_made_tile_by_tile(tmp_path, monkeypatch, word):
+    monkeypatch.setattr(tiles, "_TILE", 128)
+    truth = make_files(tmp_path / "in", (300, 290))
+    for number, row in ((3, 2.0), (4, -1.0)):  # two more dates, whole pixels off the first
+        with rasterio.open(tmp_path / "in" / "20200101.tif") as file:
+            moved, profile = np.roll(file.read(), int(row), 1), file.profile
+        with rasterio.open(tmp_path / "in" / f"2020010{number}.tif", "w", **profile) as file:
+            file.write(moved)
+    _, report = ta.io.align_scenes(tmp_path / "in", tmp_path / "out", word, ta.PCC())
+    assert (report.status == 0).all()
+    assert report.attrs["reference"] == word
+    found = np.stack([report.shift_x, report.shift_y], 1)
+    np.testing.assert_allclose(found[1:] - found[0], [truth, (0, -2), (0, 1)], atol=0.05)
+    _, whole = ta.align(ta.open_stack(tmp_path / "in"), word, ta.PCC())
+    np.testing.assert_allclose(found, np.stack([whole.shift_x, whole.shift_y], 1), atol=0.02)
+
+
+def test_a_reference_of_pixels_and_its_mask(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiles, "_TILE", 128)
+    truth = make_files(tmp_path / "in", (300, 290))
+    cube = ta.open_stack(tmp_path / "in")
+    reference = cube[0].copy()
+    reference[:, 100:200] = reference[:, 100:200].values[:, ::-1]  # other ground, which the mask leaves out
+    clear = np.ones((300, 290), bool)
+    clear[95:205] = False
+    _, report = ta.io.align_scenes(
+        tmp_path / "in", tmp_path / "out", reference, ta.PCC(), reference_mask=clear
+    )
+    np.testing.assert_allclose([report.shift_x[1], report.shift_y[1]], truth, atol=0.01)
+    with pytest.raises(TypeError, match="reference_mask: expected bool"):
+        ta.io.align_scenes(tmp_path / "in", tmp_path / "x", reference_mask=clear.astype("uint8"))
+
+
+@pytest.mark.parametrize("chunks", [None, 1])
+def test_a_mask_acts_in_the_estimate_and_in_the_pixels(tmp_path, monkeypatch, chunks):
+    monkeypatch.setattr(tiles, "_TILE", 96)
+    monkeypatch.setattr(tiles, "_ROW_BYTES", 4 * 290 * 2 * 40)
+    truth = make_files(tmp_path / "in", (300, 290))
+    cube = ta.open_stack(tmp_path / "in", chunks=chunks)
+    clouded = ta.open_stack(tmp_path / "in")
+    clear = np.ones((2, 300, 290), bool)
+    clear[1, 30:270, 40:200] = False
+    drawn = np.random.default_rng(3).integers(4000, 9000, (2, 240, 160))
+    clouded[1, :, 30:270, 40:200] = gaussian_filter(drawn.astype(float), (0, 2, 2)).astype("uint16")
+    ta.write_stack(clouded, tmp_path / "clouded", driver="GTiff")
+    mask = cube[:, 0].copy(data=clear if chunks is None else cube[:, 0].data.map_blocks(
+        lambda block, block_info=None: clear[slice(*block_info[0]["array-location"][0])], dtype=bool))  # fmt: skip
+    aligner = ta.PCC(fill_value=0)
+    _, report = ta.io.align_scenes(tmp_path / "clouded", tmp_path / "out", "first", aligner, mask=mask)
+    np.testing.assert_allclose([report.shift_x[1], report.shift_y[1]], truth, atol=0.02)
+    written = ta.open_stack(tmp_path / "out")
+    np.testing.assert_array_equal(written, ta.apply(clouded, report, mask=clear, fill_value=0))
+    assert (written[1, 0, 100:200, 60:180] == 0).all()
+
+
+def test_a_direction_that_little_fixes_is_known_worse(tmp_path, monkeypatch):
+    """Ground that is smooth along x: the covariance says along which axis the shift is known less."""
+    monkeypatch.setattr(tiles, "_TILE", 128)
+    random = np.random.default_rng(1)
+    make_files(tmp_path / "in", (420, 420))
+    ground = gaussian_filter(random.normal(size=(420, 420)), (1.5, 5))
+    for path in sorted((tmp_path / "in").iterdir()):
+        with rasterio.open(path, "r+") as file:
+            noisy = 2000 + 300 * ground / ground.std() + random.normal(0, 30, (420, 420))
+            file.write(np.stack([noisy, noisy]).astype("uint16"))
+    _, report = ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", ta.PCC())
+    assert report.status.values.tolist() == [0, 0]
+    covariance = report.covariance.values[1]
+    assert covariance[0, 0] > 3 * covariance[1, 1]
+    assert report.sigma[1] == pytest.approx(np.sqrt(np.linalg.eigvalsh(covariance)[-1]), rel=1e-4)
+    _, whole = ta.align(ta.open_stack(tmp_path / "in"), "first", ta.PCC())
+    assert 0.3 < np.sqrt(covariance[0, 0] / whole.covariance.values[1, 0, 0]) < 3
 
 
 def test_tiles_under_clouds_do_not_count(tmp_path, monkeypatch):
@@ -123,10 +203,13 @@ def test_masks_go_with_their_frames(tmp_path, kind, monkeypatch):
 
 def test_what_cannot_be_done_is_said(tmp_path):
     make_files(tmp_path / "in", (64, 64))
-    with pytest.raises(ValueError, match="'first', or the label of one frame"):
-        ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "median")
+    with pytest.raises(ValueError, match="'first', 'median', 'mean', the label of one frame"):
+        ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "iterative")
     with pytest.raises(ValueError, match="a motion up to affine"):
         ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", ta.ECC(motion="homography"))
+    for aligner in (ta.Groupwise(ta.PCC()), ta.Cascade(ta.PCC(), ta.Local())):
+        with pytest.raises(ValueError, match="aligner: expected"):
+            ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", aligner)
     with pytest.raises(TypeError, match="a mapping"):
         ta.io.align_scenes(tmp_path / "in", tmp_path / "out", bands={"a": "*.tif"})
     (tmp_path / "out").mkdir(exist_ok=True)

@@ -166,6 +166,39 @@ def test_a_foreign_frame_does_not_enter_an_archive(made):
     np.testing.assert_array_equal(aligned, foreign.astype("uint16"))
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_an_archive_of_variables_grows(made, lazy):
+    """A Dataset in, a Dataset out: the same numbers, and classes are copied."""
+    both = (
+        made.cube.astype("float32")
+        .to_dataset("band")
+        .rename_vars(dict(zip(made.cube.band.values, ("red", "nir"), strict=False)))
+    )
+    both["SCL"] = xr.where(both.red > float(both.red.median()), 8, 4).astype("uint8")
+    both = both.chunk({"time": 2}) if lazy else both
+    old, new = both.isel(time=slice(0, 9)), both.isel(time=slice(9, 12))
+    _, report = ta.align(old, "groupwise")
+    aligned, longer = ta.extend(new, report, archive=old.drop_vars("SCL"))
+    assert list(aligned) == list(new)
+    assert set(np.unique(aligned.SCL)) == {4, 8}
+    plain = both.drop_vars("SCL").to_dataarray("band").transpose("time", "band", "y", "x")
+    expected, other = ta.extend(plain[9:], report, archive=plain[:9])
+    np.testing.assert_allclose(longer.warp, other.warp, atol=1e-5)
+    np.testing.assert_allclose(aligned.nir, expected.sel(band="nir"), rtol=1e-4)
+    exact = ta.apply(new.SCL, longer.isel(time=slice(9, 12)))
+    np.testing.assert_array_equal(aligned.SCL, exact)
+    # one band decides, all move; of bands that are one array, too
+    stack = both.to_dataarray("band").transpose("time", "band", "y", "x")
+    _, report = ta.align(stack[:9], "groupwise", bands=["red"])
+    moved, _ = ta.extend(stack[9:], report, archive=stack[:9], bands=["red"])
+    assert moved.dims == stack.dims
+    assert set(np.unique(moved.sel(band="SCL"))) == {4, 8}
+    with pytest.raises(TypeError, match="a Dataset, as the new frames are"):
+        ta.extend(new, report, archive=stack[:9])
+    with pytest.raises(ValueError, match="archive: expected a cube with the bands"):
+        ta.extend(new, report, archive=old.drop_vars("nir"))
+
+
 def test_what_an_archive_does_not_fit_is_refused(made):
     old, new = made.cube.isel(time=slice(0, 6)), made.cube.isel(time=slice(6, 8))
     _, report = ta.align(old, "groupwise")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import numbers
 import operator
+import os
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -21,10 +23,13 @@ __all__ = [
     "check_crop",
     "check_cube",
     "check_device",
+    "check_fill",
     "check_floating",
+    "check_kind",
     "check_mask",
     "check_number",
     "check_option",
+    "check_path",
     "check_reference",
     "check_warp",
     "check_whole",
@@ -66,8 +71,31 @@ def check_floating(name: str, tensor: object, shape: str = "") -> None:
 def check_option(name: str, value: object, choices: Any) -> None:
     """``value`` must be one of a ``Literal``'s arguments."""
     allowed = get_args(choices)
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(message(name, f"one of {allowed}", repr(value), "choose one of these"))
+
+
+def check_kind(
+    name: str, value: object, kind: Any, expected: str, cure: str, *, optional: bool = True
+) -> None:
+    """``value`` must be an instance of ``kind``, ``expected`` in words (or ``None`` where ``optional``)."""
+    if not isinstance(value, kind) and not (value is None and optional):
+        got = f"{value!r:.60} ({type(value).__name__})"
+        raise TypeError(message(name, f"{expected}{', or None' * optional}", got, cure))
+
+
+def check_path(name: str, path: object) -> Path:
+    """``path`` must be one, or text."""
+    check_kind(
+        name, path, (str, os.PathLike), "a path, as text or a pathlib.Path", "give one", optional=False
+    )
+    return Path(path)  # type: ignore[arg-type]  # as was checked
+
+
+def check_fill(name: str, value: object) -> None:
+    """``value`` must be a real number, NaN among them, or ``None``."""
+    if not (isinstance(value, numbers.Real) and value != value):
+        check_number(name, value, optional=True)
 
 
 def check_bool(name: str, value: object) -> None:
@@ -100,9 +128,14 @@ def check_number(
 def check_whole(name: str, value: object, *, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
     """``value`` must be a whole number within bounds; returned as an int."""
     expected = f"a whole number from {minimum} to {maximum}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(message(name, expected, f"{value!r} ({type(value).__name__})", "give an int"))
-    number = operator.index(value)
+    if isinstance(value, bool):
+        raise TypeError(message(name, expected, f"{value!r} (bool)", "give an int"))
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # that it can be told is being tried
+    except TypeError:  # arrays have the method, too
+        raise TypeError(
+            message(name, expected, f"{value!r} ({type(value).__name__})", "give an int")
+        ) from None
     if not minimum <= number <= maximum:
         raise ValueError(message(name, expected, number, "give a number within these bounds"))
     return number
@@ -175,7 +208,7 @@ def check_crop(crop_center: Any) -> tuple[int, int] | None:
     """``None``, an int, or (h, w), each ≥ 1; returned as (h, w)."""
     if crop_center is None:
         return None
-    values = tuple(crop_center) if isinstance(crop_center, Sequence) else (crop_center, crop_center)
+    values = tuple(crop_center) if isinstance(crop_center, Iterable) else (crop_center, crop_center)
     if len(values) != 2:
         expected, cure = "an int ≥ 1, or two (h, w)", "give whole pixels"
         raise ValueError(message("crop_center", expected, repr(crop_center), cure))

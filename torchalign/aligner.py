@@ -18,6 +18,7 @@ from torchalign._check import (
     check_bands,
     check_crop,
     check_cube,
+    check_fill,
     check_mask,
     check_number,
     check_option,
@@ -108,8 +109,7 @@ class Aligner(nn.Module, ABC):
         check_option("interpolation", interpolation, Interpolation)
         check_option("padding_mode", padding_mode, PaddingMode)
         check_channel(channel)
-        if fill_value is None or fill_value == fill_value:  # NaN is a fill value like any other
-            check_number("fill_value", fill_value, optional=True)
+        check_fill("fill_value", fill_value)
         self.channel = channel
         self.rgb_bands = check_bands(rgb_bands)
         self.crop_center = check_crop(crop_center)

@@ -485,10 +485,14 @@ def demo_stack(
     import xarray as xr
 
     check_whole("frames", frames, minimum=4)
+    check_whole("seed", seed, minimum=0)
     size = _whole_pair("size", size, "(H, W)", 1)
     _check_bounded(max_shift=max_shift, noise=noise)
     if scene is None:
         scene = open_demo_scene()
+    if not isinstance(scene, xr.DataArray) or {*scene.dims} != {"band", "y", "x"}:
+        kind = f"{type(scene).__name__} with {getattr(scene, 'dims', 'no dims')}"
+        raise TypeError(message("scene", "a DataArray over band, y, x", kind, "name its dims so"))
     scene = scene.transpose("band", "y", "x")
     needed = tuple(length + 2 * math.ceil(max_shift) for length in size)
     if scene.sizes["y"] < needed[0] or scene.sizes["x"] < needed[1]:

@@ -17,7 +17,7 @@ from torchalign.functional.ecc import (
     prepare_levels,
 )
 from torchalign.functional.motion import MotionModel, only_shifts
-from torchalign.functional.texture import Brightness
+from torchalign.functional.texture import Contrast
 from torchalign.types import Status
 
 if TYPE_CHECKING:
@@ -53,25 +53,28 @@ class ECC(Aligner):
         motion: ``"translation"``, ``"euclidean"``, ``"similarity"``, ``"affine"`` or ``"homography"``.
         levels: of the pyramid, each of half the resolution; ``None`` for as many as leave 20 samples
             along the shorter side, 8 of frames of 200 pixels and more.
-        max_iterations: on each level, and for each set of weights.
+        max_iterations: on each level, and for each set of weights. ``None`` is 12 for structure, else 4.
         tolerance: a frame has converged when a step moves no point of it by more, in pixels.
         gauss_kernel_size: size in pixels, odd, of a Gaussian that both images are blurred with, as OpenCV and
             satalign have it: σ = 0.3 ((size − 1) / 2 − 1) + 0.8. The band limit makes it needless but for noise.
         sigma_blur: or its σ in pixels.
         max_frequency: the band that is used, in cycles per pixel, in (0, 0.5].
-        contrast: ``"local"`` or ``"none"``.
+        contrast: ``"local"`` or ``"none"`` for one sensor; ``"structure"`` across sensors, see
+            :class:`~torchalign.PCC`: m and r are then vectors.
         taper: share of each axis over which the window falls off, in [0, 1].
         robust: ``"agreement"``: samples are weighted by the local correlation of the two frames around them;
             ``"residual"``: by Tukey's biweight of their difference; ``"none"``: alike. The first wins by far under
-            clouds, and costs nothing on clear frames (``benchmarks/README.md``).
+            clouds, and costs nothing on clear frames (``benchmarks/README.md``). ``None`` is ``"none"`` for
+            structure, else ``"agreement"``.
         gradients: ``"implicit"`` or ``"unrolled"``.
-        max_sigma: frames whose predicted error is larger, in pixels, count as ``NOT_CONVERGED``.
+        max_sigma: frames whose predicted error is larger, in pixels, count as ``NOT_CONVERGED``. ``None`` is 1
+            for structure, else 0.1.
         **shared: those of every method, see :class:`~torchalign.aligner.Aligner`.
 
     Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``NOT_CONVERGED`` where the last step was longer
-    than ``tolerance``, the correlation is no more than that of unrelated scenes (5 standard deviations), or σ
-    exceeds ``max_sigma``; ``AMBIGUOUS`` where along some direction the slope of the ground is noise; then what the
-    gate says.
+    than ``tolerance``, the correlation is no more than that of unrelated scenes (5 standard deviations, 6 of
+    structure), or σ exceeds ``max_sigma``; ``AMBIGUOUS`` where along some direction the slope of the ground is
+    noise, or σ exceeds ``max_sigma`` because parts of the frame disagree; then what the gate says.
 
     References:
         Evangelidis & Psarakis 2008, doi:10.1109/TPAMI.2008.113; Baker & Matthews 2004,
@@ -93,34 +96,38 @@ class ECC(Aligner):
         *,
         motion: MotionModel = "translation",
         levels: int | None = None,
-        max_iterations: int = 4,
+        max_iterations: int | None = None,
         tolerance: float = 0.02,
         gauss_kernel_size: int | None = None,
         sigma_blur: float | None = None,
         max_frequency: float = 0.25,
-        contrast: Brightness = "local",
+        contrast: Contrast = "local",
         taper: float = 0.15,
-        robust: Robust = "agreement",
+        robust: Robust | None = None,
         gradients: Gradients = "implicit",
-        max_sigma: float = 0.1,
+        max_sigma: float | None = None,
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(**shared)
         check_option("motion", motion, MotionModel)
-        check_option("contrast", contrast, Brightness)
+        check_option("contrast", contrast, Contrast)
+        structure = contrast == "structure"
+        robust = ("none" if structure else "agreement") if robust is None else robust
         check_option("robust", robust, Robust)
         check_option("gradients", gradients, Gradients)
         check_number("tolerance", tolerance, minimum=0, inclusive=False)
         check_number("sigma_blur", sigma_blur, minimum=0, maximum=100, optional=True)
         check_number("max_frequency", max_frequency, minimum=0, inclusive=False, maximum=0.5)
         check_number("taper", taper, minimum=0, maximum=1)
-        check_number("max_sigma", max_sigma, minimum=0, inclusive=False)
+        check_number("max_sigma", max_sigma, minimum=0, inclusive=False, optional=True)
         if gauss_kernel_size is not None and sigma_blur is not None:
             raise ValueError(
                 message("sigma_blur", "None beside gauss_kernel_size", sigma_blur, "give one of the two")
             )
         self.motion = motion
         self.levels = None if levels is None else check_whole("levels", levels, maximum=16)
+        if max_iterations is None:
+            max_iterations = 12 if structure else 4
         self.max_iterations = check_whole("max_iterations", max_iterations, maximum=10_000)
         self.tolerance = float(tolerance)
         self.gauss_kernel_size = (
@@ -136,7 +143,12 @@ class ECC(Aligner):
         self.taper = float(taper)
         self.robust = robust
         self.gradients = gradients
-        self.max_sigma = float(max_sigma)
+        self.max_sigma = (1.0 if structure else 0.1) if max_sigma is None else float(max_sigma)
+
+    @property
+    def score_contrast(self) -> Contrast:
+        """See :attr:`Aligner.score_contrast`."""
+        return "structure" if self.contrast == "structure" else "local"
 
     def prepare_reference(self, image: Tensor, usable: Tensor | None) -> list[Level]:
         """The reference's pyramid, its gradients and their products, see :meth:`Aligner.prepare_reference`."""
@@ -165,12 +177,15 @@ class ECC(Aligner):
             gradients=self.gradients,
             **self._seen_as(),
         )
-        sure = found.converged & (found.sigma <= self.max_sigma)
+        sure = found.converged & (found.sigma.square() - found.misfit <= self.max_sigma**2)
         status = torch.where(sure, int(Status.OK), int(Status.NOT_CONVERGED))
         status = torch.where(found.converged & found.ambiguous, int(Status.AMBIGUOUS), status)
         status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
         shifts = only_shifts(self.motion, init)
-        return Motion(found.warp, found.sigma, status, found.inliers, shifts, found.covariance)
+        distorted = found.sigma > self.max_sigma
+        return Motion(
+            found.warp, found.sigma, status, found.inliers, shifts, found.covariance, distorted=distorted
+        )
 
     def _seen_as(self) -> dict[str, Any]:
         """What of an image is registered."""

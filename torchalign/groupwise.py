@@ -29,6 +29,7 @@ from torchalign.functional.network import (
     similarity,
     solve_positions,
     spanning_tree,
+    sum_of_pairs,
 )
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.smoothing import nanmedian
@@ -53,8 +54,6 @@ _DISAGREEMENT = 0.3
 _BLOCKS, _BLOCK_PIXELS, _BLOCK_SIGMA = 3, 48, 0.5
 # Eager CPU: pixels of the frames of which the pairs of one batch are.
 _BATCH_PIXELS = 2**21
-# Series up to so long have the networks of their blocks solved at once.
-_MANY_FRAMES = 512
 # A block whose field has less than this mean square, or whose weights this mean, shows nothing.
 _FLAT_BLOCK, _EMPTY_BLOCK = 1e-4, 0.1
 
@@ -65,12 +64,14 @@ class Frames(NamedTuple):
     Attributes:
         texture: of T frames, what pairs are compared by: (T, h, w).
         size: (H, W), of the frames that were seen, in pixels.
+        factor: (T,) int64, by which a frame was enlarged before it came here: 1 if it was not, or if nobody looked.
         cube: (T, C, H, W) and
         mask: (T, H, W) or ``None``, for aligners that compare pixels; ``None`` where textures do.
     """
 
     texture: Texture
     size: tuple[int, int]
+    factor: Tensor
     cube: Tensor | None = None
     mask: Tensor | None = None
 
@@ -109,6 +110,7 @@ class _Said(NamedTuple):
     sigma: Tensor  # (..., E)
     usable: Tensor  # (..., E)
     agreement: Tensor  # (..., E), in [0, 1]
+    ambiguous: Tensor  # (..., E), more than one place fits
 
 
 class Groupwise(nn.Module):
@@ -141,7 +143,9 @@ class Groupwise(nn.Module):
             ``"correct"`` removes it where blocks and frames agree that it is there, ``"none"`` does not look.
 
     Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``NOT_CONNECTED`` for frames that less than two
-    consistent pairs tie to the largest group of frames (foreign ones, overcast ones); ``TOO_FAR``. ``score`` and
+    consistent pairs tie to the largest group of frames (foreign ones, overcast ones); ``AMBIGUOUS`` instead where
+    half of the pairs fit more than one place (stripes; frames that were all enlarged by one factor k, whose pixel
+    grid fits itself: give every k-th pixel, ``cube[..., ::k, ::k]``); ``TOO_FAR``. ``score`` and
     ``score_before`` are correlations with the mean of all other accepted frames, aligned; of textures.
 
     Raises:
@@ -251,11 +255,12 @@ class Groupwise(nn.Module):
             seen, usable = self.aligner._extract_channel(cube, mask)
             size = (seen.shape[-2], seen.shape[-1])
             if self._by_textures() is not None:
-                texture = self.aligner.prepare_reference(seen, usable)
-                if min(size) >= _LEAST_ENLARGED:  # a pattern of the pixel grid fits itself at no motion
-                    texture = texture._replace(flat=texture.flat | (enlargement(seen, usable) > 1))
-                return Frames(texture, size)
-            return Frames(extract_texture(seen, usable), size, cube, mask)
+                factor = torch.ones_like(seen[:, 0, 0], dtype=torch.int64)
+                if min(size) >= _LEAST_ENLARGED:
+                    factor = enlargement(seen, usable)
+                return Frames(self.aligner.prepare_reference(seen, usable), size, factor)
+            factor = torch.ones_like(seen[:, 0, 0], dtype=torch.int64)  # the aligner looks itself
+            return Frames(extract_texture(seen, usable), size, factor, cube, mask)
 
     @staticmethod
     def join(parts: list[Frames]) -> Frames:
@@ -281,13 +286,15 @@ class Groupwise(nn.Module):
             detail=joined([texture.detail for texture in textures], fields),
             cover=joined([texture.cover for texture in textures], fields),
         )
+        factor = torch.cat([part.factor for part in parts])
         if parts[0].cube is None:
-            return Frames(texture, parts[0].size)
+            return Frames(texture, parts[0].size, factor)
         cubes = [part.cube for part in parts if part.cube is not None]
         masks = [part.mask for part in parts]
         return Frames(
             texture,
             parts[0].size,
+            factor,
             torch.cat(cubes),
             joined(masks, [torch.ones_like(cube[:, 0], dtype=torch.bool) for cube in cubes]),
         )
@@ -309,7 +316,10 @@ class Groupwise(nn.Module):
         variance = position_variance(positions, edges) + _own_variance(said, positions, edges, count)
         direction = None if sun is None else shadow_direction(sun)
         term = self._find_season(frames, edges, positions, direction)
-        estimate, widened, season = self._judge(frames, positions, variance, term, direction)
+        pairs = torch.stack([edges.distinct, said.ambiguous & edges.distinct]).double()
+        pairs, unclear = sum_of_pairs(edges, pairs, count)
+        ambiguous = (unclear > 0) & (2 * unclear >= pairs)
+        estimate, widened, season = self._judge(frames, positions, variance, term, direction, ambiguous)
         dtype = frames.texture.field.dtype
         weight, residual = positions.weight.to(dtype), positions.residual.to(dtype)
         of_frames = (positions.closure.to(dtype), positions.support.to(dtype), widened, season)
@@ -356,10 +366,8 @@ class Groupwise(nn.Module):
         known = torch.where(accepted, sigma, 0.0)[reference].view(count, near).square()
         variance = variance + (share * known).sum(-1)
         connected = support >= min(2.0, max(near, 1)) - 1e-6
-        far = position.norm(dim=-1) > self.aligner.max_translation
-        status = torch.where(connected, 0, int(Status.NOT_CONNECTED))
-        status = torch.where(connected & far, int(Status.TOO_FAR), status)
-        status = torch.where(new.texture.flat, int(Status.NO_TEXTURE), status)
+        ambiguous = 2 * said.ambiguous.view(count, near).sum(-1) >= max(near, 1)
+        status = self._status(position, connected, ambiguous, new.texture.flat)
         dtype = new.texture.field.dtype
         place = torch.where((status == 0)[:, None], position, 0.0).to(dtype)
         by_textures = self._by_textures()
@@ -379,6 +387,13 @@ class Groupwise(nn.Module):
         none = torch.zeros_like(place)
         rest = (closure.to(dtype), support.to(dtype), none[:, 0], none)
         return Solution(estimate, *rest, moving, reference, usable.flatten().to(dtype), residual)
+
+    def _status(self, position: Tensor, connected: Tensor, ambiguous: Tensor, flat: Tensor) -> Tensor:
+        """(T,), of frames that hang on others or do not, half of whose pairs are ambiguous, that show nothing."""
+        far = position.norm(dim=-1) > self.aligner.max_translation
+        status = torch.where(ambiguous, int(Status.AMBIGUOUS), int(Status.NOT_CONNECTED))
+        status = torch.where(connected, torch.where(far, int(Status.TOO_FAR), 0), status)
+        return torch.where(flat, int(Status.NO_TEXTURE), status)
 
     def compare(self, frames: Frames) -> tuple[Edges, Tensor, Tensor, Tensor]:
         """The pairs alone, before anything is solved.
@@ -425,8 +440,15 @@ class Groupwise(nn.Module):
         if by_textures is not None:
 
             def ask(part: Edges) -> _Said:
-                moving, reference = (_pick(frames.texture, end) for end in (part.moving, part.reference))
-                return _correlate(moving, reference, frames.size, by_textures, by_textures.max_sigma)
+                ends = (part.moving, part.reference)
+                moving, reference = (_pick(frames.texture, end) for end in ends)
+                said = _correlate(moving, reference, frames.size, by_textures, by_textures.max_sigma)
+                # a pattern of the pixel grid that both show fits itself at no motion
+                own, other = (frames.factor[end] for end in ends)
+                patterned = (own == other) & (own > 1)
+                return said._replace(
+                    usable=said.usable & ~patterned, ambiguous=said.ambiguous | (patterned & ~moving.flat)
+                )
 
             return self._in_batches(ask, edges, frames)
         assert frames.cube is not None  # see() keeps it for aligners that are no PCC
@@ -436,7 +458,8 @@ class Groupwise(nn.Module):
             masks = (None, None) if mask is None else (mask[part.moving], mask[part.reference])
             found = aligner.estimate(cube[part.moving], cube[part.reference], *masks)
             score = found.score.detach().clamp(0, 1)
-            return _Said(found.warp[..., 2], _widen(found.sigma, score), found.valid, score)
+            ambiguous = found.status == int(Status.AMBIGUOUS)
+            return _Said(found.warp[..., 2], _widen(found.sigma, score), found.valid, score, ambiguous)
 
         return self._in_batches(estimate, edges, frames)
 
@@ -479,16 +502,7 @@ class Groupwise(nn.Module):
         with torch.no_grad():
             said = self._in_batches(ask, edges, frames)
             said = _Said(*(field.transpose(0, 1) for field in said))  # (B, E)
-            # together, unless that takes the memory of many large matrices
-            step = side * side if count <= _MANY_FRAMES else 1
-            parts = [
-                solve_positions(part.shift, part.sigma, part.usable & edges.distinct, edges, count)
-                for part in (
-                    _Said(*(field[first : first + step] for field in said))
-                    for first in range(0, side * side, step)
-                )
-            ]
-            blocks = Positions(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+            blocks = solve_positions(said.shift, said.sigma, said.usable & edges.distinct, edges, count)
             variance = _own_variance(said, blocks, edges, count)
             return season_term(positions, blocks, variance, direction)
 
@@ -499,6 +513,7 @@ class Groupwise(nn.Module):
         variance: Tensor,
         term: SeasonTerm | None,
         direction: Tensor | None,
+        ambiguous: Tensor,
     ) -> tuple[Estimate, Tensor, Tensor]:
         """The estimate, what of σ is the season's, and its shift."""
         connected = positions.connected
@@ -519,10 +534,7 @@ class Groupwise(nn.Module):
             covariance = covariance + spread * spread.mT
             widened = widened + (kept * along).square().sum(-1)
 
-        far = position.norm(dim=-1) > self.aligner.max_translation
-        status = torch.where(connected, 0, int(Status.NOT_CONNECTED))
-        status = torch.where(connected & far, int(Status.TOO_FAR), status)
-        status = torch.where(frames.texture.flat, int(Status.NO_TEXTURE), status)
+        status = self._status(position, connected, ambiguous, frames.texture.flat)
         dtype = frames.texture.field.dtype
         shift = torch.where((status == 0)[:, None], position, 0.0).to(dtype)
         reach = self.aligner.max_translation
@@ -606,13 +618,15 @@ def _correlate(
         robust=options.robust,
         upsample_factor=options.upsample_factor,
     )
-    usable = found.converged & (found.sigma <= max_sigma) & ~found.outside & ~found.flat
+    usable = found.converged & ~found.outside & ~found.flat
     usable = usable & (found.shift.detach().norm(dim=-1) <= options.max_translation)
+    ambiguous = usable & found.ambiguous
+    usable = usable & (found.sigma <= max_sigma) & ~ambiguous
     if found.inliers is None:
-        return _Said(found.shift, found.sigma, usable, torch.ones_like(found.sigma))
+        return _Said(found.shift, found.sigma, usable, torch.ones_like(found.sigma), ambiguous)
     # an inlier weight is the fourth power of the local correlation
     agreement = found.inliers.detach().mean((-2, -1)).clamp(0, 1).sqrt().sqrt()
-    return _Said(found.shift, _widen(found.sigma, agreement), usable, agreement)
+    return _Said(found.shift, _widen(found.sigma, agreement), usable, agreement, ambiguous)
 
 
 def _widen(sigma: Tensor, agreement: Tensor) -> Tensor:
@@ -636,11 +650,7 @@ def _own_variance(said: _Said, positions: Positions, edges: Edges, frames: int) 
     """(..., T): what of its pairs' variances a frame has to answer for: half of the (geometric) mean."""
     weight = positions.weight.detach()
     logarithm = torch.where(weight > 0, said.sigma.detach(), 1.0).double().clamp(min=1e-6).log()
-    total = torch.zeros(*weight.shape[:-1], frames, dtype=torch.float64, device=weight.device)
-    mean = total
-    for end in (edges.moving, edges.reference):
-        total = total.index_add(-1, end, weight)
-        mean = mean.index_add(-1, end, weight * 2 * logarithm)
+    total, mean = (sum_of_pairs(edges, values, frames) for values in (weight, weight * 2 * logarithm))
     return 0.5 * (mean / total.clamp(min=1e-9)).exp()
 
 

@@ -16,15 +16,21 @@ import torch
 import xarray as xr
 from torch import nn
 
-from torchalign._check import check_option, message, require
-from torchalign.cube.displacements import tie_points, write_displacements, write_tie_points
+from torchalign._check import check_bool, check_kind, check_option, check_path, message, require
+from torchalign.cube.displacements import (
+    tie_points,
+    write_displacements,
+    write_ground_control,
+    write_tie_points,
+)
 from torchalign.cube.finding import parse_time
 from torchalign.cube.gridding import GridWord, Resampling
-from torchalign.cube.labels import USABLE, Cube
+from torchalign.cube.labels import Cube
 from torchalign.cube.rasters import OnError, StackOptions, plan_stack, read_stack
 from torchalign.cube.run import count_progress, find_aligner, find_device, place_module
+from torchalign.cube.solution import check_report
 from torchalign.cube.stores import write_store
-from torchalign.cube.tiles import LargeStack, align_large, count_steps
+from torchalign.cube.tiles import LargeReference, LargeStack, align_large, count_steps
 from torchalign.cube.writing import Compression, WriteOptions, write_rasters, write_variables
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "tie_points",
     "write_cube",
     "write_displacements",
+    "write_ground_control",
     "write_stack",
     "write_tie_points",
 ]
@@ -121,12 +128,33 @@ def open_stack(
         >>> names[0], same.dims, bool((same.values == cube.values).sum() == cube.notnull().sum())
         ('20240105.tif', ('time', 'band', 'y', 'x'), True)
     """
+    options = StackOptions(pattern, bands, time, chunks, errors, keep_empty, recursive, grid, resampling)
+    _check_reading(options)
+    return read_stack(source, options)
+
+
+def _check_reading(options: StackOptions) -> None:
     require("GeoTIFF", "io", "rasterio")
-    check_option("errors", errors, OnError)
-    check_option("resampling", resampling, Resampling)
-    return read_stack(
-        source, StackOptions(pattern, bands, time, chunks, errors, keep_empty, recursive, grid, resampling)
-    )
+    check_option("errors", options.errors, OnError)
+    check_option("resampling", options.resampling, Resampling)
+    check_bool("recursive", options.recursive)
+    check_bool("keep_empty", options.keep_empty)
+    check_kind("pattern", options.pattern, str, "text", 'write it as "*.tif"', optional=False)
+    check_kind("time", options.time, Callable, "a function of a path", "for example lambda path: path.stem")
+    if isinstance(options.bands, Mapping) and not options.bands:
+        raise ValueError(
+            message("bands", "a name and its pattern at least", "none", "name some, or pass None")
+        )
+
+
+def _check_writing(options: WriteOptions, report: Any) -> None:
+    require("GeoTIFF", "io", "rasterio")
+    check_option("compression", options.compression, Compression)
+    check_option("driver", options.driver, Literal["GTiff", "COG"])
+    check_kind("template", options.template, str, "a name with fields", 'write it as "{time:%Y%m%d}.tif"')
+    check_bool("overwrite", options.overwrite)
+    if report is not None:
+        check_report(report)
 
 
 def write_stack(
@@ -171,23 +199,24 @@ def write_stack(
         FileExistsError: a file is there.
         ImportError: rasterio is not installed.
     """
-    require("GeoTIFF", "io", "rasterio")
-    check_option("compression", compression, Compression)
-    check_option("driver", driver, Literal["GTiff", "COG"])
     options = WriteOptions(template, driver, compression, overwrite)
+    _check_writing(options, report)
+    where = check_path("folder", folder)
     if isinstance(cube, xr.Dataset):
-        return write_variables(cube, Path(folder), options, report, compute)
+        return write_variables(cube, where, options, report, compute)
     if isinstance(cube, xr.DataArray) and cube.dtype == np.bool_:
         cube = cube.astype(np.uint8)
-    return write_rasters(Cube.of(cube, None, "cube"), Path(folder), options, report, compute)
+    return write_rasters(Cube.of(cube, None, "cube"), where, options, report, compute)
 
 
-def align_scenes(
+def align_scenes(  # noqa: D417  # options of open_stack and write_stack stand in one line each
     source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     folder: str | os.PathLike[str],
     reference: Any = "first",
     aligner: nn.Module | str = "auto",
     *,
+    mask: xr.DataArray | None = None,
+    reference_mask: xr.DataArray | None = None,
     pattern: str = "*.tif*",
     bands: Sequence[str | int] | str | int | None = None,
     time: Callable[[Any], Any] | None = None,
@@ -204,29 +233,25 @@ def align_scenes(
     """Align scenes larger than memory, from file to file.
 
     The warp of each frame is estimated from up to 5 × 5 tiles of 512 × 512 pixels of full resolution, whose
-    estimates are combined by a robust mean (a robust fit for affine motions), each weighted by its own ``sigma``;
-    tiles that are not ``OK`` do not count. A frame is ``AMBIGUOUS`` where fewer than half of its tiles agree
-    to half a pixel. It is then read, resampled and written by blocks of rows: what is needed of memory is set
-    by the width of a frame, not by its height or the number of frames. Two Sentinel-2 tiles, 10980² of four
-    bands, need 1.9 GiB.
+    estimates are combined by a robust mean (a robust fit for affine motions), each weighted by its own
+    ``covariance``; tiles that are not ``OK`` do not count. A frame is ``AMBIGUOUS`` where fewer than half of its
+    tiles agree to half a pixel. Nodata, alpha bands and masks of the files are masks, as everywhere. Each frame is
+    then read, resampled and written by blocks of rows: what is needed of memory is set by the width of a frame, not
+    by its height or the number of frames. Two Sentinel-2 tiles, 10980² of four bands, need 1.9 GiB.
 
     Args:
         source: as in :func:`open_stack`.
         folder: for the aligned files, tiled GeoTIFFs of the same names; made if it is not there.
-        reference: ``"first"``, or the label of one frame.
-        aligner: a module, or a name, as in :func:`torchalign.align`; motions up to affine.
-        pattern: as in :func:`open_stack`.
+        reference: ``"first"``, the label of one frame, ``"median"`` or ``"mean"`` (made tile by tile), or a DataArray.
+        aligner: a module, or a name, as in :func:`torchalign.align`; motions up to affine, and no local shifts.
+        mask: bool, True = usable, as in :func:`torchalign.align`; of dask chunks it is read as it is needed:
+            ``open_stack(clouds, chunks=1).isel(band=0) == 0``.
+        reference_mask: the same for the reference.
+        pattern, time, recursive, grid, resampling: as in :func:`open_stack`.
         bands: names or numbers, as in :func:`open_stack`.
-        time: as in :func:`open_stack`.
         errors: as in :func:`open_stack`; whether files are empty is not checked.
-        recursive: as in :func:`open_stack`.
-        grid: as in :func:`open_stack`.
-        resampling: as in :func:`open_stack`.
-        template: as in :func:`write_stack`.
-        compression: as in :func:`write_stack`.
-        overwrite: as in :func:`write_stack`.
-        device: as in :func:`torchalign.align`.
-        progress: as in :func:`torchalign.align`.
+        template, compression, overwrite: as in :func:`write_stack`.
+        device, progress: as in :func:`torchalign.align`.
 
     Returns:
         The paths and the report, without residuals.
@@ -246,28 +271,27 @@ def align_scenes(
         >>> [path.name for path in written] == [path.name for path in paths], report.sizes["time"]
         (True, 4)
     """
-    require("GeoTIFF", "io", "rasterio")
-    check_option("errors", errors, OnError)
-    check_option("resampling", resampling, Resampling)
-    check_option("compression", compression, Compression)
-    given: Any = bands
-    if isinstance(given, Mapping):
+    options = StackOptions(pattern, bands, time, None, errors, True, recursive, grid, resampling, True)
+    write = WriteOptions(template, "GTiff", compression, overwrite, tiled=True)
+    _check_reading(options)
+    _check_writing(write, None)
+    target = check_path("folder", folder)
+    if isinstance(options.bands, Mapping):
         cure = "align them as a Dataset of dask chunks: open_stack(…, bands=…, chunks=1)"
         raise TypeError(message("bands", "names or numbers of the bands in a file", "a mapping", cure))
     module = find_aligner(aligner)
     where = find_device(device, module)
-    options = StackOptions(pattern, bands, time, None, errors, True, recursive, grid, resampling, True)
     array, readings = plan_stack(source, options)
     if None not in readings:
         raise ValueError(
             message("source", "a manifest without bands", "one with bands", "leave the column out")
         )
     own = readings[None]
-    stack = LargeStack.of(array, own, USABLE in array.coords, where)
+    stack = LargeStack.of(array, own, mask, where)
+    onto = LargeReference.of(reference, reference_mask, stack)
     steps = count_steps(stack.cube.size, len(own), stack.cube.sizes["band"])
-    write = WriteOptions(template, "GTiff", compression, overwrite, tiled=True)
     with count_progress(progress, steps, "align", "block") as advance:
-        return align_large(stack, place_module(module, where), reference, Path(folder), write, advance)
+        return align_large(stack, place_module(module, where), onto, target, write, advance)
 
 
 def write_cube(
@@ -300,4 +324,8 @@ def write_cube(
         TypeError, ValueError: no cube; another ending; chunks that differ in length, for Zarr.
         FileExistsError: the path is there.
     """
-    return write_store(cube, Path(path), attrs or {}, overwrite, report, compute)
+    check_kind("attrs", attrs, Mapping, "a mapping", "give a dict")
+    check_bool("overwrite", overwrite)
+    if report is not None:
+        check_report(report)
+    return write_store(cube, check_path("path", path), attrs or {}, overwrite, report, compute)

@@ -34,7 +34,7 @@ from torchalign.functional.matching import (
 )
 from torchalign.functional.motion import MotionModel, only_shifts
 from torchalign.functional.phase import phase_correlation
-from torchalign.functional.texture import Texture, extract_texture
+from torchalign.functional.texture import Contrast, Texture, extract_texture
 from torchalign.functional.uncertainty import largest_sigma
 from torchalign.functional.warp import resample
 from torchalign.functional.working_grid import WorkingGrid
@@ -56,8 +56,11 @@ if TYPE_CHECKING:
 __all__ = ["LGM", "MatchedPoints"]
 
 Matcher = Literal["guided", "mnn", "lightglue"]
+Seen = Literal["local", "structure"]
 
 _KEYPOINTS = 1024
+# Where parts of the frame disagree, a translation that is known no better than this, in pixels, is ambiguous.
+_LARGEST_SIGMA = 0.15
 
 # A guided match may lie so far, in pixels, beyond what `max_translation` allows: a keypoint is not exact, and what
 # is a little too far should be found to be.
@@ -127,7 +130,11 @@ class LGM(Aligner):
             (features, reference features, (H, W)) → :class:`~torchalign.functional.matching.Matches`.
         max_num_keypoints: of every frame. A Module finds its own number.
         motion: ``"translation"``, ``"euclidean"``, ``"similarity"``, ``"affine"`` or ``"homography"``.
-        refine: do step 5.
+        refine: do step 5. ``None`` is no for structure, else yes.
+        contrast: ``"local"`` for one sensor. ``"structure"`` across sensors: directions in SIFT's descriptors count
+            modulo π, and the gate compares the orientation of gradients, see :class:`~torchalign.PCC`. Step 5
+            compares brightness: let ``ECC(contrast="structure")`` refine,
+            ``Cascade(LGM(contrast="structure", motion=…), ECC(contrast="structure", motion=…))``.
         batch_size: frames whose features are held at a time; default: all (on the CPU, blocks of a few). Bounds the
             memory.
         feature_weights: of a named feature model: a path or a state dict; default: where they are found.
@@ -157,7 +164,8 @@ class LGM(Aligner):
         matcher_model: Matcher | nn.Module = "guided",
         max_num_keypoints: int = _KEYPOINTS,
         motion: MotionModel = "translation",
-        refine: bool = True,
+        refine: bool | None = None,
+        contrast: Seen = "local",
         batch_size: int | None = None,
         feature_weights: Weights | None = None,
         matcher_weights: Weights | None = None,
@@ -175,7 +183,19 @@ class LGM(Aligner):
             max_num_keypoints = own if isinstance(own, int) else max_num_keypoints
         if batch_size is not None:
             batch_size = check_whole("batch_size", batch_size)
+        check_option("contrast", contrast, Seen)
+        structure = contrast == "structure"
+        refine = not structure if refine is None else refine
         check_bool("refine", refine)
+        if structure and refine:
+            cure = 'leave it out, and refine by ECC(contrast="structure") in a Cascade'
+            raise ValueError(message("refine", 'False or None with contrast="structure"', refine, cure))
+        if structure and isinstance(feature_model, str) and feature_model != "sift":
+            expected, cure = '"sift" or a Module with contrast="structure"', "the others describe brightness"
+            raise ValueError(message("feature_model", expected, repr(feature_model), cure))
+        if structure and matcher_model == "lightglue":
+            expected, cure = '"guided", "mnn" or a Module with contrast="structure"', "it matches brightness"
+            raise ValueError(message("matcher_model", expected, repr(matcher_model), cure))
         check_bool("allow_download", allow_download)
         if not isinstance(matcher_model, nn.Module) and matcher_model not in get_args(Matcher):
             expected = f"one of {get_args(Matcher)} or a Module"
@@ -193,6 +213,7 @@ class LGM(Aligner):
         self.max_num_keypoints = max_num_keypoints
         self.motion = motion
         self.refine = refine
+        self.contrast = contrast
         self.batch_size = batch_size
         self.feature_weights = _described(feature_weights)
         self.matcher_weights = _described(matcher_weights)
@@ -201,7 +222,8 @@ class LGM(Aligner):
             self.extractor = feature_model
         elif feature_model == "sift" and feature_weights is None:
             # frames that are not rotated are better described without a guess of their orientation
-            self.extractor = SIFT(self.max_num_keypoints, upright=motion == "translation")
+            upright = motion == "translation"
+            self.extractor = SIFT(self.max_num_keypoints, upright=upright, unsigned=structure)
         else:
             self.extractor = build_extractor(
                 feature_model,
@@ -218,6 +240,11 @@ class LGM(Aligner):
             self.matcher = build_matcher(
                 self.feature_model, weights=matcher_weights, allow_download=allow_download
             )
+
+    @property
+    def score_contrast(self) -> Contrast:
+        """See :attr:`Aligner.score_contrast`."""
+        return "structure" if self.contrast == "structure" else "local"
 
     def prepare_reference(self, image: Tensor, usable: Tensor | None) -> _Reference | None:
         """The reference's keypoints and texture, see :meth:`Aligner.prepare_reference`."""
@@ -269,6 +296,7 @@ class LGM(Aligner):
             inliers,
             only_shifts(self.motion, init),
             covariance,
+            distorted=None if found.distorted is None else found.distorted.reshape(lead),
         )
 
     def matches(
@@ -453,7 +481,13 @@ class LGM(Aligner):
         ground = usable & shared_ground(on_it, part.reference, same, usable & there)
         texture = Texture(part.texture, part.weights, torch.zeros_like(found.status, dtype=torch.bool))
         refined = phase_correlation(
-            moved, texture, ground, max_translation=_REACH, max_frequency=_MAX_FREQUENCY, start=left
+            moved,
+            texture,
+            ground,
+            max_translation=_REACH,
+            max_frequency=_MAX_FREQUENCY,
+            start=left,
+            fixed_at=-whole,
         )
         assert refined.inliers is not None
         better = refined.converged
@@ -462,8 +496,10 @@ class LGM(Aligner):
         status = torch.where(
             (found.status == 0) & better & refined.ambiguous, int(Status.AMBIGUOUS), found.status
         )
-        warp = found.whole(translation_warp(shift))
-        return Motion(warp, largest_sigma(covariance), status, refined.inliers, covariance=covariance)
+        warp, sigma = found.whole(translation_warp(shift)), largest_sigma(covariance)
+        apart = better & (refined.sigma.square() - refined.misfit <= _LARGEST_SIGMA**2)
+        distorted = apart & (sigma > _LARGEST_SIGMA)
+        return Motion(warp, sigma, status, refined.inliers, covariance=covariance, distorted=distorted)
 
     def _ascended(
         self, part: _Part, found: _Found, rough: Tensor, covariance: Tensor, ground: Tensor | None

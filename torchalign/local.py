@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ __all__ = ["Local"]
 
 # Eager CPU: pixels of one block of frames, whose samples are read sixteen times a round from the cache.
 _BLOCK_PIXELS = 2**19
+# Of tie points whose error nobody told, in pixels.
+_TIE_SIGMA = 0.1
 
 
 class Local(Aligner):
@@ -60,6 +62,9 @@ class Local(Aligner):
         smoothness: λ, in px⁻², a number > 0, or ``"auto"``. 1/√λ is about how much the field bends from node to
             node: 0.17 px for λ = 36.
         max_deviation: limit of the field's length, in pixels.
+        tie_points: (K, 4) or (K, 5), points that somebody measured: (x, y) on the reference, (x, y) of the same
+            ground in the frame, and σ per axis (0.1 if it is missing), in pixels. They hold for all frames; to give
+            each its own, call frame by frame. The field weighs them and the images by their errors.
         **shared: those of every method, see :class:`~torchalign.aligner.Aligner`.
 
     ``max_translation`` limits the warp. Beyond a crop the field goes on as it is at its border.
@@ -80,12 +85,15 @@ class Local(Aligner):
         (tensor([-3.,  2.]), tensor(True))
     """
 
+    tie_points: Tensor | None
+
     def __init__(
         self,
         *,
         spacing: int = 24,
         smoothness: float | Literal["auto"] = "auto",
         max_deviation: float = 3.0,
+        tie_points: Tensor | None = None,
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(**shared)
@@ -101,7 +109,17 @@ class Local(Aligner):
             self.smoothness = float(smoothness)
         check_number("max_deviation", max_deviation, minimum=0, inclusive=False, maximum=1e6)
         self.max_deviation = float(max_deviation)
+        self.register_buffer("tie_points", None, persistent=False)
+        if tie_points is not None:
+            self.tie_points = _check_tie_points(tie_points)
+            if self.crop_center is not None:
+                cure = "leave crop_center out, or crop the cube and move the points"
+                raise ValueError(message("crop_center", "None with tie_points", self.crop_center, cure))
         self.start = PCC(max_translation=self.max_translation)
+
+    def _options(self) -> dict[str, Any]:
+        shape = None if self.tie_points is None else tuple(self.tie_points.shape)
+        return super()._options() | {"tie_points": shape}
 
     def field_nodes(self, size: tuple[int, int]) -> tuple[int, int]:
         """Of the lattice over the crop, see :meth:`Aligner.field_nodes`."""
@@ -150,6 +168,7 @@ class Local(Aligner):
             None if usable is None else usable.expand(moving.shape).reshape(-1, *size),
             spacing=self.spacing,
             smoothness=None if self.smoothness == "auto" else self.smoothness,
+            points=None if self.tie_points is None else self.tie_points.to(moving),
         )
         kept = acceptable(found, self.max_deviation).reshape(lead)
         status = torch.where((begun.status == 0) & ~kept, int(Status.NOT_CONVERGED), begun.status)
@@ -175,6 +194,23 @@ class Local(Aligner):
         estimate = self._judge([begun, local], [self.max_translation] * 2, job, block)
         estimate = flagged(estimate, self._common_enlargement(job, block) > 1)
         return estimate._replace(stage=estimate.stage.clamp(max=0)), begun.only_shifts
+
+
+def _check_tie_points(points: Tensor) -> Tensor:
+    """(K, 5) float64."""
+    expected = "finite numbers (K, 4) or (K, 5), on the reference, in the frame, and σ > 0"
+    cure = "see torchalign.Local"
+    if not isinstance(cast("object", points), Tensor) or not points.is_floating_point():
+        got = points.dtype if isinstance(cast("object", points), Tensor) else type(points).__name__
+        raise TypeError(message("tie_points", f"a floating tensor, {expected}", got, cure))
+    if points.ndim != 2 or points.shape[1] not in {4, 5}:
+        raise ValueError(message("tie_points", expected, tuple(points.shape), cure))
+    points = points.detach().double()
+    if points.shape[1] == 4:
+        points = torch.cat((points, torch.full_like(points[:, :1], _TIE_SIGMA)), 1)
+    if not bool(points.isfinite().all() & (points[:, 4] > 0).all()):
+        raise ValueError(message("tie_points", expected, "other numbers", cure))
+    return points
 
 
 class _PreparedLocal(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xarray as xr
 
-from torchalign._check import require
+from torchalign._check import check_bool, check_path, require
 from torchalign.cube.files import check_free
 from torchalign.cube.footprints import write_footprints
 from torchalign.cube.solution import ReportSummary, as_report, check_report, summarize
@@ -55,7 +55,8 @@ def save_report(
         FileExistsError: the file is there.
         ImportError: netCDF without h5netcdf, GeoJSON without rasterio, HTML without matplotlib.
     """
-    path = Path(path)
+    path = check_path("path", path)
+    check_bool("overwrite", overwrite)
     suffix = path.suffix.lower()
     if suffix not in _PICTURED:
         check_suffix(path, _PICTURED)
@@ -83,4 +84,4 @@ def load_report(path: str | Path) -> xr.Dataset:
         ValueError: another suffix, or no report.
         ImportError: netCDF without h5netcdf.
     """
-    return read_report(Path(path))
+    return read_report(check_path("path", path))

@@ -16,12 +16,12 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_bool, check_option, message
+from torchalign._check import check_bool, check_fill, check_option, message
 from torchalign.aligner import Aligner
 from torchalign.cube.chunks import Companion, compute_together, is_lazy
 from torchalign.cube.georeference import FRAME_TRANSFORM, georeference_frames, metres_per_pixel
 from torchalign.cube.hints import give_hints
-from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, find_dims, find_mask, own_mask
+from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, find_mask, own_mask
 from torchalign.cube.pixels import Pixels
 from torchalign.cube.reference import Found, FrameReader, ReferenceSource, find_reference
 from torchalign.cube.run import (
@@ -62,11 +62,10 @@ from torchalign.cube.tables import read_report
 from torchalign.cube.variables import (
     Variables,
     is_class,
-    join_bands,
-    needs_splitting,
-    split_bands,
+    stack_archive,
     stack_reference,
     stack_variables,
+    take_apart,
 )
 from torchalign.functional.warp import Interpolation, PaddingMode
 from torchalign.groupwise import Groupwise
@@ -176,7 +175,7 @@ def align(
             Default: from the dates (UTC; without a time of day, half past ten local solar time) and the middle of
             the cube, where it has both dates and a CRS.
         verify: measure what is left after alignment, once more and for every aligner in the same way: by phase
-            correlation of the aligned frame with the reference. ``PCC`` takes half as long again; slower aligners
+            correlation of the aligned frame with the reference. ``PCC`` takes two to three times as long; slower aligners
             hardly notice. It tells of a warp that went wrong and of what the aligner left behind; it does not
             tell of an error that the reference itself has.
         device: where to compute. Default: where the aligner's parameters are if that is not the CPU, else
@@ -226,19 +225,13 @@ def align(
     check_bool("verify", verify)
     batch = check_batch(batch_size)
     running = _Running(device, batch, progress)
-    options = _AlignOptions(
-        find_aligner(aligner), aligner == "auto", mask, reference_mask, init, sun, verify, running
-    )
-    if isinstance(datacube, xr.Dataset):
-        return _align_variables(Variables.of(datacube, bands, classes, dims), reference, options)
-    found = find_dims(datacube, "datacube", dims)
-    if needs_splitting(datacube, found, bands, classes):
-        dataset, bands, classes = split_bands(datacube, found, bands, classes)
-        variables = Variables.of(dataset, bands, classes, {role: found[role] for role in MASK})
-        if len(variables.seen) < len(dataset) or needs_splitting(datacube, found, None, None):
-            moved, report = _align_variables(variables, reference, options)
-            return join_bands(moved, datacube, found), report
-    return _align_cube(Cube.of(datacube, dims), reference, options)
+    module = find_aligner(aligner)
+    options = _Request(module, aligner == "auto", mask, reference_mask, sun, running, init, verify)
+    variables, join = take_apart(datacube, bands, classes, dims)
+    if variables is None:
+        return _align_cube(Cube.of(datacube, dims), reference, options)  # type: ignore[return-value]  # as it came
+    moved, report = _align_variables(variables, reference, options)
+    return join(moved), report
 
 
 @dataclass(frozen=True)
@@ -249,28 +242,28 @@ class _Running:
 
 
 @dataclass(frozen=True)
-class _AlignOptions:
-    """Of :func:`align`."""
+class _Request:
+    """Of :func:`align` and :func:`extend`."""
 
     module: nn.Module
     is_auto: bool  # the module is the default
     mask: Any
-    reference_mask: Any
-    init: Any
+    other_mask: Any  # of the reference, or of the archive
     sun: Any
-    verify: bool
     running: _Running
+    init: Any = None
+    verify: bool = False
 
 
-def _align_cube(cube: Cube, reference: Any, options: _AlignOptions) -> tuple[xr.DataArray, xr.Dataset]:
+def _align_cube(cube: Cube, reference: Any, options: _Request) -> tuple[xr.DataArray, xr.Dataset]:
     """Of one DataArray, whose bands are of one kind."""
     module, sun, verify, running = options.module, options.sun, options.verify, options.running
     device, batch, lazy = running.device, running.batch_size, is_lazy(cube.array)
     word = reference if isinstance(reference, str) else None
     if word in ("groupwise", "previous"):
-        _check_series(word, options.reference_mask, options.init, sun)
+        _check_series(word, options.other_mask, options.init, sun)
         chosen = _series_module(module, options.is_auto) if word == "groupwise" else module
-        return _align_series(cube, _Series(word, chosen, sun), options.mask, running)
+        return _align_series(cube, word, replace(options, module=chosen))
     if isinstance(module, Groupwise) or sun is not None:
         name, got = ("aligner", "Groupwise") if isinstance(module, Groupwise) else ("sun", "a value")
         cure = 'pass reference="groupwise"'
@@ -285,8 +278,8 @@ def _align_cube(cube: Cube, reference: Any, options: _AlignOptions) -> tuple[xr.
     usable = _all_of(find_mask(options.mask, "mask", cube), own_mask(cube))
     others = (
         mask_companion(usable),
-        mask_companion(find_mask(options.reference_mask, "reference_mask", cube)),
-        _find_warps(options.init, "init", cube),
+        mask_companion(find_mask(options.other_mask, "reference_mask", cube)),
+        find_warps(_read_solution(options.init), "init", cube),
     )
 
     def estimate(source: ReferenceSource) -> Found:
@@ -304,14 +297,12 @@ def _align_cube(cube: Cube, reference: Any, options: _AlignOptions) -> tuple[xr.
         values, fields = run(operation, cube, (reference_companion(source, cube), *others), advance)
     attrs = {"aligner": repr(module), "reference": source.name}
     attrs |= {"notes": " ".join(hints)} if hints else {}
-    # (a georeference of its own, as "shift-coords" makes, is no longer that of the resampled pixels)
-    aligned = cube.array.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
     report = build_report(fields, cube, attrs)
-    return _move_usable(aligned, cube, report, device), report
+    return _labelled(values, cube, report, device), report
 
 
 def _align_variables(
-    variables: Variables, reference: Any, options: _AlignOptions
+    variables: Variables, reference: Any, options: _Request
 ) -> tuple[xr.Dataset, xr.Dataset]:
     """Of a Dataset: one estimate of the bands that it may see, and its warps for all variables of frames."""
     stacked, slices = stack_variables(variables)
@@ -320,34 +311,42 @@ def _align_variables(
     aligned, report = _align_cube(Cube.of(stacked), reference, options)
     seen, classes = ", ".join(map(str, variables.seen)), ", ".join(map(str, variables.classes))
     report.attrs |= {"bands": seen} | ({"classes": classes} if classes else {})
-    module: Any = options.module.aligner if isinstance(options.module, Groupwise) else options.module
-    resampling = {
-        name: getattr(module, name)
-        for name in ("interpolation", "padding_mode", "fill_value")
-        if hasattr(module, name)
-    }
+    moved = _move_variables(variables, (aligned, slices), report, options.module, options)
+    return moved, report
+
+
+def _move_variables(
+    variables: Variables,
+    stacked: tuple[xr.DataArray, Mapping[Hashable, slice]],
+    report: xr.Dataset,
+    module: Any,
+    options: _Request,
+) -> xr.Dataset:
+    """All variables of frames: those that were stacked for the estimate are aligned already."""
+    aligned, slices = stacked
+    module = module.aligner if isinstance(module, Groupwise) else module
+    names = ("interpolation", "padding_mode", "fill_value")
+    resampling = {name: getattr(module, name) for name in names if hasattr(module, name)}
     moved = {}
     for name in (*variables.seen, *variables.moved, *variables.classes):
         array = variables.dataset[name]
         if name in slices:
             own = variables.cube(name)
-            part = (
-                aligned.variable[:, slices[name]]
-                if "band" in own.dims
-                else aligned.variable[:, slices[name].start]
-            )
+            part = aligned.variable[:, slices[name] if "band" in own.dims else slices[name].start]
             roles = [role for role in CUBE if role in own.dims]
             values = xr.Variable([own.dims[role] for role in roles], part.data).transpose(*array.dims)
             moved[name] = array.copy(data=values.data)
             continue
-        how: dict[str, Any] = {"interpolation": "nearest"} if name in variables.classes else {**resampling}
-        how |= {} if name in variables.classes else {"mask": options.mask}
+        is_class = name in variables.classes
+        how: dict[str, Any] = (
+            {"interpolation": "nearest"} if is_class else {**resampling, "mask": options.mask}
+        )
         how |= {f"{role}_dim": dim for role, dim in variables.given(name).items()}
         running = options.running
         moved[name] = apply(
             array, report, device=running.device, batch_size=running.batch_size, progress=False, **how
         )
-    return _put_together(variables.dataset, moved), report
+    return _put_together(variables.dataset, moved)
 
 
 def _put_together(dataset: xr.Dataset, moved: Mapping[Hashable, xr.DataArray]) -> xr.Dataset:
@@ -365,10 +364,15 @@ def _all_of(first: xr.Variable | None, second: xr.Variable | None) -> xr.Variabl
     return first if second is None else second if first is None else first & second
 
 
-def _move_usable(
-    aligned: xr.DataArray, cube: Cube, solution: Any, device: torch.device | str | None, grid: Any = None
+def _labelled(
+    values: Any, cube: Cube, solution: Any, device: torch.device | str | None, grid: Any = None
 ) -> xr.DataArray:
-    """What a file's alpha band or mask said goes with its pixels; nothing from outside the frame is usable."""
+    """The cube with other pixels.
+
+    What a file's alpha band or mask said goes with them; nothing from outside the frame is usable. A georeference of
+    its own, as "shift-coords" makes, is no longer that of resampled pixels.
+    """
+    aligned = cube.array.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
     if own_mask(cube) is None:
         return aligned
     own = cube.array.coords[USABLE]
@@ -380,18 +384,9 @@ def _move_usable(
     seen = Cube(array, {role: cube.dims[role] for role in MASK})
     nearest = WarpFrames(Pixels.of(seen), device, None, "nearest", "zeros", 0.0)
     moving = find_warps(solution, "report", cube, grid), None, *find_field(solution, "report", cube, grid)
-    values, _ = run(nearest, seen, moving)
-    coordinate = xr.Variable(array.dims, values.astype(codes.dtype), own.attrs, own.encoding)
+    moved, _ = run(nearest, seen, moving)
+    coordinate = xr.Variable(array.dims, moved.astype(codes.dtype), own.attrs, own.encoding)
     return aligned.assign_coords({USABLE: coordinate})
-
-
-@dataclass(frozen=True)
-class _Series:
-    """How frames are aligned that have no reference in common."""
-
-    word: str
-    module: nn.Module
-    sun: Any
 
 
 def _check_series(word: str, reference_mask: object, init: object, sun: object) -> None:
@@ -410,26 +405,25 @@ def _series_module(module: nn.Module, is_auto: bool) -> Groupwise:
     return Groupwise(module)  # type: ignore[arg-type]  # it complains of what is no aligner
 
 
-def _align_series(
-    cube: Cube, series: _Series, mask: Any, running: _Running
-) -> tuple[xr.DataArray, xr.Dataset]:
+def _align_series(cube: Cube, word: str, options: _Request) -> tuple[xr.DataArray, xr.Dataset]:
     """Frames are read twice: to be placed, now; and to be resampled, when they are wanted."""
-    if any(isinstance(part, Local) for part in series.module.modules()):
+    running = options.running
+    if any(isinstance(part, Local) for part in options.module.modules()):
         cure = "leave Local out, or name a reference"
-        raise ValueError(message("aligner", f"no local shifts with reference={series.word!r}", "Local", cure))
-    aligner = series.module.aligner if isinstance(series.module, Groupwise) else series.module
+        raise ValueError(message("aligner", f"no local shifts with reference={word!r}", "Local", cure))
+    aligner = options.module.aligner if isinstance(options.module, Groupwise) else options.module
     fill = getattr(aligner, "fill_value", None)
     pixels = Pixels.of(cube, fill, "aligner.fill_value")
-    where = find_device(running.device, series.module)
-    module = place_module(series.module, where)
-    usable = _all_of(find_mask(mask, "mask", cube), own_mask(cube))
+    where = find_device(running.device, options.module)
+    module = place_module(options.module, where)
+    usable = _all_of(find_mask(options.mask, "mask", cube), own_mask(cube))
     hints, metres = give_hints(cube, pixels, usable), metres_per_pixel(cube)
     reader = FrameReader(cube, pixels, usable, where)
     attrs: dict[str, Any] = {"aligner": repr(module)} | ({"notes": " ".join(hints)} if hints else {})
     device = running.device if is_lazy(cube.array) else where
     with torch.no_grad(), progress_bar(running.progress, cube, "align") as advance:
         if isinstance(module, Groupwise):
-            angles = find_sun(series.sun, cube) if module.season != "none" else None
+            angles = find_sun(options.sun, cube) if module.season != "none" else None
             solution = module.place(see_frames(module, reader), sun_tensor(angles, where))
             estimate, fields = solution.estimate, series_fields(solution, cube.size, metres, angles)
             attrs["reference"] = "groupwise (the median of all positions is 0)"
@@ -441,9 +435,8 @@ def _align_series(
         values = _move_frames(
             cube, aligner, pixels, estimate, usable, replace(running, device=device), advance
         )
-    aligned = cube.array.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
     report = build_report(fields, cube, attrs)
-    return _move_usable(aligned, cube, report, running.device), report
+    return _labelled(values, cube, report, running.device), report
 
 
 def _move_frames(
@@ -469,12 +462,14 @@ def _move_frames(
     return values
 
 
-def extend(
-    datacube: xr.DataArray,
+def extend(  # noqa: D417  # options that are those of align stand in one line
+    datacube: Labelled,
     report: xr.Dataset | str | Path,
     *,
-    archive: xr.DataArray,
+    archive: Labelled,
     aligner: nn.Module | str = "auto",
+    bands: Sequence[Hashable] | Hashable | None = None,
+    classes: Sequence[Hashable] | Hashable | None = None,
     mask: xr.DataArray | Array | Tensor | None = None,
     archive_mask: xr.DataArray | Array | Tensor | None = None,
     sun: xr.DataArray | Array | Tensor | None = None,
@@ -485,28 +480,24 @@ def extend(
     band_dim: Hashable | None = None,
     y_dim: Hashable | None = None,
     x_dim: Hashable | None = None,
-) -> tuple[xr.DataArray, xr.Dataset]:
+) -> tuple[Labelled, xr.Dataset]:
     """Align new frames with an archive that was aligned before, and that stays as it is.
 
     Each new frame is compared with the twelve frames of the archive that look most like it, and placed among them;
     the old frames, and where they lie in common, do not move. The archive's pixels are those before alignment.
 
     Args:
-        datacube: the new frames, on the archive's grid; time, y, x and maybe band.
+        datacube: the new frames, on the archive's grid; time, y, x and maybe band. Or a Dataset, as in :func:`align`.
         report: of the archive, from :func:`align` with shifts only; or its path.
-        archive: the frames of that report, as they came.
+        archive: the frames of that report, as they came; a Dataset for a Dataset, with the bands that are compared.
         aligner: as it was for the archive with ``"groupwise"``: what compares two frames, or a ``Groupwise``.
+        bands: what of both is compared, as in :func:`align`.
+        classes: of the new frames, as in :func:`align`.
         mask: of the new frames, as in :func:`align`.
         archive_mask: of the archive's frames.
         sun: of the new frames, as in :func:`align`. Needed, or computed from dates and place, where the sun's part
             was taken off the archive.
-        device: as in :func:`align`.
-        batch_size: as in :func:`align`.
-        progress: as in :func:`align`.
-        time_dim: as in :func:`align`.
-        band_dim: as in :func:`align`.
-        y_dim: as in :func:`align`.
-        x_dim: as in :func:`align`.
+        device, batch_size, progress, time_dim, band_dim, y_dim, x_dim: as in :func:`align`.
 
     Returns:
         The new frames, aligned; and the report of all frames, the old ones' rows first and as they were.
@@ -525,10 +516,31 @@ def extend(
         >>> longer.sizes["time"], bool((longer.warp[:7] == report.warp).all())
         (8, True)
     """
-    dims: Mapping[str, Hashable | None] = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
-    cube, old = Cube.of(datacube, dims), Cube.of(archive, dims)
-    report = read_report(Path(report)) if isinstance(report, (str, Path)) else report
-    check_report(report)
+    dims = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
+    report = check_report(_read_solution(report))
+    if type(archive) is not type(datacube):
+        expected, got = f"a {type(datacube).__name__}, as the new frames are", type(archive).__name__
+        raise TypeError(message("archive", expected, got, "pass the cube that the report was made on"))
+    module = _series_module(find_aligner(aligner), aligner == "auto")
+    running = _Running(device, check_batch(batch_size), progress)
+    options = _Request(module, False, mask, archive_mask, sun, running)
+    variables, join = take_apart(datacube, bands, classes, dims)
+    if variables is None:
+        aligned, rows = _extend_cube(
+            Cube.of(datacube, dims), Cube.of(archive, dims, "archive"), report, options
+        )
+        return aligned, _longer_report(report, rows)  # type: ignore[return-value]  # as it came
+    stacked, slices = stack_variables(variables)
+    old = Cube.of(stack_archive(archive, variables, dims), None, "archive")
+    aligned, rows = _extend_cube(Cube.of(stacked), old, report, options)
+    moved = _move_variables(variables, (aligned, slices), rows, module, options)
+    return join(moved), _longer_report(report, rows)
+
+
+def _extend_cube(
+    cube: Cube, old: Cube, report: xr.Dataset, options: _Request
+) -> tuple[xr.DataArray, xr.Dataset]:
+    """The new frames, and their rows of the report."""
     if cube.size != old.size:
         cure = "bring them onto the archive's grid first"
         raise ValueError(
@@ -540,30 +552,28 @@ def extend(
     if report["warp"].shape[1] != 2 or not bool((report["warp"][..., :2] == np.eye(2)).all()):
         cure = "align the archive with a motion that is a translation"
         raise ValueError(message("report", "shifts only", "warps that do more", cure))
-    series = _series_module(find_aligner(aligner), aligner == "auto")
-    where = find_device(device, series)
-    module: Any = place_module(series, where)
+    running = options.running
+    where = find_device(running.device, options.module)
+    module: Any = place_module(options.module, where)
     pixels = Pixels.of(cube, module.aligner.fill_value, "aligner.fill_value")
-    usable = _all_of(find_mask(mask, "mask", cube), own_mask(cube))
-    new_reader = FrameReader(cube, pixels, usable, where)
-    old_reader = FrameReader(
-        old, Pixels.of(old), _all_of(find_mask(archive_mask, "archive_mask", old), own_mask(old)), where
-    )
-    batch = check_batch(batch_size)
-    running = _Running(device if is_lazy(datacube) else where, batch, progress)
-    with torch.no_grad(), progress_bar(progress, cube, "extend") as advance:
+    usable = _all_of(find_mask(options.mask, "mask", cube), own_mask(cube))
+    old_usable = _all_of(find_mask(options.other_mask, "archive_mask", old), own_mask(old))
+    readers = FrameReader(cube, pixels, usable, where), FrameReader(old, Pixels.of(old), old_usable, where)
+    with torch.no_grad(), progress_bar(running.progress, cube, "extend") as advance:
         there = sun_tensor(find_sun(None, old), where)
-        angles = find_sun(sun, cube)
+        angles = find_sun(options.sun, cube)
         here = sun_tensor(angles, where)
         positions = ArchivePositions.of(report, there, where)
-        frames = see_frames(module, new_reader), see_frames(module, old_reader)
-        solution = module.extend(*frames, positions.shift, positions.sigma, positions.accepted)
+        new_frames, old_frames = (see_frames(module, reader) for reader in readers)
+        solution = module.extend(new_frames, old_frames, positions.shift, positions.sigma, positions.accepted)
         solution = without_season(solution, positions.season_shift(here, cube.sizes["time"]))
         fields = series_fields(solution, cube.size, metres_per_pixel(cube), angles)
-        values = _move_frames(cube, module.aligner, pixels, solution.estimate, usable, running, advance)
-    aligned, rows = cube.array.copy(data=values), build_report(fields, cube, {})
-    aligned = _move_usable(aligned.drop_vars(FRAME_TRANSFORM, errors="ignore"), cube, rows, device)
-    return aligned, _longer_report(report, rows)
+        device = running.device if is_lazy(cube.array) else where
+        values = _move_frames(
+            cube, module.aligner, pixels, solution.estimate, usable, replace(running, device=device), advance
+        )
+    rows = build_report(fields, cube, {})
+    return _labelled(values, cube, rows, running.device), rows
 
 
 def _longer_report(report: xr.Dataset, rows: xr.Dataset) -> xr.Dataset:
@@ -584,7 +594,7 @@ def _longer_report(report: xr.Dataset, rows: xr.Dataset) -> xr.Dataset:
     return longer
 
 
-def apply(
+def apply(  # noqa: D417  # options that are those of align stand in one line
     datacube: Labelled,
     estimate: xr.Dataset | Estimate | Array | Tensor | str | Path,
     *,
@@ -625,13 +635,7 @@ def apply(
         fill_value: or this value.
         mask: as in :func:`align`: True = usable, acts in the warp.
         grid: the cube that a plain estimate was made on. Default: this one.
-        device: as in :func:`align`.
-        batch_size: as in :func:`align`.
-        progress: as in :func:`align`.
-        time_dim: as in :func:`align`.
-        band_dim: as in :func:`align`.
-        y_dim: as in :func:`align`.
-        x_dim: as in :func:`align`.
+        device, batch_size, progress, time_dim, band_dim, y_dim, x_dim: as in :func:`align`.
 
     Returns:
         Like ``datacube``, aligned.
@@ -656,17 +660,17 @@ def apply(
     if interpolation is not None:
         check_option("interpolation", interpolation, Interpolation)
     check_option("padding_mode", padding_mode, PaddingMode)
+    check_fill("fill_value", fill_value)
     dims: dict[str, Hashable | None] = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
-    batch = check_batch(batch_size)
-    how = _Application(mode, interpolation, padding_mode, fill_value, mask, device, batch, progress)
-    if isinstance(datacube, xr.Dataset):
-        return _apply_to_variables(Variables.of(datacube, None, classes, dims), estimate, how, grid)
-    found = find_dims(datacube, "datacube", dims)
-    if mode == "resample" and interpolation != "nearest" and needs_splitting(datacube, found, None, classes):
-        dataset, _, classes = split_bands(datacube, found, None, classes)
-        variables = Variables.of(dataset, None, classes, {role: found[role] for role in MASK})
-        return join_bands(_apply_to_variables(variables, estimate, how, grid), datacube, found)
-    return _apply_to_cube(datacube, estimate, how, grid, dims)
+    running = _Running(device, check_batch(batch_size), progress)
+    how = _Application(mode, interpolation, padding_mode, fill_value, mask, running)
+    copied = mode != "resample" or interpolation == "nearest"
+    if isinstance(datacube, xr.DataArray) and copied:
+        return _apply_to_cube(datacube, estimate, how, grid, dims)
+    variables, join = take_apart(datacube, None, classes, dims)
+    if variables is None:
+        return _apply_to_cube(datacube, estimate, how, grid, dims)  # type: ignore[arg-type, return-value]  # a DataArray
+    return join(_apply_to_variables(variables, estimate, how, grid))
 
 
 @dataclass(frozen=True)
@@ -678,15 +682,13 @@ class _Application:
     padding_mode: PaddingMode
     fill_value: float | None
     mask: Any
-    device: torch.device | str | None
-    batch_size: int | None
-    progress: bool | None
+    running: _Running
 
 
 def _apply_to_variables(
     variables: Variables, estimate: Any, how: _Application, grid: xr.DataArray | None
 ) -> xr.Dataset:
-    estimate = read_report(Path(estimate)) if isinstance(estimate, (str, Path)) else estimate
+    estimate = _read_solution(estimate)
     nearest = replace(how, interpolation="nearest", mask=None, fill_value=None)
     moved = {
         name: _apply_to_cube(
@@ -715,35 +717,30 @@ def _apply_to_cube(
         raise ValueError(message("datacube", "numbers to interpolate", got, 'pass interpolation="nearest"'))
     codes = datacube
     if is_bool or datacube.dtype.kind in "mM":  # dates of pixels are copied like classes
-        codes = datacube.astype(np.uint8 if is_bool else np.int64)
+        codes = datacube.copy(data=datacube.data.astype(np.uint8 if is_bool else np.int64))
     cube = Cube.of(codes, dims)
-    warps = _find_warps(estimate, "estimate", cube, grid)
+    estimate = _read_solution(estimate)
+    warps = find_warps(estimate, "estimate", cube, grid)
     if warps is None:
         cure = "pass a report, its path, an Estimate or warps"
         raise TypeError(message("estimate", "a report", "None", cure))
-    estimate = _read_solution(estimate)
     fields = find_field(estimate, "estimate", cube, grid)
     if how.mode == "shift-coords":
         if fields[0] is not None and bool((fields[0].variable != 0).any()):
-            cure = 'use mode="resample", or the report of an aligner without Local'
+            cure = 'use mode="resample", or torchalign.io.write_ground_control'
             raise ValueError(message("mode", '"resample" for local shifts', repr(how.mode), cure))
         warp = warps.read(torch.device("cpu"), slice(None))
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})
     pixels = Pixels.of(cube, how.fill_value, "fill_value")
     operation = WarpFrames(
-        pixels, how.device, how.batch_size, interpolation, how.padding_mode, how.fill_value
+        pixels, how.running.device, how.running.batch_size, interpolation, how.padding_mode, how.fill_value
     )
     usable = None if interpolation == "nearest" else own_mask(cube)
     usable = _all_of(find_mask(how.mask, "mask", cube), usable)
-    with torch.no_grad(), progress_bar(how.progress, cube, "apply") as advance:
+    with torch.no_grad(), progress_bar(how.running.progress, cube, "apply") as advance:
         values, _ = run(operation, cube, (warps, mask_companion(usable), *fields), advance)
-    moved = datacube.copy(data=values.astype(datacube.dtype) if codes is not datacube else values)
-    moved = moved.drop_vars(FRAME_TRANSFORM, errors="ignore")
-    return _move_usable(moved, cube, estimate, how.device, grid)
-
-
-def _find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = None) -> Companion | None:
-    return find_warps(_read_solution(given), name, cube, grid)
+    moved = _labelled(values, cube, estimate, how.running.device, grid)
+    return moved if codes is datacube else moved.copy(data=moved.data.astype(datacube.dtype))
 
 
 def _read_solution(given: Any) -> Any:

@@ -55,6 +55,41 @@ def test_a_known_field(amplitude, median, largest):
     assert within.float().mean() > 0.7
 
 
+@pytest.mark.parametrize("kind", ["shift", "warp", "tiles"])
+def test_tie_points_tell_what_images_do_not(monkeypatch, kind):
+    cube, reference, fields = scene_with_field(SIZE, amplitude=1.0, frames=2)
+    fields[1], cube[1] = fields[0], cube[0]  # the points are of one field
+    if kind == "tiles":
+        monkeypatch.setattr(local, "_LARGEST_TILE", 6)
+        monkeypatch.setattr(local, "_OVERLAP", 3)
+    hidden = slice(60, 136)
+    mask = torch.ones(2, *SIZE, dtype=torch.bool)
+    mask[..., hidden] = False
+    y, x = (
+        part.flatten()
+        for part in torch.meshgrid(torch.arange(4, 120, 12), torch.arange(64, 136, 12), indexing="ij")
+    )
+    at = torch.stack((x, y), 1).float()
+    warp = start(2)
+    seen = at - warp[0] + fields[0, :, y, x].mT
+    points = torch.cat((at, seen, torch.full((len(at), 1), 0.02)), 1).float()
+    if kind == "warp":
+        warp = torch.cat((torch.eye(2).expand(2, 2, 2), warp[:, :, None]), 2)
+    ground = prepare_ground(reference, spacing=SPACING)
+
+    def error(points):
+        found = estimate_shifts(cube, ground, warp, mask, spacing=SPACING, points=points)
+        off = (on_pixels(found.coefficients) - fields).norm(dim=1)
+        return off[..., 8:52].median(), off[:, 8:-8, 68:128].median()
+
+    shown, blind = error(None)
+    told_shown, told = error(points)
+    assert blind > 0.1
+    assert told < 0.03
+    assert told_shown < shown + 0.005
+    assert abs(error(points * torch.tensor([1, 1, 1, 1, 1e6]))[1] - blind) < 1e-3  # they know nothing
+
+
 def test_where_there_is_no_field_there_is_no_evidence():
     cube, reference, _ = scene_with_field(SIZE, amplitude=0.0, frames=2, noise=0.01)
     found = estimate_shifts(cube, prepare_ground(reference, spacing=SPACING), start(2), spacing=SPACING)
@@ -80,6 +115,16 @@ def test_a_general_warp_is_where_it_starts():
     same = estimate_shifts(cube, ground, homography, spacing=SPACING)
     torch.testing.assert_close(same.coefficients, found.coefficients, atol=1e-3, rtol=0)
     assert errors(plain, fields).median() < 0.02
+
+
+def test_one_gather_reads_as_sixteen(monkeypatch):
+    cube, reference, _ = scene_with_field(SIZE, amplitude=1.0, frames=2)
+    ground = prepare_ground(reference, spacing=SPACING)
+    found = []
+    for wide in (False, True):
+        monkeypatch.setattr(local, "launches_kernels", lambda tensor, wide=wide: wide)
+        found.append(estimate_shifts(cube, ground, start(2), spacing=SPACING).coefficients)
+    torch.testing.assert_close(*found, atol=1e-4, rtol=0)
 
 
 def test_masks_act():

@@ -68,10 +68,26 @@
       slide.value = (100 * (event.clientX - box.left)) / box.width;
       move();
     };
+    // one picture, then the other: the eye sees what moves
+    const flicker = document.querySelector(".flicker");
+    let timer = 0;
+    flicker.addEventListener("click", () => {
+      const on = timer === 0;
+      flicker.setAttribute("aria-pressed", String(on));
+      if (!on) {
+        clearInterval(timer);
+        timer = 0;
+        return;
+      }
+      timer = setInterval(() => {
+        slide.value = slide.value < 50 ? 100 : 0;
+        move();
+      }, 500);
+    });
     pair.addEventListener("pointerdown", drag);
     pair.addEventListener("pointermove", drag);
     pair.classList.add("on");
-    slide.hidden = false;
+    slide.hidden = flicker.hidden = false;
     move();
   }
 })();

@@ -30,10 +30,13 @@ from torchalign.cli.outputs import (
 )
 from torchalign.cli.sources import (
     Source,
+    choose_bands,
     is_raster,
     open_mask,
     open_reference,
     open_source,
+    raster_source,
+    translated,
 )
 from torchalign.cube.georeference import crs_name, find_georeference
 from torchalign.cube.headers import describe_files
@@ -42,6 +45,7 @@ from torchalign.cube.pixels import find_nodata
 from torchalign.cube.reference import ReferenceName
 from torchalign.cube.run import ALIGNERS
 from torchalign.cube.tables import REPORT_SUFFIXES
+from torchalign.cube.variables import Variables, take_apart
 from torchalign.functional.channels import ChannelName
 from torchalign.local import Local
 from torchalign.models.weights import load_weights, weights_table
@@ -127,14 +131,24 @@ class SourceOptions:
         list[Path],
         Argument(
             metavar="SRC",
-            help="A folder of GeoTIFFs, one a date; or GeoTIFFs; or a netCDF file; or a Zarr store.",
+            help="A folder of GeoTIFFs, one a date; or GeoTIFFs; or a table of them, NAME.csv with the columns "
+            "path, time and band; or a netCDF file; or a Zarr store.",
             show_default=False,
         ),
     ]
     variable: Annotated[
         str | None,
         Option(
-            help="Variable of a netCDF file or Zarr store. Default: the only one with time, y, x (and band)."
+            help="Variable of a netCDF file or Zarr store; several, as red,nir,SCL, go together, '*' is all. "
+            "Default: the only one with time, y, x (and band)."
+        ),
+    ] = None
+    bands: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAMES | NAME=PATTERN",
+            help="Only these bands, as B04,B03,B02: names, or else numbers; in GeoTIFFs from 1, else from 0. Or, "
+            "where there is a file a band and date, once for each band, as red='*_B4.TIF'.",
         ),
     ] = None
     pattern: Annotated[str, Option(help="Names of the GeoTIFFs in a folder.")] = "*.tif*"
@@ -175,10 +189,11 @@ class CubeOptions(SourceOptions):
             show_default=False,
         ),
     ]
-    bands: Annotated[
+    classes: Annotated[
         str | None,
         Option(
-            help="Only these bands, as B04,B03,B02: names, or else numbers; in GeoTIFFs from 1, else from 0."
+            help="Bands or variables, as SCL,QA, that are copied from the nearest pixel and not seen by the "
+            "estimate. Those of the usual names are, without being named."
         ),
     ] = None
     template: Annotated[
@@ -206,9 +221,15 @@ class CubeOptions(SourceOptions):
 
     def computing(self) -> dict[str, Any]:
         """Options that ``torchalign.align`` and ``torchalign.apply`` share."""
-        return {name: getattr(self, name) for name in ("device", "batch_size", "progress")}
+        options = {name: getattr(self, name) for name in ("device", "batch_size", "progress")}
+        return options | {"classes": self.class_names}
 
-    def write(self, cube: xr.DataArray, source: Source, report: xr.Dataset | None = None) -> Any:
+    @property
+    def class_names(self) -> list[str] | None:
+        """Of ``--classes``."""
+        return None if self.classes is None else [word.strip() for word in self.classes.split(",")]
+
+    def write(self, cube: Any, source: Source, report: xr.Dataset | None = None) -> Any:
         """Write the result; returns its report, computed."""
         options: dict[str, Any] = {
             name: getattr(self, name) for name in ("template", "overwrite", "progress")
@@ -259,6 +280,14 @@ class AlignOptions(CubeOptions):
         Path | None, Option(help="An earlier report to start from, of any bands and pixel size.")
     ] = None
     verify: Annotated[bool, Option(help="Measure what is left after alignment, for the report.")] = True
+    large: Annotated[
+        bool,
+        Option(
+            "--large",
+            help="GeoTIFFs larger than memory: estimated from tiles, resampled and written by rows. The reference "
+            "is first, median, mean or a label; no local shifts, no --init.",
+        ),
+    ] = False
     mask: Annotated[
         str | None,
         Option(
@@ -274,7 +303,7 @@ class AlignOptions(CubeOptions):
         Option(
             metavar="PATH",
             help="Where the report goes, one row a frame: NAME.csv, .json or .nc, which apply reads, or "
-            ".html, to look at. May be given more than once.",
+            ".html or .geojson, to look at. May be given more than once.",
         ),
     ] = None
 
@@ -287,6 +316,11 @@ Examples:
     torchalign align frames/ -o aligned/ --reference iterative --mask clouds/ --invert-mask
   One band decides, all bands move; the solution is kept for others (see apply):
     torchalign align cube.nc -o aligned.zarr --channel B08 --report report.json --report report.html
+  Landsat, a file a band and date; and Sentinel-2 tiles of two UTM zones on the grid of the first:
+    torchalign align landsat/ -o out/ --bands red='*_SR_B4.TIF' --bands qa='*_QA_PIXEL.TIF'
+    torchalign align S2/ -o out/ --recursive --pattern '*_TCI.jp2' --grid first
+  Two full tiles, larger than memory:
+    torchalign align T33UUP/ -o out/ --large --reference first --report report.html
   Onto a certain date, on a GPU, by up to 20 pixels, bicubic:
     torchalign align cube.zarr -o out.nc --reference 2020-05-01 --device cuda \\
       --max-translation 20 --option interpolation=bicubic
@@ -312,22 +346,33 @@ def align_files(given: AlignOptions) -> int:
         check_report_output(path, given.overwrite)
     if given.invert_mask and given.mask is None:
         raise ValueError(message("--invert-mask", "a mask to invert", "none", "add --mask"))
-    with given.opened(skip=given.mask) as opened:
+    # of frames that do not fit into memory the lazy cube tells the dates and bands, and no pixels are read of it
+    with given.opened(skip=given.mask, **({"lazy": True} if given.large else {})) as opened:
         cube = opened.cube
         module = _choose_aligner(given, cube)
         usable = None
         if given.mask is not None:
             usable = open_mask(given.mask, opened, invert=given.invert_mask, pattern=given.pattern)
         reference = open_reference(given.reference, given.pattern)
+        if given.large:
+            report = _align_large(given, module, reference, usable)
+            for path in reports:
+                torchalign.save_report(report, path, overwrite=given.overwrite)
+            return _sum_up(given, report, reports)
         aligned, report = torchalign.align(
             cube, reference, module, mask=usable, init=given.init, verify=given.verify, **given.computing()
         )
         report = given.write(aligned, opened, report)
         for path in reports:
             if path.suffix.lower() in PAGES:
-                write_page(report, path, cube, aligned, given.out, overwrite=given.overwrite)
+                how: dict[str, Any] = {"classes": given.class_names, "overwrite": given.overwrite}
+                write_page(report, path, (cube, aligned), given.out, **how)
             else:
                 torchalign.save_report(report, path, overwrite=given.overwrite)
+    return _sum_up(given, report, reports)
+
+
+def _sum_up(given: AlignOptions, report: xr.Dataset, reports: Sequence[Path]) -> int:
     summary = torchalign.summarize(report)
     print(summary)
     print_written(given.out, *reports)
@@ -335,6 +380,21 @@ def align_files(given: AlignOptions) -> int:
         print("torchalign: not one frame was aligned; see the report for the reasons", file=sys.stderr)
         return 1
     return 0
+
+
+def _align_large(given: AlignOptions, module: Any, reference: Any, usable: Any) -> xr.Dataset:
+    if given.out.suffix.lower() in CUBES or not all(map(is_raster, given.source)):
+        got, cure = f"{given.source[0]} to {given.out}", "leave --large out, or name GeoTIFFs and a folder"
+        raise ValueError(message("--large", "GeoTIFFs, and a folder for --out", got, cure))
+    if given.init is not None:
+        raise ValueError(message("--init", "no report with --large", given.init, "leave one of them out"))
+    with translated():
+        names = ("pattern", "recursive", "grid", "template", "overwrite", "device", "progress")
+        options: dict[str, Any] = {name: getattr(given, name) for name in names}
+        options |= {"bands": choose_bands(given.bands), "errors": "skip" if given.skip_bad else "raise"}
+        source = raster_source(given.source)
+        _, report = torchalign.io.align_scenes(source, given.out, reference, module, mask=usable, **options)
+    return report
 
 
 def _parse_options(words: Sequence[str] | None) -> dict[str, Any]:
@@ -352,7 +412,7 @@ def _parse_options(words: Sequence[str] | None) -> dict[str, Any]:
     return options
 
 
-def _choose_aligner(given: AlignOptions, cube: xr.DataArray) -> Any:
+def _choose_aligner(given: AlignOptions, cube: Any) -> Any:
     """A name for ``torchalign.align``, or the module of that name where there are options."""
     name = given.aligner
     common = {key: getattr(given, key) for key in ("max_translation", "channel", "crop_center")}
@@ -361,7 +421,7 @@ def _choose_aligner(given: AlignOptions, cube: xr.DataArray) -> Any:
     if name not in ALIGNERS or not (options or given.local):
         return name  # align knows how to complain of the name
     if "channel" in options:
-        options["channel"] = _choose_channel(str(options["channel"]), cube)
+        options["channel"] = _choose_channel(str(options["channel"]), cube, given.class_names)
     module: Any = ALIGNERS[name]()
     if given.local and name != "local":
         module = Cascade(module, Local())
@@ -380,11 +440,15 @@ def _choose_aligner(given: AlignOptions, cube: xr.DataArray) -> Any:
     return made[0] if stages is None else type(module)(*made)
 
 
-def _choose_channel(wanted: str, cube: xr.DataArray) -> int | str:
-    """A channel's name as it is; the label or the index of a band as an index."""
+def _choose_channel(wanted: str, cube: Any, classes: Any) -> int | str:
+    """A channel's name as it is; the label or the index of a band that the estimate sees as an index."""
     if wanted in get_args(ChannelName):
         return wanted
-    labels, count = band_labels(cube)
+    variables, _ = take_apart(cube, None, classes, {})
+    if variables is None:
+        labels, count = band_labels(cube)
+    else:
+        labels, count = [*map(str, variables.seen)], len(variables.seen)
     if wanted in labels:
         return labels.index(wanted)
     if wanted.removeprefix("-").isdecimal() and -count <= int(wanted) < count:
@@ -411,9 +475,10 @@ class ApplyOptions(CubeOptions):
             "its own."
         ),
     ] = "resample"
-    interpolation: Annotated[str, Option(help="bilinear, bicubic, or nearest, for classes and masks.")] = (
-        "bilinear"
-    )
+    interpolation: Annotated[
+        str | None,
+        Option(help="bilinear, bicubic or nearest. Default: nearest for masks and classes, else bilinear."),
+    ] = None
 
 
 _APPLY_EXAMPLES = """\b
@@ -441,7 +506,7 @@ def apply_to_files(given: ApplyOptions) -> int:
     solution = torchalign.load_report(given.report)
     with given.opened(masks=True) as opened:
         cube = opened.cube
-        if given.skip_bad and all(map(is_raster, given.source)):
+        if given.skip_bad and all(map(is_raster, given.source)) and isinstance(cube, xr.DataArray):
             cube = _without_unknown_empty(cube, solution)
         applied = torchalign.apply(
             cube,
@@ -570,8 +635,13 @@ def _show_report(path: Path, html: Path | None, overwrite: bool) -> int:
     return 0
 
 
-def _cube_lines(cube: xr.DataArray) -> Iterator[str]:
-    """Lines about dates, bands, grid and pixels."""
+def _cube_lines(source: xr.DataArray | xr.Dataset) -> Iterator[str]:
+    """Lines about dates, bands, grid and pixels; the first three of the first variable."""
+    every: list[Any] = [source]
+    if isinstance(source, xr.Dataset):
+        known = Variables.of(source, None, None, {})
+        every = [source[name] for name in (*known.seen, *known.moved, *known.classes)]
+    cube: Any = every[0]
     dims = find_dims(cube)
     time = dims["time"]
     labels = time_labels(cube, time)
@@ -581,6 +651,8 @@ def _cube_lines(cube: xr.DataArray) -> Iterator[str]:
         span += f", every {np.median(days):.3g} days (median), longest gap {days.max():.3g}"
     yield f"{len(labels)} frames{span}"
     names, count = band_labels(cube)
+    if isinstance(source, xr.Dataset):
+        names, count = [str(array.name) for array in every], len(every)
     yield f"{count} band{'s' if count > 1 else ''}{': ' + ', '.join(names) if names else ''}"
     grid = find_georeference(Cube(cube, dims))
     place = ""
@@ -591,11 +663,12 @@ def _cube_lines(cube: xr.DataArray) -> Iterator[str]:
         )
         place += f", {crs_name(grid.crs) or 'no CRS'}"
     yield f"{cube.sizes[dims['y']]} rows × {cube.sizes[dims['x']]} columns{place}"
-    nodata = ", ".join(f"{value:g}" for value in find_nodata(cube)) or (
-        "NaN" if cube.dtype.kind == "f" else "none"
-    )
-    yield f"{cube.dtype}, nodata {nodata}, {cube.nbytes / 2**20:.4g} MiB"
-    for reason in cube.attrs.get("skipped_files", ()):
+    for array in every:
+        missing = "NaN" if array.dtype.kind == "f" else "none"
+        nodata = ", ".join(f"{value:g}" for value in find_nodata(array)) or missing
+        name = f"{array.name}: " if array is not source else ""
+        yield f"{name}{array.dtype}, nodata {nodata}, {array.nbytes / 2**20:.4g} MiB"
+    for reason in source.attrs.get("skipped_files", ()):
         yield f"left out: {reason}"
 
 

@@ -51,8 +51,8 @@ def run_demo(out: Path, frames: int, device: str | None, seed: int) -> int:
     out.mkdir(parents=True, exist_ok=True)
     truth[0] = np.nan  # not a measurement; the pictures leave it out
     title = (
-        f"torchalign demo: Sentinel-2, {frames} frames, no cloud mask: {int(rest.sum())} of {frames - 1} "
-        f"aligned to a median of {median:.4f} px, {int((~accepted).sum())} flagged"
+        f"torchalign demo: Sentinel-2, no cloud mask: {int(accepted.sum())} of {frames} frames aligned, "
+        f"{int((~accepted).sum())} flagged, median error {median:.4f} px"
     )
     figure = plot.summary(stack.cube, aligned, report, true_shift=truth, title=title)
     with atomic(summary) as path:
@@ -62,9 +62,7 @@ def run_demo(out: Path, frames: int, device: str | None, seed: int) -> int:
     for path in (table, dataset):
         torchalign.save_report(report, path, overwrite=True)
     save_html(report, page, stack.cube, aligned, title=title, overwrite=True)
-    print(
-        f"median error {median:.4f} px, worst {worst:.4f} px, over {int(rest.sum())} frames and no cloud mask"
-    )
+    print(f"median error {median:.4f} px, worst {worst:.4f} px, no cloud mask")
     print_written(*outputs)
 
     overcast = stack.clear.mean(("y", "x")).values < 0.01

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,11 +61,13 @@ def check_cube_output(path: Path, template: str | None, overwrite: bool) -> None
 def check_report_output(path: Path, overwrite: bool) -> None:
     """A table or a page."""
     suffix = path.suffix.lower()
-    names = (*REPORT_SUFFIXES, *PAGES)
+    names = (*REPORT_SUFFIXES, *PAGES, ".geojson")
     if suffix not in names:
         raise ValueError(message("--report", f"a name ending in {', '.join(names)}", path.name, "rename it"))
     if suffix in PAGES:
         require("a page", "plot", "matplotlib", "PIL")
+    elif suffix == ".geojson":
+        require("a GeoJSON", "io", "rasterio")
     elif suffix not in (".csv", ".json"):
         require("a report in netCDF", "io", "h5netcdf", "h5py")
     check_output(path, overwrite)
@@ -107,7 +108,7 @@ def check_apart(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
 
 
 def write_result(
-    cube: xr.DataArray,
+    cube: xr.DataArray | xr.Dataset,
     out: Path,
     source: Source,
     report: xr.Dataset | None = None,
@@ -124,28 +125,31 @@ def write_result(
     from torchalign.io import write_cube, write_stack
 
     suffix = out.suffix.lower()
-    with _dask_bar(progress if cube.chunks is not None else False):
+    with _dask_bar(progress if cube.chunks else False):
         if suffix in CUBES:
-            attrs = _portable_attributes(source.attributes, suffix)
-            done = write_cube(_portable(cube, suffix), out, attrs=attrs, report=report, overwrite=overwrite)
+            done = write_cube(cube, out, attrs=source.attributes, report=report, overwrite=overwrite)
         else:
             done = write_stack(cube, out, template=template, report=report, overwrite=overwrite)
     return None if report is None else done[1]
 
 
 def write_page(
-    report: xr.Dataset, path: Path, cube: xr.DataArray, aligned: xr.DataArray, out: Path, *, overwrite: bool
+    report: xr.Dataset, path: Path, pair: Sequence[Any], out: Path, *, classes: Any, overwrite: bool
 ) -> None:
-    """Write the page of an alignment whose result has been written to ``out``."""
+    """Write the page of an alignment, a cube and itself aligned, whose result has been written to ``out``."""
     from torchalign.cli.sources import open_source
+    from torchalign.cube.variables import stack_variables, take_apart
     from torchalign.html import save_html
 
-    if aligned.chunks is None:
-        save_html(report, path, cube, aligned, overwrite=overwrite)
+    cube, aligned = pair
+    if aligned.chunks and not hasattr(aligned, "data_vars"):
+        # what was lazy is read from where it has been written, in place of being computed anew for every picture
+        with open_source([out], lazy=True) as written:
+            save_html(report, path, cube, written.cube, overwrite=overwrite)
         return
-    # what was lazy is read from where it has been written, in place of being computed anew for every picture
-    with open_source([out], lazy=True) as written:
-        save_html(report, path, cube, written.cube, overwrite=overwrite)
+    taken = [take_apart(one, None, classes, {})[0] for one in pair]
+    shown = [one if part is None else stack_variables(part)[0] for one, part in zip(pair, taken, strict=True)]
+    save_html(report, path, *shown, overwrite=overwrite)
 
 
 def print_written(*paths: Path) -> None:
@@ -163,31 +167,3 @@ def _dask_bar(progress: bool | None) -> Iterator[None]:
 
     with ProgressBar(out=sys.stderr):  # type: ignore[no-untyped-call]
         yield
-
-
-def _portable(cube: xr.DataArray, suffix: str) -> xr.DataArray:
-    """The cube under a name, without the attributes that the format of ``suffix`` cannot take."""
-    cleaned = cube.copy(deep=False)
-    for variable in (cleaned.variable, *(array.variable for array in cleaned.coords.values())):
-        variable.attrs = _portable_attributes(variable.attrs, suffix)
-    # a fill value is declared once: by the encoding, where xarray writes it
-    declared = cleaned.attrs.pop("_FillValue", None)
-    if declared is not None:
-        cleaned.encoding = {"_FillValue": declared} | cleaned.encoding
-    return cleaned.rename(cube.name if cube.name is not None else "aligned")
-
-
-def _portable_attributes(attributes: Mapping[Any, Any], suffix: str) -> dict[Any, Any]:
-    """Of JSON, netCDF has numbers, text and lists of them; the rest is written as its text."""
-    if suffix == ".zarr":
-        return dict(attributes)
-
-    def is_plain(value: Any) -> bool:
-        if isinstance(value, (list, tuple)):
-            kinds = {type(item) for item in value}
-            return len(kinds) == 1 and kinds <= {int, float, str}
-        return value is not None and not isinstance(value, (dict, bool))
-
-    return {
-        key: value if is_plain(value) else json.dumps(value, default=str) for key, value in attributes.items()
-    }

@@ -15,16 +15,19 @@ import xarray as xr
 
 from torchalign._check import message
 from torchalign.cube.files import NETCDF, is_store
-from torchalign.cube.labels import Array, band_labels, find_bands, find_dims
+from torchalign.cube.finding import is_remote
+from torchalign.cube.labels import Array, band_labels, find_bands, find_dims, role_of
 from torchalign.cube.reference import ReferenceName
 
 __all__ = [
     "Source",
+    "choose_bands",
     "is_raster",
-    "is_remote",
     "open_mask",
     "open_reference",
     "open_source",
+    "raster_source",
+    "translated",
 ]
 
 _RASTERS = (".tif", ".tiff")
@@ -32,23 +35,21 @@ _LAZY_BYTES = 2**27  # a cube above this is not taken into memory whole
 _CHUNK_BYTES = 2**24  # of a lazy one: several chunks are held, as floats, at the same time
 
 
+Cube = xr.DataArray | xr.Dataset
+
+
 class Source(NamedTuple):
     """A cube, lazily opened, and what was beside it.
 
     Attributes:
-        cube: the variable to align.
+        cube: the variable to align, or the variables.
         others: of the same file; empty for GeoTIFFs.
         attributes: of the whole file.
     """
 
-    cube: xr.DataArray
+    cube: Any  # a DataArray or a Dataset
     others: Mapping[str, xr.DataArray]
     attributes: Mapping[str, Any]
-
-
-def is_remote(path: Path) -> bool:
-    """A URL (of which a path keeps one slash), or a name of GDAL's that begins with /vsi."""
-    return str(path).startswith("/vsi") or re.match(r"[a-z][a-z0-9+.-]+:/", str(path)) is not None
 
 
 def _name_of(path: Path) -> str:
@@ -58,7 +59,7 @@ def _name_of(path: Path) -> str:
 
 def is_raster(path: Path) -> bool:
     """A GeoTIFF or a table of them, a folder that is no Zarr store, or what GDAL opens elsewhere."""
-    if is_remote(path) or path.suffix.lower() in (".jp2", ".csv"):
+    if is_remote(str(path)) or path.suffix.lower() in (".jp2", ".csv"):
         return True
     return (path.is_dir() and not _is_zarr(path)) or path.suffix.lower() in _RASTERS
 
@@ -68,7 +69,7 @@ def open_source(
     paths: Sequence[Path],
     *,
     variable: str | None = None,
-    bands: str | None = None,
+    bands: Sequence[str] | None = None,
     pattern: str = "*.tif*",
     lazy: bool | None = None,
     skip_bad: bool = False,
@@ -79,25 +80,17 @@ def open_source(
 ) -> Iterator[Source]:
     """The cube in a netCDF file, a Zarr store, a folder of GeoTIFFs or a list of them.
 
-    Args:
-        paths: one file, store or folder; or GeoTIFFs.
-        variable: its name; default: the only one with time, y, x and maybe band.
-        bands: labels or positions, separated by commas.
-        pattern: of names in a folder of GeoTIFFs.
-        lazy: dask's chunks along time, or not; default: above 128 MiB, where dask is installed.
-        skip_bad: leave files out that do not fit the others.
-        skip: a variable that is not the one, for it is the mask.
-        masks: the cube may be one of masks or classes: empty GeoTIFFs are kept, and a variable that is bool is
-            taken where there is none of numbers.
-        recursive: search subfolders, too.
-        grid: what GeoTIFFs of other extents are brought onto: a word of :func:`torchalign.open_stack`, or a file.
+    The options are those of the command line; and ``skip``, a variable that is not the one, for it is the mask;
+    ``masks``: the cube may be one of masks or classes, so that empty GeoTIFFs are kept, and a variable that is bool is
+    taken where there is none of numbers.
     """
+    cube: Cube
     for path in paths:
-        if not path.exists() and not is_remote(path):
+        if not path.exists() and not is_remote(str(path)):
             expected = "a folder of GeoTIFFs, GeoTIFFs, a netCDF file or a Zarr store"
             raise ValueError(message("SRC", expected, f"{path}, which is not there", "check the path"))
     if all(is_raster(path) for path in paths):
-        with _translated(paths):
+        with translated():
             places = {"recursive": recursive, "grid": grid}
             cube = _open_rasters(paths, bands, pattern, lazy, skip_bad, keep_empty=masks, **places)
         yield Source(cube, {}, {})
@@ -106,11 +99,12 @@ def open_source(
         got = ", ".join(path.name for path in paths[:4])
         raise ValueError(message("SRC", "one cube, or GeoTIFFs", got, "give one of them"))
     with _open_dataset(paths[0]) as dataset:
-        cube = _choose_variable(dataset, variable, paths[0], skip, masks=masks)
-        cube = cube if bands is None else _select_bands(cube, bands)
+        cube = _choose_variables(dataset, variable, paths[0], skip, masks=masks)
+        cube = cube if not bands else _select_bands(cube, bands)
         if lazy or (lazy is None and cube.nbytes > _LAZY_BYTES and find_spec("dask") is not None):
             cube = _chunked(cube)
-        others = {str(name): dataset[name] for name in dataset.data_vars if name != cube.name}
+        taken = {*cube.data_vars} if isinstance(cube, xr.Dataset) else {cube.name}
+        others = {str(name): dataset[name] for name in dataset.data_vars if name not in taken}
         yield Source(cube, others, dataset.attrs)
 
 
@@ -119,26 +113,18 @@ def open_source(
 
 def _open_rasters(
     paths: Sequence[Path],
-    bands: str | None,
+    bands: Sequence[str] | None,
     pattern: str,
     lazy: bool | None,
     skip_bad: bool,
     *,
     keep_empty: bool = False,
     **places: Any,
-) -> xr.DataArray:
+) -> Any:
     from torchalign.io import open_stack
 
-    folders = [path for path in paths if path.is_dir()]
-    if folders and len(paths) > 1:
-        got = f"{folders[0]} beside {len(paths) - 1} more"
-        raise ValueError(
-            message("SRC", "one folder, or files", got, "give the files, as the shell lists them")
-        )
-    source: Any = folders[0] if folders else [_name_of(path) for path in paths]
-    if len(paths) == 1 and paths[0].suffix.lower() == ".csv":
-        source = paths[0]  # a manifest
-    chosen = None if bands is None else _comma_separated(bands)
+    source = raster_source(paths)
+    chosen = choose_bands(bands)
     options: dict[str, Any] = {"pattern": pattern, "bands": chosen, "errors": "skip" if skip_bad else "raise"}
     options |= places
     chunks = None
@@ -149,8 +135,34 @@ def _open_rasters(
     return open_stack(source, chunks=chunks, keep_empty=keep_empty, **options)
 
 
+def raster_source(paths: Sequence[Path]) -> Any:
+    """What :func:`torchalign.open_stack` takes: a folder, a manifest, or names of files."""
+    folders = [path for path in paths if path.is_dir()]
+    if folders and len(paths) > 1:
+        got = f"{folders[0]} beside {len(paths) - 1} more"
+        raise ValueError(
+            message("SRC", "one folder, or files", got, "give the files, as the shell lists them")
+        )
+    if len(paths) == 1 and (folders or paths[0].suffix.lower() == ".csv"):
+        return paths[0]
+    return [_name_of(path) for path in paths]
+
+
+def choose_bands(words: Sequence[str] | None) -> Any:
+    """Labels or numbers, or a mapping of names to patterns."""
+    if not words:
+        return None
+    if not any("=" in word for word in words):
+        return _comma_separated(words)
+    pairs = [word.partition("=") for word in words]
+    if not all(name.strip() and equals and own for name, equals, own in pairs):
+        cure = "give the option once for each band"
+        raise ValueError(message("--bands", "NAME=PATTERN each, or names alone", " ".join(words), cure))
+    return {name.strip(): own for name, _, own in pairs}
+
+
 @contextmanager
-def _translated(paths: Sequence[Path]) -> Iterator[None]:
+def translated() -> Iterator[None]:
     """Python's options as those of the command line."""
     try:
         yield
@@ -199,14 +211,18 @@ def _open_dataset(path: Path) -> Iterator[xr.Dataset]:
         yield dataset
 
 
-def _choose_variable(
+def _choose_variables(
     dataset: xr.Dataset, name: str | None, source: Path, skip: str | None, *, masks: bool
-) -> xr.DataArray:
-    if name is not None:
-        if name not in dataset:
-            known = f"one of {sorted(map(str, dataset.data_vars))}"
-            raise ValueError(message("--variable", known, name, "choose one"))
+) -> Cube:
+    if name is not None and name in dataset:
         return dataset[name]
+    if name is not None:
+        names = [own for own in dataset.data_vars if own != skip] if name == "*" else _comma_separated([name])
+        for own in names:
+            if own not in dataset:
+                known = f"some of {sorted(map(str, dataset.data_vars))}"
+                raise ValueError(message("--variable", known, own, "choose one, or several as red,nir"))
+        return dataset[names]
     candidates = []
     for key, array in dataset.data_vars.items():
         try:
@@ -223,16 +239,19 @@ def _choose_variable(
     if len(candidates) != 1:
         listed = {str(key): array.dims for key, array in dataset.data_vars.items()}
         got = f"{candidates or 'none'} in {source.name} with {listed}"
-        cure = "say which with --variable, or rename its dims to time, band, y, x"
+        cure = "say which with --variable, several as red,nir, all as '*'; or rename dims to time, band, y, x"
         raise ValueError(message("SRC", "one variable with time, y and x", got, cure))
     return dataset[candidates[0]]
 
 
-def _comma_separated(bands: str) -> list[str]:
-    return [word.strip() for word in bands.split(",")]
+def _comma_separated(words: Sequence[str]) -> list[str]:
+    return [word.strip() for text in words for word in text.split(",")]
 
 
-def _select_bands(cube: xr.DataArray, bands: str) -> xr.DataArray:
+def _select_bands(cube: Cube, bands: Sequence[str]) -> Cube:
+    if isinstance(cube, xr.Dataset) or isinstance(choose_bands(bands), dict):
+        got, cure = " ".join(bands), "choose the variables of one file with --variable"
+        raise ValueError(message("--bands", "bands of one variable", got, cure))
     dims = find_dims(cube)
     if "band" not in dims:
         raise ValueError(
@@ -241,14 +260,18 @@ def _select_bands(cube: xr.DataArray, bands: str) -> xr.DataArray:
     return cube.isel({dims["band"]: find_bands(_comma_separated(bands), *band_labels(cube), name="--bands")})
 
 
-def _chunked(cube: xr.DataArray) -> xr.DataArray:
+def _chunked(cube: Cube) -> Cube:
     """Whole frames, a few in a chunk."""
-    time = find_dims(cube)["time"]
+    time = _time_of(cube)
     return cube.chunk({time: _frames_in_a_chunk(cube), **{dim: -1 for dim in cube.dims if dim != time}})
 
 
-def _frames_in_a_chunk(cube: xr.DataArray) -> int:
-    frame_bytes = cube.nbytes // max(1, cube.sizes[find_dims(cube)["time"]])
+def _time_of(cube: Cube) -> Any:
+    return next((dim for dim in cube.dims if role_of(dim) == "time"), next(iter(cube.dims), None))
+
+
+def _frames_in_a_chunk(cube: Cube) -> int:
+    frame_bytes = cube.nbytes // max(1, cube.sizes[_time_of(cube)])
     return max(1, _CHUNK_BYTES // max(1, frame_bytes))
 
 
@@ -277,7 +300,7 @@ def open_mask(mask: str, source: Source, *, invert: bool, pattern: str) -> xr.Da
         output_dtypes=[bool],
         keep_attrs=False,
     )
-    return usable if source.cube.chunks is not None else usable.load()
+    return usable if source.cube.chunks else usable.load()
 
 
 def _as_usable(values: Array, *, invert: bool) -> Array:
@@ -308,7 +331,7 @@ def _open_array(name: str, text: str, pattern: str, expected: str) -> xr.DataArr
 
         return open_stack([path], time=lambda _: "1970-01-01", keep_empty=True).isel(time=0, drop=True)
     if is_raster(path):
-        with _translated([path]):
+        with translated():
             return _open_rasters([path], None, pattern, None, False, keep_empty=True)
     with _open_dataset(path) as other:
         if len(other.data_vars) != 1:

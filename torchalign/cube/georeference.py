@@ -23,6 +23,7 @@ __all__ = [
     "crs_name",
     "find_georeference",
     "frame_transforms",
+    "gdal_errors",
     "georeference_frames",
     "is_same_crs",
     "is_same_grid",
@@ -243,6 +244,14 @@ def _metres_of_crs(array: xr.DataArray) -> float | None:
     # the projection's unit comes last
     units = re.findall(r'(?<![A-Z])(?:LENGTH)?UNIT\["[^"]*",\s*([0-9.eE+-]+)', wkt)
     return float(units[-1]) if units and wkt.startswith(("PROJCS", "PROJCRS")) else None
+
+
+def gdal_errors() -> tuple[type[Exception], ...]:
+    """What rasterio raises: errors of its own, and of GDAL and PROJ, which it lets through here and there."""
+    from rasterio._err import CPLE_BaseError
+    from rasterio.errors import RasterioError
+
+    return RasterioError, CPLE_BaseError
 
 
 def is_same_crs(first: str, second: str) -> bool:

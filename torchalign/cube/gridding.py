@@ -11,7 +11,7 @@ import xarray as xr
 
 from torchalign._check import message
 from torchalign.cube.finding import Source
-from torchalign.cube.georeference import Georeference, crs_name, find_georeference
+from torchalign.cube.georeference import Georeference, crs_name, find_georeference, gdal_errors
 from torchalign.cube.headers import CLOSE, Header, are_close, quiet
 from torchalign.cube.labels import Array, Cube, role_of
 
@@ -38,6 +38,7 @@ class Reading(NamedTuple):
     )  # (row, column) of the grid's first pixel in the file; None: by GDAL's warper
     resampling: str
     dtype: str
+    scale: float = 1.0  # the grid's pixels in one of the file's
 
     @property
     def is_whole(self) -> bool:
@@ -80,7 +81,7 @@ class Reading(NamedTuple):
                 if self.offset is None:
                     return self._warp(file, bands, (first, last), dtype, resampling or self.resampling)
                 return self._copy(file, bands, (first, last), dtype, fill)
-        except rasterio.errors.RasterioError as error:
+        except gdal_errors() as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             cure = 'fetch it again, or leave it out (errors="skip" without chunks does)'
             raise OSError(message(str(self.path), "pixels that can be read", reason, cure)) from error
@@ -127,7 +128,7 @@ class Reading(NamedTuple):
             "height": height,
             "width": width,
         }
-        options |= {"crs": crs, "resampling": Kernel[resampling], "tolerance": _TOLERANCE}
+        options |= {"crs": crs, "resampling": Kernel[resampling], "tolerance": _TOLERANCE, **self._scale}
         if not file.crs:
             options["src_crs"] = crs
         fill = self._fill
@@ -141,10 +142,16 @@ class Reading(NamedTuple):
                 return warped.dataset_mask(window=window)[None]
             return warped.read(bands, window=window).astype(dtype, copy=False)
 
+    @property
+    def _scale(self) -> dict[str, float]:
+        """GDAL would else tell the width of its kernels from each window anew, and blur those of a few rows."""
+        return {"XSCALE": self.scale, "YSCALE": self.scale}
+
     def _warp_by_points(
         self, file: Any, bands: Any, rows: tuple[int, int], dtype: str, resampling: str
     ) -> Array:
-        """By ground control points, which a WarpedVRT passes over; the whole file is read."""
+        """By ground control points, which a WarpedVRT passes over; to an eighth of a pixel, rasterio's tolerance."""
+        import rasterio
         from rasterio.crs import CRS
         from rasterio.enums import Resampling as Kernel
         from rasterio.transform import Affine
@@ -152,15 +159,21 @@ class Reading(NamedTuple):
 
         own = CRS.from_wkt(self.header.grid.crs) if self.header.grid.crs else CRS.from_epsg(4326)
         crs = CRS.from_wkt(self.grid.crs) if self.grid.crs else own
-        transform, fill = Affine(*self.grid.transform), self._fill
-        source = file.read_masks([self.numbers[0]]) if bands == "mask" else file.read(bands)
-        values = np.full((len(source), *self.grid.size), 0 if fill is None else fill, dtype)
-        how: dict[str, Any] = {"gcps": control_points(self.header.gcps), "src_crs": own}
-        how |= {"dst_transform": transform, "dst_crs": crs, "tolerance": _TOLERANCE}
+        a, b, c, d, e, f = self.grid.transform
+        transform, fill = Affine(a, b, c + b * rows[0], d, e, f + e * rows[0]), self._fill
+        how: dict[str, Any] = {"dst_transform": transform, "dst_crs": crs, **self._scale}
+        source: Any = rasterio.band(file, bands) if bands != "mask" else None
+        if (
+            source is None or not self.header.grid.crs
+        ):  # of a file GDAL takes the points and the CRS as they are
+            source = file.read_masks([self.numbers[0]]) if bands == "mask" else file.read(bands)
+            how |= {"gcps": control_points(self.header.gcps), "src_crs": own}
+        shape = (1 if bands == "mask" else len(bands), rows[1] - rows[0], self.grid.size[1])
+        values = np.full(shape, 0 if fill is None else fill, dtype)
         if bands != "mask" and fill is not None:
             how |= {"src_nodata": fill, "dst_nodata": fill}
         reproject(source, values, resampling=Kernel[resampling], init_dest_nodata=True, **how)
-        return values[:, rows[0] : rows[1]]
+        return values
 
 
 def plan_reading(
@@ -180,7 +193,19 @@ def plan_reading(
             (np.linalg.inv(header.grid.matrix) @ grid.matrix @ np.array([0.0, 0.0, 1.0]))[:2]
         )
         offset = int(row), int(column)
-    return Reading(path, tuple(numbers), header, grid, offset, resampling, dtype.name)
+    scale = 1.0 if offset is not None else _pixels_in_one(_grid_of_header(path, header), grid)
+    return Reading(path, tuple(numbers), header, grid, offset, resampling, dtype.name, scale)
+
+
+def _pixels_in_one(own: Georeference, grid: Georeference) -> float:
+    """How long a pixel of a file is in pixels of a grid, at most 1; the root of the ratio of areas."""
+    x, y = _outline(own, grid.crs or own.crs)
+    pixels = (np.linalg.inv(grid.matrix) @ np.stack([x, y, np.ones_like(x)]))[:2]
+    top, bottom = pixels[:, :_EDGE], pixels[:, _EDGE : 2 * _EDGE]
+    ring = np.concatenate([top, bottom[:, ::-1], top[:, :1]], 1)
+    area = abs(np.sum(ring[0, :-1] * ring[1, 1:] - ring[0, 1:] * ring[1, :-1])) / 2
+    side = float(np.sqrt(area / (own.size[0] * own.size[1])))
+    return side if side < 0.95 else 1.0
 
 
 # --- which grid ---
@@ -242,9 +267,12 @@ def _grid_of_header(path: Source, header: Header) -> Georeference:
 
     height, width = header.grid.size
     crs = CRS.from_wkt(header.grid.crs) if header.grid.crs else CRS.from_epsg(4326)
-    transform, across, down = calculate_default_transform(
-        crs, crs, width, height, gcps=control_points(header.gcps)
-    )
+    points = control_points(header.gcps)
+    try:
+        transform, across, down = calculate_default_transform(crs, crs, width, height, gcps=points)
+    except gdal_errors() as error:
+        got, cure = f"{path.name} ({error})", "give it a grid with gdalwarp first"
+        raise ValueError(message("grid", "control points that tell of a place", got, cure)) from error
     a, b, c, d, e, f = (float(value) for value in tuple(transform)[:6])
     return Georeference((a, b, c, d, e, f), (int(down), int(across)), crs.to_wkt())
 
@@ -259,7 +287,6 @@ def control_points(gcps: str) -> list[Any]:
 def _outline(grid: Georeference, crs: str) -> tuple[Array, Array]:
     """Points along the border, in another CRS."""
     from rasterio.crs import CRS
-    from rasterio.errors import CRSError
     from rasterio.warp import transform
 
     height, width = grid.size
@@ -269,13 +296,15 @@ def _outline(grid: Georeference, crs: str) -> tuple[Array, Array]:
     x, y = (grid.matrix @ np.stack([u, v, np.ones_like(u)]))[:2]
     if not crs or not grid.crs or crs == grid.crs:
         return x, y
+    cause: Exception | None = None
     try:
         moved = transform(CRS.from_wkt(grid.crs), CRS.from_wkt(crs), x.tolist(), y.tolist())
-    except CRSError as error:
-        got = f"{crs_name(grid.crs)} and {crs_name(crs)} ({error})"
-        raise ValueError(
-            message("grid", "CRS that can be brought together", got, "reproject the files")
-        ) from error
+    except gdal_errors() as error:
+        cause = error
+    if cause is not None or not np.isfinite(moved).all():  # infinite where a projection does not reach
+        got = f"{crs_name(grid.crs)} and {crs_name(crs)} ({cause or 'files outside its area'})"
+        cure = "reproject the files, or leave out those that lie elsewhere"
+        raise ValueError(message("grid", "CRS that can be brought together", got, cure)) from cause
     return np.array(moved[0]), np.array(moved[1])
 
 
@@ -307,5 +336,5 @@ def _grid_of_file(given: Any) -> Georeference:
             a, b, c, d, e, f = (float(value) for value in tuple(file.transform)[:6])
             crs = file.crs.to_wkt() if file.crs else ""
             return Georeference((a, b, c, d, e, f), (file.height, file.width), crs)
-    except rasterio.errors.RasterioError as error:
+    except gdal_errors() as error:
         raise ValueError(message("grid", expected, repr(str(given)), "give one of these")) from error

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
+from pandas.errors import InvalidIndexError
 from torch import Tensor
 
 from torchalign._check import message
@@ -26,6 +27,7 @@ __all__ = [
     "USABLE",
     "Array",
     "Cube",
+    "as_list",
     "axes_of",
     "band_labels",
     "find_bands",
@@ -127,7 +129,7 @@ def find_dims(
     dims = array.dims
     found = {role: dim for role, dim in (given or {}).items() if dim is not None}
     for role, dim in found.items():
-        if dim not in dims or list(found.values()).count(dim) > 1:
+        if not isinstance(dim, Hashable) or dim not in dims or list(found.values()).count(dim) > 1:
             raise ValueError(message(f"{role}_dim", f"one dim of {dims}", repr(dim), "name each dim once"))
     for role in (role for role in CUBE if role not in found):
         named = [dim for dim in dims if role_of(dim) == role and dim not in found.values()]
@@ -227,7 +229,7 @@ def find_bands(
         name: of the argument.
     """
     found = []
-    for band in [wanted] if isinstance(wanted, (str, int, np.integer)) else wanted:
+    for band in as_list(wanted):
         if band is not None and band in labels:
             found.append(labels.index(band))
         elif str(band).isdecimal() and first <= int(band) < first + count:
@@ -238,6 +240,14 @@ def find_bands(
             expected = f"some of {named} or of {numbers}" if named else numbers
             raise ValueError(message(name, expected, repr(band), "choose among these"))
     return found
+
+
+def as_list(wanted: Any) -> list[Any]:
+    """One name or number, or several."""
+    try:
+        return [wanted] if isinstance(wanted, str) else list(wanted)
+    except TypeError:
+        return [wanted]
 
 
 def find_frame(
@@ -265,7 +275,7 @@ def find_frame(
     matches: list[int] = []
     if dim in array.coords:
         numbers = xr.DataArray(np.arange(count), {dim: array[dim]}, [dim])
-        with suppress(KeyError, TypeError, ValueError, IndexError):
+        with suppress(KeyError, TypeError, ValueError, IndexError, InvalidIndexError):
             matches = numbers.sel({dim: label}).values.ravel().tolist()
     is_number = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
     if positions and is_number and len(matches) != 1 and -count <= label < count:

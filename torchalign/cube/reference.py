@@ -138,16 +138,20 @@ def find_reference(
     is_label = isinstance(reference, (str, np.generic, datetime.date, int, float))
     if is_label and not isinstance(reference, bool):
         return _make_reference(reference, reader, estimate, prefers)
-    labelled = label_axes(reference, "reference", reader.cube, CUBE)
+    return given_pixels(reference, reader.cube, reader.pixels)
+
+
+def given_pixels(reference: Any, cube: Cube, pixels: Pixels) -> ReferenceSource:
+    """A DataArray, an array or a tensor as the reference of a cube; without nodata of its own it has the cube's."""
+    labelled = label_axes(reference, "reference", cube, CUBE)
     if labelled.dtype.kind not in "iuf":
         cure = "convert it with .astype"
         raise TypeError(message("reference", "an integer or floating dtype", labelled.dtype, cure))
-    labelled, done = onto_grid(labelled, reader.cube)
-    variable = match(labelled, "reference", reader.cube, CUBE)
-    nodata = find_nodata(labelled) or reader.pixels.nodata
-    given = Pixels(labelled.dtype, reader.pixels.compute, nodata)
+    labelled, done = onto_grid(labelled, cube)
+    variable = match(labelled, "reference", cube, CUBE)
+    own = Pixels(labelled.dtype, pixels.compute, find_nodata(labelled) or pixels.nodata)
     name = type(reference).__name__
-    return ReferenceSource(f"{name}, {done}" if done else name, variable, given)
+    return ReferenceSource(f"{name}, {done}" if done else name, variable, own)
 
 
 def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, prefers: Judge) -> ReferenceSource:
@@ -192,7 +196,7 @@ def over_time(word: str, reader: FrameReader, found: Found | None = None) -> Ten
     read = max(1, _READ_BYTES // max(1, samples * reader.cube.array.dtype.itemsize))
     work = max(1, _REFERENCE_BYTES // max(1, samples * compute.itemsize))
     chosen = np.arange(frames) if found is None else np.flatnonzero(found.valid.cpu().numpy())
-    margins = _Margins(found, (height, width))
+    margins = Margins(found, (height, width))
     for first in range(0, height if samples else 0, read):
         last = min(first + read, height)
         block = _Block.load(reader, margins.source(first, last))
@@ -200,7 +204,7 @@ def over_time(word: str, reader: FrameReader, found: Found | None = None) -> Ten
             bottom = min(top + work, last)
             values = result.new_empty(len(chosen), bands, bottom - top, width)
             _fill(values, block, chosen, top, margins, found)
-            result[:, top:bottom] = _reduce(word, values).to(result.dtype)
+            result[:, top:bottom] = reduce_over_time(word, values).to(result.dtype)
         del block, values
         give_back_memory()  # before as much is read again
     return result
@@ -232,7 +236,7 @@ class _Block:
 
 
 def _fill(
-    values: Tensor, block: _Block, chosen: Array, top: int, margins: _Margins, found: Found | None
+    values: Tensor, block: _Block, chosen: Array, top: int, margins: Margins, found: Found | None
 ) -> None:
     """Put the rows from ``top`` on of the chosen frames into values, (T, C, h, W), a few frames at a time."""
     rows = margins.source(top, top + values.shape[2])
@@ -267,7 +271,7 @@ def _load_rows(source: xr.Variable, roles: Sequence[str], rows: slice) -> Array:
     return values
 
 
-def _reduce(word: str, values: Tensor) -> Tensor:
+def reduce_over_time(word: str, values: Tensor) -> Tensor:
     """(T, C, h, W) → (C, h, W); on the CPU, some pixels at a time."""
     pixels = values.flatten(1)
     step = _SORT_BYTES // max(1, len(values) * values.itemsize)
@@ -291,7 +295,7 @@ def _median_of_series(values: Tensor) -> Tensor:
     return ((below + above) / 2).masked_fill(count == 0, torch.nan).squeeze(1)
 
 
-class _Margins:
+class Margins:
     """Which rows of the frames show up in rows of the aligned frames; the same where nothing is aligned."""
 
     def __init__(self, found: Found | None, size: tuple[int, int]) -> None:

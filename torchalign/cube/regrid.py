@@ -7,8 +7,8 @@ from collections.abc import Hashable
 import numpy as np
 import xarray as xr
 
-from torchalign._check import require
-from torchalign.cube.georeference import Georeference, find_georeference, is_same_grid
+from torchalign._check import message, require
+from torchalign.cube.georeference import Georeference, crs_name, find_georeference, gdal_errors, is_same_grid
 from torchalign.cube.labels import Cube, spatial_dims
 from torchalign.cube.pixels import find_nodata
 
@@ -33,6 +33,7 @@ def onto_grid(other: xr.DataArray, cube: Cube) -> tuple[xr.DataArray, str]:
         ``other`` itself and ``""`` where nothing is to be done.
 
     Raises:
+        ValueError: no way from one CRS to the other.
         ImportError: rasterio is not installed, and a picture has to be resampled.
     """
     done = []
@@ -71,17 +72,16 @@ def _reproject(
     values = values.transpose(..., dims["y"], dims["x"])
     steps = [abs(np.linalg.det(grid.linear)) ** 0.5 for grid in (there, here)]
     averaged = there.crs == here.crs and steps[1] > _FINER * steps[0]
-    moved, _ = reproject(
-        values.to_numpy(),
-        np.full((*values.shape[:-2], *here.size), np.nan, np.float32),
-        src_transform=Affine(*there.transform),
-        src_crs=there.crs,
-        src_nodata=np.nan,
-        dst_transform=Affine(*here.transform),
-        dst_crs=here.crs,
-        dst_nodata=np.nan,
-        resampling=Resampling.average if averaged else Resampling.bilinear,
-    )
+    moved = np.full((*values.shape[:-2], *here.size), np.nan, np.float32)
+    how = {"src_transform": Affine(*there.transform), "src_crs": there.crs, "src_nodata": np.nan}
+    how |= {"dst_transform": Affine(*here.transform), "dst_crs": here.crs, "dst_nodata": np.nan}
+    try:
+        kernel = Resampling.average if averaged else Resampling.bilinear
+        reproject(values.to_numpy(), moved, resampling=kernel, **how)
+    except gdal_errors() as error:
+        got = f"{crs_name(there.crs)} for {crs_name(here.crs)} ({error})"
+        cure = "reproject it, with .rio.reproject_match(datacube)"
+        raise ValueError(message("reference", "a picture of the cube's place", got, cure)) from error
     kept = {dim: values[dim] for dim in values.dims[:-2] if dim in values.coords}
     own = {cube.dims[role]: cube.coordinate(role) for role in ("y", "x")}
     coordinates = kept | {dim: labels for dim, labels in own.items() if labels is not None}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_whole, message
+from torchalign._check import check_kind, check_whole, message
 from torchalign._host import give_back_memory
 from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
@@ -46,6 +47,7 @@ __all__ = [
     "WarpFrames",
     "check_batch",
     "count_progress",
+    "estimate_only",
     "find_aligner",
     "find_device",
     "mask_companion",
@@ -56,6 +58,7 @@ __all__ = [
 ]
 
 _CPU_BATCH_BYTES, _CUDA_BATCH_BYTES = 2**26, 2**30
+_MARGIN_SHARE = 0.05  # of a frame's side, which may be left out when it is measured again
 _TASK_BATCH_BYTES = 2**24  # of each of dask's tasks on the CPU, several of which run side by side
 
 
@@ -256,10 +259,7 @@ class AlignFrames(Operation):
         ground = _ground(self.aligner, frames, usable)
         options["mask"] = ground
         if not self.makes_pixels:
-            only = getattr(self.aligner, "estimate", None)
-            found = (
-                only(frames, reference, **options) if only else self.aligner(frames, reference, **options)[1]
-            )
+            found = estimate_only(self.aligner, frames, reference, **options)
             return raw, report_fields(found, None, size, self.metres)
         if ground is usable:
             aligned, found = self.aligner(frames, reference, **options)
@@ -284,6 +284,13 @@ class AlignFrames(Operation):
         return encoded, report_fields(found, left, size, self.metres)
 
 
+def estimate_only(module: nn.Module, *frames: Tensor | None, **options: Any) -> Estimate:
+    """Without resampling, where the module can."""
+    only: Any = getattr(module, "estimate", None)
+    found: Estimate = only(*frames, **options) if only else module(*frames, **options)[1]
+    return found
+
+
 def _ground(module: nn.Module, frames: Tensor, usable: Tensor | None) -> Tensor | None:
     """What is usable less fills and hot pixels, for which an aligner itself looks on the host only."""
     if frames.device.type == "cpu" or not isinstance(module, Aligner) or not module.expects_defects:
@@ -294,6 +301,16 @@ def _ground(module: nn.Module, frames: Tensor, usable: Tensor | None) -> Tensor 
     if not bool(suspicious(image, known).any()):
         return usable
     return exclude_defects(image, known)
+
+
+def _margin(module: nn.Module, found: Estimate, size: tuple[int, int]) -> int:
+    """So many pixels at the borders are all that shifts can bring in from outside; 0 where that is not known."""
+    if not isinstance(module, Aligner) or found.field is not None or found.warp.shape[-2] != 2:
+        return 0
+    if any(getattr(part, "motion", "translation") != "translation" for part in module.modules()):
+        return 0
+    margin = math.ceil(module.max_translation) + 1
+    return margin if margin <= _MARGIN_SHARE * min(size) else 0
 
 
 def _measure_again(
@@ -307,16 +324,22 @@ def _measure_again(
     """How far aligned frames, and their parts, still are from the reference."""
     if not len(aligned):
         return Remaining(aligned.new_empty(0, 2), aligned.new_empty(0))
-    inside = aligned.new_ones(len(aligned), 1, *aligned.shape[-2:])
-    if usable is not None:
-        inside = inside * usable.reshape(-1, 1, *usable.shape[-2:])
-    # the mask moved with its frame, and borders are repeated beyond it
-    options: dict[str, Any] = {"interpolation": "nearest", "padding_mode": "zeros", "field": found.field}
-    seen = resample(inside, found.warp, **options).values.squeeze(1) > 0
     if reference_usable is not None:
         reference_usable = reference_usable.expand(
             -1 if reference_usable.ndim == 3 else 1, *reference.shape[-2:]
         )
+    seen, margin = None, _margin(module, found, (aligned.shape[-2], aligned.shape[-1]))
+    if usable is None and margin:  # without a mask a correlation costs half
+        within = slice(margin, -margin)
+        aligned, reference = aligned[..., within, within], reference[..., within, within]
+        reference_usable = None if reference_usable is None else reference_usable[..., within, within]
+    else:
+        inside = aligned.new_ones(len(aligned), 1, *aligned.shape[-2:])
+        if usable is not None:
+            inside = inside * usable.reshape(-1, 1, *usable.shape[-2:])
+        # the mask moved with its frame, and borders are repeated beyond it
+        options: dict[str, Any] = {"interpolation": "nearest", "padding_mode": "zeros", "field": found.field}
+        seen = resample(inside, found.warp, **options).values.squeeze(1) > 0
     # the channel and the crop are those of the estimate; a module of another kind is taken to see the mean
     channel_source = module if isinstance(module, Aligner) else PCC()
     moving, moving_usable = channel_source._extract_channel(aligned, seen)
@@ -460,6 +483,7 @@ def count_progress(
     Raises:
         ImportError: a bar is asked for, and there is no tqdm.
     """
+    check_kind("progress", progress, bool, "True or False", "give a bool")
     try:
         from tqdm import tqdm
     except ImportError:

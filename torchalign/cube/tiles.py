@@ -1,9 +1,9 @@
 """Scenes larger than memory in space: estimated from tiles of full resolution, resampled and written row by row.
 
 A translation of the ground moves every tile alike, so the tiles' own estimates are combined by a robust mean,
-weighted by their predicted errors (Huber's weights, iterated; Huber 1964, doi:10.1214/aoms/1177703732). A tile of
-clouds or of water says so by its status and does not count; one that is wrong and does not say so is weighted down.
-Of affine motions the corners of the tiles are fitted in the same way.
+weighted by their predicted covariances (Huber's weights, iterated; Huber 1964, doi:10.1214/aoms/1177703732). A tile
+of clouds or of water says so by its status and does not count; one that is wrong and does not say so is weighted
+down. Of affine motions the corners of the tiles are fitted in the same way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -22,22 +22,31 @@ from torchalign._check import message
 from torchalign._host import give_back_memory
 from torchalign.cube.georeference import metres_per_pixel
 from torchalign.cube.gridding import Reading
-from torchalign.cube.labels import Array, Cube, find_frame, label_text
+from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, find_frame, find_mask, label_text, load
 from torchalign.cube.pixels import Pixels
-from torchalign.cube.run import WarpFrames
+from torchalign.cube.reference import (
+    Found,
+    Margins,
+    ReferenceName,
+    ReferenceSource,
+    given_pixels,
+    reduce_over_time,
+)
+from torchalign.cube.run import WarpFrames, estimate_only
 from torchalign.cube.solution import build_report, report_fields
 from torchalign.cube.writing import FileWriter, WriteOptions, plan_files
 from torchalign.functional.affine import (
     center_displacement,
     change_origin,
     identity_warp,
-    invert_warp,
     transform_points,
 )
+from torchalign.functional.uncertainty import isotropic, largest_sigma
+from torchalign.groupwise import Groupwise
 from torchalign.local import Local
 from torchalign.types import Estimate, Status, combine
 
-__all__ = ["LargeStack", "align_large", "count_steps"]
+__all__ = ["LargeReference", "LargeStack", "align_large", "count_steps"]
 
 _TILE = 512  # pixels along each side
 _ACROSS = 5  # tiles, at most, along each side
@@ -46,7 +55,6 @@ _HUBER = 1.5  # scales, from where on a tile is weighted down
 _OUTLIER = 0.5  # pixels from the others, from where on a tile does not agree
 _ROUNDS = 20
 _ROW_BYTES = 2**26  # of computed pixels of a block of rows
-_MARGIN = 4  # rows that a kernel reaches over
 
 
 class LargeStack(NamedTuple):
@@ -57,55 +65,121 @@ class LargeStack(NamedTuple):
     masked: bool
     pixels: Pixels
     device: torch.device
+    mask: xr.Variable | None  # bool over some of time, y and x, beside those of the files
 
     @classmethod
     def of(
-        cls, array: xr.DataArray, readings: Sequence[Reading], masked: bool, device: torch.device
+        cls, array: xr.DataArray, readings: Sequence[Reading], mask: Any, device: torch.device
     ) -> LargeStack:
-        """Of what :func:`~torchalign.cube.rasters.plan_stack` found."""
+        """Of what :func:`~torchalign.cube.rasters.plan_stack` found; ``mask`` as :func:`torchalign.align` takes it."""
         cube = Cube.of(array)
         pixels = Pixels.of(cube)
         if pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 2:  # nobody has looked how large they are
             pixels = replace(pixels, compute=torch.float64)
-        return cls(cube, readings, masked, pixels, device)
+        return cls(cube, readings, USABLE in array.coords, pixels, device, find_mask(mask, "mask", cube))
 
     def tiles(self, frame: int, rows: slice, columns: Sequence[slice]) -> Tensor:
         """(n, C, h, w) floats, NaN wherever a pixel is not to be used."""
         reading = self.readings[frame]
         raw = reading.pixels(rows)
         values = self.pixels.decode(np.stack([raw[:, :, part] for part in columns]), self.device)
-        if self.masked:
-            usable = reading.usable(rows) != 0
+        usable = self.usable(frame, rows, reading.usable(rows) if self.masked else None)
+        if usable is not None:
             seen = np.stack([usable[None, :, part] for part in columns])
             values.masked_fill_(~torch.from_numpy(seen).to(self.device), torch.nan)
+        return values
+
+    def usable(self, frame: int, rows: slice, codes: Array | None) -> Array | None:
+        """(h, W) bool, of the mask and of the codes of the file; ``None`` if all is."""
+        own = None if codes is None else codes != 0
+        if self.mask is None:
+            return own
+        given = load(self.mask, MASK, time=slice(frame, frame + 1), y=rows)[0]
+        return np.broadcast_to(
+            given if own is None else given & own, (rows.stop - rows.start, self.cube.size[1])
+        )
+
+
+class LargeReference(NamedTuple):
+    """What the frames are brought onto, tile by tile."""
+
+    name: str
+    stack: LargeStack
+    frame: int | None  # one of the stack's own
+    source: ReferenceSource | None  # or pixels
+    mask: xr.Variable | None
+
+    @classmethod
+    def of(cls, reference: Any, mask: Any, stack: LargeStack) -> LargeReference:
+        """A word, the label of a frame, or pixels on the stack's grid."""
+        cube, frame, source = stack.cube, None, None
+        known = find_mask(mask, "reference_mask", cube)
+        if isinstance(reference, str) and reference in ("median", "mean"):
+            return cls(reference, stack, None, None, known)
+        if isinstance(reference, str) and reference in get_args(ReferenceName) and reference != "first":
+            cure = "name a frame, or make the reference's pixels first"
+            expected = (
+                "'first', 'median', 'mean', the label of one frame, or pixels, of scenes larger than memory"
+            )
+            raise ValueError(message("reference", expected, repr(reference), cure))
+        if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim > 1:
+            source = given_pixels(reference, cube, stack.pixels)
+            return cls(source.name, stack, None, source, known)
+        if isinstance(reference, xr.DataArray) and not reference.ndim:  # a label, `cube.time[3]`
+            reference = reference.values[()]
+        words = ("first", "median", "mean")
+        frame = 0 if isinstance(reference, str) and reference == "first" else find_frame(
+            cube.array, cube.dims["time"], reference, "reference", words=words
+        )  # fmt: skip
+        time = cube.coordinate("time")
+        return cls(str(frame) if time is None else label_text(time.values[frame]), stack, frame, None, known)
+
+    def tiles(self, rows: slice, columns: Sequence[slice]) -> Tensor:
+        """(n, C, h, w), or of a reference for each frame (n, T, C, h, w); NaN where nothing is to be used."""
+        stack = self.stack
+        if self.frame is not None:
+            values = stack.tiles(self.frame, rows, columns)
+        elif self.source is not None:
+            raw = load(self.source.variable, CUBE[1:], y=rows)
+            raw = np.broadcast_to(raw, (stack.cube.sizes["band"], *raw.shape[1:]))
+            values = self.source.pixels.decode(np.stack([raw[:, :, part] for part in columns]), stack.device)
+        else:
+            frames = range(len(stack.readings))
+            series = (torch.cat([stack.tiles(frame, rows, [part]) for frame in frames]) for part in columns)
+            values = torch.stack([reduce_over_time(self.name, one).to(one.dtype) for one in series])
+        if self.mask is not None:
+            size = (rows.stop - rows.start, stack.cube.size[1])
+            seen = np.broadcast_to(load(self.mask, MASK[1:], y=rows), size)
+            parts = torch.from_numpy(np.stack([seen[None, :, part] for part in columns]))
+            values = values.masked_fill(~parts.to(values.device), torch.nan)
         return values
 
 
 def align_large(
     stack: LargeStack,
     module: nn.Module,
-    reference: Any,
+    reference: LargeReference,
     folder: Path,
     options: WriteOptions,
     advance: Callable[[int], object],
 ) -> tuple[list[Path], xr.Dataset]:
     """See :func:`torchalign.io.align_scenes`."""
-    number = _reference_number(stack.cube, reference)
     motion = str(getattr(module, "motion", "translation"))
     if any(isinstance(part, Local) for part in module.modules()):
         cure = "leave Local out, or align a cube in memory"
         raise ValueError(message("aligner", "a motion without local shifts", "Local", cure))
+    if isinstance(module, Groupwise):
+        cure = "pass the aligner inside it, or align a cube of dask chunks"
+        raise ValueError(message("aligner", "one that compares a frame with a reference", "Groupwise", cure))
     if motion == "homography":
         cure = "estimate an affine motion, or align a cube in memory"
         raise ValueError(message("aligner", "a motion up to affine", motion, cure))
     files = plan_files(stack.cube, folder, options)
-    found = _estimate_frames(stack, module, number, motion, advance)
-    time = stack.cube.coordinate("time")
-    name = str(number) if time is None else label_text(time.values[number])
+    found = _estimate_frames(stack, module, reference, motion, advance)
     fields = report_fields(found, None, stack.cube.size, metres_per_pixel(stack.cube))
     attrs = {
         "aligner": repr(module),
-        "reference": name,
+        "reference": reference.name,
         "tiles": sum(len(columns) for _, columns in _grid(stack.cube.size)),
     }
     report = build_report(fields, stack.cube, attrs)
@@ -116,16 +190,6 @@ def align_large(
         with FileWriter(file) as writer:
             _write_frame(stack, frame, found.warp[frame : frame + 1], operation, writer, advance)
     return [file.path for file in files], report
-
-
-def _reference_number(cube: Cube, reference: Any) -> int:
-    if isinstance(reference, str) and reference == "first":
-        return 0
-    if isinstance(reference, str) and reference in ("median", "mean", "iterative", "clearest", "groupwise"):
-        cure = "name a frame, or make the reference's pixels first and align a cube of dask chunks"
-        expected = "'first', or the label of one frame, of scenes larger than memory"
-        raise ValueError(message("reference", expected, repr(reference), cure))
-    return find_frame(cube.array, cube.dims["time"], reference, "reference", words=("first",))
 
 
 def count_steps(size: tuple[int, int], frames: int, bands: int) -> int:
@@ -152,20 +216,23 @@ def _grid(size: tuple[int, int]) -> list[tuple[slice, list[slice]]]:
 
 
 def _estimate_frames(
-    stack: LargeStack, module: nn.Module, number: int, motion: str, advance: Callable[[int], object]
+    stack: LargeStack,
+    module: nn.Module,
+    reference: LargeReference,
+    motion: str,
+    advance: Callable[[int], object],
 ) -> Estimate:
     """(T,) rows."""
     found: list[list[Estimate]] = [[] for _ in stack.readings]
     origins: list[tuple[int, int]] = []
     with torch.no_grad():
         for rows, columns in _grid(stack.cube.size):
-            still = stack.tiles(number, rows, columns)
+            still = reference.tiles(rows, columns)
             origins += [(part.start, rows.start) for part in columns]
             for frame in range(len(stack.readings)):
-                moving = still if frame == number else stack.tiles(frame, rows, columns)
-                only = getattr(module, "estimate", None)
-                estimate = only(moving, still) if only else module(moving, still)[1]
-                found[frame].append(estimate.map(lambda tensor: tensor.cpu()))
+                is_reference = frame == reference.frame and reference.mask is None
+                moving = still if is_reference else stack.tiles(frame, rows, columns)
+                found[frame].append(estimate_only(module, moving, still).map(lambda tensor: tensor.cpu()))
                 advance(1)
         size = (rows.stop - rows.start, columns[0].stop - columns[0].start)
         limit = float(getattr(module, "max_translation", np.inf))
@@ -186,8 +253,8 @@ def _combine_tiles(
 ) -> Estimate:
     """One row, of n tiles."""
     status = _why_not(tiles)
-    warp = identity_warp(dtype=torch.float64)[None]
-    sigma, used = float("inf"), tiles.valid
+    warp, used = identity_warp(dtype=torch.float64)[None], tiles.valid
+    covariance = isotropic(torch.tensor(torch.inf, dtype=torch.float64))
     if status == Status.OK:
         chosen = torch.nonzero(tiles.valid)[:, 0]
         own = torch.cat([
@@ -195,25 +262,26 @@ def _combine_tiles(
             for i in chosen.tolist()
         ])  # fmt: skip
         if len(origins) == 1:
-            fitted, apart, sigma = own[0], torch.zeros(1, dtype=torch.float64), float(tiles.sigma[0])
+            fitted, apart, found = own[0], torch.zeros(1, dtype=torch.float64), tiles.covariance[0].double()
         else:
             corner = torch.tensor([origins[i] for i in chosen.tolist()], dtype=torch.float64)
-            fitted, apart, sigma = _fit_tiles(own, corner, size, tiles.sigma[chosen].double(), motion)
+            points = corner[:, None] + _box(*size)
+            fit = _TileMotions(points, transform_points(own, points), tiles.covariance[chosen].double())
+            fitted, apart, found = fit.motion(motion == "translation", _box(*whole).mean(0))
         agree = apart <= max(_OUTLIER, 3 * float(apart.median()))
         if float((apart <= _OUTLIER).double().mean()) < 0.5:
             status = Status.AMBIGUOUS
         elif float(center_displacement(fitted, whole).norm()) > limit:
             status = Status.TOO_FAR
         else:
-            warp, used = fitted[None], torch.zeros_like(tiles.valid)
+            warp, covariance, used = fitted[None], found, torch.zeros_like(tiles.valid)
             used[chosen[agree]] = True
     score, before = (values[used].mean()[None] if bool(used.any()) else values[:1] for values in tiles[1:3])
-    numbers = torch.tensor([sigma if status == Status.OK else float("inf")], dtype=torch.float64)
-    covariance = torch.diag_embed(numbers.square().expand(2))[None]
     codes = torch.tensor([int(status)])
     stage = tiles.stage.max()[None] if status == Status.OK else torch.tensor([-1])
     kind = tiles.warp.dtype
-    return Estimate(warp.to(kind), score, before, numbers.to(kind), covariance.to(kind), codes, stage)
+    covariance = covariance.to(kind)[None]
+    return Estimate(warp.to(kind), score, before, largest_sigma(covariance), covariance, codes, stage)
 
 
 def _why_not(tiles: Estimate) -> Status:
@@ -226,44 +294,52 @@ def _why_not(tiles: Estimate) -> Status:
     return Status(int(seen[seen != 0].mode().values))
 
 
-def _fit_tiles(
-    warps: Tensor, corners: Tensor, size: tuple[int, int], sigma: Tensor, motion: str
-) -> tuple[Tensor, Tensor, float]:
-    """The motion (2, 3) of all tiles, how far each is from it in pixels, and the error of the whole.
+def _box(height: int, width: int) -> Tensor:
+    """(4, 2), the points (x, y) at the corners of a frame."""
+    right, low = width - 1, height - 1
+    return torch.tensor([(0, 0), (right, 0), (0, low), (right, low)], dtype=torch.float64)
 
-    Args:
-        warps: (n, 2, 3), each in the pixels of the whole frame.
-        corners: (n, 2), (x, y) of the tiles' first pixels.
-        size: (H, W) of a tile.
-        sigma: (n,), predicted errors in pixels.
-        motion: of the aligner.
-    """
-    height, width = size
-    box = torch.tensor(
-        [(0, 0), (width - 1, 0), (0, height - 1), (width - 1, height - 1)], dtype=torch.float64
-    )
-    points = corners[:, None] + box  # (n, 4, 2)
-    there = transform_points(warps, points)
-    prior = 1 / (sigma.square() + _FLOOR**2)
-    weight, apart = prior, torch.zeros_like(prior)
-    fitted = warps[0]
-    translation = motion == "translation"
-    for _ in range(_ROUNDS):
-        if translation:
-            step = ((there - points).mean(1) * weight[:, None]).sum(0) / weight.sum()
-            fitted = torch.cat([torch.eye(2, dtype=torch.float64), step[:, None]], 1)
-        else:
-            middle = points.mean((0, 1))
-            flat = torch.cat([points - middle, torch.ones_like(points[..., :1])], -1).flatten(0, 1)
-            root = weight.sqrt().repeat_interleave(4)[:, None]
-            solved = torch.linalg.lstsq(flat * root, (there - middle).flatten(0, 1) * root).solution.T
-            linear = solved[:, :2]
-            fitted = torch.cat([linear, (solved[:, 2] + middle - linear @ middle)[:, None]], 1)
-        apart = (transform_points(fitted[None], points) - there).square().sum(-1).mean(1).sqrt()
-        scale = max(float(apart.median()) * 1.4826, _FLOOR)
-        weight = prior * (_HUBER * scale / apart.clamp(min=1e-12)).clamp(max=1.0)
-    spread = float(((weight * apart.square()).sum() / weight.sum()).sqrt()) / max(1, len(apart) - 1) ** 0.5
-    return fitted, apart, max(float(weight.sum()) ** -0.5, spread)
+
+class _TileMotions(NamedTuple):
+    """What n tiles say of the motion of the whole."""
+
+    points: Tensor  # (n, 4, 2), their corners
+    there: Tensor  # (n, 4, 2), where each puts its own
+    covariance: Tensor  # (n, 2, 2), of each tile's translation
+
+    def motion(self, translation: bool, middle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""The motion (2, 3) of all tiles, how far each is from it in pixels, and the covariance at ``middle``.
+
+        Generalised least squares over the corners, each with a quarter of its tile's weight :math:`W`:
+        :math:`\hat\theta = N^{-1} \sum X^\top W y`, :math:`N = \sum X^\top W X`, with the displacements y and the rows
+        X of ones (a translation) or of ones and places (an affine motion). Its covariance is :math:`N^{-1}`, times
+        what the tiles disagree beyond their own covariances.
+        """
+        apart_points, scale = self.points - middle, float((self.points - middle).abs().max())
+        design = torch.ones_like(self.points[..., :1])
+        if not translation:
+            design = torch.cat([design, apart_points / scale], -1)  # (n, 4, k)
+        target = self.there - self.points
+        prior = torch.linalg.inv(self.covariance + _FLOOR**2 * torch.eye(2, dtype=torch.float64))
+        weight, terms = prior, design.shape[-1]
+        for _ in range(_ROUNDS):
+            normal = torch.einsum("npi,npj,nab->iajb", design, design, weight / 4).reshape(
+                2 * terms, 2 * terms
+            )
+            right = torch.einsum("npi,nab,npb->ia", design, weight / 4, target).reshape(2 * terms)
+            solved = torch.linalg.solve(normal, right).reshape(terms, 2)
+            left = target - design @ solved
+            apart = left.square().sum(-1).mean(1).sqrt()
+            robust = max(float(apart.median()) * 1.4826, _FLOOR)
+            weight = prior * (_HUBER * robust / apart.clamp(min=1e-12)).clamp(max=1.0)[:, None, None]
+        freedom = max(1, 2 * (len(design) - terms))
+        excess = torch.einsum("na,nab,nb->", left.mean(1), weight, left.mean(1)) / freedom
+        covariance = torch.linalg.inv(normal)[:2, :2] * excess.clamp(min=1.0)
+        linear = torch.eye(2, dtype=torch.float64)
+        if not translation:
+            linear = linear + solved[1:].T / scale
+        shift = solved[0] + middle - linear @ middle
+        return torch.cat([linear, shift[:, None]], 1), apart, covariance
 
 
 # --- rows ---
@@ -283,17 +359,18 @@ def _write_frame(
     writer: FileWriter,
     advance: Callable[[int], object],
 ) -> None:
-    reading, (height, width) = stack.readings[frame], stack.cube.size
-    back = invert_warp(warp.double())
+    reading = stack.readings[frame]
+    margins = Margins(Found(warp, torch.ones(1, dtype=torch.bool)), stack.cube.size)
     nearest = replace(operation, pixels=replace(stack.pixels, nodata=()), interpolation="nearest",
                       padding_mode="zeros", fill_value=0.0)  # fmt: skip
     for rows in _row_blocks(stack.cube.size, stack.cube.sizes["band"]):
-        source = _source_rows(back, rows, height, width)
+        source = margins.source(rows.start, rows.stop)
         local = change_origin(warp, (0.0, float(source.start)))
         cut = slice(rows.start - source.start, rows.stop - source.start)
         raw = reading.pixels(source)
         codes = reading.usable(source) if stack.masked else None
-        usable = None if codes is None else torch.from_numpy(codes != 0)[None].to(stack.device)
+        seen = stack.usable(frame, source, codes)
+        usable = None if seen is None else torch.from_numpy(np.array(seen))[None].to(stack.device)
         with torch.no_grad():
             values, _ = operation.run(raw[None], stack.device, local, usable)
             moved: Array | None = None
@@ -304,15 +381,3 @@ def _write_frame(
         del raw, values
         give_back_memory()
         advance(1)
-
-
-def _source_rows(back: Tensor, rows: slice, height: int, width: int) -> slice:
-    """Rows of the frame that show up in rows of the aligned one, with what a kernel reaches over."""
-    low, right = float(rows.stop - 1), float(width - 1)
-    corners = torch.tensor(
-        [(0.0, rows.start), (right, rows.start), (0.0, low), (right, low)], dtype=torch.float64
-    )
-    there = transform_points(back, corners)[..., 1].flatten()
-    first = min(int(there.min().floor()), rows.start) - _MARGIN
-    last = max(int(there.max().ceil()) + 1, rows.stop) + _MARGIN
-    return slice(max(0, first), min(height, last))

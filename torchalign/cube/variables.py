@@ -6,26 +6,25 @@ A DataArray whose bands are not of one kind (a classification among them, a noda
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from torchalign._check import message
-from torchalign.cube.labels import CUBE, MASK, Cube, band_labels, find_bands, find_dims, role_of
+from torchalign._check import check_kind, message
+from torchalign.cube.labels import CUBE, MASK, Cube, as_list, band_labels, find_bands, find_dims, role_of
 from torchalign.cube.pixels import find_nodata, find_packing
 
 __all__ = [
     "Variables",
     "is_class",
     "is_class_name",
-    "join_bands",
-    "needs_splitting",
-    "split_bands",
+    "stack_archive",
     "stack_reference",
     "stack_variables",
+    "take_apart",
 ]
 
 # what the quality and scene classifications of Sentinel-2, Landsat, HLS, MODIS, Planet and eo-learn are called
@@ -69,9 +68,6 @@ class Variables:
             if bands is None
             else _choose_names(bands, frames, "bands")
         )
-        if not wanted:
-            cure = "name the variables that the estimate is to see: bands=[…]"
-            raise ValueError(message("datacube", "a variable that is no classification", frames, cure))
         for name in wanted:
             if name in named:
                 cure = "name each variable once"
@@ -89,6 +85,14 @@ class Variables:
     def given(self, name: Hashable) -> dict[str, Hashable | None]:
         """The dims that the user names, of those that a variable has."""
         return {role: dim for role, dim in self.dims.items() if dim in self.dataset[name].dims}
+
+    def check_known(self, other: xr.Dataset, argument: str) -> None:
+        """Another Dataset must have what the estimate sees."""
+        missing = [name for name in self.seen if name not in other]
+        if missing:
+            expected = f"a cube with the bands {[*map(str, self.seen)]}"
+            cure = "name those that both have in bands="
+            raise ValueError(message(argument, expected, f"none called {missing[0]!r}", cure))
 
     def cube(self, name: Hashable) -> Cube:
         """A variable as a cube."""
@@ -119,7 +123,7 @@ def _sizes_in_words(dataset: xr.Dataset) -> str:
 
 
 def _choose_names(wanted: Any, names: Sequence[Hashable], argument: str) -> list[Hashable]:
-    wanted = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Sequence) else list(wanted)
+    wanted = as_list(wanted)
     missing = [name for name in wanted if name not in names]
     if missing or (not wanted and argument == "bands"):
         got = repr(missing[0]) if missing else "none"
@@ -145,7 +149,14 @@ def stack_variables(variables: Variables) -> tuple[xr.DataArray, dict[Hashable, 
 
     Returns:
         No slices where the variables are not of one kind: their pixels are floats there, with NaN for nodata.
+
+    Raises:
+        ValueError: there is nothing to see.
     """
+    if not variables.seen:
+        cure = "name the variables that the estimate is to see: bands=[…]"
+        expected = "a variable that is no classification"
+        raise ValueError(message("datacube", expected, [*variables.dataset], cure))
     cubes = [variables.cube(name) for name in variables.seen]
     first = cubes[0]
     dims = {role: first.dims[role] for role in MASK}
@@ -159,7 +170,7 @@ def stack_variables(variables: Variables) -> tuple[xr.DataArray, dict[Hashable, 
         )
         slices[name] = slice(count, count + number)
         count += number
-        variable: Any = one.variable if alike else _as_floats(one)
+        variable: Any = one.variable if alike else Cube(_as_floats(one.array), one.dims).variable
         variable = variable if "band" in one.dims else variable.expand_dims("band")
         parts.append(xr.Variable(CUBE, variable.transpose(*CUBE).data))
     concat: Any = xr.Variable.concat  # which has no types
@@ -185,16 +196,10 @@ def stack_reference(reference: xr.Dataset, variables: Variables) -> xr.DataArray
     Raises:
         ValueError: a variable that is not there.
     """
-    missing = [name for name in variables.seen if name not in reference]
-    if missing:
-        expected = f"a Dataset with the variables {[*map(str, variables.seen)]}"
-        cure = "name those that both have in bands="
-        raise ValueError(message("reference", expected, f"none called {missing[0]!r}", cure))
+    variables.check_known(reference, "reference")
     parts = []
     for name in variables.seen:
-        floats = reference[name].astype(np.float64 if reference[name].dtype.itemsize > 4 else np.float32)
-        for value in find_nodata(reference[name]):
-            floats = floats.where(reference[name] != value)
+        floats = _as_floats(reference[name])
         own = variables.cube(name).dims.get("band")
         if own in floats.dims:
             floats = floats.rename({own: "band"}).drop_vars("band", errors="ignore")
@@ -202,20 +207,50 @@ def stack_reference(reference: xr.Dataset, variables: Variables) -> xr.DataArray
     return xr.concat(parts, "band", coords="minimal", compat="override").drop_vars("band", errors="ignore")
 
 
-def _as_floats(cube: Cube) -> xr.Variable:
+def stack_archive(archive: Any, variables: Variables, dims: Mapping[str, Hashable | None]) -> xr.DataArray:
+    """The bands of an archive that are compared with those of new frames.
+
+    Raises:
+        ValueError: a band that is not there.
+    """
+    if isinstance(archive, xr.DataArray):
+        dims = find_dims(archive, "archive", dims)
+        archive, _, _ = _split_bands(archive, dims, None, None)
+    variables.check_known(archive, "archive")
+    own = {role: dims.get(role) for role in MASK}
+    return stack_variables(Variables.of(archive[list(variables.seen)], list(variables.seen), None, own))[0]
+
+
+def _as_floats(array: xr.DataArray) -> xr.DataArray:
     """NaN for nodata; in float64 what float32 does not hold."""
-    variable, nodata = cube.variable, find_nodata(cube.array)
-    dtype = np.float64 if variable.dtype.itemsize > (4 if variable.dtype.kind == "f" else 2) else np.float32
-    floats = variable.astype(dtype)
-    for value in nodata:
-        floats = floats.where(variable != value)
+    dtype = np.float64 if array.dtype.itemsize > (4 if array.dtype.kind == "f" else 2) else np.float32
+    floats = array.astype(dtype)
+    for value in find_nodata(array):
+        floats = floats.where(array != value)
     return floats.astype(dtype)
 
 
 # --- a DataArray of bands that are not of one kind ---
 
 
-def needs_splitting(array: xr.DataArray, dims: Mapping[str, Hashable], bands: Any, classes: Any) -> bool:
+def take_apart(
+    datacube: Any, bands: Any, classes: Any, dims: Mapping[str, Hashable | None]
+) -> tuple[Variables | None, Callable[[xr.Dataset], Any]]:
+    """The variables of a cube, and how they go together again; ``None`` of a DataArray whose bands are of one kind."""
+    for role, dim in dims.items():
+        check_kind(f"{role}_dim", dim, Hashable, "the name of a dim", "give it as in datacube.dims")
+    if isinstance(datacube, xr.Dataset):
+        return Variables.of(datacube, bands, classes, dims), lambda moved: moved
+    found = find_dims(datacube, "datacube", dims)
+    if _needs_splitting(datacube, found, bands, classes):
+        dataset, bands, classes = _split_bands(datacube, found, bands, classes)
+        variables = Variables.of(dataset, bands, classes, {role: found[role] for role in MASK})
+        if len(variables.seen) < len(dataset) or _needs_splitting(datacube, found, None, None):
+            return variables, lambda moved: _join_bands(moved, datacube, found)
+    return None, lambda moved: moved
+
+
+def _needs_splitting(array: xr.DataArray, dims: Mapping[str, Hashable], bands: Any, classes: Any) -> bool:
     """Whether the bands of a cube must be told apart: by the user's word, their names or a nodata value each."""
     if bands is not None or classes is not None:
         return True
@@ -238,7 +273,7 @@ def _nodata_of_bands(array: xr.DataArray, dims: Mapping[str, Hashable]) -> list[
     return None
 
 
-def split_bands(
+def _split_bands(
     array: xr.DataArray, dims: Mapping[str, Hashable], bands: Any, classes: Any
 ) -> tuple[xr.Dataset, Any, Any]:
     """A Dataset with one variable a band, called by its label; and bands and classes by these names.
@@ -275,8 +310,8 @@ def split_bands(
     return xr.Dataset(variables), chosen[0], chosen[1]
 
 
-def join_bands(dataset: xr.Dataset, like: xr.DataArray, dims: Mapping[str, Hashable]) -> xr.DataArray:
-    """The inverse of :func:`split_bands`."""
+def _join_bands(dataset: xr.Dataset, like: xr.DataArray, dims: Mapping[str, Hashable]) -> xr.DataArray:
+    """The inverse of :func:`_split_bands`."""
     band = dims["band"]
     parts = [array.variable.expand_dims(band) for array in dataset.data_vars.values()]
     concat: Any = xr.Variable.concat  # which has no types

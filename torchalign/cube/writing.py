@@ -29,6 +29,8 @@ from torchalign.cube.stores import finish_writing
 
 __all__ = ["Compression", "FileWriter", "WriteOptions", "plan_files", "write_rasters", "write_variables"]
 
+_ENDINGS = (".tif", ".tiff")
+
 Compression = Literal["deflate", "lzw", "zstd", "none"]
 
 
@@ -40,6 +42,7 @@ class WriteOptions(NamedTuple):
     compression: Compression
     overwrite: bool
     tiled: bool = False  # in blocks of 512, written as they come
+    suffix: str = ""  # of names made of dates and numbers
 
 
 def write_rasters(
@@ -93,13 +96,7 @@ def write_variables(
         for own in (FILE, TAGS):
             if f"{own}_{name}" in array.coords:
                 array = array.assign_coords({own: array.coords[f"{own}_{name}"].variable})
-        template = options.template
-        if template is None and FILE not in array.coords:
-            template = (
-                "{time:%Y%m%dT%H%M%S}_{name}.tif" if _days_repeat(array) else "{time:%Y%m%d}_{name}.tif"
-            )
-            template = template if _is_dated(array) else "{number:04d}_{name}.tif"
-        own_options = options._replace(template=template)
+        own_options = options._replace(suffix=f"_{name}")
         written.append(
             write_rasters(Cube.of(array, None, f"cube[{name!r}]"), folder, own_options, None, False)
         )
@@ -113,23 +110,6 @@ def write_variables(
     if not compute:
         return done if report is None else (done, report)
     return done.compute() if report is None else compute_together((done, report))
-
-
-def _is_dated(array: xr.DataArray) -> bool:
-    own = Cube.of(array).coordinate("time")
-    return own is not None and all(_as_datetime(label) for label in own.values)
-
-
-def _days_repeat(array: xr.DataArray) -> bool:
-    own = Cube.of(array).coordinate("time")
-    days = (
-        []
-        if own is None
-        else [f"{_as_datetime(label) or label:%Y%m%d}" for label in own.values]
-        if _is_dated(array)
-        else []
-    )
-    return len({*days}) < len(days)
 
 
 def _codes(cube: Cube) -> xr.Variable | None:
@@ -167,11 +147,11 @@ def plan_files(cube: Cube, folder: Path, options: WriteOptions) -> tuple[_File, 
         FileExistsError: a file is there.
         ValueError: names that are not unique.
     """
-    paths = [folder / name for name in _file_names(cube, options.template)]
+    paths = [folder / name for name in _file_names(cube, options.template, options.suffix)]
     for path in paths:
         check_free(path, options.overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    profile, bands = _profile(cube, options.driver, options.compression), _band_tags(cube)
+    profile, bands = _raster_profile(cube, options.driver, options.compression), _band_tags(cube)
     if options.tiled and min(cube.size) >= 512:
         profile |= {"tiled": True, "blockxsize": 512, "blockysize": 512, "BIGTIFF": "IF_SAFER"}
     transforms, tags = frame_transforms(cube), cube.array.coords.get(TAGS)
@@ -192,7 +172,7 @@ def plan_files(cube: Cube, folder: Path, options: WriteOptions) -> tuple[_File, 
     )
 
 
-def _file_names(cube: Cube, template: str | None) -> list[str]:
+def _file_names(cube: Cube, template: str | None, suffix: str) -> list[str]:
     time, count = cube.dims["time"], cube.sizes["time"]
     stems: list[str] = [""] * count
     if FILE in cube.array.coords and cube.array[FILE].dims == (time,):
@@ -202,15 +182,18 @@ def _file_names(cube: Cube, template: str | None) -> list[str]:
     dates = [_as_datetime(label) for label in labels]
     if template is None:
         if all(stems):
-            names = [str(Path(stem).with_suffix(".tif").name) for stem in stems]
+            names = [
+                stem if stem.lower().endswith(_ENDINGS) else Path(stem).with_suffix(".tif").name
+                for stem in stems
+            ]
         elif all(dates):
             days = [f"{date:%Y%m%d}" for date in dates]
             names = [
-                f"{date:%Y%m%d}.tif" if days.count(day) == 1 else f"{date:%Y%m%dT%H%M%S}.tif"
+                f"{day}{'' if days.count(day) == 1 else f'{date:T%H%M%S}'}{suffix}.tif"
                 for date, day in zip(dates, days, strict=True)
             ]
         else:
-            names = [f"{number:04d}.tif" for number in range(count)]
+            names = [f"{number:04d}{suffix}.tif" for number in range(count)]
     else:
         names = []
         for number, (stem, date, label) in enumerate(zip(stems, dates, labels, strict=True)):
@@ -227,7 +210,7 @@ def _file_names(cube: Cube, template: str | None) -> list[str]:
                 raise ValueError(
                     message("template", "a name with fields", f"{template!r} ({error!r})", cure)
                 ) from error
-        names = [name if name.lower().endswith((".tif", ".tiff")) else f"{name}.tif" for name in names]
+        names = [name if name.lower().endswith(_ENDINGS) else f"{name}.tif" for name in names]
     twice = [name for name, often in Counter(names).items() if often > 1]
     if twice or any(os.sep in name for name in names):
         got = f"{twice[0]} more than once" if twice else f"{names[0]}, a path"
@@ -242,7 +225,7 @@ def _as_datetime(label: Any) -> datetime.datetime | None:
     return label if isinstance(label, datetime.datetime) else None
 
 
-def _profile(cube: Cube, driver: str, compression: Compression) -> dict[str, Any]:
+def _raster_profile(cube: Cube, driver: str, compression: Compression) -> dict[str, Any]:
     """What rasterio is told of every file, beside the transform and the bands."""
     array, grid, nodata = cube.array, find_georeference(cube), find_nodata(cube.array)
     declared = array.attrs.get("_FillValue", array.encoding.get("_FillValue"))
@@ -295,17 +278,17 @@ def _descriptions(cube: Cube) -> list[str | None]:
     return [None] * count
 
 
-def _per_band(cube: Cube, plural: str, single: str, neutral: float) -> list[float]:
-    array, count = cube.array, cube.sizes["band"]
+def _per_band(cube: Cube, plural: str, single: str, neutral: Any) -> list[Any]:
+    array, count, kind = cube.array, cube.sizes["band"], type(neutral)
     if plural in array.coords:
-        return [float(value) for value in np.broadcast_to(array[plural].values, count)]
-    if plural in array.attrs:  # as rioxarray has them
-        values = [float(value) for value in np.ravel(array.attrs[plural])]
+        return [kind(value) for value in np.broadcast_to(array[plural].values, count)]
+    if not isinstance(array.attrs.get(plural, ""), str):  # as rioxarray has them
+        values = [kind(value) for value in np.ravel(array.attrs[plural])]
         if len(values) != count:
             cure = f"select them as the bands were: cube.attrs[{plural!r}]"
             raise ValueError(message("cube", f"{plural} of {count} bands", values, cure))
         return values
-    return [float(array.attrs.get(single, neutral))] * count
+    return [kind(array.attrs.get(single, neutral))] * count
 
 
 def _write_files(
@@ -384,6 +367,8 @@ class FileWriter:
         if set(plan.bands["scales"]) != {1.0} or set(plan.bands["offsets"]) != {0.0}:
             file.scales = [*plan.bands["scales"], *([1.0] * alpha)]
             file.offsets = [*plan.bands["offsets"], *([0.0] * alpha)]
+        if any(plan.bands["units"]):
+            file.units = [*plan.bands["units"], *([""] * alpha)]
         for band, tags in json.loads(plan.tags or "{}").items():
             if band == "RPC":
                 file.update_tags(ns="RPC", **tags)

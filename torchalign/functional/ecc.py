@@ -66,12 +66,16 @@ from torchalign.functional.sampling import (
     spline_with_slopes,
 )
 from torchalign.functional.smoothing import block_sums, nanmedian
-from torchalign.functional.texture import Brightness, Texture, extract_pyramid
+from torchalign.functional.structure import turn_orientations
+from torchalign.functional.texture import Contrast, Texture, extract_pyramid
 from torchalign.functional.uncertainty import (
+    beyond_chance,
     isotropic,
     largest_direction,
     largest_sigma,
+    parts_of,
     shared_slope,
+    trace,
     weights_error,
 )
 from torchalign.functional.working_grid import Window, WorkingGrid, ramp_length, tukey, working_size
@@ -104,12 +108,17 @@ _NEAR = 0.1
 _LONGEST_STEP = 2.0
 # A correlation must stand this many standard deviations out of that of unrelated scenes.
 _MIN_SIGNIFICANCE = 5.0
+# Of vectors, the parts of which are not independent of each other, this many (benchmarks/sensors.py).
+_MIN_SIGNIFICANCE_OF_VECTORS = 6.0
 # Share of a level's samples that are independent.
 _INDEPENDENT = 0.35
 # Blocks of 2³ samples a side, whose pulls are taken to be independent.
 _BLOCK = 3
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor.
 _SIGMA_CALIBRATION = 1.1
+# Across sensors: the factor; and, each showing edges of its own, an error of so many pixels per axis for what is not
+# in common (benchmarks/sensors.py).
+_STRUCTURE_CALIBRATION, _STRUCTURE_ERROR = 1.3, 0.25
 # The coefficient is divided by what the weights overlap, but for this.
 _WEIGHTS_SHARE = 0.5
 # A direction along which less than this share of the slope is the ground's is ambiguous.
@@ -130,6 +139,7 @@ class EnhancedCorrelation(NamedTuple):
         sigma: (..., T), predicted 1-σ error of the displacement of the frame's centre, in pixels, along the larger
             axis of ``covariance``.
         covariance: (..., T, 2, 2), of the displacement of the frame's centre, px².
+        misfit: (..., T), what of its trace comes from parts of the frame that disagree.
         significance: (..., T), the correlation in standard deviations of that of unrelated scenes.
         flat: (..., T) bool, no texture or too few usable pixels in frame or reference.
         converged: (..., T) bool, the last step was short, the Hessian has an inverse, the correlation is
@@ -142,6 +152,7 @@ class EnhancedCorrelation(NamedTuple):
     warp: Tensor
     sigma: Tensor
     covariance: Tensor
+    misfit: Tensor
     significance: Tensor
     flat: Tensor
     converged: Tensor
@@ -153,15 +164,16 @@ class Level(NamedTuple):
     """What a level of the pyramid keeps of the reference, see :func:`prepare_level`.
 
     Attributes:
-        grid: the samples, n = h · w of them.
+        grid: the samples, n = h · w of them, or 2h · w of a vector.
         field: (..., 1 or T, h, w), the reference's texture.
         products: (..., 1 or T, (2 + P)(3 + P) / 2, n), of the regressors with each other: the upper triangle, row
             by row. The first of the regressors being 1, the first row are they themselves.
-        weights: (..., 1 or T, n) in [0, 1]: the window, and what is usable.
+        weights: (..., 1 or T, h · w) in [0, 1]: the window, and what is usable.
         flat: (..., 1 or T) bool.
-        x: (n,), where the samples are, in halves of the frame from its centre.
-        y: (n,), likewise.
+        x: (h · w,), where the samples are, in halves of the frame from its centre.
+        y: (h · w,), likewise.
         corners: (8, P), how each parameter displaces the frame's corners, x of the four and then y, in pixels.
+        vector: the texture has two parts, one below the other: field, products and weights are of 2h · w samples.
     """
 
     grid: WorkingGrid
@@ -172,6 +184,13 @@ class Level(NamedTuple):
     x: Tensor
     y: Tensor
     corners: Tensor
+    vector: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the samples; the second part of a vector lies below the first."""
+        rows, columns = self.grid.size
+        return (2 * rows if self.vector else rows), columns
 
     @property
     def regressors(self) -> Tensor:
@@ -201,7 +220,7 @@ def enhanced_correlation(
     max_iterations: int = 4,
     tolerance: float = 0.02,
     max_frequency: float = 0.25,
-    contrast: Brightness = "local",
+    contrast: Contrast = "local",
     sigma_blur: float = 0.0,
     taper: float = 0.15,
     robust: Robust = "agreement",
@@ -223,7 +242,8 @@ def enhanced_correlation(
         max_iterations: on each level, and for each set of weights.
         tolerance: a frame has converged when a step moves no point of it by more, in pixels.
         max_frequency: the band that is used on the finest level, in cycles per pixel.
-        contrast: ``"local"`` or ``"none"``, see :func:`~torchalign.functional.texture.local_contrast`.
+        contrast: ``"local"``, ``"none"`` or ``"structure"``, see
+            :func:`~torchalign.functional.texture.extract_texture`. Orientations turn as the warp does.
         sigma_blur: σ in pixels of a Gaussian that both images are blurred with.
         taper: share of each axis over which the window falls off, in [0, 1].
         robust: ``"agreement"`` weights samples by the local correlation of the two frames around them,
@@ -299,6 +319,7 @@ def enhanced_correlation(
         found if homography else from_homogeneous(found),
         quality.sigma,
         quality.covariance,
+        quality.misfit,
         quality.significance,
         (finest.flat | frames.flat).expand(shape),
         quality.converged & finite,
@@ -356,7 +377,7 @@ def prepare_levels(
     motion: MotionModel = "affine",
     max_frequency: float = 0.25,
     levels: int | None = None,
-    contrast: Brightness = "local",
+    contrast: Contrast = "local",
     sigma_blur: float = 0.0,
     taper: float = 0.15,
 ) -> list[Level]:
@@ -368,7 +389,7 @@ def prepare_levels(
         motion: what will be estimated.
         max_frequency: of the finest level.
         levels: how many.
-        contrast: ``"local"`` or ``"none"``.
+        contrast: ``"local"``, ``"none"`` or ``"structure"``.
         sigma_blur: in pixels.
         taper: share of each axis.
     """
@@ -392,10 +413,19 @@ def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, tape
         motion: what will be estimated.
         taper: share of each axis over which the window falls off.
     """
-    spectrum = rfft2(texture.field) * _response(grid.frame, grid.size, grid.max_frequency, like=grid.radius)
+    vector = texture.is_vector
+    band = grid.frame, grid.size, grid.max_frequency
+    spectrum = rfft2(texture.field) * _response(*band, vector, like=grid.radius)
     field = irfft2(spectrum, grid.size)
     slope_x, slope_y = _differentiate(spectrum, grid)
     x, y, basis_x, basis_y, corners = _coordinates(grid.frame, grid.size, motion, like=grid.radius)
+    if vector:
+        field, slope_x, slope_y = (
+            torch.cat((*field,), -2),
+            torch.cat((*slope_x,), -1),
+            torch.cat((*slope_y,), -1),
+        )
+        basis_x, basis_y = torch.cat((basis_x, basis_x), -1), torch.cat((basis_y, basis_y), -1)
     derivatives = slope_x[..., None, :] * basis_x + slope_y[..., None, :] * basis_y  # (..., P, n)
     values = field.flatten(-2)[..., None, :]
     rows = torch.cat([torch.ones_like(values), values, derivatives], dim=-2)
@@ -403,10 +433,10 @@ def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, tape
     products = torch.cat(
         [rows, *(rows[..., i : i + 1, :] * rows[..., i:, :] for i in range(1, rows.shape[-2]))], dim=-2
     )
-    weights = Window.of(grid, taper).whole.flatten(-2).expand(texture.field.flatten(-2).shape)
+    weights = Window.of(grid, taper).whole.flatten(-2).expand(*texture.flat.shape, -1)
     if texture.weights is not None:
         weights = weights * texture.weights.flatten(-2)
-    return Level(grid, field, products, weights, texture.flat, x, y, corners)
+    return Level(grid, field, products, weights, texture.flat, x, y, corners, vector)
 
 
 class _Shifted(NamedTuple):
@@ -420,7 +450,7 @@ class _Shifted(NamedTuple):
     @classmethod
     def of(cls, texture: Texture, grid: WorkingGrid, taper: float) -> _Shifted:
         weights = None if texture.weights is None else rfft2(texture.weights)
-        response = _response(grid.frame, grid.size, grid.max_frequency, like=grid.radius)
+        response = _response(grid.frame, grid.size, grid.max_frequency, texture.is_vector, like=grid.radius)
         return cls(rfft2(texture.field) * response, weights, texture.flat, Window.of(grid, taper))
 
     def detach(self) -> _Shifted:
@@ -428,13 +458,13 @@ class _Shifted(NamedTuple):
 
     def look(self, warp: Tensor, level: Level, *, precise: bool) -> tuple[Tensor, Tensor]:
         """:meth:`values` and :meth:`ground`."""
-        return self.values(warp, level, precise=precise), self.ground(warp, level)
+        return self.values(warp, level, precise=precise), _for_parts(self.ground(warp, level), level)
 
     def ascend(
         self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
     ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """All steps by one kernel, where there is one: warps, the last reach; if precise, the values before it."""
-        kernels = kernels_for(self.spectrum, start, system.weights, level.field)
+        kernels = None if level.vector else kernels_for(self.spectrum, start, system.weights, level.field)
         if kernels is None:
             return None
         grid = level.grid
@@ -456,7 +486,8 @@ class _Shifted(NamedTuple):
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference, precise at any price."""
-        return level.grid.move(self.spectrum, _shift_of(warp, level.grid)).flatten(-2)
+        moved = level.grid.move(self.spectrum, _shift_of(warp, level.grid)).flatten(-2)
+        return torch.cat((*moved,), -1) if level.vector else moved
 
     def ground(self, warp: Tensor, level: Level) -> Tensor:
         """(..., T, n) in [0, 1]: the windows, and what is usable, of both."""
@@ -474,8 +505,11 @@ class _Shifted(NamedTuple):
         """The values, and their derivatives by x and y of the reference."""
         grid = level.grid
         shifted = shift_phase(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
-        by_x, by_y = _differentiate(shifted, grid)
-        return irfft2(shifted, grid.size).flatten(-2), by_x, by_y
+        found = irfft2(shifted, grid.size).flatten(-2), *_differentiate(shifted, grid)
+        if not level.vector:
+            return found
+        values, by_x, by_y = (torch.cat((*field,), -1) for field in found)
+        return values, by_x, by_y
 
 
 class _Warped(NamedTuple):
@@ -491,9 +525,8 @@ class _Warped(NamedTuple):
     def of(cls, texture: Texture, grid: WorkingGrid, taper: float, projective: bool) -> _Warped:
         rows, columns = grid.size
         size = (_OVERSAMPLING * rows, _OVERSAMPLING * columns)
-        spectrum = rfft2(texture.field) * _spline_gain(
-            grid.frame, grid.size, grid.max_frequency, like=grid.radius
-        )
+        band = grid.frame, grid.size, grid.max_frequency
+        spectrum = rfft2(texture.field) * _spline_gain(*band, texture.is_vector, like=grid.radius)
         # zeros between the positive and the negative frequencies; those of the columns are appended by irfft
         positive = rows - rows // 2
         middle = spectrum.new_zeros((*spectrum.shape[:-2], size[0] - rows, spectrum.shape[-1]))
@@ -506,9 +539,10 @@ class _Warped(NamedTuple):
 
     def look(self, warp: Tensor, level: Level, *, precise: bool) -> tuple[Tensor, Tensor]:
         """:meth:`values` and :meth:`ground`."""
-        kernels = kernels_for(self.spline, self.weights, warp, level.weights)
+        kernels = None if level.vector else kernels_for(self.spline, self.weights, warp, level.weights)
         if kernels is None:
-            return self.values(warp, level, precise=precise), self.ground(warp, level)
+            ground = _for_parts(self.ground(warp, level), level)
+            return self.values(warp, level, precise=precise), ground
         ramps = [ramp_length(length, self.taper) for length in level.grid.frame] if self.taper > 0 else None
         return kernels.look(
             self.spline, self.weights, warp, level.weights, self._geometry(level), ramps, precise
@@ -518,7 +552,7 @@ class _Warped(NamedTuple):
         self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
     ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """All steps by one kernel, where there is one: warps, the last reach; if precise, the values before it."""
-        kernels = kernels_for(self.spline, start, system.weights, level.field)
+        kernels = None if level.vector else kernels_for(self.spline, start, system.weights, level.field)
         if kernels is None:
             return None
         equations = system.mean, system.inverse, system.solved, system.rest
@@ -543,7 +577,11 @@ class _Warped(NamedTuple):
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference; else bilinear, for a fifth of the price."""
         column, row = self._sources(warp, level, _samples_of(self.spline))
-        return spline_at(self.spline, column, row) if precise else bilinear_at(self.spline, column, row)
+        sample = spline_at if precise else bilinear_at
+        if not level.vector:
+            return sample(self.spline, column, row)
+        parts = torch.stack([sample(part, column, row) for part in self.spline])
+        return torch.cat((*turn_orientations(parts, warp),), -1)
 
     def ground(self, warp: Tensor, level: Level) -> Tensor:
         """(..., T, n) in [0, 1]: the windows, and what is usable, of both."""
@@ -565,10 +603,18 @@ class _Warped(NamedTuple):
         """The values, and their derivatives by x and y of the reference."""
         size = _samples_of(self.spline)
         column, row = self._sources(warp, level, size)
-        values, by_column, by_row = spline_with_slopes(self.spline, column, row)
+        if level.vector:
+            # (what turns with the warp is held fixed)
+            parts = zip(*(spline_with_slopes(part, column, row) for part in self.spline), strict=True)
+            values, by_column, by_row = (
+                torch.cat((*turn_orientations(torch.stack(both), warp),), -1) for both in parts
+            )
+        else:
+            values, by_column, by_row = spline_with_slopes(self.spline, column, row)
         (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-2) for row in invert_warp(warp)[..., None].unbind(-3))
         depth = g * level.x + h * level.y + i
         x, y = (a * level.x + b * level.y + c) / depth, (d * level.x + e * level.y + f) / depth
+        depth, x, y = (_for_parts(position, level) for position in (depth, x, y))
         height, width = level.grid.frame
         slope_x, slope_y = (
             slope * (half_length(level.grid.frame) * samples / length)
@@ -679,7 +725,7 @@ class _Search(NamedTuple):
         """
         warp, values, common = samples
         inliers = self._inliers(values, common, level)
-        weights = common if inliers is None else common * inliers.flatten(-2)
+        weights = common if inliers is None else common * _for_parts(inliers.flatten(-2), level)
         system = _solve(weights.square(), level)
         moves = (level.flat | moving.flat).logical_not()
         ascended = moving.ascend(warp, moves, system, level, self, _Steps(tolerance, precise))
@@ -707,9 +753,17 @@ class _Search(NamedTuple):
             return None
         size = level.grid.size
         if self.robust == "residual":
-            return _unflatten(_biweight(values, common, level), -1, size)
-        ours, theirs = values * common, level.field * _unflatten(level.weights, -1, size)
-        return agreement(_unflatten(ours, -1, size), theirs)
+            found = _biweight(values, common, level)
+            # a vector is an inlier if both its parts are
+            found = torch.minimum(*found.chunk(2, -1)) if level.vector else found
+            return _unflatten(found, -1, size)
+        ours, window = values * common, _unflatten(level.weights, -1, size)
+        if not level.vector:
+            return agreement(_unflatten(ours, -1, size), level.field * window)
+        ours, theirs = (
+            torch.stack(field.chunk(2, -2)) for field in (_unflatten(ours, -1, level.size), level.field)
+        )
+        return agreement(ours, theirs * window, vector=True)
 
 
 class _WarpedSamples(NamedTuple):
@@ -751,18 +805,19 @@ def _every_second(level: Level) -> Level:
     if rows % 2 or columns % 2 or min(rows, columns) < 4 * _COARSEST:
         return level
 
-    def thin(values: Tensor) -> Tensor:
-        return _unflatten(values, -1, (rows, columns))[..., ::2, ::2].flatten(-2)
+    def thin(values: Tensor, size: tuple[int, int] = (rows, columns)) -> Tensor:
+        return _unflatten(values, -1, size)[..., ::2, ::2].flatten(-2)
 
     return Level(
         WorkingGrid.of(grid.frame, (rows // 2, columns // 2), grid.max_frequency, level.field),
         level.field[..., ::2, ::2],
-        thin(level.products),
+        thin(level.products, level.size),
         thin(level.weights),
         level.flat,
         thin(level.x),
         thin(level.y),
         level.corners,
+        level.vector,
     )
 
 
@@ -836,6 +891,7 @@ def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
 class _Quality(NamedTuple):
     sigma: Tensor  # (..., T)
     covariance: Tensor  # (..., T, 2, 2)
+    misfit: Tensor  # (..., T)
     significance: Tensor  # (..., T)
     converged: Tensor  # (..., T) bool
     ambiguous: Tensor  # (..., T) bool
@@ -861,24 +917,33 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     slope = seen.covariance / seen.variance
     offset = seen.other_mean - slope * seen.mean
     residual = torch.addcmul(offset[..., None] - level.texture, slope[..., None], values)
-    pulls = (system.weights * residual).unsqueeze(-2) * level.regressors  # (..., T, 2 + P, n)
-    size = level.grid.size
+    pull, certainty = residual, seen.correlation.square().square()
+    if level.vector:
+        # across sensors little is common: r̄ is to be told of m̄ by what it is multiplied with there, not the
+        # other way round, and then nothing is to be divided by
+        correlation = seen.correlation.square().clamp(min=torch.finfo(values.dtype).eps)
+        gain = slope / correlation
+        pull = gain[..., None] * (values - seen.mean[..., None]) - (
+            level.texture - seen.other_mean[..., None]
+        )
+        certainty = torch.ones_like(certainty)
+    pulls = (system.weights * pull).unsqueeze(-2) * level.regressors  # (..., T, 2 + P, n)
+    size = level.size
     # blocks of 8 × 8 samples, smaller ones where there would be less than 8 a side
     times = 0
     while times < _BLOCK and min(size) >= 16 * 2**times:  # compared, not computed: a size may be a symbol
         times += 1
     sums = block_sums(_unflatten(pulls, -1, size), times)  # (..., T, 2 + P, h / b, w / b)
-    # what every block does to the two translations
-    lever = system.inverse[..., :2, :]
-    mean = system.mean[..., 2:, None]
-    sums = torch.matmul(lever, sums[..., 2:, :, :].flatten(-2) - mean * sums[..., :1, :, :].flatten(-2))
-    blocks = sums.shape[-1]
-    freedom = blocks / max(1, blocks - level.regressors.shape[-2])
-    scatter = freedom * torch.matmul(sums, sums.mT)
-    scale = _SIGMA_CALIBRATION * half_length(level.grid.frame) / seen.correlation.square().square()
-    covariance = scale.square()[..., None, None] * scatter
+    calibration = _STRUCTURE_CALIBRATION if level.vector else _SIGMA_CALIBRATION
+    scale = calibration * half_length(level.grid.frame) / certainty
+    covariance = scale.square()[..., None, None] * _scatter_of_blocks(sums, system)
+    parts = scale.square()[..., None, None] * _scatter_of_blocks(parts_of(sums), system)
+    if level.vector:
+        covariance = covariance + isotropic(_STRUCTURE_ERROR * (1 - seen.correlation))
+    misfit = beyond_chance(parts, covariance)
     root = _unflatten(system.weights, -1, size).sqrt()
     covariance = covariance + isotropic(_WEIGHTS_SHARE * weights_error(level.field, root, level.grid))
+    covariance = covariance + misfit
     sigma = largest_sigma(covariance)
     residual, weights = (_unflatten(field, -1, size) for field in (residual, system.weights))
     share = shared_slope(residual, level.field, weights, largest_direction(covariance))
@@ -889,11 +954,23 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     significance = _moments(values, level, ground).correlation * samples.sqrt()
 
     sound = system.sound & (sigma < torch.inf) & _are_finite(state.warp)
-    converged = sound & (state.reach <= tolerance) & (significance >= _MIN_SIGNIFICANCE)
+    least = _MIN_SIGNIFICANCE_OF_VECTORS if level.vector else _MIN_SIGNIFICANCE
+    converged = sound & (state.reach <= tolerance) & (significance >= least)
     unknown = isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
     sigma = sigma.masked_fill(~sound, torch.inf)
-    return _Quality(sigma, covariance, significance, converged, share < _LEAST_SHARE)
+    misfit = trace(misfit).masked_fill(~sound, 0.0)
+    return _Quality(sigma, covariance, misfit, significance, converged, share < _LEAST_SHARE)
+
+
+def _scatter_of_blocks(sums: Tensor, system: _System) -> Tensor:
+    """(..., T, 2, 2): of what blocks, whose pulls are (..., T, 2 + P, h, w), do to the two translations."""
+    lever = system.inverse[..., :2, :]
+    mean = system.mean[..., 2:, None]
+    moved = torch.matmul(lever, sums[..., 2:, :, :].flatten(-2) - mean * sums[..., :1, :, :].flatten(-2))
+    blocks = moved.shape[-1]
+    freedom = blocks / max(1, blocks - sums.shape[-3])
+    return freedom * torch.matmul(moved, moved.mT)
 
 
 class _Moments(NamedTuple):
@@ -949,7 +1026,7 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
     system, gain, along, direction = _detach(system), gain.detach(), along.detach(), direction.detach()
     level, by_x, by_y = _detach(level), by_x.detach(), by_y.detach()
     # a small increment k composed to the warp shifts the frame on the reference by −(its displacement)
-    basis_x, basis_y = jacobian(motion, level.x, level.y)
+    basis_x, basis_y = (_for_parts(basis, level) for basis in jacobian(motion, level.x, level.y))
     moved = -(by_x[..., None, :] * basis_x + by_y[..., None, :] * basis_y)  # (..., T, P, n)
     change = torch.matmul(system.weights[..., None, :] * moved, level.regressors.mT)  # (..., T, P, 2 + P)
     change = change - change[..., :1] * system.mean[..., None, :]
@@ -1009,15 +1086,23 @@ def _places(parameters: int, *, like: Tensor) -> Tensor:
 
 
 @keeps_tables
-def _response(frame: tuple[int, int], size: tuple[int, int], max_frequency: float, *, like: Tensor) -> Tensor:
-    """(h, w//2+1): the root of the ramp |f|, within the band."""
+def _response(
+    frame: tuple[int, int], size: tuple[int, int], max_frequency: float, vector: bool, *, like: Tensor
+) -> Tensor:
+    """(h, w//2+1): the root of the ramp |f|, within the band; 1 for vectors, whose fields have no 1/f spectrum."""
     share = WorkingGrid.of(frame, size, max_frequency, like).radius / max_frequency
-    return share.sqrt() * (share < 1)
+    band = share < 1
+    return band.to(share.dtype) if vector else share.sqrt() * band
+
+
+def _for_parts(values: Tensor, level: Level) -> Tensor:
+    """(..., n) from (..., h · w): the same for both parts of a vector."""
+    return torch.cat((values, values), -1) if level.vector else values
 
 
 @keeps_tables
 def _spline_gain(
-    frame: tuple[int, int], size: tuple[int, int], max_frequency: float, *, like: Tensor
+    frame: tuple[int, int], size: tuple[int, int], max_frequency: float, vector: bool, *, like: Tensor
 ) -> Tensor:
     """(h, w//2+1): the same for the coefficients of a spline through twice as many samples a side."""
     rows, columns = (_OVERSAMPLING * samples for samples in size)
@@ -1026,7 +1111,7 @@ def _spline_gain(
     positive = size[0] - size[0] // 2
     y = torch.cat([y[:positive], y[rows - size[0] // 2 :]])
     gain = _OVERSAMPLING**2 / (spline_response(y)[:, None] * spline_response(x))
-    return gain * _response(frame, size, max_frequency, like=like)
+    return gain * _response(frame, size, max_frequency, vector, like=like)
 
 
 def _differentiate(spectrum: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tensor]:

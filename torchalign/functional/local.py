@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import keeps_tables
+from torchalign._host import keeps_tables, launches_kernels
 from torchalign.functional.affine import change_origin
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2
@@ -160,8 +160,12 @@ class _Level(NamedTuple):
     grid: WorkingGrid
     y: Tensor  # (h,), of the samples, in pixels
     x: Tensor  # (w,)
+    at: Tensor  # (2, h, w), the same, (x, y)
+    size: Tensor  # (2, 1, 1), (width, height) of the frame
+    edge: Tensor  # (h, w), what a sample of the reference counts: less at the border
     down: Tensor  # (h, n)
     along: Tensor  # (w, m)
+    gain: Tensor  # (H + 2P, (W + 2P) // 2 + 1), from the padded frame's spectrum to that of B-spline coefficients
     spacing: int
 
 
@@ -174,15 +178,26 @@ def _level(frame: tuple[int, int], band: float, spacing: int, *, like: Tensor) -
     )
     rows, columns = lattice_size(frame, spacing)
     down, along = spline_basis(y / spacing + 1, rows), spline_basis(x / spacing + 1, columns)
-    return _Level(grid, y, x, down, along, spacing)
+    at = torch.stack(torch.broadcast_tensors(x, y[:, None]))  # type: ignore[no-untyped-call]
+    size = torch.tensor(frame[::-1], device=like.device, dtype=like.dtype)[:, None, None]
+    edge = _edge(y, frame[0])[:, None] * _edge(x, frame[1])
+    padded = (frame[0] + 2 * _PAD, frame[1] + 2 * _PAD)
+    whole = WorkingGrid.of(padded, padded, band, like)
+    by_y, by_x = (spline_response(frequency) for frequency in whole.frequencies)
+    gain = band_response(whole.radius, band) / (by_y[:, None] * by_x)
+    return _Level(grid, y, x, at, size, edge, down, along, gain, spacing)
 
 
-def _backward(warp: Tensor, level: _Level) -> tuple[Tensor, Tensor]:
-    """The displacement W⁻¹ q − q, broadcastable to (N, h, w); ``warp`` may be a shift (N, 2)."""
+def _edge(position: Tensor, length: int) -> Tensor:
+    from_border = torch.minimum(position, length - 1 - position)
+    return ((from_border + 1) / _EDGE).clamp(0, 1)
+
+
+def _backward(warp: Tensor, level: _Level) -> Tensor:
+    """The displacement W⁻¹ q − q, broadcastable to (N, 2, h, w); ``warp`` may be a shift (N, 2)."""
     if warp.shape[-1] == 2:
-        dx, dy = (-warp)[..., None, None].unbind(1)
-        return dx, dy
-    return backward_displacement(warp, level.x[None, :], level.y[:, None])
+        return -warp[..., None, None]
+    return torch.stack(backward_displacement(warp, level.x[None, :], level.y[:, None]), 1)
 
 
 class _Frames(NamedTuple):
@@ -202,10 +217,7 @@ def _prepare_frames(image: Tensor, mask: Tensor | None, levels: list[_Level]) ->
     noise = 32 * torch.finfo(image.dtype).eps * mean[..., 0, 0].abs()
     frames, flat = [], empty
     for level in levels:
-        whole = WorkingGrid.of(size, size, level.grid.max_frequency, image)
-        y, x = (spline_response(frequency) for frequency in whole.frequencies)
-        gain = band_response(whole.radius, whole.max_frequency) / (y[:, None] * x)
-        coefficients = irfft2(spectrum * gain, size)
+        coefficients = irfft2(spectrum * level.gain, size)
         scale = coefficients.detach().square().mean((-2, -1)).sqrt()
         blank = (scale <= noise) | ~torch.isfinite(scale)
         coefficients = coefficients / torch.where(blank, 1.0, scale)[..., None, None]
@@ -249,46 +261,27 @@ def _tile_ground(image: Tensor, mask: Tensor | None, spacing: int) -> _TileGroun
     levels = [_level(size, band, spacing, like=image) for band in _BANDS]
     frames, flat = _prepare_frames(image, mask, levels)
     fields, weights = [], []
-    at = image.new_zeros(1, 1, 1)
     for level, frame in zip(levels, frames, strict=True):
-        field = _read_frames(frame, level, at, at)[0]
+        field = _read_frames(frame, level, level.at[None])[0]
         fields.append(local_contrast(field, frame.weights))
-        edge = _edge(level.y, size[0])[:, None] * _edge(level.x, size[1])
-        weights.append(edge.expand(field.shape) if frame.weights is None else edge * frame.weights)
+        edge = level.edge.expand(field.shape)
+        weights.append(edge if frame.weights is None else edge * frame.weights)
     return _TileGround(tuple(fields), tuple(weights), flat)
 
 
-def _edge(position: Tensor, length: int) -> Tensor:
-    from_border = torch.minimum(position, length - 1 - position)
-    return ((from_border + 1) / _EDGE).clamp(0, 1)
-
-
-def _read_frames(
-    frames: _Frames, level: _Level, dx: Tensor, dy: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The frames at the samples moved by (dx, dy), (N, h, w); 1 inside, 0 outside; and how usable it is there."""
+def _read_frames(frames: _Frames, level: _Level, at: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The frames at (N, 2, h, w), (x, y); 1 inside, 0 outside; and how usable it is there; all (N, h, w)."""
     (height, width), pad = frames.frame, _PAD
-    y, x = level.y[:, None] + dy, level.x + dx
-    inside = (y > -0.5) & (y < height - 0.5) & (x > -0.5) & (x < width - 0.5)
-    y = y.nan_to_num(-pad).clamp(2 - pad, height + pad - 3)
-    x = x.nan_to_num(-pad).clamp(2 - pad, width + pad - 3)
-    row, column = y.detach().floor(), x.detach().floor()
-    down, along = spline_weights(y - row), spline_weights(x - column)
+    count, (h, w) = frames.coefficients.shape[0], level.grid.size
+    inside = ((at > -0.5) & (at < level.size - 0.5)).all(1)
+    at = torch.minimum(at.nan_to_num(-pad).clamp(min=2 - pad), level.size + (pad - 3))
+    whole = at.detach().floor()
+    weights = spline_weights(at - whole)
     line = width + 2 * pad
-    first = (row.long() + (pad - 1)) * line + (column.long() + (pad - 1))
-    flat = frames.coefficients.flatten(1)
-    count, (h, w) = flat.shape[0], level.grid.size
+    column, row = whole.long().unbind(1)
+    first = row * line + column + (pad - 1) * (line + 1)
     first = first.expand(count, h, w).reshape(count, h * w)
-    length = flat.shape[1] - 3 * (line + 1)
-    value: Tensor | None = None
-    for j in range(4):
-        sums: Tensor | None = None
-        for i in range(4):
-            tap = flat.narrow(1, j * line + i, length).gather(1, first).reshape(count, h, w)
-            sums = along[i] * tap if sums is None else torch.addcmul(sums, along[i], tap)
-        assert sums is not None
-        value = down[j] * sums if value is None else torch.addcmul(value, down[j], sums)
-    assert value is not None
+    value = _sum_taps(frames.coefficients.flatten(1), first, line, weights)
     usable: Tensor | None = None
     if frames.weights is not None:
         near_y = ((row + 0.5) * (h / height)).round().long().clamp(0, h - 1)
@@ -298,17 +291,41 @@ def _read_frames(
     return value, inside.to(value.dtype).expand(value.shape), usable
 
 
-def _slopes(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Central differences of fourth order along x and y, a sample apart."""
+def _sum_taps(flat: Tensor, first: Tensor, line: int, weights: tuple[Tensor, ...]) -> Tensor:
+    """(N, h, w): 4 × 4 coefficients from ``first`` (N, h·w) on, times their weights, each (N, 2, h, w)."""
+    shape = (flat.shape[0], *weights[0].shape[-2:])
+    if launches_kernels(flat):  # all at once
+        tap = torch.arange(4, device=flat.device)
+        places = first[:, None] + (tap[:, None] * line + tap).flatten()[:, None]
+        taps = flat.gather(1, places.flatten(1)).reshape(shape[0], 4, 4, *shape[1:])
+        along, down = torch.stack(weights, 1).unbind(2)  # (N, 4, h, w)
+        return ((taps * along[:, None]).sum(2) * down).sum(1)
+    length = flat.shape[1] - 3 * (line + 1)
+    value: Tensor | None = None
+    for j in range(4):
+        sums: Tensor | None = None
+        for i in range(4):  # from the cache
+            tap = flat.narrow(1, j * line + i, length).gather(1, first).reshape(shape)
+            along = weights[i][:, 0]
+            sums = along * tap if sums is None else torch.addcmul(sums, along, tap)
+        assert sums is not None
+        down = weights[j][:, 1]
+        value = down * sums if value is None else torch.addcmul(value, down, sums)
+    assert value is not None
+    return value
+
+
+def _slopes(image: Tensor, level: _Level) -> tuple[Tensor, Tensor]:
+    """Along x and y, per pixel: central differences of fourth order."""
+    (rows, columns), (height, width) = level.grid.size, level.grid.frame
     padded = F.pad(image.unsqueeze(1), (2, 2, 2, 2), mode="replicate").squeeze(1)
-    across, down = padded[..., 2:-2, :], padded[..., 2:-2]
-    along_x = (2 / 3) * (across[..., 3:-1] - across[..., 1:-3]) - (1 / 12) * (
-        across[..., 4:] - across[..., :-4]
-    )
-    along_y = (2 / 3) * (down[..., 3:-1, :] - down[..., 1:-3, :]) - (1 / 12) * (
-        down[..., 4:, :] - down[..., :-4, :]
-    )
-    return along_x, along_y
+
+    def slope(lines: Tensor, dim: int, samples_per_pixel: float) -> Tensor:
+        two, one, _, other, far = (lines.narrow(dim, tap, image.shape[dim]) for tap in range(5))
+        near = (other - one) * (2 / 3 * samples_per_pixel)
+        return torch.sub(near, far - two, alpha=samples_per_pixel / 12)
+
+    return slope(padded[..., 2:-2, :], -1, columns / width), slope(padded[..., 2:-2], -2, rows / height)
 
 
 # ----------------------------------------------------------------------------------------- the normal equations
@@ -334,15 +351,11 @@ class _Factor(NamedTuple):
 def _factorize(matrix: _Blocks, right: Tensor) -> _Factor:
     """Cholesky of (..., B, s, s), and L⁻¹ of the right side (..., B, s)."""
     count = matrix.diagonal.shape[-3]
-    lower, coupling, half = [], [], []
+    lower, coupling, half, failures = [], [], [], []
     block, side = matrix.diagonal[..., 0, :, :], right[..., 0, :, None]
-    total: Tensor | None = None
-    failed: Tensor | None = None
     for index in range(count):
         factor, info = torch.linalg.cholesky_ex(block)
-        log = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        total = log if total is None else total + log
-        failed = info != 0 if failed is None else failed | (info != 0)
+        failures.append(info)
         lower.append(factor)
         if index == count - 1:
             half.append(torch.linalg.solve_triangular(factor, side, upper=False)[..., 0])
@@ -354,9 +367,9 @@ def _factorize(matrix: _Blocks, right: Tensor) -> _Factor:
         update = torch.matmul(coupling[-1].mT, both)
         block = matrix.diagonal[..., index + 1, :, :] - update[..., :-1]
         side = right[..., index + 1, :, None] - update[..., -1:]
-    assert total is not None
-    assert failed is not None
-    return _Factor(lower, coupling, torch.stack(half, -2), total, failed)
+    pivots = torch.stack([factor.diagonal(dim1=-2, dim2=-1) for factor in lower], -1)
+    failed = (torch.stack(failures) != 0).any(0)
+    return _Factor(lower, coupling, torch.stack(half, -2), pivots.log().sum((-2, -1)), failed)
 
 
 def _back_substitute(factor: _Factor) -> Tensor:
@@ -427,11 +440,6 @@ def _tables(frame: tuple[int, int], band: float, spacing: int, *, like: Tensor) 
     count = rows // _BLOCK
     device = level.y.device
 
-    def products(basis: Tensor) -> Tensor:
-        padded = F.pad(basis, (0, 3))
-        nodes = basis.shape[-1]
-        return torch.cat([basis * padded[:, lag : lag + nodes] for lag in range(4)], -1)
-
     def places(first: Tensor, second: Tensor, nodes: int) -> Tensor:
         lag = (first - second).abs()
         return torch.where(lag < 4, lag * nodes + torch.minimum(first, second), 4 * nodes).flatten()
@@ -439,18 +447,29 @@ def _tables(frame: tuple[int, int], band: float, spacing: int, *, like: Tensor) 
     j = torch.arange(columns, device=device)
     i = torch.arange(rows, device=device).reshape(count, _BLOCK)
     return _Tables(
-        products(level.down),
-        products(level.along),
+        _products(level.down),
+        _products(level.along),
         places(j[:, None], j, columns),
         torch.cat([places(i[:, :, None], i[:, None], rows), places(i[:-1, :, None], i[1:, None], rows)]),
     )
 
 
+def _products(basis: Tensor) -> Tensor:
+    """(L, n) → (L, 4n): of a spline and the one 0 … 3 nodes on."""
+    nodes = basis.shape[-1]
+    padded = F.pad(basis, (0, 3))
+    return torch.cat([basis * padded[:, lag : lag + nodes] for lag in range(4)], -1)
+
+
 def _normal_matrix(products: Tensor, tables: _Tables, nodes: tuple[int, int]) -> _Blocks:
     """(N, 3, h, w), the weighted products xx, xy, yy of the gradients, summed against pairs of splines."""
+    return _arrange(torch.matmul(tables.down.mT, torch.matmul(products, tables.along)), tables, nodes)
+
+
+def _arrange(sums: Tensor, tables: _Tables, nodes: tuple[int, int]) -> _Blocks:
+    """(N, 3, 4n, 4m), sums xx, xy, yy of the products of :class:`_Tables`, in their places."""
     rows, columns = nodes
-    count, frames = rows // _BLOCK, products.shape[0]
-    sums = torch.matmul(tables.down.mT, torch.matmul(products, tables.along))  # (N, 3, 4n, 4m)
+    count, frames = rows // _BLOCK, sums.shape[0]
     sums = F.pad(sums, (0, 1, 0, 1)).index_select(-1, tables.columns).index_select(-2, tables.rows)
     xx, xy, yy = sums.unbind(1)
     both = torch.stack((xx, xy, xy, yy), 1).reshape(
@@ -509,27 +528,48 @@ def _linearize(
     """
     local = torch.matmul(torch.matmul(level.down, offset), level.along.mT)  # (N, 2, h, w)
     ux, uy = local.unbind(1)
-    dx, dy = _backward(warp, level)
-    dx, dy = dx + ux, dy + uy
-    own, inside, usable = _read_frames(frames, level, dx, dy)
+    own, inside, usable = _read_frames(frames, level, level.at + _backward(warp, level) + local)
     own = local_contrast(own, usable)
     similarity = agreement(own, field.expand(own.shape), fine=True)
     weight = similarity * inside * (weights if usable is None else usable * weights)
     residual = field - own
-    square = weight * residual.square()
-    around = triangle_mean(square, 3) / (triangle_mean(weight, 3) + 1e-3)
-    typical = square.sum((-2, -1), keepdim=True) / weight.sum((-2, -1), keepdim=True).clamp(min=1e-6)
+    both = torch.stack((weight * residual.square(), weight))
+    square, count = triangle_mean(both, 3).unbind()
+    around = square / (count + 1e-3)
+    square, count = both.sum((-2, -1), keepdim=True).unbind()
+    typical = square / count.clamp(min=1e-6)
     variance = around.maximum(_LEAST_VARIANCE * typical) + 1e-6
     precision = weight / (variance * _REDUNDANCY)
-    gx, gy = _per_pixel(_slopes(0.5 * (own + field)), level)
+    gx, gy = _slopes(torch.lerp(own, field.expand(own.shape), 0.5), level)
     px, py = precision * gx, precision * gy
     products = torch.stack((px * gx, px * gy, py * gy), 1).detach()
     matrix = _normal_matrix(products, tables, (level.down.shape[-1], level.along.shape[-1]))
     # the residual as a function of the whole field, not of the step; the matrix carries no gradient
     xx, xy, yy = products.unbind(1)
-    pull = torch.stack((px * residual + (xx * ux + xy * uy), py * residual + (xy * ux + yy * uy)), 1)
+    pull_x = torch.addcmul(torch.addcmul(px * residual, xx, ux), xy, uy)
+    pull_y = torch.addcmul(torch.addcmul(py * residual, xy, ux), yy, uy)
+    pull = torch.stack((pull_x, pull_y), 1)
     right = torch.matmul(torch.matmul(level.down.mT, pull), level.along)
     return _Equations(matrix, right, similarity)
+
+
+def _point_equations(points: Tensor, warp: Tensor, tables: _Tables, level: _Level) -> _Equations:
+    """What tie points (K, 5) add in every round, see :func:`estimate_shifts`."""
+    nodes = (level.down.shape[-1], level.along.shape[-1])
+    at, seen, precision = points[:, :2], points[:, 2:4], points[:, 4].reciprocal().square()
+    if warp.shape[-1] == 2:
+        begun = at - warp[:, None]
+    else:
+        begun = at + torch.stack(backward_displacement(warp, at[:, 0], at[:, 1]), -1).reshape(-1, *at.shape)
+    down, along = (
+        spline_basis(at[:, axis] / level.spacing + 1, count)
+        for axis, count in zip((1, 0), nodes, strict=True)
+    )
+    sums = torch.matmul((_products(down) * precision[:, None]).mT, _products(along))
+    alone = torch.stack((sums, torch.zeros_like(sums), sums))[None]
+    pull = (precision[:, None] * (seen - begun)).mT  # (N, 2, K)
+    right = torch.matmul(down.mT * pull[:, :, None, :], along)
+    return _Equations(_arrange(alone, tables, nodes), right, right.new_zeros(()))
 
 
 def _choose_smoothness(equations: _Equations, prior: _Prior) -> Tensor:
@@ -564,7 +604,8 @@ def _with_prior(equations: _Equations, prior: _Prior) -> list[tuple[Tensor, Tens
 def _solve_blocks(equations: _Equations, prior: _Prior, smoothness: Tensor) -> tuple[Tensor, _Factor]:
     """(N, 2, n, m): the coefficients that the linearised equations ask for."""
     scale = smoothness[:, None, None, None]
-    matrix = _Blocks(*((part + scale * unit).detach() for part, unit in _with_prior(equations, prior)))
+    pairs = _with_prior(equations, prior)
+    matrix = _Blocks(*(torch.addcmul(part, scale, unit).detach() for part, unit in pairs))
     factor = _factorize(matrix, _to_blocks(equations.right))
     nodes = (equations.right.shape[-2], equations.right.shape[-1])
     return _from_blocks(_back_substitute(factor), nodes), factor
@@ -628,6 +669,19 @@ class _Fitted(NamedTuple):
     level: _Level
 
 
+class _Options(NamedTuple):
+    spacing: int
+    smoothness: float | None
+    points: Tensor | None
+
+    def seen_from(self, x: int, y: int) -> _Options:
+        """The same for a tile whose corner lies there."""
+        if self.points is None:
+            return self
+        columns = zip(self.points.unbind(1), (x, y, x, y, 0), strict=True)
+        return self._replace(points=torch.stack([column - corner for column, corner in columns], 1))
+
+
 def estimate_shifts(
     moving: Tensor,
     ground: Ground,
@@ -636,6 +690,7 @@ def estimate_shifts(
     *,
     spacing: int = 24,
     smoothness: float | None = None,
+    points: Tensor | None = None,
 ) -> LocalShifts:
     r"""The field on top of a global warp. See the module's docstring.
 
@@ -658,6 +713,8 @@ def estimate_shifts(
         mask: bool, (N, H, W), True = usable, or ``None``.
         spacing: pixels from one node to the next.
         smoothness: λ, or ``None`` for the likeliest of eight.
+        points: (K, 5), tie points that somebody measured: (x, y) on the reference, (x, y) of the same ground in the
+            frame, and σ per axis, all in pixels. Each adds :math:`|W^{-1} q + u(q) - p|^2 / \sigma^2`.
 
     Returns:
         :class:`LocalShifts`.
@@ -665,14 +722,14 @@ def estimate_shifts(
     frame = (moving.shape[-2], moving.shape[-1])
     tiles = _Tiles.of(frame, spacing)
     if tiles.number == 1:
-        found = _fit(moving, ground.tiles[0], warp, mask, spacing, smoothness)
+        found = _fit(moving, ground.tiles[0], warp, mask, _Options(spacing, smoothness, points))
         known = _known(found.variance)
         known = torch.matmul(torch.matmul(found.level.down, known), found.level.along.mT)
         inliers = found.similarity * known.clamp(0, 1)
         return _conclude(
             found.coefficients, found.variance, found.evidence, found.flat, inliers, frame, spacing
         )
-    return _fit_tiles(moving, ground, warp, mask, spacing, smoothness)
+    return _fit_tiles(moving, ground, warp, mask, _Options(spacing, smoothness, points))
 
 
 def acceptable(shifts: LocalShifts, max_deviation: float) -> Tensor:
@@ -688,10 +745,10 @@ def acceptable(shifts: LocalShifts, max_deviation: float) -> Tensor:
 
 
 def _fit_tiles(
-    moving: Tensor, ground: Ground, warp: Tensor, mask: Tensor | None, spacing: int, smoothness: float | None
+    moving: Tensor, ground: Ground, warp: Tensor, mask: Tensor | None, options: _Options
 ) -> LocalShifts:
     """Tile by tile; coefficients, variances and similarity blended at the nodes."""
-    frame = (moving.shape[-2], moving.shape[-1])
+    frame, spacing = (moving.shape[-2], moving.shape[-1]), options.spacing
     tiles = _Tiles.of(frame, spacing)
     nodes = lattice_size(frame, spacing)
     sums: Tensor | None = None
@@ -700,7 +757,9 @@ def _fit_tiles(
         rows, columns = slice(top, top + tiles.size[0]), slice(left, left + tiles.size[1])
         there = warp if warp.shape[-1] == 2 else change_origin(warp, (left, top))
         usable = None if mask is None else mask[:, rows, columns]
-        found = _fit(moving[:, rows, columns], ground.tiles[index], there, usable, spacing, smoothness)
+        found = _fit(
+            moving[:, rows, columns], ground.tiles[index], there, usable, options.seen_from(left, top)
+        )
         level = found.level
         # the similarity at the nodes
         weight = level.down.sum(0)[:, None] * level.along.sum(0) + 1e-6
@@ -781,24 +840,26 @@ def _cut(length: int, spacing: int) -> tuple[int, list[int]]:
 
 
 def _fit(
-    moving: Tensor,
-    ground: _TileGround,
-    warp: Tensor,
-    mask: Tensor | None,
-    spacing: int,
-    smoothness: float | None,
+    moving: Tensor, ground: _TileGround, warp: Tensor, mask: Tensor | None, options: _Options
 ) -> _Fitted:
     """The rounds."""
     frame = (moving.shape[-2], moving.shape[-1])
+    spacing, smoothness, points = options
     nodes = lattice_size(frame, spacing)
     levels = [_level(frame, band, spacing, like=moving) for band in _BANDS]
     tables = [_tables(frame, band, spacing, like=moving) for band in _BANDS]
     prior = _prior(nodes, like=moving)
     frames, flat = _prepare_frames(moving, mask, levels)
 
+    told = None if points is None else _point_equations(points, warp, tables[0], levels[0])
+
     def equations(offset: Tensor, level: int) -> _Equations:
         field, weights = ground.fields[level], ground.weights[level]
-        return _linearize(frames[level], levels[level], tables[level], field, weights, warp, offset)
+        found = _linearize(frames[level], levels[level], tables[level], field, weights, warp, offset)
+        if told is None:
+            return found
+        matrix = _Blocks(*(own + added for own, added in zip(found.matrix, told.matrix, strict=True)))
+        return found._replace(matrix=matrix, right=found.right + told.right)
 
     schedule = [level for level, count in enumerate(_ROUNDS) for _ in range(count)]
     offset = moving.new_zeros(moving.shape[0], 2, *nodes)
@@ -817,14 +878,29 @@ def _fit(
 
 
 def _step_towards(offset: Tensor, found: Tensor) -> Tensor:
-    """Towards what was found, as far as it is a number, by so many pixels at most."""
-    sound = found.isfinite().flatten(1).all(1)[:, None, None, None]
-    return offset + torch.where(sound, found - offset, 0.0).clamp(-_LARGEST_STEP, _LARGEST_STEP)
+    """Towards what was found, where it is a number, by so many pixels at most."""
+    return offset + (found - offset).nan_to_num(0.0, 0.0, 0.0).clamp(-_LARGEST_STEP, _LARGEST_STEP)
 
 
 def _known(variance: Tensor) -> Tensor:
     """(N, n, m), near 1 where the field is known well, near 0 where it is not."""
     return 1 / (1 + 0.5 * (variance[:, 0] + variance[:, 2]).clamp(min=0) / _KNOWN**2).square()
+
+
+class _Axis(NamedTuple):
+    """The splines of the nodes along one axis of a frame."""
+
+    middle: Tensor  # (1, n)
+    basis: Tensor  # (k, n), at four points a node, which tell the extremes of a cubic spline
+    slope: Tensor  # (k, n), per pixel
+
+
+@keeps_tables
+def _extremes(length: int, spacing: int, count: int, *, like: Tensor) -> _Axis:
+    last, points = 1 + (length - 1) / spacing, 4 * (count - 3) + 1
+    middle = like.new_full((1,), 0.5 * (1 + last))
+    at = torch.linspace(1, last, points, device=like.device, dtype=like.dtype)
+    return _Axis(spline_basis(middle, count), spline_basis(at, count), spline_slope(at, count) / spacing)
 
 
 def _conclude(
@@ -840,31 +916,21 @@ def _conclude(
     nodes = (coefficients.shape[-2], coefficients.shape[-1])
     with torch.no_grad():
         sigma = (0.5 * (variance[:, 0] + variance[:, 2])).clamp(min=0).sqrt()
-        ones = coefficients.new_ones(1)
         down, along = (
-            spline_basis(0.5 * (length - 1) / spacing + ones, count)
+            _extremes(length, spacing, count, like=coefficients)
             for length, count in zip(frame, nodes, strict=True)
         )
         # (a spline over the values at the nodes is a little smoother than they are)
-        xx, xy, yy = torch.matmul(torch.matmul(down, variance), along.mT)[..., 0, 0].unbind(-1)
+        centre = torch.matmul(torch.matmul(down.middle, variance), along.middle.mT)[..., 0, 0]
+        xx, xy, yy = centre.unbind(-1)
         covariance = torch.stack((xx, xy, xy, yy), -1).reshape(-1, 2, 2)
-        # four points a node tell the extremes of a cubic spline
-        fine = [
-            torch.linspace(
-                1, 1 + (length - 1) / spacing, 4 * (count - 3) + 1, device=ones.device, dtype=ones.dtype
-            )
-            for length, count in zip(frame, nodes, strict=True)
-        ]
-        (down, down_slope), (along, along_slope) = (
-            (spline_basis(at, count), spline_slope(at, count)) for at, count in zip(fine, nodes, strict=True)
-        )
 
         def on_grid(rows: Tensor, columns: Tensor) -> Tensor:
             return torch.matmul(torch.matmul(rows, coefficients), columns.mT)
 
-        field = on_grid(down, along)
-        xx, yx = (on_grid(down, along_slope) / spacing).unbind(1)
-        xy, yy = (on_grid(down_slope, along) / spacing).unbind(1)
+        field = on_grid(down.basis, along.basis)
+        xx, yx = on_grid(down.basis, along.slope).unbind(1)
+        xy, yy = on_grid(down.slope, along.basis).unbind(1)
         jacobian = (1 + xx) * (1 + yy) - xy * yx
         return LocalShifts(
             coefficients,
@@ -876,9 +942,3 @@ def _conclude(
             flat,
             inliers.detach(),
         )
-
-
-def _per_pixel(gradient: tuple[Tensor, Tensor], level: _Level) -> tuple[Tensor, Tensor]:
-    """Derivatives by samples → by pixels."""
-    (rows, columns), (height, width) = level.grid.size, level.grid.frame
-    return gradient[0] * (columns / width), gradient[1] * (rows / height)

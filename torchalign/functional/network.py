@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchalign._host import all_true
 from torchalign.functional.fourier import rfft2
 from torchalign.functional.quality import normalized_cross_correlation
 from torchalign.functional.smoothing import nanmedian
@@ -57,6 +58,7 @@ __all__ = [
     "similarity",
     "solve_positions",
     "spanning_tree",
+    "sum_of_pairs",
 ]
 
 # Samples of the working grid along a cell: about 6 pixels, so that a shift of a pixel hardly changes a cell.
@@ -68,14 +70,19 @@ _FLOOR = 0.03
 # Residuals beyond this many standard deviations count by their length, not by its square.
 _HUBER = 1.0
 _STEPS = 25
+# Longer series are solved by conjugate gradients, so many steps from the last solution on, or until what is left is
+# this share of what was asked.
+_DENSE, _CONJUGATE_STEPS, _LEFT = 500, 200, 1e-9
+# And the variances of still longer ones by as many vectors of random signs, which tell σ to 5 %.
+_DENSE_VARIANCE, _PROBES = 4000, 64
 # A frame hangs on the network by at least this much weight: two pairs that agree.
 _SUPPORT = 2.0
 # The median length of a vector of two normal deviates, in their standard deviations.
 _RAYLEIGH = 1.1774
-# The season term: frames that make a slope; a block's slope is never surer than this, in pixels; the largest |z|
-# among the blocks from which on there is a term; by how much slopes along the shadow must outdo those across it,
-# which phenology makes as large.
-_FEWEST_FRAMES, _SLOPE_FLOOR, _SEASON_Z, _ALONG = 12, 0.01, 10.0, 1.25
+# The season term: frames that make a slope; a block's slope is never surer than this, in pixels; the root mean
+# square z of the blocks from which on there is a term (without relief it was at most 4.2, with it 4.9 to 11.8); by
+# how much slopes along the shadow must outdo those across it, which phenology makes as large.
+_FEWEST_FRAMES, _SLOPE_FLOOR, _SEASON_Z, _ALONG = 12, 0.01, 4.5, 1.1
 # The frame's own slope is expected at this many times the blocks' spread, give or take so many times: on simulated
 # series with relief it was at −1.0 ± 0.55 of it.
 _PRIOR_MEAN, _PRIOR_SPREAD = -1.0, 0.6
@@ -132,7 +139,7 @@ class SeasonTerm(NamedTuple):
     Attributes:
         slope: (), shift along the shadow per unit of cot(elevation), in pixels; 0 where there is no term.
         sigma: (), its 1-σ error.
-        significance: (), the largest \|z\| of a block's slope against that of the frame.
+        significance: (), root mean square z of the blocks' slopes against that of the frame.
         present: () bool, blocks disagree about the sun's part so much that the scene must have relief.
         spread: (T,), how far the blocks of a frame disagree beyond their own errors, per axis, in pixels.
         blocks: (T,), from how many blocks.
@@ -329,7 +336,7 @@ def components(edges: Edges, usable: Tensor, frames: int) -> Tensor:
 def solve_positions(
     shift: Tensor, sigma: Tensor, usable: Tensor, edges: Edges, frames: int, *, steps: int = _STEPS
 ) -> Positions:
-    """Robust least squares on the network: Huber's loss by reweighting, a fixed number of dense solves.
+    """Robust least squares on the network: Huber's loss by reweighting, a fixed number of solves.
 
     Redescending losses are no better here: they choose one of two seasons. What pairs leave unexplained beyond
     their own σ, τ, is estimated along the way, and is at least 0.03 px.
@@ -349,9 +356,8 @@ def solve_positions(
     shift = torch.where(usable[..., None], shift, 0.0).double()
     variance = torch.where(usable, sigma, 1.0).detach().double().square()
     component = components(edges, usable, frames)
-    together = _same_component(component)
     pairs = usable.double()
-    degree = _sum_at(edges, pairs, frames)
+    degree = sum_of_pairs(edges, pairs, frames)
     roots = (component == torch.arange(frames, device=component.device)) & (degree > 0)
     count = pairs.sum(-1).clamp(min=1)
     freedom = (count - (degree > 0).sum(-1) + roots.sum(-1)).clamp(min=1) / count
@@ -360,23 +366,24 @@ def solve_positions(
     weight, excess = pairs, torch.full_like(count, _FLOOR**2)
     fixed = shift.detach()
     residual = torch.zeros_like(variance)
+    position = fixed.new_zeros(*fixed.shape[:-2], frames, 2)
     for _ in range(steps):
-        position = _solve(weight / (variance + excess[..., None]), fixed, edges, frames, together)
+        position = _solve(weight / (variance + excess[..., None]), fixed, edges, component, position)
         residual = _residual(fixed, position, edges).norm(dim=-1)
         middle = _median(residual.masked_fill(~usable, torch.nan)) / _RAYLEIGH
         excess = (middle.square() / freedom - typical).nan_to_num(0.0).clamp(min=_FLOOR**2)
         deviation = residual / (variance + excess[..., None]).sqrt()
         weight = pairs * (_HUBER / deviation.clamp(min=_HUBER))
     precision = weight / (variance + excess[..., None])
-    position = _solve(precision, shift, edges, frames, together)
+    # (from nothing: what has converged already would carry no gradient)
+    position = _solve(precision, shift, edges, component, torch.zeros_like(position))
 
-    support = _sum_at(edges, weight, frames)
-    scatter = _sum_at(edges, precision * residual.square(), frames)
-    total = _sum_at(edges, precision, frames)
+    support = sum_of_pairs(edges, weight, frames)
+    scatter = sum_of_pairs(edges, precision * residual.square(), frames)
+    total = sum_of_pairs(edges, precision, frames)
     closure = (scatter / (2 * total).clamp(min=torch.finfo(total.dtype).tiny)).sqrt()
     # of components of one size, the one with more weight
-    weighed = (together * support[..., None, :]).sum(-1)
-    size = together.sum(-1) + 0.5 * weighed / (2 * count + 1)[..., None]
+    size = _over_component(component, 1 + 0.5 * support / (2 * count + 1)[..., None])
     main = component.gather(-1, size.argmax(-1, keepdim=True)) if frames else component
     connected = (component == main) & (support >= min(_SUPPORT, max(frames - 1, 1)) - 1e-6)
     gauge = _median(position.mT.masked_fill(~connected[..., None, :], torch.nan)).nan_to_num(0.0)
@@ -392,16 +399,38 @@ def position_variance(positions: Positions, edges: Edges) -> Tensor:
         edges: the same pairs.
 
     Returns:
-        (..., T), px², float64: the diagonal of the inverse of the network's Laplacian.
+        (..., T), px², float64: the diagonal of the inverse of the network's Laplacian; for more than 4,000
+        frames an estimate of it, to a tenth.
     """
-    together = _same_component(positions.component)
-    frames = positions.component.shape[-1]
-    matrix, scale = _laplacian(positions.precision.detach(), edges, frames, together)
+    component, precision = positions.component, positions.precision.detach()
+    frames = component.shape[-1]
+    if frames > _DENSE_VARIANCE:
+        return _probed_variance(precision, edges, positions)
+    matrix, held = _laplacian(precision, edges, component)
     factor = torch.linalg.cholesky_ex(matrix).L
     identity = torch.eye(frames, dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
     half = torch.linalg.solve_triangular(factor, identity, upper=False)
-    share = 1 / (scale * together.sum(-1))
-    return (half.square().sum(-2) - share).clamp(min=0)
+    size = _over_component(component, torch.ones_like(positions.support))
+    return (half.square().sum(-2) - 1 / (held * size)).clamp(min=0)
+
+
+def _probed_variance(precision: Tensor, edges: Edges, positions: Positions) -> Tensor:
+    """The same of a long series: the mean of z · L⁻¹ z over random signs z.
+
+    The signs are drawn from the positions, so that no frame's number decides.
+    """
+    component = positions.component
+    draw = torch.arange(1, _PROBES + 1, device=component.device, dtype=torch.float64)[:, None]
+    signs = torch.cos(1e4 * draw.sqrt() * positions.position.sum(-1)[..., None, :]).sign()
+    ones = torch.ones_like(positions.support)
+    size = _over_component(component, ones)[..., None, :]
+    right = signs - _over_component(component[..., None, :].expand(signs.shape), signs) / size
+    found = _conjugate_gradients(precision, right, torch.zeros_like(right), edges)
+    found = found - _over_component(component[..., None, :].expand(signs.shape), found) / size
+    # no less than if all other frames were known
+    degree = sum_of_pairs(edges, precision, component.shape[-1])
+    own = torch.where(degree > 0, 1 / degree.clamp(min=1e-12), 0.0)
+    return torch.maximum((signs * found).mean(-2), own)
 
 
 def place_frames(
@@ -444,43 +473,80 @@ def place_frames(
     return position, 1 / (whole + tiny), closure, weight.sum(-1)
 
 
-def _solve(precision: Tensor, shift: Tensor, edges: Edges, frames: int, together: Tensor) -> Tensor:
-    """(..., T, 2): weighted least squares, the mean of every component at 0."""
-    matrix, _ = _laplacian(precision, edges, frames, together)
-    pulled = precision[..., None] * shift
-    right = torch.zeros(*precision.shape[:-1], frames, 2, dtype=shift.dtype, device=shift.device)
-    right = right.index_add(-2, edges.moving, pulled).index_add(-2, edges.reference, -pulled)
+def _solve(precision: Tensor, shift: Tensor, edges: Edges, component: Tensor, start: Tensor) -> Tensor:
+    """(..., T, 2): weighted least squares, up to a shift of every component."""
+    frames = component.shape[-1]
+    pulled = (precision[..., None] * shift).mT  # (..., 2, E)
+    right = sum_of_pairs(edges, pulled, frames, sign=-1.0)
+    if frames > _DENSE:
+        return _conjugate_gradients(precision, right, start.mT, edges).mT
+    matrix, _ = _laplacian(precision, edges, component)
     # (cholesky_solve would wait for a GPU)
     factor = torch.linalg.cholesky_ex(matrix).L
-    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    half = torch.linalg.solve_triangular(factor, right.mT, upper=False)
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
-def _laplacian(precision: Tensor, edges: Edges, frames: int, together: Tensor) -> tuple[Tensor, Tensor]:
+def _conjugate_gradients(precision: Tensor, right: Tensor, start: Tensor, edges: Edges) -> Tensor:
+    """(..., K, T): L x = right for the network's Laplacian, preconditioned by its diagonal, in fixed steps.
+
+    The right side sums to 0 over every component, where L is singular. What has converged stays as it is.
+    """
+    frames = right.shape[-1]
+    degree = sum_of_pairs(edges, precision, frames)[..., None, :]
+    scale = torch.where(degree > 0, 1 / degree.clamp(min=1e-12), 0.0)
+
+    def laplacian(vector: Tensor) -> Tensor:
+        difference = vector.index_select(-1, edges.moving) - vector.index_select(-1, edges.reference)
+        return sum_of_pairs(edges, precision[..., None, :] * difference, frames, sign=-1.0)
+
+    found, left = start, right - laplacian(start)
+    direction = scale * left
+    energy = (left * direction).sum(-1, keepdim=True)
+    least = (_LEFT**2 * (right * scale * right)).sum(-1, keepdim=True).detach()
+    for _ in range(_CONJUGATE_STEPS):
+        going = energy.detach() > least
+        if all_true(~going):
+            break
+        pushed = laplacian(direction)
+        step = energy / torch.where(going, (direction * pushed).sum(-1, keepdim=True), 1.0)
+        step = torch.where(going, step, 0.0)
+        found, left = found + step * direction, left - step * pushed
+        ahead = scale * left
+        now = (left * ahead).sum(-1, keepdim=True)
+        direction = ahead + torch.where(going, now / torch.where(going, energy, 1.0), 0.0) * direction
+        energy = now
+    return found
+
+
+def _laplacian(precision: Tensor, edges: Edges, component: Tensor) -> tuple[Tensor, Tensor]:
     """(..., T, T): the network's Laplacian, the mean of every component held at 0, by how much (..., 1)."""
+    frames = component.shape[-1]
     scale = precision.sum(-1, keepdim=True) / max(frames, 1)
     scale = torch.where(scale > 0, scale, 1.0)
     flat = torch.zeros(*precision.shape[:-1], frames * frames, dtype=precision.dtype, device=precision.device)
     for one, other in ((edges.moving, edges.reference), (edges.reference, edges.moving)):
         flat = flat.index_add(-1, one * frames + other, -precision)
         flat = flat.index_add(-1, one * frames + one, precision)
+    together = component[..., :, None] == component[..., None, :]
     held = together * (scale / together.sum(-1).clamp(min=1))[..., None]
     return flat.view(*precision.shape[:-1], frames, frames) + held, scale
 
 
-def _same_component(component: Tensor) -> Tensor:
-    """(..., T, T) bool."""
-    return component[..., :, None] == component[..., None, :]
+def _over_component(component: Tensor, values: Tensor) -> Tensor:
+    """(..., T): the sum of values over each frame's component."""
+    return torch.zeros_like(values).scatter_add(-1, component, values).gather(-1, component)
 
 
 def _residual(shift: Tensor, position: Tensor, edges: Edges) -> Tensor:
     return shift - position.index_select(-2, edges.moving) + position.index_select(-2, edges.reference)
 
 
-def _sum_at(edges: Edges, values: Tensor, frames: int) -> Tensor:
-    """(..., E) → (..., T): of the pairs of every frame."""
+def sum_of_pairs(edges: Edges, values: Tensor, frames: int, *, sign: float = 1.0) -> Tensor:
+    """(..., E) → (..., T): the sum over the pairs of every frame, times ``sign`` where it is the reference."""
     total = torch.zeros(*values.shape[:-1], frames, dtype=values.dtype, device=values.device)
-    return total.index_add(-1, edges.moving, values).index_add(-1, edges.reference, values)
+    one, other = (end.expand(values.shape) for end in (edges.moving, edges.reference))
+    return total.scatter_add(-1, one, values).scatter_add(-1, other, sign * values)
 
 
 def _median(values: Tensor) -> Tensor:
@@ -624,7 +690,7 @@ def season_term(
     r"""What shading and shadows add to positions, from parts of the frame that disagree about it.
 
     The slope of each block's position, less the frame's, against :func:`shadow_direction` is free of the frames'
-    own displacements, which all blocks share. Where it is significant in one of them, and larger along the shadow
+    own displacements, which all blocks share. Where it is significant over all of them, and larger along the shadow
     than across it (phenology, whose course resembles the sun's, knows no direction), the scene has relief. How far
     the frame as a whole follows the shadow then has two witnesses: its own slope, which chance displacements blur,
     and the blocks' spread s. Shadows grow away from the sun, and what they hide seems to move with them, so the
@@ -665,8 +731,8 @@ def season_term(
     number = there.sum().clamp(min=1)
     along = ((there * (slopes.square() - sigmas.square())).sum() / number).clamp(min=0)
     beside = ((there * (across.square() - across_sigmas.square())).sum() / number).clamp(min=0)
-    scores = there * slopes.abs() / torch.hypot(sigmas, torch.full_like(sigmas, _SLOPE_FLOOR))
-    significance = scores.amax() if scores.numel() else zero
+    scores = there * slopes / torch.hypot(sigmas, torch.full_like(sigmas, _SLOPE_FLOOR))
+    significance = (scores.square().sum() / number).sqrt()
     present = (significance > _SEASON_Z) & (along > _ALONG**2 * beside)
     excess = torch.where(present, along - beside, 0.0)
 

@@ -181,15 +181,16 @@ def detect_blobs(
     )
 
 
-def dominant_orientation(space: ScaleSpace, blobs: Blobs) -> Tensor:
-    r"""The direction of most gradient around every keypoint, (B, K) radians.
+def dominant_orientation(space: ScaleSpace, blobs: Blobs, *, unsigned: bool = False) -> Tensor:
+    r"""The direction of most gradient around every keypoint, (B, K) radians; ``unsigned`` modulo π.
 
     The density of directions φ, weighted by magnitude and a Gaussian of 1.5 σ, is kept as its first harmonics
 
     .. math:: d(\phi) = \mathrm{Re} \sum_m e^{-m^2 s^2/2} \, c_m \, e^{i m \phi}, \qquad
               c_m = \sum_j w_j |g_j| e^{-i m \phi_j}
 
-    whose maximum is found on a grid of 5° and refined by a parabola: a smoothed histogram without bins.
+    whose maximum is found on a grid of 5° and refined by a parabola: a smoothed histogram without bins. Even
+    harmonics alone do not tell a direction from the opposite one.
     """
     grid = _square(_ORIENTATION_SIDE, _ORIENTATION_STEP, blobs.points)
     weight = torch.exp(-grid.square().sum(0) / (2 * _ORIENTATION_SIGMA**2))
@@ -206,10 +207,13 @@ def dominant_orientation(space: ScaleSpace, blobs: Blobs) -> Tensor:
                 torch.addcmul(real * cosine, imaginary, sine, value=-1),
                 torch.addcmul(real * sine, imaginary, cosine),
             )
+        if unsigned and m % 2:
+            continue
         smoothing = math.exp(-((m * _SMOOTHING) ** 2) / 2)
         harmonics += [smoothing * real.sum(-1), smoothing * imaginary.sum(-1)]
     angle = torch.arange(_ANGLES, device=real.device, dtype=real.dtype) * (2 * math.pi / _ANGLES)
-    waves = [wave(m * angle) for m in range(1, _HARMONICS + 1) for wave in (torch.cos, torch.sin)]
+    kept = range(2, _HARMONICS + 1, 2) if unsigned else range(1, _HARMONICS + 1)
+    waves = [wave(m * angle) for m in kept for wave in (torch.cos, torch.sin)]
     density = torch.stack(harmonics, -1) @ torch.stack(waves)  # (B, K, 72)
     best = density.argmax(-1, keepdim=True)
     before, top, after = (density.gather(-1, (best + step) % _ANGLES).squeeze(-1) for step in (-1, 0, 1))
@@ -220,13 +224,20 @@ def dominant_orientation(space: ScaleSpace, blobs: Blobs) -> Tensor:
     return (best.squeeze(-1) + offset) * (2 * math.pi / _ANGLES)
 
 
-def describe(space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Tensor:
+def describe(
+    space: ScaleSpace, blobs: Blobs, orientation: Tensor | None, *, unsigned: bool = False
+) -> Tensor:
     """What the gradients around every keypoint look like, (B, K, 128), unit length; 0 where not valid.
+
+    ``unsigned`` directions, modulo π, are the same where the contrast is reversed: (B, K, 64). An orientation is
+    then known modulo π too: of every cell and the one opposite the sum and the difference's size are kept, which
+    half a turn does not change.
 
     Args:
         space: as given to :func:`detect_blobs`.
         blobs: the keypoints.
         orientation: (B, K) radians, or ``None`` for upright descriptors, which tell more where nothing is rotated.
+        unsigned: directions modulo π.
     """
     reach = (_CELLS + 1) * _CELL_WIDTH  # linear ramps end a cell's width beyond the outermost centres
     x, y = grid = _square(_SAMPLES, reach / _SAMPLES, blobs.points)
@@ -262,6 +273,13 @@ def describe(space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Ten
     histogram = F.normalize(histogram, dim=-1).clamp(max=_CLAMP)
     shares = F.normalize(histogram, p=1, dim=-1)
     # sqrt has no slope at 0, where most of the shares are
+    if unsigned:
+        shares = shares.unflatten(-1, (_CELLS**2, 2, _DIRECTIONS // 2)).sum(-2)  # type: ignore[no-untyped-call]
+        if orientation is not None:
+            one, other = shares.chunk(2, -2)
+            other = other.flip(-2)
+            shares = torch.cat((one + other, (one - other).abs()), -2)
+        shares = shares.flatten(-2)
     root = torch.where(shares > 0, torch.where(shares > 0, shares, 1.0).sqrt(), 0.0)
     return F.normalize(root, dim=-1) * blobs.valid.unsqueeze(-1)
 

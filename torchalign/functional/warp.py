@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from torchalign._check import check_floating, check_option, message
+from torchalign._check import check_fill, check_floating, check_option, message
 from torchalign._host import all_finite, all_true, empty_on_host, kernels_for, may_read
 from torchalign.functional.sampling import Gather, Lines, PaddingMode, Positions, Sampler, Slices
 from torchalign.functional.shift_field import field_at, is_zero
@@ -276,6 +276,7 @@ def _check_device(name: str, tensor: Tensor, cube: Tensor) -> None:
 def _check_options(cube: Tensor, interpolation: str, padding_mode: str, fill_value: float | None) -> None:
     check_option("interpolation", interpolation, Interpolation)
     check_option("padding_mode", padding_mode, PaddingMode)
+    check_fill("fill_value", fill_value)
     if fill_value is None or cube.dtype.is_floating_point:
         return
     lowest, highest = (0, 1) if cube.dtype == torch.bool else _integer_range(cube.dtype)

@@ -208,6 +208,8 @@ class SIFT(Extractor):
         max_num_keypoints: K.
         upright: descriptors are not rotated to the dominant orientation. They are more distinctive where frames
             are not rotated against each other by more than some 15°.
+        unsigned: directions of gradients modulo π: descriptors, of 64 numbers, do not change where the contrast is
+            reversed. For pairs of different sensors.
 
     Example:
         >>> frame = torch.rand(1, 96, 96, generator=torch.Generator().manual_seed(0))
@@ -216,9 +218,12 @@ class SIFT(Extractor):
         (torch.Size([1, 64, 2]), torch.Size([1, 64, 128]), True)
     """
 
-    def __init__(self, max_num_keypoints: int = 1024, *, upright: bool = False) -> None:
+    def __init__(
+        self, max_num_keypoints: int = 1024, *, upright: bool = False, unsigned: bool = False
+    ) -> None:
         super().__init__(max_num_keypoints)
         self.upright = upright
+        self.unsigned = unsigned
 
     def extract(self, image: Tensor, usable: Tensor | None, empty: Tensor) -> Features:
         """See :meth:`Extractor.extract`."""
@@ -226,7 +231,7 @@ class SIFT(Extractor):
         blobs = detect_blobs(space, usable, self.max_num_keypoints)
         count = count_valid_rows(blobs.valid)
         blobs = each_field(blobs, lambda field: field[:, :count])
-        orientation = None if self.upright else dominant_orientation(space, blobs)
+        orientation = None if self.upright else dominant_orientation(space, blobs, unsigned=self.unsigned)
         descriptors = self._describe(image, space, blobs, orientation)
         if orientation is None:
             orientation = torch.zeros_like(blobs.sigma)
@@ -235,11 +240,11 @@ class SIFT(Extractor):
 
     def _describe(self, image: Tensor, space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Tensor:
         """Unit descriptors (B, K, D) of keypoints, without an orientation upright."""
-        return describe(space, blobs, orientation)
+        return describe(space, blobs, orientation, unsigned=self.unsigned)
 
     def extra_repr(self) -> str:
         """The options."""
-        return f"{super().extra_repr()}, upright={self.upright}"
+        return f"{super().extra_repr()}, upright={self.upright}, unsigned={self.unsigned}"
 
 
 class DoGHardNet(SIFT):
