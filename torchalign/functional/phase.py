@@ -187,7 +187,8 @@ def phase_correlation(
     inliers, effective, holes = None, window, None
     if robust:
         same = agreement(grid.move(spectrum, shift), reference.field * window, vector=vector)
-        inliers, own, effective = pair.weights_at(shift, same)
+        windows = pair.tapering.common(-shift), pair.tapering.common(shift)
+        inliers, own, effective = pair.weights_at(shift, same, windows)
         spectrum, still, power = pair.correlate(own, effective)
         if not vector and upsample_factor is None:
             holes = pair.holes()
@@ -207,7 +208,7 @@ def phase_correlation(
         quality, misfit = found.quality.with_misfit(pulls)
         found = found._replace(quality=quality)
     if holes is not None:
-        divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same)
+        divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same, windows)
         found = found._replace(
             shift=torch.where(holes[..., None], divided, found.shift),
             step=torch.where(holes, step, found.step),
@@ -570,7 +571,9 @@ class _Pair(NamedTuple):
         power = cross_power(spectrum, reference, self.grid.radius, self.grid.max_frequency, self.weighting)
         return spectrum, reference, power.sum(0) if self.moving.is_vector else power
 
-    def weights_at(self, shift: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def weights_at(
+        self, shift: Tensor, same: Tensor, windows: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Where both show the same ground, over the reference; and the weights of the two that lie on it."""
         grid = self.grid
         inliers = same
@@ -580,8 +583,7 @@ class _Pair(NamedTuple):
         if self.moving.weights is not None:
             inliers = inliers * grid.move(rfft2(self.moving.weights), shift).clamp(0, 1)
         # each frame gets the window, and the weights, of the ground that both see
-        own = self.tapering.common(-shift) * grid.move(rfft2(inliers), -shift)
-        return inliers, own, self.tapering.common(shift) * inliers
+        return inliers, windows[0] * grid.move(rfft2(inliers), -shift), windows[1] * inliers
 
     def holes(self) -> Tensor | None:
         """(...,) bool: the pairs of which one has a hole, and around them enough is left; ``None``: none can have.
@@ -593,8 +595,8 @@ class _Pair(NamedTuple):
         for texture in (self.moving, self.reference):
             if texture.cover is None or texture.weights is None:
                 continue
-            some = texture.cover.mean((-2, -1)) < 1 - _LEAST_HOLES
-            left = texture.cover.mean((-2, -1)) >= _LEAST_COVER * texture.weights.mean((-2, -1))
+            share = texture.cover.mean((-2, -1))
+            some, left = share < 1 - _LEAST_HOLES, share >= _LEAST_COVER * texture.weights.mean((-2, -1))
             found = some if found is None else found | some
             enough = left if enough is None else enough & left
         return None if found is None or enough is None else found & enough
@@ -660,7 +662,7 @@ def _settled(shift: Tensor) -> Tensor:
 
 
 def _refine_divided(
-    pair: _Pair, start: Tensor, together: Tensor, same: Tensor
+    pair: _Pair, start: Tensor, together: Tensor, same: Tensor, windows: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The peak of the correlation divided by the overlap of the weights: holes, however regular, do not pull.
 
@@ -675,12 +677,13 @@ def _refine_divided(
         start: (..., 2), near the peak.
         together: (..., 2), the shift at which ``same`` was told.
         same: (..., h, w), weights over the reference.
+        windows: (..., h, w) each, of the ground in common, over the frame and over the reference.
 
     Returns:
         The shift (..., 2); the length of the last step; and whether the curvature there is that of a maximum.
     """
     grid = pair.grid
-    spectra = rfft2(_divided_fields(pair, together, same))  # (2, 3, ..., h, w//2+1)
+    spectra = rfft2(_divided_fields(pair, together, same, windows))  # (2, 3, ..., h, w//2+1)
     kernels = kernels_for(spectra, start)
     if kernels is not None:
         climbed = kernels.climb_divided(spectra, grid.frequencies, start, _NEWTON_STEPS + 2)
@@ -694,11 +697,10 @@ def _refine_divided(
     return _settled(shift + step), step.detach().norm(dim=-1), curved
 
 
-def _divided_fields(pair: _Pair, together: Tensor, same: Tensor) -> Tensor:
+def _divided_fields(pair: _Pair, together: Tensor, same: Tensor, windows: tuple[Tensor, Tensor]) -> Tensor:
     """(2, 3, ..., h, w): of the moving frame and of the reference what each of the three sums correlates."""
     inliers = same.clamp(min=torch.finfo(same.dtype).tiny).sqrt()
     moved = pair.grid.move(rfft2(inliers), -together)
-    windows = pair.tapering.common(-together), pair.tapering.common(together)
     covers = pair.moving.cover, pair.reference.cover
     first, second = (
         texture.field if texture.detail is None else texture.detail

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchalign._host import keeps_tables
+from torchalign._host import keeps_tables, kernels_for
 from torchalign.functional.fourier import irfft2, shift_phase
 from torchalign.functional.smoothing import block_sums
 from torchalign.functional.working_grid import WorkingGrid
@@ -178,10 +178,17 @@ def block_pulls(moving: Tensor, reference: Tensor, shift: Tensor, grid: WorkingG
     Returns:
         (..., 2, n), in units of the sum over all frequencies.
     """
-    own = shift_phase(moving, grid.frequencies, -shift)
     root, by_x, by_y = _rooted_slopes(grid.frame, grid.size, grid.max_frequency, like=grid.radius)
-    both = own + reference
-    fields = irfft2(torch.stack(((own - reference) * root, both * by_x, both * by_y), -3), grid.size)
+    kernels = kernels_for(moving, reference, shift)
+    if kernels is not None:
+        spectra = kernels.pulls(
+            moving, reference, grid.frequencies, -shift, root, grid.size[0] * grid.size[1]
+        )
+    else:
+        own = shift_phase(moving, grid.frequencies, -shift)
+        both = own + reference
+        spectra = torch.stack(((own - reference) * root, both * by_x, both * by_y), -3)
+    fields = irfft2(spectra, grid.size)
     return parts_of(fields[..., :1, :, :] * fields[..., 1:, :, :]).flatten(-2)
 
 
