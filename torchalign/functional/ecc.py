@@ -1118,13 +1118,15 @@ def _differentiate(spectrum: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tensor]
     """(..., n) twice, the derivatives of a field by x and y, per half of the frame."""
     by_x, by_y = (
         irfft2(spectrum * slope, grid.size).flatten(-2)
-        for slope in _slopes(grid.frame, grid.size, like=grid.radius)
+        for slope in _derivatives_along(grid.frame, grid.size, like=grid.radius)
     )
     return by_x, by_y
 
 
 @keeps_tables
-def _slopes(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
+def _derivatives_along(
+    frame: tuple[int, int], size: tuple[int, int], *, like: Tensor
+) -> tuple[Tensor, Tensor]:
     """(w//2+1,) and (h, 1): iω, per half of the frame."""
     y, x = WorkingGrid.of(frame, size, 0.5, like).frequencies
     omega_x, omega_y = (2 * math.pi * half_length(frame) * frequency for frequency in (x, y[:, None]))

@@ -18,7 +18,7 @@ _BLOCK = 512
 
 
 @triton.jit
-def _overlap(
+def _overlap_of_weights(
     weights, rows, columns, half_y, half_x, COMPUTE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr
 ):
     """functional.uncertainty.overlap_curvature, and how many bins the window's spectrum correlates."""
@@ -152,7 +152,7 @@ def assess_frames(
     wxx = -tl.sum(c20, 0)
     wyy = -tl.sum(c02, 0)
     wxy = -tl.sum(c11, 0)
-    kxx, kyy, kxy, correlated = _overlap(
+    kxx, kyy, kxy, correlated = _overlap_of_weights(
         weights + frame * rows * columns, rows, columns, tl.cast(half_y, COMPUTE), tl.cast(half_x, COMPUTE),
         COMPUTE, TINY, BLOCK,
     )  # fmt: skip
@@ -247,14 +247,11 @@ def assess(
         return None
     parts = torch.view_as_real(power.resolve_conj())
     lead = power.shape[:-2]
-    places = torch.stack(torch.broadcast_tensors(shift, together)).to(parts.dtype)  # type: ignore[no-untyped-call]
+    places = torch.stack(torch.broadcast_tensors(shift, together)).to(parts.dtype)
     found = _assess(
         parts, *frequencies, places, weights.expand(*lead, *weights.shape[-2:]), list(spacing), list(limits)
     )
-    covariance, inverse = (
-        found[..., first : first + 4].unflatten(-1, (2, 2))  # type: ignore[no-untyped-call]
-        for first in (2, 9)
-    )
+    covariance, inverse = (found[..., first : first + 4].unflatten(-1, (2, 2)) for first in (2, 9))
     return found[..., :2], (covariance, found[..., 6], found[..., 7], found[..., 8], inverse)
 
 
