@@ -195,9 +195,11 @@ def phase_correlation(
         power, still = _without_stripes(power, still, grid, shift, fixed_at)
     together = shift if robust else torch.zeros_like(shift)
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
-    if vector:  # most of their power is in a few low frequencies: the peak of the surface tells chance from ground
-        height = torch.full_like(found.quality.height, torch.inf)
-        found = found._replace(quality=found.quality._replace(height=height))
+    if (
+        vector
+    ):  # most of their power is in a few low frequencies: the peak of the surface tells chance from ground
+        beyond_doubt = torch.full_like(found.quality.height, torch.inf)
+        found = found._replace(quality=found.quality._replace(height=beyond_doubt))
     ambiguous = found.quality.ambiguous
     misfit = torch.zeros_like(found.quality.height)
     if not vector and weighting == "ramp":
