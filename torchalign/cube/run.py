@@ -38,7 +38,7 @@ from torchalign.functional.warp import Interpolation, PaddingMode, Resampled, re
 from torchalign.lgm import LGM
 from torchalign.local import Local
 from torchalign.pcc import PCC
-from torchalign.types import Estimate, ShiftField
+from torchalign.types import Estimate, ShiftField, Status
 
 __all__ = [
     "ALIGNERS",
@@ -349,8 +349,10 @@ def _measure_again(
     remaining = phase_correlation(moving, still, moving_usable, still_usable, contrast=contrast)
     measured = found.valid & remaining.converged & ~remaining.flat & ~remaining.outside
     apart = misfit(moving, still, moving_usable, still_usable, contrast=contrast)
+    # it may be why a frame is ambiguous, and does not depend on where the whole lies
+    told = found.valid | (found.status == int(Status.AMBIGUOUS))
     return Remaining(
-        remaining.shift.masked_fill(~measured[:, None], torch.nan), apart.masked_fill(~found.valid, torch.nan)
+        remaining.shift.masked_fill(~measured[:, None], torch.nan), apart.masked_fill(~told, torch.nan)
     )
 
 
