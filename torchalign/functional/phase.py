@@ -197,9 +197,8 @@ def phase_correlation(
         power = _without_stripes(power, grid, shift)
     together = shift if robust else torch.zeros_like(shift)
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
-    if (
-        vector
-    ):  # most of their power is in a few low frequencies: the peak of the surface tells chance from ground
+    if vector:
+        # most of their power is in few low frequencies: the peak of the surface tells chance from ground
         height = torch.full_like(found.quality.height, torch.inf)
         found = found._replace(quality=found.quality._replace(height=height))
     ambiguous = found.quality.ambiguous
