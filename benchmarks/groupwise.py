@@ -233,8 +233,51 @@ def run_long(frames: int = 2000, size: int = 256, chunk: int = 50) -> dict[str, 
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """For benchmarks/README.md."""
-    rows = [
+    """For benchmarks/README.md: of the parts that were run."""
+    found = [described(results)]
+    if "kinds" in results:
+        count = len(next(iter(results["kinds"].values()))["p95 by series"])
+        header = [
+            "series",
+            "method",
+            "median",
+            "p95",
+            "worst p95",
+            "> 0.5 px",
+            "accepted",
+            "in 1 σ",
+            "in 2 σ",
+        ]
+        found += [
+            f"{count} series of each kind, from seed {results['first seed']} on; errors in pixels:",
+            table([*header, "z rms", "CPU s"], kind_rows(results["kinds"])),
+        ]
+    if "archive" in results:
+        archive = results["archive"]
+        found.append(
+            f"An archive that grows: {archive['frames']} new frames, {archive['median']:.3f} / {archive['p95']:.3f} px "
+            "(median / p95) from where they lie if all is solved anew."
+        )
+    if "real" in results:
+        real = results["real"]
+        header = ["parts", "no reference", "median", "no reference, common dates", "one date, best / median"]
+        found += [
+            f"Real Sentinel-2 NDVI: {real['clear dates accepted']} of {real['clear dates']} clear dates accepted, "
+            f"{real['overcast dates accepted']} overcast ones. What parts of the frame disagree by, in pixels:",
+            table([*header, "one date is better"], real_rows(real)),
+        ]
+    if "long" in results:
+        long = results["long"]
+        found.append(
+            f"{long['frames']:,} frames of {long['size']}², lazy: {long['accepted']:,} accepted, "
+            f"{long['CPU seconds']:.0f} s on one core, {long['GB']:.2f} GB for the whole process "
+            f"({long['GB before']:.2f} before)."
+        )
+    return "\n\n".join(found)
+
+
+def kind_rows(kinds: Mapping[str, Any]) -> list[list[str]]:
+    return [
         [
             kind,
             name,
@@ -248,13 +291,14 @@ def report(results: Mapping[str, Any]) -> str:
             f"{row['z rms']:.2f}",
             f"{row['seconds']:.2f}",
         ]
-        for kind, methods in results["kinds"].items()
+        for kind, methods in kinds.items()
         for name, row in methods.items()
         if name != "p95 by series"
     ]
-    header = ["series", "method", "median", "p95", "worst p95", "> 0.5 px", "accepted", "in 1 σ", "in 2 σ"]
-    archive, real, long = (results[part] for part in PARTS[1:])
-    cuts = [
+
+
+def real_rows(real: Mapping[str, Any]) -> list[list[str]]:
+    return [
         [
             name,
             f"{cut['no reference']:.3f}",
@@ -266,31 +310,6 @@ def report(results: Mapping[str, Any]) -> str:
         for name, cut in real.items()
         if isinstance(cut, Mapping)
     ]
-    count = len(results["kinds"]["seasons"]["p95 by series"])
-    return "\n\n".join(
-        [
-            f"{count} series of each kind, from seed {results['first seed']} on; pixels. {described(results)}",
-            table([*header, "z rms", "CPU s"], rows),
-            f"An archive that grows: {archive['frames']} new frames, {archive['median']:.3f} / {archive['p95']:.3f} px "
-            "(median / p95) from where they lie if all is solved anew.",
-            f"Real Sentinel-2 NDVI: {real['clear dates accepted']} of {real['clear dates']} clear dates accepted, "
-            f"{real['overcast dates accepted']} overcast ones. What parts of the frame disagree by, in pixels:",
-            table(
-                [
-                    "parts",
-                    "no reference",
-                    "median",
-                    "no reference, common dates",
-                    "one date, best / median",
-                    "one date is better",
-                ],
-                cuts,
-            ),
-            f"{long['frames']:,} frames of {long['size']}², lazy: {long['accepted']:,} accepted, "
-            f"{long['CPU seconds']:.0f} s on one core, {long['GB']:.2f} GB for the whole process "
-            f"({long['GB before']:.2f} before).",
-        ]
-    )
 
 
 def main() -> None:

@@ -350,8 +350,8 @@ def run_real() -> dict[str, Any]:
     closures: dict[str, list[float]] = {"global": [], "local": []}
     lost = fields = 0
     aligners = {"global": ta.PCC(), "local": ta.Cascade(ta.PCC(), ta.Local())}
-    for first, gap in [(first, gap) for gap in (2, 5, 8) for first in range(len(cube) - 2 * gap)]:
-        one, two, three = cube[first : first + 2 * gap + 1 : gap]
+    triples = [cube[first::gap][:3] for gap in (2, 5, 8) for first in range(len(cube) - 2 * gap)]
+    for one, two, three in triples:
         pairs = ((two, one), (three, two), (three, one))
         found = {
             name: [aligner.estimate(moving[None], still) for moving, still in pairs]
@@ -383,41 +383,53 @@ def run_real() -> dict[str, Any]:
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """For benchmarks/README.md."""
-    rows = []
-    for name, methods in results["rows"].items():
-        own = methods["Local"]
-        sure = (
-            f"{pixels(own['sure_median'])} / {pixels(own['sure_p95'])} ({own['share']:.0%})"
-            if "share" in own
-            else "–"
-        )
-        z = f"{own['within_1']:.0%} / {own['within_2']:.0%}" if "share" in own else "–"
-        both = [f"{pixels(result['median'])} / {pixels(result['p95'])}" for result in methods.values()]
-        rows.append([name, both[0], both[1], sure, z, *both[2:]])
-    names = list(next(iter(results["rows"].values())))
-    header = ["field", names[0], f"**{names[1]}**", "its σ < 0.05 px (share)", "within 1 / 2 σ", *names[2:]]
-    scale, large, real = results["scale"], results["large"], results["real"]
-    frames = ", ".join(
-        f"{value:.1f} for {name.split(' ')[0]}" for name, value in scale.items() if "128²" in name
-    )
-    return "\n\n".join(
-        [
+    """For benchmarks/README.md: of the parts that were run."""
+    found = [described(results)]
+    if "rows" in results:
+        found += [
             f"{results['frames']} frames a row from seed {results['first seed']} on (4 for the methods of others); px, "
-            f"median / p95 over clear pixels. {described(results)}",
-            table(header, rows),
+            "median / p95 over clear pixels.",
+            table(*row_table(results["rows"])),
+        ]
+    if "scale" in results:
+        scale = results["scale"]
+        many = [f"{value:.1f} of {name.split(' ')[0]}" for name, value in scale.items() if "128²" in name]
+        found.append(
             f"A frame of 256² takes {scale['Local, ms']:.0f} ms on one thread, PCC before it included, "
             f'{scale["Local, ms"] / scale["ECC affine, ms"]:.1f} times as long as `ECC(motion="affine")`. '
-            f"Milliseconds a frame of 128², of many at once: {frames} frames.",
+            f"Milliseconds a frame of 128²: {', '.join(many)} at once."
+        )
+    if "large" in results:
+        large = results["large"]
+        apart = f"{pixels(large['apart at borders, median'])} / {pixels(large['apart at borders, p95'])}"
+        found.append(
             f"One frame of 2048²: {large['2048², s']:.0f} s of CPU; of 4096², in {large['tiles']} tiles: "
-            f"{large['4096², s']:.0f} s. Around the tiles' borders its field is "
-            f"{pixels(large['apart at borders, median'])} / {pixels(large['apart at borders, p95'])} px (median / p95) from "
-            "that of one window around them.",
+            f"{large['4096², s']:.0f} s. Around the tiles' borders its field is {apart} px (median / p95) from that of "
+            "one window around them."
+        )
+    if "real" in results:
+        real = results["real"]
+        found.append(
             f"Real Sentinel-2 NDVI, {real['triangles']} triangles of clear dates: they close to {real['global']:.3f} px "
             f"with PCC, to {real['local']:.3f} px with Local; in {real['with a field']} of them a pair asks for a field. "
-            f"{real['pairs with a lower score']} pairs lose score.",
-        ]
-    )
+            f"{real['pairs with a lower score']} pairs lose score."
+        )
+    return "\n\n".join(found)
+
+
+def row_table(rows: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    lines = []
+    for name, methods in rows.items():
+        own = methods["Local"]
+        sure = z = "–"
+        if "share" in own:
+            sure = f"{pixels(own['sure_median'])} / {pixels(own['sure_p95'])} ({own['share']:.0%})"
+            z = f"{own['within_1']:.0%} / {own['within_2']:.0%}"
+        both = [f"{pixels(result['median'])} / {pixels(result['p95'])}" for result in methods.values()]
+        lines.append([name, both[0], both[1], sure, z, *both[2:]])
+    names = list(next(iter(rows.values())))
+    header = ["field", names[0], f"**{names[1]}**", "its σ < 0.05 px (share)", "within 1 / 2 σ", *names[2:]]
+    return header, lines
 
 
 def main() -> None:

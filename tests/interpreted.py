@@ -423,7 +423,7 @@ def test_a_peak_assessed_and_divided(dtype, shared, by_torch):
         strict=True,
     ):
         torch.testing.assert_close(own, other, rtol=tolerance, atol=tolerance)
-    _, power = by_torch(pair.correlate, pair.tapering.whole, same)
+    *_, power = by_torch(pair.correlate, pair.tapering.whole, same)
     power[1] = 0  # nothing to climb
     found = phase._refine_plain(power, same, together, together + 0.1, grid, None)
     other = by_torch(phase._refine_plain, power, same, together, together + 0.1, grid, None)

@@ -3,6 +3,7 @@
     python tests/mutate.py                    # all, some ten minutes on a quiet core
     python tests/mutate.py --only 'gate-*'    # some, by name
     python tests/mutate.py --list
+    python tests/mutate.py --texts            # are the old texts there? in a second
 
 The package, the tests and their configuration are copied to a temporary folder; the tree is never touched. One
 mutation at a time is applied there, the tests that must notice it are run, and the file is put back. Python, torch
@@ -171,8 +172,8 @@ MUTATIONS = [
     ),
     Mutation(
         "window-ramp", "functional/working_grid.py",
-        "ramp = max(0.5 * taper * length, min(_LEAST_RAMP, 0.25 * length))",
-        "ramp = max(taper * length, min(_LEAST_RAMP, 0.25 * length))",
+        "return max(0.5 * taper * length, min(_LEAST_RAMP, 0.25 * length))",
+        "return max(taper * length, min(_LEAST_RAMP, 0.25 * length))",
         f"{_F}/test_working_grid.py",
     ),
     Mutation(
@@ -233,14 +234,14 @@ MUTATIONS = [
     ),
     Mutation(
         "phase-mixed-term", "functional/phase.py",
-        "step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1)",
-        "step = torch.stack([-hxy * gy - hyy * gx, -hxy * gx - hxx * gy], dim=-1)",
+        "- hxy.square(), 1.0)\n    step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1)",
+        "- hxy.square(), 1.0)\n    step = torch.stack([-hxy * gy - hyy * gx, -hxy * gx - hxx * gy], dim=-1)",
         f"{_F}/test_phase.py -k 'refine_peak or gradients_are'",
     ),
     Mutation(
         "phase-exact-zero", "functional/phase.py",
-        "none = shift.detach().abs() < 64 * torch.finfo(shift.dtype).eps",
-        "none = shift.detach().abs() < 0",
+        "none = fixed.abs() < 64 * torch.finfo(shift.dtype).eps",
+        "none = fixed.abs() < 0",
         f"{_CONTRACT} -k 'identical_frames and PCC'",
     ),
     Mutation(
@@ -261,7 +262,7 @@ MUTATIONS = [
     ),
     Mutation(
         "texture-flat", "functional/texture.py",
-        "flat = (scale <= noise) | empty | ~torch.isfinite(scale)", "flat = empty | ~torch.isfinite(scale)",
+        "flat = ~((scale > noise) & (scale < torch.inf)) | empty", "flat = ~(scale < torch.inf) | empty",
         f"{_F}/test_phase.py -k flat",
     ),
     Mutation(
@@ -299,8 +300,8 @@ MUTATIONS = [
     ),
     Mutation(
         "structure-single-angle", "functional/structure.py",
-        "torch.stack(((gx.square() - gy.square()) * length, 2 * gx * gy * length))",
-        "torch.stack(((gx.square() - gy.square()) * length, gx * gy * length))",
+        "torch.stack(((xx - yy) * length, 2 * x * y * length))",
+        "torch.stack(((xx - yy) * length, x * y * length))",
         f"{_F}/test_structure.py -k 'angle or scipy'",
     ),
     # --- functional/quality, uncertainty ---
@@ -345,8 +346,8 @@ MUTATIONS = [
     ),
     Mutation(
         "gate-min-score", "functional/quality.py",
-        "low = result.valid & (result.score < min_score)",
-        "low = result.valid & (result.score_before < min_score)",
+        "(status == 0) & (result.score < min_score)",
+        "(status == 0) & (result.score_before < min_score)",
         f"{_F}/test_quality.py -k min_score",
     ),
     Mutation(
@@ -361,8 +362,8 @@ MUTATIONS = [
     ),
     Mutation(
         "sigma-smaller-axis", "functional/uncertainty.py",
-        "return (0.5 * (a + b) + torch.hypot(0.5 * (a - b), c))",
-        "return (0.5 * (a + b) - torch.hypot(0.5 * (a - b), c))",
+        "return (0.5 * (a + b) + torch.hypot(apart, c))",
+        "return (0.5 * (a + b) - torch.hypot(apart, c))",
         f"{_F}/test_quality.py -k 'largest_sigma'",
     ),
     # --- functional/ecc ---
@@ -383,7 +384,7 @@ MUTATIONS = [
     ),
     Mutation(
         "ecc-significance", "functional/ecc.py",
-        "converged = sound & (state.reach <= tolerance) & (significance >= _MIN_SIGNIFICANCE)",
+        "converged = sound & (state.reach <= tolerance) & (significance >= least)",
         "converged = sound & (state.reach <= tolerance)",
         f"{_F}/test_enhanced_correlation.py -k unrelated",
     ),
@@ -544,8 +545,54 @@ MUTATIONS = [
         f"{_F}/test_keypoints.py -k quadratics",
     ),
     Mutation(
+        "trust-misfit", "functional/uncertainty.py",
+        "return self._replace(covariance=self.covariance + misfit), trace(misfit)",
+        "return self._replace(covariance=self.covariance), trace(misfit)",
+        "tests/test_trust.py -k 'motion_that_the_model_lacks and PCC'",
+    ),
+    Mutation(
+        "trust-misfit-of-ecc", "functional/ecc.py",
+        "    covariance = covariance + misfit\n", "",
+        "tests/test_trust.py -k the_misfit_of_ecc",
+    ),
+    Mutation(
+        "trust-chance", "functional/uncertainty.py",
+        "(_MISFIT * _BEYOND_CHANCE) ** 2 * (chance / found)", "0.0",
+        "tests/test_trust.py -k pulls_of_blocks",
+    ),
+    Mutation(
+        "trust-pulls", "functional/uncertainty.py",
+        "(own - reference) * root", "own * root",
+        "tests/test_trust.py -k pulls_of_blocks",
+    ),
+    Mutation(
+        "trust-stripes-by-their-phase", "functional/phase.py",
+        "torch.addcmul(line.imag * angle.cos(), line.real, angle.sin())", "line.imag",
+        "tests/test_trust.py -k weak_stripes",
+    ),
+    Mutation(
+        "trust-stripes-of-moved-frames", "lgm.py",
+        "fixed_at=-whole", "fixed_at=None",
+        "tests/test_trust.py -k weak_stripes",
+    ),
+    Mutation(
+        "gate-parts-that-disagree", "functional/quality.py",
+        "result.valid & distorted", "result.valid & ~result.valid",
+        "tests/test_trust.py -k model_lacks",
+    ),
+    Mutation(
+        "gate-a-shift-after-a-shift", "functional/quality.py",
+        "apart = apart | parts_disagree(motions[number - 1])", "pass",
+        "tests/test_trust.py -k from_where_a_translation",
+    ),
+    Mutation(
+        "gate-shifts-that-disagree", "functional/quality.py",
+        "result, lost = _widened(result, extra)", "lost = result.valid & False",
+        "tests/test_trust.py -k two_shifts",
+    ),
+    Mutation(
         "keypoints-plateau", "functional/keypoints.py",
-        "return scores > _largest(columns)", "return scores >= _largest(columns)",
+        "return scores > torch.maximum(others", "return scores >= torch.maximum(others",
         f"{_F}/test_keypoints.py -k 'plateaus'",
     ),
     Mutation(
@@ -629,7 +676,8 @@ MUTATIONS = [
     ),
     Mutation(
         "pcc-max-sigma", "pcc.py",
-        "sure = found.converged & (found.sigma <= self.max_sigma)", "sure = found.converged",
+        "sure = found.converged & (found.sigma.square() - found.misfit <= self.max_sigma**2)",
+        "sure = found.converged",
         "tests/test_pcc.py -k max_sigma",
     ),
     Mutation(
@@ -660,7 +708,7 @@ MUTATIONS = [
     ),
     Mutation(
         "lgm-too-far", "lgm.py",
-        "too_far = beyond & clearly & (far_evidence >= _LEAST_EVIDENCE[motion])",
+        "too_far = beyond & clearly & (far_evidence >= _LEAST_EVIDENCE)",
         "too_far = beyond & clearly & (far_evidence >= 1e9)",
         "tests/test_lgm.py -k half_a_frame",
     ),
@@ -677,7 +725,7 @@ MUTATIONS = [
     ),
     Mutation(
         "lgm-too-few", "lgm.py",
-        "status = torch.where(evidence >= _LEAST_EVIDENCE[motion], status, int(Status.TOO_FEW_MATCHES))",
+        "status = torch.where(evidence >= _LEAST_EVIDENCE, status, int(Status.TOO_FEW_MATCHES))",
         "pass",
         "tests/test_lgm.py -k other_places",
     ),
@@ -706,7 +754,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cascade-inliers-of-another-crop", "cascade.py",
-        "inliers=motion.inliers if own.is_over(block) else None,", "inliers=motion.inliers,",
+        "inliers=motion.inliers if own.is_over(block) else None", "inliers=motion.inliers",
         "tests/test_ecc.py -k inliers_of_another",
     ),
     Mutation(
@@ -717,8 +765,8 @@ MUTATIONS = [
     # --- labelled cubes ---
     Mutation(
         "run-padding-of-the-residual", "cube/run.py",
-        'found.warp, interpolation="nearest", padding_mode="zeros").values.squeeze(1) > 0',
-        'found.warp, interpolation="nearest", padding_mode="border").values.squeeze(1) > 0',
+        '{"interpolation": "nearest", "padding_mode": "zeros", "field": found.field}',
+        '{"interpolation": "nearest", "padding_mode": "border", "field": found.field}',
         "tests/test_series.py -k 'left_is_measured or borders'",
     ),
     Mutation(
@@ -772,8 +820,8 @@ MUTATIONS = [
     ),
     Mutation(
         "grid-origin-sign", "cube/georeference.py",
-        "return change_origin(rescaled, (float(origin[0]), float(origin[1]))).to(warp.dtype)",
-        "return change_origin(rescaled, (-float(origin[0]), -float(origin[1]))).to(warp.dtype)",
+        "return change_origin(rescale_warp(warp.double(), scale), origin).to(warp.dtype)",
+        "return change_origin(rescale_warp(warp.double(), scale), (-origin[0], -origin[1])).to(warp.dtype)",
         "tests/test_series.py -k grids_of_any",
     ),
     Mutation(
@@ -846,14 +894,14 @@ MUTATIONS = [
     ),
     Mutation(
         "xr-own-georeference", "xr.py",
-        'moved = datacube.copy(data=values.astype(np.bool_) if is_bool else values)',
-        'moved = datacube.copy(data=values)',
+        'return moved if codes is datacube else moved.copy(data=moved.data.astype(datacube.dtype))',
+        'return moved',
         "tests/test_series.py -k classes_stay",
     ),
     Mutation(
         "xr-valid-frames", "xr.py",
-        "return Found(torch.from_numpy(warp), torch.from_numpy(status) == 0)",
-        "return Found(torch.from_numpy(warp), torch.from_numpy(status) >= 0)",
+        'return Found(told["warp"], told["status"] == 0, field)',
+        'return Found(told["warp"], told["status"] >= 0, field)',
         "tests/test_series.py -k next_median",
     ),
 ]  # fmt: skip
@@ -865,6 +913,9 @@ def main() -> int:
     )
     parser.add_argument("--only", action="append", metavar="NAME", help="a name, or a pattern of names")
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
+    parser.add_argument(
+        "--texts", action="store_true", help="look whether the old texts are there, and run nothing"
+    )
     parser.add_argument(
         "--unchecked", action="store_true", help="do not run the tests without the mutation first"
     )
@@ -883,6 +934,10 @@ def main() -> int:
             print(f"{mutation.name:<34}{mutation.file:<32}{mutation.tests}")
         print(f"{len(chosen)} mutations")
         return 0
+    if options.texts:
+        lost = [f"{mutation.name}: {reason}" for mutation in chosen if (reason := _lost(mutation, _TREE))]
+        print(*lost, f"{len(chosen) - len(lost)} of {len(chosen)} are there", sep="\n")
+        return int(bool(lost))
     with tempfile.TemporaryDirectory(prefix="torchalign-mutate-") as folder:
         copy = _copied(Path(folder))
         results = [_tell(mutation, copy, check=not options.unchecked) for mutation in chosen]
@@ -900,11 +955,10 @@ def _tell(mutation: Mutation, copy: Path, *, check: bool) -> str:
 
 def _judge(mutation: Mutation, copy: Path, *, check: bool) -> tuple[str, str]:
     """killed, survived or error; and what there is to say."""
+    if reason := _lost(mutation, copy):
+        return "error", reason
     path = copy / "torchalign" / mutation.file
     text = path.read_text(encoding="utf-8")
-    found = text.count(mutation.old)
-    if found != 1:
-        return "error", f"the old text occurs {found} times in {mutation.file}"
     if check and (code := _unmutated(copy, mutation.tests)):
         return "error", f"without the mutation pytest exits with {code}: {mutation.tests}"
     try:
@@ -920,6 +974,15 @@ def _judge(mutation: Mutation, copy: Path, *, check: bool) -> tuple[str, str]:
         return "killed", f"no end after {_TIMEOUT} s"
     reason = "no test is selected" if code == _NO_TESTS else f"pytest exits with {code}"
     return "error", f"{reason}: {mutation.tests}"
+
+
+def _lost(mutation: Mutation, tree: Path) -> str:
+    """Why it cannot be made; empty where it can."""
+    path = tree / "torchalign" / mutation.file
+    if not path.exists():
+        return f"there is no {mutation.file}"
+    found = path.read_text(encoding="utf-8").count(mutation.old)
+    return "" if found == 1 else f"the old text occurs {found} times in {mutation.file}"
 
 
 @functools.cache

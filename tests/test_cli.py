@@ -743,8 +743,8 @@ def test_files_bands_masks_and_templates(series, tmp_path):
     assert align(cloudy, "-o", tmp_path / "out.nc", "--reference", reference) == 0
     with xr.open_dataset(tmp_path / "out.nc", engine="h5netcdf", mask_and_scale=False) as found:
         whole, _ = ta.align(ta.open_stack(cloudy), "first", "pcc")
-        assert np.array_equal(found["aligned"].values, whole.values)
-        assert found["aligned"].attrs["_FillValue"] == 0
+        assert np.array_equal(found["cube"].values, whole.values)
+        assert found["cube"].attrs["_FillValue"] == 0
 
 
 def test_a_folder_may_be_called_like_a_reference(series, tmp_path, monkeypatch):
@@ -778,9 +778,9 @@ def test_a_lazy_cube_gives_the_same_and_a_page(series, tmp_path, capsys):
         arguments = ("--report", tmp_path / f"{name}.json", "--report", tmp_path / f"{name}.html", *words)
         assert align(frames, "-o", tmp_path / f"{name}.zarr", "--reference", "first", *arguments) == 0
     memory, lazy = (
-        xr.open_dataset(tmp_path / f"{name}.zarr", engine="zarr", mask_and_scale=False)[
-            "aligned"
-        ].values.astype(int)
+        xr.open_dataset(tmp_path / f"{name}.zarr", engine="zarr", mask_and_scale=False)["cube"].values.astype(
+            int
+        )
         for name in ("memory", "lazy")
     )
     assert np.abs(memory - lazy).max() <= 1
@@ -1056,6 +1056,9 @@ def test_large_scenes_by_tiles(series, tmp_path, capsys):
     assert align(folder, "-o", tmp_path / "out", "--large", "--reference", "first", "--mask", clear,
                  "--report", tmp_path / "r.csv", "--report", tmp_path / "r.html", "--no-progress") == 0  # fmt: skip
     assert "3 of 3 frames aligned" in capsys.readouterr().out
+    assert align(folder, "-o", tmp_path / "map", "--large", "--reference", "first",
+                 "--report", tmp_path / "r.geojson") == 0  # fmt: skip
+    assert len(json.loads((tmp_path / "r.geojson").read_text())["features"]) == 3
     report = ta.load_report(tmp_path / "r.csv")
     truth = series[1][:3] - series[1][0]
     np.testing.assert_allclose(np.stack([report.shift_x, report.shift_y], 1), truth, atol=0.05)

@@ -270,7 +270,7 @@ def test_a_stage_beyond_its_limit_hands_nothing_on():
 
 
 class Shifted(ta.PCC):
-    """The same for shifts."""
+    """The same for shifts, which it says are rough: two that are both sure and differ are no agreement."""
 
     def __init__(self, shift, **options):
         super().__init__(**options)
@@ -278,7 +278,14 @@ class Shifted(ta.PCC):
 
     def estimate_motion(self, *arguments):
         motion = super().estimate_motion(*arguments)
-        return motion._replace(warp=translation_warp(self.shift), status=0 * motion.status)
+        rough = torch.full_like(motion.sigma, 2.0)
+        return motion._replace(
+            warp=translation_warp(self.shift),
+            sigma=rough,
+            covariance=None,
+            status=0 * motion.status,
+            distorted=None,
+        )
 
 
 def test_a_stage_with_a_crop_starts_where_the_last_one_arrived():

@@ -10,6 +10,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 import torchalign as ta
@@ -195,3 +196,63 @@ def test_folders(seed, tmp_path):
     aligned, report = ta.align(cube, "first", ALIGNER)
     assert aligned.compute().dtype == cube.dtype
     assert np.isfinite(report.compute().warp.values).all()
+
+
+# --- arguments of another kind ---
+
+STRANGE = (object(), np.zeros(3), b"x", {}, 2.5, xr.DataArray(1))
+
+
+def doors(folder):
+    """Public functions with arguments that they take."""
+    random = np.random.default_rng(0)
+    array = xr.DataArray(
+        random_pixels(random, (2, 2, 16, 16), "float32", None), dims=("time", "band", "y", "x")
+    )
+    array = array.fillna(0).assign_coords(time=np.array(["2020-01-01", "2020-01-02"], "datetime64[ns]"))
+    dataset = array.to_dataset("band").rename_vars({0: "a", 1: "b"})
+    _, report = ta.align(array, "first", ALIGNER)
+    tensor, warp = torch.from_numpy(array.values), torch.eye(2, 3).repeat(2, 1, 1)
+    ta.write_stack(array, folder / "in")
+    dims = dict.fromkeys(("time_dim", "y_dim", "x_dim"))
+    shared = {"mask": None, "device": None, "batch_size": None, "progress": None, "classes": None, **dims}
+    writing = {"overwrite": True, "report": None}
+    reading = {"pattern": "*.tif", "bands": None, "time": None, "errors": "raise", "recursive": False, "grid": None,
+               "resampling": "bilinear"}  # fmt: skip
+    names = {"template": None, "compression": "deflate"}
+    return [
+        (ta.warp, {"cube": tensor, "warp": warp, "interpolation": "bilinear", "padding_mode": "border",
+                   "fill_value": None, "mask": None}),
+        *((ta.align, {"datacube": cube, "reference": "first", "aligner": ALIGNER, "bands": None, "init": None,
+                      "reference_mask": None, "verify": False, **shared}) for cube in (array, dataset)),
+        *((ta.apply, {"datacube": cube, "estimate": report, "mode": "resample", "interpolation": None,
+                      "padding_mode": "border", "fill_value": None, **shared}) for cube in (array, dataset)),
+        (ta.extend, {"datacube": array, "report": report, "archive": array, "aligner": "auto", "sun": None}),
+        (ta.open_stack, {"source": folder / "in", "chunks": None, "keep_empty": False, **reading}),
+        (ta.write_stack, {"cube": array, "folder": folder / "out", "driver": "GTiff", **names, **writing}),
+        (ta.io.write_cube, {"cube": array, "path": folder / "out.nc", "attrs": None, **writing}),
+        (ta.io.align_scenes, {"source": folder / "in", "folder": folder / "large", "reference": "first",
+                              "aligner": ALIGNER, "mask": None, "overwrite": True, "progress": False, **names,
+                              **reading}),
+        (ta.save_report, {"report": report, "path": folder / "report.csv", "overwrite": True}),
+        (ta.load_report, {"path": folder / "report.csv"}),
+        (ta.to_table, {"report": report}),
+        (ta.summarize, {"report": report}),
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_arguments_of_another_kind_are_refused_by_name(tmp_path):
+    raw = []
+    for function, arguments in doors(tmp_path):
+        function(**arguments)
+        for name in arguments:
+            for value in STRANGE:
+                try:
+                    function(**(arguments | {name: value}))
+                except (FileNotFoundError, FileExistsError):
+                    continue
+                except Exception as error:
+                    if not ours(error):
+                        raw.append(f"{function.__name__}({name}={value!r:.30}): {error!r:.120}")
+    assert raw == []

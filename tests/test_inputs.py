@@ -653,6 +653,24 @@ def test_inside_a_zip(tmp_path):
     np.testing.assert_array_equal(ta.open_stack(names), ta.open_stack(tmp_path / "in"))
 
 
+def test_datasets_inside_a_file(tmp_path):
+    pytest.importorskip("h5netcdf")
+    names = []
+    for number, day in enumerate(COMPACT):
+        values = (("y", "x"), frames()[number, 0])
+        inside = xr.Dataset({"red": values, "nir": values}, axes())
+        inside.to_netcdf(tmp_path / f"{day}.nc", engine="h5netcdf")
+        names.append(f'NETCDF:"{tmp_path}/{day}.nc":red')
+    cube = ta.open_stack(names)
+    for number, name in enumerate(names):
+        with rasterio.open(name) as file:
+            np.testing.assert_array_equal(cube[number], file.read())
+    _, report = align(cube)
+    assert (report.status == 0).all()
+    with pytest.raises(ValueError, match="2 datasets inside"):
+        ta.open_stack(tmp_path, pattern="*.nc")
+
+
 @pytest.fixture
 def served(tmp_path):
     """An address of the folder; of another process, for rasterio keeps the interpreter while it waits."""

@@ -618,3 +618,26 @@ def test_a_report_that_waited_is_summed_up(tmp_path, name):
     _, known = write(aligned, tmp_path / name, report=report)
     assert known.attrs["frames"] == 4
     assert {"status_counts", "shift_median", "ce90"} <= set(known.attrs)
+
+
+@pytest.mark.parametrize("suffix", [".nc", ".zarr"])
+def test_attributes_that_a_format_has_not_are_written_as_text(tmp_path, suffix):
+    pytest.importorskip("zarr" if suffix == ".zarr" else "h5netcdf")
+    attrs = {
+        "nested": {"b": 1},
+        "none": None,
+        "flag": True,
+        "mixed": [1, "a"],
+        "day": np.datetime64("2020-01-01"),
+    }
+    cube = xr.DataArray(
+        np.ones((2, 4, 4), "uint8"), dims=("time", "y", "x"), name="cube", attrs={**attrs, "plain": [1, 2]}
+    )
+    path = ta.io.write_cube(cube, tmp_path / f"out{suffix}", attrs=attrs)
+    engine = "zarr" if suffix == ".zarr" else "h5netcdf"
+    with xr.open_dataset(path, engine=engine) as found:
+        for told in (found.attrs, found.cube.attrs):
+            assert "2020-01-01" in told["day"]
+            assert told["nested"] == ({"b": 1} if suffix == ".zarr" else '{"b": 1}')
+        assert list(found.cube.attrs["plain"]) == [1, 2]
+    assert cube.attrs["flag"] is True

@@ -207,6 +207,9 @@ def test_what_cannot_be_done_is_said(tmp_path):
         ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "iterative")
     with pytest.raises(ValueError, match="a motion up to affine"):
         ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", ta.ECC(motion="homography"))
+    for aligner in (ta.Groupwise(ta.PCC()), ta.Cascade(ta.PCC(), ta.Local())):
+        with pytest.raises(ValueError, match="aligner: expected"):
+            ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", aligner)
     with pytest.raises(TypeError, match="a mapping"):
         ta.io.align_scenes(tmp_path / "in", tmp_path / "out", bands={"a": "*.tif"})
     (tmp_path / "out").mkdir(exist_ok=True)

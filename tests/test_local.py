@@ -119,8 +119,9 @@ def test_the_gate_undoes_a_field_that_lowers_the_score(frames, monkeypatch):
         return found._replace(coefficients=-found.coefficients)
 
     monkeypatch.setattr(local, "estimate_shifts", spoiled)
-    undone = ta.Cascade(ta.PCC(), ta.Local(spacing=16))(cube, reference)
-    expected = ta.PCC()(cube, reference)
+    # parts of these frames disagree by more than PCC accepts alone
+    undone = ta.Cascade(ta.PCC(max_sigma=1.0), ta.Local(spacing=16))(cube, reference)
+    expected = ta.PCC(max_sigma=1.0)(cube, reference)
     assert torch.equal(undone.aligned, expected.aligned)
     assert (undone.estimate.stage == 0).all()
 

@@ -1,4 +1,5 @@
 import datetime
+import math
 import shutil
 import subprocess
 
@@ -9,7 +10,7 @@ import xarray as xr
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
-from matplotlib.collections import PathCollection
+from matplotlib.collections import EllipseCollection, PathCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -59,7 +60,7 @@ def test_shift_scatter(stack):
     figure = plot.shift_scatter(report, true_shift=truth)
     assert isinstance(figure, Figure)
     ax = figure.axes[0]
-    assert labels(ax) == ["truth", "OK (5), with σ", "NO_TEXTURE (1)"]
+    assert labels(ax) == ["truth", "OK (5), with 10 σ", "NO_TEXTURE (1)"]
     circles, flagged = (item for item in ax.collections if isinstance(item, PathCollection))
     np.testing.assert_allclose(circles.get_offsets(), truth, atol=1e-6)
     # a flagged frame is shown where it should have been found
@@ -70,6 +71,32 @@ def test_shift_scatter(stack):
     assert ax.yaxis_inverted()  # y is down, as in the image
     assert "pixels" in ax.get_xlabel()
     assert (rendered(figure) < 255).any()
+
+
+def test_ellipses_of_sigma(stack):
+    *_, report, truth = stack
+    count = len(truth)
+    angle, axes = math.radians(30), np.array([0.5, 0.1])
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    covariance = np.broadcast_to(turn @ np.diag(axes**2) @ turn.T, (count, 2, 2))
+    wide = report.assign(covariance=(("time", "axis", "other_axis"), covariance))
+    for figure in (plot.shift_scatter(wide), plot.shift_error(wide, truth)):
+        (drawn,) = (item for item in figure.axes[0].collections if isinstance(item, EllipseCollection))
+        np.testing.assert_allclose(drawn.get_widths(), 1.0)  # whole axes, in pixels
+        np.testing.assert_allclose(drawn.get_heights(), 0.2)
+        np.testing.assert_allclose(drawn.get_angles() % 180, 30)
+        assert len(drawn.get_offsets()) == count - 1  # the flagged frame has none
+    # bars along time are those of each axis
+    bars = [part.lines[2][0].get_segments() for part in plot.shifts_over_time(wide).axes[0].containers]
+    halves = [0.5 * np.ptp(np.array(axis), 1)[:, 1] for axis in bars]
+    np.testing.assert_allclose(halves[0], math.sqrt(covariance[0, 0, 0]))
+    np.testing.assert_allclose(halves[1], math.sqrt(covariance[0, 1, 1]))
+    # small ones are magnified, and the legend says so
+    small = report.assign(covariance=(("time", "axis", "other_axis"), 1e-4 * covariance))
+    ax = plot.shift_scatter(small).axes[0]
+    assert labels(ax)[0] == "OK (5), with 100 σ"
+    (drawn,) = (item for item in ax.collections if isinstance(item, EllipseCollection))
+    np.testing.assert_allclose(drawn.get_widths(), 1.0)
 
 
 def test_shift_scatter_without_truth_puts_the_flagged_where_they_are(stack):

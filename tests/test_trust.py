@@ -258,3 +258,128 @@ def test_misfit_sees_what_a_translation_lacks():
     aligned = ta.warp(turned[None, None], estimate.warp, interpolation="bicubic")[0, 0]
     # 1° over blocks up to 75 px from the centre
     assert 0.4 < misfit(aligned, reference) < 1.5
+
+
+def rolled(image, degrees):
+    """The frame as seen turned about its centre, by a spline of scipy."""
+    from scipy.ndimage import affine_transform
+
+    angle = math.radians(degrees)
+    matrix = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    centre = (np.array(image.shape) - 1) / 2
+    values = affine_transform(image.double().numpy(), matrix, centre - matrix @ centre, mode="nearest")
+    return torch.from_numpy(values).to(image)
+
+
+@each_aligner
+@pytest.mark.parametrize("degrees", [0.25, 0.7, 2.0])
+def test_a_motion_that_the_model_lacks_widens_sigma_or_is_ambiguous(make, degrees):
+    moving, reference = windows((0.6, -0.4), 160, seed=5)
+    plain = make().estimate(moving[None, None], reference[None])
+    estimate = make().estimate(rolled(moving, degrees)[None, None], reference[None])
+    if estimate.valid.all():
+        assert error_of(estimate, (0.6, -0.4)) < max(0.1, 4 * float(estimate.sigma))
+        assert estimate.sigma > 2 * plain.sigma
+    else:
+        assert estimate.status == ta.Status.AMBIGUOUS
+    if degrees == 2.0:
+        assert not estimate.valid.any()
+
+
+def test_a_model_that_has_the_motion_is_accepted_from_where_a_translation_arrived():
+    moving, reference = windows((0.6, -0.4), 160, seed=5)
+    turned = rolled(moving, 2.0)
+    cascade = ta.Cascade(ta.PCC(), ta.ECC(motion="euclidean"))
+    estimate = cascade.estimate(turned[None, None], reference[None])
+    assert estimate.valid.all()
+    assert estimate.stage == 1
+    assert estimate.sigma < 0.02
+    again = ta.Cascade(ta.PCC(), ta.ECC()).estimate(turned[None, None], reference[None])
+    assert again.status == ta.Status.AMBIGUOUS  # a shift after a shift measures the same
+    wanted = ta.PCC(max_sigma=2.0).estimate(turned[None, None], reference[None])
+    assert wanted.valid.all()
+
+
+def test_the_misfit_of_ecc():
+    moving, reference = windows((0.6, -0.4), 160, seed=5)
+    plain = ta.ECC().estimate(moving[None, None], reference[None])
+    turned = ta.ECC(max_sigma=2.0).estimate(rolled(moving, 0.5)[None, None], reference[None])
+    assert turned.valid.all()
+    assert turned.sigma > 8 * plain.sigma
+    # a model that has the motion knows it as well as ever
+    found = ta.ECC(motion="euclidean").estimate(rolled(moving, 0.5)[None, None], reference[None])
+    assert found.sigma < 2 * plain.sigma
+
+
+def test_two_shifts_that_disagree_are_known_no_better_than_that():
+    from torchalign.functional.affine import translation_warp
+
+    class Biased(ta.ECC):
+        """As sure as it was, and wrong by so much."""
+
+        def estimate_motion(self, *arguments):
+            motion = super().estimate_motion(*arguments)
+            shift = motion.warp[..., 2] + torch.tensor([self.bias, 0.0])
+            return motion._replace(warp=translation_warp(shift))
+
+    moving, reference = windows(TRUTH)
+    second = Biased()
+    for bias, worst in ((0.0, 0.02), (0.04, 0.15), (0.09, math.inf)):
+        second.bias = bias
+        estimate = ta.Cascade(ta.PCC(), second).estimate(moving[None, None], reference[None])
+        if worst == math.inf:
+            assert estimate.status == ta.Status.AMBIGUOUS
+            continue
+        assert estimate.valid.all()
+        assert estimate.stage == (1 if bias == 0 else 0)  # the first, which has searched further, stays
+        assert 0.5 * bias < estimate.sigma < worst
+        assert error_of(estimate, TRUTH) < 0.01
+
+
+@pytest.mark.parametrize("shift", [(0.4, -0.2), (0.6, -1.4), (-2.4, 2.2)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_weak_stripes_and_small_shifts(axis, shift):
+    moving, reference = windows(shift, seed=7)
+    level = 0.15 * torch.randn(SIZE, generator=torch.Generator().manual_seed(3))
+    stripes = level[None] if axis else level[:, None]
+    images = moving + stripes, reference + stripes
+    # LGM too, which brings both together before it correlates them
+    for aligner in (ta.PCC(), ta.Cascade(ta.PCC(), ta.ECC()), ta.LGM()):
+        estimate = aligner.estimate(images[0][None, None], images[1][None])
+        assert not estimate.valid or error_of(estimate, shift) < max(0.1, 4 * float(estimate.sigma))
+    assert error_of(ta.PCC().estimate(images[0][None, None], images[1][None]), shift) < 0.06
+
+
+def test_reversed_contrast_is_not_ok():
+    for seed in range(3):
+        moving, reference = windows(TRUTH, seed=seed)
+        own = windows((0.0, 0.0), seed=seed + 3)[0] - 10
+        for level in (0.0, 0.6):
+            for make in ALIGNERS.values():
+                estimate = make().estimate((level * own - moving)[None, None], reference[None])
+                assert not estimate.valid.any()
+
+
+def test_pulls_of_blocks():
+    from torchalign.functional.fourier import rfft2
+    from torchalign.functional.phase import cross_power, derivatives_at, wave_orders
+    from torchalign.functional.uncertainty import beyond_chance, block_pulls, trace
+    from torchalign.functional.working_grid import WorkingGrid
+
+    random = torch.Generator().manual_seed(2)
+    first, second = torch.rand(2, 40, 48, dtype=torch.float64, generator=random)
+    grid = WorkingGrid.of((80, 96), (40, 48), 0.25, first)
+    spectra, shift = (rfft2(first), rfft2(second)), torch.tensor([0.7, -0.3], dtype=torch.float64)
+    pulls = block_pulls(*spectra, shift, grid)
+    assert pulls.shape == (2, 5 * 6)
+    # together they are the gradient of the correlation
+    power = cross_power(*spectra, grid.radius, 0.25)
+    slope = derivatives_at(power, grid.frequencies, shift, wave_orders(grid.frequencies))
+    torch.testing.assert_close(pulls.sum(-1), torch.stack((slope[0, 1], slope[1, 0])))
+    assert block_pulls(spectra[0], spectra[0], torch.zeros_like(shift), grid).abs().max() < 1e-9
+    # what chance explains is nothing
+    covariance = torch.tensor([[2e-4, 1e-5], [1e-5, 1e-4]])
+    assert trace(beyond_chance(3.9 * covariance, covariance)) == 0
+    assert trace(beyond_chance(40 * covariance, covariance)) > 100 * trace(covariance)
+    none = torch.zeros(2, 2)
+    assert torch.equal(beyond_chance(none, none), none)

@@ -17,6 +17,7 @@ from torchalign.functional.affine import (
     to_homogeneous,
     translation_warp,
 )
+from torchalign.functional.quality import parts_disagree
 from torchalign.functional.shift_field import move_origin
 from torchalign.functional.texture import Contrast
 from torchalign.functional.uncertainty import isotropic
@@ -243,6 +244,7 @@ def _last_trusted(first: Motion, second: Motion) -> Motion:
         first.only_shifts and second.only_shifts,
         torch.where(trusted[..., None, None], covariances[1], covariances[0]),
         second.field,
+        torch.where(trusted, parts_disagree(second), parts_disagree(first)),
     )
 
 

@@ -59,6 +59,8 @@ Matcher = Literal["guided", "mnn", "lightglue"]
 Seen = Literal["local", "structure"]
 
 _KEYPOINTS = 1024
+# Where parts of the frame disagree, a translation that is known no better than this, in pixels, is ambiguous.
+_LARGEST_SIGMA = 0.15
 
 # A guided match may lie so far, in pixels, beyond what `max_translation` allows: a keypoint is not exact, and what
 # is a little too far should be found to be.
@@ -294,6 +296,7 @@ class LGM(Aligner):
             inliers,
             only_shifts(self.motion, init),
             covariance,
+            distorted=None if found.distorted is None else found.distorted.reshape(lead),
         )
 
     def matches(
@@ -478,7 +481,13 @@ class LGM(Aligner):
         ground = usable & shared_ground(on_it, part.reference, same, usable & there)
         texture = Texture(part.texture, part.weights, torch.zeros_like(found.status, dtype=torch.bool))
         refined = phase_correlation(
-            moved, texture, ground, max_translation=_REACH, max_frequency=_MAX_FREQUENCY, start=left
+            moved,
+            texture,
+            ground,
+            max_translation=_REACH,
+            max_frequency=_MAX_FREQUENCY,
+            start=left,
+            fixed_at=-whole,
         )
         assert refined.inliers is not None
         better = refined.converged
@@ -487,8 +496,10 @@ class LGM(Aligner):
         status = torch.where(
             (found.status == 0) & better & refined.ambiguous, int(Status.AMBIGUOUS), found.status
         )
-        warp = found.whole(translation_warp(shift))
-        return Motion(warp, largest_sigma(covariance), status, refined.inliers, covariance=covariance)
+        warp, sigma = found.whole(translation_warp(shift)), largest_sigma(covariance)
+        apart = better & (refined.sigma.square() - refined.misfit <= _LARGEST_SIGMA**2)
+        distorted = apart & (sigma > _LARGEST_SIGMA)
+        return Motion(warp, sigma, status, refined.inliers, covariance=covariance, distorted=distorted)
 
     def _ascended(
         self, part: _Part, found: _Found, rough: Tensor, covariance: Tensor, ground: Tensor | None

@@ -56,7 +56,8 @@ class PCC(Aligner):
 
     Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``TOO_FAR`` where a clearly higher peak lies
     beyond ``max_translation``; ``NOT_CONVERGED`` where no peak stands out of the correlation surface by 5
-    standard deviations, or σ exceeds ``max_sigma``; then what the gate says.
+    standard deviations, or σ exceeds ``max_sigma``; ``AMBIGUOUS`` where a direction is not fixed, or σ exceeds
+    ``max_sigma`` because parts of the frame disagree; then what the gate says.
 
     References:
         Knapp & Carter 1976, doi:10.1109/TASSP.1976.1162830; Stone et al. 2001, doi:10.1109/36.957286;
@@ -152,9 +153,17 @@ class PCC(Aligner):
         if about_centre is not None:
             warp = compose_warps(about_centre, warp)
         status = torch.zeros_like(found.flat, dtype=torch.int64)
-        sure = found.converged & (found.sigma <= self.max_sigma)
+        sure = found.converged & (found.sigma.square() - found.misfit <= self.max_sigma**2)
         status = torch.where(sure, status, int(Status.NOT_CONVERGED))
         status = torch.where(found.converged & found.ambiguous, int(Status.AMBIGUOUS), status)
         status = torch.where(found.outside, int(Status.TOO_FAR), status)
         status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
-        return Motion(warp, found.sigma, status, found.inliers, about_centre is None, found.covariance)
+        return Motion(
+            warp,
+            found.sigma,
+            status,
+            found.inliers,
+            about_centre is None,
+            found.covariance,
+            distorted=found.sigma > self.max_sigma,
+        )

@@ -31,9 +31,9 @@ from torchalign.pictures.columns import (
     by_status,
     check_pictured,
     check_truth,
+    covariance_of,
     kept_frames,
     shift_of,
-    sigma_of,
     status_label,
     status_of,
     time_of,
@@ -113,7 +113,7 @@ def shift_scatter(
     true_shift: Any = None,
     ax: Axes | None = None,
 ) -> Figure | SubFigure:
-    """Where every frame was moved to: shift y against shift x, with 1-σ bars.
+    """Where every frame was moved to: shift y against shift x, with 1-σ ellipses, magnified where they are small.
 
     Frames that were flagged lie where they came, at (0, 0); if the truth is known, at the truth.
 
@@ -139,10 +139,13 @@ def shift_scatter(
     truth = check_truth(true_shift, report)
     groups = _groups(report, split)
     figure, ax = style.one_axes(ax, (5.4, 5.2))
-    shift, sigma, size = shift_of(report), sigma_of(report), style.marker_size(report)
+    shift, covariance, size = shift_of(report), covariance_of(report), style.marker_size(report)
     status = report["status"].values
     moved = (status == Status.OK)[:, None]
     placed = shift if truth is None else np.where(moved | np.isnan(truth), shift, truth)
+    reach = 1.12 * max(float(np.abs(placed).max(initial=0.0)), 0.1)
+    times = style.magnification(covariance[status == Status.OK], reach)
+    sigma = "σ" if times == 1 else f"{times} σ"
     ax.axhline(0, color=style.GREY, linewidth=0.6, zorder=0)
     ax.axvline(0, color=style.GREY, linewidth=0.6, zorder=0)
     if truth is not None:
@@ -155,15 +158,14 @@ def shift_scatter(
             continue
         for (words, members), group in zip(groups, _GROUPS, strict=False):
             drawn = chosen & members
-            label = f"{words} ({drawn.sum()}), with σ"
+            label = f"{words} ({drawn.sum()}), with {sigma}"
             if split is not None and drawn.any():
                 x, y = np.median(placed[drawn], axis=0)
                 label = f"{words} ({drawn.sum()}), median {x:+.2f}, {y:+.2f}"
                 cross: dict[str, Any] = {"marker": "+", "markersize": 18, "markeredgewidth": 2.5}
                 ax.plot(x, y, **cross, linestyle="none", color=group["color"], zorder=5)
-            bars: dict[str, Any] = {"xerr": sigma[drawn], "yerr": sigma[drawn]}
-            style.draw_points(ax, placed[drawn].T, label, size=size, **bars, **group)
-    reach = 1.12 * max(float(np.abs(placed).max(initial=0.0)), 0.1)
+            style.draw_points(ax, placed[drawn].T, label, size=size, **group)
+            style.draw_ellipses(ax, placed[drawn], times**2 * covariance[drawn], group["ecolor"], size)
     ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")  # y down, as in the image
     ax.set(xlabel="shift x, right (pixels)", ylabel="shift y, down (pixels)", title="Shift of each frame")
     style.finish_axes(ax)
@@ -171,7 +173,7 @@ def shift_scatter(
 
 
 def shift_error(report: xr.Dataset, true_shift: Any, *, ax: Axes | None = None) -> Figure | SubFigure:
-    """What is left between found and true shift, in pixels, with the 1-σ bars that were predicted.
+    """What is left between found and true shift, in pixels, with the 1-σ ellipses that were predicted.
 
     Flagged frames were not moved and have no error; they are counted in the legend.
 
@@ -185,15 +187,15 @@ def shift_error(report: xr.Dataset, true_shift: Any, *, ax: Axes | None = None) 
     if truth is None:
         raise ValueError(message("true_shift", "an array (T, 2)", None, "use shift_scatter without a truth"))
     figure, ax = style.one_axes(ax, (5.4, 5.2))
-    sigma, status = sigma_of(report), report["status"].values
-    error = shift_of(report) - truth
+    covariance, status = covariance_of(report), report["status"].values
+    error, sigma = shift_of(report) - truth, np.sqrt(covariance.diagonal(axis1=1, axis2=2))
     accepted = (status == Status.OK) & np.isfinite(error).all(1)
     radius = np.hypot(*error[accepted].T)
-    reach = max(0.01, 1.15 * float((np.abs(error[accepted]) + sigma[accepted, None]).max(initial=0.0)))
+    reach = max(0.01, 1.15 * float((np.abs(error[accepted]) + sigma[accepted]).max(initial=0.0)))
     style.draw_rings(ax, reach)
-    bars, label = sigma[accepted], f"found − true ± σ ({accepted.sum()})"
     size = style.marker_size(report)
-    style.draw_points(ax, error[accepted].T, label, size=size, xerr=bars, yerr=bars)
+    style.draw_points(ax, error[accepted].T, f"found − true, with σ ({accepted.sum()})", size=size)
+    style.draw_ellipses(ax, error[accepted], covariance[accepted], style.SKY, size)
     for code, chosen in by_status(status):
         if code != Status.OK:
             ax.scatter([], [], **style.marker_style(code), s=50, label=status_label(code, chosen))
@@ -218,7 +220,8 @@ def shifts_over_time(
     truth = check_truth(true_shift, report)
     figure, ax = style.one_axes(ax, (9.0, 3.6))
     time, is_date = time_of(report)
-    shift, sigma, status = shift_of(report), sigma_of(report), report["status"].values
+    shift, status = shift_of(report), report["status"].values
+    sigma = np.sqrt(covariance_of(report).diagonal(axis1=1, axis2=2))
     accepted, size = status == Status.OK, style.marker_size(report)
     ax.axhline(0, color=style.GREY, linewidth=0.6, zorder=0)
     for axis, (name, colour, marker) in enumerate(
@@ -232,7 +235,7 @@ def shifts_over_time(
             "ecolor": colour,
             "elinewidth": 1.5 * size,
         }
-        bars, label = sigma[accepted], f"{name} ± σ"
+        bars, label = sigma[accepted, axis], f"{name} ± σ"
         style.draw_points(ax, (time[accepted], shift[accepted, axis]), label, size=size, yerr=bars, **drawn)
     for code, chosen in by_status(status):
         if code != Status.OK:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xarray as xr
 
-from torchalign._check import check_path, require
+from torchalign._check import check_bool, check_path, require
 from torchalign.cube.files import check_free
 from torchalign.cube.footprints import write_footprints
 from torchalign.cube.solution import ReportSummary, as_report, check_report, summarize
@@ -56,6 +56,7 @@ def save_report(
         ImportError: netCDF without h5netcdf, GeoJSON without rasterio, HTML without matplotlib.
     """
     path = check_path("path", path)
+    check_bool("overwrite", overwrite)
     suffix = path.suffix.lower()
     if suffix not in _PICTURED:
         check_suffix(path, _PICTURED)

@@ -28,7 +28,7 @@ class Status(IntEnum):
     NOT_BETTER = 5  # the score did not improve on the identity
     LOW_SCORE = 6  # the score stayed below `min_score`
     AMBIGUOUS = (
-        7  # more than one place fits: a second peak, a direction that nothing fixes, a pattern of the grid
+        7  # more than one place fits: a second peak, a blind direction, a grid's pattern, parts that disagree
     )
     NOT_CONNECTED = 8  # groupwise: no consistent chain of pairs ties the frame to the others
 
@@ -130,6 +130,8 @@ class Motion(NamedTuple):
             resamples with one row and one column of indices a frame.
         covariance: (..., T, 2, 2), of the translation of the frame's centre, in px²; ``None``: σ² everywhere.
         field: local shifts on top of the warps, or ``None``.
+        distorted: (..., T) bool, parts of the frame disagree about the warp, which is known no better than is asked
+            for: ``AMBIGUOUS``, unless a later method, which starts from it, is accepted. ``None``: none does.
     """
 
     warp: Tensor
@@ -139,6 +141,7 @@ class Motion(NamedTuple):
     only_shifts: bool = False
     covariance: Tensor | None = None
     field: ShiftField | None = None
+    distorted: Tensor | None = None
 
 
 class Alignment(NamedTuple):

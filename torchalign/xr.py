@@ -225,9 +225,8 @@ def align(
     check_bool("verify", verify)
     batch = check_batch(batch_size)
     running = _Running(device, batch, progress)
-    options = _AlignOptions(
-        find_aligner(aligner), aligner == "auto", mask, reference_mask, init, sun, verify, running
-    )
+    module = find_aligner(aligner)
+    options = _Request(module, aligner == "auto", mask, reference_mask, sun, running, init, verify)
     variables, join = take_apart(datacube, bands, classes, dims)
     if variables is None:
         return _align_cube(Cube.of(datacube, dims), reference, options)  # type: ignore[return-value]  # as it came
@@ -243,28 +242,28 @@ class _Running:
 
 
 @dataclass(frozen=True)
-class _AlignOptions:
-    """Of :func:`align`."""
+class _Request:
+    """Of :func:`align` and :func:`extend`."""
 
     module: nn.Module
     is_auto: bool  # the module is the default
     mask: Any
-    reference_mask: Any
-    init: Any
+    other_mask: Any  # of the reference, or of the archive
     sun: Any
-    verify: bool
     running: _Running
+    init: Any = None
+    verify: bool = False
 
 
-def _align_cube(cube: Cube, reference: Any, options: _AlignOptions) -> tuple[xr.DataArray, xr.Dataset]:
+def _align_cube(cube: Cube, reference: Any, options: _Request) -> tuple[xr.DataArray, xr.Dataset]:
     """Of one DataArray, whose bands are of one kind."""
     module, sun, verify, running = options.module, options.sun, options.verify, options.running
     device, batch, lazy = running.device, running.batch_size, is_lazy(cube.array)
     word = reference if isinstance(reference, str) else None
     if word in ("groupwise", "previous"):
-        _check_series(word, options.reference_mask, options.init, sun)
+        _check_series(word, options.other_mask, options.init, sun)
         chosen = _series_module(module, options.is_auto) if word == "groupwise" else module
-        return _align_series(cube, _Series(word, chosen, sun), options.mask, running)
+        return _align_series(cube, word, replace(options, module=chosen))
     if isinstance(module, Groupwise) or sun is not None:
         name, got = ("aligner", "Groupwise") if isinstance(module, Groupwise) else ("sun", "a value")
         cure = 'pass reference="groupwise"'
@@ -279,8 +278,8 @@ def _align_cube(cube: Cube, reference: Any, options: _AlignOptions) -> tuple[xr.
     usable = _all_of(find_mask(options.mask, "mask", cube), own_mask(cube))
     others = (
         mask_companion(usable),
-        mask_companion(find_mask(options.reference_mask, "reference_mask", cube)),
-        _find_warps(options.init, "init", cube),
+        mask_companion(find_mask(options.other_mask, "reference_mask", cube)),
+        find_warps(_read_solution(options.init), "init", cube),
     )
 
     def estimate(source: ReferenceSource) -> Found:
@@ -303,7 +302,7 @@ def _align_cube(cube: Cube, reference: Any, options: _AlignOptions) -> tuple[xr.
 
 
 def _align_variables(
-    variables: Variables, reference: Any, options: _AlignOptions
+    variables: Variables, reference: Any, options: _Request
 ) -> tuple[xr.Dataset, xr.Dataset]:
     """Of a Dataset: one estimate of the bands that it may see, and its warps for all variables of frames."""
     stacked, slices = stack_variables(variables)
@@ -321,7 +320,7 @@ def _move_variables(
     stacked: tuple[xr.DataArray, Mapping[Hashable, slice]],
     report: xr.Dataset,
     module: Any,
-    options: _AlignOptions | _ExtendOptions,
+    options: _Request,
 ) -> xr.Dataset:
     """All variables of frames: those that were stacked for the estimate are aligned already."""
     aligned, slices = stacked
@@ -390,15 +389,6 @@ def _labelled(
     return aligned.assign_coords({USABLE: coordinate})
 
 
-@dataclass(frozen=True)
-class _Series:
-    """How frames are aligned that have no reference in common."""
-
-    word: str
-    module: nn.Module
-    sun: Any
-
-
 def _check_series(word: str, reference_mask: object, init: object, sun: object) -> None:
     for name, value in (("reference_mask", reference_mask), ("init", init), ("sun", sun)):
         if value is not None and (name != "sun" or word == "previous"):
@@ -415,26 +405,25 @@ def _series_module(module: nn.Module, is_auto: bool) -> Groupwise:
     return Groupwise(module)  # type: ignore[arg-type]  # it complains of what is no aligner
 
 
-def _align_series(
-    cube: Cube, series: _Series, mask: Any, running: _Running
-) -> tuple[xr.DataArray, xr.Dataset]:
+def _align_series(cube: Cube, word: str, options: _Request) -> tuple[xr.DataArray, xr.Dataset]:
     """Frames are read twice: to be placed, now; and to be resampled, when they are wanted."""
-    if any(isinstance(part, Local) for part in series.module.modules()):
+    running = options.running
+    if any(isinstance(part, Local) for part in options.module.modules()):
         cure = "leave Local out, or name a reference"
-        raise ValueError(message("aligner", f"no local shifts with reference={series.word!r}", "Local", cure))
-    aligner = series.module.aligner if isinstance(series.module, Groupwise) else series.module
+        raise ValueError(message("aligner", f"no local shifts with reference={word!r}", "Local", cure))
+    aligner = options.module.aligner if isinstance(options.module, Groupwise) else options.module
     fill = getattr(aligner, "fill_value", None)
     pixels = Pixels.of(cube, fill, "aligner.fill_value")
-    where = find_device(running.device, series.module)
-    module = place_module(series.module, where)
-    usable = _all_of(find_mask(mask, "mask", cube), own_mask(cube))
+    where = find_device(running.device, options.module)
+    module = place_module(options.module, where)
+    usable = _all_of(find_mask(options.mask, "mask", cube), own_mask(cube))
     hints, metres = give_hints(cube, pixels, usable), metres_per_pixel(cube)
     reader = FrameReader(cube, pixels, usable, where)
     attrs: dict[str, Any] = {"aligner": repr(module)} | ({"notes": " ".join(hints)} if hints else {})
     device = running.device if is_lazy(cube.array) else where
     with torch.no_grad(), progress_bar(running.progress, cube, "align") as advance:
         if isinstance(module, Groupwise):
-            angles = find_sun(series.sun, cube) if module.season != "none" else None
+            angles = find_sun(options.sun, cube) if module.season != "none" else None
             solution = module.place(see_frames(module, reader), sun_tensor(angles, where))
             estimate, fields = solution.estimate, series_fields(solution, cube.size, metres, angles)
             attrs["reference"] = "groupwise (the median of all positions is 0)"
@@ -528,14 +517,13 @@ def extend(  # noqa: D417  # options that are those of align stand in one line
         (8, True)
     """
     dims = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
-    report = read_report(Path(report)) if isinstance(report, (str, Path)) else report
-    check_report(report)
+    report = check_report(_read_solution(report))
     if type(archive) is not type(datacube):
         expected, got = f"a {type(datacube).__name__}, as the new frames are", type(archive).__name__
         raise TypeError(message("archive", expected, got, "pass the cube that the report was made on"))
     module = _series_module(find_aligner(aligner), aligner == "auto")
     running = _Running(device, check_batch(batch_size), progress)
-    options = _ExtendOptions(module, mask, archive_mask, sun, running)
+    options = _Request(module, False, mask, archive_mask, sun, running)
     variables, join = take_apart(datacube, bands, classes, dims)
     if variables is None:
         aligned, rows = _extend_cube(
@@ -549,19 +537,8 @@ def extend(  # noqa: D417  # options that are those of align stand in one line
     return join(moved), _longer_report(report, rows)
 
 
-@dataclass(frozen=True)
-class _ExtendOptions:
-    """Of :func:`extend`."""
-
-    module: Groupwise
-    mask: Any
-    archive_mask: Any
-    sun: Any
-    running: _Running
-
-
 def _extend_cube(
-    cube: Cube, old: Cube, report: xr.Dataset, options: _ExtendOptions
+    cube: Cube, old: Cube, report: xr.Dataset, options: _Request
 ) -> tuple[xr.DataArray, xr.Dataset]:
     """The new frames, and their rows of the report."""
     if cube.size != old.size:
@@ -580,7 +557,7 @@ def _extend_cube(
     module: Any = place_module(options.module, where)
     pixels = Pixels.of(cube, module.aligner.fill_value, "aligner.fill_value")
     usable = _all_of(find_mask(options.mask, "mask", cube), own_mask(cube))
-    old_usable = _all_of(find_mask(options.archive_mask, "archive_mask", old), own_mask(old))
+    old_usable = _all_of(find_mask(options.other_mask, "archive_mask", old), own_mask(old))
     readers = FrameReader(cube, pixels, usable, where), FrameReader(old, Pixels.of(old), old_usable, where)
     with torch.no_grad(), progress_bar(running.progress, cube, "extend") as advance:
         there = sun_tensor(find_sun(None, old), where)
@@ -685,8 +662,8 @@ def apply(  # noqa: D417  # options that are those of align stand in one line
     check_option("padding_mode", padding_mode, PaddingMode)
     check_fill("fill_value", fill_value)
     dims: dict[str, Hashable | None] = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
-    batch = check_batch(batch_size)
-    how = _Application(mode, interpolation, padding_mode, fill_value, mask, device, batch, progress)
+    running = _Running(device, check_batch(batch_size), progress)
+    how = _Application(mode, interpolation, padding_mode, fill_value, mask, running)
     copied = mode != "resample" or interpolation == "nearest"
     if isinstance(datacube, xr.DataArray) and copied:
         return _apply_to_cube(datacube, estimate, how, grid, dims)
@@ -705,15 +682,13 @@ class _Application:
     padding_mode: PaddingMode
     fill_value: float | None
     mask: Any
-    device: torch.device | str | None
-    batch_size: int | None
-    progress: bool | None
+    running: _Running
 
 
 def _apply_to_variables(
     variables: Variables, estimate: Any, how: _Application, grid: xr.DataArray | None
 ) -> xr.Dataset:
-    estimate = read_report(Path(estimate)) if isinstance(estimate, (str, Path)) else estimate
+    estimate = _read_solution(estimate)
     nearest = replace(how, interpolation="nearest", mask=None, fill_value=None)
     moved = {
         name: _apply_to_cube(
@@ -744,11 +719,11 @@ def _apply_to_cube(
     if is_bool or datacube.dtype.kind in "mM":  # dates of pixels are copied like classes
         codes = datacube.copy(data=datacube.data.astype(np.uint8 if is_bool else np.int64))
     cube = Cube.of(codes, dims)
-    warps = _find_warps(estimate, "estimate", cube, grid)
+    estimate = _read_solution(estimate)
+    warps = find_warps(estimate, "estimate", cube, grid)
     if warps is None:
         cure = "pass a report, its path, an Estimate or warps"
         raise TypeError(message("estimate", "a report", "None", cure))
-    estimate = _read_solution(estimate)
     fields = find_field(estimate, "estimate", cube, grid)
     if how.mode == "shift-coords":
         if fields[0] is not None and bool((fields[0].variable != 0).any()):
@@ -758,18 +733,14 @@ def _apply_to_cube(
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})
     pixels = Pixels.of(cube, how.fill_value, "fill_value")
     operation = WarpFrames(
-        pixels, how.device, how.batch_size, interpolation, how.padding_mode, how.fill_value
+        pixels, how.running.device, how.running.batch_size, interpolation, how.padding_mode, how.fill_value
     )
     usable = None if interpolation == "nearest" else own_mask(cube)
     usable = _all_of(find_mask(how.mask, "mask", cube), usable)
-    with torch.no_grad(), progress_bar(how.progress, cube, "apply") as advance:
+    with torch.no_grad(), progress_bar(how.running.progress, cube, "apply") as advance:
         values, _ = run(operation, cube, (warps, mask_companion(usable), *fields), advance)
-    moved = _labelled(values, cube, estimate, how.device, grid)
+    moved = _labelled(values, cube, estimate, how.running.device, grid)
     return moved if codes is datacube else moved.copy(data=moved.data.astype(datacube.dtype))
-
-
-def _find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = None) -> Companion | None:
-    return find_warps(_read_solution(given), name, cube, grid)
 
 
 def _read_solution(given: Any) -> Any:

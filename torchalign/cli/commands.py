@@ -303,7 +303,7 @@ class AlignOptions(CubeOptions):
         Option(
             metavar="PATH",
             help="Where the report goes, one row a frame: NAME.csv, .json or .nc, which apply reads, or "
-            ".html, to look at. May be given more than once.",
+            ".html or .geojson, to look at. May be given more than once.",
         ),
     ] = None
 
@@ -389,22 +389,11 @@ def _align_large(given: AlignOptions, module: Any, reference: Any, usable: Any) 
     if given.init is not None:
         raise ValueError(message("--init", "no report with --large", given.init, "leave one of them out"))
     with translated():
-        _, report = torchalign.io.align_scenes(
-            raster_source(given.source),
-            given.out,
-            reference,
-            module,
-            mask=usable,
-            pattern=given.pattern,
-            bands=choose_bands(given.bands),
-            errors="skip" if given.skip_bad else "raise",
-            recursive=given.recursive,
-            grid=given.grid,
-            template=given.template,
-            overwrite=given.overwrite,
-            device=given.device,
-            progress=given.progress,
-        )
+        names = ("pattern", "recursive", "grid", "template", "overwrite", "device", "progress")
+        options: dict[str, Any] = {name: getattr(given, name) for name in names}
+        options |= {"bands": choose_bands(given.bands), "errors": "skip" if given.skip_bad else "raise"}
+        source = raster_source(given.source)
+        _, report = torchalign.io.align_scenes(source, given.out, reference, module, mask=usable, **options)
     return report
 
 

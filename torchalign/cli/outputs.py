@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,11 +61,13 @@ def check_cube_output(path: Path, template: str | None, overwrite: bool) -> None
 def check_report_output(path: Path, overwrite: bool) -> None:
     """A table or a page."""
     suffix = path.suffix.lower()
-    names = (*REPORT_SUFFIXES, *PAGES)
+    names = (*REPORT_SUFFIXES, *PAGES, ".geojson")
     if suffix not in names:
         raise ValueError(message("--report", f"a name ending in {', '.join(names)}", path.name, "rename it"))
     if suffix in PAGES:
         require("a page", "plot", "matplotlib", "PIL")
+    elif suffix == ".geojson":
+        require("a GeoJSON", "io", "rasterio")
     elif suffix not in (".csv", ".json"):
         require("a report in netCDF", "io", "h5netcdf", "h5py")
     check_output(path, overwrite)
@@ -126,8 +127,7 @@ def write_result(
     suffix = out.suffix.lower()
     with _dask_bar(progress if cube.chunks else False):
         if suffix in CUBES:
-            attrs = _portable_attributes(source.attributes, suffix)
-            done = write_cube(_portable(cube, suffix), out, attrs=attrs, report=report, overwrite=overwrite)
+            done = write_cube(cube, out, attrs=source.attributes, report=report, overwrite=overwrite)
         else:
             done = write_stack(cube, out, template=template, report=report, overwrite=overwrite)
     return None if report is None else done[1]
@@ -142,16 +142,14 @@ def write_page(
     from torchalign.html import save_html
 
     cube, aligned = pair
-    if not hasattr(aligned, "dims") or not aligned.chunks or hasattr(aligned, "data_vars"):
-        shown = []
-        for one in pair:
-            variables, _ = take_apart(one, None, classes, {})
-            shown.append(one if variables is None else stack_variables(variables)[0])
-        save_html(report, path, *shown, overwrite=overwrite)
+    if aligned.chunks and not hasattr(aligned, "data_vars"):
+        # what was lazy is read from where it has been written, in place of being computed anew for every picture
+        with open_source([out], lazy=True) as written:
+            save_html(report, path, cube, written.cube, overwrite=overwrite)
         return
-    # what was lazy is read from where it has been written, in place of being computed anew for every picture
-    with open_source([out], lazy=True) as written:
-        save_html(report, path, cube, written.cube, overwrite=overwrite)
+    taken = [take_apart(one, None, classes, {})[0] for one in pair]
+    shown = [one if part is None else stack_variables(part)[0] for one, part in zip(pair, taken, strict=True)]
+    save_html(report, path, *shown, overwrite=overwrite)
 
 
 def print_written(*paths: Path) -> None:
@@ -169,35 +167,3 @@ def _dask_bar(progress: bool | None) -> Iterator[None]:
 
     with ProgressBar(out=sys.stderr):  # type: ignore[no-untyped-call]
         yield
-
-
-def _portable(cube: xr.DataArray | xr.Dataset, suffix: str) -> xr.Dataset:
-    """The cube under a name, without the attributes that the format of ``suffix`` cannot take."""
-    import xarray as xr
-
-    if isinstance(cube, xr.DataArray):
-        cube = cube.to_dataset(name=cube.name if cube.name is not None else "aligned")
-    cleaned = cube.copy(deep=False)
-    for variable in cleaned.variables.values():
-        variable.attrs = _portable_attributes(variable.attrs, suffix)
-        # a fill value is declared once: by the encoding, where xarray writes it
-        declared = variable.attrs.pop("_FillValue", None)
-        if declared is not None:
-            variable.encoding = {"_FillValue": declared} | variable.encoding
-    return cleaned
-
-
-def _portable_attributes(attributes: Mapping[Any, Any], suffix: str) -> dict[Any, Any]:
-    """Of JSON, netCDF has numbers, text and lists of them; the rest is written as its text."""
-    if suffix == ".zarr":
-        return dict(attributes)
-
-    def is_plain(value: Any) -> bool:
-        if isinstance(value, (list, tuple)):
-            kinds = {type(item) for item in value}
-            return len(kinds) == 1 and kinds <= {int, float, str}
-        return value is not None and not isinstance(value, (dict, bool))
-
-    return {
-        key: value if is_plain(value) else json.dumps(value, default=str) for key, value in attributes.items()
-    }

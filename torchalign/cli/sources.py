@@ -15,6 +15,7 @@ import xarray as xr
 
 from torchalign._check import message
 from torchalign.cube.files import NETCDF, is_store
+from torchalign.cube.finding import is_remote
 from torchalign.cube.labels import Array, band_labels, find_bands, find_dims, role_of
 from torchalign.cube.reference import ReferenceName
 
@@ -22,7 +23,6 @@ __all__ = [
     "Source",
     "choose_bands",
     "is_raster",
-    "is_remote",
     "open_mask",
     "open_reference",
     "open_source",
@@ -52,11 +52,6 @@ class Source(NamedTuple):
     attributes: Mapping[str, Any]
 
 
-def is_remote(path: Path) -> bool:
-    """A URL (of which a path keeps one slash), or a name of GDAL's that begins with /vsi."""
-    return str(path).startswith("/vsi") or re.match(r"[a-z][a-z0-9+.-]+:/", str(path)) is not None
-
-
 def _name_of(path: Path) -> str:
     text = str(path)
     return re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", text)
@@ -64,7 +59,7 @@ def _name_of(path: Path) -> str:
 
 def is_raster(path: Path) -> bool:
     """A GeoTIFF or a table of them, a folder that is no Zarr store, or what GDAL opens elsewhere."""
-    if is_remote(path) or path.suffix.lower() in (".jp2", ".csv"):
+    if is_remote(str(path)) or path.suffix.lower() in (".jp2", ".csv"):
         return True
     return (path.is_dir() and not _is_zarr(path)) or path.suffix.lower() in _RASTERS
 
@@ -85,25 +80,15 @@ def open_source(
 ) -> Iterator[Source]:
     """The cube in a netCDF file, a Zarr store, a folder of GeoTIFFs or a list of them.
 
-    Args:
-        paths: one file, store or folder; or GeoTIFFs.
-        variable: its name, or several separated by commas, or ``*`` for all; default: the only one with time, y, x
-            and maybe band.
-        bands: labels or positions, separated by commas; or NAME=PATTERN each.
-        pattern: of names in a folder of GeoTIFFs.
-        lazy: dask's chunks along time, or not; default: above 128 MiB, where dask is installed.
-        skip_bad: leave files out that do not fit the others.
-        skip: a variable that is not the one, for it is the mask.
-        masks: the cube may be one of masks or classes: empty GeoTIFFs are kept, and a variable that is bool is
-            taken where there is none of numbers.
-        recursive: search subfolders, too.
-        grid: what GeoTIFFs of other extents are brought onto: a word of :func:`torchalign.open_stack`, or a file.
+    The options are those of the command line; and ``skip``, a variable that is not the one, for it is the mask;
+    ``masks``: the cube may be one of masks or classes, so that empty GeoTIFFs are kept, and a variable that is bool is
+    taken where there is none of numbers.
     """
+    cube: Cube
     for path in paths:
-        if not path.exists() and not is_remote(path):
+        if not path.exists() and not is_remote(str(path)):
             expected = "a folder of GeoTIFFs, GeoTIFFs, a netCDF file or a Zarr store"
             raise ValueError(message("SRC", expected, f"{path}, which is not there", "check the path"))
-    cube: Cube
     if all(is_raster(path) for path in paths):
         with translated():
             places = {"recursive": recursive, "grid": grid}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sqlite3
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +15,7 @@ import torch
 import xarray as xr
 
 from torchalign._check import message, require
-from torchalign.cube.files import atomic, check_free
+from torchalign.cube.files import atomic, check_free, plain_number, write_features
 from torchalign.cube.georeference import Georeference
 from torchalign.cube.labels import Array, label_text
 from torchalign.cube.solution import check_report, report_georeference, unpack_field
@@ -119,14 +117,9 @@ def tie_points(report: xr.Dataset) -> pd.DataFrame:
     table |= {"sigma": sigma[inside], "reliability": reliability[inside], "kept": kept[inside]}
     grid = report_georeference(report)
     if grid is not None:
-        table["x"], table["y"] = _on_map(grid, table["column"], table["row"])
+        pixels = np.stack((table["column"], table["row"]), 1) + 0.5  # whole numbers are centres of pixels
+        table["x"], table["y"] = (pixels @ grid.linear.T + grid.corner).T
     return pd.DataFrame(table)
-
-
-def _on_map(grid: Georeference, column: Array, row: Array) -> tuple[Array, Array]:
-    a, b, c, d, e, f = grid.transform
-    column, row = column + 0.5, row + 0.5  # integers are centres of pixels
-    return a * column + b * row + c, d * column + e * row + f
 
 
 def write_tie_points(report: xr.Dataset, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -224,23 +217,9 @@ def _write_geojson(table: pd.DataFrame, grid: Georeference, path: Path) -> None:
     if not grid.crs:
         raise ValueError(message("report", "a grid with a CRS", "none", "write a .csv or a .gpkg"))
     longitude, latitude = transform(grid.crs, "EPSG:4326", table["x"].tolist(), table["y"].tolist())
-    features = [
-        {
-            "type": "Feature",
-            "geometry": {"type": "Point", "coordinates": [round(x, 9), round(y, 9)]},
-            "properties": {name: _plain(value) for name, value in row.items()},
-        }
-        for x, y, row in zip(longitude, latitude, table.to_dict("records"), strict=True)
-    ]
-    document = {"type": "FeatureCollection", "features": features}
-    path.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """What JSON knows; what is not finite is null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
+    places = [[round(x, 9), round(y, 9)] for x, y in zip(longitude, latitude, strict=True)]
+    told = [{name: plain_number(value) for name, value in row.items()} for row in table.to_dict("records")]
+    write_features(path, "Point", places, told)
 
 
 def _write_geopackage(table: pd.DataFrame, grid: Georeference, path: Path) -> None:
@@ -270,7 +249,8 @@ def _write_geopackage(table: pd.DataFrame, grid: Georeference, path: Path) -> No
         base.execute(f"CREATE TABLE tie_points (fid INTEGER PRIMARY KEY, geom BLOB, {columns})")
         points = [_geometry(srs, x, y) for x, y in table[["x", "y"]].to_numpy()]
         rows = (
-            (point, *map(_plain, row)) for point, row in zip(points, table.to_numpy().tolist(), strict=True)
+            (point, *map(plain_number, row))
+            for point, row in zip(points, table.to_numpy().tolist(), strict=True)
         )
         marks = ", ".join("?" * (len(names) + 1))
         quoted = ", ".join(f'"{name}"' for name in names)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torchalign._check import message
 
-__all__ = ["NETCDF", "atomic", "check_free", "discard", "is_store", "put_in_place", "temporary_sibling"]
+__all__ = [
+    "NETCDF",
+    "atomic",
+    "check_free",
+    "discard",
+    "is_store",
+    "plain_number",
+    "put_in_place",
+    "temporary_sibling",
+    "write_features",
+]
 
 NETCDF = (".nc", ".nc4", ".netcdf", ".h5")  # endings of names
 _STORE_MARKS = (".zgroup", "zarr.json", ".zmetadata")  # one of these is in every Zarr store
@@ -44,6 +57,22 @@ def atomic(path: Path) -> Iterator[Path]:
         put_in_place(written, path)
     finally:
         discard(written, path)
+
+
+def write_features(path: Path, kind: str, places: Iterable[Any], told: Iterable[dict[str, Any]]) -> None:
+    """A GeoJSON of places of one kind, in degrees, and what is told of each."""
+    features = [
+        {"type": "Feature", "geometry": {"type": kind, "coordinates": place}, "properties": properties}
+        for place, properties in zip(places, told, strict=True)
+    ]
+    document = {"type": "FeatureCollection", "features": features}
+    path.write_text(json.dumps(document, allow_nan=False, default=str), encoding="utf-8")
+
+
+def plain_number(value: Any) -> Any:
+    """What JSON and SQL know; what is not finite is null."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def temporary_sibling(path: Path) -> Path:

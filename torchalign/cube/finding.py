@@ -8,15 +8,16 @@ import fnmatch
 import glob
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from torchalign._check import message
+from torchalign.cube.labels import as_list
 
-__all__ = ["Remote", "Source", "find_sources", "parse_time", "read_times", "short_names"]
+__all__ = ["Remote", "Source", "find_sources", "is_remote", "parse_time", "read_times", "short_names"]
 
 _DATE = r"(?P<year>(?:19|20)\d\d){0}(?P<month>0[1-9]|1[0-2]){0}(?P<day>0[1-9]|[12]\d|3[01])"
 _CLOCK = r"(?:[T ](?P<hour>[01]\d|2[0-3]){0}(?P<minute>[0-5]\d)(?:{0}(?P<second>[0-5]\d))?)?"
@@ -62,6 +63,13 @@ class Remote(str):
 
 
 Source = Path | Remote
+# URLs (of which a path keeps one slash), names that begin with /vsi, and datasets inside a file: NETCDF:"a.nc":red
+_REMOTE = re.compile(r"/vsi|[a-zA-Z][\w+.-]+:/|[A-Z][A-Z0-9_]{2,}:")
+
+
+def is_remote(text: str) -> bool:
+    """Whether GDAL opens it, and it is no path of this machine."""
+    return _REMOTE.match(text) is not None
 
 
 class FoundFiles(NamedTuple):
@@ -102,8 +110,8 @@ def find_sources(source: Any, pattern: str, bands: Mapping[str, str] | None, rec
 
 def _list(source: Any, pattern: str, recursive: bool) -> list[Source]:
     if not isinstance(source, (str, os.PathLike)):
-        given = list(source) if isinstance(source, Iterable) else None
-        if given is None or not all(isinstance(one, (str, os.PathLike)) for one in given):
+        given = as_list(source)
+        if not all(isinstance(one, (str, os.PathLike)) for one in given):
             cure = "give a path, a glob, a URL or a list of them"
             raise TypeError(message("source", "a folder or files", type(source).__name__, cure))
         if not given:
@@ -116,7 +124,7 @@ def _list(source: Any, pattern: str, recursive: bool) -> list[Source]:
 
 def _list_one(source: str | os.PathLike[str], pattern: str, recursive: bool, alone: bool) -> list[Source]:
     text = os.fspath(source)
-    if text.startswith("/vsi") or re.match(r"[a-zA-Z][\w+.-]+:(//|/vsi)", text):
+    if is_remote(text):
         return [Remote(text)]
     folder = Path(text).expanduser()
     if folder.is_file():
@@ -192,16 +200,12 @@ def _read_manifest(path: Path) -> FoundFiles:
         if named and not row.get("band"):
             got = f"none in line {number}"
             raise ValueError(message("source", "a band in every line, or in none", got, "fill it in"))
-        [one] = _list_one(row["path"] if _is_remote(row["path"]) else path.parent / Path(row["path"]).expanduser(),
+        [one] = _list_one(row["path"] if is_remote(row["path"]) else path.parent / Path(row["path"]).expanduser(),
                           "*", False, True)[:1]  # fmt: skip
         bands.setdefault(row.get("band") or None, []).append(one)
         if row.get("time"):
             times[one] = row["time"]
     return FoundFiles(bands, times, len(rows))
-
-
-def _is_remote(text: str) -> bool:
-    return text.startswith("/vsi") or "://" in text
 
 
 # --- dates ---

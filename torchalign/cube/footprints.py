@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from torchalign._check import message, require
-from torchalign.cube.files import atomic
+from torchalign.cube.files import atomic, plain_number, write_features
 from torchalign.cube.labels import label_text
 from torchalign.cube.solution import report_georeference
 from torchalign.functional.affine import transform_points
@@ -47,22 +45,12 @@ def write_footprints(report: xr.Dataset, path: Path) -> None:
     time = report["status"].dims[0]
     labels = report[time].values if time in report.coords else np.arange(report.sizes[time])
     numbers = {str(name): array.values for name, array in report.items() if array.dims == (time,)}
-    features = []
+    rings, told = [], []
     for row, outline in enumerate(places):
         x, y = transform(grid.crs, "EPSG:4326", outline[:, 0].tolist(), outline[:, 1].tolist())
-        ring = [[round(lon, 9), round(lat, 9)] for lon, lat in zip(x, y, strict=True)]
-        properties: dict[str, Any] = {str(time): label_text(labels[row])}
-        properties |= {name: _plain_number(values[row]) for name, values in numbers.items()}
-        properties["status"] = Status(int(report["status"].values[row])).name
-        geometry = {"type": "Polygon", "coordinates": [ring]}
-        features.append({"type": "Feature", "geometry": geometry, "properties": properties})
-    document = {"type": "FeatureCollection", "features": features}
+        rings.append([[[round(lon, 9), round(lat, 9)] for lon, lat in zip(x, y, strict=True)]])
+        own = {name: plain_number(values[row]) for name, values in numbers.items()}
+        status = Status(int(report["status"].values[row])).name
+        told.append({str(time): label_text(labels[row]), **own, "status": status})
     with atomic(path) as partial:
-        partial.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
-
-
-def _plain_number(value: Any) -> Any:
-    """What JSON knows; what is not finite is null."""
-    if isinstance(value, (np.floating, float)):
-        return float(value) if np.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else str(value)
+        write_features(partial, "Polygon", rings, told)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from torchalign.cube.finding import Source, find_sources, read_times
 from torchalign.cube.georeference import Georeference, crs_name, gdal_errors, is_same_crs
@@ -221,31 +222,21 @@ def describe_files(source: Any, pattern: str, recursive: bool) -> list[str]:
     groups: dict[tuple[str, ...], list[Source]] = {}
     for path, header in headers.items():
         groups.setdefault(_in_words(header), []).append(path)
-    lines = [
-        "files  dates                    size           pixel      CRS                   bands  dtype    nodata"
-    ]
+    rows = []
     for words, members in sorted(groups.items(), key=lambda item: -len(item[1])):
         days = sorted(str(times[path])[:10] for path in members if path in times)
         span = f"{days[0]} … {days[-1]}" if days else "none in the names"
-        lines.append(f"{len(members):<6} {span:<24} {' '.join(words)}  {members[0].name}")
-    return lines + [f"{path.name}: {reason}" for path, reason in skipped.items()]
+        rows.append((len(members), span, *words, members[0].name))
+    columns = ["files", "dates", "size", "pixel", "CRS", "bands", "dtype", "nodata", "as"]
+    table = pd.DataFrame(rows, columns=columns).to_string(index=False) if rows else ""
+    return table.splitlines() + [f"{path.name}: {reason}" for path, reason in skipped.items()]
 
 
 def _in_words(header: Header) -> tuple[str, ...]:
     height, width = header.grid.size
     step = f"{abs(header.grid.transform[0]):g}" if header.is_georeferenced and not header.gcps else "-"
     place = "control points" if header.gcps else crs_name(header.grid.crs) or "none"
-    dtypes, nodata = (
-        "/".join(dict.fromkeys(header.dtypes)),
-        "none" if header.nodata is None else f"{header.nodata:g}",
-    )
+    nodata = "none" if header.nodata is None else f"{header.nodata:g}"
     extra = " + alpha" if header.alpha else " + mask" if header.has_mask else ""
-    size = f"{height} × {width}"
-    return (
-        f"{size:<14}",
-        f"{step:<10}",
-        f"{place[:20]:<21}",
-        f"{len(header.numbers):<6}",
-        f"{dtypes:<8}",
-        f"{nodata}{extra}",
-    )
+    dtypes = "/".join(dict.fromkeys(header.dtypes))
+    return f"{height} × {width}", step, place, str(len(header.numbers)), dtypes, f"{nodata}{extra}"

@@ -45,8 +45,9 @@ def find_hints(cube: Cube, pixels: Pixels, usable: xr.Variable | None) -> list[s
                 "mask: no pixel is usable (all False), so no frame can be aligned; True = usable, a cloud mask "
                 "with 1 = cloud becomes `clouds == 0`"
             ]
-        seen = np.broadcast_to(_sample_pixels(usable, MASK, cube), _shape(cube))
+        seen = _sample_pixels(usable, MASK, cube)
     values = _sample_pixels(cube.variable, CUBE, cube)[:, 0]
+    seen = None if seen is None else np.broadcast_to(seen, values.shape)
     valid = np.isfinite(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
     for value in pixels.nodata:
         valid &= values != value
@@ -57,10 +58,6 @@ def find_hints(cube: Cube, pixels: Pixels, usable: xr.Variable | None) -> list[s
 def _steps(cube: Cube) -> dict[str, slice]:
     limits = {"time": _FRAMES, "y": _SAMPLES, "x": _SAMPLES}
     return {role: slice(None, None, max(1, cube.sizes[role] // limit)) for role, limit in limits.items()}
-
-
-def _shape(cube: Cube) -> tuple[int, ...]:
-    return tuple(len(range(*part.indices(cube.sizes[role]))) for role, part in _steps(cube).items())
 
 
 def _sample_pixels(variable: xr.Variable, roles: tuple[str, ...], cube: Cube) -> Array:

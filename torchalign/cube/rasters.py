@@ -254,37 +254,35 @@ def _read_lazily(readings: Sequence[Reading], chunks: Any, masked: bool) -> tupl
 
     da: Any = dask.array  # which has no types
     size = chunks if isinstance(chunks, (int, np.integer)) and not isinstance(chunks, bool) else None
-    known = chunks == "auto" or isinstance(chunks, Mapping) or (size is not None and size > 0)
-    if not known:
+    automatic = isinstance(chunks, str) and chunks == "auto"
+    if not (automatic or isinstance(chunks, Mapping) or (size is not None and size > 0)):
         expected = 'a positive number of frames, a mapping, "auto" or None'
         raise ValueError(message("chunks", expected, repr(chunks), "give a number of frames"))
     one = readings[0]
     shape = (len(one.numbers), *one.grid.size)
-    if chunks == "auto":
+    if automatic:
         size = max(1, _CHUNK_BYTES // max(1, int(np.prod(shape)) * np.dtype(one.dtype).itemsize))
     if isinstance(chunks, Mapping) and isinstance(chunks.get("time"), int) and chunks["time"] > 0:
         size = chunks["time"]
     step = size or 1
     groups = [list(readings[start : start + step]) for start in range(0, len(readings), step)]
 
-    def together(read: Any, of_one: tuple[int, ...], dtype: str) -> Any:
-        parts = [da.from_delayed(read(group), (len(group), *of_one), dtype=dtype) for group in groups]
+    read = delayed(_read_some, pure=True)
+
+    def together(masks: bool, of_one: tuple[int, ...], dtype: str) -> Any:
+        parts = [da.from_delayed(read(group, masks), (len(group), *of_one), dtype=dtype) for group in groups]
         return da.concatenate(parts)
 
-    whole = together(delayed(_read_some, pure=True), shape, one.dtype)
-    usable = together(delayed(_read_masks, pure=True), shape[1:], _mask_dtype(one)) if masked else None
+    whole = together(False, shape, one.dtype)
+    usable = together(True, shape[1:], _mask_dtype(one)) if masked else None
     if isinstance(chunks, Mapping):
         axes = {role: axis for axis, role in enumerate(CUBE)}
         whole = whole.rechunk({axes.get(key, key): value for key, value in chunks.items()})
     return whole, usable
 
 
-def _read_some(readings: Sequence[Reading]) -> Array:
-    return np.stack([reading.pixels() for reading in readings])
-
-
-def _read_masks(readings: Sequence[Reading]) -> Array:
-    return np.stack([reading.usable() for reading in readings])
+def _read_some(readings: Sequence[Reading], masks: bool) -> Array:
+    return np.stack([reading.usable() if masks else reading.pixels() for reading in readings])
 
 
 # --- labels ---

@@ -196,7 +196,7 @@ def over_time(word: str, reader: FrameReader, found: Found | None = None) -> Ten
     read = max(1, _READ_BYTES // max(1, samples * reader.cube.array.dtype.itemsize))
     work = max(1, _REFERENCE_BYTES // max(1, samples * compute.itemsize))
     chosen = np.arange(frames) if found is None else np.flatnonzero(found.valid.cpu().numpy())
-    margins = _Margins(found, (height, width))
+    margins = Margins(found, (height, width))
     for first in range(0, height if samples else 0, read):
         last = min(first + read, height)
         block = _Block.load(reader, margins.source(first, last))
@@ -236,7 +236,7 @@ class _Block:
 
 
 def _fill(
-    values: Tensor, block: _Block, chosen: Array, top: int, margins: _Margins, found: Found | None
+    values: Tensor, block: _Block, chosen: Array, top: int, margins: Margins, found: Found | None
 ) -> None:
     """Put the rows from ``top`` on of the chosen frames into values, (T, C, h, W), a few frames at a time."""
     rows = margins.source(top, top + values.shape[2])
@@ -295,7 +295,7 @@ def _median_of_series(values: Tensor) -> Tensor:
     return ((below + above) / 2).masked_fill(count == 0, torch.nan).squeeze(1)
 
 
-class _Margins:
+class Margins:
     """Which rows of the frames show up in rows of the aligned frames; the same where nothing is aligned."""
 
     def __init__(self, found: Found | None, size: tuple[int, int]) -> None:

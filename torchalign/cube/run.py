@@ -19,7 +19,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_whole, message
+from torchalign._check import check_kind, check_whole, message
 from torchalign._host import give_back_memory
 from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
@@ -47,6 +47,7 @@ __all__ = [
     "WarpFrames",
     "check_batch",
     "count_progress",
+    "estimate_only",
     "find_aligner",
     "find_device",
     "mask_companion",
@@ -258,10 +259,7 @@ class AlignFrames(Operation):
         ground = _ground(self.aligner, frames, usable)
         options["mask"] = ground
         if not self.makes_pixels:
-            only = getattr(self.aligner, "estimate", None)
-            found = (
-                only(frames, reference, **options) if only else self.aligner(frames, reference, **options)[1]
-            )
+            found = estimate_only(self.aligner, frames, reference, **options)
             return raw, report_fields(found, None, size, self.metres)
         if ground is usable:
             aligned, found = self.aligner(frames, reference, **options)
@@ -284,6 +282,13 @@ class AlignFrames(Operation):
         rejected = ~found.valid.cpu().numpy()
         encoded[rejected] = raw[rejected]
         return encoded, report_fields(found, left, size, self.metres)
+
+
+def estimate_only(module: nn.Module, *frames: Tensor | None, **options: Any) -> Estimate:
+    """Without resampling, where the module can."""
+    only: Any = getattr(module, "estimate", None)
+    found: Estimate = only(*frames, **options) if only else module(*frames, **options)[1]
+    return found
 
 
 def _ground(module: nn.Module, frames: Tensor, usable: Tensor | None) -> Tensor | None:
@@ -478,6 +483,7 @@ def count_progress(
     Raises:
         ImportError: a bar is asked for, and there is no tqdm.
     """
+    check_kind("progress", progress, bool, "True or False", "give a bool")
     try:
         from tqdm import tqdm
     except ImportError:

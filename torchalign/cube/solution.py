@@ -449,7 +449,7 @@ def find_field(
     own = find_georeference(cube)
     source = _grid_of(given, cube, grid)[0]
     grids = (own if source is None else source, own)
-    decoders = partial(_decode_coefficients, *grids), partial(_decode_lattice, *grids)
+    decoders = (partial(_decode_field, part, *grids) for part in ("field", "field_lattice"))
     first, second = (
         Companion(variable, ("time", *map(str, variable.dims[1:])), decode)
         for variable, decode in zip(variables, decoders, strict=True)
@@ -462,25 +462,21 @@ def unpack_field(coefficients: Tensor, lattice: Tensor) -> ShiftField:
     return ShiftField(coefficients, torch.zeros_like(coefficients[:, 0]), lattice[:, :2], lattice[:, 2:])
 
 
-def _decode_coefficients(
-    source: Georeference | None, target: Georeference | None, values: Array, device: torch.device
+def _decode_field(
+    part: str,
+    source: Georeference | None,
+    target: Georeference | None,
+    values: Array,
+    device: torch.device,
 ) -> Tensor:
-    """Shifts in pixels of one grid in those of another."""
-    tensor = torch.from_numpy(np.array(values))
+    """Of a field in pixels of one grid the coefficients, or first node and spacing, in those of another."""
+    tensor, is_lattice = torch.from_numpy(np.array(values)), part == "field_lattice"
     if source is None or target is None:
         return tensor
-    return regrid_field(unpack_field(tensor, tensor.new_ones(len(tensor), 4)), source, target).coefficients
-
-
-def _decode_lattice(
-    source: Georeference | None, target: Georeference | None, values: Array, device: torch.device
-) -> Tensor:
-    """Its first node and spacing likewise."""
-    tensor = torch.from_numpy(np.array(values))
-    if source is None or target is None:
-        return tensor
-    field = regrid_field(unpack_field(tensor.new_zeros(len(tensor), 2, 4, 4), tensor), source, target)
-    return torch.cat((field.origin, field.spacing), -1)
+    coefficients = tensor.new_zeros(len(tensor), 2, 4, 4) if is_lattice else tensor
+    lattice = tensor if is_lattice else tensor.new_ones(len(tensor), 4)
+    field = regrid_field(unpack_field(coefficients, lattice), source, target)
+    return torch.cat((field.origin, field.spacing), -1) if is_lattice else field.coefficients
 
 
 def _decode_warps(

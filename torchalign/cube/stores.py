@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def write_store(
     if lazy and isinstance(cube, xr.Dataset):  # one task a chunk writes all of them
         given = given.unify_chunks()
     plain = given.assign({name: _without_codes(array) for name, array in given.data_vars.items()})
-    dataset = _storable(plain, suffix).assign_attrs(attrs)
+    dataset = _storable(plain.assign_attrs(attrs), suffix)
     if not lazy:
         with atomic(path) as partial:
             _store(dataset, partial, suffix)
@@ -138,16 +139,34 @@ def finish_writing(
 
 
 def _storable(dataset: xr.Dataset, suffix: str) -> xr.Dataset:
-    """Without the encodings of another format, which xarray would stumble over; chunks are the cube's own."""
+    """Without attributes and encodings that only another format has; chunks are the cube's own."""
     keep = _STORABLE if suffix == ".zarr" else _STORABLE | _COMPRESSION
     cleaned = dataset.copy(deep=False)
-    for name in cleaned.variables:
-        variable = cleaned.variables[name]
+    cleaned.attrs = _storable_attributes(dataset.attrs, suffix)
+    for variable in cleaned.variables.values():
         text = variable.dtype.kind not in "biufcmM"  # each format has one way to store it
-        variable.encoding = {
-            key: value for key, value in variable.encoding.items() if key in keep and not text
-        }
+        encoding = {key: value for key, value in variable.encoding.items() if key in keep and not text}
+        variable.attrs = _storable_attributes(variable.attrs, suffix)
+        # a fill value is declared once: by the encoding, where xarray writes it
+        declared = variable.attrs.pop("_FillValue", None)
+        variable.encoding = encoding if declared is None else {"_FillValue": declared} | encoding
     return cleaned
+
+
+def _storable_attributes(attributes: Mapping[Any, Any], suffix: str) -> dict[Any, Any]:
+    """Of JSON, netCDF has numbers, text and lists of them; the rest is written as its text."""
+
+    def storable(value: Any) -> Any:
+        if isinstance(value, (np.generic, np.ndarray)) and value.dtype.kind in "iufU":
+            return value
+        text = json.dumps(value, default=str)
+        items = value if isinstance(value, (list, tuple)) and len(value) else [value]
+        if suffix == ".zarr":
+            return json.loads(text)
+        one_kind = {type(item) for item in items} in ({int}, {float}, {str})
+        return value if one_kind else text
+
+    return {key: storable(value) for key, value in attributes.items()}
 
 
 def _store(dataset: xr.Dataset, path: Path, suffix: str) -> None:

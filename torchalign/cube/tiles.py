@@ -24,18 +24,25 @@ from torchalign.cube.georeference import metres_per_pixel
 from torchalign.cube.gridding import Reading
 from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, find_frame, find_mask, label_text, load
 from torchalign.cube.pixels import Pixels
-from torchalign.cube.reference import ReferenceName, ReferenceSource, given_pixels, reduce_over_time
-from torchalign.cube.run import WarpFrames
+from torchalign.cube.reference import (
+    Found,
+    Margins,
+    ReferenceName,
+    ReferenceSource,
+    given_pixels,
+    reduce_over_time,
+)
+from torchalign.cube.run import WarpFrames, estimate_only
 from torchalign.cube.solution import build_report, report_fields
 from torchalign.cube.writing import FileWriter, WriteOptions, plan_files
 from torchalign.functional.affine import (
     center_displacement,
     change_origin,
     identity_warp,
-    invert_warp,
     transform_points,
 )
 from torchalign.functional.uncertainty import isotropic, largest_sigma
+from torchalign.groupwise import Groupwise
 from torchalign.local import Local
 from torchalign.types import Estimate, Status, combine
 
@@ -48,7 +55,6 @@ _HUBER = 1.5  # scales, from where on a tile is weighted down
 _OUTLIER = 0.5  # pixels from the others, from where on a tile does not agree
 _ROUNDS = 20
 _ROW_BYTES = 2**26  # of computed pixels of a block of rows
-_MARGIN = 4  # rows that a kernel reaches over
 
 
 class LargeStack(NamedTuple):
@@ -119,6 +125,8 @@ class LargeReference(NamedTuple):
         if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim > 1:
             source = given_pixels(reference, cube, stack.pixels)
             return cls(source.name, stack, None, source, known)
+        if isinstance(reference, xr.DataArray) and not reference.ndim:  # a label, `cube.time[3]`
+            reference = reference.values[()]
         words = ("first", "median", "mean")
         frame = 0 if isinstance(reference, str) and reference == "first" else find_frame(
             cube.array, cube.dims["time"], reference, "reference", words=words
@@ -160,6 +168,9 @@ def align_large(
     if any(isinstance(part, Local) for part in module.modules()):
         cure = "leave Local out, or align a cube in memory"
         raise ValueError(message("aligner", "a motion without local shifts", "Local", cure))
+    if isinstance(module, Groupwise):
+        cure = "pass the aligner inside it, or align a cube of dask chunks"
+        raise ValueError(message("aligner", "one that compares a frame with a reference", "Groupwise", cure))
     if motion == "homography":
         cure = "estimate an affine motion, or align a cube in memory"
         raise ValueError(message("aligner", "a motion up to affine", motion, cure))
@@ -221,9 +232,7 @@ def _estimate_frames(
             for frame in range(len(stack.readings)):
                 is_reference = frame == reference.frame and reference.mask is None
                 moving = still if is_reference else stack.tiles(frame, rows, columns)
-                only = getattr(module, "estimate", None)
-                estimate = only(moving, still) if only else module(moving, still)[1]
-                found[frame].append(estimate.map(lambda tensor: tensor.cpu()))
+                found[frame].append(estimate_only(module, moving, still).map(lambda tensor: tensor.cpu()))
                 advance(1)
         size = (rows.stop - rows.start, columns[0].stop - columns[0].start)
         limit = float(getattr(module, "max_translation", np.inf))
@@ -285,10 +294,10 @@ def _why_not(tiles: Estimate) -> Status:
     return Status(int(seen[seen != 0].mode().values))
 
 
-def _box(height: int, width: int, top: int = 0) -> Tensor:
-    """(4, 2), the points (x, y) at the corners of some rows of a frame."""
-    right, low = width - 1, top + height - 1
-    return torch.tensor([(0, top), (right, top), (0, low), (right, low)], dtype=torch.float64)
+def _box(height: int, width: int) -> Tensor:
+    """(4, 2), the points (x, y) at the corners of a frame."""
+    right, low = width - 1, height - 1
+    return torch.tensor([(0, 0), (right, 0), (0, low), (right, low)], dtype=torch.float64)
 
 
 class _TileMotions(NamedTuple):
@@ -350,12 +359,12 @@ def _write_frame(
     writer: FileWriter,
     advance: Callable[[int], object],
 ) -> None:
-    reading, (height, width) = stack.readings[frame], stack.cube.size
-    back = invert_warp(warp.double())
+    reading = stack.readings[frame]
+    margins = Margins(Found(warp, torch.ones(1, dtype=torch.bool)), stack.cube.size)
     nearest = replace(operation, pixels=replace(stack.pixels, nodata=()), interpolation="nearest",
                       padding_mode="zeros", fill_value=0.0)  # fmt: skip
     for rows in _row_blocks(stack.cube.size, stack.cube.sizes["band"]):
-        source = _source_rows(back, rows, height, width)
+        source = margins.source(rows.start, rows.stop)
         local = change_origin(warp, (0.0, float(source.start)))
         cut = slice(rows.start - source.start, rows.stop - source.start)
         raw = reading.pixels(source)
@@ -372,12 +381,3 @@ def _write_frame(
         del raw, values
         give_back_memory()
         advance(1)
-
-
-def _source_rows(back: Tensor, rows: slice, height: int, width: int) -> slice:
-    """Rows of the frame that show up in rows of the aligned one, with what a kernel reaches over."""
-    corners = _box(rows.stop - rows.start, width, rows.start)
-    there = transform_points(back, corners)[..., 1].flatten()
-    first = min(int(there.min().floor()), rows.start) - _MARGIN
-    last = max(int(there.max().ceil()) + 1, rows.stop) + _MARGIN
-    return slice(max(0, first), min(height, last))

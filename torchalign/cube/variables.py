@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from torchalign._check import message
+from torchalign._check import check_kind, message
 from torchalign.cube.labels import CUBE, MASK, Cube, as_list, band_labels, find_bands, find_dims, role_of
 from torchalign.cube.pixels import find_nodata, find_packing
 
@@ -85,6 +85,14 @@ class Variables:
     def given(self, name: Hashable) -> dict[str, Hashable | None]:
         """The dims that the user names, of those that a variable has."""
         return {role: dim for role, dim in self.dims.items() if dim in self.dataset[name].dims}
+
+    def check_known(self, other: xr.Dataset, argument: str) -> None:
+        """Another Dataset must have what the estimate sees."""
+        missing = [name for name in self.seen if name not in other]
+        if missing:
+            expected = f"a cube with the bands {[*map(str, self.seen)]}"
+            cure = "name those that both have in bands="
+            raise ValueError(message(argument, expected, f"none called {missing[0]!r}", cure))
 
     def cube(self, name: Hashable) -> Cube:
         """A variable as a cube."""
@@ -162,7 +170,7 @@ def stack_variables(variables: Variables) -> tuple[xr.DataArray, dict[Hashable, 
         )
         slices[name] = slice(count, count + number)
         count += number
-        variable: Any = one.variable if alike else _as_floats(one)
+        variable: Any = one.variable if alike else Cube(_as_floats(one.array), one.dims).variable
         variable = variable if "band" in one.dims else variable.expand_dims("band")
         parts.append(xr.Variable(CUBE, variable.transpose(*CUBE).data))
     concat: Any = xr.Variable.concat  # which has no types
@@ -188,16 +196,10 @@ def stack_reference(reference: xr.Dataset, variables: Variables) -> xr.DataArray
     Raises:
         ValueError: a variable that is not there.
     """
-    missing = [name for name in variables.seen if name not in reference]
-    if missing:
-        expected = f"a Dataset with the variables {[*map(str, variables.seen)]}"
-        cure = "name those that both have in bands="
-        raise ValueError(message("reference", expected, f"none called {missing[0]!r}", cure))
+    variables.check_known(reference, "reference")
     parts = []
     for name in variables.seen:
-        floats = reference[name].astype(np.float64 if reference[name].dtype.itemsize > 4 else np.float32)
-        for value in find_nodata(reference[name]):
-            floats = floats.where(reference[name] != value)
+        floats = _as_floats(reference[name])
         own = variables.cube(name).dims.get("band")
         if own in floats.dims:
             floats = floats.rename({own: "band"}).drop_vars("band", errors="ignore")
@@ -214,22 +216,17 @@ def stack_archive(archive: Any, variables: Variables, dims: Mapping[str, Hashabl
     if isinstance(archive, xr.DataArray):
         dims = find_dims(archive, "archive", dims)
         archive, _, _ = _split_bands(archive, dims, None, None)
-    missing = [name for name in variables.seen if name not in archive]
-    if missing:
-        expected = f"a cube with the bands {[*map(str, variables.seen)]}"
-        cure = "name those that both have in bands="
-        raise ValueError(message("archive", expected, f"none called {missing[0]!r}", cure))
+    variables.check_known(archive, "archive")
     own = {role: dims.get(role) for role in MASK}
     return stack_variables(Variables.of(archive[list(variables.seen)], list(variables.seen), None, own))[0]
 
 
-def _as_floats(cube: Cube) -> xr.Variable:
+def _as_floats(array: xr.DataArray) -> xr.DataArray:
     """NaN for nodata; in float64 what float32 does not hold."""
-    variable, nodata = cube.variable, find_nodata(cube.array)
-    dtype = np.float64 if variable.dtype.itemsize > (4 if variable.dtype.kind == "f" else 2) else np.float32
-    floats = variable.astype(dtype)
-    for value in nodata:
-        floats = floats.where(variable != value)
+    dtype = np.float64 if array.dtype.itemsize > (4 if array.dtype.kind == "f" else 2) else np.float32
+    floats = array.astype(dtype)
+    for value in find_nodata(array):
+        floats = floats.where(array != value)
     return floats.astype(dtype)
 
 
@@ -240,6 +237,8 @@ def take_apart(
     datacube: Any, bands: Any, classes: Any, dims: Mapping[str, Hashable | None]
 ) -> tuple[Variables | None, Callable[[xr.Dataset], Any]]:
     """The variables of a cube, and how they go together again; ``None`` of a DataArray whose bands are of one kind."""
+    for role, dim in dims.items():
+        check_kind(f"{role}_dim", dim, Hashable, "the name of a dim", "give it as in datacube.dims")
     if isinstance(datacube, xr.Dataset):
         return Variables.of(datacube, bands, classes, dims), lambda moved: moved
     found = find_dims(datacube, "datacube", dims)

@@ -42,6 +42,7 @@ class WriteOptions(NamedTuple):
     compression: Compression
     overwrite: bool
     tiled: bool = False  # in blocks of 512, written as they come
+    suffix: str = ""  # of names made of dates and numbers
 
 
 def write_rasters(
@@ -95,13 +96,7 @@ def write_variables(
         for own in (FILE, TAGS):
             if f"{own}_{name}" in array.coords:
                 array = array.assign_coords({own: array.coords[f"{own}_{name}"].variable})
-        template = options.template
-        if template is None and FILE not in array.coords:
-            template = (
-                "{time:%Y%m%dT%H%M%S}_{name}.tif" if _days_repeat(array) else "{time:%Y%m%d}_{name}.tif"
-            )
-            template = template if _is_dated(array) else "{number:04d}_{name}.tif"
-        own_options = options._replace(template=template)
+        own_options = options._replace(suffix=f"_{name}")
         written.append(
             write_rasters(Cube.of(array, None, f"cube[{name!r}]"), folder, own_options, None, False)
         )
@@ -115,23 +110,6 @@ def write_variables(
     if not compute:
         return done if report is None else (done, report)
     return done.compute() if report is None else compute_together((done, report))
-
-
-def _is_dated(array: xr.DataArray) -> bool:
-    own = Cube.of(array).coordinate("time")
-    return own is not None and all(_as_datetime(label) for label in own.values)
-
-
-def _days_repeat(array: xr.DataArray) -> bool:
-    own = Cube.of(array).coordinate("time")
-    days = (
-        []
-        if own is None
-        else [f"{_as_datetime(label) or label:%Y%m%d}" for label in own.values]
-        if _is_dated(array)
-        else []
-    )
-    return len({*days}) < len(days)
 
 
 def _codes(cube: Cube) -> xr.Variable | None:
@@ -169,11 +147,11 @@ def plan_files(cube: Cube, folder: Path, options: WriteOptions) -> tuple[_File, 
         FileExistsError: a file is there.
         ValueError: names that are not unique.
     """
-    paths = [folder / name for name in _file_names(cube, options.template)]
+    paths = [folder / name for name in _file_names(cube, options.template, options.suffix)]
     for path in paths:
         check_free(path, options.overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    profile, bands = _profile(cube, options.driver, options.compression), _band_tags(cube)
+    profile, bands = _raster_profile(cube, options.driver, options.compression), _band_tags(cube)
     if options.tiled and min(cube.size) >= 512:
         profile |= {"tiled": True, "blockxsize": 512, "blockysize": 512, "BIGTIFF": "IF_SAFER"}
     transforms, tags = frame_transforms(cube), cube.array.coords.get(TAGS)
@@ -194,7 +172,7 @@ def plan_files(cube: Cube, folder: Path, options: WriteOptions) -> tuple[_File, 
     )
 
 
-def _file_names(cube: Cube, template: str | None) -> list[str]:
+def _file_names(cube: Cube, template: str | None, suffix: str) -> list[str]:
     time, count = cube.dims["time"], cube.sizes["time"]
     stems: list[str] = [""] * count
     if FILE in cube.array.coords and cube.array[FILE].dims == (time,):
@@ -211,11 +189,11 @@ def _file_names(cube: Cube, template: str | None) -> list[str]:
         elif all(dates):
             days = [f"{date:%Y%m%d}" for date in dates]
             names = [
-                f"{date:%Y%m%d}.tif" if days.count(day) == 1 else f"{date:%Y%m%dT%H%M%S}.tif"
+                f"{day}{'' if days.count(day) == 1 else f'{date:T%H%M%S}'}{suffix}.tif"
                 for date, day in zip(dates, days, strict=True)
             ]
         else:
-            names = [f"{number:04d}.tif" for number in range(count)]
+            names = [f"{number:04d}{suffix}.tif" for number in range(count)]
     else:
         names = []
         for number, (stem, date, label) in enumerate(zip(stems, dates, labels, strict=True)):
@@ -247,7 +225,7 @@ def _as_datetime(label: Any) -> datetime.datetime | None:
     return label if isinstance(label, datetime.datetime) else None
 
 
-def _profile(cube: Cube, driver: str, compression: Compression) -> dict[str, Any]:
+def _raster_profile(cube: Cube, driver: str, compression: Compression) -> dict[str, Any]:
     """What rasterio is told of every file, beside the transform and the bands."""
     array, grid, nodata = cube.array, find_georeference(cube), find_nodata(cube.array)
     declared = array.attrs.get("_FillValue", array.encoding.get("_FillValue"))

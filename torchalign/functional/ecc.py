@@ -69,10 +69,13 @@ from torchalign.functional.smoothing import block_sums, nanmedian
 from torchalign.functional.structure import turn_orientations
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid
 from torchalign.functional.uncertainty import (
+    beyond_chance,
     isotropic,
     largest_direction,
     largest_sigma,
+    parts_of,
     shared_slope,
+    trace,
     weights_error,
 )
 from torchalign.functional.working_grid import Window, WorkingGrid, ramp_length, tukey, working_size
@@ -136,6 +139,7 @@ class EnhancedCorrelation(NamedTuple):
         sigma: (..., T), predicted 1-σ error of the displacement of the frame's centre, in pixels, along the larger
             axis of ``covariance``.
         covariance: (..., T, 2, 2), of the displacement of the frame's centre, px².
+        misfit: (..., T), what of its trace comes from parts of the frame that disagree.
         significance: (..., T), the correlation in standard deviations of that of unrelated scenes.
         flat: (..., T) bool, no texture or too few usable pixels in frame or reference.
         converged: (..., T) bool, the last step was short, the Hessian has an inverse, the correlation is
@@ -148,6 +152,7 @@ class EnhancedCorrelation(NamedTuple):
     warp: Tensor
     sigma: Tensor
     covariance: Tensor
+    misfit: Tensor
     significance: Tensor
     flat: Tensor
     converged: Tensor
@@ -314,6 +319,7 @@ def enhanced_correlation(
         found if homography else from_homogeneous(found),
         quality.sigma,
         quality.covariance,
+        quality.misfit,
         quality.significance,
         (finest.flat | frames.flat).expand(shape),
         quality.converged & finite,
@@ -885,6 +891,7 @@ def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
 class _Quality(NamedTuple):
     sigma: Tensor  # (..., T)
     covariance: Tensor  # (..., T, 2, 2)
+    misfit: Tensor  # (..., T)
     significance: Tensor  # (..., T)
     converged: Tensor  # (..., T) bool
     ambiguous: Tensor  # (..., T) bool
@@ -927,20 +934,16 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     while times < _BLOCK and min(size) >= 16 * 2**times:  # compared, not computed: a size may be a symbol
         times += 1
     sums = block_sums(_unflatten(pulls, -1, size), times)  # (..., T, 2 + P, h / b, w / b)
-    # what every block does to the two translations
-    lever = system.inverse[..., :2, :]
-    mean = system.mean[..., 2:, None]
-    sums = torch.matmul(lever, sums[..., 2:, :, :].flatten(-2) - mean * sums[..., :1, :, :].flatten(-2))
-    blocks = sums.shape[-1]
-    freedom = blocks / max(1, blocks - level.regressors.shape[-2])
-    scatter = freedom * torch.matmul(sums, sums.mT)
     calibration = _STRUCTURE_CALIBRATION if level.vector else _SIGMA_CALIBRATION
     scale = calibration * half_length(level.grid.frame) / certainty
-    covariance = scale.square()[..., None, None] * scatter
+    covariance = scale.square()[..., None, None] * _scatter_of_blocks(sums, system)
+    parts = scale.square()[..., None, None] * _scatter_of_blocks(parts_of(sums), system)
     if level.vector:
         covariance = covariance + isotropic(_STRUCTURE_ERROR * (1 - seen.correlation))
+    misfit = beyond_chance(parts, covariance)
     root = _unflatten(system.weights, -1, size).sqrt()
     covariance = covariance + isotropic(_WEIGHTS_SHARE * weights_error(level.field, root, level.grid))
+    covariance = covariance + misfit
     sigma = largest_sigma(covariance)
     residual, weights = (_unflatten(field, -1, size) for field in (residual, system.weights))
     share = shared_slope(residual, level.field, weights, largest_direction(covariance))
@@ -956,7 +959,18 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     unknown = isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
     sigma = sigma.masked_fill(~sound, torch.inf)
-    return _Quality(sigma, covariance, significance, converged, share < _LEAST_SHARE)
+    misfit = trace(misfit).masked_fill(~sound, 0.0)
+    return _Quality(sigma, covariance, misfit, significance, converged, share < _LEAST_SHARE)
+
+
+def _scatter_of_blocks(sums: Tensor, system: _System) -> Tensor:
+    """(..., T, 2, 2): of what blocks, whose pulls are (..., T, 2 + P, h, w), do to the two translations."""
+    lever = system.inverse[..., :2, :]
+    mean = system.mean[..., 2:, None]
+    moved = torch.matmul(lever, sums[..., 2:, :, :].flatten(-2) - mean * sums[..., :1, :, :].flatten(-2))
+    blocks = moved.shape[-1]
+    freedom = blocks / max(1, blocks - sums.shape[-3])
+    return freedom * torch.matmul(moved, moved.mT)
 
 
 class _Moments(NamedTuple):
@@ -1104,13 +1118,15 @@ def _differentiate(spectrum: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tensor]
     """(..., n) twice, the derivatives of a field by x and y, per half of the frame."""
     by_x, by_y = (
         irfft2(spectrum * slope, grid.size).flatten(-2)
-        for slope in _slopes(grid.frame, grid.size, like=grid.radius)
+        for slope in _derivatives_along(grid.frame, grid.size, like=grid.radius)
     )
     return by_x, by_y
 
 
 @keeps_tables
-def _slopes(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
+def _derivatives_along(
+    frame: tuple[int, int], size: tuple[int, int], *, like: Tensor
+) -> tuple[Tensor, Tensor]:
     """(w//2+1,) and (h, 1): iω, per half of the frame."""
     y, x = WorkingGrid.of(frame, size, 0.5, like).frequencies
     omega_x, omega_y = (2 * math.pi * half_length(frame) * frequency for frequency in (x, y[:, None]))

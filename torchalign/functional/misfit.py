@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.texture import Contrast
+from torchalign.functional.uncertainty import trace
 
 __all__ = ["misfit"]
 
@@ -78,7 +79,7 @@ def misfit(
     mean = shift.sum(-2) / count.clamp(min=1)[..., None]
     apart = (shift - mean[..., None, :]).square().sum(-1) * weight
     spread = apart.sum(-1) / (2 * (count - 1).clamp(min=1))
-    variance = found.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)  # per axis
+    variance = 0.5 * (trace(found.covariance) - found.misfit)  # per axis
     noise = torch.where(sure, variance, 0.0).sum(-1) / count.clamp(min=1)
     value = (spread - noise).clamp(min=0).sqrt()
     return torch.where(count >= _LEAST_MEASURED, value, torch.nan)

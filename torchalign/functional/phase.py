@@ -38,6 +38,7 @@ from torchalign.functional.uncertainty import (
     CALIBRATION,
     PeakQuality,
     assess_peak,
+    block_pulls,
     largest_sigma,
     overlap_curvature,
 )
@@ -67,9 +68,9 @@ _NEWTON_STEPS = 3
 _NEWTON_TOLERANCE = 1e-2
 # Holes that pull so far, in pixels, may pull on.
 _FAR_PULLED = 0.5
-# Lines of the spectrum, up to so many bins wide to either side, are of stripes where at no shift they correlate by
-# this share more than their ground would.
-_LINE, _STATIC = 2, 0.12
+# Lines of the spectrum, up to so many bins wide to either side, are of stripes where this share of them stays, and
+# that by so many standard deviations; the ground's way must turn them by more than the root of the last.
+_LINE, _STATIC, _STATIC_SIGMAS, _LEAST_WAY = 2, 0.28, 2.0, 1e-3
 # Holes are divided by where they, and what is next to them, are at least this share of a frame; and where what lies
 # off them is at least that share of what is mostly usable.
 _LEAST_HOLES, _LEAST_COVER = 0.06, 0.6
@@ -87,6 +88,7 @@ class PhaseShift(NamedTuple):
         shift: (..., 2), (x, y) in pixels.
         sigma: (...,), predicted 1-σ error in pixels, along the larger axis of ``covariance``.
         covariance: (..., 2, 2), predicted, of the errors, px².
+        misfit: (...,), what of its trace comes from parts of the frame that disagree: a motion that a shift lacks.
         significance: (...,), height of the coarse peak in standard deviations of the correlation surface.
         flat: (...,) bool, no texture or too few usable pixels in frame or reference.
         outside: (...,) bool, a clearly higher peak lies beyond ``max_translation``.
@@ -99,6 +101,7 @@ class PhaseShift(NamedTuple):
     shift: Tensor
     sigma: Tensor
     covariance: Tensor
+    misfit: Tensor
     significance: Tensor
     flat: Tensor
     outside: Tensor
@@ -122,6 +125,7 @@ def phase_correlation(
     upsample_factor: int | None = None,
     start: Tensor | None = None,
     size: tuple[int, int] | None = None,
+    fixed_at: Tensor | None = None,
 ) -> PhaseShift:
     """The translation that brings every moving frame onto the reference. See the module's docstring.
 
@@ -144,6 +148,8 @@ def phase_correlation(
         upsample_factor: ``None`` for Newton; n for the best of a grid of 1/n pixel (not differentiable).
         start: (..., 2), a shift to refine, where it correlates better than the coarse peak does.
         size: (H, W) in pixels of what a moving texture shows, which it does not tell itself.
+        fixed_at: (..., 2), the shift at which a pattern of the detector lies on itself, if frames were moved before;
+            ``None``: no shift.
 
     Returns:
         :class:`PhaseShift`. Never NaN, whatever the data.
@@ -158,16 +164,8 @@ def phase_correlation(
         >>> phase_correlation(moving, reference).shift.round(decimals=2)
         tensor([ 1.3000, -0.6000])
     """
-    if isinstance(moving, Texture):
-        if size is None:
-            raise ValueError(message("size", "(H, W) with a moving texture", size, "give the frame's size"))
-        texture, samples = moving, (moving.field.shape[-2], moving.field.shape[-1])
-        (height, width), grid = size, WorkingGrid.of(size, samples, max_frequency, moving.field)
-    else:
-        height, width = moving.shape[-2:]
-        samples = working_size((height, width), max_frequency)
-        grid = WorkingGrid.of((height, width), samples, max_frequency, moving)
-        (texture,) = extract_pyramid(moving, moving_mask, grids=(grid,), contrast=contrast, cover=True)
+    texture, grid = _textured(moving, moving_mask, size, max_frequency, contrast)
+    (height, width), samples = grid.frame, grid.size
     vector = texture.is_vector
     weighting = weighting or ("none" if vector else "ramp")
     robust = not vector if robust is None else robust
@@ -177,31 +175,35 @@ def phase_correlation(
         )
     pair = _Pair(texture, reference, grid, Window.of(grid, taper), weighting)
     window = pair.tapering.whole
-    spectrum, power = pair.correlate(window, window)
+    spectrum, still, power = pair.correlate(window, window)
     rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
     # without the two lines on which a detector's stripes lie, which fit at no shift
-    surface = irfft2(power * ((1 - rows) * (1 - columns)), samples)
-    peak = coarse_peak(surface, (height, width), max_translation)
+    ground = power * ((1 - rows) * (1 - columns))
+    peak = coarse_peak(irfft2(ground, samples), (height, width), max_translation)
     if start is not None:
-        peak = _higher_of(peak, start, power, grid, wave_orders(grid.frequencies))
+        peak = _higher_of(peak, start, ground, grid, wave_orders(grid.frequencies))
     shift, outside = peak.shift, peak.outside
 
     inliers, effective, holes = None, window, None
     if robust:
         same = agreement(grid.move(spectrum, shift), reference.field * window, vector=vector)
         inliers, own, effective = pair.weights_at(shift, same)
-        _, power = pair.correlate(own, effective)
+        spectrum, still, power = pair.correlate(own, effective)
         if not vector and upsample_factor is None:
             holes = pair.holes()
     if not vector:
-        power = _without_stripes(power, grid, shift)
+        power, still = _without_stripes(power, still, grid, shift, fixed_at)
     together = shift if robust else torch.zeros_like(shift)
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
-    if vector:
-        # most of their power is in few low frequencies: the peak of the surface tells chance from ground
-        height = torch.full_like(found.quality.height, torch.inf)
-        found = found._replace(quality=found.quality._replace(height=height))
+    if vector:  # most of their power is in a few low frequencies: the peak of the surface tells chance from ground
+        unasked = torch.full_like(found.quality.height, torch.inf)
+        found = found._replace(quality=found.quality._replace(height=unasked))
     ambiguous = found.quality.ambiguous
+    misfit = torch.zeros_like(found.quality.height)
+    if not vector and weighting == "ramp":
+        pulls = block_pulls(spectrum.detach(), still.detach(), found.peak, grid)
+        quality, misfit = found.quality.with_misfit(pulls)
+        found = found._replace(quality=quality)
     if holes is not None:
         divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same)
         found = found._replace(
@@ -224,6 +226,7 @@ def phase_correlation(
         found.shift,
         sigma,
         covariance,
+        misfit,
         peak.significance,
         flat,
         outside,
@@ -231,6 +234,25 @@ def phase_correlation(
         ambiguous,
         inliers,
     )
+
+
+def _textured(
+    moving: Tensor | Texture,
+    mask: Tensor | None,
+    size: tuple[int, int] | None,
+    max_frequency: float,
+    contrast: Contrast,
+) -> tuple[Texture, WorkingGrid]:
+    """The texture of moving frames, and its grid."""
+    if isinstance(moving, Texture):
+        if size is None:
+            raise ValueError(message("size", "(H, W) with a moving texture", size, "give the frame's size"))
+        samples = moving.field.shape[-2], moving.field.shape[-1]
+        return moving, WorkingGrid.of(size, samples, max_frequency, moving.field)
+    size = moving.shape[-2], moving.shape[-1]
+    grid = WorkingGrid.of(size, working_size(size, max_frequency), max_frequency, moving)
+    (texture,) = extract_pyramid(moving, mask, grids=(grid,), contrast=contrast, cover=True)
+    return texture, grid
 
 
 def cross_power(
@@ -464,28 +486,53 @@ def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Te
     )
 
 
-def _without_stripes(power: Tensor, grid: WorkingGrid, shift: Tensor) -> Tensor:
-    r"""The cross-power without the lines of columns, or rows, that stay where they are while the ground moves.
+def _without_stripes(
+    power: Tensor, still: Tensor, grid: WorkingGrid, shift: Tensor, fixed_at: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    r"""The cross-power, and the reference, without the lines of columns, or rows, that stay while the ground moves.
 
-    What is constant along an axis, as the gains of a detector's columns are, has its spectrum on a line. Where that
-    line correlates at no shift by more than the ground there would, it is left out.
+    What is constant along an axis, as the gains of a detector's columns are, has its spectrum L on a line. Turned by
+    the ground's shift, what moves with it is real; what stays has the phase of the way t between the two,
+
+    .. math:: \sum \sin(\omega t)\, \mathrm{Im}\, L / \sum \sin^2(\omega t)\, |L|
+
+    of the line: 0 for the ground, 1 for a pattern of the detector.
     """
+    shift = shift.detach()
     rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
+    omega_x, omega_y, parts = _line_parts(grid.frame, grid.size, like=grid.radius)
     fixed = power.detach()
-    summed = (
-        torch.matmul(rows.mT.to(fixed.dtype), fixed).squeeze(-2),
-        torch.matmul(fixed, columns.mT.to(fixed.dtype)).squeeze(-1),
-    )
-    kept = []
-    for axis, (line, near) in enumerate(zip(summed, (rows, columns), strict=True)):
-        turned = wave(grid.frequencies[1 - axis], shift.detach()[..., axis])
-        # as if all of it were ground: what would be left of it at no shift
-        ground = (line * turned).real.clamp(min=0)
-        static = line.real.sum(-1) > (ground * (turned.real + _STATIC)).sum(-1)
-        kept.append((static[..., None, None], near))
-    if all_true(~(kept[0][0] | kept[1][0])):
-        return power
-    return power * ((1 - kept[0][0] * kept[0][1]) * (1 - kept[1][0] * kept[1][1]))
+    columns_line = torch.matmul(rows.mT.to(fixed.dtype), fixed).squeeze(-2)
+    rows_line = torch.matmul(fixed, columns.mT.to(fixed.dtype)).squeeze(-1)
+    line = torch.cat((columns_line, rows_line), -1)
+
+    def turned(way: Tensor) -> Tensor:
+        return torch.cat((way[..., :1] * omega_x, way[..., 1:] * omega_y), -1)
+
+    angle = turned(shift)
+    across = torch.addcmul(line.imag * angle.cos(), line.real, angle.sin())
+    way = (angle if fixed_at is None else turned(shift - fixed_at.detach())).sin()
+    pull, size = way * across, line.abs()
+    sums = torch.matmul(
+        torch.stack((pull, pull.square(), way.square() * size, size), -2), parts
+    )  # (..., 4, 2)
+    pulled, square, whole, all_of_it = sums.unbind(-2)
+    static = (pulled > _STATIC * whole) & (pulled > _STATIC_SIGMAS * square.sqrt())
+    static = static & (whole > _LEAST_WAY * all_of_it)  # where nothing moves both are the same
+    if all_true(~static):
+        return power, still
+    kept = (1 - static[..., :1, None] * rows) * (1 - static[..., 1:, None] * columns)
+    return power * kept, still * kept
+
+
+@keeps_tables
+def _line_parts(
+    frame: tuple[int, int], size: tuple[int, int], *, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ω along x and along y, and (n, 2): which of the two a sample of both is of."""
+    y, x = WorkingGrid.of(frame, size, 0.5, like).frequencies
+    first = torch.cat((torch.ones_like(x), torch.zeros_like(y)))
+    return 2 * math.pi * x, 2 * math.pi * y, torch.stack((first, 1 - first), -1)
 
 
 @keeps_tables
@@ -508,12 +555,12 @@ class _Pair(NamedTuple):
     tapering: Window
     weighting: Weighting
 
-    def correlate(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """The moving frame's spectrum under weights (..., h, w), and the cross-power: (..., h, w//2+1)."""
+    def correlate(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The spectra of both under weights (..., h, w), and the cross-power: (..., h, w//2+1)."""
         spectrum = rfft2(self.moving.field * own)
         reference = rfft2(self.reference.field * other)
         power = cross_power(spectrum, reference, self.grid.radius, self.grid.max_frequency, self.weighting)
-        return spectrum, power.sum(0) if self.moving.is_vector else power
+        return spectrum, reference, power.sum(0) if self.moving.is_vector else power
 
     def weights_at(self, shift: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where both show the same ground, over the reference; and the weights of the two that lie on it."""
@@ -550,6 +597,7 @@ class _Refined(NamedTuple):
     step: Tensor  # (...,), length of the last of Newton's steps
     curved: Tensor  # (...,) bool
     quality: PeakQuality
+    peak: Tensor  # (..., 2), of the correlation itself
 
 
 def _refine_plain(
@@ -577,7 +625,7 @@ def _refine_plain(
         limits = (*CALIBRATION, *pulls)
         known = kernels.assess(power, grid.frequencies, shift, together, weights, grid.spacings(), limits)
         if known is not None:
-            return _Refined(known[0], step, curved, PeakQuality(*known[1]))
+            return _Refined(known[0], step, curved, PeakQuality(*known[1]), shift.detach())
     found = shift
     derivatives = derivatives_at(power, grid.frequencies, found, wave_orders(grid.frequencies))
     overlap = overlap_curvature(weights, grid)
@@ -590,7 +638,7 @@ def _refine_plain(
         bounded = extra.detach().abs().amax(-1, keepdim=True) <= pulls[1]
         shift = _settled(found + torch.where(bounded, extra, 0.0))
         quality = quality.widened(extra.detach().clamp(-1, 1))
-    return _Refined(shift, step, curved, quality)
+    return _Refined(shift, step, curved, quality, found.detach())
 
 
 def _settled(shift: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torchalign.functional.affine import center_displacement, identity_warp, to_
 from torchalign.functional.shift_field import is_zero
 from torchalign.functional.sizes import stride_for
 from torchalign.functional.structure import turn_orientations
-from torchalign.functional.uncertainty import isotropic
+from torchalign.functional.uncertainty import beyond_chance, isotropic, largest_sigma
 from torchalign.functional.warp import resample
 from torchalign.types import Estimate, Motion, ShiftField, Status, combine
 
@@ -22,6 +22,7 @@ __all__ = [
     "gate",
     "gate_stages",
     "normalized_cross_correlation",
+    "parts_disagree",
     "rejected",
 ]
 
@@ -34,6 +35,8 @@ _IN_PLACE_PIXELS = 0.25
 _LATTICE = 128
 # A later stage moves a frame by hundredths of a pixel, which a score feels less than this.
 _WORSE = 1e-3
+# A frame whose σ is larger than this, in pixels, because two methods disagree, is not known.
+_LARGEST_DOUBT = 0.15
 
 
 def normalized_cross_correlation(first: Tensor, second: Tensor, usable: Tensor | None = None) -> Tensor:
@@ -164,7 +167,8 @@ def gate_stages(
 
     A frame keeps its last acceptable motion; a later one that lowers the score by more than 0.001 is undone, and
     one with a field of local shifts needs one before it that was accepted. Where none is acceptable, or the first
-    is ``AMBIGUOUS``, the verdict is that on the first. All scores are taken over the same ground: what lies inside
+    is ``AMBIGUOUS``, the verdict is that on the first. A motion that is kept though parts of the frame disagree about
+    it by more than it asks for makes the frame ``AMBIGUOUS``. All scores are taken over the same ground: what lies inside
     the frame for every stage that was trusted, and is an inlier for the last of them that tells inliers.
 
     Args:
@@ -204,11 +208,13 @@ def gate_stages(
     *scores, score_before = _scores(moving, reference, motions, usable, weight, step, vector=vector)
 
     result: Estimate | None = None
+    distorted = torch.zeros_like(motions[0].status, dtype=torch.bool)
     for number, row in enumerate(zip(motions, displacements, scores, strict=True)):
         judged = _judge(*row, score_before, identity)
+        apart = parts_disagree(motions[number])
         judged = judged._replace(stage=torch.where(judged.valid, number, -1))
         if result is None:
-            result = judged
+            result, distorted = judged, apart
             continue
         worse = result.valid & (judged.score < result.score - _WORSE)
         # where more than one place fits, a later stage climbs to the one it happens to start near
@@ -216,13 +222,22 @@ def gate_stages(
         accepted = judged.valid & ~worse & ~doubted
         if judged.field is not None:  # a field is added to a motion that was accepted without it
             accepted = accepted & result.valid & ~is_zero(judged.field)
+        extra: Tensor | None = None
+        if motions[number].only_shifts and judged.field is None:
+            # a shift after a shift measures the same: where they differ the first, which searched further, stays
+            extra = _disagreement(motions[number], motions[number - 1], accepted)
+            apart = apart | parts_disagree(motions[number - 1])
+            accepted = accepted & ~(result.valid & (extra > 0).flatten(-2).any(-1))
         result = _choose(accepted, judged, result)
+        distorted = torch.where(accepted, apart, distorted)
+        if extra is not None:
+            result, lost = _widened(result, extra)
+            distorted = distorted | lost
     assert result is not None
-    if min_score is None:
-        return result
-    low = result.valid & (result.score < min_score)
-    left = torch.where(low, int(Status.LOW_SCORE), result.status)
-    return rejected(result._replace(status=left))
+    status = torch.where(result.valid & distorted, int(Status.AMBIGUOUS), result.status)
+    if min_score is not None:
+        status = torch.where((status == 0) & (result.score < min_score), int(Status.LOW_SCORE), status)
+    return rejected(result._replace(status=status))
 
 
 def _scores(
@@ -308,6 +323,30 @@ def _judge(
         _kept_field(motion.field, moved),
     )
     return rejected(estimate)
+
+
+def parts_disagree(motion: Motion) -> Tensor:
+    """(...,) bool: parts of the frame disagree about the motion, where the method tells."""
+    return torch.zeros_like(motion.status, dtype=torch.bool) if motion.distorted is None else motion.distorted
+
+
+def _disagreement(motion: Motion, before: Motion, accepted: Tensor) -> Tensor:
+    """(..., 2, 2): of a shift that is accepted and one that was trusted, as far as chance does not explain it."""
+    both = ((before.status == 0) & accepted)[..., None, None]
+    way = (motion.warp[..., :2, 2] - before.warp[..., :2, 2]).detach()
+    covariances = [
+        isotropic(one.sigma) if one.covariance is None else one.covariance for one in (motion, before)
+    ]
+    square = torch.where(both, way[..., :, None] * way[..., None, :], 0.0)
+    return beyond_chance(square, torch.where(both, covariances[0] + covariances[1], 1.0))
+
+
+def _widened(estimate: Estimate, extra: Tensor) -> tuple[Estimate, Tensor]:
+    """With what (..., 2, 2) else it is not known by; and where it then is not known at all."""
+    told = (extra > 0).flatten(-2).any(-1)
+    covariance = estimate.covariance + extra
+    sigma = torch.where(told, largest_sigma(covariance), estimate.sigma)
+    return estimate._replace(covariance=covariance, sigma=sigma), told & (sigma > _LARGEST_DOUBT)
 
 
 def rejected(estimate: Estimate) -> Estimate:

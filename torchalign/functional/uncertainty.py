@@ -9,18 +9,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchalign._host import keeps_tables
+from torchalign.functional.fourier import irfft2, shift_phase
+from torchalign.functional.smoothing import block_sums
 from torchalign.functional.working_grid import WorkingGrid
 
 __all__ = [
     "CALIBRATION",
     "PeakQuality",
     "assess_peak",
+    "beyond_chance",
+    "block_pulls",
     "isotropic",
     "largest_direction",
     "largest_sigma",
     "overlap_curvature",
+    "parts_of",
     "sandwich",
     "shared_slope",
+    "trace",
     "weights_error",
 ]
 
@@ -32,6 +39,9 @@ _STRETCHED, _UNSURE = 4.2, 0.04
 _WEIGHTS_ERROR = 0.4
 # Factors of the variance of a peak, and of the square of its correction.
 CALIBRATION = _SIGMA_CALIBRATION**2, _WEIGHTS_ERROR**2
+# What blocks, so many along the shorter axis, disagree by counts where it is so many times what chance explains, in
+# standard deviations; and as the displacements of neighbouring blocks are alike, it counts so many times.
+_PARTS, _BEYOND_CHANCE, _MISFIT = 4, 2.0, 2.0
 # A direction whose curvature is less than so many standard deviations of chance, a maximum less high than so many,
 # and a direction along which less than this share of the curvature is the ground's, are ambiguous.
 _LEAST_CURVATURE, _LEAST_HEIGHT, _LEAST_FIXED = 3.0, 3.0, 0.82
@@ -129,6 +139,64 @@ def weights_error(reference: Tensor, weights: Tensor, grid: WorkingGrid) -> Tens
     return _WEIGHTS_ERROR * share.clamp(max=1)
 
 
+def parts_of(field: Tensor) -> Tensor:
+    """Sums of (..., h, w) over blocks of 2ⁿ samples a side, 4 or more along the shorter axis."""
+    times = 0
+    while min(field.shape[-2:]) >= _PARTS * 2 ** (
+        times + 1
+    ):  # compared, not computed: a size may be a symbol
+        times += 1
+    return block_sums(field, times)
+
+
+def block_pulls(moving: Tensor, reference: Tensor, shift: Tensor, grid: WorkingGrid) -> Tensor:
+    r"""By how much blocks of a frame pull a correlation weighted by the frequency off its peak, along x and y.
+
+    .. math:: s_b = \sum_{p \in b} \tfrac{1}{2} (a - b) \nabla (a + b)
+
+    with a and b the frame, moved, and the reference, each weighted by the root of the frequency. Summed over all
+    blocks it is the correlation's gradient there, 0; where the two are alike it is 0 in every block.
+
+    Args:
+        moving: (..., h, w//2+1), an ``rfft2`` on the grid.
+        reference: the same, broadcastable.
+        shift: (..., 2), of the peak, in pixels.
+        grid: of both.
+
+    Returns:
+        (..., 2, n), in units of the sum over all frequencies.
+    """
+    own = shift_phase(moving, grid.frequencies, -shift)
+    root, by_x, by_y = _rooted_slopes(grid.frame, grid.size, grid.max_frequency, like=grid.radius)
+    both = own + reference
+    fields = irfft2(torch.stack(((own - reference) * root, both * by_x, both * by_y), -3), grid.size)
+    return parts_of(fields[..., :1, :, :] * fields[..., 1:, :, :]).flatten(-2)
+
+
+@keeps_tables
+def _rooted_slopes(
+    frame: tuple[int, int], size: tuple[int, int], max_frequency: float, *, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, w//2+1): the root of the frequency, and times iω along x and along y, times half the number of samples."""
+    grid = WorkingGrid.of(frame, size, max_frequency, like)
+    root = grid.radius.sqrt() * (grid.radius < max_frequency)
+    y, x = (math.pi * size[0] * size[1] * frequency for frequency in grid.frequencies)
+    none = torch.zeros_like(root)
+    return root, torch.complex(none, root * x), torch.complex(none, root * y[:, None])
+
+
+def trace(matrix: Tensor) -> Tensor:
+    """(...,) of (..., 2, 2)."""
+    return matrix[..., 0, 0] + matrix[..., 1, 1]
+
+
+def beyond_chance(scatter: Tensor, covariance: Tensor) -> Tensor:
+    """What of a scatter (..., 2, 2) of parts of the frame their covariance does not explain: 0 where it may."""
+    chance, found = trace(covariance), trace(scatter).clamp(min=torch.finfo(scatter.dtype).tiny)
+    share = (_MISFIT**2 - (_MISFIT * _BEYOND_CHANCE) ** 2 * (chance / found)).clamp(min=0)
+    return share[..., None, None] * scatter
+
+
 class PeakQuality(NamedTuple):
     """How well a maximum of a correlation is known, see :func:`assess_peak`; one row a frame.
 
@@ -137,22 +205,36 @@ class PeakQuality(NamedTuple):
         height: (...,), the correlation in standard deviations of what unrelated phases would give.
         curvature: (...,), its curvature along the larger axis of the covariance, likewise.
         fixed: (...,), share of the curvature along that axis that is not that of the weights.
+        inverse: (..., 2, 2), of the Hessian of the ground's correlation; 0 where it has none.
     """
 
     covariance: Tensor
     height: Tensor
     curvature: Tensor
     fixed: Tensor
+    inverse: Tensor
 
     @property
     def ambiguous(self) -> Tensor:
         """(...,) bool: a direction has a curvature of chance, or of the weights, or is much less sure."""
         larger = largest_sigma(self.covariance)
-        trace = self.covariance[..., 0, 0] + self.covariance[..., 1, 1]
-        smaller = (trace - larger.square()).nan_to_num(0.0).clamp(min=0).sqrt()
+        smaller = (trace(self.covariance) - larger.square()).nan_to_num(0.0).clamp(min=0).sqrt()
         stretched = (larger > _STRETCHED * smaller) & (larger > _UNSURE) & larger.isfinite()
         weak = (self.curvature < _LEAST_CURVATURE) | (self.height < _LEAST_HEIGHT)
         return weak | (self.fixed < _LEAST_FIXED) | stretched
+
+    def with_misfit(self, pulls: Tensor) -> tuple[PeakQuality, Tensor]:
+        r"""With what parts of the frame disagree by, beyond chance: a motion that the model lacks.
+
+        Were the pulls (..., 2, n) of n blocks independent, their scatter would give the same covariance,
+        :math:`H^{-1} \sum_b s_b s_b^T H^{-1}`. What it gives beyond chance counts besides.
+
+        Returns:
+            The quality, and (...,), by how much it raises the trace of the covariance, px².
+        """
+        moved = torch.matmul(self.inverse, pulls)
+        misfit = beyond_chance(torch.matmul(moved, moved.mT), self.covariance)
+        return self._replace(covariance=self.covariance + misfit), trace(misfit)
 
     def widened(self, error: Tensor) -> PeakQuality:
         """With an error (..., 2) of unknown sign besides."""
@@ -243,7 +325,9 @@ def assess_peak(
     curvature = bend * torch.rsqrt(0.5 * bins * fourth + tiny)
     entire = along(whole)
     fixed = torch.where(entire > 0, bend / torch.where(entire > 0, entire, 1.0), 0.0)
-    return PeakQuality(covariance, height, curvature, fixed), correction
+    one = torch.ones_like(xx.detach())
+    inverse = _correction(ground, (one, one, torch.zeros_like(one)))
+    return PeakQuality(covariance, height, curvature, fixed, inverse), correction
 
 
 def _correction(ground: Sequence[Tensor], pulls: Sequence[Tensor]) -> Tensor:

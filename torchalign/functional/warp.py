@@ -538,9 +538,10 @@ def _blocks(
 ) -> Iterator[tuple[list[int], tuple[int, int]]]:
     """Some of the frames and a range of output rows, of about :data:`_BLOCK_SAMPLES` samples."""
     height, width = size
-    together = max(1, _BLOCK_SAMPLES // max(1, bands * height * width))  # frames
+    line = max(1, bands * -(-width // step))  # samples of an output row
+    together = max(1, _BLOCK_SAMPLES // (line * max(1, -(-height // step))))  # frames
     # whole steps of the lattice
-    rows = height if together > 1 else step * max(1, _BLOCK_SAMPLES // max(1, bands * width))
+    rows = height if together > 1 else step * max(1, _BLOCK_SAMPLES // line)
     for first in range(0, len(frames), together):
         for top in range(0, height, rows):
             yield frames[first : first + together], (top, min(top + rows, height))

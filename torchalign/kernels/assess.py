@@ -18,7 +18,7 @@ _BLOCK = 512
 
 
 @triton.jit
-def _overlap(
+def _overlap_of_weights(
     weights, rows, columns, half_y, half_x, COMPUTE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr
 ):
     """functional.uncertainty.overlap_curvature, and how many bins the window's spectrum correlates."""
@@ -73,6 +73,16 @@ def _direction(xx, yy, xy):
 
 
 @triton.jit
+def _store_inverse(out, gxx, gyy, gxy, determinant, regular):
+    """The inverse of a symmetric matrix; 0 where it has none."""
+    across = tl.where(regular, -divide(gxy, determinant), 0.0)
+    tl.store(out, tl.where(regular, divide(gyy, determinant), 0.0))
+    tl.store(out + 1, across)
+    tl.store(out + 2, across)
+    tl.store(out + 3, tl.where(regular, divide(gxx, determinant), 0.0))
+
+
+@triton.jit
 def assess_frames(
     power,  # (N, h, w//2+1, 2)
     fy,  # (h,), cycles per pixel
@@ -80,7 +90,7 @@ def assess_frames(
     start,  # (N, 2), the maximum
     together,  # (N, 2)
     weights,  # (N, h, w)
-    found,  # (N, 9)
+    found,  # (N, 13)
     rows,
     columns,  # of the weights
     half_y: tl.float64,  # one by twice the sampling, in pixels
@@ -142,7 +152,7 @@ def assess_frames(
     wxx = -tl.sum(c20, 0)
     wyy = -tl.sum(c02, 0)
     wxy = -tl.sum(c11, 0)
-    kxx, kyy, kxy, correlated = _overlap(
+    kxx, kyy, kxy, correlated = _overlap_of_weights(
         weights + frame * rows * columns, rows, columns, tl.cast(half_y, COMPUTE), tl.cast(half_x, COMPUTE),
         COMPUTE, TINY, BLOCK,
     )  # fmt: skip
@@ -193,7 +203,7 @@ def assess_frames(
     shift_y += tl.where(bounded, extra_y, 0.0)
     extra_x = tl.minimum(tl.maximum(extra_x, -1.0), 1.0)
     extra_y = tl.minimum(tl.maximum(extra_y, -1.0), 1.0)
-    out = found + 9 * frame
+    out = found + 13 * frame
     tl.store(out, tl.where(tl.abs(shift_x) < 64 * EPSILON, 0.0, shift_x))
     tl.store(out + 1, tl.where(tl.abs(shift_y) < 64 * EPSILON, 0.0, shift_y))
     tl.store(out + 2, cxx + extra_x * extra_x)
@@ -203,6 +213,7 @@ def assess_frames(
     tl.store(out + 6, height)
     tl.store(out + 7, curvature)
     tl.store(out + 8, fixed)
+    _store_inverse(out + 9, gxx, gyy, gxy, safe, regular)
 
 
 def assess(
@@ -213,7 +224,7 @@ def assess(
     weights: Tensor,
     spacing: tuple[float, float],
     limits: tuple[float, float, float, float],
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]] | None:
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | None:
     """See :func:`torchalign.functional.uncertainty.assess_peak`, and what :mod:`torchalign.functional.phase` makes of it.
 
     Args:
@@ -228,22 +239,23 @@ def assess(
 
     Returns:
         The shift (..., 2) less the weights' pull; and its covariance (..., 2, 2), the height, the curvature along
-        its larger axis, and the share of it that is not the weights', (...,) each. ``None`` where the spectrum is
+        its larger axis, and the share of it that is not the weights', (...,) each, and the inverse of the Hessian
+        (..., 2, 2). ``None`` where the spectrum is
         too large for one program.
     """
     if power.shape[-2] * power.shape[-1] > MOST_BINS:
         return None
     parts = torch.view_as_real(power.resolve_conj())
     lead = power.shape[:-2]
-    places = torch.stack(torch.broadcast_tensors(shift, together)).to(parts.dtype)  # type: ignore[no-untyped-call]
+    places = torch.stack(torch.broadcast_tensors(shift, together)).to(parts.dtype)
     found = _assess(
         parts, *frequencies, places, weights.expand(*lead, *weights.shape[-2:]), list(spacing), list(limits)
     )
-    covariance = found[..., 2:6].unflatten(-1, (2, 2))  # type: ignore[no-untyped-call]
-    return found[..., :2], (covariance, found[..., 6], found[..., 7], found[..., 8])
+    covariance, inverse = (found[..., first : first + 4].unflatten(-1, (2, 2)) for first in (2, 9))
+    return found[..., :2], (covariance, found[..., 6], found[..., 7], found[..., 8], inverse)
 
 
-@operator("assess", lambda power: power.new_empty((*power.shape[:-3], 9)))
+@operator("assess", lambda power: power.new_empty((*power.shape[:-3], 13)))
 def _assess(
     power: Tensor,
     fy: Tensor,
@@ -253,7 +265,7 @@ def _assess(
     spacing: list[float],
     limits: list[float],
 ) -> Tensor:
-    found = power.new_empty((*power.shape[:-3], 9))
+    found = power.new_empty((*power.shape[:-3], 13))
     if found.numel() == 0:
         return found
     start, together = places.contiguous().unbind(0)

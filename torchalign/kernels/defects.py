@@ -66,7 +66,7 @@ def profile_frames(
 
 
 @triton.jit
-def _level(profile, place, live, floor):
+def _logarithm(profile, place, live, floor):
     """The logarithm of a profile."""
     return tl.log(tl.load(profile + place, mask=live, other=1) + floor)
 
@@ -74,8 +74,8 @@ def _level(profile, place, live, floor):
 @triton.jit
 def _detail(profile, place, live, floor):
     """The same, less what changes slowly."""
-    level = _level(profile, place + 1, live, floor)
-    around = _level(profile, place, live, floor) + _level(profile, place + 2, live, floor)
+    level = _logarithm(profile, place + 1, live, floor)
+    around = _logarithm(profile, place, live, floor) + _logarithm(profile, place + 2, live, floor)
     return tl.where(live, level - 0.5 * around, 0.0)
 
 
@@ -146,17 +146,17 @@ def repeated(image: Tensor, usable: Tensor | None, strides: tuple[int, int], lea
     Returns:
         (...,) int64, 1 to 8.
     """
-    profile = _profile(image, usable, list(strides))
+    profile = _sharpness(image, usable, list(strides))
     return _repeat(profile, list(image.shape[-2:]), least)
 
 
-def _profile_like(image: Tensor) -> Tensor:
+def _sharpness_like(image: Tensor) -> Tensor:
     return image.new_empty((*image.shape[:-2], 2 * (image.shape[-2] + image.shape[-1] - 4)))
 
 
-@operator("profile", _profile_like)
-def _profile(image: Tensor, usable: Tensor | None, strides: list[int]) -> Tensor:
-    profile = _profile_like(image)
+@operator("profile", _sharpness_like)
+def _sharpness(image: Tensor, usable: Tensor | None, strides: list[int]) -> Tensor:
+    profile = _sharpness_like(image)
     if profile.numel() == 0:
         return profile
     height, width = image.shape[-2:]

@@ -17,9 +17,9 @@ __all__ = [
     "by_status",
     "check_pictured",
     "check_truth",
+    "covariance_of",
     "kept_frames",
     "shift_of",
-    "sigma_of",
     "status_label",
     "status_of",
     "time_of",
@@ -68,10 +68,20 @@ def shift_of(report: xr.Dataset) -> Array:
     return np.stack([report["shift_x"].values, report["shift_y"].values], -1).astype(np.float64)
 
 
-def sigma_of(report: xr.Dataset) -> Array:
-    """(T,), 0 where nothing can be said: no bar is drawn then."""
-    sigma = report["sigma"].values
-    return np.where(np.isfinite(sigma), sigma, 0.0)
+def covariance_of(report: xr.Dataset) -> Array:
+    """(T, 2, 2), px², of (x, y): σ² in both directions where a report has no more; 0 where nothing can be said."""
+    if "covariance" in report:
+        time = report["status"].dims[0]
+        covariance = report["covariance"].transpose(time, "axis", "other_axis").values.astype(np.float64)
+    else:
+        variance = report["sigma"].values.astype(np.float64) ** 2
+        covariance = (
+            np.stack([np.diag([value, value]) for value in variance])
+            if len(variance)
+            else np.empty((0, 2, 2))
+        )
+    known = np.isfinite(covariance).all((1, 2))
+    return np.where(known[:, None, None], covariance, 0.0)
 
 
 def time_of(report: xr.Dataset) -> tuple[Array, bool]:

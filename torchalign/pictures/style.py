@@ -100,9 +100,29 @@ def marker_style(code: Status, size: float = 1.0) -> dict[str, Any]:
 
 
 def draw_points(ax: Axes, points: Any, label: str, *, size: float = 1.0, **drawn: Any) -> None:
-    """(x, y), each (n,), with bars of 1 σ, ``yerr`` and maybe ``xerr``."""
+    """(x, y), each (n,), maybe with bars of 1 σ, ``yerr``."""
     kept: dict[str, Any] = {"marker": "o", "color": BLUE, "ecolor": SKY, "elinewidth": size}
     ax.errorbar(*points, label=label, linestyle="none", markersize=4.5 * size, zorder=3, **(kept | drawn))
+
+
+def magnification(covariances: Array, reach: float) -> int:
+    """1, 10 or 100: ellipses that many times as large are seen on axes of that reach."""
+    median = float(np.median(np.sqrt(np.trace(covariances, axis1=1, axis2=2)))) if len(covariances) else 0.0
+    return next((times for times in (1, 10) if median * times >= 0.02 * reach), 100) if median > 0 else 1
+
+
+def draw_ellipses(ax: Axes, centres: Array, covariances: Array, color: str, size: float = 1.0) -> None:
+    """Of 1 σ, of covariances (n, 2, 2) around points (n, 2), both (x, y)."""
+    from matplotlib.collections import EllipseCollection
+
+    if not len(centres):
+        return
+    values, axes = np.linalg.eigh(covariances)
+    width, height = 2 * np.sqrt(np.clip(values[:, ::-1], 0, None)).T  # along the larger axis, and across
+    angles = np.rad2deg(np.arctan2(axes[:, 1, 1], axes[:, 0, 1]))
+    drawn: dict[str, Any] = {"offsets": centres, "offset_transform": ax.transData, "units": "xy", "zorder": 2}
+    outline: dict[str, Any] = {"facecolors": "none", "edgecolors": color, "linewidths": 1.2 * size}
+    ax.add_collection(EllipseCollection(width, height, angles, **drawn, **outline))
 
 
 def draw_truth(ax: Axes, x: Array, y: Array, *, marker: str = "o", label: str = "") -> None:
