@@ -179,8 +179,8 @@ class ECC(Aligner):
         )
         sure = found.converged & (found.sigma.square() - found.misfit <= self.max_sigma**2)
         status = torch.where(sure, int(Status.OK), int(Status.NOT_CONVERGED))
-        status = torch.where(found.converged & found.ambiguous, int(Status.AMBIGUOUS), status)
-        status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
+        status = status.masked_fill(found.converged & found.ambiguous, int(Status.AMBIGUOUS))
+        status = status.masked_fill(found.flat, int(Status.NO_TEXTURE))
         shifts = only_shifts(self.motion, init)
         distorted = found.sigma > self.max_sigma
         return Motion(

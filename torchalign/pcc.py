@@ -155,9 +155,9 @@ class PCC(Aligner):
         status = torch.zeros_like(found.flat, dtype=torch.int64)
         sure = found.converged & (found.sigma.square() - found.misfit <= self.max_sigma**2)
         status = torch.where(sure, status, int(Status.NOT_CONVERGED))
-        status = torch.where(found.converged & found.ambiguous, int(Status.AMBIGUOUS), status)
-        status = torch.where(found.outside, int(Status.TOO_FAR), status)
-        status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
+        status = status.masked_fill(found.converged & found.ambiguous, int(Status.AMBIGUOUS))
+        status = status.masked_fill(found.outside, int(Status.TOO_FAR))
+        status = status.masked_fill(found.flat, int(Status.NO_TEXTURE))
         return Motion(
             warp,
             found.sigma,

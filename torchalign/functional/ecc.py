@@ -332,7 +332,7 @@ def _finite_start(
     init: Tensor | None, frame: tuple[int, int], shape: Sequence[int], like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Normalised (..., T, 3, 3), the identity where an init is no number; and where (..., T) it is one."""
-    identity = torch.eye(3, dtype=like.dtype, device=like.device)
+    identity = _eye(3, like=like)
     if init is None:
         return identity.expand(*shape, 3, 3), torch.ones(*shape, dtype=torch.bool, device=like.device)
     shifted = init.shape[-1] == 2
@@ -839,8 +839,8 @@ def _solve(weights: Tensor, level: Level) -> _System:
     centred = torch.addcmul(gram[..., 1:, 1:], gram[..., 1:, :1], mean[..., None, 1:], value=-1)
     against, hessian = centred[..., 0, :], centred[..., 1:, 1:]  # of (..., T, 1 + P, 1 + P)
     ridge = _RIDGE * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ridge = ridge.masked_fill(~(ridge > 0), 1.0)
-    eye = torch.eye(parameters, dtype=weights.dtype, device=weights.device)
+    ridge = ridge.clamp(min=torch.finfo(ridge.dtype).tiny)
+    eye = _eye(parameters, like=weights)
     inverse = torch.linalg.inv_ex(torch.addcmul(hessian, ridge[..., None, None], eye)).inverse
     # in a direction in which nothing changes the ridge is all there is
     spread = inverse.diagonal(dim1=-2, dim2=-1) * ridge[..., None]
@@ -1066,12 +1066,18 @@ def _coordinates(
 
 def _settle(warp: Tensor) -> Tensor:
     """What rounding leaves of an identity is taken off, and its gradient kept."""
-    identity = torch.eye(3, dtype=warp.dtype, device=warp.device)
+    identity = _eye(3, like=warp)
     fixed = warp.detach()
     fixed = torch.where(fixed.isfinite().flatten(-2).all(-1)[..., None, None], fixed, identity)
     none = (fixed - identity).abs().flatten(-2).amax(-1) < 64 * torch.finfo(warp.dtype).eps
     settled = torch.where(none[..., None, None], identity, fixed)
     return settled + (warp - warp.detach()).nan_to_num(0.0)
+
+
+@keeps_tables
+def _eye(length: int, *, like: Tensor) -> Tensor:
+    """The unit matrix."""
+    return torch.eye(length, dtype=like.dtype, device=like.device)
 
 
 @keeps_tables
@@ -1137,8 +1143,7 @@ def _derivatives_along(
 
 def _shifted_by(shift: Tensor) -> Tensor:
     """(..., 3, 3), of (..., 2)."""
-    identity = torch.eye(3, dtype=shift.dtype, device=shift.device)
-    return identity + F.pad(shift.unsqueeze(-1), (2, 0, 0, 1))
+    return _eye(3, like=shift) + F.pad(shift.unsqueeze(-1), (2, 0, 0, 1))
 
 
 def _shift_of(warp: Tensor, grid: WorkingGrid) -> Tensor:

@@ -196,8 +196,8 @@ def phase_correlation(
         power, still = _without_stripes(power, still, grid, shift, fixed_at)
     together = shift if robust else torch.zeros_like(shift)
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
+    # most of a vector's power is in a few low frequencies: the peak of the surface tells chance from ground
     if vector:
-        # most of their power is in a few low frequencies: the peak of the surface tells chance from ground
         unasked = torch.full_like(found.quality.height, torch.inf)
         found = found._replace(quality=found.quality._replace(height=unasked))
     ambiguous = found.quality.ambiguous

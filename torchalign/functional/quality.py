@@ -19,6 +19,7 @@ from torchalign.functional.warp import resample
 from torchalign.types import Estimate, Motion, ShiftField, Status, combine
 
 __all__ = [
+    "centre_moves",
     "gate",
     "gate_stages",
     "normalized_cross_correlation",
@@ -283,9 +284,15 @@ def _scores(
     return _correlate(first, ground, *others)
 
 
+def centre_moves(motion: Motion, size: tuple[int, int]) -> Tensor:
+    """(..., T): how far the centre of frames of (H, W) moves, in pixels; all of it where they are only shifted."""
+    shift = motion.warp[..., :2, 2] if motion.only_shifts else center_displacement(motion.warp, size)
+    return shift.norm(dim=-1)
+
+
 def _screened(motion: Motion, limit: float, size: tuple[int, int], identity: Tensor) -> tuple[Motion, Tensor]:
     """The motion after the verdicts that need no score, without a warp where there is one; and how far it moves."""
-    displacement = center_displacement(motion.warp, size).norm(dim=-1)
+    displacement = centre_moves(motion, size)
     finite = motion.warp.isfinite().flatten(-2).all(-1) & motion.sigma.isfinite()
     status = torch.where((motion.status == 0) & ~finite, int(Status.NOT_CONVERGED), motion.status)
     status = torch.where((status == 0) & ~(displacement <= limit), int(Status.TOO_FAR), status)

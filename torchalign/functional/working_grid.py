@@ -56,7 +56,8 @@ class WorkingGrid(NamedTuple):
 
     def move(self, spectrum: Tensor, shift: Tensor) -> Tensor:
         """(..., h, w): the field of a spectrum with its content moved by ``shift`` (..., 2)."""
-        return irfft2(shift_phase(spectrum, self.frequencies, -shift), self.size)
+        back = _backwards(self.frame, self.size, like=self.radius)
+        return irfft2(shift_phase(spectrum, back, shift), self.size)
 
 
 class Window(NamedTuple):
@@ -102,6 +103,13 @@ def _frequencies(
     x = torch.arange(columns // 2 + 1, device=like.device, dtype=like.dtype) / frame[1]
     y = y.to(like.dtype) / frame[0]
     return y, x, torch.hypot(x, y[:, None])
+
+
+@keeps_tables
+def _backwards(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The frequencies along y and x with their sign turned: a shift then moves a field by itself."""
+    y, x, _ = _frequencies(frame, size, like=like)
+    return -y, -x
 
 
 @keeps_tables
