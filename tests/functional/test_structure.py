@@ -122,6 +122,24 @@ def test_a_radar_like_image_is_found_and_an_unrelated_one_is_flagged():
     assert not aligner.estimate(radar(data.cube), other).valid.any()
 
 
+def test_a_terrain_lit_from_two_sides():
+    size = 220
+    frequency = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)).clamp(min=1 / 110)
+    waves = torch.fft.rfft2(torch.randn(size, size, generator=torch.Generator().manual_seed(4)))
+    terrain = torch.fft.irfft2(waves * frequency**-2.0, s=(size, size))
+    slope_y, slope_x = torch.gradient(terrain / terrain.std() * 15)
+
+    def lit_from(side):
+        toward = side * slope_x * math.sin(math.pi / 3) + slope_y * math.cos(math.pi / 3)
+        return ((0.57 - 0.82 * toward) / (1 + slope_x**2 + slope_y**2).sqrt()).clamp(min=0)[None]
+
+    evening, morning = lit_from(-1)[:, 20:180, 23:183], lit_from(1)[:, 20:180, 20:180]
+    estimate = ta.PCC(contrast="structure").estimate(evening[None], morning)
+    assert estimate.valid.all()
+    torch.testing.assert_close(estimate.warp[0, :, 2], torch.tensor([3.0, 0.0]), atol=0.3, rtol=0)
+    assert not ta.PCC().estimate(evening[None], morning).valid.any()
+
+
 def test_defaults_follow_the_contrast_and_can_be_overruled():
     assert (ta.PCC().weighting, ta.PCC().robust, ta.PCC().max_sigma) == ("ramp", True, 0.15)
     across = ta.PCC(contrast="structure")
@@ -187,6 +205,8 @@ def test_ecc_finds_affine_warps_of_a_radar_like_image_and_flags_unrelated_ones()
     assert error[estimate.valid].max() < 1
     centre = centre_errors(estimate.warp, data.warp, (176, 176))
     assert (centre <= 3 * estimate.sigma)[estimate.valid].all()
+    # what is not in common is part of the error, however many edges there are
+    assert (estimate.sigma >= 0.24 * (1 - estimate.score))[estimate.valid].all()
     other = simulate_stack(fractal((944, 944), bands=1, seed=7), frames=4, size=(176, 176)).cube
     assert not aligner.estimate(radar(data.cube), other).valid.any()
 

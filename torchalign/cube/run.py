@@ -307,9 +307,10 @@ def _margin(module: nn.Module, found: Estimate, size: tuple[int, int]) -> int:
     """So many pixels at the borders are all that shifts can bring in from outside; 0 where that is not known."""
     if not isinstance(module, Aligner) or found.field is not None or found.warp.shape[-2] != 2:
         return 0
-    if any(getattr(part, "motion", "translation") != "translation" for part in module.modules()):
+    stages = [part for part in module.modules() if isinstance(part, Aligner)]
+    if any(getattr(stage, "motion", "translation") != "translation" for stage in stages):
         return 0
-    margin = math.ceil(module.max_translation) + 1
+    margin = math.ceil(max(stage.max_translation for stage in stages)) + 1
     return margin if margin <= _MARGIN_SHARE * min(size) else 0
 
 
