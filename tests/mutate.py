@@ -557,7 +557,7 @@ MUTATIONS = [
     ),
     Mutation(
         "trust-chance", "functional/uncertainty.py",
-        "(_MISFIT * _BEYOND_CHANCE) ** 2 * (chance / found)", "0.0",
+        "(times * _BEYOND_CHANCE) ** 2 * (chance / found)", "0.0",
         "tests/test_trust.py -k pulls_of_blocks",
     ),
     Mutation(

@@ -184,7 +184,14 @@ class ECC(Aligner):
         shifts = only_shifts(self.motion, init)
         distorted = found.sigma > self.max_sigma
         return Motion(
-            found.warp, found.sigma, status, found.inliers, shifts, found.covariance, distorted=distorted
+            found.warp,
+            found.sigma,
+            status,
+            found.inliers,
+            shifts,
+            found.covariance,
+            distorted=distorted,
+            misfit=found.misfit,
         )
 
     def _seen_as(self) -> dict[str, Any]:

@@ -166,4 +166,5 @@ class PCC(Aligner):
             about_centre is None,
             found.covariance,
             distorted=found.sigma > self.max_sigma,
+            misfit=found.misfit,
         )

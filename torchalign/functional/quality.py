@@ -229,6 +229,7 @@ def gate_stages(
             extra = _disagreement(motions[number], motions[number - 1], accepted)
             apart = apart | parts_disagree(motions[number - 1])
             accepted = accepted & ~(result.valid & (extra > 0).flatten(-2).any(-1))
+            extra = extra + _misfit_before(motions[number], motions[number - 1], accepted)
         result = _choose(accepted, judged, result)
         distorted = torch.where(accepted, apart, distorted)
         if extra is not None:
@@ -345,7 +346,16 @@ def _disagreement(motion: Motion, before: Motion, accepted: Tensor) -> Tensor:
         isotropic(one.sigma) if one.covariance is None else one.covariance for one in (motion, before)
     ]
     square = torch.where(both, way[..., :, None] * way[..., None, :], 0.0)
-    return beyond_chance(square, torch.where(both, covariances[0] + covariances[1], 1.0))
+    return beyond_chance(square, torch.where(both, covariances[0] + covariances[1], 1.0), times=1.0)
+
+
+def _misfit_before(motion: Motion, before: Motion, accepted: Tensor) -> Tensor:
+    """(..., 2, 2): by what parts of the frame disagreed about a shift before, and do not about one that is accepted."""
+    if before.misfit is None:
+        return isotropic(torch.zeros_like(motion.sigma))
+    own = torch.zeros_like(before.misfit) if motion.misfit is None else motion.misfit
+    rest = (before.misfit - own).clamp(min=0)
+    return isotropic(torch.where((before.status == 0) & accepted, 0.5 * rest, 0.0).sqrt())
 
 
 def _widened(estimate: Estimate, extra: Tensor) -> tuple[Estimate, Tensor]:
