@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
+from common import machine, write_results
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
 FACTOR, SHIFT = 3, (5, 4)  # (right, down) in fine pixels
-BANDS, ROWS = 4, 180
+BANDS, ROWS, FULL = 4, 180, 10980
 
 MEASURED = """
 import json, sys
@@ -58,7 +59,7 @@ def make(folder: Path, size: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--size", type=int, default=10980)
+    parser.add_argument("--size", type=int, default=FULL)
     parser.add_argument("--aligner", default="auto")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -73,8 +74,11 @@ def main() -> None:
         truth = SHIFT[0] / FACTOR, SHIFT[1] / FACTOR
         error = float(np.hypot(found["shift_x"] - truth[0], found["shift_y"] - truth[1]))
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-        print(json.dumps({"size": options.size, "seconds": round(seconds, 1), "peak_gib": round(peak, 2),
-                          "error_px": round(error, 4), **found}))  # fmt: skip
+        results = {"size": options.size, "seconds": round(seconds, 1), "peak_gib": round(peak, 2),
+                   "error_px": round(error, 4), **found}  # fmt: skip
+        print(json.dumps(results))
+        if options.size == FULL:
+            write_results("full_tile", {"machine": machine(), **results})
 
 
 if __name__ == "__main__":

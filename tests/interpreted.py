@@ -14,7 +14,7 @@ import torch
 
 import torchalign as ta
 from torchalign import _host, kernels
-from torchalign.functional import defects, fourier, phase, quality, sift, texture, warp
+from torchalign.functional import defects, fourier, phase, quality, sift, texture, uncertainty, warp
 from torchalign.functional.channels import extract_channel
 from torchalign.functional.working_grid import Window, WorkingGrid
 
@@ -411,15 +411,22 @@ def test_a_peak_assessed_and_divided(dtype, shared, by_torch):
     pair = phase._Pair(*textures, grid, Window.of(grid, 0.15), "ramp")
     together = torch.tensor([[-0.9, 0.8], [0.0, 0.0], [3.1, -2.2]], dtype=dtype)
     same = torch.rand(3, 32, 40, generator=generator(41)).to(dtype)
+    windows = tuple(by_torch(pair.tapering.common, way) for way in (-together, together))
     tolerance = 2e-5 if dtype == torch.float32 else 1e-7
     fields, expected = (
-        phase._divided_fields(pair, together, same),
-        by_torch(phase._divided_fields, pair, together, same),
+        phase._divided_fields(pair, together, same, windows),
+        by_torch(phase._divided_fields, pair, together, same, windows),
     )
+    moving, still = (torch.fft.rfft2(part.field) for part in textures)
+    own, other = (
+        call(uncertainty.block_pulls, moving, still, together, grid)
+        for call in (lambda function, *rest: function(*rest), by_torch)
+    )
+    torch.testing.assert_close(own, other, rtol=tolerance, atol=float(other.abs().max()) * tolerance)
     torch.testing.assert_close(fields, expected, rtol=10 * TOLERANCE, atol=10 * TOLERANCE)
     for own, other in zip(
-        phase._refine_divided(pair, together, together, same),
-        by_torch(phase._refine_divided, pair, together, together, same),
+        phase._refine_divided(pair, together, together, same, windows),
+        by_torch(phase._refine_divided, pair, together, together, same, windows),
         strict=True,
     ):
         torch.testing.assert_close(own, other, rtol=tolerance, atol=tolerance)

@@ -185,6 +185,10 @@ def test_odc_stac():
     assert (aligned.green != 0).all()
     assert report.attrs["classes"] == "SCL"
     assert report.shift_x_metres[1] == pytest.approx(20, abs=1)
+    alone = ta.apply(dataset[["SCL"]], report)  # nothing for an estimate to see, and none is made
+    np.testing.assert_array_equal(alone.SCL, aligned.SCL)
+    with pytest.raises(ValueError, match="a variable that is no classification"):
+        align(dataset[["SCL"]])
     one, _ = align(dataset, bands=["nir"])
     np.testing.assert_allclose(one.red[1].astype(float), aligned.red[1].astype(float), atol=60)
     lazy, lazy_report = align(dataset.chunk({"time": 1}))

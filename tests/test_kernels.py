@@ -63,6 +63,7 @@ KERNELS = {
         {"TINY": 1e-38, "COMPUTE": "float32", "BLOCK": 1024},
     ),
     "turn_frames": ("turn", {}, (), {"BLOCK": 1024}),
+    "pull_frames": ("turn", {}, ("samples",), {"COMPUTE": "float32", "BLOCK": 1024}),
     "window_frames": (
         "turn",
         {},
@@ -141,7 +142,7 @@ POINTERS = (  # noqa: SIM905
     "usable power fy fx start found last derivatives surface spectrum shift turned window image means filled share "
     "spline warp level_x level_y level_weights common moves weights regressors inverses solutions rests corners "
     "warps reaches weighted shifts blurred together fields spectra own other moved cover other_cover profile factor "
-    "field noise empty unit flat result detail variance typical contrast coverage"
+    "field noise empty unit flat result detail variance typical contrast coverage root"
 ).split()
 
 

@@ -11,6 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from scenes import fractal
 from torch.nn import functional as F
 
@@ -383,3 +384,18 @@ def test_pulls_of_blocks():
     assert trace(beyond_chance(40 * covariance, covariance)) > 100 * trace(covariance)
     none = torch.zeros(2, 2)
     assert torch.equal(beyond_chance(none, none), none)
+
+
+@pytest.mark.parametrize(("degrees", "flagged"), [(0.0, False), (0.3, False), (1.0, True)])
+def test_a_summary_says_that_frames_are_distorted(degrees, flagged):
+    frames = []
+    for number in range(3):
+        moving, reference = windows((0.6 - 0.2 * number, -0.4), 200, seed=5)
+        frames.append(rolled(moving, degrees * (-1) ** number))
+    cube = xr.DataArray(torch.stack(frames)[:, None].numpy(), dims=("time", "band", "y", "x"))
+    still = xr.DataArray(reference[None].numpy(), dims=("band", "y", "x"))
+    _, report = ta.align(cube, still, verify=True)
+    assert (report.status.values == (ta.Status.AMBIGUOUS if flagged else ta.Status.OK)).all()
+    assert np.isfinite(report.misfit.values).all()  # also of what is ambiguous because of it
+    words = str(ta.summarize(report))
+    assert ("the frames are distorted: try" in words) == (degrees > 0)

@@ -237,7 +237,7 @@ def align_scenes(  # noqa: D417  # options of open_stack and write_stack stand i
     ``covariance``; tiles that are not ``OK`` do not count. A frame is ``AMBIGUOUS`` where fewer than half of its
     tiles agree to half a pixel. Nodata, alpha bands and masks of the files are masks, as everywhere. Each frame is
     then read, resampled and written by blocks of rows: what is needed of memory is set by the width of a frame, not
-    by its height or the number of frames. Two Sentinel-2 tiles, 10980² of four bands, need 1.9 GiB.
+    by its height or the number of frames. Two Sentinel-2 tiles, 10980² of four bands, need 2.0 GiB.
 
     Args:
         source: as in :func:`open_stack`.

@@ -38,7 +38,7 @@ from torchalign.functional.warp import Interpolation, PaddingMode, Resampled, re
 from torchalign.lgm import LGM
 from torchalign.local import Local
 from torchalign.pcc import PCC
-from torchalign.types import Estimate, ShiftField
+from torchalign.types import Estimate, ShiftField, Status
 
 __all__ = [
     "ALIGNERS",
@@ -307,9 +307,10 @@ def _margin(module: nn.Module, found: Estimate, size: tuple[int, int]) -> int:
     """So many pixels at the borders are all that shifts can bring in from outside; 0 where that is not known."""
     if not isinstance(module, Aligner) or found.field is not None or found.warp.shape[-2] != 2:
         return 0
-    if any(getattr(part, "motion", "translation") != "translation" for part in module.modules()):
+    stages = [part for part in module.modules() if isinstance(part, Aligner)]
+    if any(getattr(stage, "motion", "translation") != "translation" for stage in stages):
         return 0
-    margin = math.ceil(module.max_translation) + 1
+    margin = math.ceil(max(stage.max_translation for stage in stages)) + 1
     return margin if margin <= _MARGIN_SHARE * min(size) else 0
 
 
@@ -349,8 +350,10 @@ def _measure_again(
     remaining = phase_correlation(moving, still, moving_usable, still_usable, contrast=contrast)
     measured = found.valid & remaining.converged & ~remaining.flat & ~remaining.outside
     apart = misfit(moving, still, moving_usable, still_usable, contrast=contrast)
+    # it may be why a frame is ambiguous, and does not depend on where the whole lies
+    told = found.valid | (found.status == int(Status.AMBIGUOUS))
     return Remaining(
-        remaining.shift.masked_fill(~measured[:, None], torch.nan), apart.masked_fill(~found.valid, torch.nan)
+        remaining.shift.masked_fill(~measured[:, None], torch.nan), apart.masked_fill(~told, torch.nan)
     )
 
 

@@ -92,8 +92,9 @@ _ATTRS = {
 }
 
 
-# A frame is distorted if its parts disagree by more than this, in pixels, and than so many of its σ.
-_DISTORTED, _DISTORTED_SIGMAS = 0.1, 3.0
+# A frame is distorted if its parts disagree by more than this, in pixels, and than so many of its σ, which has a share
+# in it.
+_DISTORTED, _DISTORTED_SIGMAS = 0.1, 2.0
 
 
 class Remaining(NamedTuple):
@@ -123,7 +124,7 @@ class ReportSummary(NamedTuple):
         residual_median: of the length of what is left after alignment, in pixels.
         ce90: circular error, 90 %: nine in ten frames have no more left than this, in pixels.
         ce90_metres: the same in metres.
-        distorted: share of the frames that were measured whose parts disagree with their warp.
+        distorted: share of the frames that were measured, ambiguous ones too, whose parts disagree with their warp.
     """
 
     frames: int
@@ -212,10 +213,10 @@ def summarize(report: xr.Dataset) -> ReportSummary:
     )
     distorted = float("nan")
     if "misfit" in known:
-        misfit, sigma = known["misfit"].values[aligned], known["sigma"].values[aligned]
-        seen = np.isfinite(misfit)
+        misfit, sigma = known["misfit"].values, known["sigma"].values
+        seen = np.isfinite(misfit)  # of ambiguous frames too, whose σ is not known
         if seen.any():
-            bound = np.maximum(_DISTORTED, _DISTORTED_SIGMAS * sigma[seen])
+            bound = np.maximum(_DISTORTED, _DISTORTED_SIGMAS * np.where(aligned, sigma, 0.0)[seen])
             distorted = float((misfit[seen] > bound).mean())
     return ReportSummary(
         len(status),

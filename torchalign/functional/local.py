@@ -276,12 +276,11 @@ def _read_frames(frames: _Frames, level: _Level, at: Tensor) -> tuple[Tensor, Te
     inside = ((at > -0.5) & (at < level.size - 0.5)).all(1)
     at = torch.minimum(at.nan_to_num(-pad).clamp(min=2 - pad), level.size + (pad - 3))
     whole = at.detach().floor()
-    weights = spline_weights(at - whole)
     line = width + 2 * pad
     column, row = whole.long().unbind(1)
     first = row * line + column + (pad - 1) * (line + 1)
     first = first.expand(count, h, w).reshape(count, h * w)
-    value = _sum_taps(frames.coefficients.flatten(1), first, line, weights)
+    value = _sum_taps(frames.coefficients.flatten(1), first, line, at - whole)
     usable: Tensor | None = None
     if frames.weights is not None:
         near_y = ((row + 0.5) * (h / height)).round().long().clamp(0, h - 1)
@@ -291,15 +290,26 @@ def _read_frames(frames: _Frames, level: _Level, at: Tensor) -> tuple[Tensor, Te
     return value, inside.to(value.dtype).expand(value.shape), usable
 
 
-def _sum_taps(flat: Tensor, first: Tensor, line: int, weights: tuple[Tensor, ...]) -> Tensor:
-    """(N, h, w): 4 × 4 coefficients from ``first`` (N, h·w) on, times their weights, each (N, 2, h, w)."""
-    shape = (flat.shape[0], *weights[0].shape[-2:])
+@keeps_tables
+def _cubics(*, like: Tensor) -> Tensor:
+    """(4, 4, 1, 1, 1): of the four spline weights the coefficients of 1, f, f² and f³, times 6."""
+    rows = [[1, -3, 3, -1], [4, 0, -6, 3], [1, 3, 3, -3], [0, 0, 0, 1]]
+    return torch.tensor(rows, device=like.device, dtype=like.dtype).mT[..., None, None, None] / 6
+
+
+def _sum_taps(flat: Tensor, first: Tensor, line: int, fraction: Tensor) -> Tensor:
+    """(N, h, w): 4 × 4 coefficients from ``first`` (N, h·w) on, weighted for their fractions (N, 2, h, w)."""
+    shape = (flat.shape[0], *fraction.shape[-2:])
     if launches_kernels(flat):  # all at once
         tap = torch.arange(4, device=flat.device)
         places = first[:, None] + (tap[:, None] * line + tap).flatten()[:, None]
         taps = flat.gather(1, places.flatten(1)).reshape(shape[0], 4, 4, *shape[1:])
-        along, down = torch.stack(weights, 1).unbind(2)  # (N, 4, h, w)
+        one, linear, square, cube = _cubics(like=flat)
+        power = fraction[:, None]  # against (4, 1, 1, 1)
+        wide = torch.addcmul(one, torch.addcmul(linear, torch.addcmul(square, cube, power), power), power)
+        along, down = wide.unbind(2)  # (N, 4, h, w)
         return ((taps * along[:, None]).sum(2) * down).sum(1)
+    weights = spline_weights(fraction)
     length = flat.shape[1] - 3 * (line + 1)
     value: Tensor | None = None
     for j in range(4):

@@ -181,13 +181,14 @@ def phase_correlation(
     ground = power * ((1 - rows) * (1 - columns))
     peak = coarse_peak(irfft2(ground, samples), (height, width), max_translation)
     if start is not None:
-        peak = _higher_of(peak, start, ground, grid, wave_orders(grid.frequencies))
+        peak = _higher_of(peak, start, ground, grid, _orders(grid.frame, grid.size, like=grid.radius))
     shift, outside = peak.shift, peak.outside
 
     inliers, effective, holes = None, window, None
     if robust:
         same = agreement(grid.move(spectrum, shift), reference.field * window, vector=vector)
-        inliers, own, effective = pair.weights_at(shift, same)
+        windows = pair.tapering.common(-shift), pair.tapering.common(shift)
+        inliers, own, effective = pair.weights_at(shift, same, windows)
         spectrum, still, power = pair.correlate(own, effective)
         if not vector and upsample_factor is None:
             holes = pair.holes()
@@ -195,7 +196,8 @@ def phase_correlation(
         power, still = _without_stripes(power, still, grid, shift, fixed_at)
     together = shift if robust else torch.zeros_like(shift)
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
-    if vector:  # most of their power is in a few low frequencies: the peak of the surface tells chance from ground
+    if vector:
+        # most of their power is in a few low frequencies: the peak of the surface tells chance from ground
         unasked = torch.full_like(found.quality.height, torch.inf)
         found = found._replace(quality=found.quality._replace(height=unasked))
     ambiguous = found.quality.ambiguous
@@ -205,7 +207,7 @@ def phase_correlation(
         quality, misfit = found.quality.with_misfit(pulls)
         found = found._replace(quality=quality)
     if holes is not None:
-        divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same)
+        divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same, windows)
         found = found._replace(
             shift=torch.where(holes[..., None], divided, found.shift),
             step=torch.where(holes, step, found.step),
@@ -469,6 +471,12 @@ def wave_orders(frequencies: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return along_y, along_x * multiplicity(frequencies[1])
 
 
+@keeps_tables
+def _orders(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`wave_orders` of a working grid."""
+    return wave_orders(WorkingGrid.of(frame, size, 0.5, like).frequencies)
+
+
 def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, factor: int) -> Tensor:
     """The best point of a grid of 1/factor pixel, 1.5 pixels around the start (Guizar-Sicairos et al. 2008)."""
     half = math.ceil(0.75 * factor)
@@ -562,7 +570,9 @@ class _Pair(NamedTuple):
         power = cross_power(spectrum, reference, self.grid.radius, self.grid.max_frequency, self.weighting)
         return spectrum, reference, power.sum(0) if self.moving.is_vector else power
 
-    def weights_at(self, shift: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def weights_at(
+        self, shift: Tensor, same: Tensor, windows: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Where both show the same ground, over the reference; and the weights of the two that lie on it."""
         grid = self.grid
         inliers = same
@@ -572,8 +582,7 @@ class _Pair(NamedTuple):
         if self.moving.weights is not None:
             inliers = inliers * grid.move(rfft2(self.moving.weights), shift).clamp(0, 1)
         # each frame gets the window, and the weights, of the ground that both see
-        own = self.tapering.common(-shift) * grid.move(rfft2(inliers), -shift)
-        return inliers, own, self.tapering.common(shift) * inliers
+        return inliers, windows[0] * grid.move(rfft2(inliers), -shift), windows[1] * inliers
 
     def holes(self) -> Tensor | None:
         """(...,) bool: the pairs of which one has a hole, and around them enough is left; ``None``: none can have.
@@ -585,8 +594,8 @@ class _Pair(NamedTuple):
         for texture in (self.moving, self.reference):
             if texture.cover is None or texture.weights is None:
                 continue
-            some = texture.cover.mean((-2, -1)) < 1 - _LEAST_HOLES
-            left = texture.cover.mean((-2, -1)) >= _LEAST_COVER * texture.weights.mean((-2, -1))
+            share = texture.cover.mean((-2, -1))
+            some, left = share < 1 - _LEAST_HOLES, share >= _LEAST_COVER * texture.weights.mean((-2, -1))
             found = some if found is None else found | some
             enough = left if enough is None else enough & left
         return None if found is None or enough is None else found & enough
@@ -614,7 +623,8 @@ def _refine_plain(
     the second order in the way from there, its curvature is taken off.
     """
     if upsample_factor is None:
-        shift, step, curved = refine_peak(power, grid.frequencies, start)
+        orders = _orders(grid.frame, grid.size, like=grid.radius)
+        shift, step, curved = refine_peak(power, grid.frequencies, start, orders)
     else:
         shift = _upsampled_peak(power, grid.frequencies, start, upsample_factor)
         step, curved = torch.zeros_like(shift), torch.ones_like(shift[..., 0], dtype=torch.bool)
@@ -627,7 +637,9 @@ def _refine_plain(
         if known is not None:
             return _Refined(known[0], step, curved, PeakQuality(*known[1]), shift.detach())
     found = shift
-    derivatives = derivatives_at(power, grid.frequencies, found, wave_orders(grid.frequencies))
+    derivatives = derivatives_at(
+        power, grid.frequencies, found, _orders(grid.frame, grid.size, like=grid.radius)
+    )
     overlap = overlap_curvature(weights, grid)
     turned = shift_phase(power.detach(), grid.frequencies, found.detach())
     bins = _correlated_bins(weights.detach().square())
@@ -649,7 +661,7 @@ def _settled(shift: Tensor) -> Tensor:
 
 
 def _refine_divided(
-    pair: _Pair, start: Tensor, together: Tensor, same: Tensor
+    pair: _Pair, start: Tensor, together: Tensor, same: Tensor, windows: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The peak of the correlation divided by the overlap of the weights: holes, however regular, do not pull.
 
@@ -664,18 +676,19 @@ def _refine_divided(
         start: (..., 2), near the peak.
         together: (..., 2), the shift at which ``same`` was told.
         same: (..., h, w), weights over the reference.
+        windows: (..., h, w) each, of the ground in common, over the frame and over the reference.
 
     Returns:
         The shift (..., 2); the length of the last step; and whether the curvature there is that of a maximum.
     """
     grid = pair.grid
-    spectra = rfft2(_divided_fields(pair, together, same))  # (2, 3, ..., h, w//2+1)
+    spectra = rfft2(_divided_fields(pair, together, same, windows))  # (2, 3, ..., h, w//2+1)
     kernels = kernels_for(spectra, start)
     if kernels is not None:
         climbed = kernels.climb_divided(spectra, grid.frequencies, start, _NEWTON_STEPS + 2)
         if climbed is not None:
             return climbed
-    powers, orders = spectra[0].conj() * spectra[1], wave_orders(grid.frequencies)
+    powers, orders = spectra[0].conj() * spectra[1], _orders(grid.frame, grid.size, like=grid.radius)
     shift, fixed = start.detach(), powers.detach()
     for _ in range(_NEWTON_STEPS + 1):
         shift = shift + _divided_step(derivatives_at(fixed, grid.frequencies, shift, orders))[0]
@@ -683,11 +696,10 @@ def _refine_divided(
     return _settled(shift + step), step.detach().norm(dim=-1), curved
 
 
-def _divided_fields(pair: _Pair, together: Tensor, same: Tensor) -> Tensor:
+def _divided_fields(pair: _Pair, together: Tensor, same: Tensor, windows: tuple[Tensor, Tensor]) -> Tensor:
     """(2, 3, ..., h, w): of the moving frame and of the reference what each of the three sums correlates."""
     inliers = same.clamp(min=torch.finfo(same.dtype).tiny).sqrt()
     moved = pair.grid.move(rfft2(inliers), -together)
-    windows = pair.tapering.common(-together), pair.tapering.common(together)
     covers = pair.moving.cover, pair.reference.cover
     first, second = (
         texture.field if texture.detail is None else texture.detail

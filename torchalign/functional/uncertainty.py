@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchalign._host import keeps_tables
+from torchalign._host import keeps_tables, kernels_for
 from torchalign.functional.fourier import irfft2, shift_phase
 from torchalign.functional.smoothing import block_sums
 from torchalign.functional.working_grid import WorkingGrid
@@ -106,16 +106,28 @@ def shared_slope(
     Returns:
         (...,), at most 1; 1 where the reference has no slope.
     """
-    weights = weights[..., 1:-1, 1:-1]
+    weights, (x, y) = weights[..., 1:-1, 1:-1], direction
+    by_x, by_y = _slopes_of(reference)
+    squares = _weighted_sums(weights, by_x.square(), by_y.square(), by_x * by_y)
+    whole = x * x * squares[..., 0] + y * y * squares[..., 1] + 2 * x * y * squares[..., 2]
+    by_x, by_y = _slopes_of(residual)
+    along = torch.addcmul(x[..., None, None] * by_x, y[..., None, None], by_y)
+    left = (weights * along.square()).sum((-2, -1))
+    return 1 - left / torch.where(whole > 0, 2 * whole, torch.inf)
 
-    def energy(field: Tensor) -> Tensor:
-        by_x = field[..., 1:-1, 2:] - field[..., 1:-1, :-2]
-        by_y = field[..., 2:, 1:-1] - field[..., :-2, 1:-1]
-        along = direction[0][..., None, None] * by_x + direction[1][..., None, None] * by_y
-        return (weights * along.square()).sum((-2, -1))
 
-    whole = energy(reference)
-    return 1 - energy(residual) / torch.where(whole > 0, 2 * whole, torch.inf)
+def _slopes_of(field: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of the neighbours of inner samples, along x and along y: (..., h − 2, w − 2)."""
+    by_x = field[..., 1:-1, 2:] - field[..., 1:-1, :-2]
+    return by_x, field[..., 2:, 1:-1] - field[..., :-2, 1:-1]
+
+
+def _weighted_sums(weights: Tensor, *fields: Tensor) -> Tensor:
+    """(..., T, K), of (..., T, h, w) and K times (..., 1 or T, h, w)."""
+    rows, weights = torch.stack([field.flatten(-2) for field in fields], dim=-2), weights.flatten(-2)
+    if weights.ndim > 1 and rows.ndim > 2 and rows.shape[-3] == 1:
+        return torch.matmul(weights, rows.squeeze(-3).mT)
+    return torch.matmul(weights.unsqueeze(-2), rows.mT).squeeze(-2)
 
 
 def weights_error(reference: Tensor, weights: Tensor, grid: WorkingGrid) -> Tensor:
@@ -128,14 +140,14 @@ def weights_error(reference: Tensor, weights: Tensor, grid: WorkingGrid) -> Tens
         weights: (..., h, w), of each of the two frames.
         grid: of both.
     """
-    square = weights.square()
-    inner = square[..., 1:-1, 1:-1]
-    step_y, step_x = (length / samples for length, samples in zip(grid.frame, grid.size, strict=True))
-    by_y = (reference[..., 2:, 1:-1] - reference[..., :-2, 1:-1]) * (0.5 / step_y)
-    by_x = (reference[..., 1:-1, 2:] - reference[..., 1:-1, :-2]) * (0.5 / step_x)
-    slope = (inner * (by_y.square() + by_x.square())).sum((-2, -1))
+    square, (y, x) = weights.square(), grid.spacings()
+    by_x, by_y = _slopes_of(reference)
+    # of twice the sampling
+    slopes = 0.25 * (by_x.square() / (x * x) + by_y.square() / (y * y))
+    slope = _weighted_sums(square[..., 1:-1, 1:-1], slopes)[..., 0]
+    own = _weighted_sums(square, reference.square())[..., 0]
     xx, yy, _ = overlap_curvature(weights, grid)
-    share = (xx + yy) * (square * reference.square()).sum((-2, -1)) / torch.where(slope > 0, slope, torch.inf)
+    share = (xx + yy) * own / torch.where(slope > 0, slope, torch.inf)
     return _WEIGHTS_ERROR * share.clamp(max=1)
 
 
@@ -166,10 +178,17 @@ def block_pulls(moving: Tensor, reference: Tensor, shift: Tensor, grid: WorkingG
     Returns:
         (..., 2, n), in units of the sum over all frequencies.
     """
-    own = shift_phase(moving, grid.frequencies, -shift)
     root, by_x, by_y = _rooted_slopes(grid.frame, grid.size, grid.max_frequency, like=grid.radius)
-    both = own + reference
-    fields = irfft2(torch.stack(((own - reference) * root, both * by_x, both * by_y), -3), grid.size)
+    kernels = kernels_for(moving, reference, shift)
+    if kernels is not None:
+        spectra = kernels.pulls(
+            moving, reference, grid.frequencies, -shift, root, grid.size[0] * grid.size[1]
+        )
+    else:
+        own = shift_phase(moving, grid.frequencies, -shift)
+        both = own + reference
+        spectra = torch.stack(((own - reference) * root, both * by_x, both * by_y), -3)
+    fields = irfft2(spectra, grid.size)
     return parts_of(fields[..., :1, :, :] * fields[..., 1:, :, :]).flatten(-2)
 
 
@@ -250,14 +269,12 @@ def overlap_curvature(weights: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tenso
     Returns:
         xx, yy and xy, (...,) each.
     """
-    by_y = weights[..., 2:, 1:-1] - weights[..., :-2, 1:-1]
-    by_x = weights[..., 1:-1, 2:] - weights[..., 1:-1, :-2]
-    slopes = torch.stack((by_x, by_y), dim=-3).flatten(-2)
-    sums = torch.matmul(slopes, slopes.mT) / (
-        4 * (weights.square().sum((-2, -1)) + torch.finfo(weights.dtype).tiny)[..., None, None]
-    )
-    y, x = grid.spacings()
-    return sums[..., 0, 0] / (x * x), sums[..., 1, 1] / (y * y), sums[..., 0, 1] / (x * y)
+    by_x, by_y = _slopes_of(weights)
+    # norms leave nothing behind
+    squares = [torch.linalg.vector_norm(part, dim=(-2, -1)).square() for part in (by_x, by_y, by_x + by_y)]
+    total = 4 * (torch.linalg.vector_norm(weights, dim=(-2, -1)).square() + torch.finfo(weights.dtype).tiny)
+    (y, x), both = grid.spacings(), 0.5 * (squares[2] - squares[0] - squares[1])
+    return squares[0] / (x * x * total), squares[1] / (y * y * total), both / (x * y * total)
 
 
 def assess_peak(

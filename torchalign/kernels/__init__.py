@@ -23,7 +23,7 @@ from torchalign.kernels.peak import peak
 from torchalign.kernels.resample import resample
 from torchalign.kernels.score import score
 from torchalign.kernels.texture import coverage, fill
-from torchalign.kernels.turn import common_window, turn
+from torchalign.kernels.turn import common_window, pulls, turn
 
 __all__ = [
     "Geometry",
@@ -41,6 +41,7 @@ __all__ = [
     "opened",
     "overlaps",
     "peak",
+    "pulls",
     "repeated",
     "resample",
     "score",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import operator
 
-__all__ = ["common_window", "tukey", "turn", "turn_frames", "window_frames"]
+__all__ = ["common_window", "pull_frames", "pulls", "tukey", "turn", "turn_frames", "window_frames"]
 
 _BLOCK = 1024
 
@@ -46,6 +46,52 @@ def turn_frames(
     target = turned + frame * bins * 2 + 2 * place
     tl.store(target, real * cosine - imaginary * sine, mask=live)
     tl.store(target + 1, real * sine + imaginary * cosine, mask=live)
+
+
+@triton.jit
+def pull_frames(
+    moving,  # (N, h, w//2+1, 2)
+    reference,  # (N or 1 a group, h, w//2+1, 2)
+    fy,  # (h,), cycles per pixel
+    fx,  # (w//2+1,)
+    shift,  # (N, 2)
+    root,  # (h, w//2+1)
+    spectra,  # (N, 3, h, w//2+1, 2)
+    bins,
+    columns,
+    group,
+    samples: tl.float64,  # π times their number
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of bins of one frame. See functional.uncertainty.block_pulls."""
+    blocks = tl.cdiv(bins, BLOCK)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = place < bins
+    y = tl.load(fy + place // columns, mask=live, other=0)
+    x = tl.load(fx + place % columns, mask=live, other=0)
+    cycles = x * tl.load(shift + 2 * frame) + y * tl.load(shift + 2 * frame + 1)
+    angle = (cycles - tl.floor(cycles + 0.5)) * 6.283185307179586
+    cosine = tl.cos(angle)
+    sine = tl.sin(angle)
+    a = tl.load(moving + frame * bins * 2 + 2 * place, mask=live, other=0)
+    b = tl.load(moving + frame * bins * 2 + 2 * place + 1, mask=live, other=0)
+    real = a * cosine - b * sine
+    imaginary = a * sine + b * cosine
+    there = reference + (frame // group) * bins * 2 + 2 * place
+    c = tl.load(there, mask=live, other=0)
+    d = tl.load(there + 1, mask=live, other=0)
+    share = tl.load(root + place, mask=live, other=0)
+    unit = share * tl.cast(samples, COMPUTE)
+    target = spectra + frame * bins * 6 + 2 * place
+    tl.store(target, (real - c) * share, mask=live)
+    tl.store(target + 1, (imaginary - d) * share, mask=live)
+    # times iω
+    tl.store(target + 2 * bins, -(imaginary + d) * unit * x, mask=live)
+    tl.store(target + 2 * bins + 1, (real + c) * unit * x, mask=live)
+    tl.store(target + 4 * bins, -(imaginary + d) * unit * y, mask=live)
+    tl.store(target + 4 * bins + 1, (real + c) * unit * y, mask=live)
 
 
 @triton.jit
@@ -166,3 +212,57 @@ def _common_window(shift: Tensor, size: list[int], frame: list[int], ramps: list
         enable_fp_fusion=False,
     )
     return window
+
+
+def pulls(
+    moving: Tensor,
+    reference: Tensor,
+    frequencies: tuple[Tensor, Tensor],
+    shift: Tensor,
+    root: Tensor,
+    samples: int,
+) -> Tensor:
+    """See :func:`torchalign.functional.uncertainty.block_pulls`.
+
+    Args:
+        moving: (..., T, h, w//2+1), an ``rfft2``.
+        reference: (..., 1 or T, h, w//2+1).
+        frequencies: (h,) and (w//2+1,), along y and x, in cycles per pixel.
+        shift: (..., T, 2), by which the moving one is turned.
+        root: (h, w//2+1), what all is multiplied by.
+        samples: of a frame on the grid.
+
+    Returns:
+        (..., T, 3, h, w//2+1): the difference, and the sum's derivatives by x and by y, times half the samples.
+    """
+    parts, still = (torch.view_as_real(part.resolve_conj()) for part in (moving, reference))
+    return torch.view_as_complex(_pulls(parts, still, *frequencies, shift.to(parts.dtype), root, samples))
+
+
+@operator("pulls", lambda moving: moving.new_empty((*moving.shape[:-3], 3, *moving.shape[-3:])))
+def _pulls(
+    moving: Tensor, reference: Tensor, fy: Tensor, fx: Tensor, shift: Tensor, root: Tensor, samples: int
+) -> Tensor:
+    spectra = moving.new_empty((*moving.shape[:-3], 3, *moving.shape[-3:]))
+    if spectra.numel() == 0:
+        return spectra
+    lead, (rows, columns) = moving.shape[:-3], moving.shape[-3:-1]
+    shared = len(lead) > 0 and reference.ndim == moving.ndim and reference.shape[-4] == 1
+    kept = (*lead[:-1], 1) if shared else lead
+    pull_frames[(math.prod(lead) * triton.cdiv(rows * columns, _BLOCK),)](
+        moving.contiguous(),
+        reference.expand(*kept, *reference.shape[-3:]).contiguous(),
+        fy.contiguous(),
+        fx.contiguous(),
+        shift.expand(*lead, 2).contiguous(),
+        root.contiguous(),
+        spectra,
+        rows * columns,
+        columns,
+        lead[-1] if shared else 1,
+        math.pi * samples,
+        COMPUTE=tl.float64 if moving.dtype == torch.float64 else tl.float32,
+        BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )
+    return spectra
