@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._host import all_true, keeps_tables, kernels_for
+from torchalign.functional.keypoints import dilate, erode, running_largest
 from torchalign.functional.sizes import stride_for
 
 __all__ = [
@@ -66,45 +67,50 @@ def undeclared_fill(image: Tensor, usable: Tensor | None = None) -> Tensor:
         True
     """
     image = image.detach()
-    flat = image.reshape(-1, 1, *image.shape[-2:])
-    known = None if usable is None else usable.expand(image.shape).reshape(flat.shape)
-    highest, lowest = (
-        F.max_pool2d(sign * flat, _SQUARE, 1) for sign in (1.0, -1.0)
-    )  # of squares, which end within the frame
-    constant = highest == -lowest
+    known = None if usable is None else usable.expand(image.shape)
+    constant = _constant_squares(image)
     if known is not None:
-        constant = constant & (F.max_pool2d(1 - known.to(flat.dtype), _SQUARE, 1) == 0)
-    least = torch.where(constant, highest, torch.inf).amin((-2, -1), keepdim=True)
-    most = torch.where(constant, highest, -torch.inf).amax((-2, -1), keepdim=True)
-    value = torch.cat((least, most), 1)  # (N, 2, 1, 1)
-    core = ((highest == value) & constant).to(flat.dtype)
+        constant = constant & erode(known, _SQUARE // 2)
+    if all_true(~constant):
+        return constant
+    least = torch.where(constant, image, torch.inf).amin((-2, -1))
+    most = torch.where(constant, image, -torch.inf).amax((-2, -1))
+    value = torch.stack((least, most), -1)[..., None, None]  # (..., 2, 1, 1)
+    image, alike = image.unsqueeze(-3), image.unsqueeze(-3) == value
+    constant = constant.unsqueeze(-3)
     # squares to their pixels, and on to those of the same value beside them, which no square reaches
-    around = F.max_pool2d(F.pad(core, (_SQUARE - 1,) * 4), _SQUARE, 1)
-    area = (flat == value) & (F.max_pool2d(around, 5, 1, 2) > 0)
+    area = alike & dilate(constant & alike, 2 * (_SQUARE // 2))
     if known is not None:
+        known = known.unsqueeze(-3)
         area = area & known
-    spread = area.to(flat.dtype)
-    rings = [F.max_pool2d(spread, 2 * width + 1, 1, width) for width in (1, 2, 3)]
-    distance = torch.where(value.isfinite(), (flat - value).abs(), 0.0)
-    if known is not None:
-        distance = distance * known
+    one = dilate(area, 1)
+    two = dilate(one, 1)
+    distance = (image - value).abs()
 
-    def away(inner: Tensor, outer: Tensor) -> Tensor:
-        ring = (outer - inner) if known is None else (outer - inner) * known
-        return (distance * ring).sum((-2, -1)) / ring.sum((-2, -1)).clamp(min=1)
+    def away(ring: Tensor) -> Tensor:
+        ring = ring if known is None else ring & known
+        return torch.where(ring, distance, 0.0).sum((-2, -1)) / ring.sum((-2, -1)).clamp(min=1)
 
-    first, third = away(spread, rings[0]), away(rings[1], rings[2])
-    filled = (first > _SHARPNESS * third) & (first > 0) & (spread.mean((-2, -1)) >= _LEAST_FILL)
+    first, third = away(one & ~area), away(dilate(two, 1) & ~two)
+    share = area.to(image.dtype).mean((-2, -1))
+    filled = (first > _SHARPNESS * third) & (first > 0) & (share >= _LEAST_FILL)
     # wherever else the value stands it is the fill too: in a corner that no square fits into
-    found = ((flat == value) & filled[..., None, None]).any(1)
+    found = (alike & filled[..., None, None]).any(-3)
     # of labels, or black and white, all is of such values: that is what the image shows
-    others = constant & (highest != value[:, :1]) & (highest != value[:, 1:])
-    ground = (~found).to(flat.dtype).mean((-2, -1))
-    drawn = (ground < _LEAST_GROUND) | (others.to(flat.dtype).mean((-2, -1))[:, 0] > 0.5 * ground)
-    found = found & ~drawn[:, None, None]
-    if known is not None:
-        found = found & known.squeeze(1)
-    return found.reshape(image.shape)
+    others = (constant & ~alike.any(-3, keepdim=True)).to(image.dtype).mean((-3, -2, -1))
+    ground = (~found).to(image.dtype).mean((-2, -1))
+    drawn = (ground < _LEAST_GROUND) | (others > 0.5 * ground)
+    found = found & ~drawn[..., None, None]
+    return found if known is None else found & known.squeeze(-3)
+
+
+def _constant_squares(image: Tensor) -> Tensor:
+    """(..., H, W) bool: the middle of a square of 5 × 5 pixels that are equal, to the last bit."""
+    changes_x = (image[..., 1:] != image[..., :-1]).to(torch.uint8)
+    changes_y = (image[..., 1:, :] != image[..., :-1, :]).to(torch.uint8)
+    within_rows = running_largest(running_largest(changes_x, _SQUARE - 1, -1), _SQUARE, -2)
+    down = running_largest(changes_y[..., : 1 - _SQUARE], _SQUARE - 1, -2)
+    return F.pad((within_rows | down) == 0, (_SQUARE // 2,) * 4)
 
 
 def hot_pixels(image: Tensor, usable: Tensor | None = None) -> Tensor:
