@@ -551,11 +551,6 @@ MUTATIONS = [
         "tests/test_trust.py -k 'motion_that_the_model_lacks and PCC'",
     ),
     Mutation(
-        "trust-misfit-of-ecc", "functional/ecc.py",
-        "    covariance = covariance + misfit\n", "",
-        "tests/test_trust.py -k the_misfit_of_ecc",
-    ),
-    Mutation(
         "trust-chance", "functional/uncertainty.py",
         "(times * _BEYOND_CHANCE) ** 2 * (chance / found)", "0.0",
         "tests/test_trust.py -k pulls_of_blocks",
@@ -573,7 +568,7 @@ MUTATIONS = [
     Mutation(
         "trust-stripes-of-moved-frames", "lgm.py",
         "fixed_at=-whole", "fixed_at=None",
-        "tests/test_trust.py -k weak_stripes",
+        "tests/test_trust.py -k brought_together",
     ),
     Mutation(
         "gate-parts-that-disagree", "functional/quality.py",
@@ -582,7 +577,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gate-a-shift-after-a-shift", "functional/quality.py",
-        "apart = apart | parts_disagree(motions[number - 1])", "pass",
+        "extra = extra + _misfit_before(motions[number], motions[number - 1], accepted)", "pass",
         "tests/test_trust.py -k from_where_a_translation",
     ),
     Mutation(

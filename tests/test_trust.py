@@ -348,6 +348,16 @@ def test_weak_stripes_and_small_shifts(axis, shift):
     assert error_of(ta.PCC().estimate(images[0][None, None], images[1][None]), shift) < 0.06
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_stripes_are_told_of_frames_that_were_brought_together_before(axis):
+    moving, reference = windows(TRUTH)
+    level = 0.3 * torch.randn(SIZE, generator=torch.Generator().manual_seed(3))
+    stripes = level[None] if axis else level[:, None]
+    estimate = ta.LGM().estimate((moving + stripes)[None, None], (reference + stripes)[None])
+    assert estimate.valid.all()
+    assert error_of(estimate, TRUTH) < 4 * float(estimate.sigma)
+
+
 def test_reversed_contrast_is_not_ok():
     for seed in range(3):
         moving, reference = windows(TRUTH, seed=seed)

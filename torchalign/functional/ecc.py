@@ -69,13 +69,10 @@ from torchalign.functional.smoothing import block_sums, nanmedian
 from torchalign.functional.structure import turn_orientations
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid
 from torchalign.functional.uncertainty import (
-    beyond_chance,
     isotropic,
     largest_direction,
     largest_sigma,
-    parts_of,
     shared_slope,
-    trace,
     weights_error,
 )
 from torchalign.functional.working_grid import Window, WorkingGrid, ramp_length, tukey, working_size
@@ -139,7 +136,6 @@ class EnhancedCorrelation(NamedTuple):
         sigma: (..., T), predicted 1-σ error of the displacement of the frame's centre, in pixels, along the larger
             axis of ``covariance``.
         covariance: (..., T, 2, 2), of the displacement of the frame's centre, px².
-        misfit: (..., T), what of its trace comes from parts of the frame that disagree.
         significance: (..., T), the correlation in standard deviations of that of unrelated scenes.
         flat: (..., T) bool, no texture or too few usable pixels in frame or reference.
         converged: (..., T) bool, the last step was short, the Hessian has an inverse, the correlation is
@@ -152,7 +148,6 @@ class EnhancedCorrelation(NamedTuple):
     warp: Tensor
     sigma: Tensor
     covariance: Tensor
-    misfit: Tensor
     significance: Tensor
     flat: Tensor
     converged: Tensor
@@ -319,7 +314,6 @@ def enhanced_correlation(
         found if homography else from_homogeneous(found),
         quality.sigma,
         quality.covariance,
-        quality.misfit,
         quality.significance,
         (finest.flat | frames.flat).expand(shape),
         quality.converged & finite,
@@ -891,7 +885,6 @@ def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
 class _Quality(NamedTuple):
     sigma: Tensor  # (..., T)
     covariance: Tensor  # (..., T, 2, 2)
-    misfit: Tensor  # (..., T)
     significance: Tensor  # (..., T)
     converged: Tensor  # (..., T) bool
     ambiguous: Tensor  # (..., T) bool
@@ -937,13 +930,10 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     calibration = _STRUCTURE_CALIBRATION if level.vector else _SIGMA_CALIBRATION
     scale = calibration * half_length(level.grid.frame) / certainty
     covariance = scale.square()[..., None, None] * _scatter_of_blocks(sums, system)
-    parts = scale.square()[..., None, None] * _scatter_of_blocks(parts_of(sums), system)
     if level.vector:
         covariance = covariance + isotropic(_STRUCTURE_ERROR * (1 - seen.correlation))
-    misfit = beyond_chance(parts, covariance)
     root = _unflatten(system.weights, -1, size).sqrt()
     covariance = covariance + isotropic(_WEIGHTS_SHARE * weights_error(level.field, root, level.grid))
-    covariance = covariance + misfit
     sigma = largest_sigma(covariance)
     residual, weights = (_unflatten(field, -1, size) for field in (residual, system.weights))
     share = shared_slope(residual, level.field, weights, largest_direction(covariance))
@@ -959,8 +949,7 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     unknown = isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
     sigma = sigma.masked_fill(~sound, torch.inf)
-    misfit = trace(misfit).masked_fill(~sound, 0.0)
-    return _Quality(sigma, covariance, misfit, significance, converged, share < _LEAST_SHARE)
+    return _Quality(sigma, covariance, significance, converged, share < _LEAST_SHARE)
 
 
 def _scatter_of_blocks(sums: Tensor, system: _System) -> Tensor:

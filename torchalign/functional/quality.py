@@ -227,7 +227,6 @@ def gate_stages(
         if motions[number].only_shifts and judged.field is None:
             # a shift after a shift measures the same: where they differ the first, which searched further, stays
             extra = _disagreement(motions[number], motions[number - 1], accepted)
-            apart = apart | parts_disagree(motions[number - 1])
             accepted = accepted & ~(result.valid & (extra > 0).flatten(-2).any(-1))
             extra = extra + _misfit_before(motions[number], motions[number - 1], accepted)
         result = _choose(accepted, judged, result)
@@ -353,8 +352,7 @@ def _misfit_before(motion: Motion, before: Motion, accepted: Tensor) -> Tensor:
     """(..., 2, 2): by what parts of the frame disagreed about a shift before, and do not about one that is accepted."""
     if before.misfit is None:
         return isotropic(torch.zeros_like(motion.sigma))
-    own = torch.zeros_like(before.misfit) if motion.misfit is None else motion.misfit
-    rest = (before.misfit - own).clamp(min=0)
+    rest = before.misfit if motion.misfit is None else (before.misfit - motion.misfit).clamp(min=0)
     return isotropic(torch.where((before.status == 0) & accepted, 0.5 * rest, 0.0).sqrt())
 
 
