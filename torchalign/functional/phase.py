@@ -224,18 +224,8 @@ def phase_correlation(
     converged = found.curved & near & (found.step < _NEWTON_TOLERANCE) & torch.isfinite(sigma)
     converged = converged & (peak.significance >= _MIN_SIGNIFICANCE)
     flat = texture.flat | reference.flat
-    return PhaseShift(
-        found.shift,
-        sigma,
-        covariance,
-        misfit,
-        peak.significance,
-        flat,
-        outside,
-        converged,
-        ambiguous,
-        inliers,
-    )
+    told = peak.significance, flat, outside, converged, ambiguous, inliers
+    return PhaseShift(found.shift, sigma, covariance, misfit, *told)
 
 
 def _textured(
