@@ -677,12 +677,12 @@ MUTATIONS = [
     ),
     Mutation(
         "pcc-too-far", "pcc.py",
-        "status = torch.where(found.outside, int(Status.TOO_FAR), status)", "pass",
+        "status = status.masked_fill(found.outside, int(Status.TOO_FAR))", "pass",
         "tests/test_pcc.py -k each_status",
     ),
     Mutation(
         "pcc-flat", "pcc.py",
-        "status = torch.where(found.flat, int(Status.NO_TEXTURE), status)", "pass",
+        "status = status.masked_fill(found.flat, int(Status.NO_TEXTURE))", "pass",
         "tests/test_pcc.py -k each_status",
     ),
     Mutation(
@@ -698,7 +698,7 @@ MUTATIONS = [
     ),
     Mutation(
         "ecc-flat", "ecc.py",
-        "status = torch.where(found.flat, int(Status.NO_TEXTURE), status)", "pass",
+        "status = status.masked_fill(found.flat, int(Status.NO_TEXTURE))", "pass",
         "tests/test_ecc.py -k flat",
     ),
     Mutation(
@@ -732,7 +732,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cascade-beyond-its-limit", "cascade.py",
-        "near = center_displacement(motion.warp, size).norm(dim=-1) <= stage.max_translation",
+        "near = centre_moves(motion, size) <= stage.max_translation",
         "near = motion.warp.isfinite().flatten(-2).all(-1)",
         "tests/test_ecc.py -k beyond_its_limit",
     ),
