@@ -40,7 +40,7 @@ from torchalign.pictures.columns import (
 )
 from torchalign.pictures.frames import (
     Comparison,
-    Frames,
+    FrameImages,
     Label,
     Statistic,
     Zoom,
@@ -629,7 +629,7 @@ def _draw_comparison(axes: Array, pair: Comparison) -> None:
 
 def _draw_profile(
     axes: Array,
-    parts: Sequence[Frames],
+    parts: Sequence[FrameImages],
     role: str,
     number: int,
     stretch: tuple[float, float],

@@ -726,7 +726,7 @@ class _Search(NamedTuple):
         warp, values, common = samples
         inliers = self._inliers(values, common, level)
         weights = common if inliers is None else common * _for_parts(inliers.flatten(-2), level)
-        system = _solve(weights.square(), level)
+        system = _weighted_system(weights.square(), level)
         moves = (level.flat | moving.flat).logical_not()
         ascended = moving.ascend(warp, moves, system, level, self, _Steps(tolerance, precise))
         if ascended is not None:
@@ -737,8 +737,8 @@ class _Search(NamedTuple):
             if iteration > 0:
                 # what is said of a frame must not depend on how long the others take
                 found = moving.values(warp, level, precise=precise)
-                values = _choose(moves[..., None], found, values)
-            increment, last = _shorten(_increment(values, level, system), level)
+                values = _choose_frames(moves[..., None], found, values)
+            increment, last = _shorten(_best_increment(values, level, system), level)
             stepped = moving.stepped(warp, increment, self.motion)
             warp = torch.where(moves[..., None, None], stepped, warp)
             reach = torch.where(moves, last, reach)
@@ -753,7 +753,7 @@ class _Search(NamedTuple):
             return None
         size = level.grid.size
         if self.robust == "residual":
-            found = _biweight(values, common, level)
+            found = _weights_of_difference(values, common, level)
             # a vector is an inlier if both its parts are
             found = torch.minimum(*found.chunk(2, -1)) if level.vector else found
             return _unflatten(found, -1, size)
@@ -790,11 +790,11 @@ def _better_of(start: Tensor, warp: Tensor, level: Level, moving: _Shifted | _Wa
     worse = scores[1] > scores[0]  # (..., T, 1)
     return _WarpedSamples(
         torch.where(worse[..., None], both[1].warp, both[0].warp),
-        *(_choose(worse, one, other) for one, other in zip(both[1][1:], both[0][1:], strict=True)),
+        *(_choose_frames(worse, one, other) for one, other in zip(both[1][1:], both[0][1:], strict=True)),
     )
 
 
-def _choose(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def _choose_frames(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Frame by frame, of finite (..., T, n): exact, and on the CPU much faster than ``torch.where``."""
     return torch.lerp(second, first, condition.to(first.dtype))
 
@@ -821,7 +821,7 @@ def _every_second(level: Level) -> Level:
     )
 
 
-def _biweight(values: Tensor, common: Tensor, level: Level) -> Tensor:
+def _weights_of_difference(values: Tensor, common: Tensor, level: Level) -> Tensor:
     """Tukey's biweight of the difference of the two textures, in units of its median."""
     difference = values - level.field.flatten(-2)
     # a quarter of the samples tells the median as well, and sorting is what costs
@@ -831,7 +831,7 @@ def _biweight(values: Tensor, common: Tensor, level: Level) -> Tensor:
     return (1 - ratio.square()).clamp(min=0).square()
 
 
-def _solve(weights: Tensor, level: Level) -> _System:
+def _weighted_system(weights: Tensor, level: Level) -> _System:
     """The normal equations of these weights."""
     parameters = level.corners.shape[-1]
     gram = _inner(weights, level.products)[..., _places(2 + parameters, like=weights)]
@@ -851,7 +851,7 @@ def _solve(weights: Tensor, level: Level) -> _System:
     return _System(weights, mean, inverse, solved, rest, sound)
 
 
-def _increment(values: Tensor, level: Level, system: _System) -> Tensor:
+def _best_increment(values: Tensor, level: Level, system: _System) -> Tensor:
     r"""The step, (..., T, P), that maximises the coefficient of the linearised reference.
 
     .. math:: \Delta = H^{-1} G^T (\lambda \bar m - \bar r), \qquad
@@ -1015,7 +1015,7 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
     value is that of the search, to the last bit.
     """
     warp = state.warp.detach()
-    system = _solve(state.system.weights.detach(), level)
+    system = _weighted_system(state.system.weights.detach(), level)
     values, by_x, by_y = moving.slopes(warp, level)
     moments = _centred(system.weights * values, level, system)
     gain, along = _gain(moments, system)

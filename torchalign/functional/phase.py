@@ -165,7 +165,6 @@ def phase_correlation(
         tensor([ 1.3000, -0.6000])
     """
     texture, grid = _textured(moving, moving_mask, size, max_frequency, contrast)
-    (height, width), samples = grid.frame, grid.size
     vector = texture.is_vector
     weighting = weighting or ("none" if vector else "ramp")
     robust = not vector if robust is None else robust
@@ -176,13 +175,8 @@ def phase_correlation(
     pair = _Pair(texture, reference, grid, Window.of(grid, taper), weighting)
     window = pair.tapering.whole
     spectrum, still, power = pair.correlate(window, window)
-    rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
-    # without the two lines on which a detector's stripes lie, which fit at no shift
-    ground = power * ((1 - rows) * (1 - columns))
-    peak = coarse_peak(irfft2(ground, samples), (height, width), max_translation)
-    if start is not None:
-        peak = _higher_of(peak, start, ground, grid, _orders(grid.frame, grid.size, like=grid.radius))
-    shift, outside = peak.shift, peak.outside
+    peak = _find_peak(power, grid, max_translation, start)
+    shift = peak.shift
 
     inliers, effective, holes = None, window, None
     if robust:
@@ -207,21 +201,14 @@ def phase_correlation(
         quality, misfit = found.quality.with_misfit(pulls)
         found = found._replace(quality=quality)
     if holes is not None:
-        divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same, windows)
-        found = found._replace(
-            shift=torch.where(holes[..., None], divided, found.shift),
-            step=torch.where(holes, step, found.step),
-            curved=torch.where(holes, curved, found.curved),
-            quality=found.quality.widened(_doubt(divided - found.shift, holes)),
+        found = _divided_in_holes(
+            found, holes, _refine_divided(pair, found.shift.detach(), shift, same, windows)
         )
     covariance = found.quality.covariance
     if vector:
         covariance = _STRUCTURE_CALIBRATION**2 * covariance
     sigma = largest_sigma(covariance)
-    climbed = (found.shift - shift).norm(dim=-1)
-    # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)
-    near = (climbed <= 2 * height / samples[0]) | (climbed <= 2 * width / samples[1])
-    converged = found.curved & near & (found.step < _NEWTON_TOLERANCE) & torch.isfinite(sigma)
+    converged = _has_converged(found, shift, grid) & torch.isfinite(sigma)
     converged = converged & (peak.significance >= _MIN_SIGNIFICANCE)
     flat = texture.flat | reference.flat
     return PhaseShift(
@@ -231,11 +218,41 @@ def phase_correlation(
         misfit,
         peak.significance,
         flat,
-        outside,
+        peak.outside,
         converged,
         ambiguous,
         inliers,
     )
+
+
+def _find_peak(power: Tensor, grid: WorkingGrid, max_translation: float, start: Tensor | None) -> _Peak:
+    """The coarse peak, or the start where the correlation is higher there."""
+    rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
+    # without the two lines on which a detector's stripes lie, which fit at no shift
+    ground = power * ((1 - rows) * (1 - columns))
+    peak = coarse_peak(irfft2(ground, grid.size), grid.frame, max_translation)
+    if start is None:
+        return peak
+    return _higher_of(peak, start, ground, grid, _orders(grid.frame, grid.size, like=grid.radius))
+
+
+def _divided_in_holes(found: _Refined, holes: Tensor, divided: tuple[Tensor, Tensor, Tensor]) -> _Refined:
+    """What the divided correlation found, in the frames that have holes."""
+    shift, step, curved = divided
+    return found._replace(
+        shift=torch.where(holes[..., None], shift, found.shift),
+        step=torch.where(holes, step, found.step),
+        curved=torch.where(holes, curved, found.curved),
+        quality=found.quality.widened(_doubt(shift - found.shift, holes)),
+    )
+
+
+def _has_converged(found: _Refined, shift: Tensor, grid: WorkingGrid) -> Tensor:
+    """(...,): whether the ascent came to rest on a maximum within two samples of its start."""
+    climbed = (found.shift - shift).norm(dim=-1)
+    # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)
+    near = (climbed <= 2 * grid.frame[0] / grid.size[0]) | (climbed <= 2 * grid.frame[1] / grid.size[1])
+    return found.curved & near & (found.step < _NEWTON_TOLERANCE)
 
 
 def _textured(

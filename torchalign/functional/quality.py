@@ -70,14 +70,14 @@ def _correlate(reference: Tensor, weight: Tensor, *images: Tensor) -> list[Tenso
     count = weight.sum(-1) + torch.finfo(weight.dtype).tiny
     reference = _standardize(reference.flatten(-2), weight, count)
     mean = torch.linalg.vecdot(weight, reference) / count
-    norm, flat = _deviation(torch.linalg.vecdot(weight, reference.square()), count * mean.square())
+    norm, flat = _spread(torch.linalg.vecdot(weight, reference.square()), count * mean.square())
     correlations = []
     for image in images:
         centred = _standardize(image.flatten(-2), weight, count)
         weighted = centred * weight
         total = weighted.sum(-1)
         product = torch.linalg.vecdot(weighted, reference) - total * mean
-        image_norm, image_flat = _deviation(torch.linalg.vecdot(weighted, centred), total.square() / count)
+        image_norm, image_flat = _spread(torch.linalg.vecdot(weighted, centred), total.square() / count)
         correlation = torch.where(flat | image_flat, 0.0, product / (norm * image_norm))
         correlations.append(correlation.clamp(-1, 1))
     return correlations
@@ -94,7 +94,7 @@ def _standardize(image: Tensor, weight: Tensor, count: Tensor) -> Tensor:
     return centred / torch.where(largest > 0, largest, 1.0)
 
 
-def _deviation(square: Tensor, square_of_mean: Tensor) -> tuple[Tensor, Tensor]:
+def _spread(square: Tensor, square_of_mean: Tensor) -> tuple[Tensor, Tensor]:
     """The root of the difference, 1 where it is no more than rounding; and where that is."""
     variance = square - square_of_mean
     flat = variance <= 16 * torch.finfo(square.dtype).eps * square

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from torchalign._check import check_fill, check_floating, check_option, message
 from torchalign._host import all_finite, all_true, empty_on_host, kernels_for, may_read
-from torchalign.functional.sampling import Gather, Lines, PaddingMode, Positions, Sampler, Slices
+from torchalign.functional.sampling import Gather, Lines, PaddingMode, Sampler, Slices, SourcePositions
 from torchalign.functional.shift_field import field_at, is_zero
 from torchalign.types import ShiftField
 
@@ -329,7 +329,7 @@ def _sampler(
             _bounded(y_displacement + y_shift),
         )
     x_whole, y_whole = x_displacement.floor(), y_displacement.floor()
-    positions = Positions(
+    positions = SourcePositions(
         column + x_whole.to(torch.int64),
         row + y_whole.to(torch.int64),
         (x_displacement - x_whole).to(dtype),

@@ -56,7 +56,7 @@ class Geometry(NamedTuple):
 
 
 @triton.jit
-def _known(value):
+def _finite_or_far(value):
     """What is no number, or would overflow, is far away."""
     value = tl.where(value == value, value, _NOWHERE)
     return tl.minimum(tl.maximum(value, -_NOWHERE), _NOWHERE)
@@ -70,15 +70,15 @@ def _inverse(a, b, c, d, e, f, g, h, i):
     r = d * h - e * g
     determinant = a * p + b * q + c * r
     return (
-        _known(divide(p, determinant)),
-        _known(divide(c * h - b * i, determinant)),
-        _known(divide(b * f - c * e, determinant)),
-        _known(divide(q, determinant)),
-        _known(divide(a * i - c * g, determinant)),
-        _known(divide(c * d - a * f, determinant)),
-        _known(divide(r, determinant)),
-        _known(divide(b * g - a * h, determinant)),
-        _known(divide(a * e - b * d, determinant)),
+        _finite_or_far(divide(p, determinant)),
+        _finite_or_far(divide(c * h - b * i, determinant)),
+        _finite_or_far(divide(b * f - c * e, determinant)),
+        _finite_or_far(divide(q, determinant)),
+        _finite_or_far(divide(a * i - c * g, determinant)),
+        _finite_or_far(divide(c * d - a * f, determinant)),
+        _finite_or_far(divide(r, determinant)),
+        _finite_or_far(divide(b * g - a * h, determinant)),
+        _finite_or_far(divide(a * e - b * d, determinant)),
     )
 
 
@@ -627,15 +627,6 @@ def _look(
         enable_fp_fusion=False,
     )
     return values, common
-
-
-class _Equations(NamedTuple):
-    """The normal equations, as functional.ecc solves them; one row a frame."""
-
-    mean: Tensor  # (..., T, 2 + P)
-    inverse: Tensor  # (..., T, P, P)
-    solved: Tensor  # (..., T, P)
-    rest: Tensor  # (..., T)
 
 
 def ascend_warped(

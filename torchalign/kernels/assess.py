@@ -248,7 +248,7 @@ def assess(
     parts = torch.view_as_real(power.resolve_conj())
     lead = power.shape[:-2]
     places = torch.stack(torch.broadcast_tensors(shift, together)).to(parts.dtype)
-    found = _assess(
+    found = _launch_assess(
         parts, *frequencies, places, weights.expand(*lead, *weights.shape[-2:]), list(spacing), list(limits)
     )
     covariance, inverse = (found[..., first : first + 4].unflatten(-1, (2, 2)) for first in (2, 9))
@@ -256,7 +256,7 @@ def assess(
 
 
 @operator("assess", lambda power: power.new_empty((*power.shape[:-3], 13)))
-def _assess(
+def _launch_assess(
     power: Tensor,
     fy: Tensor,
     fx: Tensor,

@@ -41,7 +41,7 @@ _COMPUTE = {
 
 
 @triton.jit
-def _restore(values, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, COMPUTE: tl.constexpr):
+def _rounded(values, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, COMPUTE: tl.constexpr):
     """Rounded half to even, and clamped: what is added and taken off again leaves no place for a fraction."""
     if COMPUTE == tl.float64:  # noqa: SIM108, SIM300
         whole = 6755399441055744.0  # 1.5 · 2⁵²
@@ -76,7 +76,7 @@ def _chosen(
     elif INTERPOLATION == 2:
         computed = total
     if not FLOATING:
-        computed = _restore(computed, LOWEST, HIGHEST, COMPUTE)
+        computed = _rounded(computed, LOWEST, HIGHEST, COMPUTE)
     result = computed.to(nearest.dtype)
     if FLOATING or MASKED:
         result = tl.where(near_usable, result, nearest)

@@ -188,11 +188,11 @@ def coverage(usable: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tenso
     Returns:
         (..., h, w).
     """
-    return _coverage(usable, list(size), dtype)
+    return _launch_coverage(usable, list(size), dtype)
 
 
 @operator("coverage", lambda usable, size, dtype: usable.new_empty((*usable.shape[:-2], *size), dtype=dtype))
-def _coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
+def _launch_coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     share = usable.new_empty((*usable.shape[:-2], *size), dtype=dtype)
     if share.numel() == 0:
         return share
