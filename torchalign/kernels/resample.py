@@ -11,14 +11,15 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     KINDS,
+    block_of,
     cubic_weight,
-    displacement,
     divide,
     is_finite,
     lerp,
     operator,
     padded,
     read,
+    source_of,
 )
 
 __all__ = ["resample", "resample_frames"]
@@ -118,26 +119,14 @@ def resample_frames(
     """One program: a block of output pixels of one frame, all of its bands."""
     rows = (height + step - 1) // step
     columns = (width + step - 1) // step
-    blocks = tl.cdiv(rows * columns, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < rows * columns
+    frame, place, live = block_of(rows * columns, BLOCK)
     x = (place % columns) * step
     y = (place // columns) * step
 
     LENGTH: tl.constexpr = 2 if KIND == 0 else (6 if KIND == 1 else 9)
-    dx, dy = displacement(motion + frame * LENGTH, x.to(POSITION), y.to(POSITION), KIND, POSITION)
-    whole_x = tl.floor(dx)
-    whole_y = tl.floor(dy)
-    fx = (dx - whole_x).to(COMPUTE)
-    fy = (dy - whole_y).to(COMPUTE)
-    column = x + whole_x.to(tl.int32)
-    row = y + whole_y.to(tl.int32)
-    right = fx >= 0.5
-    lower = fy >= 0.5
-    near_column = column + right.to(tl.int32)
-    near_row = row + lower.to(tl.int32)
-    inside = (near_column >= 0) & (near_column < width) & (near_row >= 0) & (near_row < height)
+    column, row, fx, fy, near_column, near_row, inside = source_of(
+        motion + frame * LENGTH, x, y, height, width, KIND, POSITION, COMPUTE
+    )
     near_column = padded(near_column, width, PADDING == 2).to(INDEX)
     near_row = padded(near_row, height, PADDING == 2).to(INDEX)
     near_mask = near_row * mask_row + near_column * mask_column

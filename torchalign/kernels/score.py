@@ -13,12 +13,14 @@ from torch import Tensor
 from torchalign.kernels.sampling import (
     KINDS,
     cubic_weight,
-    displacement,
     divide,
+    kernel_dtype,
+    launch,
     lerp,
     operator,
     padded,
     read,
+    source_of,
 )
 
 __all__ = ["score", "score_frames"]
@@ -29,16 +31,9 @@ _BLOCK = 256
 @triton.jit
 def _nearest(motion, x, y, height, width, KIND: tl.constexpr, COMPUTE: tl.constexpr):
     """Whole and fractional source positions, the nearest pixel, and whether it is one of the frame's."""
-    dx, dy = displacement(motion, x.to(COMPUTE), y.to(COMPUTE), KIND, COMPUTE)
-    whole_x = tl.floor(dx)
-    whole_y = tl.floor(dy)
-    fx = dx - whole_x
-    fy = dy - whole_y
-    column = x + whole_x.to(tl.int32)
-    row = y + whole_y.to(tl.int32)
-    near_column = column + (fx >= 0.5).to(tl.int32)
-    near_row = row + (fy >= 0.5).to(tl.int32)
-    inside = (near_column >= 0) & (near_column < width) & (near_row >= 0) & (near_row < height)
+    column, row, fx, fy, near_column, near_row, inside = source_of(
+        motion, x, y, height, width, KIND, COMPUTE, COMPUTE
+    )
     near = padded(near_row, height, False).to(tl.int64) * width + padded(near_column, width, False)
     return column, row, fx, fy, near, inside
 
@@ -246,13 +241,15 @@ def _score(
             image.expand(*lead, moving.shape[-3], height, width) for image in (reference, reference_usable)
         )
         shared = False
-    score_frames[(frames * (motions.shape[0] + 1),)](
-        moving.contiguous(),
+    launch(
+        score_frames,
+        frames * (motions.shape[0] + 1),
+        moving,
         plane(reference),
-        motions.contiguous(),
+        motions,
         plane(moving_usable),
         plane(reference_usable),
-        moving if weight is None else weight.contiguous(),
+        moving if weight is None else weight,
         scores,
         frames,
         moving.shape[-3] if shared else 1,
@@ -264,8 +261,7 @@ def _score(
         MASKED=moving_usable is not None,
         REFERENCE_MASKED=reference_usable is not None,
         WEIGHTED=weight is not None,
-        COMPUTE=tl.float64 if moving.dtype == torch.float64 else tl.float32,
+        COMPUTE=kernel_dtype(moving),
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return scores
