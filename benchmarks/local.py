@@ -324,9 +324,13 @@ def run_large() -> dict[str, Any]:
             window = (slice(None), slice(corner, corner + 600), slice(corner, corner + 600))
             alone = local.estimate(moving[window][None], still[window], init=start)
             inner = torch.arange(150.0, 450.0, 4)
+            # warp and field together: alone, the window's warp is another one
             both = [
-                field_at(alone.field, inner, inner),
-                field_at(estimate.field, inner + corner, inner + corner),
+                [
+                    part - shift
+                    for part, shift in zip(field_at(one.field, at, at), one.warp[0, :, 2], strict=True)
+                ]
+                for one, at in ((alone, inner), (estimate, inner + corner))
             ]
             apart = torch.hypot(*(one - other for one, other in zip(*both, strict=True)))
             known = sigma_at(alone.field, inner, inner) < 0.05

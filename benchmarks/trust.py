@@ -404,7 +404,7 @@ def measure(draw: Draw, make: Callable[[float], ta.Aligner]) -> dict[str, float]
         return row
     row["sigma"] = float(estimate.sigma[0])
     if draw.truth is None:
-        return row | {"error": math.inf, "ratio": math.inf, "z": [math.inf]}
+        return row | {"error": math.inf, "ratio": math.inf, "z": []}
     size = draw.reference.shape
     centre = np.array([(size[1] - 1) / 2, (size[0] - 1) / 2])
     warp = estimate.warp[0, :2].double().numpy()

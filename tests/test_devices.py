@@ -96,6 +96,11 @@ ALIGNERS = {
         partial(ta.ECC, motion="homography", robust="residual", gradients="unrolled"), forward_mode=False
     ),
     "LGM": Proof(partial(ta.LGM, max_num_keypoints=64), size=(40, 48)),
+    "LGM structure": Proof(
+        partial(ta.LGM, contrast="structure", motion="euclidean", max_num_keypoints=64),
+        forward_mode=False,
+        size=(40, 48),
+    ),
     "LGM affine": Proof(
         partial(ta.LGM, motion="affine", matcher_model="mnn", refine=False, max_num_keypoints=64),
         forward_mode=False,

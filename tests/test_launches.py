@@ -12,9 +12,10 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="needs a build of torch with CUDA")
 
-# of 256 frames of 4 × 256²: launches, gigabytes, and the peak beside the cube in cubes
+# of 256 frames of 4 × 256²: launches, gigabytes, and the peak beside the cube in cubes (PCC is to move 4.5 GB: parts of
+# a frame are asked whether they disagree, which moves 0.3)
 BUDGETS = {
-    "PCC()": (450, 4.5, 3.5),
+    "PCC()": (450, 4.8, 3.5),
     "ECC()": (1300, 9.0, 3.5),
     'ECC(motion="affine")': (1600, 16.0, 3.5),
     "Cascade(PCC(), ECC())": (1700, 12.0, 3.5),
@@ -44,7 +45,7 @@ def test_budget(launches, name):
 
 def test_what_torch_alone_launches(launches):
     count = launches["count"](launches["ALIGNERS"]["PCC()"], triton=False)
-    assert len(count.launches) <= 2150
+    assert len(count.launches) <= 2050
     assert not any(launch.name.startswith("torchalign") for launch in count.launches)
 
 

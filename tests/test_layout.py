@@ -70,7 +70,7 @@ GROUND = {
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
           "functional.sift", "functional.local", "functional.network", "functional.uncertainty",
-          "functional.misfit"}  # fmt: skip
+          "functional.misfit", "functional.defects"}  # fmt: skip
 # what a layer may use besides torch and the standard library
 FOREIGN = {
     **{

@@ -28,7 +28,7 @@ from torchalign._check import (
 from torchalign._host import all_finite, all_true, empty_on_host, is_transformed, map_on_host, may_read
 from torchalign.functional.affine import change_origin, identity_warp, split_at_center
 from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel, see_channel
-from torchalign.functional.defects import enlargement, exclude_defects
+from torchalign.functional.defects import enlargement, remove_defects
 from torchalign.functional.motion import MotionModel
 from torchalign.functional.quality import gate_stages, rejected
 from torchalign.functional.shift_field import move_origin
@@ -446,10 +446,7 @@ class Aligner(nn.Module, ABC):
         image, usable = self._finite_channel(window, mask) if found is None else found
         # on a device, and in a program, it would cost more than all else: ta.align looks there itself
         asked = self.expects_defects and may_read(image.detach())
-        good = exclude_defects(image, usable) if asked else usable
-        if good is None or good is usable:
-            return image, usable
-        return torch.where(good, image, 0.0), good
+        return remove_defects(image, usable) if asked else (image, usable)
 
     def _finite_channel(self, window: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if window.dtype.itemsize < 4 and not callable(self.channel):

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torchalign._check import message
 from torchalign.aligner import Aligner, Block, Job, flagged
 from torchalign.functional.affine import (
-    center_displacement,
     change_origin,
     identity_warp,
     to_homogeneous,
     translation_warp,
 )
-from torchalign.functional.quality import parts_disagree
+from torchalign.functional.quality import centre_moves, parts_disagree
 from torchalign.functional.shift_field import move_origin
 from torchalign.functional.texture import Contrast
 from torchalign.functional.uncertainty import isotropic
@@ -209,7 +208,7 @@ def _next_init(init: Tensor | None, motion: Motion, stage: Aligner, size: tuple[
 
     As long as all that was found are translations it stays (..., T, 2), so that the next stage knows.
     """
-    near = center_displacement(motion.warp, size).norm(dim=-1) <= stage.max_translation
+    near = centre_moves(motion, size) <= stage.max_translation
     trusted = (motion.status == 0) & near & motion.warp.isfinite().flatten(-2).all(-1)
     if stage.motion == "translation" and motion.warp.shape[-2] == 2 and (init is None or init.shape[-1] == 2):
         shift = motion.warp[..., 2]

@@ -74,7 +74,7 @@ class ECC(Aligner):
     Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``NOT_CONVERGED`` where the last step was longer
     than ``tolerance``, the correlation is no more than that of unrelated scenes (5 standard deviations, 6 of
     structure), or σ exceeds ``max_sigma``; ``AMBIGUOUS`` where along some direction the slope of the ground is
-    noise, or σ exceeds ``max_sigma`` because parts of the frame disagree; then what the gate says.
+    noise; then what the gate says.
 
     References:
         Evangelidis & Psarakis 2008, doi:10.1109/TPAMI.2008.113; Baker & Matthews 2004,
@@ -177,15 +177,12 @@ class ECC(Aligner):
             gradients=self.gradients,
             **self._seen_as(),
         )
-        sure = found.converged & (found.sigma.square() - found.misfit <= self.max_sigma**2)
+        sure = found.converged & (found.sigma <= self.max_sigma)
         status = torch.where(sure, int(Status.OK), int(Status.NOT_CONVERGED))
-        status = torch.where(found.converged & found.ambiguous, int(Status.AMBIGUOUS), status)
-        status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
+        status = status.masked_fill(found.converged & found.ambiguous, int(Status.AMBIGUOUS))
+        status = status.masked_fill(found.flat, int(Status.NO_TEXTURE))
         shifts = only_shifts(self.motion, init)
-        distorted = found.sigma > self.max_sigma
-        return Motion(
-            found.warp, found.sigma, status, found.inliers, shifts, found.covariance, distorted=distorted
-        )
+        return Motion(found.warp, found.sigma, status, found.inliers, shifts, found.covariance)
 
     def _seen_as(self) -> dict[str, Any]:
         """What of an image is registered."""

@@ -37,7 +37,7 @@ class PCC(Aligner):
     Across sensors (optical and radar, visible and infrared, a picture and a map) brightness does not correlate.
     ``contrast="structure"`` correlates :func:`the orientation of gradients
     <torchalign.functional.structure.orientation_field>` instead, as vectors; ``score`` is then the correlation of
-    these vectors. What physics leaves stays: red against near infrared differs by 0.2 to 0.4 px over vegetation.
+    these vectors. What physics leaves stays: red against near infrared differs by 0.1 to 0.3 px over vegetation.
 
     Args:
         max_frequency: the band that is used, in cycles per pixel, in (0, 0.5].
@@ -155,9 +155,9 @@ class PCC(Aligner):
         status = torch.zeros_like(found.flat, dtype=torch.int64)
         sure = found.converged & (found.sigma.square() - found.misfit <= self.max_sigma**2)
         status = torch.where(sure, status, int(Status.NOT_CONVERGED))
-        status = torch.where(found.converged & found.ambiguous, int(Status.AMBIGUOUS), status)
-        status = torch.where(found.outside, int(Status.TOO_FAR), status)
-        status = torch.where(found.flat, int(Status.NO_TEXTURE), status)
+        status = status.masked_fill(found.converged & found.ambiguous, int(Status.AMBIGUOUS))
+        status = status.masked_fill(found.outside, int(Status.TOO_FAR))
+        status = status.masked_fill(found.flat, int(Status.NO_TEXTURE))
         return Motion(
             warp,
             found.sigma,
@@ -166,4 +166,5 @@ class PCC(Aligner):
             about_centre is None,
             found.covariance,
             distorted=found.sigma > self.max_sigma,
+            misfit=found.misfit,
         )

@@ -132,6 +132,7 @@ class Motion(NamedTuple):
         field: local shifts on top of the warps, or ``None``.
         distorted: (..., T) bool, parts of the frame disagree about the warp, which is known no better than is asked
             for: ``AMBIGUOUS``, unless a later method, which starts from it, is accepted. ``None``: none does.
+        misfit: (..., T), px², what of the trace of ``covariance`` comes from that, or ``None``.
     """
 
     warp: Tensor
@@ -142,6 +143,7 @@ class Motion(NamedTuple):
     covariance: Tensor | None = None
     field: ShiftField | None = None
     distorted: Tensor | None = None
+    misfit: Tensor | None = None
 
 
 class Alignment(NamedTuple):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._host import all_true, keeps_tables, kernels_for
+from torchalign.functional.keypoints import dilate, erode, running_largest
 from torchalign.functional.sizes import stride_for
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "enlargement",
     "exclude_defects",
     "hot_pixels",
+    "remove_defects",
     "suspicious",
     "undeclared_fill",
 ]
@@ -66,45 +68,50 @@ def undeclared_fill(image: Tensor, usable: Tensor | None = None) -> Tensor:
         True
     """
     image = image.detach()
-    flat = image.reshape(-1, 1, *image.shape[-2:])
-    known = None if usable is None else usable.expand(image.shape).reshape(flat.shape)
-    highest, lowest = (
-        F.max_pool2d(sign * flat, _SQUARE, 1) for sign in (1.0, -1.0)
-    )  # of squares, which end within the frame
-    constant = highest == -lowest
+    known = None if usable is None else usable.expand(image.shape)
+    constant = _constant_squares(image)
     if known is not None:
-        constant = constant & (F.max_pool2d(1 - known.to(flat.dtype), _SQUARE, 1) == 0)
-    least = torch.where(constant, highest, torch.inf).amin((-2, -1), keepdim=True)
-    most = torch.where(constant, highest, -torch.inf).amax((-2, -1), keepdim=True)
-    value = torch.cat((least, most), 1)  # (N, 2, 1, 1)
-    core = ((highest == value) & constant).to(flat.dtype)
+        constant = constant & erode(known, _SQUARE // 2)
+    if all_true(~constant):
+        return constant
+    least = torch.where(constant, image, torch.inf).amin((-2, -1))
+    most = torch.where(constant, image, -torch.inf).amax((-2, -1))
+    value = torch.stack((least, most), -1)[..., None, None]  # (..., 2, 1, 1)
+    image, alike = image.unsqueeze(-3), image.unsqueeze(-3) == value
+    constant = constant.unsqueeze(-3)
     # squares to their pixels, and on to those of the same value beside them, which no square reaches
-    around = F.max_pool2d(F.pad(core, (_SQUARE - 1,) * 4), _SQUARE, 1)
-    area = (flat == value) & (F.max_pool2d(around, 5, 1, 2) > 0)
+    area = alike & dilate(constant & alike, 2 * (_SQUARE // 2))
     if known is not None:
+        known = known.unsqueeze(-3)
         area = area & known
-    spread = area.to(flat.dtype)
-    rings = [F.max_pool2d(spread, 2 * width + 1, 1, width) for width in (1, 2, 3)]
-    distance = torch.where(value.isfinite(), (flat - value).abs(), 0.0)
-    if known is not None:
-        distance = distance * known
+    one = dilate(area, 1)
+    two = dilate(one, 1)
+    distance = (image - value).abs()
 
-    def away(inner: Tensor, outer: Tensor) -> Tensor:
-        ring = (outer - inner) if known is None else (outer - inner) * known
-        return (distance * ring).sum((-2, -1)) / ring.sum((-2, -1)).clamp(min=1)
+    def away(ring: Tensor) -> Tensor:
+        ring = ring if known is None else ring & known
+        return torch.where(ring, distance, 0.0).sum((-2, -1)) / ring.sum((-2, -1)).clamp(min=1)
 
-    first, third = away(spread, rings[0]), away(rings[1], rings[2])
-    filled = (first > _SHARPNESS * third) & (first > 0) & (spread.mean((-2, -1)) >= _LEAST_FILL)
+    first, third = away(one & ~area), away(dilate(two, 1) & ~two)
+    share = area.to(image.dtype).mean((-2, -1))
+    filled = (first > _SHARPNESS * third) & (first > 0) & (share >= _LEAST_FILL)
     # wherever else the value stands it is the fill too: in a corner that no square fits into
-    found = ((flat == value) & filled[..., None, None]).any(1)
+    found = (alike & filled[..., None, None]).any(-3)
     # of labels, or black and white, all is of such values: that is what the image shows
-    others = constant & (highest != value[:, :1]) & (highest != value[:, 1:])
-    ground = (~found).to(flat.dtype).mean((-2, -1))
-    drawn = (ground < _LEAST_GROUND) | (others.to(flat.dtype).mean((-2, -1))[:, 0] > 0.5 * ground)
-    found = found & ~drawn[:, None, None]
-    if known is not None:
-        found = found & known.squeeze(1)
-    return found.reshape(image.shape)
+    others = (constant & ~alike.any(-3, keepdim=True)).to(image.dtype).mean((-3, -2, -1))
+    ground = (~found).to(image.dtype).mean((-2, -1))
+    drawn = (ground < _LEAST_GROUND) | (others > 0.5 * ground)
+    found = found & ~drawn[..., None, None]
+    return found if known is None else found & known.squeeze(-3)
+
+
+def _constant_squares(image: Tensor) -> Tensor:
+    """(..., H, W) bool: the middle of a square of 5 × 5 pixels that are equal, to the last bit."""
+    changes_x = (image[..., 1:] != image[..., :-1]).to(torch.uint8)
+    changes_y = (image[..., 1:, :] != image[..., :-1, :]).to(torch.uint8)
+    within_rows = running_largest(running_largest(changes_x, _SQUARE - 1, -1), _SQUARE, -2)
+    down = running_largest(changes_y[..., : 1 - _SQUARE], _SQUARE - 1, -2)
+    return F.pad((within_rows | down) == 0, (_SQUARE // 2,) * 4)
 
 
 def hot_pixels(image: Tensor, usable: Tensor | None = None) -> Tensor:
@@ -123,15 +130,19 @@ def hot_pixels(image: Tensor, usable: Tensor | None = None) -> Tensor:
         >>> hot_pixels(image).nonzero().tolist()
         [[7, 9]]
     """
-    image = image.detach()
-    off = torch.minimum(*(_off_median(image, dim).abs() for dim in (-1, -2)))
-    if usable is not None:
-        off = torch.where(usable, off, 0.0)
+    return _hot(image.detach(), usable)[0]
+
+
+def _hot(image: Tensor, usable: Tensor | None) -> tuple[Tensor, Tensor]:
+    """:func:`hot_pixels`, and how far every pixel is off the nearer of its two medians."""
+    across, down = (_off_median(image, dim) for dim in (-1, -2))
+    off = torch.where(across.abs() < down.abs(), across, down)
     # in units of how much neighbours differ on the mean
-    step = (image[..., 1:] - image[..., :-1]).abs()
+    step = (image[..., 1:] - image[..., :-1]).detach().abs()
     if usable is not None:
         step = torch.where(usable[..., 1:] & usable[..., :-1], step, 0.0)
-    return off > _HOT * step.mean((-2, -1), keepdim=True)
+    hot = off.detach().abs() > _HOT * step.mean((-2, -1), keepdim=True)
+    return hot if usable is None else hot & usable, off
 
 
 def _off_median(image: Tensor, dim: int) -> Tensor:
@@ -229,32 +240,31 @@ def _turns(count: int, *, like: Tensor) -> Tensor:
 
 
 def suspicious(image: Tensor, usable: Tensor | None = None) -> Tensor:
-    """(...,) bool: whether every eighth row has a pixel off both its neighbours, or some alike in a row.
+    """(...,) bool: whether some of the rows have a pixel off its neighbours on both axes, or five alike.
 
-    A look at images of which most have neither fill nor hot pixels, for a tenth of the price of the others.
+    A look at images of which most have neither fill nor hot pixels, for a tenth of the price of the others. Of small
+    images, which a single pixel can mislead, all rows are looked at, of large ones up to every eighth.
     """
-    # where there are many rows, fewer of them will do
-    stride = min(2 * _THINNED, max(_THINNED, stride_for((image.shape[-2],) * 2, _LEAST_LINES)))
-    lines = image.detach()[..., ::stride, :]
+    stride = min(2 * _THINNED, stride_for((image.shape[-2],) * 2, 2 * _LEAST_LINES))
+    above, lines, below = (image.detach()[..., start : start - 2 or None : stride, :] for start in (0, 1, 2))
     step = lines[..., 1:] - lines[..., :-1]
     length = step.abs()
+    known_length = length
     if usable is not None:
-        known = usable.expand(image.shape)[..., ::stride, :]
+        known = usable.expand(image.shape)[..., 1:-1:stride, :]
         known = known[..., 1:] & known[..., :-1]
         step = torch.where(known, step, 0.0)
         length, known_length = torch.where(known, length, torch.inf), step.abs()
-    else:
-        known_length = length
     # four steps of nothing in a row
     longer = torch.maximum(length[..., 1:], length[..., :-1])
     alike = torch.maximum(longer[..., 2:], longer[..., :-2]).amin((-2, -1)) == 0
-    # up and down again, or down and up
-    back = -step
-    off = torch.maximum(
-        torch.minimum(step[..., 1:], back[..., :-1]).amax((-2, -1)),
-        torch.minimum(back[..., 1:], step[..., :-1]).amax((-2, -1)),
-    )
-    return alike | (off > _HOT * known_length.mean((-2, -1)))
+    off = torch.minimum(_off(step[..., :-1], step[..., 1:]), _off(lines - above, below - lines)[..., 1:-1])
+    return alike | (off.amax((-2, -1)) > _HOT * known_length.mean((-2, -1)))
+
+
+def _off(before: Tensor, after: Tensor) -> Tensor:
+    """How far up and down again, or down and up, two steps go; not above 0 where they go on."""
+    return torch.maximum(torch.minimum(before, -after), torch.minimum(-before, after))
 
 
 def exclude_defects(image: Tensor, usable: Tensor | None = None) -> Tensor | None:
@@ -267,11 +277,46 @@ def exclude_defects(image: Tensor, usable: Tensor | None = None) -> Tensor | Non
     Returns:
         bool, (..., H, W), or ``None`` if all is.
     """
-    if 0 in image.shape or min(image.shape[-2:]) < _LEAST_SIDE:
+    suspect = _suspects(image, usable)
+    if suspect is None:
         return usable
-    suspect = suspicious(image, usable)
-    if all_true(~suspect):
-        return usable
-    bad = undeclared_fill(image, usable) | hot_pixels(image, usable)
-    good = ~(bad & suspect[..., None, None])
+    good = ~((undeclared_fill(image, usable) | hot_pixels(image, usable)) & suspect)
     return good if usable is None else usable & good
+
+
+def remove_defects(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The image with the median of the neighbours for hot pixels, and what of it is usable: all but fills.
+
+    A gap of one pixel costs more to correlate around than it costs to fill. Only suspicious images are treated, so
+    the host must be able to read them.
+
+    Args:
+        image: (..., H, W), finite.
+        usable: bool, (..., H, W); ``None`` if all is.
+
+    Returns:
+        Both as they were given where nothing is to be removed; the image is 0 where it is filled.
+    """
+    suspect = _suspects(image, usable)
+    if suspect is None:
+        return image, usable
+    rows = suspect.flatten().nonzero().squeeze(-1)
+    images = image.flatten(0, -3) if image.ndim > 2 else image.unsqueeze(0)
+    part = images[rows]
+    known = None if usable is None else usable.expand(image.shape).reshape(images.shape)[rows]
+    hot, off = _hot(part, known)
+    filled = undeclared_fill(part, known)
+    mended = torch.where(filled, 0.0, torch.where(hot, part - off, part))
+    image = images.index_copy(0, rows, mended).reshape(image.shape)
+    if all_true(~filled):
+        return image, usable
+    good = torch.ones_like(images, dtype=torch.bool).index_copy(0, rows, ~filled).reshape(image.shape)
+    return image, good if usable is None else usable & good
+
+
+def _suspects(image: Tensor, usable: Tensor | None) -> Tensor | None:
+    """(..., 1, 1) bool: images to look at more closely; ``None`` if there are none."""
+    if 0 in image.shape or min(image.shape[-2:]) < _LEAST_SIDE:
+        return None
+    suspect = suspicious(image, usable)
+    return None if all_true(~suspect) else suspect[..., None, None]

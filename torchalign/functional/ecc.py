@@ -69,13 +69,10 @@ from torchalign.functional.smoothing import block_sums, nanmedian
 from torchalign.functional.structure import turn_orientations
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid
 from torchalign.functional.uncertainty import (
-    beyond_chance,
     isotropic,
     largest_direction,
     largest_sigma,
-    parts_of,
     shared_slope,
-    trace,
     weights_error,
 )
 from torchalign.functional.working_grid import Window, WorkingGrid, ramp_length, tukey, working_size
@@ -139,7 +136,6 @@ class EnhancedCorrelation(NamedTuple):
         sigma: (..., T), predicted 1-σ error of the displacement of the frame's centre, in pixels, along the larger
             axis of ``covariance``.
         covariance: (..., T, 2, 2), of the displacement of the frame's centre, px².
-        misfit: (..., T), what of its trace comes from parts of the frame that disagree.
         significance: (..., T), the correlation in standard deviations of that of unrelated scenes.
         flat: (..., T) bool, no texture or too few usable pixels in frame or reference.
         converged: (..., T) bool, the last step was short, the Hessian has an inverse, the correlation is
@@ -152,7 +148,6 @@ class EnhancedCorrelation(NamedTuple):
     warp: Tensor
     sigma: Tensor
     covariance: Tensor
-    misfit: Tensor
     significance: Tensor
     flat: Tensor
     converged: Tensor
@@ -319,7 +314,6 @@ def enhanced_correlation(
         found if homography else from_homogeneous(found),
         quality.sigma,
         quality.covariance,
-        quality.misfit,
         quality.significance,
         (finest.flat | frames.flat).expand(shape),
         quality.converged & finite,
@@ -332,7 +326,7 @@ def _finite_start(
     init: Tensor | None, frame: tuple[int, int], shape: Sequence[int], like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Normalised (..., T, 3, 3), the identity where an init is no number; and where (..., T) it is one."""
-    identity = torch.eye(3, dtype=like.dtype, device=like.device)
+    identity = _eye(3, like=like)
     if init is None:
         return identity.expand(*shape, 3, 3), torch.ones(*shape, dtype=torch.bool, device=like.device)
     shifted = init.shape[-1] == 2
@@ -839,8 +833,8 @@ def _weighted_system(weights: Tensor, level: Level) -> _System:
     centred = torch.addcmul(gram[..., 1:, 1:], gram[..., 1:, :1], mean[..., None, 1:], value=-1)
     against, hessian = centred[..., 0, :], centred[..., 1:, 1:]  # of (..., T, 1 + P, 1 + P)
     ridge = _RIDGE * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ridge = ridge.masked_fill(~(ridge > 0), 1.0)
-    eye = torch.eye(parameters, dtype=weights.dtype, device=weights.device)
+    ridge = ridge.clamp(min=torch.finfo(ridge.dtype).tiny)
+    eye = _eye(parameters, like=weights)
     inverse = torch.linalg.inv_ex(torch.addcmul(hessian, ridge[..., None, None], eye)).inverse
     # in a direction in which nothing changes the ridge is all there is
     spread = inverse.diagonal(dim1=-2, dim2=-1) * ridge[..., None]
@@ -891,7 +885,6 @@ def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
 class _Quality(NamedTuple):
     sigma: Tensor  # (..., T)
     covariance: Tensor  # (..., T, 2, 2)
-    misfit: Tensor  # (..., T)
     significance: Tensor  # (..., T)
     converged: Tensor  # (..., T) bool
     ambiguous: Tensor  # (..., T) bool
@@ -937,13 +930,10 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     calibration = _STRUCTURE_CALIBRATION if level.vector else _SIGMA_CALIBRATION
     scale = calibration * half_length(level.grid.frame) / certainty
     covariance = scale.square()[..., None, None] * _scatter_of_blocks(sums, system)
-    parts = scale.square()[..., None, None] * _scatter_of_blocks(parts_of(sums), system)
     if level.vector:
         covariance = covariance + isotropic(_STRUCTURE_ERROR * (1 - seen.correlation))
-    misfit = beyond_chance(parts, covariance)
     root = _unflatten(system.weights, -1, size).sqrt()
     covariance = covariance + isotropic(_WEIGHTS_SHARE * weights_error(level.field, root, level.grid))
-    covariance = covariance + misfit
     sigma = largest_sigma(covariance)
     residual, weights = (_unflatten(field, -1, size) for field in (residual, system.weights))
     share = shared_slope(residual, level.field, weights, largest_direction(covariance))
@@ -959,8 +949,7 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
     unknown = isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
     sigma = sigma.masked_fill(~sound, torch.inf)
-    misfit = trace(misfit).masked_fill(~sound, 0.0)
-    return _Quality(sigma, covariance, misfit, significance, converged, share < _LEAST_SHARE)
+    return _Quality(sigma, covariance, significance, converged, share < _LEAST_SHARE)
 
 
 def _scatter_of_blocks(sums: Tensor, system: _System) -> Tensor:
@@ -1066,12 +1055,18 @@ def _coordinates(
 
 def _settle(warp: Tensor) -> Tensor:
     """What rounding leaves of an identity is taken off, and its gradient kept."""
-    identity = torch.eye(3, dtype=warp.dtype, device=warp.device)
+    identity = _eye(3, like=warp)
     fixed = warp.detach()
     fixed = torch.where(fixed.isfinite().flatten(-2).all(-1)[..., None, None], fixed, identity)
     none = (fixed - identity).abs().flatten(-2).amax(-1) < 64 * torch.finfo(warp.dtype).eps
     settled = torch.where(none[..., None, None], identity, fixed)
     return settled + (warp - warp.detach()).nan_to_num(0.0)
+
+
+@keeps_tables
+def _eye(length: int, *, like: Tensor) -> Tensor:
+    """The unit matrix."""
+    return torch.eye(length, dtype=like.dtype, device=like.device)
 
 
 @keeps_tables
@@ -1137,8 +1132,7 @@ def _derivatives_along(
 
 def _shifted_by(shift: Tensor) -> Tensor:
     """(..., 3, 3), of (..., 2)."""
-    identity = torch.eye(3, dtype=shift.dtype, device=shift.device)
-    return identity + F.pad(shift.unsqueeze(-1), (2, 0, 0, 1))
+    return _eye(3, like=shift) + F.pad(shift.unsqueeze(-1), (2, 0, 0, 1))
 
 
 def _shift_of(warp: Tensor, grid: WorkingGrid) -> Tensor:

@@ -106,15 +106,15 @@ def strict_maxima(scores: Tensor, radius: int) -> Tensor:
     height, width = scores.shape[-2:]
     padded = F.pad(scores, (radius,) * 4, value=-torch.inf)
     # the other rows of the own column, then all rows of the other columns
-    lines = _running_largest(padded, radius, -2)
+    lines = running_largest(padded, radius, -2)
     beside = torch.maximum(lines.narrow(-2, 0, height), lines.narrow(-2, radius + 1, height))
     column = torch.maximum(beside, padded.narrow(-2, radius, height))
-    others = _running_largest(column, radius, -1)
+    others = running_largest(column, radius, -1)
     others = torch.maximum(others.narrow(-1, 0, width), others.narrow(-1, radius + 1, width))
     return scores > torch.maximum(others, beside.narrow(-1, radius, width))
 
 
-def _running_largest(maps: Tensor, length: int, dim: int) -> Tensor:
+def running_largest(maps: Tensor, length: int, dim: int) -> Tensor:
     """The largest of ``length`` neighbours from each on, by doubling: 1 + log₂ of it many maxima."""
     samples, reached = maps.shape[dim] - length + 1, 1
     while 2 * reached <= length:
@@ -135,8 +135,18 @@ def erode(usable: Tensor, radius: int) -> Tensor:
     """
     bad = F.pad((~usable).to(torch.uint8), (radius,) * 4)
     for dim in (-2, -1):
-        bad = _running_largest(bad, 2 * radius + 1, dim)
+        bad = running_largest(bad, 2 * radius + 1, dim)
     return bad == 0
+
+
+def dilate(area: Tensor, radius: int) -> Tensor:
+    """(..., H, W) bool: within ``radius`` pixels in x and y of the area.
+
+    Example:
+        >>> dilate(torch.tensor([[True, False, False, False]]), 1)
+        tensor([[ True,  True, False, False]])
+    """
+    return ~erode(~area, radius)
 
 
 def inside(height: int, width: int, border: int, like: Tensor) -> Tensor:

@@ -165,6 +165,7 @@ def phase_correlation(
         tensor([ 1.3000, -0.6000])
     """
     texture, grid = _textured(moving, moving_mask, size, max_frequency, contrast)
+    (height, width), samples = grid.frame, grid.size
     vector = texture.is_vector
     weighting = weighting or ("none" if vector else "ramp")
     robust = not vector if robust is None else robust
@@ -176,7 +177,7 @@ def phase_correlation(
     window = pair.tapering.whole
     spectrum, still, power = pair.correlate(window, window)
     peak = _find_peak(power, grid, max_translation, start)
-    shift = peak.shift
+    shift, outside = peak.shift, peak.outside
 
     inliers, effective, holes = None, window, None
     if robust:
@@ -190,8 +191,8 @@ def phase_correlation(
         power, still = _without_stripes(power, still, grid, shift, fixed_at)
     together = shift if robust else torch.zeros_like(shift)
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
+    # most of a vector's power is in a few low frequencies: the peak of the surface tells chance from ground
     if vector:
-        # most of their power is in a few low frequencies: the peak of the surface tells chance from ground
         unasked = torch.full_like(found.quality.height, torch.inf)
         found = found._replace(quality=found.quality._replace(height=unasked))
     ambiguous = found.quality.ambiguous
@@ -201,28 +202,25 @@ def phase_correlation(
         quality, misfit = found.quality.with_misfit(pulls)
         found = found._replace(quality=quality)
     if holes is not None:
-        found = _divided_in_holes(
-            found, holes, _refine_divided(pair, found.shift.detach(), shift, same, windows)
+        divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same, windows)
+        found = found._replace(
+            shift=torch.where(holes[..., None], divided, found.shift),
+            step=torch.where(holes, step, found.step),
+            curved=torch.where(holes, curved, found.curved),
+            quality=found.quality.widened(_doubt(divided - found.shift, holes)),
         )
     covariance = found.quality.covariance
     if vector:
         covariance = _STRUCTURE_CALIBRATION**2 * covariance
     sigma = largest_sigma(covariance)
-    converged = _has_converged(found, shift, grid) & torch.isfinite(sigma)
+    climbed = (found.shift - shift).norm(dim=-1)
+    # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)
+    near = (climbed <= 2 * height / samples[0]) | (climbed <= 2 * width / samples[1])
+    converged = found.curved & near & (found.step < _NEWTON_TOLERANCE) & torch.isfinite(sigma)
     converged = converged & (peak.significance >= _MIN_SIGNIFICANCE)
     flat = texture.flat | reference.flat
-    return PhaseShift(
-        found.shift,
-        sigma,
-        covariance,
-        misfit,
-        peak.significance,
-        flat,
-        peak.outside,
-        converged,
-        ambiguous,
-        inliers,
-    )
+    told = peak.significance, flat, outside, converged, ambiguous, inliers
+    return PhaseShift(found.shift, sigma, covariance, misfit, *told)
 
 
 def _find_peak(power: Tensor, grid: WorkingGrid, max_translation: float, start: Tensor | None) -> _Peak:
@@ -234,25 +232,6 @@ def _find_peak(power: Tensor, grid: WorkingGrid, max_translation: float, start: 
     if start is None:
         return peak
     return _higher_of(peak, start, ground, grid, _orders(grid.frame, grid.size, like=grid.radius))
-
-
-def _divided_in_holes(found: _Refined, holes: Tensor, divided: tuple[Tensor, Tensor, Tensor]) -> _Refined:
-    """What the divided correlation found, in the frames that have holes."""
-    shift, step, curved = divided
-    return found._replace(
-        shift=torch.where(holes[..., None], shift, found.shift),
-        step=torch.where(holes, step, found.step),
-        curved=torch.where(holes, curved, found.curved),
-        quality=found.quality.widened(_doubt(shift - found.shift, holes)),
-    )
-
-
-def _has_converged(found: _Refined, shift: Tensor, grid: WorkingGrid) -> Tensor:
-    """(...,): whether the ascent came to rest on a maximum within two samples of its start."""
-    climbed = (found.shift - shift).norm(dim=-1)
-    # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)
-    near = (climbed <= 2 * grid.frame[0] / grid.size[0]) | (climbed <= 2 * grid.frame[1] / grid.size[1])
-    return found.curved & near & (found.step < _NEWTON_TOLERANCE)
 
 
 def _textured(

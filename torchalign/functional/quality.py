@@ -19,6 +19,7 @@ from torchalign.functional.warp import resample
 from torchalign.types import Estimate, Motion, ShiftField, Status, combine
 
 __all__ = [
+    "centre_moves",
     "gate",
     "gate_stages",
     "normalized_cross_correlation",
@@ -226,8 +227,8 @@ def gate_stages(
         if motions[number].only_shifts and judged.field is None:
             # a shift after a shift measures the same: where they differ the first, which searched further, stays
             extra = _disagreement(motions[number], motions[number - 1], accepted)
-            apart = apart | parts_disagree(motions[number - 1])
             accepted = accepted & ~(result.valid & (extra > 0).flatten(-2).any(-1))
+            extra = extra + _misfit_before(motions[number], motions[number - 1], accepted)
         result = _choose(accepted, judged, result)
         distorted = torch.where(accepted, apart, distorted)
         if extra is not None:
@@ -283,9 +284,15 @@ def _scores(
     return _correlate(first, ground, *others)
 
 
+def centre_moves(motion: Motion, size: tuple[int, int]) -> Tensor:
+    """(..., T): how far the centre of frames of (H, W) moves, in pixels; all of it where they are only shifted."""
+    shift = motion.warp[..., :2, 2] if motion.only_shifts else center_displacement(motion.warp, size)
+    return shift.norm(dim=-1)
+
+
 def _screened(motion: Motion, limit: float, size: tuple[int, int], identity: Tensor) -> tuple[Motion, Tensor]:
     """The motion after the verdicts that need no score, without a warp where there is one; and how far it moves."""
-    displacement = center_displacement(motion.warp, size).norm(dim=-1)
+    displacement = centre_moves(motion, size)
     finite = motion.warp.isfinite().flatten(-2).all(-1) & motion.sigma.isfinite()
     status = torch.where((motion.status == 0) & ~finite, int(Status.NOT_CONVERGED), motion.status)
     status = torch.where((status == 0) & ~(displacement <= limit), int(Status.TOO_FAR), status)
@@ -338,7 +345,15 @@ def _disagreement(motion: Motion, before: Motion, accepted: Tensor) -> Tensor:
         isotropic(one.sigma) if one.covariance is None else one.covariance for one in (motion, before)
     ]
     square = torch.where(both, way[..., :, None] * way[..., None, :], 0.0)
-    return beyond_chance(square, torch.where(both, covariances[0] + covariances[1], 1.0))
+    return beyond_chance(square, torch.where(both, covariances[0] + covariances[1], 1.0), times=1.0)
+
+
+def _misfit_before(motion: Motion, before: Motion, accepted: Tensor) -> Tensor:
+    """(..., 2, 2): by what parts of the frame disagreed about a shift before, and do not about one that is accepted."""
+    if before.misfit is None:
+        return isotropic(torch.zeros_like(motion.sigma))
+    rest = before.misfit if motion.misfit is None else (before.misfit - motion.misfit).clamp(min=0)
+    return isotropic(torch.where((before.status == 0) & accepted, 0.5 * rest, 0.0).sqrt())
 
 
 def _widened(estimate: Estimate, extra: Tensor) -> tuple[Estimate, Tensor]:

@@ -209,10 +209,10 @@ def trace(matrix: Tensor) -> Tensor:
     return matrix[..., 0, 0] + matrix[..., 1, 1]
 
 
-def beyond_chance(scatter: Tensor, covariance: Tensor) -> Tensor:
-    """What of a scatter (..., 2, 2) of parts of the frame their covariance does not explain: 0 where it may."""
+def beyond_chance(scatter: Tensor, covariance: Tensor, *, times: float = _MISFIT) -> Tensor:
+    """What of a scatter (..., 2, 2), so many times its σ, a covariance does not explain: 0 where it may."""
     chance, found = trace(covariance), trace(scatter).clamp(min=torch.finfo(scatter.dtype).tiny)
-    share = (_MISFIT**2 - (_MISFIT * _BEYOND_CHANCE) ** 2 * (chance / found)).clamp(min=0)
+    share = (times**2 - (times * _BEYOND_CHANCE) ** 2 * (chance / found)).clamp(min=0)
     return share[..., None, None] * scatter
 
 

@@ -57,7 +57,8 @@ class WorkingGrid(NamedTuple):
 
     def move(self, spectrum: Tensor, shift: Tensor) -> Tensor:
         """(..., h, w): the field of a spectrum with its content moved by ``shift`` (..., 2)."""
-        return irfft2(shift_phase(spectrum, self.frequencies, -shift), self.size)
+        back = _backwards(self.frame, self.size, like=self.radius)
+        return irfft2(shift_phase(spectrum, back, shift), self.size)
 
 
 class Window(NamedTuple):
@@ -99,6 +100,13 @@ def _frequency_tables(
     """(h,) and (w//2+1,), in cycles per pixel, and their radius."""
     y, x = bin_frequencies(frame, size, like)
     return y[:, 0], x, torch.hypot(x, y)
+
+
+@keeps_tables
+def _backwards(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The frequencies along y and x with their sign turned: a shift then moves a field by itself."""
+    y, x, _ = _frequency_tables(frame, size, like=like)
+    return -y, -x
 
 
 @keeps_tables

@@ -533,7 +533,7 @@ def build_extractor(
 
     Example:
         >>> build_extractor("sift", max_num_keypoints=512)
-        SIFT(max_num_keypoints=512, upright=False)
+        SIFT(max_num_keypoints=512, upright=False, unsigned=False)
     """
     check_option("feature_model", name, FeatureModel)
     if name == "sift":
