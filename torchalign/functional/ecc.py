@@ -97,8 +97,6 @@ Parts = TypeVar("Parts", bound=tuple[Any, ...])
 _COARSEST, _COARSEST_OF_LARGE, _LARGE = 20, 8, 100
 # Samples of the spline for each sample of the level: at the band's edge four a period.
 _OVERSAMPLING = 2
-# The product of two textures is weighted by |f|, as in phase correlation: each gets the root.
-_RAMP = 0.5
 # Where the steps of the first round on the finest level end, in pixels: what a bilinear sampling can tell.
 _NEAR = 0.1
 # One step moves no point of the frame further than this many samples of its level.

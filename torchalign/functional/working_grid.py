@@ -41,12 +41,6 @@ class WorkingGrid(NamedTuple):
         y, x, radius = _frequency_tables(frame, size, like=like)
         return cls(frame, size, max_frequency, (y, x), radius)
 
-    @property
-    def roll_off(self) -> Tensor:
-        """(h, w//2+1): 1 in the band, falling to 0 at its edge, over a fifth of it, as a cosine."""
-        edge = ((self.max_frequency - self.radius) / (0.2 * self.max_frequency)).clamp(0, 1)
-        return 0.5 - 0.5 * torch.cos(math.pi * edge)
-
     def spacing(self) -> float:
         """Pixels from one sample to the next, along the axis where they are further apart."""
         return larger(*self.spacings())

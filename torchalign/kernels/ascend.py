@@ -151,6 +151,15 @@ def _sample(field, rows, columns, column, row, live, SPLINE: tl.constexpr):
 
 
 @triton.jit
+def _sample_at(field, rows, columns, column, row, wide, high, live, SPLINE: tl.constexpr):
+    """The same at pixels (column, row) of a frame of high × wide."""
+    nothing = wide * 0
+    x = column * divide(nothing + columns, wide)
+    y = row * divide(nothing + rows, high)
+    return _sample(field, rows, columns, x, y, live, SPLINE)
+
+
+@triton.jit
 def look_frames(
     spline,  # (N, h + 6, w + 6)
     usable,  # (N, h' + 6, w' + 6)
@@ -189,15 +198,7 @@ def look_frames(
     y = tl.load(level_y + place, mask=live, other=0)
     column, row = _points(inverse, x, y, half, high, wide, PROJECTIVE)
     field = spline + frame * (rows + 6) * (columns + 6)
-    value = _sample(
-        field,
-        rows,
-        columns,
-        column * divide(zero + columns, wide),
-        row * divide(zero + rows, high),
-        live,
-        SPLINE,
-    )
+    value = _sample_at(field, rows, columns, column, row, wide, high, live, SPLINE)
     tl.store(values + frame * samples + place, value, mask=live)
     if TAPERED:
         own = tukey(row, high, zero + tl.cast(ramp_y, COMPUTE)) * tukey(
@@ -208,15 +209,7 @@ def look_frames(
         own = within.to(COMPUTE)
     if MASKED:
         mask = usable + frame * (usable_rows + 6) * (usable_columns + 6)
-        share = _sample(
-            mask,
-            usable_rows,
-            usable_columns,
-            column * divide(zero + usable_columns, wide),
-            row * divide(zero + usable_rows, high),
-            live,
-            False,
-        )
+        share = _sample_at(mask, usable_rows, usable_columns, column, row, wide, high, live, False)
         # between two ones lies a one, but for rounding
         own *= tl.where(share > 1 - 1e-5, 1.0, share)
     onto = tl.load(level_weights + (frame // group) * samples + place, mask=live, other=0)
@@ -404,15 +397,7 @@ def step_warped(
                 x = tl.load(level_x + place, mask=live, other=0)
                 y = tl.load(level_y + place, mask=live, other=0)
                 column, row = _points(back, x, y, half, high, wide, PROJECTIVE)
-                value = _sample(
-                    field,
-                    rows,
-                    columns,
-                    column * divide(zero + columns, wide),
-                    row * divide(zero + rows, high),
-                    live,
-                    SPLINE,
-                )
+                value = _sample_at(field, rows, columns, column, row, wide, high, live, SPLINE)
                 value *= tl.load(weights + frame * samples + place, mask=live, other=0)
                 tile = tl.load(
                     rows_of + places[:, None] * samples + place[None, :],

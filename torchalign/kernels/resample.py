@@ -12,13 +12,11 @@ from torch import Tensor
 from torchalign.kernels.sampling import (
     KINDS,
     block_of,
-    cubic_weight,
     divide,
+    interpolate,
     is_finite,
-    lerp,
     operator,
     padded,
-    read,
     source_of,
 )
 
@@ -147,64 +145,14 @@ def resample_frames(
         if INTERPOLATION == 0:
             result = nearest
         else:
-            total = tl.zeros_like(fx)
-            met = tl.zeros_like(fx)
-            for j in tl.static_range(4):
-                if INTERPOLATION == 2 or (j == 1 or j == 2):
-                    at_row = padded(row + (j - 1), height, PADDING == 2).to(INDEX)
-                    weight_y = cubic_weight(fy, j)
-                    if INTERPOLATION == 2:
-                        line = tl.zeros_like(fx)
-                        met_line = tl.zeros_like(fx)
-                    for i in tl.static_range(4):
-                        if INTERPOLATION == 2 or (i == 1 or i == 2):
-                            at_column = padded(column + (i - 1), width, PADDING == 2).to(INDEX)
-                            tap, good = read(
-                                pixels,
-                                usable,
-                                at_row * stride_row + at_column * stride_column,
-                                at_row * mask_row + at_column * mask_column,
-                                live,
-                                COMPUTE,
-                                FLOATING,
-                                MASKED,
-                            )
-                            share = good.to(COMPUTE)
-                            if INTERPOLATION == 2:
-                                weight_x = cubic_weight(fx, i)
-                                line += weight_x * tap
-                                if FLOATING or MASKED:
-                                    met_line += tl.abs(weight_x) * (1 - share)
-                            if i == 1:
-                                left = tap
-                                left_share = share
-                            elif i == 2:
-                                level = lerp(left, tap, fx)
-                                level_share = lerp(left_share, share, fx)
-                    if INTERPOLATION == 2:
-                        total += weight_y * line
-                        if FLOATING or MASKED:
-                            met += tl.abs(weight_y) * met_line
-                    if j == 1:
-                        above = level
-                        above_share = level_share
-                    elif j == 2:
-                        linear = lerp(above, level, fy)
-                        linear_share = lerp(above_share, level_share, fy)
+            linear, linear_share, total, met = interpolate(
+                pixels, usable, column, row, fx, fy, height, width, (stride_row, stride_column),
+                (mask_row, mask_column), live, INTERPOLATION, PADDING == 2, FLOATING, MASKED, INDEX, COMPUTE,
+            )  # fmt: skip
             result = _chosen(
-                linear,
-                linear_share,
-                total,
-                met,
-                nearest,
-                near_usable,
-                INTERPOLATION,
-                FLOATING,
-                MASKED,
-                LOWEST,
-                HIGHEST,
-                COMPUTE,
-            )
+                linear, linear_share, total, met, nearest, near_usable,
+                INTERPOLATION, FLOATING, MASKED, LOWEST, HIGHEST, COMPUTE,
+            )  # fmt: skip
         if FILLED:
             result = tl.where(
                 inside & near_usable, result, tl.full(result.shape, fill, COMPUTE).to(nearest.dtype)

@@ -24,6 +24,7 @@ __all__ = [
     "cubic_weight",
     "displacement",
     "divide",
+    "interpolate",
     "is_finite",
     "kernel_dtype",
     "launch",
@@ -185,6 +186,55 @@ def read(
     if MASKED:
         good = good & (tl.load(usable + at_mask, mask=live, other=0) != 0)
     return tl.where(good, values, 0.0), good
+
+
+@triton.jit
+def interpolate(
+    pixels, usable, column, row, fx, fy, height, width, strides, mask_strides, live,
+    INTERPOLATION: tl.constexpr, REFLECT: tl.constexpr, FLOATING: tl.constexpr, MASKED: tl.constexpr,
+    INDEX: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The bilinear value and the share of it that is usable; the bicubic one, and what of it met unusable pixels.
+
+    Strides are those of rows and columns. ``INTERPOLATION`` is 1 (bilinear alone) or 2.
+    """
+    total = tl.zeros_like(fx)
+    met = tl.zeros_like(fx)
+    for j in tl.static_range(4):
+        if INTERPOLATION == 2 or (j == 1 or j == 2):
+            at_row = padded(row + (j - 1), height, REFLECT).to(INDEX)
+            weight_y = cubic_weight(fy, j)
+            line = tl.zeros_like(fx)
+            met_line = tl.zeros_like(fx)
+            for i in tl.static_range(4):
+                if INTERPOLATION == 2 or (i == 1 or i == 2):
+                    at_column = padded(column + (i - 1), width, REFLECT).to(INDEX)
+                    at = at_row * strides[0] + at_column * strides[1]
+                    at_mask = at_row * mask_strides[0] + at_column * mask_strides[1]
+                    tap, good = read(pixels, usable, at, at_mask, live, COMPUTE, FLOATING, MASKED)
+                    share = good.to(COMPUTE)
+                    if INTERPOLATION == 2:
+                        weight_x = cubic_weight(fx, i)
+                        line += weight_x * tap
+                        if FLOATING or MASKED:
+                            met_line += tl.abs(weight_x) * (1 - share)
+                    if i == 1:
+                        left = tap
+                        left_share = share
+                    elif i == 2:
+                        level = lerp(left, tap, fx)
+                        level_share = lerp(left_share, share, fx)
+            if INTERPOLATION == 2:
+                total += weight_y * line
+                if FLOATING or MASKED:
+                    met += tl.abs(weight_y) * met_line
+            if j == 1:
+                above = level
+                above_share = level_share
+            elif j == 2:
+                linear = lerp(above, level, fy)
+                linear_share = lerp(above_share, level_share, fy)
+    return linear, linear_share, total, met
 
 
 def operator(name: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

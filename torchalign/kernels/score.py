@@ -12,14 +12,12 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     KINDS,
-    cubic_weight,
     divide,
+    interpolate,
     kernel_dtype,
     launch,
-    lerp,
     operator,
     padded,
-    read,
     source_of,
 )
 
@@ -43,36 +41,11 @@ def _bicubic(
     plane, usable, column, row, fx, fy, height, width, live, MASKED: tl.constexpr, COMPUTE: tl.constexpr
 ):
     """Keys' kernel over a finite image, which gives way to the bilinear one where it meets an unusable pixel."""
-    total = tl.zeros_like(fx)
-    met = tl.zeros_like(fx)
-    for j in tl.static_range(4):
-        at_row = padded(row + (j - 1), height, False).to(tl.int64) * width
-        weight_y = cubic_weight(fy, j)
-        line = tl.zeros_like(fx)
-        met_line = tl.zeros_like(fx)
-        for i in tl.static_range(4):
-            at = at_row + padded(column + (i - 1), width, False)
-            tap, good = read(plane, usable, at, at, live, COMPUTE, False, MASKED)
-            share = good.to(COMPUTE)
-            weight_x = cubic_weight(fx, i)
-            line += weight_x * tap
-            if MASKED:
-                met_line += tl.abs(weight_x) * (1 - share)
-            if i == 1:
-                left = tap
-                left_share = share
-            elif i == 2:
-                level = lerp(left, tap, fx)
-                level_share = lerp(left_share, share, fx)
-        total += weight_y * line
-        if MASKED:
-            met += tl.abs(weight_y) * met_line
-        if j == 1:
-            above = level
-            above_share = level_share
-        elif j == 2:
-            linear = lerp(above, level, fy)
-            linear_share = lerp(above_share, level_share, fy)
+    strides = (width, 1)
+    linear, linear_share, total, met = interpolate(
+        plane, usable, column, row, fx, fy, height, width, strides, strides, live, 2, False, False, MASKED,
+        tl.int64, COMPUTE,
+    )  # fmt: skip
     if MASKED:
         # where the nearest pixel is usable, which is where it counts, the share is 1/4 or more
         linear = divide(linear, tl.where(linear_share > 0, linear_share, 1.0))
