@@ -6,11 +6,11 @@ The chain, each link a function that works alone:
    they are expected (guided) or anywhere.
 2. :func:`consensus`: every hypothesis of a fixed table is drawn from the fewest matches that define the motion, and
    the one that most matches support wins; for a translation this is the mode of the displacements.
-3. :func:`reweighted_fit`: Gauss–Newton steps with Tukey's weights, at the scale that the residuals themselves tell.
+3. :func:`reweighted_fit`: Gauss–Newton steps with Tukey's weights, at a scale estimated from the residuals.
 4. :func:`significance`: how far the number of agreeing matches exceeds what chance would give.
 5. :func:`window_ascent`, for more than a translation: small windows around the inliers of both images are
-   correlated, and the sum of their correlations is maximised over the parameters of the motion: keypoints are good
-   to a tenth of a pixel, this to a hundredth. (For a translation all of the ground is one window, see
+   correlated, and the sum of their correlations is maximised over the parameters of the motion. Keypoints are
+   accurate to 0.1 px, the windows to 0.01 px. (For a translation all of the ground is one window, see
    :mod:`torchalign.functional.phase`.)
 
 Nothing here depends on a random generator, and nothing waits for the device: the numbers of hypotheses and of steps
@@ -565,7 +565,7 @@ def _normal_equations(
     """(..., P, P) and (..., P), of the increment that least squares asks for."""
     residual = _residuals(warp, points, targets)  # (..., K, 2)
     used = weight > 0
-    # the jacobian where the points are mapped to; nowhere far, for 0 · ∞ is no number
+    # the jacobian where the points are mapped to; 0 for unused ones, since 0 · ∞ is NaN
     by_motion = _jacobian(torch.where(used.unsqueeze(-1), targets - residual, 0.0), size, motion)
     weighted = (by_motion * weight[..., None, None]).flatten(-3, -2)  # (..., 2K, P)
     by_motion = by_motion.flatten(-3, -2)

@@ -11,12 +11,12 @@ The links, each a function that works alone:
 
 * :func:`cell_contrast`, :func:`similarity`: which frames look alike, all against all in one matrix product.
 * :func:`choose_edges`: which pairs are compared. Nothing of it depends on a frame's number.
-* :func:`spanning_tree`, :func:`components`: what hangs together.
+* :func:`spanning_tree`, :func:`components`: which frames are connected.
 * :func:`solve_positions`, :func:`position_variance`: the positions and how well the network fixes them.
 * :func:`place_frames`: new frames on old ones that stay where they are.
-* :func:`shadow_direction`, :func:`fit_slope`, :func:`season_term`: shading and shadows move with the sun, and with
-  them what a frame seems to show. This closes round every triangle, so the network cannot see it; parts of the
-  frame, which differ in relief, disagree about it.
+* :func:`shadow_direction`, :func:`fit_slope`, :func:`season_term`: shading and shadows move with the sun
+  and bias the shift. The bias closes round every triangle, so the network cannot see it; parts of the frame with
+  different relief disagree about it.
 
 Positions are in float64 and in pixels (x, y). All loops have a fixed number of steps.
 

@@ -191,7 +191,7 @@ def phase_correlation(
         power, still = _without_stripes(power, still, grid, shift, fixed_at)
     together = shift if robust else torch.zeros_like(shift)
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
-    # most of a vector's power is in a few low frequencies: the peak of the surface tells chance from ground
+    # most of a vector's power is in a few low frequencies: the surface's peak separates ground from chance
     if vector:
         unasked = torch.full_like(found.quality.height, torch.inf)
         found = found._replace(quality=found.quality._replace(height=unasked))
@@ -572,7 +572,7 @@ class _Pair(NamedTuple):
         """Where both show the same ground, over the reference; and the weights of the two that lie on it."""
         grid = self.grid
         inliers = same
-        # holes too must lie on the same ground in both, or their pattern is what is correlated
+        # holes too must lie on the same ground in both, else their pattern is correlated
         if self.reference.weights is not None:
             inliers = inliers * self.reference.weights
         if self.moving.weights is not None:

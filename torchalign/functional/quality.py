@@ -32,7 +32,7 @@ __all__ = [
 _IN_PLACE_SIGMAS = 3.0
 _IN_PLACE_PIXELS = 0.25
 # Scores are taken from every second, third, … pixel, as long as so many a side remain: their correlation tells as
-# well, and sampling all is what costs.
+# well, and sampling dominates the cost.
 _LATTICE = 128
 # A later stage moves a frame by hundredths of a pixel, which a score feels less than this.
 _WORSE = 1e-3
@@ -317,7 +317,7 @@ def _judge(
     )
     status = torch.where((status == 0) & ~gained & ~in_place, int(Status.NOT_BETTER), status)
     moved = (status == 0) & ~in_place
-    # a move that was not made is part of the error, in all directions: it is told no better than to its length
+    # a move that was not made is part of the error, in all directions: only its length is known
     left = torch.where(in_place, 0.5 * displacement.square(), 0.0)
     estimate = Estimate(
         torch.where(moved[..., None, None], motion.warp, identity),

@@ -1,4 +1,4 @@
-r"""One reader of samples: where a value is wanted, which samples lie around, how a kernel weighs them.
+r"""Read samples at any position: which samples lie around it, and how a kernel weights them.
 
 A *tap* is a sample at a whole distance from the one at or before a position. An interpolation is a sum of taps,
 
