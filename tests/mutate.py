@@ -189,8 +189,8 @@ MUTATIONS = [
         f"{_F}/test_working_grid.py",
     ),
     Mutation(
-        "grid-cycles", "functional/working_grid.py",
-        "y = y.to(like.dtype) / frame[0]", "y = y.to(like.dtype) / frame[1]",
+        "grid-cycles", "functional/low_pass.py",
+        "return y.to(like.dtype)[:, None] / frame[0]", "return y.to(like.dtype)[:, None] / frame[1]",
         f"{_F}/test_phase.py -k sign_axes",
     ),
     Mutation(

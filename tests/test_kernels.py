@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -211,7 +212,8 @@ def test_every_kernel_is_named_here():
         launched |= {
             name
             for name, value in vars(module).items()
-            if isinstance(value, JITFunction) and f"{name}[(" in path.read_text()
+            if isinstance(value, JITFunction)
+            and re.search(rf"\b{name}\[\(|launch\(\s*{name},", path.read_text())
         }
     assert launched == set(KERNELS)
 

@@ -298,7 +298,7 @@ class Aligner(nn.Module, ABC):
         return list(map(function, blocks)) if callable(self.channel) else map_on_host(function, blocks)
 
     def _estimate(self, job: Any) -> tuple[Estimate, bool]:
-        """The estimate of a block; and whether its warps are translations, whatever the data."""
+        """The estimate of a block; and whether its warps are translations for any data."""
         block = self._prepare_block(job)
         motion = self._find_motion(job, block)
         estimate = self._judge([motion], [self.max_translation], job, block)
@@ -577,7 +577,7 @@ def undo_init(
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
-    """FFTs and sampling positions need float32, whatever the network around uses."""
+    """FFTs and sampling positions need float32, also within a network of another dtype."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 

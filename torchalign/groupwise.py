@@ -442,7 +442,7 @@ class Groupwise(nn.Module):
             def ask(part: Edges) -> _Said:
                 ends = (part.moving, part.reference)
                 moving, reference = (_pick(frames.texture, end) for end in ends)
-                said = _correlate(moving, reference, frames.size, by_textures, by_textures.max_sigma)
+                said = _correlate_pairs(moving, reference, frames.size, by_textures, by_textures.max_sigma)
                 # a pattern of the pixel grid that both show fits itself at no motion
                 own, other = (frames.factor[end] for end in ends)
                 patterned = (own == other) & (own > 1)
@@ -496,8 +496,10 @@ class Groupwise(nn.Module):
         options = self._by_textures() or PCC(max_translation=self.aligner.max_translation)
 
         def ask(part: Edges) -> _Said:
-            moving, reference = (_cut(_pick(texture, end), side) for end in (part.moving, part.reference))
-            return _correlate(moving, reference, size, options, _BLOCK_SIGMA)
+            moving, reference = (
+                _in_blocks(_pick(texture, end), side) for end in (part.moving, part.reference)
+            )
+            return _correlate_pairs(moving, reference, size, options, _BLOCK_SIGMA)
 
         with torch.no_grad():
             said = self._in_batches(ask, edges, frames)
@@ -588,7 +590,7 @@ def _pick(texture: Texture, index: Tensor) -> Texture:
     return Texture(field, weights, flat, *others)
 
 
-def _cut(texture: Texture, side: int) -> Texture:
+def _in_blocks(texture: Texture, side: int) -> Texture:
     """(T, h, w) → (T, side², h // side, w // side): parts of the frames."""
 
     def cut(values: Tensor) -> Tensor:
@@ -604,7 +606,7 @@ def _cut(texture: Texture, side: int) -> Texture:
     return Texture(field, weights, empty)
 
 
-def _correlate(
+def _correlate_pairs(
     moving: Texture, reference: Texture, size: tuple[int, int], options: PCC, max_sigma: float
 ) -> _Said:
     found = phase_correlation(
@@ -662,14 +664,14 @@ def _middle(vectors: Tensor, chosen: Tensor) -> Tensor:
 
 def _stack(series: list[Solution], batch: tuple[int, ...]) -> Solution:
     def stack(values: list[Tensor]) -> Tensor:
-        return torch.stack(_padded(values)).unflatten(0, batch)  # type: ignore[no-untyped-call]
+        return torch.stack(_of_one_length(values)).unflatten(0, batch)  # type: ignore[no-untyped-call]
 
     estimate = combine(lambda fields: stack(list(fields)), [one.estimate for one in series])
     rest = zip(*(one[1:] for one in series), strict=True)
     return Solution(estimate, *(stack(list(fields)) for fields in rest))
 
 
-def _padded(values: list[Tensor]) -> list[Tensor]:
+def _of_one_length(values: list[Tensor]) -> list[Tensor]:
     """As many pairs in every series: what is missing are pairs of weight 0, of the first frame with itself."""
     longest = max(len(value) for value in values)
     return [torch.cat([value, value.new_zeros(longest - len(value), *value.shape[1:])]) for value in values]

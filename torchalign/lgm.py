@@ -511,7 +511,7 @@ class LGM(Aligner):
         shared = usable if ground is None else usable & ground
         texture = extract_texture(moved, shared, max_frequency=_MAX_FREQUENCY)
         assert texture.weights is not None
-        # holes must lie on the same ground in both, or their pattern is what is correlated
+        # holes must lie on the same ground in both, else their pattern is correlated
         field, reference_field = texture.field, part.texture * texture.weights
         if part.weights is not None:
             field = field * part.weights

@@ -67,7 +67,7 @@ class Local(Aligner):
             each its own, call frame by frame. The field weighs them and the images by their errors.
         **shared: those of every method, see :class:`~torchalign.aligner.Aligner`.
 
-    ``max_translation`` limits the warp. Beyond a crop the field goes on as it is at its border.
+    ``max_translation`` limits the warp. Beyond a crop the field keeps the value at its border.
 
     Status: that of the warp. A field that is not kept is no failure: its coefficients are 0 and its σ is inf.
     ``sigma`` and ``covariance`` of a frame with a field are those of warp and field together at its centre.

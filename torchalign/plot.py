@@ -13,7 +13,7 @@ DataArray; ``ValueError`` where a report lacks a field, or ``true_shift`` is of 
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,7 +40,7 @@ from torchalign.pictures.columns import (
 )
 from torchalign.pictures.frames import (
     Comparison,
-    Frames,
+    FrameImages,
     Label,
     Statistic,
     Zoom,
@@ -629,7 +629,7 @@ def _draw_comparison(axes: Array, pair: Comparison) -> None:
 
 def _draw_profile(
     axes: Array,
-    parts: Sequence[Frames],
+    parts: Sequence[FrameImages],
     role: str,
     number: int,
     stretch: tuple[float, float],
@@ -758,29 +758,6 @@ def _draw_frames(
 # --- a series without a reference ---
 
 
-def pair_residuals(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
-    """What pairs of frames say less what the positions say: a matrix of frames by day of year.
-
-    Dark squares agree; a bright row is a frame that its pairs disagree about, a bright block two seasons that
-    do. White pairs were not compared, or count nothing.
-
-    Args:
-        report: from ``ta.align(cube, "groupwise")``.
-        ax: to draw into; default: a new figure.
-
-    Returns:
-        The figure.
-
-    Raises:
-        TypeError: the report is no Dataset.
-        ValueError: it is of another reference.
-    """
-    report = check_series(report)
-    figure, ax = style.one_axes(ax, (6.0, 5.2))
-    figure.colorbar(draw_pair_residuals(report, ax), ax=ax, shrink=0.8)
-    return figure
-
-
 def network(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
     """The pairs that hold a series together: frames at their date and day of year, the more weight the darker.
 
@@ -795,56 +772,55 @@ def network(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure
         TypeError: the report is no Dataset.
         ValueError: it is of another reference.
     """
+    return _draw_series(draw_network, report, ax, (9.0, 4.0))
+
+
+def pair_residuals(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
+    """What pairs of frames say less what the positions say: a matrix of frames by day of year.
+
+    Dark squares agree; a bright row is a frame that its pairs disagree about, a bright block two seasons that
+    do. White pairs were not compared, or count nothing. Arguments, result and errors are those of :func:`network`.
+    """
     report = check_series(report)
-    figure, ax = style.one_axes(ax, (9.0, 4.0))
-    draw_network(report, ax)
-    style.finish_axes(ax)
+    figure, ax = style.one_axes(ax, (6.0, 5.2))
+    figure.colorbar(draw_pair_residuals(report, ax), ax=ax, shrink=0.8)
     return figure
 
 
 def sun_shift(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
     """Shift along the shadow against the cotangent of the sun's elevation, and the season term through it.
 
-    Args:
-        report: from ``ta.align(cube, "groupwise")``, where the sun's place was known.
-        ax: to draw into; default: a new figure.
-
-    Returns:
-        The figure.
+    Arguments, result and errors are those of :func:`network`.
 
     Raises:
-        TypeError: the report is no Dataset.
-        ValueError: it is of another reference, or does not know where the sun stood.
+        ValueError: the report does not know where the sun stood, either.
     """
-    report = check_series(report)
-    if not sun_known(report):
+    if not sun_known(check_series(report)):
         cure = "align a cube with dates and a CRS, or pass sun="
         raise ValueError(message("report", "one that knows where the sun stood", "no sun_elevation", cure))
-    figure, ax = style.one_axes(ax, (5.6, 4.4))
-    draw_sun_shift(report, ax)
-    style.finish_axes(ax)
-    return figure
+    return _draw_series(draw_sun_shift, report, ax, (5.6, 4.4))
 
 
 def closure(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
     """How well each frame's pairs agree, along time. No accuracy: an error that all its pairs share closes.
 
-    Args:
-        report: from ``ta.align(cube, "groupwise")``.
-        ax: to draw into; default: a new figure.
-
-    Returns:
-        The figure.
-
-    Raises:
-        TypeError: the report is no Dataset.
-        ValueError: it is of another reference.
+    Arguments, result and errors are those of :func:`network`.
     """
+
+    def draw(report: xr.Dataset, ax: Axes) -> None:
+        draw_closure(report, ax)
+        if time_of(report)[1] and report["status"].size:
+            style.date_axis(ax)
+
+    return _draw_series(draw, report, ax, (9.0, 3.0))
+
+
+def _draw_series(
+    draw: Callable[[xr.Dataset, Axes], Any], report: xr.Dataset, ax: Axes | None, size: tuple[float, float]
+) -> Figure | SubFigure:
     report = check_series(report)
-    figure, ax = style.one_axes(ax, (9.0, 3.0))
-    draw_closure(report, ax)
-    if time_of(report)[1] and report["status"].size:
-        style.date_axis(ax)
+    figure, ax = style.one_axes(ax, size)
+    draw(report, ax)
     style.finish_axes(ax)
     return figure
 

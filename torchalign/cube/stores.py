@@ -46,9 +46,7 @@ def write_store(
     require(f"a {suffix} file", "io", "zarr" if suffix == ".zarr" else "h5netcdf")
     lazy = [name for name in frames if is_lazy(given[name])]
     others = [name for name, array in given.variables.items() if name not in lazy and is_lazy(array)]
-    given = given.assign(
-        {name: given[name].compute() for name in others}
-    )  # masks and the like, which are small
+    given = given.assign({name: given[name].compute() for name in others})  # small: masks and the like
     if lazy and isinstance(cube, xr.Dataset):  # one task a chunk writes all of them
         given = given.unify_chunks()
     plain = given.assign({name: _without_codes(array) for name, array in given.data_vars.items()})
@@ -69,10 +67,7 @@ def write_store(
             variable = dataset[name].variable
             nothing = np.empty([0 if d == time else n for d, n in variable.sizes.items()], variable.dtype)
             empty.append((str(name), variable.isel({time: slice(0)}).copy(data=nothing)))
-        known, write = (
-            share(tuple(empty)),
-            delayed(_write_zarr if suffix == ".zarr" else _write_netcdf, pure=False),
-        )
+        known, write = share(tuple(empty)), delayed(_write_pixels, pure=False)
         jobs: list[Any] = []
         for first, last in itertools.pairwise(np.cumsum((0, *chunks))):
             pixels = []  # (arguments, not a dict of them, which would be a task that holds them)
@@ -182,7 +177,7 @@ def _store(dataset: xr.Dataset, path: Path, suffix: str) -> None:
         dataset.to_netcdf(path, engine="h5netcdf", compute=False)
 
 
-def _write_zarr(
+def _write_pixels(
     path: Path,
     empty: tuple[tuple[str, xr.Variable], ...],
     time: Hashable,
@@ -190,20 +185,11 @@ def _write_zarr(
     before: Any,
     *pixels: Array,
 ) -> None:
-    """Frames of one chunk into a store that has all but pixels; xarray encodes them as the store says."""
-    part = xr.Dataset({name: (like.dims, values) for (name, like), values in zip(empty, pixels, strict=True)})
-    part.to_zarr(path, region={str(time): slice(first, first + part.sizes[time])}, consolidated=True)
-
-
-def _write_netcdf(
-    path: Path,
-    empty: tuple[tuple[str, xr.Variable], ...],
-    time: Hashable,
-    first: int,
-    before: Any,
-    *pixels: Array,
-) -> None:
-    """The same for a netCDF file."""
+    """Frames of one chunk into a store that has all but pixels, encoded as the store says."""
+    if path.suffix.lower() == ".zarr":
+        part = xr.Dataset({name: (like.dims, own) for (name, like), own in zip(empty, pixels, strict=True)})
+        part.to_zarr(path, region={str(time): slice(first, first + part.sizes[time])}, consolidated=True)
+        return
     import h5netcdf
 
     with h5netcdf.File(path, "a") as file:

@@ -1,8 +1,8 @@
-"""Which ground two frames, brought together, both show, and what stands in for pixels that show none.
+"""Which ground two registered frames both show, and values for pixels that show none.
 
-* :func:`agreement`: about where do the two show the same ground?
-* :func:`shared_ground`: which of their pixels do?
-* :func:`fill_holes`, :func:`fill_small_holes`: what unusable pixels are taken for.
+* :func:`agreement`: roughly where the two show the same ground.
+* :func:`shared_ground`: which of their pixels do.
+* :func:`fill_holes`, :func:`fill_small_holes`: values for unusable pixels.
 """
 
 from __future__ import annotations

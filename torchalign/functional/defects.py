@@ -242,7 +242,7 @@ def _turns(count: int, *, like: Tensor) -> Tensor:
 def suspicious(image: Tensor, usable: Tensor | None = None) -> Tensor:
     """(...,) bool: whether some of the rows have a pixel off its neighbours on both axes, or five alike.
 
-    A look at images of which most have neither fill nor hot pixels, for a tenth of the price of the others. Of small
+    A look at images of which most have neither fill nor hot pixels, for a tenth of the cost of the others. Of small
     images, which a single pixel can mislead, all rows are looked at, of large ones up to every eighth.
     """
     stride = min(2 * _THINNED, stride_for((image.shape[-2],) * 2, 2 * _LEAST_LINES))

@@ -5,18 +5,18 @@ warped moving frame and the reference, less their (weighted) means,
 
 .. math:: \rho(W) = \frac{\sum w\, \bar m(W^{-1} p)\, \bar r(p)}{\|\bar m\|_w\, \|\bar r\|_w}
 
-which no gain or offset changes. It is climbed in the inverse compositional way (Baker & Matthews): the *reference*
-is linearised, so its gradients, and their products, are made once for all frames and all iterations. What a step
-costs is one sampling of the moving frame and a handful of inner products. In this library's convention the
-increment is composed on the left of the warp moving → reference: :math:`W \leftarrow \Delta W \circ W`.
+Gain and offset do not change it. It is maximised by the inverse compositional algorithm (Baker & Matthews): the
+*reference* is linearised, so its gradients and their products are computed once for all frames and iterations. A
+step costs one sampling of the moving frame and a few inner products. In this library's convention the increment is
+composed on the left of the warp moving → reference: :math:`W \leftarrow \Delta W \circ W`.
 
 The chain, each link a function:
 
 1. :func:`~torchalign.functional.texture.extract_pyramid`: what is correlated, from coarse to fine. All levels share
    one system of coordinates (the frame's centre is 0, its longer half is 1), so none has a half pixel of its own.
 2. :func:`prepare_level`: gradients of the reference and what follows from them.
-3. On each level weights, then steps; on the finest twice, the first time with every fourth sample where samples are
-   what costs. A level that leads astray is undone.
+3. Each level computes weights, then takes steps. The finest level runs twice, first with every fourth sample where
+   sampling dominates the cost. A level that lowers the correlation is undone.
 4. σ: the sandwich estimate from the scatter of the pulls of small blocks.
 5. :func:`implicit_step`: one last step that carries the gradient of the implicit function theorem.
 
@@ -97,8 +97,6 @@ Parts = TypeVar("Parts", bound=tuple[Any, ...])
 _COARSEST, _COARSEST_OF_LARGE, _LARGE = 20, 8, 100
 # Samples of the spline for each sample of the level: at the band's edge four a period.
 _OVERSAMPLING = 2
-# The product of two textures is weighted by |f|, as in phase correlation: each gets the root.
-_RAMP = 0.5
 # Where the steps of the first round on the finest level end, in pixels: what a bilinear sampling can tell.
 _NEAR = 0.1
 # One step moves no point of the frame further than this many samples of its level.
@@ -162,7 +160,7 @@ class Level(NamedTuple):
         grid: the samples, n = h · w of them, or 2h · w of a vector.
         field: (..., 1 or T, h, w), the reference's texture.
         products: (..., 1 or T, (2 + P)(3 + P) / 2, n), of the regressors with each other: the upper triangle, row
-            by row. The first of the regressors being 1, the first row are they themselves.
+            by row. The first regressor is 1, so the first row holds the regressors.
         weights: (..., 1 or T, h · w) in [0, 1]: the window, and what is usable.
         flat: (..., 1 or T) bool.
         x: (h · w,), where the samples are, in halves of the frame from its centre.
@@ -479,7 +477,7 @@ class _Shifted(NamedTuple):
         return _shifted_by(shift / half_length(grid.frame)), reach, values
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
-        """(..., T, n), the frames over the reference, precise at any price."""
+        """(..., T, n), the frames over the reference, always precise."""
         moved = level.grid.move(self.spectrum, _shift_of(warp, level.grid)).flatten(-2)
         return torch.cat((*moved,), -1) if level.vector else moved
 
@@ -569,7 +567,7 @@ class _Warped(NamedTuple):
         return level.x, level.y, level.grid.frame, level.corners, longest, self.projective
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
-        """(..., T, n), the frames over the reference; else bilinear, for a fifth of the price."""
+        """(..., T, n), the frames over the reference; bilinear, at a fifth of the cost, unless ``precise``."""
         column, row = self._sources(warp, level, _samples_of(self.spline))
         sample = spline_at if precise else bilinear_at
         if not level.vector:
@@ -644,7 +642,7 @@ class _Warped(NamedTuple):
 
 
 class _System(NamedTuple):
-    """The normal equations of one set of weights, as far as the moving frame has no part in them."""
+    """The part of the normal equations of one set of weights that does not depend on the moving frame."""
 
     weights: Tensor  # (..., T, n)
     mean: Tensor  # (..., T, 2 + P), weighted, of the regressors
@@ -714,13 +712,13 @@ class _Search(NamedTuple):
     ) -> _State:
         """Weights, then steps, until none moves a point of a frame by more than ``tolerance`` pixels.
 
-        A frame that has converged stays as it is, whatever the others do. Where it may be read that all have, the
+        A frame that has converged stays as it is while others go on. Where it may be read that all have, the
         steps end.
         """
         warp, values, common = samples
         inliers = self._inliers(values, common, level)
         weights = common if inliers is None else common * _for_parts(inliers.flatten(-2), level)
-        system = _solve(weights.square(), level)
+        system = _weighted_system(weights.square(), level)
         moves = (level.flat | moving.flat).logical_not()
         ascended = moving.ascend(warp, moves, system, level, self, _Steps(tolerance, precise))
         if ascended is not None:
@@ -731,8 +729,8 @@ class _Search(NamedTuple):
             if iteration > 0:
                 # what is said of a frame must not depend on how long the others take
                 found = moving.values(warp, level, precise=precise)
-                values = _choose(moves[..., None], found, values)
-            increment, last = _shorten(_increment(values, level, system), level)
+                values = _choose_frames(moves[..., None], found, values)
+            increment, last = _shorten(_best_increment(values, level, system), level)
             stepped = moving.stepped(warp, increment, self.motion)
             warp = torch.where(moves[..., None, None], stepped, warp)
             reach = torch.where(moves, last, reach)
@@ -747,7 +745,7 @@ class _Search(NamedTuple):
             return None
         size = level.grid.size
         if self.robust == "residual":
-            found = _biweight(values, common, level)
+            found = _weights_of_difference(values, common, level)
             # a vector is an inlier if both its parts are
             found = torch.minimum(*found.chunk(2, -1)) if level.vector else found
             return _unflatten(found, -1, size)
@@ -773,7 +771,7 @@ class _WarpedSamples(NamedTuple):
 
 
 def _better_of(start: Tensor, warp: Tensor, level: Level, moving: _Shifted | _Warped) -> _WarpedSamples:
-    """Where a coarser level led astray (clouds have more contrast there than the ground), the start is better."""
+    """The start, where a coarser level lowered the correlation (its clouds have more contrast than the ground)."""
     both = [_WarpedSamples.at(candidate, level, moving, precise=False) for candidate in (warp, start)]
     scores = []
     for _, values, common in both:
@@ -784,11 +782,11 @@ def _better_of(start: Tensor, warp: Tensor, level: Level, moving: _Shifted | _Wa
     worse = scores[1] > scores[0]  # (..., T, 1)
     return _WarpedSamples(
         torch.where(worse[..., None], both[1].warp, both[0].warp),
-        *(_choose(worse, one, other) for one, other in zip(both[1][1:], both[0][1:], strict=True)),
+        *(_choose_frames(worse, one, other) for one, other in zip(both[1][1:], both[0][1:], strict=True)),
     )
 
 
-def _choose(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def _choose_frames(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Frame by frame, of finite (..., T, n): exact, and on the CPU much faster than ``torch.where``."""
     return torch.lerp(second, first, condition.to(first.dtype))
 
@@ -815,17 +813,17 @@ def _every_second(level: Level) -> Level:
     )
 
 
-def _biweight(values: Tensor, common: Tensor, level: Level) -> Tensor:
+def _weights_of_difference(values: Tensor, common: Tensor, level: Level) -> Tensor:
     """Tukey's biweight of the difference of the two textures, in units of its median."""
     difference = values - level.field.flatten(-2)
-    # a quarter of the samples tells the median as well, and sorting is what costs
+    # a quarter of the samples gives the same median, and sorting dominates the cost
     known = difference.detach().abs().masked_fill(common < 0.5, torch.nan)[..., ::4]
     spread = nanmedian(known)[..., None].nan_to_num(1.0) / 0.6745
     ratio = difference / (4.685 * spread + torch.finfo(values.dtype).tiny)
     return (1 - ratio.square()).clamp(min=0).square()
 
 
-def _solve(weights: Tensor, level: Level) -> _System:
+def _weighted_system(weights: Tensor, level: Level) -> _System:
     """The normal equations of these weights."""
     parameters = level.corners.shape[-1]
     gram = _inner(weights, level.products)[..., _places(2 + parameters, like=weights)]
@@ -845,7 +843,7 @@ def _solve(weights: Tensor, level: Level) -> _System:
     return _System(weights, mean, inverse, solved, rest, sound)
 
 
-def _increment(values: Tensor, level: Level, system: _System) -> Tensor:
+def _best_increment(values: Tensor, level: Level, system: _System) -> Tensor:
     r"""The step, (..., T, P), that maximises the coefficient of the linearised reference.
 
     .. math:: \Delta = H^{-1} G^T (\lambda \bar m - \bar r), \qquad
@@ -963,7 +961,7 @@ def _scatter_of_blocks(sums: Tensor, system: _System) -> Tensor:
 
 
 class _Moments(NamedTuple):
-    """Of two textures, weighted; textures are of order 1 and of mean nearly 0, so sums do not cancel."""
+    """Weighted moments of two textures, which are of order 1 and of mean nearly 0, so that sums do not cancel."""
 
     mean: Tensor
     other_mean: Tensor
@@ -1000,11 +998,10 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
     .. math:: \frac{dp^*}{d\theta} = -\Big(\frac{\partial \Delta}{\partial p}\Big)^{-1}
               \frac{\partial \Delta}{\partial \theta}
 
-    with the weights held where they are. Its memory is that of one step, however many the search took, and the
-    value is that of the search, to the last bit.
+    with fixed weights. It needs the memory of one step, and the value is bit for bit that of the search.
     """
     warp = state.warp.detach()
-    system = _solve(state.system.weights.detach(), level)
+    system = _weighted_system(state.system.weights.detach(), level)
     values, by_x, by_y = moving.slopes(warp, level)
     moments = _centred(system.weights * values, level, system)
     gain, along = _gain(moments, system)
@@ -1054,7 +1051,7 @@ def _coordinates(
 
 
 def _settle(warp: Tensor) -> Tensor:
-    """What rounding leaves of an identity is taken off, and its gradient kept."""
+    """Set warps within rounding of the identity to the identity; gradients are kept."""
     identity = _eye(3, like=warp)
     fixed = warp.detach()
     fixed = torch.where(fixed.isfinite().flatten(-2).all(-1)[..., None, None], fixed, identity)

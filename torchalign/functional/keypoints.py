@@ -7,7 +7,7 @@ The chain, each link a function that works alone:
    border and from what is not usable.
 3. :func:`highest`: the K highest of them, always K rows; what is missing is marked invalid.
 4. :func:`quadratic_offset`: their place between the pixels. Keypoints on whole pixels would lock every estimate of
-   a shift to the grid (0.36 px off, measured); the fit costs nothing.
+   a shift to the grid (0.36 px off, measured).
 
 No shape depends on the data, so nothing here waits for a GPU, and the chain compiles into one graph.
 

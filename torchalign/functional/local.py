@@ -679,12 +679,12 @@ class _Fitted(NamedTuple):
     level: _Level
 
 
-class _Options(NamedTuple):
+class _LatticeOptions(NamedTuple):
     spacing: int
     smoothness: float | None
     points: Tensor | None
 
-    def seen_from(self, x: int, y: int) -> _Options:
+    def seen_from(self, x: int, y: int) -> _LatticeOptions:
         """The same for a tile whose corner lies there."""
         if self.points is None:
             return self
@@ -732,14 +732,14 @@ def estimate_shifts(
     frame = (moving.shape[-2], moving.shape[-1])
     tiles = _Tiles.of(frame, spacing)
     if tiles.number == 1:
-        found = _fit(moving, ground.tiles[0], warp, mask, _Options(spacing, smoothness, points))
+        found = _fit(moving, ground.tiles[0], warp, mask, _LatticeOptions(spacing, smoothness, points))
         known = _known(found.variance)
         known = torch.matmul(torch.matmul(found.level.down, known), found.level.along.mT)
         inliers = found.similarity * known.clamp(0, 1)
         return _conclude(
             found.coefficients, found.variance, found.evidence, found.flat, inliers, frame, spacing
         )
-    return _fit_tiles(moving, ground, warp, mask, _Options(spacing, smoothness, points))
+    return _fit_tiles(moving, ground, warp, mask, _LatticeOptions(spacing, smoothness, points))
 
 
 def acceptable(shifts: LocalShifts, max_deviation: float) -> Tensor:
@@ -755,7 +755,7 @@ def acceptable(shifts: LocalShifts, max_deviation: float) -> Tensor:
 
 
 def _fit_tiles(
-    moving: Tensor, ground: Ground, warp: Tensor, mask: Tensor | None, options: _Options
+    moving: Tensor, ground: Ground, warp: Tensor, mask: Tensor | None, options: _LatticeOptions
 ) -> LocalShifts:
     """Tile by tile; coefficients, variances and similarity blended at the nodes."""
     frame, spacing = (moving.shape[-2], moving.shape[-1]), options.spacing
@@ -808,7 +808,7 @@ class _Tiles(NamedTuple):
 
     @classmethod
     def of(cls, frame: tuple[int, int], spacing: int) -> _Tiles:
-        sizes, starts = zip(*(_cut(length, spacing) for length in frame), strict=True)
+        sizes, starts = zip(*(_tile_starts(length, spacing) for length in frame), strict=True)
         return cls(frame, sizes, starts, spacing)
 
     @property
@@ -838,7 +838,7 @@ class _Tiles(NamedTuple):
         return profiles[0][:, None] * profiles[1]
 
 
-def _cut(length: int, spacing: int) -> tuple[int, list[int]]:
+def _tile_starts(length: int, spacing: int) -> tuple[int, list[int]]:
     """The size and the starts of the tiles along one axis."""
     longest, overlap = _LARGEST_TILE * spacing, _OVERLAP * spacing
     if length <= longest + overlap:
@@ -850,7 +850,7 @@ def _cut(length: int, spacing: int) -> tuple[int, list[int]]:
 
 
 def _fit(
-    moving: Tensor, ground: _TileGround, warp: Tensor, mask: Tensor | None, options: _Options
+    moving: Tensor, ground: _TileGround, warp: Tensor, mask: Tensor | None, options: _LatticeOptions
 ) -> _Fitted:
     """The rounds."""
     frame = (moving.shape[-2], moving.shape[-1])

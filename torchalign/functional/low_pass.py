@@ -20,7 +20,7 @@ from torch import Tensor
 from torchalign._host import keeps_tables
 from torchalign.functional.fourier import fft, irfft2, rfft
 
-__all__ = ["band_response", "low_pass"]
+__all__ = ["band_response", "bin_frequencies", "low_pass"]
 
 # Share of the kept band, from its outer edge, over which the low-pass rolls off: a sharp edge would ring.
 _ROLL_OFF = 0.2
@@ -81,7 +81,7 @@ def _limit(
     return irfft2(kept * _radial_response(frame, size, max_frequency, blur, like=spectrum.real), size)
 
 
-def _frequencies(frame: tuple[int, int], size: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+def bin_frequencies(frame: tuple[int, int], size: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
     """(h, 1) and (w//2+1,): bin k is k cycles a frame, on either grid; in cycles per pixel."""
     # (not torch.fft.fftfreq, which knows no symbolic spacing)
     rows, columns = size
@@ -95,7 +95,7 @@ def _radial_response(
     frame: tuple[int, int], size: tuple[int, int], max_frequency: float, blur: float, *, like: Tensor
 ) -> Tensor:
     """(h, w//2+1), for a spectrum of the frame and a transform back of the grid's size."""
-    y, x = _frequencies(frame, size, like)
+    y, x = bin_frequencies(frame, size, like)
     gain = size[0] * size[1] / (frame[0] * frame[1])
     return band_response(torch.hypot(x, y), max_frequency, blur) * gain
 
@@ -103,7 +103,7 @@ def _radial_response(
 @keeps_tables
 def _jump_spectra(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
     """(h, w//2+1) twice: what makes of the jumps along y, and along x, the spectrum of the smooth image."""
-    y, x = (2 * math.pi * frequency for frequency in _frequencies(frame, size, like))
+    y, x = (2 * math.pi * frequency for frequency in bin_frequencies(frame, size, like))
     laplacian = 2 * y.cos() + 2 * x.cos() - 4
     laplacian = torch.where(laplacian == 0, 1.0, laplacian)  # at frequency 0, where the jumps vanish
     step_y, step_x = (torch.complex(1 - angle.cos(), -angle.sin()) / laplacian for angle in (y, x))

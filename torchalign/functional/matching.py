@@ -6,11 +6,11 @@ The chain, each link a function that works alone:
    they are expected (guided) or anywhere.
 2. :func:`consensus`: every hypothesis of a fixed table is drawn from the fewest matches that define the motion, and
    the one that most matches support wins; for a translation this is the mode of the displacements.
-3. :func:`reweighted_fit`: Gauss–Newton steps with Tukey's weights, at the scale that the residuals themselves tell.
+3. :func:`reweighted_fit`: Gauss–Newton steps with Tukey's weights, at a scale estimated from the residuals.
 4. :func:`significance`: how far the number of agreeing matches exceeds what chance would give.
 5. :func:`window_ascent`, for more than a translation: small windows around the inliers of both images are
-   correlated, and the sum of their correlations is maximised over the parameters of the motion: keypoints are good
-   to a tenth of a pixel, this to a hundredth. (For a translation all of the ground is one window, see
+   correlated, and the sum of their correlations is maximised over the parameters of the motion. Keypoints are
+   accurate to 0.1 px, the windows to 0.01 px. (For a translation all of the ground is one window, see
    :mod:`torchalign.functional.phase`.)
 
 Nothing here depends on a random generator, and nothing waits for the device: the numbers of hypotheses and of steps
@@ -488,7 +488,7 @@ def window_ascent(
     centre = torch.where(known[..., None, None], centre, isotropic(torch.full_like(used, torch.inf)))
     sigma = largest_sigma(centre)
     converged = definite & (freedom >= 1) & (step.detach().abs().amax(-1) < _ASCENT_TOLERANCE)
-    return WindowFit(_increment(delta, size, motion), sigma, converged & sigma.isfinite(), centre)
+    return WindowFit(_warp_of_increment(delta, size, motion), sigma, converged & sigma.isfinite(), centre)
 
 
 class _Ascent(NamedTuple):
@@ -516,7 +516,7 @@ class _Ascent(NamedTuple):
         pulls = emphasis[..., None] * (self.jacobian * slope.unsqueeze(-1)).sum(-2)
         weighted = emphasis[..., None, None] * torch.matmul(curvature, self.jacobian)
         hessian = torch.matmul(self.jacobian.mT, weighted).sum(-3)
-        step, definite = _solve(-hessian, pulls.sum(-2))
+        step, definite = _solve_definite(-hessian, pulls.sum(-2))
         return step.clamp(-0.5, 0.5), definite, -hessian, pulls, emphasis
 
 
@@ -536,13 +536,13 @@ def _scatter(pulls: Tensor, left: Tensor, top: Tensor) -> Tensor:
 
 
 def _jacobian(points: Tensor, size: tuple[int, int], motion: MotionModel) -> Tensor:
-    """(..., 2, P): displacement of points (..., 2), in pixels, by each parameter of :func:`_increment`."""
+    """(..., 2, P): displacement of points (..., 2), in pixels, by each parameter of :func:`_warp_of_increment`."""
     half = half_length(size)
     x, y = ((points[..., axis] - (size[1 - axis] - 1) / 2) / half for axis in (0, 1))
     return torch.stack(jacobian(motion, x, y, dim=-1), -2)
 
 
-def _increment(delta: Tensor, size: tuple[int, int], motion: MotionModel) -> Tensor:
+def _warp_of_increment(delta: Tensor, size: tuple[int, int], motion: MotionModel) -> Tensor:
     """The warp of parameters (..., P) that displace the frame's longer edge by so many pixels."""
     return denormalize(warp_of(delta / half_length(size), motion), size)
 
@@ -565,7 +565,7 @@ def _normal_equations(
     """(..., P, P) and (..., P), of the increment that least squares asks for."""
     residual = _residuals(warp, points, targets)  # (..., K, 2)
     used = weight > 0
-    # the jacobian where the points are mapped to; nowhere far, for 0 · ∞ is no number
+    # the jacobian where the points are mapped to; 0 for unused ones, since 0 · ∞ is NaN
     by_motion = _jacobian(torch.where(used.unsqueeze(-1), targets - residual, 0.0), size, motion)
     weighted = (by_motion * weight[..., None, None]).flatten(-3, -2)  # (..., 2K, P)
     by_motion = by_motion.flatten(-3, -2)
@@ -590,8 +590,8 @@ def _step(
         total = inner.sum(-1, keepdim=True).clamp(min=torch.finfo(inner.dtype).tiny)
         delta = (inner.unsqueeze(-1) * residual).sum(-2) / total
         return warp + F.pad(delta.unsqueeze(-1), (2, 0)), (inner, square)
-    delta, _ = _solve(*_normal_equations(warp, points, targets, inner, size, motion))
-    warp = composed(warp, _increment(delta, size, motion))
+    delta, _ = _solve_definite(*_normal_equations(warp, points, targets, inner, size, motion))
+    warp = composed(warp, _warp_of_increment(delta, size, motion))
     if motion == "homography":
         warp = warp / warp[..., 2:, 2:]
     return warp, (inner, square)
@@ -610,7 +610,7 @@ def _regular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(definite[..., None, None], matrix, eye), definite
 
 
-def _solve(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _solve_definite(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """matrix⁻¹ · right, 0 where the matrix is not positive definite; and whether it is."""
     matrix, definite = _regular(matrix)
     factor, _ = torch.linalg.cholesky_ex(matrix)

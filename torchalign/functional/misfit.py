@@ -29,8 +29,8 @@ def misfit(
 
     .. math:: \sqrt{\max\left(0, \tfrac{1}{2 (n - 1)} \sum_b |t_b - \bar t|^2 - \overline{\sigma_b^2}\right)}
 
-    A frame that is only shifted has 0, but for its σ; one that is distorted, tilted or moved in parts has about how
-    far, in the root mean square, its parts are from where they belong.
+    It is about 0 for a frame that is only shifted. For a frame that is distorted, tilted or moved in parts it is about
+    the root mean square displacement of its parts.
 
     Args:
         aligned: (..., H, W), the channel seen, aligned; finite.

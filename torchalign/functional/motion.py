@@ -39,7 +39,7 @@ PARAMETERS: dict[MotionModel, int] = {
 
 
 def only_shifts(motion: MotionModel, init: Tensor | None) -> bool:
-    """Whether warps that are found can be nothing but shifts, whatever the data.
+    """Whether every warp that may be found is a shift, for any data.
 
     Args:
         motion: what is estimated.

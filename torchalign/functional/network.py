@@ -11,12 +11,12 @@ The links, each a function that works alone:
 
 * :func:`cell_contrast`, :func:`similarity`: which frames look alike, all against all in one matrix product.
 * :func:`choose_edges`: which pairs are compared. Nothing of it depends on a frame's number.
-* :func:`spanning_tree`, :func:`components`: what hangs together.
+* :func:`spanning_tree`, :func:`components`: which frames are connected.
 * :func:`solve_positions`, :func:`position_variance`: the positions and how well the network fixes them.
 * :func:`place_frames`: new frames on old ones that stay where they are.
-* :func:`shadow_direction`, :func:`fit_slope`, :func:`season_term`: shading and shadows move with the sun, and with
-  them what a frame seems to show. This closes round every triangle, so the network cannot see it; parts of the
-  frame, which differ in relief, disagree about it.
+* :func:`shadow_direction`, :func:`fit_slope`, :func:`season_term`: shading and shadows move with the sun
+  and bias the shift. The bias closes round every triangle, so the network cannot see it; parts of the frame with
+  different relief disagree about it.
 
 Positions are in float64 and in pixels (x, y). All loops have a fixed number of steps.
 
@@ -368,7 +368,7 @@ def solve_positions(
     residual = torch.zeros_like(variance)
     position = fixed.new_zeros(*fixed.shape[:-2], frames, 2)
     for _ in range(steps):
-        position = _solve(weight / (variance + excess[..., None]), fixed, edges, component, position)
+        position = _solve_pairs(weight / (variance + excess[..., None]), fixed, edges, component, position)
         residual = _residual(fixed, position, edges).norm(dim=-1)
         middle = _median(residual.masked_fill(~usable, torch.nan)) / _RAYLEIGH
         excess = (middle.square() / freedom - typical).nan_to_num(0.0).clamp(min=_FLOOR**2)
@@ -376,7 +376,7 @@ def solve_positions(
         weight = pairs * (_HUBER / deviation.clamp(min=_HUBER))
     precision = weight / (variance + excess[..., None])
     # (from nothing: what has converged already would carry no gradient)
-    position = _solve(precision, shift, edges, component, torch.zeros_like(position))
+    position = _solve_pairs(precision, shift, edges, component, torch.zeros_like(position))
 
     support = sum_of_pairs(edges, weight, frames)
     scatter = sum_of_pairs(edges, precision * residual.square(), frames)
@@ -473,7 +473,7 @@ def place_frames(
     return position, 1 / (whole + tiny), closure, weight.sum(-1)
 
 
-def _solve(precision: Tensor, shift: Tensor, edges: Edges, component: Tensor, start: Tensor) -> Tensor:
+def _solve_pairs(precision: Tensor, shift: Tensor, edges: Edges, component: Tensor, start: Tensor) -> Tensor:
     """(..., T, 2): weighted least squares, up to a shift of every component."""
     frames = component.shape[-1]
     pulled = (precision[..., None] * shift).mT  # (..., 2, E)

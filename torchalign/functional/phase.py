@@ -176,12 +176,7 @@ def phase_correlation(
     pair = _Pair(texture, reference, grid, Window.of(grid, taper), weighting)
     window = pair.tapering.whole
     spectrum, still, power = pair.correlate(window, window)
-    rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
-    # without the two lines on which a detector's stripes lie, which fit at no shift
-    ground = power * ((1 - rows) * (1 - columns))
-    peak = coarse_peak(irfft2(ground, samples), (height, width), max_translation)
-    if start is not None:
-        peak = _higher_of(peak, start, ground, grid, _orders(grid.frame, grid.size, like=grid.radius))
+    peak = _find_peak(power, grid, max_translation, start)
     shift, outside = peak.shift, peak.outside
 
     inliers, effective, holes = None, window, None
@@ -196,7 +191,7 @@ def phase_correlation(
         power, still = _without_stripes(power, still, grid, shift, fixed_at)
     together = shift if robust else torch.zeros_like(shift)
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
-    # most of a vector's power is in a few low frequencies: the peak of the surface tells chance from ground
+    # most of a vector's power is in a few low frequencies: the surface's peak separates ground from chance
     if vector:
         unasked = torch.full_like(found.quality.height, torch.inf)
         found = found._replace(quality=found.quality._replace(height=unasked))
@@ -226,6 +221,17 @@ def phase_correlation(
     flat = texture.flat | reference.flat
     told = peak.significance, flat, outside, converged, ambiguous, inliers
     return PhaseShift(found.shift, sigma, covariance, misfit, *told)
+
+
+def _find_peak(power: Tensor, grid: WorkingGrid, max_translation: float, start: Tensor | None) -> _Peak:
+    """The coarse peak, or the start where the correlation is higher there."""
+    rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
+    # without the two lines on which a detector's stripes lie, which fit at no shift
+    ground = power * ((1 - rows) * (1 - columns))
+    peak = coarse_peak(irfft2(ground, grid.size), grid.frame, max_translation)
+    if start is None:
+        return peak
+    return _higher_of(peak, start, ground, grid, _orders(grid.frame, grid.size, like=grid.radius))
 
 
 def _textured(
@@ -566,7 +572,7 @@ class _Pair(NamedTuple):
         """Where both show the same ground, over the reference; and the weights of the two that lie on it."""
         grid = self.grid
         inliers = same
-        # holes too must lie on the same ground in both, or their pattern is what is correlated
+        # holes too must lie on the same ground in both, else their pattern is correlated
         if self.reference.weights is not None:
             inliers = inliers * self.reference.weights
         if self.moving.weights is not None:

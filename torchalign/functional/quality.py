@@ -32,7 +32,7 @@ __all__ = [
 _IN_PLACE_SIGMAS = 3.0
 _IN_PLACE_PIXELS = 0.25
 # Scores are taken from every second, third, … pixel, as long as so many a side remain: their correlation tells as
-# well, and sampling all is what costs.
+# well, and sampling dominates the cost.
 _LATTICE = 128
 # A later stage moves a frame by hundredths of a pixel, which a score feels less than this.
 _WORSE = 1e-3
@@ -71,14 +71,14 @@ def _correlate(reference: Tensor, weight: Tensor, *images: Tensor) -> list[Tenso
     count = weight.sum(-1) + torch.finfo(weight.dtype).tiny
     reference = _standardize(reference.flatten(-2), weight, count)
     mean = torch.linalg.vecdot(weight, reference) / count
-    norm, flat = _deviation(torch.linalg.vecdot(weight, reference.square()), count * mean.square())
+    norm, flat = _spread(torch.linalg.vecdot(weight, reference.square()), count * mean.square())
     correlations = []
     for image in images:
         centred = _standardize(image.flatten(-2), weight, count)
         weighted = centred * weight
         total = weighted.sum(-1)
         product = torch.linalg.vecdot(weighted, reference) - total * mean
-        image_norm, image_flat = _deviation(torch.linalg.vecdot(weighted, centred), total.square() / count)
+        image_norm, image_flat = _spread(torch.linalg.vecdot(weighted, centred), total.square() / count)
         correlation = torch.where(flat | image_flat, 0.0, product / (norm * image_norm))
         correlations.append(correlation.clamp(-1, 1))
     return correlations
@@ -95,7 +95,7 @@ def _standardize(image: Tensor, weight: Tensor, count: Tensor) -> Tensor:
     return centred / torch.where(largest > 0, largest, 1.0)
 
 
-def _deviation(square: Tensor, square_of_mean: Tensor) -> tuple[Tensor, Tensor]:
+def _spread(square: Tensor, square_of_mean: Tensor) -> tuple[Tensor, Tensor]:
     """The root of the difference, 1 where it is no more than rounding; and where that is."""
     variance = square - square_of_mean
     flat = variance <= 16 * torch.finfo(square.dtype).eps * square
@@ -317,7 +317,7 @@ def _judge(
     )
     status = torch.where((status == 0) & ~gained & ~in_place, int(Status.NOT_BETTER), status)
     moved = (status == 0) & ~in_place
-    # a move that was not made is part of the error, in all directions: it is told no better than to its length
+    # a move that was not made is part of the error, in all directions: only its length is known
     left = torch.where(in_place, 0.5 * displacement.square(), 0.0)
     estimate = Estimate(
         torch.where(moved[..., None, None], motion.warp, identity),

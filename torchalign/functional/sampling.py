@@ -1,4 +1,4 @@
-r"""One reader of samples: where a value is wanted, which samples lie around, how a kernel weighs them.
+r"""Read samples at any position: which samples lie around it, and how a kernel weights them.
 
 A *tap* is a sample at a whole distance from the one at or before a position. An interpolation is a sum of taps,
 
@@ -30,9 +30,9 @@ __all__ = [
     "Gather",
     "Lines",
     "PaddingMode",
-    "Positions",
     "Sampler",
     "Slices",
+    "SourcePositions",
     "Taps",
     "bilinear",
     "bilinear_at",
@@ -177,7 +177,7 @@ def spline_at(continued: Tensor, column: Tensor, row: Tensor) -> Tensor:
     """A cubic B-spline between its coefficients, which are given as the samples are to :func:`bilinear_at`."""
     if launches_kernels(continued):
         # each look-up is of two by two of the taps
-        (left, right, along), (top, bottom, down) = _pairs(column), _pairs(row)
+        (left, right, along), (top, bottom, down) = _neighbours(column), _neighbours(row)
         above, below = (
             torch.lerp(_look_up(continued, left, line), _look_up(continued, right, line), along)
             for line in (top, bottom)
@@ -231,7 +231,7 @@ def _look_up(continued: Tensor, column: Tensor, row: Tensor) -> Tensor:
     return found.reshape(*shape, column.shape[-1])
 
 
-def _pairs(position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _neighbours(position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Where to look up the two left and the two right taps of a cubic B-spline; the weight of the right ones."""
     whole = position.floor()
     fraction = position - whole
@@ -243,7 +243,7 @@ def _pairs(position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # --------------------------------------------------------------------------------------- frames, for every pixel
 
 
-class Positions(NamedTuple):
+class SourcePositions(NamedTuple):
     """Source positions of output pixels, whole and fractional part, broadcastable to (..., T, h, w)."""
 
     column: Tensor  # int64, ⌊x⌋
@@ -289,7 +289,7 @@ def _padded(index: Tensor, length: int, padding_mode: PaddingMode) -> Tensor:
 class _Positioned:
     """What :class:`Gather` and :class:`Lines` are made of."""
 
-    def __init__(self, positions: Positions, size: tuple[int, int], padding_mode: PaddingMode) -> None:
+    def __init__(self, positions: SourcePositions, size: tuple[int, int], padding_mode: PaddingMode) -> None:
         self.positions = positions
         self.size = size
         self.padding_mode: PaddingMode = padding_mode
@@ -366,8 +366,8 @@ class Lines(_Positioned):
         """See :class:`Sampler`."""
         column, row = self.positions[:2]
         across, down = (cubic_weights(fraction, magnitudes=magnitudes) for fraction in (self.x, self.y))
-        lines = _combine(down, self._rows(planes, row, range(-1, 3)))
-        return _combine(across, self._columns(lines, column, range(-1, 3)))
+        lines = _sum_of_lines(down, self._rows(planes, row, range(-1, 3)))
+        return _sum_of_lines(across, self._columns(lines, column, range(-1, 3)))
 
     def _rows(self, planes: Tensor, row: Tensor, taps: range) -> tuple[Tensor, ...]:
         """(..., T, C, H, W) → for each tap (..., T, C, h, W), the rows (..., T, h, 1), so far down."""
@@ -391,7 +391,7 @@ def _upright(taps: range, like: Tensor) -> Tensor:
     return torch.arange(taps.start, taps.stop, device=like.device)[:, None]
 
 
-def _combine(weights: Sequence[Tensor], taps: Sequence[Tensor]) -> Tensor:
+def _sum_of_lines(weights: Sequence[Tensor], taps: Sequence[Tensor]) -> Tensor:
     total = weights[0] * taps[0]
     for weight, tap in zip(weights[1:], taps[1:], strict=True):
         total = torch.addcmul(total, weight, tap)

@@ -3,7 +3,7 @@
 Convention:
     A :class:`~torchalign.types.ShiftField` u is the *backward* residual of a warp W over the reference, in pixels
     (x, y): ``aligned(q) = frame(W⁻¹ q + u(q))``. Coefficient (i, j) belongs to the point
-    ``origin + (j, i) · spacing``. Beyond its nodes a field goes on as it is at its border.
+    ``origin + (j, i) · spacing``. Beyond its nodes a field keeps the value at its border.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def sigma_at(field: ShiftField, x: Tensor, y: Tensor) -> Tensor:
         nodes = field.sigma.shape[-1 - axis]
         position = ((at - field.origin[..., axis, None]) / field.spacing[..., axis, None]).clamp(0, nodes - 1)
         hats.append((1 - (position[..., None] - torch.arange(nodes, device=at.device)).abs()).clamp(min=0))
-    # what is known nowhere is inf, of which nothing may be said beyond its neighbours
+    # where nothing is known it is inf, which must not spread beyond its neighbours
     known = field.sigma.nan_to_num(posinf=torch.finfo(field.sigma.dtype).max ** 0.5)
     return torch.matmul(torch.matmul(hats[0], known), hats[1].mT)
 
@@ -136,7 +136,7 @@ def field_lengths(field: ShiftField, size: tuple[int, int], step: int = 8) -> Te
 
 
 def is_zero(field: ShiftField) -> Tensor:
-    """(..., T) bool: frames that the field shifts nowhere."""
+    """(..., T) bool: frames that the field does not shift."""
     return (field.coefficients == 0).flatten(-3).all(-1)
 
 

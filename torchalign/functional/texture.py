@@ -2,10 +2,10 @@ r"""What of an image is registered: band-limited, locally normalised, on the coa
 
 * :func:`band_limit`: beyond about a quarter of the sampling rate a real sensor's spectrum is mostly folded
   (aliased), and folded frequencies pull every estimate towards whole pixels. The frames are resampled onto the
-  coarser grid that holds just the band that is kept: nothing that counts is lost, and all that follows costs a
+  coarser grid that holds just the band that is kept: no kept frequency is lost, and every later step costs a
   quarter.
 * :func:`local_contrast`: high-passed and divided by its local standard deviation, so that bright clouds,
-  shadows and gains weigh no more than fields and roads.
+  shadows and gains get no more weight than fields and roads.
 
 :func:`extract_texture` is the chain of the two, :func:`extract_pyramid` the same for several bands.
 """
@@ -189,7 +189,7 @@ def _local_contrast(image: Tensor, weights: Tensor | None) -> Tensor:
 
 def _typical(variance: Tensor, weights: Tensor | None) -> Tensor:
     """(...,): the median where the weights exceed one half, NaN where they nowhere do."""
-    # a sixteenth of the samples has the same median, and sorting is what costs
+    # a sixteenth of the samples has the same median, and sorting dominates the cost
     sampled = variance[..., ::4, ::4]
     if weights is not None:
         sampled = sampled.masked_fill(weights[..., ::4, ::4] < 0.5, torch.nan)

@@ -1,4 +1,4 @@
-r"""Errors of a translation as covariances, 2 × 2 in px²: what is known across a stripe and not along it."""
+r"""Errors of a translation as covariances, 2 × 2 in px²: a stripe fixes the shift across it, not along it."""
 
 from __future__ import annotations
 

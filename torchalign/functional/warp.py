@@ -27,7 +27,7 @@ from torch import Tensor
 
 from torchalign._check import check_fill, check_floating, check_option, message
 from torchalign._host import all_finite, all_true, empty_on_host, kernels_for, may_read
-from torchalign.functional.sampling import Gather, Lines, PaddingMode, Positions, Sampler, Slices
+from torchalign.functional.sampling import Gather, Lines, PaddingMode, Sampler, Slices, SourcePositions
 from torchalign.functional.shift_field import field_at, is_zero
 from torchalign.types import ShiftField
 
@@ -106,7 +106,7 @@ def resample(
         out: a contiguous tensor that takes the values, and is returned: fresh memory costs as much as a bilinear
             interpolation does. Not differentiable.
         field: local shifts on top of the warp, ``aligned(p) = frame(W⁻¹ p + field(p))``, leading dimensions
-            broadcast against the cube's; frames that it shifts nowhere come out as they do without it, to the bit.
+            broadcast against the cube's; frames that it does not shift are bit for bit as without it.
 
     Returns:
         :class:`Resampled`, the values and their validity.
@@ -143,7 +143,7 @@ def resample(
     planes = _prepare(cube, mask, options)
     result = _combine(planes, _sampler(warp, size, (0, size[0]), cube.dtype, options, field), options)
     if field is not None:
-        # where nothing is moved: to the bit what comes out without a field, whatever way that takes
+        # where nothing is moved, the result is bit for bit that without a field
         usable = None if mask is None else mask.squeeze(-3)
         plain = resample(
             cube,
@@ -313,7 +313,7 @@ def _sampler(
     column = torch.arange(0, size[1], options.step, device=motion.device)[None, :]  # (1, w)
     row = torch.arange(*rows, options.step, device=motion.device)[:, None]  # (h, 1)
     dtype = _compute_dtype(dtype)
-    # Float32 at least, whatever autocast or the cube say: half a mantissa is half a pixel at the far edge.
+    # Float32 at least, even under autocast: half precision is half a pixel off at the far edge.
     motion = motion.to(torch.promote_types(motion.dtype, dtype))
     x, y = column.to(motion.dtype), row.to(motion.dtype)
     only_shifted = motion.shape[-1] == 2
@@ -329,7 +329,7 @@ def _sampler(
             _bounded(y_displacement + y_shift),
         )
     x_whole, y_whole = x_displacement.floor(), y_displacement.floor()
-    positions = Positions(
+    positions = SourcePositions(
         column + x_whole.to(torch.int64),
         row + y_whole.to(torch.int64),
         (x_displacement - x_whole).to(dtype),
@@ -340,7 +340,7 @@ def _sampler(
 
 
 def _bounded(displacement: Tensor) -> Tensor:
-    """What is no number, or too far to be one of int64, is nowhere near the frame."""
+    """Put positions that are NaN, or too far for int64, far outside the frame."""
     return displacement.nan_to_num(_FARTHEST).clamp(-_FARTHEST, _FARTHEST)
 
 

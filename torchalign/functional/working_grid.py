@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchalign._host import keeps_tables, kernels_for
 from torchalign.functional.fourier import irfft2, shift_phase
+from torchalign.functional.low_pass import bin_frequencies
 from torchalign.functional.sizes import larger, working_length
 
 __all__ = ["Window", "WorkingGrid", "ramp_length", "tukey", "working_size"]
@@ -37,14 +38,8 @@ class WorkingGrid(NamedTuple):
         cls, frame: tuple[int, int], size: tuple[int, int], max_frequency: float, like: Tensor
     ) -> WorkingGrid:
         """The grid of ``size`` over frames of ``frame``; tensors on the device and in the dtype of ``like``."""
-        y, x, radius = _frequencies(frame, size, like=like)
+        y, x, radius = _frequency_tables(frame, size, like=like)
         return cls(frame, size, max_frequency, (y, x), radius)
-
-    @property
-    def roll_off(self) -> Tensor:
-        """(h, w//2+1): 1 in the band, falling to 0 at its edge, over a fifth of it, as a cosine."""
-        edge = ((self.max_frequency - self.radius) / (0.2 * self.max_frequency)).clamp(0, 1)
-        return 0.5 - 0.5 * torch.cos(math.pi * edge)
 
     def spacing(self) -> float:
         """Pixels from one sample to the next, along the axis where they are further apart."""
@@ -93,22 +88,18 @@ class Window(NamedTuple):
 
 
 @keeps_tables
-def _frequencies(
+def _frequency_tables(
     frame: tuple[int, int], size: tuple[int, int], *, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(h,) and (w//2+1,), in cycles per pixel, and their radius; bin k is k cycles a frame, on either grid."""
-    rows, columns = size
-    # (not torch.fft.fftfreq, which knows no symbolic spacing)
-    y = (torch.arange(rows, device=like.device) + rows // 2) % rows - rows // 2
-    x = torch.arange(columns // 2 + 1, device=like.device, dtype=like.dtype) / frame[1]
-    y = y.to(like.dtype) / frame[0]
-    return y, x, torch.hypot(x, y[:, None])
+    """(h,) and (w//2+1,), in cycles per pixel, and their radius."""
+    y, x = bin_frequencies(frame, size, like)
+    return y[:, 0], x, torch.hypot(x, y)
 
 
 @keeps_tables
 def _backwards(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
     """The frequencies along y and x with their sign turned: a shift then moves a field by itself."""
-    y, x, _ = _frequencies(frame, size, like=like)
+    y, x, _ = _frequency_tables(frame, size, like=like)
     return -y, -x
 
 

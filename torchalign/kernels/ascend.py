@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, kernel_dtype, lerp, operator
+from torchalign.kernels.sampling import block_of, divide, kernel_dtype, launch, lerp, operator, wave_of
 from torchalign.kernels.turn import tukey
 
 __all__ = [
@@ -56,7 +56,7 @@ class Geometry(NamedTuple):
 
 
 @triton.jit
-def _known(value):
+def _finite_or_far(value):
     """What is no number, or would overflow, is far away."""
     value = tl.where(value == value, value, _NOWHERE)
     return tl.minimum(tl.maximum(value, -_NOWHERE), _NOWHERE)
@@ -70,15 +70,15 @@ def _inverse(a, b, c, d, e, f, g, h, i):
     r = d * h - e * g
     determinant = a * p + b * q + c * r
     return (
-        _known(divide(p, determinant)),
-        _known(divide(c * h - b * i, determinant)),
-        _known(divide(b * f - c * e, determinant)),
-        _known(divide(q, determinant)),
-        _known(divide(a * i - c * g, determinant)),
-        _known(divide(c * d - a * f, determinant)),
-        _known(divide(r, determinant)),
-        _known(divide(b * g - a * h, determinant)),
-        _known(divide(a * e - b * d, determinant)),
+        _finite_or_far(divide(p, determinant)),
+        _finite_or_far(divide(c * h - b * i, determinant)),
+        _finite_or_far(divide(b * f - c * e, determinant)),
+        _finite_or_far(divide(q, determinant)),
+        _finite_or_far(divide(a * i - c * g, determinant)),
+        _finite_or_far(divide(c * d - a * f, determinant)),
+        _finite_or_far(divide(r, determinant)),
+        _finite_or_far(divide(b * g - a * h, determinant)),
+        _finite_or_far(divide(a * e - b * d, determinant)),
     )
 
 
@@ -151,6 +151,15 @@ def _sample(field, rows, columns, column, row, live, SPLINE: tl.constexpr):
 
 
 @triton.jit
+def _sample_at(field, rows, columns, column, row, wide, high, live, SPLINE: tl.constexpr):
+    """The same at pixels (column, row) of a frame of high × wide."""
+    nothing = wide * 0
+    x = column * divide(nothing + columns, wide)
+    y = row * divide(nothing + rows, high)
+    return _sample(field, rows, columns, x, y, live, SPLINE)
+
+
+@triton.jit
 def look_frames(
     spline,  # (N, h + 6, w + 6)
     usable,  # (N, h' + 6, w' + 6)
@@ -178,39 +187,18 @@ def look_frames(
     BLOCK: tl.constexpr,
 ):
     """One program: a block of samples of one frame."""
-    blocks = tl.cdiv(samples, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < samples
+    frame, place, live = block_of(samples, BLOCK)
     zero = tl.zeros((BLOCK,), COMPUTE)
     high = zero + tl.cast(height, COMPUTE)
     wide = zero + tl.cast(width, COMPUTE)
     half = tl.maximum(high, wide) * 0.5
-    entries = warp + 9 * frame
-    inverse = _inverse(
-        tl.load(entries),
-        tl.load(entries + 1),
-        tl.load(entries + 2),
-        tl.load(entries + 3),
-        tl.load(entries + 4),
-        tl.load(entries + 5),
-        tl.load(entries + 6),
-        tl.load(entries + 7),
-        tl.load(entries + 8),
-    )
+    a, b, c, d, e, f, g, h, i = _load_entries(warp + 9 * frame)
+    inverse = _inverse(a, b, c, d, e, f, g, h, i)
     x = tl.load(level_x + place, mask=live, other=0)
     y = tl.load(level_y + place, mask=live, other=0)
     column, row = _points(inverse, x, y, half, high, wide, PROJECTIVE)
     field = spline + frame * (rows + 6) * (columns + 6)
-    value = _sample(
-        field,
-        rows,
-        columns,
-        column * divide(zero + columns, wide),
-        row * divide(zero + rows, high),
-        live,
-        SPLINE,
-    )
+    value = _sample_at(field, rows, columns, column, row, wide, high, live, SPLINE)
     tl.store(values + frame * samples + place, value, mask=live)
     if TAPERED:
         own = tukey(row, high, zero + tl.cast(ramp_y, COMPUTE)) * tukey(
@@ -221,19 +209,59 @@ def look_frames(
         own = within.to(COMPUTE)
     if MASKED:
         mask = usable + frame * (usable_rows + 6) * (usable_columns + 6)
-        share = _sample(
-            mask,
-            usable_rows,
-            usable_columns,
-            column * divide(zero + usable_columns, wide),
-            row * divide(zero + usable_rows, high),
-            live,
-            False,
-        )
+        share = _sample_at(mask, usable_rows, usable_columns, column, row, wide, high, live, False)
         # between two ones lies a one, but for rounding
         own *= tl.where(share > 1 - 1e-5, 1.0, share)
     onto = tl.load(level_weights + (frame // group) * samples + place, mask=live, other=0)
     tl.store(common + frame * samples + place, tl.minimum(onto, own), mask=live)
+
+
+@triton.jit
+def _load_entries(warp):
+    """The nine entries of a matrix."""
+    return (
+        tl.load(warp),
+        tl.load(warp + 1),
+        tl.load(warp + 2),
+        tl.load(warp + 3),
+        tl.load(warp + 4),
+        tl.load(warp + 5),
+        tl.load(warp + 6),
+        tl.load(warp + 7),
+        tl.load(warp + 8),
+    )
+
+
+@triton.jit
+def _store_entries(out, a, b, c, d, e, f, g, h, i):
+    tl.store(out, a)
+    tl.store(out + 1, b)
+    tl.store(out + 2, c)
+    tl.store(out + 3, d)
+    tl.store(out + 4, e)
+    tl.store(out + 5, f)
+    tl.store(out + 6, g)
+    tl.store(out + 7, h)
+    tl.store(out + 8, i)
+
+
+@triton.jit
+def _load_system(means, inverses, solutions, rests, corners, frame, places, PARAMETERS: tl.constexpr):
+    """The normal equations of a frame at places 2 …, and how each parameter displaces the corners."""
+    parameter = (places >= 2) & (places < 2 + PARAMETERS)
+    mean = tl.load(means + frame * (2 + PARAMETERS) + places, mask=places < 2 + PARAMETERS, other=0)
+    solved = tl.load(solutions + frame * PARAMETERS + places - 2, mask=parameter, other=0)
+    inverse = tl.load(
+        inverses + frame * PARAMETERS * PARAMETERS + (places[:, None] - 2) * PARAMETERS + places[None, :] - 2,
+        mask=parameter[:, None] & parameter[None, :],
+        other=0,
+    )
+    four = tl.arange(0, 4)
+    corner = four[:, None] * PARAMETERS + places[None, :] - 2
+    known = (four[:, None] >= 0) & parameter[None, :]
+    corners_x = tl.load(corners + corner, mask=known, other=0)
+    corners_y = tl.load(corners + 4 * PARAMETERS + corner, mask=known, other=0)
+    return mean, inverse, solved, tl.load(rests + frame), corners_x, corners_y
 
 
 @triton.jit
@@ -342,20 +370,9 @@ def step_warped(
     """One program: one frame."""
     frame = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, PADDED)
-    parameter = (places >= 2) & (places < 2 + PARAMETERS)
-    mean = tl.load(means + frame * (2 + PARAMETERS) + places, mask=places < 2 + PARAMETERS, other=0)
-    solved = tl.load(solutions + frame * PARAMETERS + places - 2, mask=parameter, other=0)
-    rest = tl.load(rests + frame)
-    inverse = tl.load(
-        inverses + frame * PARAMETERS * PARAMETERS + (places[:, None] - 2) * PARAMETERS + places[None, :] - 2,
-        mask=parameter[:, None] & parameter[None, :],
-        other=0,
+    mean, inverse, solved, rest, corners_x, corners_y = _load_system(
+        means, inverses, solutions, rests, corners, frame, places, PARAMETERS
     )
-    four = tl.arange(0, 4)
-    shape = tl.zeros((4, PADDED), tl.int32)
-    corner = shape + four[:, None] * PARAMETERS + places[None, :] - 2
-    corners_x = tl.load(corners + corner, mask=(shape == 0) & parameter[None, :], other=0)
-    corners_y = tl.load(corners + 4 * PARAMETERS + corner, mask=(shape == 0) & parameter[None, :], other=0)
     zero = tl.zeros((BLOCK,), COMPUTE)
     high = zero + tl.cast(height, COMPUTE)
     wide = zero + tl.cast(width, COMPUTE)
@@ -365,32 +382,13 @@ def step_warped(
     field = spline + frame * (rows + 6) * (columns + 6)
     rows_of = regressors + (frame // group) * lines * samples
 
-    entries = start + 9 * frame
-    a = tl.load(entries)
-    b = tl.load(entries + 1)
-    c = tl.load(entries + 2)
-    d = tl.load(entries + 3)
-    e = tl.load(entries + 4)
-    f = tl.load(entries + 5)
-    g = tl.load(entries + 6)
-    h = tl.load(entries + 7)
-    i = tl.load(entries + 8)
+    a, b, c, d, e, f, g, h, i = _load_entries(start + 9 * frame)
     going = tl.load(moves + frame) != 0
     reach = nothing
-    nine = tl.arange(0, 16)
-    tl.store(seen + 9 * frame + nine, tl.load(entries + nine, mask=nine < 9, other=0), mask=nine < 9)
+    _store_entries(seen + 9 * frame, a, b, c, d, e, f, g, h, i)
     for _ in range(iterations):
         if going:
-            out = seen + 9 * frame
-            tl.store(out, a)
-            tl.store(out + 1, b)
-            tl.store(out + 2, c)
-            tl.store(out + 3, d)
-            tl.store(out + 4, e)
-            tl.store(out + 5, f)
-            tl.store(out + 6, g)
-            tl.store(out + 7, h)
-            tl.store(out + 8, i)
+            _store_entries(seen + 9 * frame, a, b, c, d, e, f, g, h, i)
             back = _inverse(a, b, c, d, e, f, g, h, i)
             total = tl.zeros((PADDED, BLOCK), COMPUTE)
             for first in range(0, samples, BLOCK):
@@ -399,15 +397,7 @@ def step_warped(
                 x = tl.load(level_x + place, mask=live, other=0)
                 y = tl.load(level_y + place, mask=live, other=0)
                 column, row = _points(back, x, y, half, high, wide, PROJECTIVE)
-                value = _sample(
-                    field,
-                    rows,
-                    columns,
-                    column * divide(zero + columns, wide),
-                    row * divide(zero + rows, high),
-                    live,
-                    SPLINE,
-                )
+                value = _sample_at(field, rows, columns, column, row, wide, high, live, SPLINE)
                 value *= tl.load(weights + frame * samples + place, mask=live, other=0)
                 tile = tl.load(
                     rows_of + places[:, None] * samples + place[None, :],
@@ -419,16 +409,7 @@ def step_warped(
             step, reach = _bounded_step(step, corners_x, corners_y, limit)
             a, b, c, d, e, f, g, h, i = _composed(step, places, nothing, a, b, c, d, e, f, g, h, i, MOTION)
             going = reach > tl.cast(tolerance, COMPUTE)
-    out = warps + 9 * frame
-    tl.store(out, a)
-    tl.store(out + 1, b)
-    tl.store(out + 2, c)
-    tl.store(out + 3, d)
-    tl.store(out + 4, e)
-    tl.store(out + 5, f)
-    tl.store(out + 6, g)
-    tl.store(out + 7, h)
-    tl.store(out + 8, i)
+    _store_entries(warps + 9 * frame, a, b, c, d, e, f, g, h, i)
     tl.store(reaches + frame, reach)
 
 
@@ -468,18 +449,9 @@ def step_shifted(
     """One program: one frame. Inner products of fields are those of their spectra (Parseval)."""
     frame = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, 4)
-    parameter = places >= 2
-    mean = tl.load(means + 4 * frame + places)
-    solved = tl.load(solutions + 2 * frame + places - 2, mask=parameter, other=0)
-    rest = tl.load(rests + frame)
-    inverse = tl.load(
-        inverses + 4 * frame + (places[:, None] - 2) * 2 + places[None, :] - 2,
-        mask=parameter[:, None] & parameter[None, :],
-        other=0,
+    mean, inverse, solved, rest, corners_x, corners_y = _load_system(
+        means, inverses, solutions, rests, corners, frame, places, 2
     )
-    corner = places[:, None] * 2 + places[None, :] - 2
-    corners_x = tl.load(corners + corner, mask=(places[:, None] >= 0) & parameter[None, :], other=0)
-    corners_y = tl.load(corners + 8 + corner, mask=(places[:, None] >= 0) & parameter[None, :], other=0)
     own = spectrum + frame * bins * 2
     spectra = weighted + frame * 4 * bins * 2
     nothing = rest * 0
@@ -503,12 +475,7 @@ def step_shifted(
             for first in range(0, bins, BLOCK):
                 place = first + tl.arange(0, BLOCK)
                 live = place < bins
-                y = tl.load(fy + place // columns, mask=live, other=0)
-                x = tl.load(fx + place % columns, mask=live, other=0)
-                cycles = x * x_shift + y * y_shift
-                angle = (cycles - tl.floor(cycles + 0.5)) * 6.283185307179586
-                cosine = tl.cos(angle)
-                sine = tl.sin(angle)
+                _y, x, cosine, sine = wave_of(place, live, columns, fy, fx, x_shift, y_shift)
                 # how often a column stands in the whole spectrum
                 often = tl.where(x > 0, 2.0, 1.0)
                 given = tl.load(own + 2 * place, mask=live, other=0)
@@ -603,12 +570,14 @@ def _look(
         return values, common
     mask = spline if usable is None else usable.expand(*warp.shape[:-2], *usable.shape[-2:])
     weights, group = _by_group(level_weights, warp, 1)
-    look_frames[(frames * triton.cdiv(samples, _BLOCK),)](
-        spline.contiguous(),
-        mask.contiguous(),
-        warp.contiguous(),
-        level_x.contiguous(),
-        level_y.contiguous(),
+    launch(
+        look_frames,
+        frames * triton.cdiv(samples, _BLOCK),
+        spline,
+        mask,
+        warp,
+        level_x,
+        level_y,
         weights,
         values,
         common,
@@ -624,18 +593,8 @@ def _look(
         SPLINE=precise,
         COMPUTE=kernel_dtype(warp),
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return values, common
-
-
-class _Equations(NamedTuple):
-    """The normal equations, as functional.ecc solves them; one row a frame."""
-
-    mean: Tensor  # (..., T, 2 + P)
-    inverse: Tensor  # (..., T, P, P)
-    solved: Tensor  # (..., T, P)
-    rest: Tensor  # (..., T)
 
 
 def ascend_warped(
@@ -717,19 +676,21 @@ def _ascend_warped(
         return warp, reach, seen
     lines, group = _by_group(regressors, start, 2)
     parameters = corners.shape[-1]
-    step_warped[(math.prod(start.shape[:-2]),)](
-        spline.contiguous(),
-        start.contiguous(),
-        moves.contiguous().view(torch.uint8),
-        weights.contiguous(),
+    launch(
+        step_warped,
+        math.prod(start.shape[:-2]),
+        spline,
+        start,
+        moves,
+        weights,
         lines,
-        mean.contiguous(),
-        inverse.contiguous(),
-        solved.contiguous(),
-        rest.contiguous(),
-        level_x.contiguous(),
-        level_y.contiguous(),
-        corners.contiguous(),
+        mean,
+        inverse,
+        solved,
+        rest,
+        level_x,
+        level_y,
+        corners,
         warp,
         reach,
         seen,
@@ -748,7 +709,6 @@ def _ascend_warped(
         SPLINE=precise,
         COMPUTE=kernel_dtype(start),
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return warp, reach, seen
 
@@ -820,18 +780,20 @@ def _ascend_shifted(
     if shift.numel() == 0:
         return shift, reach, seen
     rows, columns = spectrum.shape[-3:-1]
-    step_shifted[(math.prod(start.shape[:-1]),)](
-        spectrum.contiguous(),
-        weighted.contiguous(),
-        start.contiguous(),
-        moves.contiguous().view(torch.uint8),
-        mean.contiguous(),
-        inverse.contiguous(),
-        solved.contiguous(),
-        rest.contiguous(),
-        fy.contiguous(),
-        fx.contiguous(),
-        corners.contiguous(),
+    launch(
+        step_shifted,
+        math.prod(start.shape[:-1]),
+        spectrum,
+        weighted,
+        start,
+        moves,
+        mean,
+        inverse,
+        solved,
+        rest,
+        fy,
+        fx,
+        corners,
         shift,
         reach,
         seen,
@@ -844,7 +806,6 @@ def _ascend_shifted(
         tolerance,
         COMPUTE=kernel_dtype(start),
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return shift, reach, seen
 

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.climb import MOST_BINS, waves
-from torchalign.kernels.sampling import divide, kernel_dtype, operator
+from torchalign.kernels.climb import MOST_BINS, settled, waves
+from torchalign.kernels.sampling import divide, kernel_dtype, launch, operator
 
 __all__ = ["assess", "assess_frames"]
 
@@ -80,6 +80,34 @@ def _store_inverse(out, gxx, gyy, gxy, determinant, regular):
     tl.store(out + 1, across)
     tl.store(out + 2, across)
     tl.store(out + 3, tl.where(regular, divide(gxx, determinant), 0.0))
+
+
+@triton.jit
+def _sandwich(gxx, gyy, gxy, mxx, myy, mxy, determinant):
+    """xx, yy and xy of G⁻¹ M G⁻¹, of symmetric matrices; the determinant is G's."""
+    square = determinant * determinant
+    xx = divide(gyy * gyy * mxx - 2 * gyy * gxy * mxy + gxy * gxy * myy, square)
+    yy = divide(gxx * gxx * myy - 2 * gxx * gxy * mxy + gxy * gxy * mxx, square)
+    xy = divide((gxx * gyy + gxy * gxy) * mxy - gyy * gxy * mxx - gxx * gxy * myy, square)
+    return xx, yy, xy
+
+
+@triton.jit
+def _weights_pull(gxx, gyy, gxy, kxx, kyy, kxy, determinant, regular):
+    """The matrix H⁻¹ (C K), row by row; 0 where H has no inverse."""
+    xx = tl.where(regular, divide(gyy * kxx - gxy * kxy, determinant), 0.0)
+    xy = tl.where(regular, divide(gyy * kxy - gxy * kyy, determinant), 0.0)
+    yx = tl.where(regular, divide(gxx * kxy - gxy * kxx, determinant), 0.0)
+    yy = tl.where(regular, divide(gxx * kyy - gxy * kxy, determinant), 0.0)
+    return xx, xy, yx, yy
+
+
+@triton.jit
+def _fourth_moment(x, y, p40, p31, p22, p13, p04):
+    """Along a direction (x, y), of the sums of a block's lanes."""
+    total = x * x * x * x * tl.sum(p40, 0) + 4 * x * x * x * y * tl.sum(p31, 0)
+    total += 6 * x * x * y * y * tl.sum(p22, 0)
+    return total + (4 * x * y * y * y * tl.sum(p13, 0) + y * y * y * y * tl.sum(p04, 0))
 
 
 @triton.jit
@@ -165,19 +193,11 @@ def assess_frames(
     determinant = gxx * gyy - gxy * gxy
     regular = determinant > 0
     safe = tl.where(regular, determinant, 1.0)
-    # H⁻¹ (C K)
-    rxx = tl.where(regular, divide(gyy * kxx - gxy * kxy, safe), 0.0)
-    rxy = tl.where(regular, divide(gyy * kxy - gxy * kyy, safe), 0.0)
-    ryx = tl.where(regular, divide(gxx * kxy - gxy * kxx, safe), 0.0)
-    ryy = tl.where(regular, divide(gxx * kyy - gxy * kxy, safe), 0.0)
-    # the sandwich
+    rxx, rxy, ryx, ryy = _weights_pull(gxx, gyy, gxy, kxx, kyy, kxy, safe, regular)
     mxx = tl.sum(sxx, 0) * correlated
     myy = tl.sum(syy, 0) * correlated
     mxy = tl.sum(sxy, 0) * correlated
-    square = safe * safe
-    cxx = divide(gyy * gyy * mxx - 2 * gyy * gxy * mxy + gxy * gxy * myy, square)
-    cyy = divide(gxx * gxx * myy - 2 * gxx * gxy * mxy + gxy * gxy * mxx, square)
-    cxy = divide((gxx * gyy + gxy * gxy) * mxy - gyy * gxy * mxx - gxx * gxy * myy, square)
+    cxx, cyy, cxy = _sandwich(gxx, gyy, gxy, mxx, myy, mxy, safe)
     scale = tl.cast(calibration, COMPUTE)
     left = tl.cast(share, COMPUTE)
     cxx = tl.where(regular, scale * cxx, float("inf")) + left * (rxx * rxx + rxy * rxy)
@@ -185,9 +205,7 @@ def assess_frames(
     cxy = tl.where(regular, scale * cxy, 0.0) + left * (rxx * ryx + rxy * ryy)
     height = value / tl.sqrt(0.5 * correlated * tl.sum(p00, 0) + TINY)
     x, y = _direction(cxx, cyy, cxy)
-    fourth = x * x * x * x * tl.sum(p40, 0) + 4 * x * x * x * y * tl.sum(p31, 0)
-    fourth += 6 * x * x * y * y * tl.sum(p22, 0)
-    fourth += 4 * x * y * y * y * tl.sum(p13, 0) + y * y * y * y * tl.sum(p04, 0)
+    fourth = _fourth_moment(x, y, p40, p31, p22, p13, p04)
     bend = x * x * gxx + y * y * gyy + 2 * x * y * gxy
     entire = x * x * wxx + y * y * wyy + 2 * x * y * wxy
     curvature = bend / tl.sqrt(0.5 * correlated * fourth + TINY)
@@ -204,8 +222,8 @@ def assess_frames(
     extra_x = tl.minimum(tl.maximum(extra_x, -1.0), 1.0)
     extra_y = tl.minimum(tl.maximum(extra_y, -1.0), 1.0)
     out = found + 13 * frame
-    tl.store(out, tl.where(tl.abs(shift_x) < 64 * EPSILON, 0.0, shift_x))
-    tl.store(out + 1, tl.where(tl.abs(shift_y) < 64 * EPSILON, 0.0, shift_y))
+    tl.store(out, settled(shift_x, EPSILON))
+    tl.store(out + 1, settled(shift_y, EPSILON))
     tl.store(out + 2, cxx + extra_x * extra_x)
     tl.store(out + 3, cxy + extra_x * extra_y)
     tl.store(out + 4, cxy + extra_x * extra_y)
@@ -248,7 +266,7 @@ def assess(
     parts = torch.view_as_real(power.resolve_conj())
     lead = power.shape[:-2]
     places = torch.stack(torch.broadcast_tensors(shift, together)).to(parts.dtype)
-    found = _assess(
+    found = _launch_assess(
         parts, *frequencies, places, weights.expand(*lead, *weights.shape[-2:]), list(spacing), list(limits)
     )
     covariance, inverse = (found[..., first : first + 4].unflatten(-1, (2, 2)) for first in (2, 9))
@@ -256,7 +274,7 @@ def assess(
 
 
 @operator("assess", lambda power: power.new_empty((*power.shape[:-3], 13)))
-def _assess(
+def _launch_assess(
     power: Tensor,
     fy: Tensor,
     fx: Tensor,
@@ -269,13 +287,15 @@ def _assess(
     if found.numel() == 0:
         return found
     start, together = places.contiguous().unbind(0)
-    assess_frames[(math.prod(power.shape[:-3]),)](
-        power.contiguous(),
-        fy.contiguous(),
-        fx.contiguous(),
+    launch(
+        assess_frames,
+        math.prod(power.shape[:-3]),
+        power,
+        fy,
+        fx,
         start,
         together,
-        weights.contiguous(),
+        weights,
         found,
         *weights.shape[-2:],
         0.5 / spacing[0],
@@ -285,6 +305,5 @@ def _assess(
         TINY=torch.finfo(power.dtype).tiny,
         EPSILON=torch.finfo(power.dtype).eps,
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return found

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import operator
+from torchalign.kernels.sampling import block_of, kernel_dtype, launch, operator
 
 __all__ = ["blur", "blur_frames"]
 
@@ -31,10 +30,8 @@ def blur_frames(
 ):
     """One program: a block of pixels of one frame."""
     pixels = height * width
-    blocks = tl.cdiv(pixels, BLOCK)
-    plane = (tl.program_id(0) // blocks).to(tl.int64) * pixels
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < pixels
+    frame, place, live = block_of(pixels, BLOCK)
+    plane = frame * pixels
     x = place % width
     y = place // width
     if DOWN:
@@ -80,17 +77,18 @@ def _blur_axis(image: Tensor, weights: Tensor, down: bool, mirrored: bool) -> Te
     if image.numel() == 0:
         return blurred
     height, width = image.shape[-2:]
-    blur_frames[(math.prod(image.shape[:-2]) * triton.cdiv(height * width, _BLOCK),)](
-        image.contiguous(),
-        weights.contiguous(),
+    launch(
+        blur_frames,
+        math.prod(image.shape[:-2]) * triton.cdiv(height * width, _BLOCK),
+        image,
+        weights,
         blurred,
         height,
         width,
         weights.shape[0] - 1,
         DOWN=down,
         MIRRORED=mirrored,
-        COMPUTE=tl.float64 if image.dtype == torch.float64 else tl.float32,
+        COMPUTE=kernel_dtype(image),
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return blurred

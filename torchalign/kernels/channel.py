@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, is_finite, operator
+from torchalign.kernels.sampling import block_of, divide, is_finite, kernel_dtype, operator
 
 __all__ = ["channel_frames", "see"]
 
@@ -42,10 +42,7 @@ def channel_frames(
     BLOCK: tl.constexpr,
 ):
     """One program: a block of pixels of one frame."""
-    blocks = tl.cdiv(height * width, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < height * width
+    frame, place, live = block_of(height * width, BLOCK)
     x = (place % width).to(tl.int64)
     y = (place // width).to(tl.int64)
     pixels = frames + frame * stride_frame + y * stride_row + x * stride_column
@@ -121,7 +118,7 @@ def _see(cube: Tensor, mask: Tensor | None, channel: str, bands: list[int]) -> t
         *((0, 0, 0) if mask is None else masks.stride()),
         MODE=("band", "mean", "rgb_mean", "luminance").index(channel),
         MASKED=mask is not None,
-        COMPUTE=tl.float64 if seen.dtype == torch.float64 else tl.float32,
+        COMPUTE=kernel_dtype(seen),
         BLOCK=_BLOCK,
         enable_fp_fusion=False,
     )

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, operator
+from torchalign.kernels.sampling import divide, kernel_dtype, launch, operator, wave_of
 
-__all__ = ["MOST_BINS", "climb", "climb_frames", "waves"]
+__all__ = ["MOST_BINS", "climb", "climb_frames", "newton_step", "settled", "waves"]
 
 _BLOCK = 512
 # One program walks the spectrum of a frame, once a step: of larger ones the matrix products of torch are faster.
@@ -22,13 +22,24 @@ MOST_BINS = 2**18
 def waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE: tl.constexpr):
     """Angular frequencies of a block of bins, how often each counts, and the wave there."""
     live = place < bins
-    y = tl.load(fy + place // columns, mask=live, other=0)
-    x = tl.load(fx + place % columns, mask=live, other=0)
-    cycles = y * shift_y + x * shift_x
-    # within half a turn, where sine and cosine are at their best
-    angle = (cycles - tl.floor(cycles + 0.5)) * 6.283185307179586
+    y, x, cosine, sine = wave_of(place, live, columns, fy, fx, shift_x, shift_y)
     often = tl.where(live, 1.0, 0.0).to(COMPUTE) + tl.where(x > 0, 1.0, 0.0).to(COMPUTE)
-    return y * 6.283185307179586, x * 6.283185307179586, often, tl.cos(angle), tl.sin(angle)
+    return y * 6.283185307179586, x * 6.283185307179586, often, cosine, sine
+
+
+@triton.jit
+def newton_step(gx, gy, hxx, hyy, hxy, determinant, peak, LONGEST: tl.constexpr):
+    """The step to a maximum, cut along each axis; none where the surface is not curved as at a peak."""
+    safe = tl.where(peak, determinant, 1.0)
+    x = tl.where(peak, divide(hxy * gy - hyy * gx, safe), 0.0)
+    y = tl.where(peak, divide(hxy * gx - hxx * gy, safe), 0.0)
+    return tl.minimum(tl.maximum(x, -LONGEST), LONGEST), tl.minimum(tl.maximum(y, -LONGEST), LONGEST)
+
+
+@triton.jit
+def settled(shift, EPSILON: tl.constexpr):
+    """Identical frames are at exactly 0: what rounding leaves there is taken off."""
+    return tl.where(tl.abs(shift) < 64 * EPSILON, 0.0, shift)
 
 
 @triton.jit
@@ -82,16 +93,11 @@ def climb_frames(
         product = hxx * hyy
         determinant = product - hxy * hxy
         curved = (hxx < 0) & (determinant > EPSILON * product)
-        safe = tl.where(curved, determinant, 1.0)
-        step_x = tl.where(curved, divide(hxy * gy - hyy * gx, safe), 0.0)
-        step_y = tl.where(curved, divide(hxy * gx - hxx * gy, safe), 0.0)
-        step_x = tl.minimum(tl.maximum(step_x, -0.5), 0.5)
-        step_y = tl.minimum(tl.maximum(step_y, -0.5), 0.5)
+        step_x, step_y = newton_step(gx, gy, hxx, hyy, hxy, determinant, curved, 0.5)
         shift_x += step_x
         shift_y += step_y
-    # identical frames are at exactly 0: what rounding leaves there is taken off
-    tl.store(found + 2 * frame, tl.where(tl.abs(shift_x) < 64 * EPSILON, 0.0, shift_x))
-    tl.store(found + 2 * frame + 1, tl.where(tl.abs(shift_y) < 64 * EPSILON, 0.0, shift_y))
+    tl.store(found + 2 * frame, settled(shift_x, EPSILON))
+    tl.store(found + 2 * frame + 1, settled(shift_y, EPSILON))
     tl.store(last + 2 * frame, step_x)
     tl.store(last + 2 * frame + 1, step_y)
     tl.store(peaks + frame, curved.to(tl.uint8))
@@ -130,20 +136,21 @@ def _climb(power: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> 
     if found.numel() == 0:
         return found, last, peaks
     rows, columns = power.shape[-3:-1]
-    climb_frames[(math.prod(power.shape[:-3]),)](
-        power.contiguous(),
-        fy.contiguous(),
-        fx.contiguous(),
-        start.contiguous(),
+    launch(
+        climb_frames,
+        math.prod(power.shape[:-3]),
+        power,
+        fy,
+        fx,
+        start,
         found,
         last,
-        peaks.view(torch.uint8),
+        peaks,
         rows * columns,
         columns,
         steps,
-        COMPUTE=tl.float64 if power.dtype == torch.float64 else tl.float32,
+        COMPUTE=kernel_dtype(power),
         EPSILON=torch.finfo(power.dtype).eps,
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return found, last, peaks

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, kernel_dtype, operator
+from torchalign.kernels.sampling import block_of, divide, kernel_dtype, launch, operator
 
 __all__ = ["contrast", "contrast_frames", "open_frames", "opened", "smooth_frames", "unit_frames", "units"]
 
@@ -56,10 +56,7 @@ def smooth_frames(
 ):
     """One program: a block of samples of one frame. Means over 7 × 7 samples, triangular, the border continued."""
     samples = rows * columns
-    blocks = tl.cdiv(samples, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < samples
+    frame, place, live = block_of(samples, BLOCK)
     x = place % columns
     y = place // columns
     plane = field + frame * samples
@@ -95,10 +92,7 @@ def contrast_frames(
     BLOCK: tl.constexpr,
 ):
     """One program: a block of samples of one frame."""
-    blocks = tl.cdiv(samples, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < samples
+    frame, place, live = block_of(samples, BLOCK)
     at = frame * samples + place
     median = tl.load(typical + frame)
     total = tl.load(variance + at, mask=live, other=0) + tl.where(median == median, median, 0.0)
@@ -121,10 +115,7 @@ def open_frames(
 ):
     """One program: a block of samples of one frame; see functional.texture._cover."""
     samples = rows * columns
-    blocks = tl.cdiv(samples, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < samples
+    frame, place, live = block_of(samples, BLOCK)
     x = place % columns
     y = place // columns
     total = tl.zeros((BLOCK,), COMPUTE)
@@ -163,16 +154,17 @@ def units(field: Tensor, noise: Tensor, empty: Tensor) -> tuple[Tensor, Tensor] 
 def _units(field: Tensor, noise: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
     unit, flat = field.new_empty(noise.shape), empty.new_empty(noise.shape)
     if field.numel() > 0:
-        unit_frames[(unit.numel(),)](
-            field.contiguous(),
-            noise.contiguous(),
-            empty.contiguous().view(torch.uint8),
+        launch(
+            unit_frames,
+            unit.numel(),
+            field,
+            noise,
+            empty,
             unit,
-            flat.view(torch.uint8),
+            flat,
             field.shape[-2] * field.shape[-1],
             COMPUTE=kernel_dtype(field),
             BLOCK=_BLOCK,
-            enable_fp_fusion=False,
         )
     return unit, flat
 
@@ -203,15 +195,16 @@ def _smooth(field: Tensor, unit: Tensor, squared: bool) -> Tensor:
     result = field.new_empty(field.shape)
     if field.numel() > 0:
         samples = field.shape[-2] * field.shape[-1]
-        smooth_frames[(math.prod(field.shape[:-2]) * triton.cdiv(samples, _BLOCK),)](
-            field.contiguous(),
-            unit.contiguous(),
+        launch(
+            smooth_frames,
+            math.prod(field.shape[:-2]) * triton.cdiv(samples, _BLOCK),
+            field,
+            unit,
             result,
             *field.shape[-2:],
             SQUARED=squared,
             COMPUTE=kernel_dtype(field),
             BLOCK=_BLOCK,
-            enable_fp_fusion=False,
         )
     return result
 
@@ -229,11 +222,13 @@ def _contrast(
     plain, weighted = _contrast_like(detail, variance, typical, weights)
     if detail.numel() > 0:
         samples = detail.shape[-2] * detail.shape[-1]
-        contrast_frames[(math.prod(detail.shape[:-2]) * triton.cdiv(samples, _BLOCK),)](
-            detail.contiguous(),
-            variance.contiguous(),
-            typical.contiguous(),
-            detail if weights is None else weights.contiguous(),
+        launch(
+            contrast_frames,
+            math.prod(detail.shape[:-2]) * triton.cdiv(samples, _BLOCK),
+            detail,
+            variance,
+            typical,
+            detail if weights is None else weights,
             plain,
             weighted,
             samples,
@@ -241,7 +236,6 @@ def _contrast(
             # below it the derivative of the root overflows
             LEAST=torch.finfo(detail.dtype).tiny ** 0.5,
             BLOCK=_BLOCK,
-            enable_fp_fusion=False,
         )
     return plain, weighted
 
@@ -252,12 +246,13 @@ def opened(coverage: Tensor) -> Tensor:
     found = coverage.new_empty(coverage.shape)
     if coverage.numel() > 0:
         samples = coverage.shape[-2] * coverage.shape[-1]
-        open_frames[(math.prod(coverage.shape[:-2]) * triton.cdiv(samples, _BLOCK),)](
-            coverage.contiguous(),
+        launch(
+            open_frames,
+            math.prod(coverage.shape[:-2]) * triton.cdiv(samples, _BLOCK),
+            coverage,
             found,
             *coverage.shape[-2:],
             COMPUTE=kernel_dtype(coverage),
             BLOCK=_BLOCK,
-            enable_fp_fusion=False,
         )
     return found

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, kernel_dtype, operator
+from torchalign.kernels.sampling import divide, kernel_dtype, launch, operator
 
 __all__ = ["profile_frames", "repeat_frames", "repeated"]
 
@@ -162,9 +162,11 @@ def _sharpness(image: Tensor, usable: Tensor | None, strides: list[int]) -> Tens
     height, width = image.shape[-2:]
     image = image.contiguous()
     blocks = triton.cdiv(height - 2, _BLOCK) + triton.cdiv(width - 2, _BLOCK)
-    profile_frames[(math.prod(image.shape[:-2]) * blocks,)](
+    launch(
+        profile_frames,
+        math.prod(image.shape[:-2]) * blocks,
         image,
-        image if usable is None else usable.expand(image.shape).contiguous().view(torch.uint8),
+        image if usable is None else usable.expand(image.shape),
         profile,
         height,
         width,
@@ -172,7 +174,6 @@ def _sharpness(image: Tensor, usable: Tensor | None, strides: list[int]) -> Tens
         MASKED=usable is not None,
         COMPUTE=kernel_dtype(image),
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return profile
 
@@ -182,8 +183,10 @@ def _repeat(profile: Tensor, size: list[int], least: float) -> Tensor:
     factor = profile.new_empty(profile.shape[:-1], dtype=torch.int64)
     if factor.numel() == 0:
         return factor
-    repeat_frames[(factor.numel(),)](
-        profile.contiguous(),
+    launch(
+        repeat_frames,
+        factor.numel(),
+        profile,
         factor,
         *size,
         least,
@@ -191,6 +194,5 @@ def _repeat(profile: Tensor, size: list[int], least: float) -> Tensor:
         TINY=torch.finfo(profile.dtype).tiny,
         BLOCK=_BLOCK,
         FACTORS=_FACTORS,
-        enable_fp_fusion=False,
     )
     return factor

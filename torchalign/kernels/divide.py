@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.climb import MOST_BINS, waves
-from torchalign.kernels.sampling import divide, kernel_dtype, operator
+from torchalign.kernels.climb import MOST_BINS, newton_step, settled, waves
+from torchalign.kernels.sampling import block_of, divide, kernel_dtype, launch, operator
 
 __all__ = ["climb_divided", "divided_frames", "overlap_frames", "overlaps"]
 
@@ -36,10 +36,7 @@ def overlap_frames(
     BLOCK: tl.constexpr,
 ):
     """One program: a block of samples of one frame."""
-    blocks = tl.cdiv(samples, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < samples
+    frame, place, live = block_of(samples, BLOCK)
     here = frame * samples + place
     there = frame // group * samples + place
     weight = tl.load(own + here, mask=live, other=0)
@@ -130,16 +127,12 @@ def divided_frames(
             hxy += share * (divide(tl.sum(c11, 0), safe) - x1 * y1)
         determinant = hxx * hyy - hxy * hxy
         peak = peak & (hxx < 0) & (determinant > 0)
-        safe = tl.where(peak, determinant, 1.0)
-        step_x = tl.where(peak, divide(hxy * gy - hyy * gx, safe), 0.0)
-        step_y = tl.where(peak, divide(hxy * gx - hxx * gy, safe), 0.0)
-        step_x = tl.minimum(tl.maximum(step_x, -0.3), 0.3)
-        step_y = tl.minimum(tl.maximum(step_y, -0.3), 0.3)
+        step_x, step_y = newton_step(gx, gy, hxx, hyy, hxy, determinant, peak, 0.3)
         shift_x += step_x
         shift_y += step_y
     out = found + 4 * frame
-    tl.store(out, tl.where(tl.abs(shift_x) < 64 * EPSILON, 0.0, shift_x))
-    tl.store(out + 1, tl.where(tl.abs(shift_y) < 64 * EPSILON, 0.0, shift_y))
+    tl.store(out, settled(shift_x, EPSILON))
+    tl.store(out + 1, settled(shift_y, EPSILON))
     tl.store(out + 2, tl.sqrt(step_x * step_x + step_y * step_y))
     tl.store(out + 3, peak.to(COMPUTE))
 
@@ -194,7 +187,9 @@ def _overlaps(
         for part in (own, other, moved, weights, cover, moving)
     )
     frames, samples = math.prod(lead), size[0] * size[1]
-    overlap_frames[(frames * triton.cdiv(samples, _BLOCK),)](
+    launch(
+        overlap_frames,
+        frames * triton.cdiv(samples, _BLOCK),
         own,
         other,
         moved,
@@ -210,7 +205,6 @@ def _overlaps(
         COVERED=cover is not fields,
         OTHER_COVERED=len(theirs) > 1,
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return fields
 
@@ -244,11 +238,13 @@ def _climb_divided(spectra: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps
         return found
     rows, columns = spectra.shape[-3:-1]
     frames = math.prod(spectra.shape[2:-3])
-    divided_frames[(frames,)](
-        spectra.contiguous(),
-        fy.contiguous(),
-        fx.contiguous(),
-        start.contiguous(),
+    launch(
+        divided_frames,
+        frames,
+        spectra,
+        fy,
+        fx,
+        start,
         found,
         frames,
         rows * columns,
@@ -257,6 +253,5 @@ def _climb_divided(spectra: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps
         COMPUTE=kernel_dtype(spectra),
         EPSILON=torch.finfo(spectra.dtype).eps,
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return found

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, operator
+from torchalign.kernels.sampling import divide, kernel_dtype, launch, operator
 
 __all__ = ["MOST_SAMPLES", "peak", "peak_frames"]
 
@@ -125,8 +125,10 @@ def _peak(surface: Tensor, steps: list[float], reach: float, margin: float, leas
     found = surface.new_empty((*surface.shape[:-2], 6))
     if found.numel() == 0:
         return found
-    peak_frames[(math.prod(surface.shape[:-2]),)](
-        surface.contiguous(),
+    launch(
+        peak_frames,
+        math.prod(surface.shape[:-2]),
+        surface,
         found,
         *surface.shape[-2:],
         *steps,
@@ -134,8 +136,7 @@ def _peak(surface: Tensor, steps: list[float], reach: float, margin: float, leas
         margin,
         least,
         TINY=torch.finfo(surface.dtype).tiny,
-        COMPUTE=tl.float64 if surface.dtype == torch.float64 else tl.float32,
+        COMPUTE=kernel_dtype(surface),
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return found

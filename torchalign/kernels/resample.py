@@ -11,14 +11,13 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     KINDS,
-    cubic_weight,
-    displacement,
+    block_of,
     divide,
+    interpolate,
     is_finite,
-    lerp,
     operator,
     padded,
-    read,
+    source_of,
 )
 
 __all__ = ["resample", "resample_frames"]
@@ -41,7 +40,7 @@ _COMPUTE = {
 
 
 @triton.jit
-def _restore(values, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, COMPUTE: tl.constexpr):
+def _rounded(values, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, COMPUTE: tl.constexpr):
     """Rounded half to even, and clamped: what is added and taken off again leaves no place for a fraction."""
     if COMPUTE == tl.float64:  # noqa: SIM108, SIM300
         whole = 6755399441055744.0  # 1.5 · 2⁵²
@@ -76,7 +75,7 @@ def _chosen(
     elif INTERPOLATION == 2:
         computed = total
     if not FLOATING:
-        computed = _restore(computed, LOWEST, HIGHEST, COMPUTE)
+        computed = _rounded(computed, LOWEST, HIGHEST, COMPUTE)
     result = computed.to(nearest.dtype)
     if FLOATING or MASKED:
         result = tl.where(near_usable, result, nearest)
@@ -118,26 +117,14 @@ def resample_frames(
     """One program: a block of output pixels of one frame, all of its bands."""
     rows = (height + step - 1) // step
     columns = (width + step - 1) // step
-    blocks = tl.cdiv(rows * columns, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < rows * columns
+    frame, place, live = block_of(rows * columns, BLOCK)
     x = (place % columns) * step
     y = (place // columns) * step
 
     LENGTH: tl.constexpr = 2 if KIND == 0 else (6 if KIND == 1 else 9)
-    dx, dy = displacement(motion + frame * LENGTH, x.to(POSITION), y.to(POSITION), KIND, POSITION)
-    whole_x = tl.floor(dx)
-    whole_y = tl.floor(dy)
-    fx = (dx - whole_x).to(COMPUTE)
-    fy = (dy - whole_y).to(COMPUTE)
-    column = x + whole_x.to(tl.int32)
-    row = y + whole_y.to(tl.int32)
-    right = fx >= 0.5
-    lower = fy >= 0.5
-    near_column = column + right.to(tl.int32)
-    near_row = row + lower.to(tl.int32)
-    inside = (near_column >= 0) & (near_column < width) & (near_row >= 0) & (near_row < height)
+    column, row, fx, fy, near_column, near_row, inside = source_of(
+        motion + frame * LENGTH, x, y, height, width, KIND, POSITION, COMPUTE
+    )
     near_column = padded(near_column, width, PADDING == 2).to(INDEX)
     near_row = padded(near_row, height, PADDING == 2).to(INDEX)
     near_mask = near_row * mask_row + near_column * mask_column
@@ -158,64 +145,14 @@ def resample_frames(
         if INTERPOLATION == 0:
             result = nearest
         else:
-            total = tl.zeros_like(fx)
-            met = tl.zeros_like(fx)
-            for j in tl.static_range(4):
-                if INTERPOLATION == 2 or (j == 1 or j == 2):
-                    at_row = padded(row + (j - 1), height, PADDING == 2).to(INDEX)
-                    weight_y = cubic_weight(fy, j)
-                    if INTERPOLATION == 2:
-                        line = tl.zeros_like(fx)
-                        met_line = tl.zeros_like(fx)
-                    for i in tl.static_range(4):
-                        if INTERPOLATION == 2 or (i == 1 or i == 2):
-                            at_column = padded(column + (i - 1), width, PADDING == 2).to(INDEX)
-                            tap, good = read(
-                                pixels,
-                                usable,
-                                at_row * stride_row + at_column * stride_column,
-                                at_row * mask_row + at_column * mask_column,
-                                live,
-                                COMPUTE,
-                                FLOATING,
-                                MASKED,
-                            )
-                            share = good.to(COMPUTE)
-                            if INTERPOLATION == 2:
-                                weight_x = cubic_weight(fx, i)
-                                line += weight_x * tap
-                                if FLOATING or MASKED:
-                                    met_line += tl.abs(weight_x) * (1 - share)
-                            if i == 1:
-                                left = tap
-                                left_share = share
-                            elif i == 2:
-                                level = lerp(left, tap, fx)
-                                level_share = lerp(left_share, share, fx)
-                    if INTERPOLATION == 2:
-                        total += weight_y * line
-                        if FLOATING or MASKED:
-                            met += tl.abs(weight_y) * met_line
-                    if j == 1:
-                        above = level
-                        above_share = level_share
-                    elif j == 2:
-                        linear = lerp(above, level, fy)
-                        linear_share = lerp(above_share, level_share, fy)
+            linear, linear_share, total, met = interpolate(
+                pixels, usable, column, row, fx, fy, height, width, (stride_row, stride_column),
+                (mask_row, mask_column), live, INTERPOLATION, PADDING == 2, FLOATING, MASKED, INDEX, COMPUTE,
+            )  # fmt: skip
             result = _chosen(
-                linear,
-                linear_share,
-                total,
-                met,
-                nearest,
-                near_usable,
-                INTERPOLATION,
-                FLOATING,
-                MASKED,
-                LOWEST,
-                HIGHEST,
-                COMPUTE,
-            )
+                linear, linear_share, total, met, nearest, near_usable,
+                INTERPOLATION, FLOATING, MASKED, LOWEST, HIGHEST, COMPUTE,
+            )  # fmt: skip
         if FILLED:
             result = tl.where(
                 inside & near_usable, result, tl.full(result.shape, fill, COMPUTE).to(nearest.dtype)

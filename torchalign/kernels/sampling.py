@@ -19,16 +19,21 @@ from torch import Tensor
 
 __all__ = [
     "KINDS",
+    "block_of",
     "bounded",
     "cubic_weight",
     "displacement",
     "divide",
+    "interpolate",
     "is_finite",
     "kernel_dtype",
+    "launch",
     "lerp",
     "operator",
     "padded",
     "read",
+    "source_of",
+    "wave_of",
 ]
 
 # entries of a motion: a shift (x, y), an affine warp, a homography
@@ -36,6 +41,26 @@ KINDS = {2: 0, 6: 1, 9: 2}
 
 # beyond this many pixels a displacement is cut, as in functional.warp
 _FARTHEST = tl.constexpr(2.0**22)
+
+
+@triton.jit
+def block_of(count, BLOCK: tl.constexpr):
+    """The frame of a program, its block of the frame's ``count`` places, and which of these exist."""
+    blocks = tl.cdiv(count, BLOCK)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    return frame, place, place < count
+
+
+@triton.jit
+def wave_of(place, live, columns, fy, fx, shift_x, shift_y):
+    """The frequencies (y, x) of a block of bins, and cosine and sine of the phase of a shift there."""
+    y = tl.load(fy + place // columns, mask=live, other=0)
+    x = tl.load(fx + place % columns, mask=live, other=0)
+    cycles = x * shift_x + y * shift_y
+    # within half a turn, where sine and cosine are at their best
+    angle = (cycles - tl.floor(cycles + 0.5)) * 6.283185307179586
+    return y, x, tl.cos(angle), tl.sin(angle)
 
 
 @triton.jit
@@ -109,6 +134,22 @@ def displacement(motion, x, y, KIND: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def source_of(motion, x, y, height, width, KIND: tl.constexpr, POSITION: tl.constexpr, COMPUTE: tl.constexpr):
+    """Whole and fractional source positions, the nearest pixel, and whether it is one of the frame's."""
+    dx, dy = displacement(motion, x.to(POSITION), y.to(POSITION), KIND, POSITION)
+    whole_x = tl.floor(dx)
+    whole_y = tl.floor(dy)
+    fx = (dx - whole_x).to(COMPUTE)
+    fy = (dy - whole_y).to(COMPUTE)
+    column = x + whole_x.to(tl.int32)
+    row = y + whole_y.to(tl.int32)
+    near_column = column + (fx >= 0.5).to(tl.int32)
+    near_row = row + (fy >= 0.5).to(tl.int32)
+    inside = (near_column >= 0) & (near_column < width) & (near_row >= 0) & (near_row < height)
+    return column, row, fx, fy, near_column, near_row, inside
+
+
+@triton.jit
 def padded(index, length, REFLECT: tl.constexpr):
     """Indices into a line of ``length`` pixels, which is continued beyond its ends."""
     if REFLECT:  # … 1 0 | 0 1 2 … L−1 | L−1 L−2 …, period 2L
@@ -147,6 +188,55 @@ def read(
     return tl.where(good, values, 0.0), good
 
 
+@triton.jit
+def interpolate(
+    pixels, usable, column, row, fx, fy, height, width, strides, mask_strides, live,
+    INTERPOLATION: tl.constexpr, REFLECT: tl.constexpr, FLOATING: tl.constexpr, MASKED: tl.constexpr,
+    INDEX: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The bilinear value and the share of it that is usable; the bicubic one, and what of it met unusable pixels.
+
+    Strides are those of rows and columns. ``INTERPOLATION`` is 1 (bilinear alone) or 2.
+    """
+    total = tl.zeros_like(fx)
+    met = tl.zeros_like(fx)
+    for j in tl.static_range(4):
+        if INTERPOLATION == 2 or (j == 1 or j == 2):
+            at_row = padded(row + (j - 1), height, REFLECT).to(INDEX)
+            weight_y = cubic_weight(fy, j)
+            line = tl.zeros_like(fx)
+            met_line = tl.zeros_like(fx)
+            for i in tl.static_range(4):
+                if INTERPOLATION == 2 or (i == 1 or i == 2):
+                    at_column = padded(column + (i - 1), width, REFLECT).to(INDEX)
+                    at = at_row * strides[0] + at_column * strides[1]
+                    at_mask = at_row * mask_strides[0] + at_column * mask_strides[1]
+                    tap, good = read(pixels, usable, at, at_mask, live, COMPUTE, FLOATING, MASKED)
+                    share = good.to(COMPUTE)
+                    if INTERPOLATION == 2:
+                        weight_x = cubic_weight(fx, i)
+                        line += weight_x * tap
+                        if FLOATING or MASKED:
+                            met_line += tl.abs(weight_x) * (1 - share)
+                    if i == 1:
+                        left = tap
+                        left_share = share
+                    elif i == 2:
+                        level = lerp(left, tap, fx)
+                        level_share = lerp(left_share, share, fx)
+            if INTERPOLATION == 2:
+                total += weight_y * line
+                if FLOATING or MASKED:
+                    met += tl.abs(weight_y) * met_line
+            if j == 1:
+                above = level
+                above_share = level_share
+            elif j == 2:
+                linear = lerp(above, level, fy)
+                linear_share = lerp(above_share, level_share, fy)
+    return linear, linear_share, total, met
+
+
 def operator(name: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes an operator of a function that launches a kernel.
 
@@ -173,3 +263,15 @@ def operator(name: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any
 def kernel_dtype(tensor: Tensor) -> tl.dtype:
     """What a kernel computes in."""
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel over contiguous tensors; bool ones are seen as bytes, 0 and 1."""
+
+    def given(argument: Any) -> Any:
+        if not isinstance(argument, Tensor):
+            return argument
+        argument = argument.contiguous()
+        return argument.view(torch.uint8) if argument.dtype == torch.bool else argument
+
+    kernel[(programs,)](*map(given, arguments), enable_fp_fusion=False, **constants)

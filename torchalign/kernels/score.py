@@ -12,13 +12,13 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     KINDS,
-    cubic_weight,
-    displacement,
     divide,
-    lerp,
+    interpolate,
+    kernel_dtype,
+    launch,
     operator,
     padded,
-    read,
+    source_of,
 )
 
 __all__ = ["score", "score_frames"]
@@ -29,16 +29,9 @@ _BLOCK = 256
 @triton.jit
 def _nearest(motion, x, y, height, width, KIND: tl.constexpr, COMPUTE: tl.constexpr):
     """Whole and fractional source positions, the nearest pixel, and whether it is one of the frame's."""
-    dx, dy = displacement(motion, x.to(COMPUTE), y.to(COMPUTE), KIND, COMPUTE)
-    whole_x = tl.floor(dx)
-    whole_y = tl.floor(dy)
-    fx = dx - whole_x
-    fy = dy - whole_y
-    column = x + whole_x.to(tl.int32)
-    row = y + whole_y.to(tl.int32)
-    near_column = column + (fx >= 0.5).to(tl.int32)
-    near_row = row + (fy >= 0.5).to(tl.int32)
-    inside = (near_column >= 0) & (near_column < width) & (near_row >= 0) & (near_row < height)
+    column, row, fx, fy, near_column, near_row, inside = source_of(
+        motion, x, y, height, width, KIND, COMPUTE, COMPUTE
+    )
     near = padded(near_row, height, False).to(tl.int64) * width + padded(near_column, width, False)
     return column, row, fx, fy, near, inside
 
@@ -48,36 +41,11 @@ def _bicubic(
     plane, usable, column, row, fx, fy, height, width, live, MASKED: tl.constexpr, COMPUTE: tl.constexpr
 ):
     """Keys' kernel over a finite image, which gives way to the bilinear one where it meets an unusable pixel."""
-    total = tl.zeros_like(fx)
-    met = tl.zeros_like(fx)
-    for j in tl.static_range(4):
-        at_row = padded(row + (j - 1), height, False).to(tl.int64) * width
-        weight_y = cubic_weight(fy, j)
-        line = tl.zeros_like(fx)
-        met_line = tl.zeros_like(fx)
-        for i in tl.static_range(4):
-            at = at_row + padded(column + (i - 1), width, False)
-            tap, good = read(plane, usable, at, at, live, COMPUTE, False, MASKED)
-            share = good.to(COMPUTE)
-            weight_x = cubic_weight(fx, i)
-            line += weight_x * tap
-            if MASKED:
-                met_line += tl.abs(weight_x) * (1 - share)
-            if i == 1:
-                left = tap
-                left_share = share
-            elif i == 2:
-                level = lerp(left, tap, fx)
-                level_share = lerp(left_share, share, fx)
-        total += weight_y * line
-        if MASKED:
-            met += tl.abs(weight_y) * met_line
-        if j == 1:
-            above = level
-            above_share = level_share
-        elif j == 2:
-            linear = lerp(above, level, fy)
-            linear_share = lerp(above_share, level_share, fy)
+    strides = (width, 1)
+    linear, linear_share, total, met = interpolate(
+        plane, usable, column, row, fx, fy, height, width, strides, strides, live, 2, False, False, MASKED,
+        tl.int64, COMPUTE,
+    )  # fmt: skip
     if MASKED:
         # where the nearest pixel is usable, which is where it counts, the share is 1/4 or more
         linear = divide(linear, tl.where(linear_share > 0, linear_share, 1.0))
@@ -246,13 +214,15 @@ def _score(
             image.expand(*lead, moving.shape[-3], height, width) for image in (reference, reference_usable)
         )
         shared = False
-    score_frames[(frames * (motions.shape[0] + 1),)](
-        moving.contiguous(),
+    launch(
+        score_frames,
+        frames * (motions.shape[0] + 1),
+        moving,
         plane(reference),
-        motions.contiguous(),
+        motions,
         plane(moving_usable),
         plane(reference_usable),
-        moving if weight is None else weight.contiguous(),
+        moving if weight is None else weight,
         scores,
         frames,
         moving.shape[-3] if shared else 1,
@@ -264,8 +234,7 @@ def _score(
         MASKED=moving_usable is not None,
         REFERENCE_MASKED=reference_usable is not None,
         WEIGHTED=weight is not None,
-        COMPUTE=tl.float64 if moving.dtype == torch.float64 else tl.float32,
+        COMPUTE=kernel_dtype(moving),
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return scores

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, kernel_dtype, operator
+from torchalign.kernels.sampling import block_of, divide, kernel_dtype, launch, operator
 
 __all__ = ["MOST_PIXELS", "cover_frames", "coverage", "fill", "fill_frames", "mean_frames"]
 
@@ -56,10 +56,7 @@ def fill_frames(
 ):
     """One program: a block of pixels of one frame; where all are usable, it reads each once."""
     pixels = height * width
-    blocks = tl.cdiv(pixels, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < pixels
+    frame, place, live = block_of(pixels, BLOCK)
     plane = image + frame * pixels
     mask = usable + frame * pixels
     mean = tl.load(means + 2 * frame)
@@ -100,10 +97,7 @@ def cover_frames(
     BLOCK: tl.constexpr,
 ):
     """One program: a block of samples of one frame; windows as in ``F.interpolate(mode="area")``."""
-    blocks = tl.cdiv(rows * columns, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < rows * columns
+    frame, place, live = block_of(rows * columns, BLOCK)
     y = place // columns
     x = place % columns
     top = (y * height) // rows
@@ -144,14 +138,15 @@ def _usable_mean(image: Tensor, usable: Tensor) -> Tensor:
     means = image.new_empty((*image.shape[:-2], 2))
     if image.numel() == 0:
         return means
-    mean_frames[(math.prod(image.shape[:-2]),)](
-        image.contiguous(),
-        usable.contiguous().view(torch.uint8),
+    launch(
+        mean_frames,
+        math.prod(image.shape[:-2]),
+        image,
+        usable,
         means,
         image.shape[-2] * image.shape[-1],
         COMPUTE=kernel_dtype(image),
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return means
 
@@ -162,9 +157,11 @@ def _fill_with(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Te
     if image.numel() == 0:
         return filled
     height, width = image.shape[-2:]
-    fill_frames[(math.prod(image.shape[:-2]) * triton.cdiv(height * width, _BLOCK),)](
-        image.contiguous(),
-        usable.contiguous().view(torch.uint8),
+    launch(
+        fill_frames,
+        math.prod(image.shape[:-2]) * triton.cdiv(height * width, _BLOCK),
+        image,
+        usable,
         means,
         filled,
         height,
@@ -172,7 +169,6 @@ def _fill_with(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Te
         least,
         COMPUTE=kernel_dtype(image),
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return filled
 
@@ -188,17 +184,19 @@ def coverage(usable: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tenso
     Returns:
         (..., h, w).
     """
-    return _coverage(usable, list(size), dtype)
+    return _launch_coverage(usable, list(size), dtype)
 
 
 @operator("coverage", lambda usable, size, dtype: usable.new_empty((*usable.shape[:-2], *size), dtype=dtype))
-def _coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
+def _launch_coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     share = usable.new_empty((*usable.shape[:-2], *size), dtype=dtype)
     if share.numel() == 0:
         return share
     height, width = usable.shape[-2:]
-    cover_frames[(math.prod(usable.shape[:-2]) * triton.cdiv(size[0] * size[1], _BLOCK),)](
-        usable.contiguous().view(torch.uint8),
+    launch(
+        cover_frames,
+        math.prod(usable.shape[:-2]) * triton.cdiv(size[0] * size[1], _BLOCK),
+        usable,
         share,
         height,
         width,
@@ -209,6 +207,5 @@ def _coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
         ),
         COMPUTE=kernel_dtype(share),
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return share

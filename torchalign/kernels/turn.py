@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import operator
+from torchalign.kernels.sampling import block_of, kernel_dtype, launch, operator, wave_of
 
 __all__ = ["common_window", "pull_frames", "pulls", "tukey", "turn", "turn_frames", "window_frames"]
 
@@ -29,17 +29,10 @@ def turn_frames(
     BLOCK: tl.constexpr,
 ):
     """One program: a block of bins of one frame."""
-    blocks = tl.cdiv(bins, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < bins
-    y = tl.load(fy + place // columns, mask=live, other=0)
-    x = tl.load(fx + place % columns, mask=live, other=0)
-    cycles = x * tl.load(shift + 2 * frame) + y * tl.load(shift + 2 * frame + 1)
-    # within half a turn, where sine and cosine are at their best
-    angle = (cycles - tl.floor(cycles + 0.5)) * 6.283185307179586
-    cosine = tl.cos(angle)
-    sine = tl.sin(angle)
+    frame, place, live = block_of(bins, BLOCK)
+    shift_x = tl.load(shift + 2 * frame)
+    shift_y = tl.load(shift + 2 * frame + 1)
+    _, _, cosine, sine = wave_of(place, live, columns, fy, fx, shift_x, shift_y)
     source = spectrum + (frame // repeat) * bins * 2 + 2 * place
     real = tl.load(source, mask=live, other=0)
     imaginary = tl.load(source + 1, mask=live, other=0)
@@ -65,16 +58,10 @@ def pull_frames(
     BLOCK: tl.constexpr,
 ):
     """One program: a block of bins of one frame. See functional.uncertainty.block_pulls."""
-    blocks = tl.cdiv(bins, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < bins
-    y = tl.load(fy + place // columns, mask=live, other=0)
-    x = tl.load(fx + place % columns, mask=live, other=0)
-    cycles = x * tl.load(shift + 2 * frame) + y * tl.load(shift + 2 * frame + 1)
-    angle = (cycles - tl.floor(cycles + 0.5)) * 6.283185307179586
-    cosine = tl.cos(angle)
-    sine = tl.sin(angle)
+    frame, place, live = block_of(bins, BLOCK)
+    shift_x = tl.load(shift + 2 * frame)
+    shift_y = tl.load(shift + 2 * frame + 1)
+    y, x, cosine, sine = wave_of(place, live, columns, fy, fx, shift_x, shift_y)
     a = tl.load(moving + frame * bins * 2 + 2 * place, mask=live, other=0)
     b = tl.load(moving + frame * bins * 2 + 2 * place + 1, mask=live, other=0)
     real = a * cosine - b * sine
@@ -117,10 +104,7 @@ def window_frames(
     BLOCK: tl.constexpr,
 ):
     """One program: a block of samples of one frame."""
-    blocks = tl.cdiv(rows * columns, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    live = place < rows * columns
+    frame, place, live = block_of(rows * columns, BLOCK)
     zero = tl.zeros((BLOCK,), COMPUTE)
     high = zero + tl.cast(height, COMPUTE)
     wide = zero + tl.cast(width, COMPUTE)
@@ -163,17 +147,18 @@ def _turn(spectrum: Tensor, fy: Tensor, fx: Tensor, shift: Tensor) -> Tensor:
         return turned
     rows, columns = spectrum.shape[-3:-1]
     frames, given = math.prod(shift.shape[:-1]), math.prod(spectrum.shape[:-3])
-    turn_frames[(frames * triton.cdiv(rows * columns, _BLOCK),)](
-        spectrum.contiguous(),
-        fy.contiguous(),
-        fx.contiguous(),
-        shift.contiguous(),
+    launch(
+        turn_frames,
+        frames * triton.cdiv(rows * columns, _BLOCK),
+        spectrum,
+        fy,
+        fx,
+        shift,
         turned,
         rows * columns,
         columns,
         frames // given,
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return turned
 
@@ -201,15 +186,16 @@ def _common_window(shift: Tensor, size: list[int], frame: list[int], ramps: list
     if window.numel() == 0:
         return window
     frames = math.prod(shift.shape[:-1])
-    window_frames[(frames * triton.cdiv(size[0] * size[1], _BLOCK),)](
-        shift.contiguous(),
+    launch(
+        window_frames,
+        frames * triton.cdiv(size[0] * size[1], _BLOCK),
+        shift,
         window,
         *size,
         *map(float, frame),
         *ramps,
-        COMPUTE=tl.float64 if shift.dtype == torch.float64 else tl.float32,
+        COMPUTE=kernel_dtype(shift),
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return window
 
@@ -249,20 +235,21 @@ def _pulls(
     lead, (rows, columns) = moving.shape[:-3], moving.shape[-3:-1]
     shared = len(lead) > 0 and reference.ndim == moving.ndim and reference.shape[-4] == 1
     kept = (*lead[:-1], 1) if shared else lead
-    pull_frames[(math.prod(lead) * triton.cdiv(rows * columns, _BLOCK),)](
-        moving.contiguous(),
-        reference.expand(*kept, *reference.shape[-3:]).contiguous(),
-        fy.contiguous(),
-        fx.contiguous(),
-        shift.expand(*lead, 2).contiguous(),
-        root.contiguous(),
+    launch(
+        pull_frames,
+        math.prod(lead) * triton.cdiv(rows * columns, _BLOCK),
+        moving,
+        reference.expand(*kept, *reference.shape[-3:]),
+        fy,
+        fx,
+        shift.expand(*lead, 2),
+        root,
         spectra,
         rows * columns,
         columns,
         lead[-1] if shared else 1,
         math.pi * samples,
-        COMPUTE=tl.float64 if moving.dtype == torch.float64 else tl.float32,
+        COMPUTE=kernel_dtype(moving),
         BLOCK=_BLOCK,
-        enable_fp_fusion=False,
     )
     return spectra

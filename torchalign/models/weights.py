@@ -186,7 +186,7 @@ def find_weights(name: str) -> Path | None:
         '.pth'
     """
     return next(
-        (place.path for place in _candidates(_entry(name)) if place.path and place.path.is_file()), None
+        (place.path for place in _candidates(_weight_file(name)) if place.path and place.path.is_file()), None
     )
 
 
@@ -208,7 +208,7 @@ def load_weights(
     Warns:
         UserWarning: a file whose licence forbids commercial use, or that looks like it.
     """
-    entry = _entry(name)
+    entry = _weight_file(name)
     if isinstance(weights, Mapping):
         tensors = _tensors(dict(weights), f"{name}: the state dict")
         _warn_of_licence(None, tensors)
@@ -273,7 +273,7 @@ def weights_table() -> str:
 # --------------------------------------------------------------------------------------------------------- pieces
 
 
-def _entry(name: str) -> WeightFile:
+def _weight_file(name: str) -> WeightFile:
     if name not in WEIGHTS:
         raise ValueError(message("weights", f"one of {tuple(WEIGHTS)}", repr(name), "choose one of these"))
     return WEIGHTS[name]

@@ -26,7 +26,7 @@ _KNEE = 0.7  # of the display range; above it clouds are compressed instead of c
 _SHADE = 0.15  # of the display range; so much below black, shadows of clouds still differ
 
 
-class Frames(NamedTuple):
+class FrameImages(NamedTuple):
     """A cube's display bands, (T, H, W, 3) float32, NaN for nodata, and the labels of its frames."""
 
     values: Array
@@ -55,7 +55,7 @@ def check_same(cube: xr.DataArray, aligned: xr.DataArray) -> tuple[int, int, int
     return shapes[0]
 
 
-def load_frames(cube: xr.DataArray, name: str, bands: Sequence[Hashable] | None) -> Frames:
+def load_frames(cube: xr.DataArray, name: str, bands: Sequence[Hashable] | None) -> FrameImages:
     """The display bands, in memory; three of them, or one three times."""
     dims = find_dims(cube, name)
     chosen, words = cube, "one band"
@@ -73,7 +73,7 @@ def load_frames(cube: xr.DataArray, name: str, bands: Sequence[Hashable] | None)
     values = values if "band" in dims else values[..., None]
     if values.shape[-1] == 1:
         values = values.repeat(3, -1)
-    return Frames(values, time_labels(cube, dims["time"]), words)
+    return FrameImages(values, time_labels(cube, dims["time"]), words)
 
 
 def display_bands(cube: xr.DataArray, dim: Hashable, bands: Sequence[Hashable] | None) -> list[int]:
