@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import torch
 from contract import Behaviour, Case, Results
 
 import torchalign as ta
@@ -51,9 +52,40 @@ def each(cases: dict[str, Case]):
     return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
 
 
-@each(ALIGNERS | OPTIONS)
+@each(ALIGNERS)
 class TestResults(Results):
     pass
+
+
+@each(OPTIONS)
+class TestOptions(Results):
+    """Of each option all tests, of a few kinds each; and none of what the base class does, whatever the option."""
+
+    test_no_frames = test_masks_broadcast = test_a_bad_frame_in_a_batch_of_series = None
+
+    @pytest.mark.parametrize("kind", ["nan", "10000", "alternating"])
+    def test_a_bad_frame_is_left_alone_and_leaves_alone(self, case, kind):
+        super().test_a_bad_frame_is_left_alone_and_leaves_alone(case, kind)
+
+    @pytest.mark.parametrize("kind", ["0", "3e38", "one pixel"])
+    def test_a_bad_reference(self, case, kind):
+        super().test_a_bad_reference(case, kind)
+
+    @pytest.mark.parametrize("size", [(1, 40), (5, 7)], ids=str)
+    def test_tiny_images(self, case, size):
+        super().test_tiny_images(case, size)
+
+    @pytest.mark.parametrize("where", ["wedge", "stripes", "many scattered"])
+    def test_missing_pixels_do_not_pull(self, case, where):
+        super().test_missing_pixels_do_not_pull(case, where)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+    def test_dtypes(self, case, dtype):
+        super().test_dtypes(case, dtype)
+
+    @pytest.mark.parametrize("crop", [1000, (96, 79)], ids=str)
+    def test_crop_center(self, case, crop):
+        super().test_crop_center(case, crop)
 
 
 @each(ALIGNERS)
