@@ -22,9 +22,11 @@ ALIGNERS = {
     "ECC": Case(ta.ECC, global_search=False),
     "Cascade": Case(cascade),
     "Local": Case(ta.Local),
-    "Cascade with Local": Case(lambda **options: ta.Cascade(ta.PCC(**options), ta.Local(**options))),
     # it tells ground from cloud pixel by pixel: rounding moves one or the other across the line
     "LGM": Case(partial(ta.LGM, max_num_keypoints=128), grid=0.002),
+}
+TOGETHER = {
+    "Cascade with Local": Case(lambda **options: ta.Cascade(ta.PCC(**options), ta.Local(**options))),
 }
 OPTIONS = {
     "PCC classic": Case(partial(ta.PCC, **old), accuracy=0.2, steadiness=0.12),
@@ -57,11 +59,12 @@ class TestResults(Results):
     pass
 
 
-@each(OPTIONS)
+@each(TOGETHER | OPTIONS)
 class TestOptions(Results):
     """Of each option all tests, of a few kinds each; and none of what the base class does, whatever the option."""
 
     test_no_frames = test_masks_broadcast = test_a_bad_frame_in_a_batch_of_series = None
+    test_chunks_of_a_long_series_of_references_and_inits = None
 
     @pytest.mark.parametrize("kind", ["nan", "10000", "alternating"])
     def test_a_bad_frame_is_left_alone_and_leaves_alone(self, case, kind):
@@ -88,6 +91,6 @@ class TestOptions(Results):
         super().test_crop_center(case, crop)
 
 
-@each(ALIGNERS)
+@each(ALIGNERS | TOGETHER)
 class TestBehaviour(Behaviour):
     pass
