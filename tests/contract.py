@@ -54,7 +54,7 @@ def stack(frames: int = FRAMES, clouds: float = 0.0, seed: int = 3):
     return fractal_stack(frames, size=SIZE, bands=4, noise=0.002, cloud_fraction=clouds, seed=seed)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def plainly(case: Case, frames: int = FRAMES) -> ta.Alignment:
     """What the aligner makes of `stack(frames)`, to compare with: made once, and not to be written."""
     data = stack(frames)

@@ -289,8 +289,7 @@ def test_score_of_flat_frames_large_numbers_and_one_reference_each():
     torch.testing.assert_close(found[..., 0], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [(8, 5), (24, 31)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, (8, 5)), (torch.float32, (24, 31))])
 def test_climb(dtype, size, by_torch):
     draw = generator(17)
     height, width = size
@@ -322,9 +321,16 @@ def test_climb(dtype, size, by_torch):
     assert torch.equal(found, curved)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize(
-    ("channel", "bands"), [("mean", ()), ("band", (2,)), ("rgb_mean", (3, 2, 1)), ("luminance", (3, 2, 1))]
+    ("dtype", "channel", "bands"),
+    [
+        (torch.float32, "mean", ()),
+        (torch.float64, "mean", ()),
+        (torch.float16, "band", (2,)),
+        (torch.float64, "band", (2,)),
+        (torch.float32, "rgb_mean", (3, 2, 1)),
+        (torch.float16, "luminance", (3, 2, 1)),
+    ],
 )
 def test_see(dtype, channel, bands):
     draw, masked = generator(19), dtype != torch.float64
@@ -396,8 +402,7 @@ def test_texture_with_holes(frame, size, by_torch):
     torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("dtype", "shared"), [(torch.float32, True), (torch.float64, False)])
 def test_a_peak_assessed_and_divided(dtype, shared, by_torch):
     cube, _, mask = series()
     image = cube.nan_to_num(0.0, 0.0, 0.0).mean(1).to(dtype)

@@ -155,7 +155,7 @@ def fractal(
     return (0.4 + 0.1 * stack).clamp(0, 1)
 
 
-_fractal = functools.lru_cache(maxsize=4)(fractal)
+_fractal = functools.lru_cache(maxsize=8)(fractal)
 
 
 def fractal_stack(

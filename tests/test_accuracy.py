@@ -42,7 +42,7 @@ def quantiles(errors):
     ],
 )
 def test_errors_on_landsat(simulate, clouds, masked, median, tail):
-    data = simulate(frames=64, cloud_fraction=clouds, seed=0)
+    data = simulate(frames=32, cloud_fraction=clouds, seed=0)
     estimate = ta.PCC().estimate(data.cube, data.reference, data.clear if masked else None)
     assert estimate.valid.all()
     found = quantiles(shift_errors(estimate, data.shift))
@@ -55,7 +55,7 @@ def test_errors_on_landsat(simulate, clouds, masked, median, tail):
 )
 def test_errors_on_the_fractal_scene(clouds, median, tail):
     # the same on a synthetic scene, which needs no data
-    data = fractal_stack(32, cloud_fraction=clouds)
+    data = fractal_stack(24, cloud_fraction=clouds)
     estimate = ta.PCC().estimate(data.cube, data.reference)
     assert estimate.valid.all()
     found = quantiles(shift_errors(estimate, data.shift))
@@ -74,7 +74,7 @@ def test_bias_at_every_fraction_of_a_pixel(simulate):
 
 def peak_locking(simulate, aligner):
     """Mean error by the true fraction of a pixel: 5 fractions in x, 5 in y."""
-    data = simulate(frames=64, seed=2)
+    data = simulate(frames=40, seed=2)
     error = shifts_of(aligner.estimate(data.cube, data.reference)) - data.shift
     fraction = (data.shift * 5).round().remainder(5)
     return torch.stack(
@@ -84,17 +84,17 @@ def peak_locking(simulate, aligner):
 
 @pytest.mark.parametrize(("blur", "worst"), [(0.0, 0.05), (3.0, 0.1)])
 def test_large_shifts(simulate, blur, worst):
-    data = simulate(frames=32, max_shift=20.0, blur=blur, noise=0.01 if not blur else 0.002, seed=3)
+    data = simulate(frames=16, max_shift=20.0, blur=blur, noise=0.01 if not blur else 0.002, seed=3)
     estimate = ta.PCC(max_translation=32.0).estimate(data.cube, data.reference)
     assert estimate.valid.all()
     assert shift_errors(estimate, data.shift).max() < worst
 
 
 def test_beyond_the_limit_is_said_so(simulate):
-    data = simulate(frames=32, max_shift=20.0, seed=3)
+    data = simulate(frames=16, max_shift=20.0, blur=0.0, noise=0.01, seed=3)
     beyond = data.shift.norm(dim=-1) > 5.0
     aligned, estimate = ta.PCC()(data.cube, data.reference)
-    assert beyond.sum() > 20
+    assert beyond.sum() > 10
     assert (estimate.status[beyond] == TOO_FAR).all()
     assert torch.equal(aligned[beyond], data.cube[beyond])
     assert estimate.valid[~beyond].all()
@@ -104,14 +104,14 @@ def test_beyond_the_limit_is_said_so(simulate):
 def test_sigma_is_calibrated(landsat):
     errors, sigmas, distances, valid = [], [], [], []
     for seed, options in enumerate(MIXED):
-        data = simulate_stack(landsat, frames=40, seed=10 + seed, **options)
+        data = simulate_stack(landsat, frames=18, seed=10 + seed, **options)
         estimate = ta.PCC().estimate(data.cube, data.reference)
         errors.append(shifts_of(estimate) - data.shift)
         sigmas.append(estimate.covariance.diagonal(dim1=-2, dim2=-1).sqrt())
         distances.append(shift_errors(estimate, data.shift))
         valid.append(estimate.valid)
     error, sigma, distance, accepted = map(torch.cat, (errors, sigmas, distances, valid))
-    assert len(error) >= 500
+    assert len(error) >= 250
     assert accepted.float().mean() > 0.7
     ratio = (error[accepted] / sigma[accepted]).abs()  # per axis
     assert 0.60 <= (ratio <= 1).float().mean() <= 0.80
@@ -119,7 +119,7 @@ def test_sigma_is_calibrated(landsat):
     assert ((ratio <= 1).float().mean(0) - 0.68).abs().max() < 0.16
     assert (ratio <= 2).float().mean(0).min() > 0.88
     large = distance > 0.3
-    assert large.sum() > 20  # there is something to flag
+    assert large.sum() > 10  # there is something to flag
     assert (~accepted[large]).float().mean() >= 0.95
 
 
@@ -147,11 +147,11 @@ MIXED = [
 
 def test_ten_times_better_than_the_usual(simulate):
     registration = pytest.importorskip("skimage.registration")
-    data = simulate(frames=64)
+    data = simulate(frames=16)
     ours = shift_errors(ta.PCC().estimate(data.cube, data.reference), data.shift).median()
     reference = data.reference.mean(0).numpy()
     usual = []
-    for frame, truth in zip(data.cube[:16].mean(1).numpy(), data.shift.numpy(), strict=False):
+    for frame, truth in zip(data.cube.mean(1).numpy(), data.shift.numpy(), strict=True):
         row, column = registration.phase_cross_correlation(reference, frame, upsample_factor=50)[0]
         usual.append(math.hypot(column - truth[0], row - truth[1]))
     assert np.median(usual) >= 10 * float(ours)
@@ -184,7 +184,7 @@ def test_agrees_with_scikit_image_where_both_are_exact(size):
 
 @pytest.mark.parametrize("where", ["stripe", "wedge", "frame", "SLC-off"])
 def test_a_static_footprint_does_not_pull(simulate, where):
-    data = simulate(frames=16, seed=5)
+    data = simulate(frames=8, seed=5)
     size = data.cube.shape[-2:]
     rows, columns = torch.arange(size[0])[:, None], torch.arange(size[1])
     missing = {
@@ -211,7 +211,7 @@ def test_a_static_footprint_does_not_pull(simulate, where):
 
 @pytest.mark.parametrize("share", [0.001, 0.01, 0.05, 0.1])
 def test_scattered_missing_pixels(simulate, share):
-    data = simulate(frames=16, seed=5)
+    data = simulate(frames=8, seed=5)
     plain = ta.PCC().estimate(data.cube, data.reference)
     missing = torch.rand(data.cube.shape[-2:]) < share
     estimate = ta.PCC().estimate(torch.where(missing, NAN, data.cube), data.reference)
@@ -259,7 +259,7 @@ def test_bands_agree(simulate):
     ],
 )
 def test_one_default_for_all(simulate, case, options, limit):
-    data = simulate(frames=24, seed=9, **options)
+    data = simulate(frames=12, seed=9, **options)
     estimate = ta.PCC().estimate(data.cube, data.reference)
     assert estimate.valid.all()
     assert shift_errors(estimate, data.shift).quantile(0.95) < limit

@@ -63,6 +63,7 @@ ALIGNERS = {
     "none, rgb, crop, fill": Proof(
         partial(
             ta.PCC,
+            robust=False,
             weighting="none",
             max_frequency=0.1,
             channel="rgb_mean",
@@ -73,6 +74,7 @@ ALIGNERS = {
     "sqrt, gradients, bicubic": Proof(
         partial(
             ta.PCC,
+            robust=False,
             weighting="sqrt",
             taper=1.0,
             channel="gradients",
@@ -106,7 +108,8 @@ ALIGNERS = {
         forward_mode=False,
         size=(40, 48),
     ),
-    "Cascade": Proof(lambda: ta.Cascade(ta.PCC(), ta.ECC(motion="euclidean"))),
+    # (its stages, which have derivatives, are above)
+    "Cascade": Proof(lambda: ta.Cascade(ta.PCC(), ta.ECC(motion="euclidean")), forward_mode=False),
     "Local": Proof(partial(ta.Local, spacing=24)),
     "Cascade with LGM": Proof(
         lambda: ta.Cascade(ta.LGM(max_num_keypoints=64, refine=False), ta.PCC()),
@@ -620,10 +623,10 @@ def quiet():
 
 
 def test_export_with_any_number_of_frames(quiet):
-    # (other options of PCC: within the layer that is exported below)
+    # (other options of PCC: within the layer that is exported below; the defaults: with masks of any size)
     cube, reference = real(6)
     mask = torch.rand(6, *SIZE) > 0.02
-    aligner = ta.PCC().eval()
+    aligner = ta.PCC(robust=False).eval()
     frames = torch.export.Dim("frames", min=2, max=4096)
     # traced with as many frames as there are bands, which must not be taken for the same number
     shapes = ({0: frames}, None, {0: frames})
@@ -647,6 +650,7 @@ def test_export_with_any_number_of_frames(quiet):
             "channel": Channel(),
             "crop_center": (49, 64),
             "max_translation": 20.0,
+            "robust": False,
         },
         {
             "channel": "gradients",
@@ -668,17 +672,29 @@ def test_compile_is_one_graph(quiet, options):
     torch.testing.assert_close(found.aligned, expected.aligned, atol=5e-3, rtol=0)
 
 
+FEW = {"max_iterations": 2, "tolerance": 0.1}
+
+
+def local():
+    """Local on a start that is quickly traced: PCC with all of its passes is traced above."""
+    aligner = ta.Local(spacing=32)
+    aligner.start = ta.PCC(robust=False, contrast="none", max_translation=aligner.max_translation)
+    return aligner
+
+
 @pytest.mark.parametrize(
     "make",
     [
         # frames that are shifted, and frames that are warped
-        lambda: ta.Cascade(ta.PCC(robust=False), ta.ECC(levels=1)),
-        partial(ta.ECC, motion="homography", robust="residual", levels=1),
-        ta.Local,
+        # two steps are as many as there are kinds: a first and a next one
+        lambda: ta.Cascade(ta.PCC(robust=False, contrast="none"), ta.ECC(levels=1, **FEW)),
+        partial(ta.ECC, motion="homography", robust="residual", levels=1, **FEW),
+        local,
     ],
     ids=["cascade", "homography", "local"],
 )
-def test_compile_of_other_methods_is_one_graph(quiet, make):
+def test_compile_of_other_methods_is_one_graph(quiet, make, monkeypatch):
+    monkeypatch.setattr("torchalign.functional.local._ROUNDS", (1, 3))  # of a kind, all but the last
     cube, reference = real()
     aligner = make()
     found = torch.compile(aligner, fullgraph=True, backend="eager")(cube, reference)
@@ -688,10 +704,11 @@ def test_compile_of_other_methods_is_one_graph(quiet, make):
     torch.testing.assert_close(found.aligned, expected.aligned, atol=5e-3, rtol=0)
 
 
-def test_compile_with_masks_and_gradients(quiet):
+@pytest.mark.parametrize("robust", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compile_with_masks_and_gradients(quiet, robust):
     cube, reference = real()
     mask = torch.rand(4, *SIZE) > 0.02
-    aligner = ta.PCC()
+    aligner = ta.PCC(robust=robust)
     compiled = torch.compile(aligner, fullgraph=True, backend="aot_eager")
     slopes, results = [], []
     for run in (compiled, aligner):

@@ -342,7 +342,8 @@ def test_fake_cuda(few_steps, fake, season):
 
 def test_compiled_and_exported(few_steps):
     data = series(4, size=(64, 64))
-    method = Groupwise(ta.PCC(), neighbours=2, links=1, season="none")
+    # (the defaults of PCC are traced in test_devices.py)
+    method = Groupwise(ta.PCC(robust=False, contrast="none"), neighbours=2, links=1, season="none")
     expected = method.estimate(data.cube)
     assert expected.valid.all()
     compiled = torch.compile(method, fullgraph=True, backend="eager")(data.cube)[1]

@@ -974,6 +974,7 @@ def test_the_report():
     np.testing.assert_array_equal(report.shift_x, [1.5, 1.5, 0, 0])
     np.testing.assert_array_equal(report.shift_y, [-0.5, -0.5, 0, 0])
     np.testing.assert_array_equal(report.status, [0, 0, 3, 5])
+    np.testing.assert_array_equal(report.status_name, ["OK", "OK", "NO_TEXTURE", "NOT_BETTER"])
     np.testing.assert_allclose(report.sigma, 0.05)
     np.testing.assert_allclose(report.score_before, 0.25)
     assert report.status.dtype == np.int8

@@ -102,8 +102,15 @@ def test_the_default_aligner_is_shipped_to_the_tasks(series):
     assert_same(ta.align(series.cube[:4].chunk({"time": 2}), series.reference), eager)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int64", "float64", "float32"])
-@pytest.mark.parametrize("dims", [("y", "x", "band", "time"), ("x", "time", "y", "band")])
+@pytest.mark.parametrize(
+    ("dtype", "dims"),
+    [
+        ("uint8", ("y", "x", "band", "time")),
+        ("int64", ("x", "time", "y", "band")),
+        ("float64", ("y", "x", "band", "time")),
+        ("float32", ("x", "time", "y", "band")),
+    ],
+)
 def test_dims_in_any_order_and_every_dtype(dtype, dims):
     series = make_series(4, 32, dtype=dtype, gain=(0.02, 0.02), offset=0)
     series.cube[1] = 0
@@ -302,15 +309,16 @@ def test_tasks_compute_with_one_thread_and_leave_the_number_as_it_was():
 # --- a cluster ---
 
 
-@pytest.mark.parametrize("processes", [False, True], ids=["threads", "processes"])
+# two workers that exchange what they have; and one in a process of its own, to which all is pickled
+@pytest.mark.parametrize(("processes", "workers"), [(False, 2), (True, 1)], ids=["threads", "processes"])
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")  # distributed's own
-def test_distributed_equals_local_bit_for_bit(series, tmp_path, processes):
+def test_distributed_equals_local_bit_for_bit(series, tmp_path, processes, workers):
     distributed = pytest.importorskip("distributed", reason='pip install "torchalign[dask]"')
     lazy = series.cube.chunk({"time": 2})
     local = dask.compute(*align(lazy, "first", mask=series.clear))
     with (
         distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=processes, dashboard_address=":0"
+            n_workers=workers, threads_per_worker=1, processes=processes, dashboard_address=":0"
         ) as cluster,
         distributed.Client(cluster),
     ):

@@ -44,7 +44,8 @@ def write_footprints(report: xr.Dataset, path: Path) -> None:
     places = moved @ grid.linear.T + grid.corner
     time = report["status"].dims[0]
     labels = report[time].values if time in report.coords else np.arange(report.sizes[time])
-    numbers = {str(name): array.values for name, array in report.items() if array.dims == (time,)}
+    fields = report.drop_vars("status_name", errors="ignore")
+    numbers = {str(name): array.values for name, array in fields.items() if array.dims == (time,)}
     rings, told = [], []
     for row, outline in enumerate(places):
         x, y = transform(grid.crs, "EPSG:4326", outline[:, 0].tolist(), outline[:, 1].tolist())

@@ -34,6 +34,7 @@ __all__ = [
     "check_report",
     "find_field",
     "find_warps",
+    "name_statuses",
     "promised_fields",
     "report_fields",
     "report_georeference",
@@ -305,7 +306,7 @@ def build_report(
     """
     time = time if cube is None else cube.dims["time"]
     variables = {name: _variable(name, fields[name], time) for name in _FIELDS if name in fields}
-    report = xr.Dataset(variables, _time_coords(cube, variables, time), _ATTRS | dict(attrs))
+    report = name_statuses(xr.Dataset(variables, _time_coords(cube, variables, time), _ATTRS | dict(attrs)))
     if cube is not None:
         grid = find_georeference(cube)
         if grid is not None:
@@ -315,6 +316,15 @@ def build_report(
     if not any(is_lazy(variable) for variable in variables.values()):
         report.attrs |= summarize(report).attrs()
     return report
+
+
+def name_statuses(report: xr.Dataset) -> xr.Dataset:
+    """With ``status_name``, the status in words."""
+    names = np.array([code.name for code in Status])
+    codes = report["status"].data
+    # dask's asks for a function
+    words = codes.map_blocks(names.take, dtype=names.dtype) if is_lazy(report["status"]) else names[codes]
+    return report.assign(status_name=(report["status"].dims, words, {"long_name": "the status in words"}))
 
 
 def as_report(estimate: Estimate, like: xr.DataArray | None = None) -> xr.Dataset:
@@ -355,7 +365,7 @@ def _time_coords(cube: Cube | None, fields: Mapping[str, Any], time: Hashable) -
     if cube is None:
         return {}
     along = cube.array[time]
-    taken = {"row", "col", "tags", *fields} - {
+    taken = {"row", "col", "tags", "status_name", *fields} - {
         time
     }  # names that the report itself uses, and what is of files
     others = [name for name, coord in along.coords.items() if coord.dims != (time,) or name in taken]

@@ -15,7 +15,7 @@ import xarray as xr
 from torchalign._check import message, require
 from torchalign.cube.files import NETCDF, atomic
 from torchalign.cube.labels import Array
-from torchalign.cube.solution import build_report, check_report, summarize
+from torchalign.cube.solution import build_report, check_report, name_statuses, summarize
 from torchalign.types import Status
 
 __all__ = ["REPORT_SUFFIXES", "check_suffix", "read_report", "to_table", "write_report"]
@@ -91,8 +91,8 @@ def to_table(report: xr.Dataset) -> pd.DataFrame:
     check_report(report)
     known = report.compute()
     time = known["status"].dims[0]
-    columns: dict[str, Any] = {"status": [Status(int(code)).name for code in known["status"].values]}
-    for name, array in known.drop_vars("status").items():
+    columns: dict[str, Any] = {"status": name_statuses(known)["status_name"].values}
+    for name, array in known.drop_vars(("status", "status_name"), errors="ignore").items():
         if array.dims == (time,):
             columns[str(name)] = array.values
     for name, array in known.items():
@@ -109,7 +109,7 @@ def to_table(report: xr.Dataset) -> pd.DataFrame:
 
 def _read_netcdf(path: Path) -> xr.Dataset:
     with xr.open_dataset(path, engine="h5netcdf") as file:
-        return file.load()
+        return name_statuses(file.load())  # reports of before there were names in them have none
 
 
 def _write_csv(report: xr.Dataset, path: Path) -> None:
@@ -183,7 +183,10 @@ def _to_json(report: xr.Dataset) -> str:
     fields = [
         {
             time: label,
-            **{str(name): _json_values(array.values[number]) for name, array in report.items()},
+            **{
+                str(name): _json_values(array.values[number])
+                for name, array in report.drop_vars("status_name", errors="ignore").items()
+            },
             "status": Status(int(report["status"].values[number])).name,
         }
         for number, label in enumerate(labels)
