@@ -272,7 +272,7 @@ class Aligner(nn.Module, ABC):
         return Job(cube, mask, image, usable, prepared, init)
 
     def _blocks(self, job: Any) -> list[slice]:
-        """What is estimated together, along the first axis: everything, but for the eager CPU."""
+        """The blocks along the first axis that are estimated together: everything in one, except on the eager CPU."""
         # first of all the host: under a trace, the number of frames must not be asked for
         if not may_read(*job.tensors(), *self.parameters()):
             return [slice(None)]
@@ -294,7 +294,7 @@ class Aligner(nn.Module, ABC):
         return _concatenate(self._map(lambda part: self._estimate(job.part(part))[0], blocks))
 
     def _map(self, function: Callable[[slice], Estimate], blocks: list[slice]) -> list[Estimate]:
-        """Side by side, unless a user's channel might mind."""
+        """Run blocks in parallel, unless the channel is a user's callable, which may not be thread-safe."""
         return list(map(function, blocks)) if callable(self.channel) else map_on_host(function, blocks)
 
     def _estimate(self, job: Any) -> tuple[Estimate, bool]:
@@ -394,7 +394,7 @@ class Aligner(nn.Module, ABC):
         return Block(moving, usable, prepared.value, init, nonfinite, origin)
 
     def _find_motion(self, job: Job, block: Block) -> Motion:
-        """The method's own word; a frame whose init was not finite has not converged."""
+        """The method's motion; a frame whose init was not finite has not converged."""
         motion = self.estimate_motion(
             block.moving, block.usable, job.reference, job.usable, block.prepared, block.init
         )
@@ -405,7 +405,7 @@ class Aligner(nn.Module, ABC):
     def _judge(
         self, motions: Sequence[Motion], max_translations: Sequence[float], job: Job, block: Block
     ) -> Estimate:
-        """The gate's word, in the coordinates of the whole frame."""
+        """The gate's verdict, in the coordinates of the whole frame."""
         moving = self.score_image(block.moving, block.usable)
         estimate = gate_stages(
             motions,
@@ -493,7 +493,7 @@ class Job(NamedTuple):
     init: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        """Those that are there."""
+        """The tensors that are not ``None``."""
         return [tensor for tensor in self if isinstance(tensor, Tensor)]
 
     def part(self, rows: slice) -> Job:
@@ -545,7 +545,7 @@ def _scaled(warp: Tensor, scale: float) -> Tensor:
 
 
 def flagged(estimate: Estimate, ambiguous: Tensor) -> Estimate:
-    """Accepted frames that are ambiguous after all go back to the identity."""
+    """Reset accepted frames that turn out to be ambiguous to the identity."""
     status = torch.where(ambiguous & estimate.valid, int(Status.AMBIGUOUS), estimate.status)
     return rejected(estimate._replace(status=status))
 

@@ -204,9 +204,9 @@ class _Jobs(NamedTuple):
 
 
 def _next_init(init: Tensor | None, motion: Motion, stage: Aligner, size: tuple[int, int]) -> Tensor:
-    """Where the next stage starts: what this one found, if it is to be trusted, or where this one started.
+    """The next stage's start: what this stage found where it is trusted, else this stage's own start.
 
-    As long as all that was found are translations it stays (..., T, 2), so that the next stage knows.
+    It stays (..., T, 2) while all results are translations, so that the next stage knows.
     """
     near = centre_moves(motion, size) <= stage.max_translation
     trusted = (motion.status == 0) & near & motion.warp.isfinite().flatten(-2).all(-1)
@@ -227,7 +227,7 @@ def _next_init(init: Tensor | None, motion: Motion, stage: Aligner, size: tuple[
 
 
 def _last_trusted(first: Motion, second: Motion) -> Motion:
-    """Row by row the second, where it is trusted, or else the first; inliers are the second's."""
+    """Frame by frame the second where it is trusted, else the first; inliers are the second's."""
     warps = first.warp, second.warp
     if warps[0].shape[-2] != warps[1].shape[-2]:
         warps = to_homogeneous(warps[0]), to_homogeneous(warps[1])

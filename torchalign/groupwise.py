@@ -104,7 +104,7 @@ class Solution(NamedTuple):
 
 
 class _Said(NamedTuple):
-    """What pairs say."""
+    """The results of pairs."""
 
     shift: Tensor  # (..., E, 2), moving → reference
     sigma: Tensor  # (..., E)
@@ -242,7 +242,7 @@ class Groupwise(nn.Module):
         return _stack(series, batch[:-1])
 
     def see(self, cube: Tensor, mask: Tensor | None = None) -> Frames:
-        """What is needed of frames to place them, once and for all; frames may be seen a few at a time.
+        """Extract what placing frames needs, once; frames may be seen a few at a time.
 
         Args:
             cube: (T, C, H, W).
@@ -435,7 +435,7 @@ class Groupwise(nn.Module):
             return Edges(edges.moving[kept], edges.reference[kept], distinct[kept])
 
     def _ask(self, frames: Frames, edges: Edges) -> _Said:
-        """What the aligner says of every pair."""
+        """The aligner's result for every pair."""
         by_textures, aligner = self._by_textures(), self.aligner
         if by_textures is not None:
 
@@ -478,7 +478,7 @@ class Groupwise(nn.Module):
     def _find_season(
         self, frames: Frames, edges: Edges, positions: Positions, direction: Tensor | None
     ) -> SeasonTerm | None:
-        """What parts of the frames say about the sun; nothing where it is not asked for, or frames are small."""
+        """The season term from parts of the frames; none where it is not asked for, or frames are small."""
         height, width = frames.size
         side = min(_BLOCKS, height // _BLOCK_PIXELS, width // _BLOCK_PIXELS)
         count = positions.position.shape[-2]
@@ -517,7 +517,7 @@ class Groupwise(nn.Module):
         direction: Tensor | None,
         ambiguous: Tensor,
     ) -> tuple[Estimate, Tensor, Tensor]:
-        """The estimate, what of σ is the season's, and its shift."""
+        """The estimate, the season's part of σ, and its shift."""
         connected = positions.connected
         position, season = positions.position, torch.zeros_like(positions.position)
         widened = torch.zeros_like(variance)
@@ -632,7 +632,7 @@ def _correlate_pairs(
 
 
 def _widen(sigma: Tensor, agreement: Tensor) -> Tensor:
-    """The less of the ground two frames have in common, the more the rest pulls: which σ does not tell."""
+    """Widen σ where two frames share little ground: the rest biases the shift, and σ does not include that."""
     return torch.hypot(sigma, _DISAGREEMENT * (1 - agreement).square())
 
 
@@ -649,7 +649,7 @@ def _in_tree(said: _Said, usable: Tensor, edges: Edges, frames: int) -> Tensor:
 
 
 def _own_variance(said: _Said, positions: Positions, edges: Edges, frames: int) -> Tensor:
-    """(..., T): what of its pairs' variances a frame has to answer for: half of the (geometric) mean."""
+    """(..., T): a frame's own part of its pairs' variances, half of their geometric mean."""
     weight = positions.weight.detach()
     logarithm = torch.where(weight > 0, said.sigma.detach(), 1.0).double().clamp(min=1e-6).log()
     total, mean = (sum_of_pairs(edges, values, frames) for values in (weight, weight * 2 * logarithm))
@@ -672,6 +672,6 @@ def _stack(series: list[Solution], batch: tuple[int, ...]) -> Solution:
 
 
 def _of_one_length(values: list[Tensor]) -> list[Tensor]:
-    """As many pairs in every series: what is missing are pairs of weight 0, of the first frame with itself."""
+    """Pad every series to the same number of pairs, with pairs of weight 0 of the first frame with itself."""
     longest = max(len(value) for value in values)
     return [torch.cat([value, value.new_zeros(longest - len(value), *value.shape[1:])]) for value in values]

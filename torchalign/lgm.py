@@ -381,7 +381,7 @@ class LGM(Aligner):
         return self.batch_size
 
     def _correspond(self, part: _Part) -> _Found:
-        """Keypoints, matches, the motion they agree on, and whether to believe it."""
+        """Keypoints, matches, the motion they agree on, and whether it is significant."""
         size = (part.moving.shape[-2], part.moving.shape[-1])
         moving, usable, start, about_centre = undo_init(part.init, part.moving, part.usable)
         features, others = self._extract(moving.detach(), usable), part.features
@@ -616,5 +616,5 @@ def _trimmed(features: Features) -> Features:
 
 
 def _described(weights: Weights | None) -> str | None:
-    """What a repr can show of weights."""
+    """Weights as a repr shows them."""
     return "a state dict" if isinstance(weights, Mapping) else None if weights is None else str(weights)

@@ -82,7 +82,7 @@ def extract_channel(
 
 
 def check_channel(channel: object) -> None:
-    """An index or a name or a callable; the number of bands is known only when a cube comes.
+    """Check an index, a name or a callable; the number of bands is only known with a cube.
 
     Raises:
         TypeError: none of these.
@@ -220,7 +220,7 @@ def _band(name: str, band: SupportsIndex, bands: int) -> int:
 
 
 def _checked_result(channel: object, cube: Tensor) -> Tensor:
-    """What a callable made of the bands, if it is one image a frame."""
+    """Check that a callable made one image per frame of the bands."""
     expected = (*cube.shape[:-3], *cube.shape[-2:])
     if not isinstance(channel, Tensor):
         raise TypeError(message("channel(cube)", "a tensor", type(channel).__name__, "return (..., H, W)"))

@@ -68,7 +68,7 @@ def wave(frequency: Tensor, shift: Tensor) -> Tensor:
 
 
 def _or_empty(transform: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """Some builds of MKL refuse a batch of nothing: transform one blank, and take none of it."""
+    """Transform one blank frame and drop it if the batch is empty, which some builds of MKL refuse."""
     if values.numel() > 0:
         return transform(values)
     blank = transform(values.new_zeros([max(1, length) for length in values.shape]))

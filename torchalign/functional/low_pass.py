@@ -54,7 +54,7 @@ def low_pass(
 
 
 def band_response(frequency: Tensor, max_frequency: float, blur: float = 0.0) -> Tensor:
-    """What is kept of frequencies, in cycles per pixel: 1 in the band, falling to 0 at its edge as a cosine."""
+    """The response at frequencies in cycles per pixel: 1 in the band, falling to 0 at its edge as a cosine."""
     edge = ((max_frequency - frequency) / (_ROLL_OFF * max_frequency)).clamp(0, 1)
     response = 0.5 - 0.5 * torch.cos(math.pi * edge)
     return response * torch.exp(-2 * (math.pi * blur * frequency).square()) if blur else response
@@ -102,7 +102,7 @@ def _radial_response(
 
 @keeps_tables
 def _jump_spectra(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(h, w//2+1) twice: what makes of the jumps along y, and along x, the spectrum of the smooth image."""
+    """(h, w//2+1) twice: the factors that turn the jumps along y and x into the spectrum of the smooth image."""
     y, x = (2 * math.pi * frequency for frequency in bin_frequencies(frame, size, like))
     laplacian = 2 * y.cos() + 2 * x.cos() - 4
     laplacian = torch.where(laplacian == 0, 1.0, laplacian)  # at frequency 0, where the jumps vanish

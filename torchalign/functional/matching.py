@@ -404,7 +404,7 @@ def window_ascent(
     window_size: int = 32,
     steps: int = 5,
 ) -> WindowFit:
-    r"""The small motion that makes windows of two images, brought together but for it, correlate best.
+    r"""The small remaining motion between two images that maximises the correlation of windows.
 
     .. math:: \max_\delta \sum_w \omega_w\, C_w(J_w \delta), \qquad
               C_w(t) = \sum_f |f|\, \mathrm{Re}\, M_w^*(f) R_w(f)\, e^{2\pi i f \cdot t}
@@ -523,7 +523,7 @@ class _Ascent(NamedTuple):
 def _scatter(pulls: Tensor, left: Tensor, top: Tensor) -> Tensor:
     """(..., P, P), of pulls (..., n, P) of windows at (..., n), in units of their size.
 
-    Windows that overlap err alike (Conley 1999): pulls are paired by the share of ground that they have in common.
+    Errors of overlapping windows are correlated (Conley 1999): pulls are paired by the share of ground in common.
     """
     along_x, along_y = (
         (1 - (place.unsqueeze(-1) - place.unsqueeze(-2)).abs().to(pulls.dtype)).clamp(min=0)
@@ -548,7 +548,7 @@ def _warp_of_increment(delta: Tensor, size: tuple[int, int], motion: MotionModel
 
 
 def _residuals(warp: Tensor, points: Tensor, targets: Tensor) -> Tensor:
-    """(..., K, 2): what is left between mapped points and targets; far where a point is at infinity."""
+    """(..., K, 2): targets less mapped points; large where a point is at infinity."""
     return (targets - mapped(warp, points)).nan_to_num(1e6, 1e6, 1e6)
 
 

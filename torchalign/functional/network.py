@@ -157,7 +157,7 @@ class SeasonTerm(NamedTuple):
 
 
 def cell_contrast(field: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Local contrast in coarse cells: what is compared to tell which frames look alike.
+    """Local contrast in coarse cells, from which the similarity of frames is computed.
 
     Args:
         field: (T, h, w), a texture's field.
@@ -302,7 +302,7 @@ def spanning_tree(likeness: Tensor) -> Tensor:
 
 
 def components(edges: Edges, usable: Tensor, frames: int) -> Tensor:
-    """Which frames hang together: each takes the smallest number within reach.
+    """The component of each frame: the smallest number of a frame that is connected with it.
 
     Args:
         edges: E pairs.
@@ -415,7 +415,7 @@ def position_variance(positions: Positions, edges: Edges) -> Tensor:
 
 
 def _probed_variance(precision: Tensor, edges: Edges, positions: Positions) -> Tensor:
-    """The same of a long series: the mean of z · L⁻¹ z over random signs z.
+    """The same for a long series: the mean of z · L⁻¹ z over random signs z.
 
     The signs are drawn from the positions, so that no frame's number decides.
     """
@@ -687,7 +687,7 @@ def season_term(
     block_variance: Tensor,
     direction: Tensor | None,
 ) -> SeasonTerm:
-    r"""What shading and shadows add to positions, from parts of the frame that disagree about it.
+    r"""The shift that shading and shadows add to positions, from parts of the frame that disagree about it.
 
     The slope of each block's position, less the frame's, against :func:`shadow_direction` is free of the frames'
     own displacements, which all blocks share. Where it is significant over all of them, and larger along the shadow

@@ -650,7 +650,7 @@ def _refine_plain(
 
 
 def _settled(shift: Tensor) -> Tensor:
-    """Identical frames are at exactly 0: what rounding leaves there is taken off, and its gradient kept."""
+    """Set shifts within rounding of 0 to 0, so that identical frames give exactly 0; gradients are kept."""
     fixed = shift.detach()
     none = fixed.abs() < 64 * torch.finfo(shift.dtype).eps
     return torch.where(none, shift - fixed, shift)
@@ -659,7 +659,7 @@ def _settled(shift: Tensor) -> Tensor:
 def _refine_divided(
     pair: _Pair, start: Tensor, together: Tensor, same: Tensor, windows: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The peak of the correlation divided by the overlap of the weights: holes, however regular, do not pull.
+    r"""The peak of the correlation divided by the overlap of the weights: even regular holes do not bias it.
 
     .. math:: S(t) = \frac{\sum w_m(p - t)\, w_r(p)\, f(p - t)\, g(p)}
                           {\sqrt{\sum w_m f^2 (p - t)\, w_r(p) \cdot \sum w_m(p - t)\, w_r g^2 (p)}}
@@ -732,7 +732,7 @@ def _divided_step(sums: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _doubt(way: Tensor, holes: Tensor) -> Tensor:
-    """(..., 2): the error that a way (..., 2) by which holes pulled may leave: all of it, where it was far."""
+    """(..., 2): the error left by holes that biased a shift by ``way`` (..., 2): all of it where that was far."""
     way = way.detach()
     share = (way.norm(dim=-1) / _FAR_PULLED).clamp(max=1)
     return way * torch.where(holes, share, 0.0)[..., None]

@@ -85,9 +85,9 @@ def _correlate(reference: Tensor, weight: Tensor, *images: Tensor) -> list[Tenso
 
 
 def _standardize(image: Tensor, weight: Tensor, count: Tensor) -> Tensor:
-    """Less its weighted mean and by its largest value: sums of squares then neither cancel nor overflow.
+    """Subtract the weighted mean and divide by the largest value, so that sums of squares neither cancel nor overflow.
 
-    What is taken off and divided by are constants to the correlation, so they carry no gradient.
+    The correlation does not depend on either, so they carry no gradient.
     """
     mean = torch.linalg.vecdot(weight, image.detach()) / count
     centred = image - mean[..., None]
@@ -115,7 +115,7 @@ def gate(
     max_translation: float = 5.0,
     min_score: float | None = None,
 ) -> Estimate:
-    """Score every frame before and after, and send back to the identity what is not better for it.
+    """Score every frame before and after, and reset frames to the identity whose score does not improve.
 
     In this order, a frame keeps the first verdict: the method's own ``status``; ``TOO_FAR`` if its centre moves
     by more than ``max_translation``; ``NOT_BETTER`` if its score does not gain, unless the move is within 3 σ
@@ -333,7 +333,7 @@ def _judge(
 
 
 def parts_disagree(motion: Motion) -> Tensor:
-    """(...,) bool: parts of the frame disagree about the motion, where the method tells."""
+    """(...,) bool: parts of the frame disagree about the motion, if the method measures that."""
     return torch.zeros_like(motion.status, dtype=torch.bool) if motion.distorted is None else motion.distorted
 
 
@@ -357,7 +357,7 @@ def _misfit_before(motion: Motion, before: Motion, accepted: Tensor) -> Tensor:
 
 
 def _widened(estimate: Estimate, extra: Tensor) -> tuple[Estimate, Tensor]:
-    """With what (..., 2, 2) else it is not known by; and where it then is not known at all."""
+    """The estimate with a covariance (..., 2, 2) added; and where its σ is too large after that."""
     told = (extra > 0).flatten(-2).any(-1)
     covariance = estimate.covariance + extra
     sigma = torch.where(told, largest_sigma(covariance), estimate.sigma)
@@ -365,7 +365,7 @@ def _widened(estimate: Estimate, extra: Tensor) -> tuple[Estimate, Tensor]:
 
 
 def rejected(estimate: Estimate) -> Estimate:
-    """What is said of a frame that was left as it came, where one was: the identity, and the scores of that."""
+    """The estimate, its rejected frames set to the identity and the scores of that."""
     warp = estimate.warp
     identity = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
     valid = estimate.valid
@@ -393,7 +393,7 @@ def _kept_field(field: ShiftField | None, kept: Tensor) -> ShiftField | None:
 
 
 def _choose(condition: Tensor, first: Estimate, second: Estimate) -> Estimate:
-    """Row by row."""
+    """Frame by frame: ``first`` where the condition holds, else ``second``."""
 
     def choose(pair: tuple[Tensor, ...]) -> Tensor:
         rows = condition.reshape(*condition.shape, *[1] * (pair[0].ndim - condition.ndim))

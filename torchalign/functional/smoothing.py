@@ -67,7 +67,7 @@ def halve(image: Tensor) -> Tensor:
 
 
 def nanmedian(values: Tensor, dim: int = -1) -> Tensor:
-    """The (lower) median of what is not NaN, along one dimension; NaN where nothing is.
+    """The (lower) median along one dimension, NaN left out; NaN where all are NaN.
 
     :func:`torch.nanmedian`, but for ``torch.use_deterministic_algorithms(True)``, under which torch refuses medians
     on CUDA, because of their indices: then the same values are found by sorting.

@@ -90,7 +90,7 @@ def largest_direction(covariance: Tensor) -> tuple[Tensor, Tensor]:
 def shared_slope(
     residual: Tensor, reference: Tensor, weights: Tensor, direction: tuple[Tensor, Tensor]
 ) -> Tensor:
-    r"""Share of the reference's slope along a direction that is ground, and not its noise.
+    r"""The share of the reference's slope along a direction that is ground, not noise.
 
     .. math:: 1 - \frac{\sum w\, (\partial_d (m - r))^2}{2 \sum w\, (\partial_d r)^2}
 
@@ -131,7 +131,7 @@ def _weighted_sums(weights: Tensor, *fields: Tensor) -> Tensor:
 
 
 def weights_error(reference: Tensor, weights: Tensor, grid: WorkingGrid) -> Tensor:
-    """(...,): what the weights leave of an error in small and smooth frames, in px; see :func:`assess_peak`.
+    """(...,): the error that the weights cause in small and smooth frames, in px; see :func:`assess_peak`.
 
     Their share of the curvature, both summed over the two axes, times 0.4 px.
 
@@ -210,7 +210,7 @@ def trace(matrix: Tensor) -> Tensor:
 
 
 def beyond_chance(scatter: Tensor, covariance: Tensor, *, times: float = _MISFIT) -> Tensor:
-    """What of a scatter (..., 2, 2), so many times its σ, a covariance does not explain: 0 where it may."""
+    """The part of a scatter (..., 2, 2) that a covariance, at so many σ, does not explain; 0 where it may."""
     chance, found = trace(covariance), trace(scatter).clamp(min=torch.finfo(scatter.dtype).tiny)
     share = (times**2 - (times * _BEYOND_CHANCE) ** 2 * (chance / found)).clamp(min=0)
     return share[..., None, None] * scatter
@@ -243,7 +243,7 @@ class PeakQuality(NamedTuple):
         return weak | (self.fixed < _LEAST_FIXED) | stretched
 
     def with_misfit(self, pulls: Tensor) -> tuple[PeakQuality, Tensor]:
-        r"""With what parts of the frame disagree by, beyond chance: a motion that the model lacks.
+        r"""Add the disagreement of parts of the frame beyond chance: a motion that the model lacks.
 
         Were the pulls (..., 2, n) of n blocks independent, their scatter would give the same covariance,
         :math:`H^{-1} \sum_b s_b s_b^T H^{-1}`. What it gives beyond chance counts besides.
@@ -256,7 +256,7 @@ class PeakQuality(NamedTuple):
         return self._replace(covariance=self.covariance + misfit), trace(misfit)
 
     def widened(self, error: Tensor) -> PeakQuality:
-        """With an error (..., 2) of unknown sign besides."""
+        """Add an error (..., 2) of unknown sign."""
         return self._replace(covariance=self.covariance + error[..., :, None] * error[..., None, :])
 
 
@@ -348,7 +348,7 @@ def assess_peak(
 
 
 def _correction(ground: Sequence[Tensor], pulls: Sequence[Tensor]) -> Tensor:
-    """(..., 2, 2): H⁻¹ (C K), by which the way from where the weights fit is too short; 0 where H is singular."""
+    """(..., 2, 2): H⁻¹ (C K), by which the weights shorten the way from where they fit; 0 where H is singular."""
     (xx, yy, xy), (kxx, kyy, kxy) = ground, pulls
     determinant = xx * yy - xy.square()
     regular = determinant > 0

@@ -170,7 +170,7 @@ def warp(
     mask: Tensor | None = None,
     field: ShiftField | None = None,
 ) -> Tensor:
-    """The values of :func:`resample` alone, which see for every argument and every rule.
+    """The values of :func:`resample` alone; see there for all arguments and rules.
 
     Args:
         cube: (..., T, C, H, W).
