@@ -200,7 +200,7 @@ def align(
         of an aligner with :class:`~torchalign.Local` the ``field``, its
         ``field_sigma`` and ``field_lattice``, and its length over the frame, ``local_shift_median`` and
         ``local_shift_p95``, in pixels; and of ``verify`` ``residual_x`` and ``residual_y``, like the
-        shifts (NaN for frames that were not aligned, or where nothing could be measured). Its attributes hold the
+        shifts, and ``misfit``, how far parts of the frame disagree (NaN where nothing could be measured). Its attributes hold the
         grid and, unless it is lazy, the numbers of :func:`torchalign.summarize`.
 
     Raises:
