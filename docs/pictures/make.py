@@ -77,8 +77,7 @@ def hero():
     ax.set_ylabel("shift (pixels)")
     error = np.hypot(*(found - truth.values - origin)[ok].T)
     ax.set_title(f"{ok.sum()} dates aligned, {(~ok).sum()} overcast: flagged, untouched")
-    sigma = np.median(report["sigma"].values[ok])
-    title = f"median error {np.median(error):.3f} px, σ {sigma:.3f} px (smaller than the dots)"
+    title = f"median error {np.median(error):.3f} px (smaller than the dots)"
     ax.legend(title=title, fontsize=9, title_fontsize=9, ncols=3, loc="upper left", framealpha=0.95)
     ax.set_ylim(-5.4, 6.9)
     return figure
