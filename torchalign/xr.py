@@ -196,10 +196,11 @@ def align(
         right and down; ``shift_x_metres`` and ``shift_y_metres``, the same along the map's axes (north is positive)
         where the grid is regular and has a unit of length; ``score``, ``score_before``, ``sigma`` (pixels),
         ``covariance`` (T, 2, 2), ``stage``,
-        ``status``, a :class:`~torchalign.Status`, and its ``status_name``; of an aligner with :class:`~torchalign.Local` the ``field``, its
+        ``status``, a :class:`~torchalign.Status`, and its ``status_name``;
+        of an aligner with :class:`~torchalign.Local` the ``field``, its
         ``field_sigma`` and ``field_lattice``, and its length over the frame, ``local_shift_median`` and
         ``local_shift_p95``, in pixels; and of ``verify`` ``residual_x`` and ``residual_y``, like the
-        shifts (NaN for frames that were not aligned, or where nothing could be measured). Its attributes hold the
+        shifts, and ``misfit``, how far parts of the frame disagree (NaN where nothing could be measured). Its attributes hold the
         grid and, unless it is lazy, the numbers of :func:`torchalign.summarize`.
 
     Raises:
