@@ -689,7 +689,7 @@ def local():
         # two steps are as many as there are kinds: a first and a next one
         lambda: ta.Cascade(ta.PCC(robust=False, contrast="none"), ta.ECC(levels=1, **FEW)),
         partial(ta.ECC, motion="homography", robust="residual", levels=1, **FEW),
-        local,
+        pytest.param(local, marks=pytest.mark.slow),
     ],
     ids=["cascade", "homography", "local"],
 )
