@@ -200,8 +200,8 @@ def align(
         of an aligner with :class:`~torchalign.Local` the ``field``, its
         ``field_sigma`` and ``field_lattice``, and its length over the frame, ``local_shift_median`` and
         ``local_shift_p95``, in pixels; and of ``verify`` ``residual_x`` and ``residual_y``, like the
-        shifts, and ``misfit``, how far parts of the frame disagree (NaN where nothing could be measured). Its attributes hold the
-        grid and, unless it is lazy, the numbers of :func:`torchalign.summarize`.
+        shifts, and ``misfit``, how far parts of the frame disagree (NaN where nothing could be measured). Its
+        attributes hold the grid and, unless it is lazy, the numbers of :func:`torchalign.summarize`.
 
     Raises:
         TypeError: the cube is no DataArray or Dataset of numbers, a mask is not bool, an argument is of
