@@ -91,7 +91,10 @@ ALIGNERS = {
     "structure, module": Proof(
         lambda: ta.PCC(contrast="structure", robust=True, channel=Channel(), max_translation=20.0)
     ),
-    "ECC structure": Proof(partial(ta.ECC, contrast="structure", motion="euclidean", max_translation=20.0)),
+    # (derivatives of structure: above; of ECC: below)
+    "ECC structure": Proof(
+        partial(ta.ECC, contrast="structure", motion="euclidean", max_translation=20.0), forward_mode=False
+    ),
     "ECC": Proof(ta.ECC, thorough=True),
     "ECC affine": Proof(partial(ta.ECC, motion="affine", robust="none", sigma_blur=1.0)),
     "ECC homography": Proof(
@@ -683,7 +686,9 @@ def local():
         # frames that are shifted, and frames that are warped
         # two steps are as many as there are kinds: a first and a next one
         lambda: ta.Cascade(ta.PCC(robust=False, contrast="none"), ta.ECC(levels=1, **FEW)),
-        partial(ta.ECC, motion="homography", robust="residual", levels=1, **FEW),
+        pytest.param(
+            partial(ta.ECC, motion="homography", robust="residual", levels=1, **FEW), marks=pytest.mark.slow
+        ),
         pytest.param(local, marks=pytest.mark.slow),
     ],
     ids=["cascade", "homography", "local"],
