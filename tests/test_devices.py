@@ -704,11 +704,15 @@ def test_compile_of_other_methods_is_one_graph(quiet, make, monkeypatch):
     torch.testing.assert_close(found.aligned, expected.aligned, atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("robust", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_compile_with_masks_and_gradients(quiet, robust):
+@pytest.mark.parametrize(
+    "options",
+    [{"robust": False, "contrast": "none"}, pytest.param({}, marks=pytest.mark.slow)],
+    ids=["one pass", "default"],
+)
+def test_compile_with_masks_and_gradients(quiet, options):
     cube, reference = real()
     mask = torch.rand(4, *SIZE) > 0.02
-    aligner = ta.PCC(robust=robust)
+    aligner = ta.PCC(**options)
     compiled = torch.compile(aligner, fullgraph=True, backend="aot_eager")
     slopes, results = [], []
     for run in (compiled, aligner):
