@@ -91,7 +91,10 @@ ALIGNERS = {
     "structure, module": Proof(
         lambda: ta.PCC(contrast="structure", robust=True, channel=Channel(), max_translation=20.0)
     ),
-    "ECC structure": Proof(partial(ta.ECC, contrast="structure", motion="euclidean", max_translation=20.0)),
+    # (derivatives of structure: above; of ECC: below)
+    "ECC structure": Proof(
+        partial(ta.ECC, contrast="structure", motion="euclidean", max_translation=20.0), forward_mode=False
+    ),
     "ECC": Proof(ta.ECC, thorough=True),
     "ECC affine": Proof(partial(ta.ECC, motion="affine", robust="none", sigma_blur=1.0)),
     "ECC homography": Proof(
@@ -688,7 +691,9 @@ def local():
         # frames that are shifted, and frames that are warped
         # two steps are as many as there are kinds: a first and a next one
         lambda: ta.Cascade(ta.PCC(robust=False, contrast="none"), ta.ECC(levels=1, **FEW)),
-        partial(ta.ECC, motion="homography", robust="residual", levels=1, **FEW),
+        pytest.param(
+            partial(ta.ECC, motion="homography", robust="residual", levels=1, **FEW), marks=pytest.mark.slow
+        ),
         pytest.param(local, marks=pytest.mark.slow),
     ],
     ids=["cascade", "homography", "local"],
@@ -704,11 +709,15 @@ def test_compile_of_other_methods_is_one_graph(quiet, make, monkeypatch):
     torch.testing.assert_close(found.aligned, expected.aligned, atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("robust", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_compile_with_masks_and_gradients(quiet, robust):
+@pytest.mark.parametrize(
+    "options",
+    [{"robust": False, "contrast": "none"}, pytest.param({}, marks=pytest.mark.slow)],
+    ids=["one pass", "default"],
+)
+def test_compile_with_masks_and_gradients(quiet, options):
     cube, reference = real()
     mask = torch.rand(4, *SIZE) > 0.02
-    aligner = ta.PCC(robust=robust)
+    aligner = ta.PCC(**options)
     compiled = torch.compile(aligner, fullgraph=True, backend="aot_eager")
     slopes, results = [], []
     for run in (compiled, aligner):

@@ -19,7 +19,7 @@ rasterio = pytest.importorskip("rasterio", reason='pip install "torchalign[io]"'
 pytest.importorskip("dask", reason='pip install "torchalign[dask]"')
 from rasterio.transform import Affine  # noqa: E402
 
-CASES = int(os.environ.get("TORCHALIGN_TEST_CASES", "50"))  # of cubes, and as many of files
+CASES = int(os.environ.get("TORCHALIGN_TEST_CASES", "30"))  # of cubes, and as many of files
 DTYPES = ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
 CRSS = ("EPSG:32633", "EPSG:4326", "EPSG:3857", None)
 ALIGNER = ta.PCC(max_translation=3)

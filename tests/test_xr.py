@@ -827,8 +827,17 @@ def test_cuda_agrees_with_the_cpu():
     assert np.abs(on_cuda.values.astype(int) - on_cpu.values.astype(int)).max() <= 2
 
 
-@pytest.mark.parametrize("reference", ["median", "mean", "first", "per frame"])
-@pytest.mark.parametrize("dtype", ["uint16", "float32", "float64"])
+@pytest.mark.parametrize(
+    ("reference", "dtype"),
+    [
+        ("median", "uint16"),
+        ("median", "float64"),
+        ("mean", "float32"),
+        ("first", "float64"),
+        ("per frame", "uint16"),
+        ("per frame", "float32"),
+    ],
+)
 def test_batches_of_any_size_give_the_same_result_to_rounding(reference, dtype):
     """Sums over another batch are taken in another order; in float64 nothing else differs either."""
     cube, _ = make_series(frames=7, dtype=dtype)
@@ -869,7 +878,7 @@ def test_memory_is_set_by_the_batch_size(reference, monkeypatch):
     """Beside the result itself; tracemalloc sees numpy's memory, where every batch enters and leaves."""
     monkeypatch.setattr(torchalign.cube.reference, "_REFERENCE_BYTES", 2**18)
     extra = {}
-    for frames in (32, 256):
+    for frames in (32, 128):
         cube = make_cube("uint8", frames=frames, bands=1, height=64, width=64)
         aligner = Scripted(0, 0)
         aligner.calls = type("Forgetful", (list,), {"append": lambda self, item: None})()
@@ -877,7 +886,7 @@ def test_memory_is_set_by_the_batch_size(reference, monkeypatch):
         align(cube, reference, aligner, batch_size=4)
         extra[frames] = tracemalloc.get_traced_memory()[1] - cube.nbytes
         tracemalloc.stop()
-    assert extra[256] < extra[32] + 200_000  # a float32 copy of the large cube takes 4 MB
+    assert extra[128] < extra[32] + 200_000  # a float32 copy of the large cube takes 2 MB
 
 
 def test_no_gradients_and_the_cube_is_not_written():
