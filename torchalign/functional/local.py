@@ -179,7 +179,7 @@ def _level(frame: tuple[int, int], band: float, spacing: int, *, like: Tensor) -
     rows, columns = lattice_size(frame, spacing)
     down, along = spline_basis(y / spacing + 1, rows), spline_basis(x / spacing + 1, columns)
     at = torch.stack(torch.broadcast_tensors(x, y[:, None]))  # type: ignore[no-untyped-call]
-    size = torch.tensor(frame[::-1], device=like.device, dtype=like.dtype)[:, None, None]
+    size = torch.stack([like.new_full((1, 1), length) for length in frame[::-1]])
     edge = _edge(y, frame[0])[:, None] * _edge(x, frame[1])
     padded = (frame[0] + 2 * _PAD, frame[1] + 2 * _PAD)
     whole = WorkingGrid.of(padded, padded, band, like)
