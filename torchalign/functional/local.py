@@ -293,8 +293,11 @@ def _read_frames(frames: _Frames, level: _Level, at: Tensor) -> tuple[Tensor, Te
 @keeps_tables
 def _cubics(*, like: Tensor) -> Tensor:
     """(4, 4, 1, 1, 1): of the four spline weights the coefficients of 1, f, f² and f³, times 6."""
-    rows = [[1, -3, 3, -1], [4, 0, -6, 3], [1, 3, 3, -3], [0, 0, 0, 1]]
-    return torch.tensor(rows, device=like.device, dtype=like.dtype).mT[..., None, None, None] / 6
+    entries = (1, 4, 1, 0), (-3, 0, 3, 0), (3, -6, 3, 0), (-1, 3, -3, 1)
+    # made on the device, to which the host would have to copy them
+    return (
+        torch.stack([like.new_full((), entry) for row in entries for entry in row]).reshape(4, 4, 1, 1, 1) / 6
+    )
 
 
 def _sum_taps(flat: Tensor, first: Tensor, line: int, fraction: Tensor) -> Tensor:
