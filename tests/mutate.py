@@ -577,8 +577,23 @@ MUTATIONS = [
     ),
     Mutation(
         "gate-a-shift-after-a-shift", "functional/quality.py",
-        "extra = extra + _misfit_before(motions[number], motions[number - 1], accepted)", "pass",
+        "extra = extra + _misfit_before(motions[number], kept, accepted)", "pass",
         "tests/test_trust.py -k from_where_a_translation",
+    ),
+    Mutation(
+        "gate-what-the-result-stands-for", "functional/quality.py",
+        "kept = _replaced(kept, motions[number], accepted)", "kept = motions[number]",
+        "tests/functional/test_quality.py -k casts_no_doubt",
+    ),
+    Mutation(
+        "defects-beside-masked", "functional/defects.py",
+        "return (off.detach().abs() > _HOT * typical) & across & down, off",
+        "return (off.detach().abs() > _HOT * typical) & usable, off",
+        "tests/test_trust.py -k beside_masked",
+    ),
+    Mutation(
+        "network-last-steps", "functional/network.py", "_LAST_STEPS = 2", "_LAST_STEPS = 0",
+        "tests/functional/test_network.py -k long_chain",
     ),
     Mutation(
         "gate-shifts-that-disagree", "functional/quality.py",

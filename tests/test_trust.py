@@ -16,7 +16,13 @@ from scenes import fractal
 from torch.nn import functional as F
 
 import torchalign as ta
-from torchalign.functional.defects import enlargement, exclude_defects, hot_pixels, undeclared_fill
+from torchalign.functional.defects import (
+    enlargement,
+    exclude_defects,
+    hot_pixels,
+    remove_defects,
+    undeclared_fill,
+)
 
 SIZE = 128
 FACTOR = 5
@@ -406,3 +412,31 @@ def test_a_summary_says_that_frames_are_distorted(degrees, flagged):
     assert np.isfinite(report.misfit.values).all()  # also of what is ambiguous because of it
     words = str(ta.summarize(report))
     assert ("the frames are distorted: try" in words) == (degrees > 0)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.15, 0.05])
+def test_masked_ground_has_no_hot_pixels(share):
+    """However little is usable: neighbours are compared where both are known."""
+    generator = torch.Generator().manual_seed(0)
+    image = F.avg_pool2d(torch.randn(1, 202, 202, generator=generator), 3, 1)[0]
+    side = int(200 * share**0.5)
+    usable = torch.zeros(200, 200, dtype=torch.bool)
+    usable[20 : 20 + side, 10 : 10 + side] = True
+    image = torch.where(usable, 1000 + image, 0.0)
+    assert not hot_pixels(image, usable).any()
+    same, known = remove_defects(image, usable)
+    assert torch.equal(same, image)
+    assert known is usable
+
+
+def test_pixels_beside_masked_ones_stay_what_they_are():
+    generator = torch.Generator().manual_seed(0)
+    usable = torch.rand(200, 200, generator=generator) < 0.4
+    image = torch.where(usable, 1000 + 10 * torch.randn(200, 200, generator=generator), 0.0)
+    image[98:105, 98:105], usable[98:105, 98:105] = 1000.0, True
+    image[101, 101] = 3000.0
+    mended, known = remove_defects(image, usable)
+    assert mended[101, 101] == 1000
+    mended[101, 101] = 3000.0
+    assert torch.equal(mended, image)
+    assert known is usable

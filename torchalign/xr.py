@@ -54,6 +54,7 @@ from torchalign.cube.solution import (
     check_report,
     find_field,
     find_warps,
+    name_statuses,
     report_fields,
     summarize,
     unpack_field,
@@ -592,7 +593,7 @@ def _longer_report(report: xr.Dataset, rows: xr.Dataset) -> xr.Dataset:
         data_vars="minimal",
     )
     longer.attrs |= summarize(longer).attrs()
-    return longer
+    return name_statuses(longer)
 
 
 def apply(  # noqa: D417  # options that are those of align stand in one line

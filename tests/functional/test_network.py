@@ -229,6 +229,25 @@ def test_variances_of_very_long_series(monkeypatch):
     assert ratio.std() < 0.2
 
 
+def test_a_long_chain_is_solved_to_its_end(monkeypatch):
+    monkeypatch.setattr(network, "_DENSE", 5)
+    number = torch.arange(1500)
+    edges = Edges(number[1:], number[:-1], torch.ones(1499, dtype=torch.bool))
+    position = normal(1500, 2)
+    found = solve_positions(said(edges, position), torch.full((1499,), 0.05), edges.distinct, edges, 1500)
+    error = (found.position - position)[1:-1]  # but for the ends, which hang on one pair
+    assert (error - error.median(0).values).abs().max() < 1e-4
+
+
+def test_variances_where_all_frames_are_in_place(monkeypatch):
+    edges = ring_and_chords(300, 6)
+    found = solve_positions(torch.zeros(1800, 2), torch.full((1800,), 0.05), edges.distinct, edges, 300)
+    exact = position_variance(found, edges)
+    monkeypatch.setattr(network, "_DENSE_VARIANCE", 5)
+    ratio = position_variance(found, edges) / exact
+    assert 0.8 < ratio.mean() < 1.25
+
+
 def test_who_does_not_hang_together_is_not_connected():
     edges = Edges(
         torch.tensor([1, 2, 3, 0, 2, 5, 6, 7]),

@@ -262,6 +262,28 @@ def test_a_stage_that_is_not_trusted_judges_no_other(scene):
         assert torch.equal(field, expected)
 
 
+@pytest.mark.parametrize("detour", [(2.3, -0.5), (-4.0, 3.0)], ids=["worse", "lost"])
+def test_a_shift_that_was_not_kept_casts_no_doubt(scene, detour):
+    _, moving, reference = scene
+    moving = moving[:1]
+    good, bad = (
+        Motion(
+            translation_warp(torch.tensor([shift], dtype=moving.dtype)),
+            torch.full((1,), 0.01, dtype=moving.dtype),
+            torch.zeros(1, dtype=torch.int64),
+            only_shifts=True,
+        )
+        for shift in ((1.5, -0.5), detour)
+    )
+    alone = gate_stages([good], moving, reference, max_translations=[6.0])
+    assert alone.valid.all()
+    for stages in ([good, bad, good], [bad, good] if detour == (-4.0, 3.0) else [good, bad]):
+        found = gate_stages(stages, moving, reference, max_translations=len(stages) * [6.0])
+        assert found.valid.all()
+        assert torch.equal(found.warp, alone.warp)
+        assert torch.equal(found.sigma, alone.sigma)
+
+
 def test_gate_handles_frames_one_by_one(scene):
     truth, moving, reference = scene
     warp = translation_warp(truth)

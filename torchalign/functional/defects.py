@@ -139,10 +139,20 @@ def _hot(image: Tensor, usable: Tensor | None) -> tuple[Tensor, Tensor]:
     off = torch.where(across.abs() < down.abs(), across, down)
     # in units of how much neighbours differ on the mean
     step = (image[..., 1:] - image[..., :-1]).detach().abs()
-    if usable is not None:
-        step = torch.where(usable[..., 1:] & usable[..., :-1], step, 0.0)
-    hot = off.detach().abs() > _HOT * step.mean((-2, -1), keepdim=True)
-    return hot if usable is None else hot & usable, off
+    if usable is None:
+        return off.detach().abs() > _HOT * step.mean((-2, -1), keepdim=True), off
+    pairs = usable[..., 1:] & usable[..., :-1]
+    typical = _mean_where(pairs, step)[..., None, None]
+    # what lies beside a masked pixel has no median
+    across = F.pad(pairs[..., 1:] & pairs[..., :-1], (1, 1))
+    above = usable[..., 1:, :] & usable[..., :-1, :]
+    down = F.pad(above[..., 1:, :] & above[..., :-1, :], (0, 0, 1, 1))
+    return (off.detach().abs() > _HOT * typical) & across & down, off
+
+
+def _mean_where(known: Tensor, values: Tensor) -> Tensor:
+    """(...,), of (..., H, W), over what is known; 0 where nothing is."""
+    return torch.where(known, values, 0.0).sum((-2, -1)) / known.sum((-2, -1)).clamp(min=1)
 
 
 def _off_median(image: Tensor, dim: int) -> Tensor:
@@ -243,23 +253,29 @@ def suspicious(image: Tensor, usable: Tensor | None = None) -> Tensor:
     """(...,) bool: whether some of the rows have a pixel off its neighbours on both axes, or five alike.
 
     A look at images of which most have neither fill nor hot pixels, for a tenth of the cost of the others. Of small
-    images, which a single pixel can mislead, all rows are looked at, of large ones up to every eighth.
+    images, which a single pixel can mislead, all rows are looked at, of large ones up to every eighth: a hot pixel
+    or a strip between them is not seen.
     """
     stride = min(2 * _THINNED, stride_for((image.shape[-2],) * 2, 2 * _LEAST_LINES))
     above, lines, below = (image.detach()[..., start : start - 2 or None : stride, :] for start in (0, 1, 2))
     step = lines[..., 1:] - lines[..., :-1]
+    up, down = lines - above, below - lines
     length = step.abs()
-    known_length = length
-    if usable is not None:
-        known = usable.expand(image.shape)[..., 1:-1:stride, :]
-        known = known[..., 1:] & known[..., :-1]
-        step = torch.where(known, step, 0.0)
-        length, known_length = torch.where(known, length, torch.inf), step.abs()
+    if usable is None:
+        typical = length.mean((-2, -1))
+    else:
+        over, within, under = (
+            usable.expand(image.shape)[..., start : start - 2 or None : stride, :] for start in (0, 1, 2)
+        )
+        known = within[..., 1:] & within[..., :-1]
+        typical = _mean_where(known, length)
+        step, length = torch.where(known, step, 0.0), torch.where(known, length, torch.inf)
+        up, down = torch.where(over & within, up, 0.0), torch.where(under & within, down, 0.0)
     # four steps of nothing in a row
     longer = torch.maximum(length[..., 1:], length[..., :-1])
     alike = torch.maximum(longer[..., 2:], longer[..., :-2]).amin((-2, -1)) == 0
-    off = torch.minimum(_off(step[..., :-1], step[..., 1:]), _off(lines - above, below - lines)[..., 1:-1])
-    return alike | (off.amax((-2, -1)) > _HOT * known_length.mean((-2, -1)))
+    off = torch.minimum(_off(step[..., :-1], step[..., 1:]), _off(up, down)[..., 1:-1])
+    return alike | (off.amax((-2, -1)) > _HOT * typical)
 
 
 def _off(before: Tensor, after: Tensor) -> Tensor:

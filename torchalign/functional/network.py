@@ -28,7 +28,7 @@ References:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +73,8 @@ _STEPS = 25
 # Longer series are solved by conjugate gradients, so many steps from the last solution on, or until what is left is
 # this share of what was asked.
 _DENSE, _CONJUGATE_STEPS, _LEFT = 500, 200, 1e-9
+# The last solve takes up to so many steps a frame: of a chain of frames as many as there are frames are needed.
+_LAST_STEPS = 2
 # And the variances of still longer ones by as many vectors of random signs, which tell σ to 5 %.
 _DENSE_VARIANCE, _PROBES = 4000, 64
 # A frame hangs on the network by at least this much weight: two pairs that agree.
@@ -375,8 +377,8 @@ def solve_positions(
         deviation = residual / (variance + excess[..., None]).sqrt()
         weight = pairs * (_HUBER / deviation.clamp(min=_HUBER))
     precision = weight / (variance + excess[..., None])
-    # (from nothing: what has converged already would carry no gradient)
-    position = _solve_pairs(precision, shift, edges, component, torch.zeros_like(position))
+    position = _solve_pairs(precision, shift, edges, component, position, steps=_LAST_STEPS * frames)
+    residual = _residual(fixed, position.detach(), edges).norm(dim=-1)
 
     support = sum_of_pairs(edges, weight, frames)
     scatter = sum_of_pairs(edges, precision * residual.square(), frames)
@@ -417,15 +419,19 @@ def position_variance(positions: Positions, edges: Edges) -> Tensor:
 def _probed_variance(precision: Tensor, edges: Edges, positions: Positions) -> Tensor:
     """The same for a long series: the mean of z · L⁻¹ z over random signs z.
 
-    The signs are drawn from the positions, so that no frame's number decides.
+    The signs are drawn from the rank of the positions: a frame's number decides among equals alone.
     """
     component = positions.component
     draw = torch.arange(1, _PROBES + 1, device=component.device, dtype=torch.float64)[:, None]
-    signs = torch.cos(1e4 * draw.sqrt() * positions.position.sum(-1)[..., None, :]).sign()
+    place = positions.position.detach().sum(-1)
+    rank = torch.argsort(place, dim=-1, stable=True).argsort(-1) + 1
+    noise = (torch.sin(12.9898 * rank[..., None, :] + 78.233 * draw) * 43758.5453).remainder(1)
+    signs = torch.where(noise < 0.5, -1.0, 1.0).double()
     ones = torch.ones_like(positions.support)
     size = _over_component(component, ones)[..., None, :]
     right = signs - _over_component(component[..., None, :].expand(signs.shape), signs) / size
-    found = _conjugate_gradients(precision, right, torch.zeros_like(right), edges)
+    steps = _LAST_STEPS * component.shape[-1]
+    found = _conjugate_gradients(precision, right, torch.zeros_like(right), edges, steps)
     found = found - _over_component(component[..., None, :].expand(signs.shape), found) / size
     # no less than if all other frames were known
     degree = sum_of_pairs(edges, precision, component.shape[-1])
@@ -473,13 +479,16 @@ def place_frames(
     return position, 1 / (whole + tiny), closure, weight.sum(-1)
 
 
-def _solve_pairs(precision: Tensor, shift: Tensor, edges: Edges, component: Tensor, start: Tensor) -> Tensor:
+def _solve_pairs(
+    precision: Tensor, shift: Tensor, edges: Edges, component: Tensor, start: Tensor, *, steps: int = 0
+) -> Tensor:
     """(..., T, 2): weighted least squares, up to a shift of every component."""
     frames = component.shape[-1]
     pulled = (precision[..., None] * shift).mT  # (..., 2, E)
     right = sum_of_pairs(edges, pulled, frames, sign=-1.0)
     if frames > _DENSE:
-        return _conjugate_gradients(precision, right, start.mT, edges).mT
+        steps = max(steps, _CONJUGATE_STEPS)
+        return _LongSolve.apply(right, start.mT, precision, component, edges, steps).mT
     matrix, _ = _laplacian(precision, edges, component)
     # (cholesky_solve would wait for a GPU)
     factor = torch.linalg.cholesky_ex(matrix).L
@@ -487,7 +496,34 @@ def _solve_pairs(precision: Tensor, shift: Tensor, edges: Edges, component: Tens
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
-def _conjugate_gradients(precision: Tensor, right: Tensor, start: Tensor, edges: Edges) -> Tensor:
+class _LongSolve(torch.autograd.Function):
+    """:func:`_conjugate_gradients`, whose derivative by the right side is another solve: L is symmetric."""
+
+    @staticmethod
+    def forward(
+        right: Tensor, start: Tensor, precision: Tensor, component: Tensor, edges: Edges, steps: int
+    ) -> Tensor:
+        return _conjugate_gradients(precision, right, start, edges, steps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, precision, component, ctx.edges, ctx.steps = inputs
+        ctx.save_for_backward(precision, component)
+
+    @staticmethod
+    def backward(ctx: Any, by_position: Tensor) -> tuple[Tensor | None, ...]:
+        precision, component = ctx.saved_tensors
+        place = component[..., None, :].expand(by_position.shape)
+        # L is singular along a shift of a whole component
+        mean = _over_component(place, by_position) / _over_component(place, torch.ones_like(by_position))
+        right = by_position - mean
+        found = _conjugate_gradients(precision, right, torch.zeros_like(right), ctx.edges, ctx.steps)
+        return found, None, None, None, None, None
+
+
+def _conjugate_gradients(
+    precision: Tensor, right: Tensor, start: Tensor, edges: Edges, steps: int = _CONJUGATE_STEPS
+) -> Tensor:
     """(..., K, T): L x = right for the network's Laplacian, preconditioned by its diagonal, in fixed steps.
 
     The right side sums to 0 over every component, where L is singular. What has converged stays as it is.
@@ -504,7 +540,7 @@ def _conjugate_gradients(precision: Tensor, right: Tensor, start: Tensor, edges:
     direction = scale * left
     energy = (left * direction).sum(-1, keepdim=True)
     least = (_LEFT**2 * (right * scale * right)).sum(-1, keepdim=True).detach()
-    for _ in range(_CONJUGATE_STEPS):
+    for _ in range(steps):
         going = energy.detach() > least
         if all_true(~going):
             break

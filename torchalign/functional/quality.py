@@ -38,6 +38,8 @@ _LATTICE = 128
 _WORSE = 1e-3
 # A frame whose σ is larger than this, in pixels, because two methods disagree, is not known.
 _LARGEST_DOUBT = 0.15
+# Nor is one whose σ, which was larger before, has grown by this factor.
+_MORE_DOUBT = 1.5
 
 
 def normalized_cross_correlation(first: Tensor, second: Tensor, usable: Tensor | None = None) -> Tensor:
@@ -216,6 +218,7 @@ def gate_stages(
         judged = judged._replace(stage=torch.where(judged.valid, number, -1))
         if result is None:
             result, distorted = judged, apart
+            kept = motions[number]._replace(status=result.status)  # what the result stands for
             continue
         worse = result.valid & (judged.score < result.score - _WORSE)
         # where more than one place fits, a later stage climbs to the one it happens to start near
@@ -224,11 +227,12 @@ def gate_stages(
         if judged.field is not None:  # a field is added to a motion that was accepted without it
             accepted = accepted & result.valid & ~is_zero(judged.field)
         extra: Tensor | None = None
-        if motions[number].only_shifts and judged.field is None:
+        if all(motion.only_shifts and motion.field is None for motion in motions[: number + 1]):
             # a shift after a shift measures the same: where they differ the first, which searched further, stays
-            extra = _disagreement(motions[number], motions[number - 1], accepted)
+            extra = _disagreement(motions[number], kept, accepted)
             accepted = accepted & ~(result.valid & (extra > 0).flatten(-2).any(-1))
-            extra = extra + _misfit_before(motions[number], motions[number - 1], accepted)
+            extra = extra + _misfit_before(motions[number], kept, accepted)
+            kept = _replaced(kept, motions[number], accepted)
         result = _choose(accepted, judged, result)
         distorted = torch.where(accepted, apart, distorted)
         if extra is not None:
@@ -348,6 +352,22 @@ def _disagreement(motion: Motion, before: Motion, accepted: Tensor) -> Tensor:
     return beyond_chance(square, torch.where(both, covariances[0] + covariances[1], 1.0), times=1.0)
 
 
+def _replaced(kept: Motion, motion: Motion, accepted: Tensor) -> Motion:
+    """The shifts that are kept, after those that were accepted."""
+    one, other = (
+        isotropic(each.sigma) if each.covariance is None else each.covariance for each in (motion, kept)
+    )
+    nothing = torch.zeros_like(kept.sigma)
+    misfit, before = (nothing if each.misfit is None else each.misfit for each in (motion, kept))
+    return kept._replace(
+        warp=torch.where(accepted[..., None, None], motion.warp, kept.warp),
+        sigma=torch.where(accepted, motion.sigma, kept.sigma),
+        status=torch.where(accepted, 0, kept.status),
+        covariance=torch.where(accepted[..., None, None], one, other),
+        misfit=torch.where(accepted, misfit, before),
+    )
+
+
 def _misfit_before(motion: Motion, before: Motion, accepted: Tensor) -> Tensor:
     """(..., 2, 2): by what parts of the frame disagreed about a shift before, and do not about one that is accepted."""
     if before.misfit is None:
@@ -361,7 +381,9 @@ def _widened(estimate: Estimate, extra: Tensor) -> tuple[Estimate, Tensor]:
     told = (extra > 0).flatten(-2).any(-1)
     covariance = estimate.covariance + extra
     sigma = torch.where(told, largest_sigma(covariance), estimate.sigma)
-    return estimate._replace(covariance=covariance, sigma=sigma), told & (sigma > _LARGEST_DOUBT)
+    # (a method that asks for less knew its shift worse before)
+    limit = torch.where(estimate.sigma <= _LARGEST_DOUBT, _LARGEST_DOUBT, _MORE_DOUBT * estimate.sigma)
+    return estimate._replace(covariance=covariance, sigma=sigma), told & (sigma > limit)
 
 
 def rejected(estimate: Estimate) -> Estimate:
