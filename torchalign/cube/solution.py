@@ -321,7 +321,7 @@ def build_report(
 def name_statuses(report: xr.Dataset) -> xr.Dataset:
     """With ``status_name``, the status in words."""
     names = np.array([code.name for code in Status])
-    codes = report["status"].data
+    codes = report["status"].astype(np.int8).data
     # dask's asks for a function
     words = codes.map_blocks(names.take, dtype=names.dtype) if is_lazy(report["status"]) else names[codes]
     return report.assign(status_name=(report["status"].dims, words, {"long_name": "the status in words"}))
