@@ -292,7 +292,10 @@ def estimate_only(module: nn.Module, *frames: Tensor | None, **options: Any) -> 
 
 
 def _ground(module: nn.Module, frames: Tensor, usable: Tensor | None) -> Tensor | None:
-    """What is usable less fills and hot pixels, for which an aligner itself looks on the host only."""
+    """What is usable less fills and hot pixels, for which an aligner itself looks on the host only.
+
+    Hot pixels are left out here, where an aligner on the host fills them; with ``crop_center`` nothing is looked for.
+    """
     if frames.device.type == "cpu" or not isinstance(module, Aligner) or not module.expects_defects:
         return usable
     if module.crop_center is not None:

@@ -154,9 +154,8 @@ def weights_error(reference: Tensor, weights: Tensor, grid: WorkingGrid) -> Tens
 def parts_of(field: Tensor) -> Tensor:
     """Sums of (..., h, w) over blocks of 2ⁿ samples a side, 4 or more along the shorter axis."""
     times = 0
-    while min(field.shape[-2:]) >= _PARTS * 2 ** (
-        times + 1
-    ):  # compared, not computed: a size may be a symbol
+    # compared, not computed: a size may be a symbol
+    while min(field.shape[-2:]) >= _PARTS * 2 ** (times + 1):
         times += 1
     return block_sums(field, times)
 
@@ -264,7 +263,6 @@ def overlap_curvature(weights: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tenso
     r"""Of the correlation of weights (..., h, w) with themselves, in px⁻².
 
     .. math:: \sum \nabla w \nabla w^T / \sum w^2
-
 
     Returns:
         xx, yy and xy, (...,) each.
