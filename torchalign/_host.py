@@ -153,19 +153,15 @@ def in_pieces(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``function(*tensors)``, some rows of the first axis at a time where results are large and nobody traces.
 
     On the eager CPU what one operation writes is then still in the cache when the next one reads it. The last of
-    the tensors is as large as the result. Where all have three dimensions, those of one row are shared.
+    the tensors is as large as the result.
     """
-    last = tensors[-1]
-    if not may_read(*tensors) or last.ndim not in (2, 3) or last.numel() <= _PIECE:
+    length = tensors[-1].shape[-1]
+    if not may_read(*tensors) or tensors[-1].ndim != 2 or len({len(tensor) for tensor in tensors}) > 1:
         return function(*tensors)
-    shared = 1 if last.ndim == 3 and all(tensor.ndim == 3 for tensor in tensors) else len(last)
-    if any(len(tensor) not in (shared, len(last)) for tensor in tensors):
+    together = max(1, _PIECE // max(1, length))
+    if len(tensors[-1]) <= together:
         return function(*tensors)
-    together = max(1, _PIECE // (last.numel() // len(last)))
-    parts = [
-        [tensor if len(tensor) == 1 else tensor[first : first + together] for tensor in tensors]
-        for first in range(0, len(last), together)
-    ]
+    parts = zip(*(tensor.split(together) for tensor in tensors), strict=True)  # type: ignore[no-untyped-call]
     return torch.cat([function(*part) for part in parts])
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchalign._host import in_pieces, keeps_tables, kernels_for
+from torchalign._host import keeps_tables, kernels_for
 from torchalign.functional.fourier import irfft2, shift_phase
 from torchalign.functional.smoothing import block_sums
 from torchalign.functional.working_grid import WorkingGrid
@@ -177,22 +177,18 @@ def block_pulls(moving: Tensor, reference: Tensor, shift: Tensor, grid: WorkingG
     Returns:
         (..., 2, n), in units of the sum over all frequencies.
     """
-    tables = _rooted_slopes(grid.frame, grid.size, grid.max_frequency, like=grid.radius)
+    root, by_x, by_y = _rooted_slopes(grid.frame, grid.size, grid.max_frequency, like=grid.radius)
     kernels = kernels_for(moving, reference, shift)
-
-    def pulls(reference: Tensor, shift: Tensor, moving: Tensor) -> Tensor:
-        shift, (root, by_x, by_y) = -shift.squeeze(-2), tables
-        if kernels is not None:
-            samples = grid.size[0] * grid.size[1]
-            spectra = kernels.pulls(moving, reference, grid.frequencies, shift, root, samples)
-        else:
-            own = shift_phase(moving, grid.frequencies, shift)
-            both = own + reference
-            spectra = torch.stack(((own - reference) * root, both * by_x, both * by_y), -3)
-        fields = irfft2(spectra, grid.size)
-        return parts_of(fields[..., :1, :, :] * fields[..., 1:, :, :]).flatten(-2)
-
-    return in_pieces(pulls, reference, shift.unsqueeze(-2), moving)
+    if kernels is not None:
+        spectra = kernels.pulls(
+            moving, reference, grid.frequencies, -shift, root, grid.size[0] * grid.size[1]
+        )
+    else:
+        own = shift_phase(moving, grid.frequencies, -shift)
+        both = own + reference
+        spectra = torch.stack(((own - reference) * root, both * by_x, both * by_y), -3)
+    fields = irfft2(spectra, grid.size)
+    return parts_of(fields[..., :1, :, :] * fields[..., 1:, :, :]).flatten(-2)
 
 
 @keeps_tables
