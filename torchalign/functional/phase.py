@@ -196,16 +196,9 @@ def phase_correlation(
     if not vector:
         power, still = _without_stripes(power, still, grid, shift, fixed_at)
     together = shift if robust else torch.zeros_like(shift)
-    found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
-    significant = peak.significance >= _MIN_SIGNIFICANCE
-    # most of a vector's power is in a few low frequencies: the surface's peak separates ground from chance
-    if vector:
-        unasked = torch.full_like(found.quality.height, torch.inf)
-        found = found._replace(quality=found.quality._replace(height=unasked))
-    least, risen = _least_height(max_translation), found.quality.height
-    ambiguous = found.quality.ambiguous | (risen < least)
-    if not vector:
-        significant = significant | (risen >= least + _SURE)
+    left = _LEFT_PULLS if robust else 1.0
+    found = _refine_plain(power, effective, shift, together, grid, upsample_factor, left)
+    significant, ambiguous = _told_from_chance(peak, found.quality, max_translation, vector=vector)
     misfit = torch.zeros_like(found.quality.height)
     if not vector and weighting == "ramp":
         pulls = block_pulls(spectrum.detach(), still.detach(), found.peak, grid)
@@ -226,16 +219,24 @@ def phase_correlation(
     climbed = (found.shift - shift).norm(dim=-1)
     # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)
     near = (climbed <= 2 * height / samples[0]) | (climbed <= 2 * width / samples[1])
-    converged = found.curved & near & (found.step < _NEWTON_TOLERANCE) & torch.isfinite(sigma)
-    converged = converged & significant
+    converged = found.curved & near & (found.step < _NEWTON_TOLERANCE) & torch.isfinite(sigma) & significant
     flat = texture.flat | reference.flat
     told = peak.significance, flat, outside, converged, ambiguous, inliers
     return PhaseShift(found.shift, sigma, covariance, misfit, *told)
 
 
-def _least_height(max_translation: float) -> float:
-    """The height, in standard deviations, that chance reaches as rarely as 3 within 5 px: of more places, more."""
-    return math.sqrt(LEAST_HEIGHT**2 + 4 * math.log(max(max_translation / 5, 1.0)))
+def _told_from_chance(
+    peak: _Peak, quality: PeakQuality, max_translation: float, *, vector: bool
+) -> tuple[Tensor, Tensor]:
+    """(...,) bool each: whether chance has no such maximum, and whether it may have, or a direction is not fixed."""
+    significant = peak.significance >= _MIN_SIGNIFICANCE
+    if (
+        vector
+    ):  # most of whose power is in a few low frequencies: the surface's peak separates ground from chance
+        return significant, quality._replace(height=torch.full_like(quality.height, torch.inf)).ambiguous
+    # among more places chance rises higher: as rarely as to the least height within 5 pixels
+    least = math.sqrt(LEAST_HEIGHT**2 + 4 * math.log(max(max_translation / 5, 1.0)))
+    return significant | (quality.height >= least + _SURE), quality.ambiguous | (quality.height < least)
 
 
 def _find_peak(power: Tensor, grid: WorkingGrid, max_translation: float, start: Tensor | None) -> _Peak:
@@ -627,11 +628,12 @@ def _refine_plain(
     together: Tensor,
     grid: WorkingGrid,
     upsample_factor: int | None,
+    left: float,
 ) -> _Refined:
     """The peak near ``start`` of the correlation of frames whose weights (..., h, w) match at ``together``.
 
     The correlation is that of the ground times that of the weights, which has its peak there and pulls there. To
-    the second order in the way from there, its curvature is taken off.
+    the second order in the way from there, its curvature is taken off, ``left`` times which is error.
     """
     if upsample_factor is None:
         orders = _orders(grid.frame, grid.size, like=grid.radius)
@@ -642,7 +644,7 @@ def _refine_plain(
     step = step.norm(dim=-1)
     kernels = kernels_for(power, shift, together, weights) if upsample_factor is None else None
     if kernels is not None:
-        limits = (*CALIBRATION, _LEFT_PULLS, _LONGEST_WAY, _LARGEST_CORRECTION)
+        limits = (*CALIBRATION, left, _LONGEST_WAY, _LARGEST_CORRECTION)
         known = kernels.assess(power, grid.frequencies, shift, together, weights, grid.spacings(), limits)
         if known is not None:
             return _Refined(known[0], step, curved, PeakQuality(*known[1]), shift.detach())
@@ -659,7 +661,7 @@ def _refine_plain(
         extra = (correction * away[..., None, :]).sum(-1)
         bounded = extra.detach().abs().amax(-1, keepdim=True) <= _LARGEST_CORRECTION
         shift = _settled(found + torch.where(bounded, extra, 0.0))
-        quality = quality.widened(_LEFT_PULLS * extra.detach().clamp(-1, 1))
+        quality = quality.widened(left * extra.detach().clamp(-1, 1))
     return _Refined(shift, step, curved, quality, found.detach())
 
 
