@@ -266,8 +266,8 @@ def _scores(
     for motion in motions:
         # bilinear interpolation smooths, which a score would take for misregistration
         path = motion.warp[..., :2, 2] if motion.only_shifts else motion.warp
-        options: dict[str, Any] = {"interpolation": "bicubic", "mask": usable[0], "field": motion.field}
-        aligned, inside = resample(moving.unsqueeze(-3), path, step=step, **options)
+        options: dict[str, Any] = {"mask": usable[0], "step": step, "field": motion.field, "finite": True}
+        aligned, inside = resample(moving.unsqueeze(-3), path, interpolation="bicubic", **options)
         inside = inside[0] if vector else inside
         overlap = inside if overlap is None else overlap & inside
         aligned = aligned.squeeze(-3)
