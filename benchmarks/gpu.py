@@ -199,7 +199,9 @@ def as_called(frames: int, size: int, device: torch.device, rounds: int) -> dict
 
         jobs: dict[str, Callable[[], object]] = {
             f'ta.align(cube, reference, "pcc"{named})': aligned,
-            f'ta.align(cube, reference, "pcc", verify=False{named})': functools.partial(aligned, verify=False),
+            f'ta.align(cube, reference, "pcc", verify=False{named})': functools.partial(
+                aligned, verify=False
+            ),
             f"ta.stream(partial(PCC(), reference=reference), cube{named})": streamed,
         }
         found |= {name: len(values) / elapsed(job, device, rounds) for name, job in jobs.items()}
