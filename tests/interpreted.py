@@ -466,7 +466,7 @@ def test_blur(size, by_torch):
 
 
 def near(found, expected, least=0.0):
-    """Equal to 2e-6 of the largest number, or of the least that counts, NaN and infinities in the same places; bool ones exactly."""
+    """Equal to 2e-6 of the largest number, or of the least that counts; NaN, infinities and bool ones exactly."""
     for own, other in zip(tensors_of(found), tensors_of(expected), strict=True):
         if not own.dtype.is_floating_point and not own.dtype.is_complex:
             assert torch.equal(own, other)
