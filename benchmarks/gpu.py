@@ -115,9 +115,7 @@ def stages(frames: int, size: int, device: torch.device, rounds: int, rate: floa
     seen = aligner._prepare_block(call)
 
     def estimate() -> Any:
-        return aligner.estimate_motion(
-            seen.moving, seen.usable, call.reference, call.usable, seen.prepared, None
-        )
+        return aligner.estimate_motion(seen.pair(call), seen.prepared, None)
 
     motion = estimate()
 
