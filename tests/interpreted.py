@@ -14,7 +14,7 @@ import torch
 
 import torchalign as ta
 from torchalign import _host, kernels
-from torchalign.functional import defects, fourier, phase, quality, sift, texture, uncertainty, warp
+from torchalign.functional import defects, ecc, fourier, phase, quality, sift, texture, uncertainty, warp
 from torchalign.functional.channels import extract_channel
 from torchalign.functional.working_grid import Window, WorkingGrid
 
@@ -463,6 +463,104 @@ def test_blur(size, by_torch):
     image = torch.randn(2, *size, generator=generator(31))
     own, other = sift._blur(image, 1.7), by_torch(sift._blur, image, 1.7)
     torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def near(found, expected, least=0.0):
+    """Equal to 2e-6 of the largest number, or of the least that counts; NaN, infinities and bool ones exactly."""
+    for own, other in zip(tensors_of(found), tensors_of(expected), strict=True):
+        if not own.dtype.is_floating_point and not own.dtype.is_complex:
+            assert torch.equal(own, other)
+            continue
+        known = other.abs()[other.isfinite()]
+        scale = max(float(known.max()) if known.numel() else 0.0, least)
+        torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=scale * TOLERANCE, equal_nan=True)
+
+
+def tensors_of(found):
+    return [part for part in torch.utils._pytree.tree_leaves(found) if isinstance(part, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        ((1, 1), torch.float64),
+        ((1, 4096), torch.float64),
+        (tuple(torch.randint(2, 30, (2,), generator=generator(51)).tolist()), torch.float64),
+        ((5, 7), torch.float32),
+    ],
+    ids=str,
+)
+def test_any_size(size, dtype, by_torch):
+    """Every kernel that takes any size; the warp's are above."""
+    draw = generator(sum(size))
+
+    def random(*shape):
+        return torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    def both(function, *arguments, **options):
+        near(function(*arguments, **options), by_torch(function, *arguments, **options))
+
+    image, field, share = random(3, *size) + 5, random(3, *size), random(3, *size).clamp(0, 1)
+    mask = torch.rand(3, *size, generator=draw) > 0.2
+    mask[2] = False
+    cube, aligner = spoilt((3, 2, *size), draw, dtype), ta.PCC()
+    aligner.expects_defects = False
+    both(aligner._extract_channel, cube, mask[:1])  # one mask for all
+    both(aligner._extract_channel, cube[:1], mask)  # and one frame under several
+    both(texture.centre, image.where(mask, 0.0), mask)
+    both(texture._cover, share)
+    if min(size) > 1:  # else there is no contrast but rounding
+        known = torch.zeros(3, dtype=dtype), torch.zeros(3, dtype=torch.bool)
+        both(texture._standardized, field, share, *known, "local")
+    both(sift._blur, image, 1.7)
+    frame = (2 * size[0] + 1, 2 * size[1])
+    grid = WorkingGrid.of(frame, size, 0.25, image)
+    both(texture._coverage, torch.rand(3, *frame, generator=draw) > 0.3, grid)
+    both(phase.coarse_peak, field, frame, 5.0)
+    shift = 3 * random(3, 2)
+    if dtype == torch.float64:  # else a phase of thousands of turns is no number to compare
+        shift[1] = torch.tensor([-4000.0, 3000.5])
+    both(Window.of(grid, 0.15).common, shift)
+    spectrum = torch.fft.rfft2(field)
+    both(fourier.shift_phase, spectrum, grid.frequencies, shift)
+    both(uncertainty.block_pulls, spectrum, torch.fft.rfft2(image[:1]), shift, grid)
+    power = spectrum.abs().square().to(spectrum.dtype)  # its peak is at 0
+    climb = partial(phase.refine_peak, orders=phase.wave_orders(grid.frequencies), steps=2)
+    given = power, grid.frequencies, torch.full((3, 2), 0.1, dtype=dtype)
+    near(climb(*given), by_torch(climb, *given), least=1.0)  # pixels
+
+
+@pytest.mark.parametrize(
+    ("motion", "robust"),
+    [
+        ("translation", "agreement"),
+        ("homography", "none"),
+        pytest.param("euclidean", "agreement", marks=pytest.mark.slow),
+    ],
+)
+def test_search(motion, robust, by_torch):
+    """The samples of a warped frame, and the steps of shifted and of warped ones."""
+    draw = generator(61)
+    scene = torch.nn.functional.avg_pool2d(torch.rand(1, 60, 75, generator=draw, dtype=torch.float64), 5, 1)[
+        0
+    ]
+    size = (33, 46)
+    moving = torch.stack(
+        [scene[y : y + size[0], x : x + size[1]] for y, x in ((4, 4), (5, 3), (3, 6), (4, 5))]
+    )
+    mask = torch.rand(4, *size, generator=draw) > 0.05
+    mask[1, 10:20, 5:30] = False
+    moving, reference = moving.where(mask, 0.0), moving[:1].clone()
+    init = torch.eye(3, dtype=torch.float64).repeat(4, 1, 1)
+    init[1, :2, 2] = torch.tensor([0.4, -0.8])
+    init[2, 0, 2] = torch.nan
+    init[3, :2, 2] = torch.tensor([-300.0, 200.0])  # far
+    init = init if motion == "homography" else init[:, :2, 2] if motion == "translation" else init[:, :2]
+    options = {"motion": motion, "init": init, "levels": 1, "robust": robust}
+    found = ecc.enhanced_correlation(moving, reference, mask, **options)
+    expected = by_torch(ecc.enhanced_correlation, moving, reference, mask, **options)
+    near(found, expected)
+    assert found.converged.any()
 
 
 def series():

@@ -29,6 +29,7 @@ LAYERS = [
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
+    {"_graphs"},
     {"pcc", "ecc", "lgm"},
     {"local"},
     {"cascade", "groupwise"},
@@ -78,6 +79,7 @@ FOREIGN = {
         for name in (
             "types",
             "_check",
+            "_graphs",
             "_host",
             "functional",
             "aligner",

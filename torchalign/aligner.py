@@ -25,7 +25,15 @@ from torchalign._check import (
     check_reference,
     check_warp,
 )
-from torchalign._host import all_finite, all_true, empty_on_host, is_transformed, map_on_host, may_read
+from torchalign._host import (
+    all_finite,
+    all_true,
+    empty_on_host,
+    is_transformed,
+    map_on_host,
+    may_look,
+    may_read,
+)
 from torchalign.functional.affine import change_origin, identity_warp, split_at_center
 from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel, see_channel
 from torchalign.functional.defects import enlargement, remove_defects
@@ -432,8 +440,8 @@ class Aligner(nn.Module, ABC):
             mask = center_crop(mask.expand(*mask.shape[:-2], *cube.shape[-2:]), self.crop_center)[0]
         found = see_channel(window, mask, self.channel, rgb_bands=self.rgb_bands)
         image, usable = self._finite_channel(window, mask) if found is None else found
-        # on a device, and in a program, it would cost more than all else: ta.align looks there itself
-        asked = self.expects_defects and may_read(image.detach())
+        # on a device, and in a program, it would cost more than all else, unless ta.align has seen some
+        asked = self.expects_defects and may_look(image.detach())
         return remove_defects(image, usable) if asked else (image, usable)
 
     def _finite_channel(self, window: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

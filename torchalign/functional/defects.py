@@ -26,6 +26,7 @@ __all__ = [
     "exclude_defects",
     "hot_pixels",
     "remove_defects",
+    "suspects",
     "suspicious",
     "undeclared_fill",
 ]
@@ -293,7 +294,7 @@ def exclude_defects(image: Tensor, usable: Tensor | None = None) -> Tensor | Non
     Returns:
         bool, (..., H, W), or ``None`` if all is.
     """
-    suspect = _suspects(image, usable)
+    suspect = suspects(image, usable)
     if suspect is None:
         return usable
     good = ~((undeclared_fill(image, usable) | hot_pixels(image, usable)) & suspect)
@@ -313,7 +314,7 @@ def remove_defects(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor,
     Returns:
         Both as they were given where nothing is to be removed; the image is 0 where it is filled.
     """
-    suspect = _suspects(image, usable)
+    suspect = suspects(image, usable)
     if suspect is None:
         return image, usable
     rows = suspect.flatten().nonzero().squeeze(-1)
@@ -330,7 +331,7 @@ def remove_defects(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor,
     return image, good if usable is None else usable & good
 
 
-def _suspects(image: Tensor, usable: Tensor | None) -> Tensor | None:
+def suspects(image: Tensor, usable: Tensor | None) -> Tensor | None:
     """(..., 1, 1) bool: images to look at more closely; ``None`` if there are none."""
     if 0 in image.shape or min(image.shape[-2:]) < _LEAST_SIDE:
         return None

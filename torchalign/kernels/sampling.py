@@ -29,10 +29,12 @@ __all__ = [
     "kernel_dtype",
     "launch",
     "lerp",
+    "neighbour",
     "operator",
     "padded",
     "read",
     "source_of",
+    "triangle",
     "wave_of",
 ]
 
@@ -157,6 +159,20 @@ def padded(index, length, REFLECT: tl.constexpr):
         index = ((index % period) + period) % period
         index = tl.minimum(index, period - 1 - index)
     return tl.minimum(tl.maximum(index, 0), length - 1)
+
+
+@triton.jit
+def neighbour(x, y, i, j, rows, columns):
+    """The place of the sample that lies i columns and j rows further, the border continued."""
+    return padded(y + j, rows, False) * columns + padded(x + i, columns, False)
+
+
+@triton.jit
+def triangle(i, j, REACH: tl.constexpr):
+    """That sample's weight in a triangular mean over 2 ``REACH`` + 1 samples a side."""
+    far_y = tl.where(j < 0, -j, j)
+    far_x = tl.where(i < 0, -i, i)
+    return ((REACH + 1 - far_y) * (REACH + 1 - far_x)) * (1.0 / (REACH + 1) ** 4)
 
 
 @triton.jit
