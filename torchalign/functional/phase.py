@@ -278,11 +278,9 @@ def cross_power(
         (..., H, W//2+1), complex.
     """
     band = radius < max_frequency
+    if weighting in ("ramp", "none"):  # the reference may be one for all frames
+        return moving.conj() * (reference * (radius * band if weighting == "ramp" else band))
     power = moving.conj() * reference
-    if weighting == "ramp":
-        return power * (radius * band)
-    if weighting == "none":
-        return power * band
     # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype resolves, stands in
     squared = power.real.square() + power.imag.square()
     floor = torch.finfo(squared.dtype).eps ** 2 * squared.amax((-2, -1), keepdim=True).detach()
