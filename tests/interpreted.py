@@ -435,8 +435,8 @@ def test_a_peak_assessed_and_divided(dtype, shared, by_torch):
         torch.testing.assert_close(own, other, rtol=tolerance, atol=tolerance)
     *_, power = by_torch(pair.correlate, pair.tapering.whole, same)
     power[1] = 0  # nothing to climb
-    found = phase._refine_plain(power, same, together, together + 0.1, grid, None)
-    other = by_torch(phase._refine_plain, power, same, together, together + 0.1, grid, None)
+    found = phase._refine_plain(power, same, together, together + 0.1, grid, None, 2.0)
+    other = by_torch(phase._refine_plain, power, same, together, together + 0.1, grid, None, 2.0)
     for own, theirs in zip((*found[:3], *found[3]), (*other[:3], *other[3]), strict=True):
         torch.testing.assert_close(own, theirs, rtol=100 * tolerance, atol=tolerance)
 

@@ -322,11 +322,14 @@ def remove_defects(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor,
     images = image.flatten(0, -3) if image.ndim > 2 else image.unsqueeze(0)
     part = images[rows]
     known = None if usable is None else usable.expand(image.shape).reshape(images.shape)[rows]
-    hot, off = _hot(part, known)
     filled = undeclared_fill(part, known)
+    unfilled = all_true(~filled)
+    # ground between two pixels of a fill is no hot pixel
+    seen = known if unfilled else ~filled if known is None else known & ~filled
+    hot, off = _hot(part, seen)
     mended = torch.where(filled, 0.0, torch.where(hot, part - off, part))
     image = images.index_copy(0, rows, mended).reshape(image.shape)
-    if all_true(~filled):
+    if unfilled:
         return image, usable
     good = torch.ones_like(images, dtype=torch.bool).index_copy(0, rows, ~filled).reshape(image.shape)
     return image, good if usable is None else usable & good

@@ -16,6 +16,7 @@ from torchalign.functional.working_grid import WorkingGrid
 
 __all__ = [
     "CALIBRATION",
+    "LEAST_HEIGHT",
     "PeakQuality",
     "assess_peak",
     "beyond_chance",
@@ -44,7 +45,7 @@ CALIBRATION = _SIGMA_CALIBRATION**2, _WEIGHTS_ERROR**2
 _PARTS, _BEYOND_CHANCE, _MISFIT = 4, 2.0, 2.0
 # A direction whose curvature is less than so many standard deviations of chance, a maximum less high than so many,
 # and a direction along which less than this share of the curvature is the ground's, are ambiguous.
-_LEAST_CURVATURE, _LEAST_HEIGHT, _LEAST_FIXED = 3.0, 3.0, 0.82
+_LEAST_CURVATURE, LEAST_HEIGHT, _LEAST_FIXED = 3.0, 3.0, 0.82
 
 
 def largest_sigma(covariance: Tensor) -> Tensor:
@@ -238,7 +239,7 @@ class PeakQuality(NamedTuple):
         larger = largest_sigma(self.covariance)
         smaller = (trace(self.covariance) - larger.square()).nan_to_num(0.0).clamp(min=0).sqrt()
         stretched = (larger > _STRETCHED * smaller) & (larger > _UNSURE) & larger.isfinite()
-        weak = (self.curvature < _LEAST_CURVATURE) | (self.height < _LEAST_HEIGHT)
+        weak = (self.curvature < _LEAST_CURVATURE) | (self.height < LEAST_HEIGHT)
         return weak | (self.fixed < _LEAST_FIXED) | stretched
 
     def with_misfit(self, pulls: Tensor) -> tuple[PeakQuality, Tensor]:
