@@ -170,6 +170,7 @@ class ECC(Aligner):
             moving_usable,
             motion=self.motion,
             init=init,
+            max_translation=self.max_translation,
             max_iterations=self.max_iterations,
             tolerance=self.tolerance,
             taper=self.taper,

@@ -49,6 +49,7 @@ from torchalign.functional.affine import (
 )
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase
+from torchalign.functional.masked_correlation import best_shift
 from torchalign.functional.motion import (
     MotionModel,
     denormalize,
@@ -95,6 +96,9 @@ Parts = TypeVar("Parts", bound=tuple[Any, ...])
 # The coarsest level still has this many samples along the frame's shorter side, and of frames whose finest has
 # enough this many; so few of a small frame lead astray.
 _COARSEST, _COARSEST_OF_LARGE, _LARGE = 20, 8, 100
+# A climb alone comes from as far as this share of the period at the coarsest level's highest frequency; from further
+# away all translations are compared first, under no turn and under these, in degrees.
+_WITHIN_REACH, _TURNS = 0.25, (-7.0, 7.0)
 # Samples of the spline for each sample of the level: at the band's edge four a period.
 _OVERSAMPLING = 2
 # Where the steps of the first round on the finest level end, in pixels: what a bilinear sampling can tell.
@@ -209,6 +213,7 @@ def enhanced_correlation(
     *,
     motion: MotionModel = "affine",
     init: Tensor | None = None,
+    max_translation: float = 0.0,
     levels: int | None = None,
     max_iterations: int = 4,
     tolerance: float = 0.02,
@@ -230,6 +235,9 @@ def enhanced_correlation(
         init: (..., T, 2 or 3, 3), a warp moving → reference to start from, or (..., T, 2), a shift (x, y) in
             pixels; ``None`` for none. What the motion model lacks (the rotation of an init, for a translation)
             is kept as it is. A frame whose init is no number starts from the identity, and has not converged.
+        max_translation: of the frame's centre, in pixels. Where a climb alone does not reach so far, all translations
+            within it are compared first, under a few rotations if the motion has any; unless a shift is sought and
+            ``init`` is one.
         levels: of the pyramid; ``None`` for as many as leave 20 samples along the shorter side, 8 of frames
             of 100 and more.
         max_iterations: on each level, and for each set of weights.
@@ -290,7 +298,8 @@ def enhanced_correlation(
         for texture, level in zip(textures, reference, strict=True)
     ]
 
-    search = _Search(motion, robust, max_iterations, tolerance)
+    searched = not only_shifted or init is None
+    search = _Search(motion, robust, max_iterations, tolerance, max_translation if searched else 0.0)
     unroll = gradients == "unrolled"
     finest, frames = reference[0], pyramid[0]
     if unroll:
@@ -677,13 +686,20 @@ class _Search(NamedTuple):
     robust: Robust
     max_iterations: int
     tolerance: float
+    max_translation: float
 
     def descend(
         self, start: Tensor, levels: Sequence[Level], pyramid: Sequence[_Shifted | _Warped]
     ) -> _State:
         """From the coarsest level to the finest; there once more, with weights and samples from nearby."""
         warp: Tensor | None = None
-        for number in reversed(range(len(levels))):
+        coarsest = len(levels) - 1
+        if self.max_translation > _WITHIN_REACH / levels[-1].grid.max_frequency:
+            # compared, not computed: a size may be a symbol
+            while coarsest > 0 and min(levels[coarsest].grid.size) < _COARSEST:
+                coarsest -= 1
+            warp = self.look_far(start, levels[coarsest], pyramid[coarsest])
+        for number in reversed(range(coarsest + 1)):
             level = rough = levels[number]
             frames, near = pyramid[number], _NEAR * level.grid.spacing()
             if number == 0:
@@ -700,6 +716,43 @@ class _Search(NamedTuple):
         assert warp is not None  # there is at least one level
         samples = _WarpedSamples.at(warp, level, frames, precise=True)
         return self.climb(samples, level, frames, self.tolerance, precise=True)
+
+    def look_far(self, start: Tensor, level: Level, moving: _Shifted | _Warped) -> Tensor:
+        """(..., T, 3, 3): of all translations, under the start's linear part and a few rotations, what fits best."""
+        fixed = start.detach().clone()
+        fixed[..., :2, 2] = 0
+        turns = [fixed]
+        if self.motion != "translation":
+            for angle in _TURNS:
+                turn = warp_of(fixed.new_tensor([0.0, 0.0, math.radians(angle)]), "euclidean")
+                turns.append(composed(fixed, to_homogeneous(turn)))
+        alone = level._replace(weights=torch.ones_like(level.weights))
+        parts, size = 2 if level.vector else 1, level.grid.size
+
+        def fields(values: Tensor) -> Tensor:
+            """(K, ..., T, h, w), of (..., T, n)."""
+            return torch.stack([_unflatten(part, -1, size) for part in values.chunk(parts, -1)])
+
+        reference, weights = fields(level.texture), _unflatten(level.weights, -1, size)
+        found = []
+        for turn in turns:
+            values, ground = moving.look(turn, alone, precise=False)
+            ground = _unflatten(ground[..., : size[0] * size[1]], -1, size)
+            found.append(
+                best_shift(
+                    fields(values),
+                    ground,
+                    reference,
+                    weights,
+                    spacings=level.grid.spacings(),
+                    reach=self.max_translation,
+                )
+            )
+        shifts, heights = (torch.stack(each) for each in zip(*found, strict=True))
+        best = heights.max(0, keepdim=True).indices
+        shift = shifts.gather(0, best[..., None].expand(*best.shape, 2)).squeeze(0)
+        turned = torch.stack(turns).gather(0, best[..., None, None].expand(*best.shape, 3, 3)).squeeze(0)
+        return composed(turned, _shifted_by(shift / half_length(level.grid.frame)))
 
     def climb(
         self,
