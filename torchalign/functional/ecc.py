@@ -99,6 +99,8 @@ _COARSEST, _COARSEST_OF_LARGE, _LARGE = 20, 8, 100
 # A climb alone comes from as far as this share of the period at the coarsest level's highest frequency; from further
 # away all translations are compared first, under no turn and under these, in degrees.
 _WITHIN_REACH, _TURNS = 0.25, (-7.0, 7.0)
+# Of motions that scale: the share of the mean local variance that is as good as none.
+_FLOOR = 0.1
 # Samples of the spline for each sample of the level: at the band's edge four a period.
 _OVERSAMPLING = 2
 # Where the steps of the first round on the finest level end, in pixels: what a bilinear sampling can tell.
@@ -285,7 +287,8 @@ def enhanced_correlation(
     if grids[0].frame != frame:
         expected, cure = f"levels of frames of {frame}", "prepare_levels of that size"
         raise ValueError(message("reference", expected, grids[0].frame, cure))
-    textures = extract_pyramid(moving, moving_mask, grids=grids, contrast=contrast, blur=sigma_blur)
+    seen: dict[str, Any] = {"contrast": contrast, "blur": sigma_blur, "floor": _floor(motion)}
+    textures = extract_pyramid(moving, moving_mask, grids=grids, **seen)
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
     only_shifted = only_shifts(motion, init)
     # (a shift is (..., T, 2))
@@ -327,6 +330,11 @@ def enhanced_correlation(
         quality.ambiguous,
         state.inliers,
     )
+
+
+def _floor(motion: MotionModel) -> float:
+    """See :func:`~torchalign.functional.texture.extract_pyramid`."""
+    return _FLOOR if motion not in ("translation", "euclidean") else 0.0
 
 
 def _finite_start(
@@ -399,7 +407,8 @@ def prepare_levels(
     grids = [
         WorkingGrid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies
     ]
-    textures = extract_pyramid(reference, mask, grids=grids, contrast=contrast, blur=sigma_blur)
+    seen: dict[str, Any] = {"contrast": contrast, "blur": sigma_blur, "floor": _floor(motion)}
+    textures = extract_pyramid(reference, mask, grids=grids, **seen)
     return [
         prepare_level(texture, grid, motion, taper) for texture, grid in zip(textures, grids, strict=True)
     ]
@@ -693,13 +702,14 @@ class _Search(NamedTuple):
     ) -> _State:
         """From the coarsest level to the finest; there once more, with weights and samples from nearby."""
         warp: Tensor | None = None
-        coarsest = len(levels) - 1
         if self.max_translation > _WITHIN_REACH / levels[-1].grid.max_frequency:
+            number = len(levels) - 1
             # compared, not computed: a size may be a symbol
-            while coarsest > 0 and min(levels[coarsest].grid.size) < _COARSEST:
-                coarsest -= 1
-            warp = self.look_far(start, levels[coarsest], pyramid[coarsest])
-        for number in reversed(range(coarsest + 1)):
+            while number > 0 and min(levels[number].grid.size) < _COARSEST:
+                number -= 1
+            far = self.look_far(start, levels[number], pyramid[number])
+            start = _better_of(start, far, levels[number], pyramid[number]).warp
+        for number in reversed(range(len(levels))):
             level = rough = levels[number]
             frames, near = pyramid[number], _NEAR * level.grid.spacing()
             if number == 0:
