@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchalign as ta
 from torchalign.aligner import Aligner
-from torchalign.types import combine
+from torchalign.types import Pair, combine
 
 SIZE = (64, 72)
 
@@ -213,7 +213,7 @@ def test_translations_are_known_beforehand(make, known):
 
     def found(init):
         prepared = aligner.prepare_reference(reference[None], None)
-        return aligner.estimate_motion(cube, None, reference[None], None, prepared, init).only_shifts
+        return aligner.estimate_motion(Pair(cube, None, reference[None], None), prepared, init).only_shifts
 
     assert found(None) is found(torch.zeros(2, 2)) is known
     assert found(turned) is False
