@@ -84,6 +84,7 @@ __all__ = [
     "Level",
     "Robust",
     "enhanced_correlation",
+    "far_level",
     "level_frequencies",
     "prepare_level",
     "prepare_levels",
@@ -238,8 +239,7 @@ def enhanced_correlation(
             pixels; ``None`` for none. What the motion model lacks (the rotation of an init, for a translation)
             is kept as it is. A frame whose init is no number starts from the identity, and has not converged.
         max_translation: of the frame's centre, in pixels. Where a climb alone does not reach so far, all translations
-            within it are compared first, under a few rotations if the motion has any; unless a shift is sought and
-            ``init`` is one.
+            within it are compared first, under a few rotations if the motion has any: see :func:`far_level`.
         levels: of the pyramid; ``None`` for as many as leave 20 samples along the shorter side, 8 of frames
             of 100 and more.
         max_iterations: on each level, and for each set of weights.
@@ -301,8 +301,8 @@ def enhanced_correlation(
         for texture, level in zip(textures, reference, strict=True)
     ]
 
-    searched = not only_shifted or init is None
-    search = _Search(motion, robust, max_iterations, tolerance, max_translation if searched else 0.0)
+    far = far_level(reference, motion, max_translation, init)
+    search = _Search(motion, robust, max_iterations, tolerance, max_translation, far)
     unroll = gradients == "unrolled"
     finest, frames = reference[0], pyramid[0]
     if unroll:
@@ -377,6 +377,29 @@ def level_frequencies(
         while shortest >= least * 2**levels:  # torch.export notes for which sizes this holds
             levels += 1
     return tuple(max_frequency / 2**level for level in range(levels))
+
+
+def far_level(
+    levels: Sequence[Level], motion: MotionModel, max_translation: float, init: Tensor | None = None
+) -> int | None:
+    """The level on which all translations are compared first; ``None`` where a climb alone reaches far enough.
+
+    Where a shift is sought and there is an init, it was.
+
+    Args:
+        levels: of the reference, see :func:`prepare_levels`.
+        motion: what is estimated.
+        max_translation: of the frame's centre, in pixels.
+        init: as in :func:`enhanced_correlation`.
+    """
+    near = max_translation <= _WITHIN_REACH / levels[-1].grid.max_frequency
+    if near or (motion == "translation" and init is not None):
+        return None
+    number = len(levels) - 1
+    # compared, not computed: a size may be a symbol
+    while number > 0 and min(levels[number].grid.size) < _COARSEST:
+        number -= 1
+    return number
 
 
 def prepare_levels(
@@ -696,19 +719,16 @@ class _Search(NamedTuple):
     max_iterations: int
     tolerance: float
     max_translation: float
+    far: int | None
 
     def descend(
         self, start: Tensor, levels: Sequence[Level], pyramid: Sequence[_Shifted | _Warped]
     ) -> _State:
         """From the coarsest level to the finest; there once more, with weights and samples from nearby."""
         warp: Tensor | None = None
-        if self.max_translation > _WITHIN_REACH / levels[-1].grid.max_frequency:
-            number = len(levels) - 1
-            # compared, not computed: a size may be a symbol
-            while number > 0 and min(levels[number].grid.size) < _COARSEST:
-                number -= 1
-            far = self.look_far(start, levels[number], pyramid[number])
-            start = _better_of(start, far, levels[number], pyramid[number]).warp
+        if self.far is not None:
+            level, frames = levels[self.far], pyramid[self.far]
+            start = _better_of(start, self.look_far(start, level, frames), level, frames).warp
         for number in reversed(range(len(levels))):
             level = rough = levels[number]
             frames, near = pyramid[number], _NEAR * level.grid.spacing()
@@ -728,41 +748,35 @@ class _Search(NamedTuple):
         return self.climb(samples, level, frames, self.tolerance, precise=True)
 
     def look_far(self, start: Tensor, level: Level, moving: _Shifted | _Warped) -> Tensor:
-        """(..., T, 3, 3): of all translations, under the start's linear part and a few rotations, what fits best."""
-        fixed = start.detach().clone()
-        fixed[..., :2, 2] = 0
-        turns = [fixed]
+        """(..., T, 3, 3): of all translations, under what else the start does and a few turns, what fits best."""
+        still = composed(start.detach(), _shifted_by(-start[..., :2, 2].detach()))
+        turns = [still]
         if self.motion != "translation":
-            for angle in _TURNS:
-                turn = warp_of(fixed.new_tensor([0.0, 0.0, math.radians(angle)]), "euclidean")
-                turns.append(composed(fixed, to_homogeneous(turn)))
-        alone = level._replace(weights=torch.ones_like(level.weights))
-        parts, size = 2 if level.vector else 1, level.grid.size
+            turns += [composed(still, _turn(degrees, like=still)) for degrees in _TURNS]
+        alone, size = level._replace(weights=torch.ones_like(level.weights)), level.grid.size
 
         def fields(values: Tensor) -> Tensor:
             """(K, ..., T, h, w), of (..., T, n)."""
-            return torch.stack([_unflatten(part, -1, size) for part in values.chunk(parts, -1)])
+            return torch.stack([_unflatten(part, -1, size) for part in values.chunk(1 + level.vector, -1)])
 
-        reference, weights = fields(level.texture), _unflatten(level.weights, -1, size)
         found = []
         for turn in turns:
             values, ground = moving.look(turn, alone, precise=False)
-            ground = _unflatten(ground[..., : size[0] * size[1]], -1, size)
             found.append(
                 best_shift(
                     fields(values),
-                    ground,
-                    reference,
-                    weights,
+                    _unflatten(ground.chunk(1 + level.vector, -1)[0], -1, size),
+                    fields(level.texture),
+                    _unflatten(level.weights, -1, size),
                     spacings=level.grid.spacings(),
                     reach=self.max_translation,
                 )
             )
         shifts, heights = (torch.stack(each) for each in zip(*found, strict=True))
-        best = heights.max(0, keepdim=True).indices
-        shift = shifts.gather(0, best[..., None].expand(*best.shape, 2)).squeeze(0)
-        turned = torch.stack(turns).gather(0, best[..., None, None].expand(*best.shape, 3, 3)).squeeze(0)
-        return composed(turned, _shifted_by(shift / half_length(level.grid.frame)))
+        best = heights.argmax(0, keepdim=True)[..., None]
+        shift = shifts.gather(0, best.expand(*best.shape[:-1], 2)).squeeze(0)
+        turn = torch.stack(turns).gather(0, best[..., None].expand(*best.shape[:-1], 3, 3)).squeeze(0)
+        return composed(turn, _shifted_by(shift / half_length(level.grid.frame)))
 
     def climb(
         self,
@@ -1127,6 +1141,14 @@ def _settle(warp: Tensor) -> Tensor:
 def _eye(length: int, *, like: Tensor) -> Tensor:
     """The unit matrix."""
     return torch.eye(length, dtype=like.dtype, device=like.device)
+
+
+@keeps_tables
+def _turn(degrees: float, *, like: Tensor) -> Tensor:
+    """(3, 3), about the frame's centre."""
+    cosine, sine = (like.new_full((), function(math.radians(degrees))) for function in (math.cos, math.sin))
+    none, one = torch.zeros_like(sine), torch.ones_like(sine)
+    return torch.stack([cosine, -sine, none, sine, cosine, none, none, none, one]).reshape(3, 3)
 
 
 @keeps_tables

@@ -19,6 +19,8 @@ __all__ = ["best_shift"]
 
 # Two frames must have this share of the largest overlap in common.
 _LEAST_OVERLAP = 0.2
+# A peak beyond the limit must exceed the one within by this factor to be believed.
+_OUTSIDE_MARGIN = 1.2
 # Of the product of their powers at least this share of the largest is divided by.
 _LEAST_POWER = 1e-6
 
@@ -42,7 +44,7 @@ def best_shift(
         reference: (K, ..., 1 or T, h, w).
         reference_weights: (..., 1 or T, h, w).
         spacings: along y and x, from one sample to the next, in pixels.
-        reach: the longest shift that is looked for, in pixels.
+        reach: the longest shift that is expected, in pixels: a longer one must fit better by a fifth.
 
     Returns:
         (..., T, 2), the shift (x, y) moving → reference in pixels; and (..., T), the correlation times the root of
@@ -74,8 +76,8 @@ def best_shift(
             torch.fft.fftfreq(2 * samples, 0.5 / (samples * spacing), device=both.device, dtype=both.dtype)
             for samples, spacing in zip((rows, columns), spacings, strict=True)
         )
-        allowed = (torch.hypot(y[:, None], x) <= reach) & (share >= _LEAST_OVERLAP)
-        height, place = height.masked_fill(~allowed, -1.0).flatten(-2).max(-1)
+        height = torch.where(torch.hypot(y[:, None], x) <= reach, height, height / _OUTSIDE_MARGIN)
+        height, place = height.masked_fill(share < _LEAST_OVERLAP, -1.0).flatten(-2).max(-1)
         return torch.stack((x[place % (2 * columns)], y[place // (2 * columns)]), -1), height
 
 
