@@ -112,6 +112,8 @@ _LONGEST_STEP = 2.0
 _MIN_SIGNIFICANCE = 5.0
 # Of vectors, the parts of which are not independent of each other, this many (benchmarks/sensors.py).
 _MIN_SIGNIFICANCE_OF_VECTORS = 6.0
+# And this many more where it is the best of many places.
+_OF_MANY = 1.0
 # Share of a level's samples that are independent.
 _INDEPENDENT = 0.35
 # Blocks of 2³ samples a side, whose pulls are taken to be independent.
@@ -316,7 +318,7 @@ def enhanced_correlation(
     if not unroll and carries_gradient(start):
         # the optimum does not move with where the search began: the derivative is exactly 0
         warp = warp + 0.0 * (start - start.detach())
-    quality = _detach(_assess(state, _detach(finest), tolerance))
+    quality = _detach(_assess(state, _detach(finest), search))
     warp = _settle(warp)
     # a shift by itself is the same about any centre
     found = _shifted_by(_shift_of(warp, finest.grid)) if only_shifted else denormalize(warp, frame)
@@ -965,7 +967,7 @@ class _Quality(NamedTuple):
     ambiguous: Tensor  # (..., T) bool
 
 
-def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
+def _assess(state: _State, level: Level, search: _Search) -> _Quality:
     r"""How far the optimum can be trusted.
 
     σ is the sandwich estimate: at the optimum every sample pulls, by :math:`w\,(\alpha \bar m - \bar r)\,\bar G`,
@@ -1020,7 +1022,8 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
 
     sound = system.sound & (sigma < torch.inf) & _are_finite(state.warp)
     least = _MIN_SIGNIFICANCE_OF_VECTORS if level.vector else _MIN_SIGNIFICANCE
-    converged = sound & (state.reach <= tolerance) & (significance >= least)
+    least = least if search.far is None else least + _OF_MANY
+    converged = sound & (state.reach <= search.tolerance) & (significance >= least)
     unknown = isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
     sigma = sigma.masked_fill(~sound, torch.inf)
