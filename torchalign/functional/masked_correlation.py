@@ -60,12 +60,11 @@ def best_shift(
     """
     with torch.no_grad():
         own = _products_of(moving, moving_weights)
-        weighted, power, weights = _products_of(reference, reference_weights).split((len(reference), 1, 1))
+        other = _products_of(reference, reference_weights)
         (rows, columns), pad = moving.shape[-2:], (0, moving.shape[-1], 0, moving.shape[-2])
+        own, other = rfft2(F.pad(own, pad)).conj(), rfft2(F.pad(other, pad))
         # each of the powers with the other's weights
-        own = rfft2(F.pad(own, pad)).conj()
-        other = rfft2(F.pad(torch.cat((weighted, weights, power, weights)), pad))
-        products = torch.cat((own, own[-1:])) * other
+        products = torch.cat((own, own[-1:])) * torch.cat((other[:-2], other[-1:], other[-2:]))
         sums = torch.cat((products[:-3].sum(0, keepdim=True), products[-3:]))
         common, first, second, overlap = irfft2(sums, (2 * rows, 2 * columns)).unbind()
         both = first * second
