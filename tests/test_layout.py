@@ -24,7 +24,7 @@ LAYERS = [
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
      "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
-     "functional.low_pass", "functional.defects", "functional.misfit",
+     "functional.low_pass", "functional.masked_correlation", "functional.defects", "functional.misfit",
      "functional.uncertainty", "functional.shift_field", "functional.local", "functional.network",
      "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
@@ -67,6 +67,7 @@ GROUND = {
     "functional.shift_field",
     "functional.uncertainty",
     "functional.low_pass",
+    "functional.masked_correlation",
 }
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",

@@ -165,9 +165,10 @@ def gate_stages(
 
     A frame keeps its last acceptable motion; a later one that lowers the score by more than 0.001 is undone, and
     one with a field of local shifts needs one before it that was accepted. Where none is acceptable, or the first
-    is ``AMBIGUOUS``, the verdict is that on the first. A motion that is kept though parts of the frame disagree about
-    it by more than it asks for makes the frame ``AMBIGUOUS``. All scores are taken over the same ground: what lies inside
-    the frame for every stage that was trusted, and is an inlier for the last of them that tells inliers.
+    is ``AMBIGUOUS`` and the later did not search, the verdict is that on the first. A motion that is kept though parts of
+    the frame disagree about it by more than it asks for makes the frame ``AMBIGUOUS``. All scores are taken over the same
+    ground: what lies inside the frame for every stage that was trusted, and is an inlier for the last of them that tells
+    inliers.
 
     Args:
         stages: at least one :class:`~torchalign.types.Motion`.
@@ -216,9 +217,10 @@ def gate_stages(
             kept = motions[number]._replace(status=result.status)  # what the result stands for
             continue
         worse = result.valid & (judged.score < result.score - _WORSE)
-        # where more than one place fits, a later stage climbs to the one it happens to start near
-        doubted = result.status == int(Status.AMBIGUOUS)
-        accepted = judged.valid & ~worse & ~doubted
+        accepted = judged.valid & ~worse
+        if not motions[number].searched:
+            # where more than one place fits, it climbs to the one it happens to start near
+            accepted = accepted & (result.status != int(Status.AMBIGUOUS))
         if judged.field is not None:  # a field is added to a motion that was accepted without it
             accepted = accepted & result.valid & ~is_zero(judged.field)
         extra: Tensor | None = None
