@@ -59,7 +59,7 @@ def test_the_normal_matrix_is_the_sum_over_samples(request):
     assert torch.equal(lattice.from_blocks(lattice.to_blocks(field, count), (n, m)), field)
 
 
-def test_the_prior_is_bending_and_membrane_energy():
+def test_the_prior_is_the_energy_of_derivatives():
     _, (n, m), _, _ = system()
     prior = lattice.lattice_prior((n, m), like=torch.zeros((), dtype=torch.float64))
     field = torch.randn(1, 2, n, m, dtype=torch.float64)
@@ -67,8 +67,10 @@ def test_the_prior_is_bending_and_membrane_energy():
     def energy(first, second):
         return field.diff(n=first, dim=-2).diff(n=second, dim=-1).square().sum()
 
+    third = energy(3, 0) + 3 * energy(2, 1) + 3 * energy(1, 2) + energy(0, 3)
     bending = energy(2, 0) + 2 * energy(1, 1) + energy(0, 2)
-    expected = bending + lattice._MEMBRANE * (energy(1, 0) + energy(0, 1)) + lattice._PIN * energy(0, 0)
+    lower = lattice._MEMBRANE * (energy(1, 0) + energy(0, 1)) + lattice._PIN * energy(0, 0)
+    expected = third + lattice._BENDING * bending + lower
     one = vector(field, prior.blocks)[0]
     torch.testing.assert_close(one @ dense(prior.blocks)[0] @ one, expected)
     torch.testing.assert_close(prior.half_log_determinant, 0.5 * torch.logdet(dense(prior.blocks)[0]))

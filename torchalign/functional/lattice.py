@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ __all__ = [
     "solve_blocks",
     "spline_products",
     "to_blocks",
+    "with_prior",
 ]
 
 # Rows of nodes in one block: cubic splines overlap those of three rows on, not of four.
@@ -46,8 +48,10 @@ ROWS = 3
 _MOST_AT_ONCE = 512
 # The smoothness that is tried, λ of the prior precision: powers of 6, from this one on.
 _LEAST_POWER, _TRIED = -2, 8
-# The prior: bending energy, so much membrane energy, and so much of the shift itself, which the data always know.
-_MEMBRANE, _PIN = 0.3, 1e-4
+# The prior: energy of the third derivatives, so much bending and membrane energy, and so much of the shift itself.
+# (Of bending alone the likeliest smoothness, which the many high frequencies decide, is too smooth for the low ones:
+# what is told of water is then too sure.)
+_BENDING, _MEMBRANE, _PIN = 0.1, 0.1, 1e-4
 
 
 class Blocks(NamedTuple):
@@ -75,9 +79,11 @@ class Factor(NamedTuple):
         return (torch.stack(self.failures) != 0).any(0)
 
 
-def factorize(matrix: Blocks, right: Tensor) -> Factor:
-    """Cholesky of (..., B, s, s), and L⁻¹ of the right side (..., B, s)."""
+def factorize(matrix: Blocks, right: Tensor | None = None) -> Factor:
+    """Cholesky of (..., B, s, s), and L⁻¹ of the right side (..., B, s), if there is one."""
     count = matrix.diagonal.shape[-3]
+    if right is None:
+        right = torch.zeros_like(matrix.diagonal[..., 0])
     lower, coupling, half, failures = [], [], [], []
     block, side = matrix.diagonal[..., 0, :, :], right[..., 0, :, None]
     for index in range(count):
@@ -109,7 +115,7 @@ def back_substitute(factor: Factor) -> Tensor:
 
 
 class Prior(NamedTuple):
-    """Bending and membrane energy on the lattice."""
+    """The energy of a field's differences on the lattice."""
 
     blocks: Blocks  # of one smoothness unit, (1, B, s, s)
     half_log_determinant: Tensor  # ()
@@ -127,7 +133,12 @@ def lattice_prior(nodes: tuple[int, int], *, like: Tensor) -> Prior:
             matrix = matrix[1:] - matrix[:-1]
         return matrix.mT @ matrix
 
-    terms = [(2, 0, 1.0), (1, 1, 2.0), (0, 2, 1.0), (1, 0, _MEMBRANE), (0, 1, _MEMBRANE), (0, 0, _PIN)]
+    weights = (_PIN, _MEMBRANE, _BENDING, 1.0)
+    terms = [
+        (order - along, along, math.comb(order, along) * weight)
+        for order, weight in enumerate(weights)
+        for along in range(order + 1)
+    ]
     block = _block_rows(nodes, like)
     count = rows // block
 
@@ -146,8 +157,7 @@ def lattice_prior(nodes: tuple[int, int], *, like: Tensor) -> Prior:
         return total.reshape(1, count - shift, side, side)
 
     matrix = Blocks(blocks(0), blocks(1))
-    side = matrix.diagonal.new_zeros(1, count, matrix.diagonal.shape[-1])
-    return Prior(matrix, factorize(matrix, side).half_log_determinant()[0], 2 * rows * columns)
+    return Prior(matrix, factorize(matrix).half_log_determinant()[0], 2 * rows * columns)
 
 
 def _block_rows(nodes: tuple[int, int], like: Tensor) -> int:
@@ -219,13 +229,16 @@ def from_blocks(vector: Tensor, nodes: tuple[int, int]) -> Tensor:
     return parts.reshape(*lead, 2, rows, columns)
 
 
+def with_prior(matrix: Blocks, prior: Prior, smoothness: Tensor) -> Blocks:
+    """A + λ P, without a gradient; λ (N,), or several that are tried (K,) of (N, 1, ...)."""
+    scale = smoothness[:, None, None, None]
+    pairs = zip(matrix, prior.blocks, strict=True)
+    return Blocks(*(torch.addcmul(part, scale, unit).detach() for part, unit in pairs))
+
+
 def solve_blocks(matrix: Blocks, right: Tensor, prior: Prior, smoothness: Tensor) -> tuple[Tensor, Factor]:
     """(N, 2, n, m): the coefficients that the normal equations with the prior ask for; the matrix has no gradient."""
-    scale = smoothness[:, None, None, None]
-    full = [
-        torch.addcmul(part, scale, unit).detach() for part, unit in zip(matrix, prior.blocks, strict=True)
-    ]
-    factor = factorize(Blocks(*full), to_blocks(right, matrix.diagonal.shape[1]))
+    factor = factorize(with_prior(matrix, prior, smoothness), to_blocks(right, matrix.diagonal.shape[1]))
     return from_blocks(back_substitute(factor), (right.shape[-2], right.shape[-1])), factor
 
 
@@ -233,12 +246,9 @@ def likeliest_smoothness(matrix: Blocks, right: Tensor, prior: Prior) -> Tensor:
     """(N,): the λ with the largest evidence."""
     powers = torch.arange(_TRIED, device=right.device, dtype=right.dtype)
     tried = 6.0 ** (powers + _LEAST_POWER)
-    scale = tried[:, None, None, None]
-    full = [
-        torch.addcmul(part[:, None], scale, unit) for part, unit in zip(matrix, prior.blocks, strict=True)
-    ]
+    full = with_prior(Blocks(*(part[:, None] for part in matrix)), prior, tried)
     sides = to_blocks(right, matrix.diagonal.shape[1])[:, None].expand(-1, _TRIED, -1, -1)
-    return tried[evidence_of(factorize(Blocks(*full), sides), prior, tried).argmax(-1)]
+    return tried[evidence_of(factorize(full, sides), prior, tried).argmax(-1)]
 
 
 def evidence_of(factor: Factor, prior: Prior, smoothness: Tensor) -> Tensor:
@@ -268,14 +278,18 @@ def posterior(factor: Factor, nodes: tuple[int, int]) -> Tensor:
     half: Tensor | None = None
     block = rows // len(factor.lower)
     for index, lower in enumerate(factor.lower):
-        # of the nodes (d, i, k) the coefficients (c, r, j) of the block
-        splines = torch.einsum("cd,ir,kj->crjdik", both, down[:, index * block :][:, :block], along)
+        # of the nodes (i, d, k) the coefficients (c, r, j) of the block: those further down do not know it
+        first, last = index * block, (index + 1) * block
+        splines = torch.einsum("cd,ir,kj->crjidk", both, down[: last + 1, first:last], along)
         side = splines.reshape(lower.shape[-1], -1).expand(*lower.shape[:-1], -1)
         if half is not None:
-            side = side - torch.matmul(factor.coupling[index - 1].mT, half)
+            known = torch.matmul(factor.coupling[index - 1].mT, half)
+            side = side - F.pad(known, (0, side.shape[-1] - known.shape[-1]))
         half = torch.linalg.solve_triangular(lower, side, upper=False)
-        x, y = half.chunk(2, -1)
-        part = torch.stack([torch.linalg.vecdot(*pair, dim=-2) for pair in ((x, x), (x, y), (y, y))], -2)
-        variance = part if variance is None else variance + part
+        x, y = half.unflatten(-1, (-1, 2, columns)).unbind(-2)
+        part = torch.stack([(one * other).sum(-3) for one, other in ((x, x), (x, y), (y, y))], -3)
+        if variance is not None:
+            part = part + F.pad(variance, (0, 0, 0, part.shape[-2] - variance.shape[-2]))
+        variance = part
     assert variance is not None
-    return variance.reshape(-1, 3, rows, columns)
+    return variance

@@ -7,8 +7,8 @@ The chain, each link a function that works alone:
 2. :func:`estimate_shifts`: Gauss–Newton on all samples at once. The field is a cubic B-spline over a lattice of
    nodes, the frame is read at :math:`W^{-1} q + u(q)`, its local contrast compared with the reference's, every
    sample weighted by similarity, masks and its own residual variance. First in a part of the band.
-3. The prior: bending and membrane energy of the coefficients, times a smoothness that is chosen for every frame by
-   marginal likelihood, among eight values.
+3. The prior: the energy of the field's derivatives to the third, times a smoothness that is chosen for every frame
+   by marginal likelihood, among eight values.
 4. The posterior: the predicted error of the field at every node, and the evidence in nats for a field against none.
 
 Convention:
@@ -40,6 +40,7 @@ from torchalign.functional.lattice import (
     ProductTables,
     arrange,
     evidence_of,
+    factorize,
     lattice_prior,
     likeliest_smoothness,
     normal_matrix,
@@ -47,6 +48,7 @@ from torchalign.functional.lattice import (
     product_tables,
     solve_blocks,
     spline_products,
+    with_prior,
 )
 from torchalign.functional.low_pass import band_response
 from torchalign.functional.sampling import spline_response, spline_weights
@@ -74,8 +76,9 @@ _ROUNDS = (2, 4)
 _FIRST_SMOOTHNESS = 36.0
 # The last rounds carry the gradient. Each comes ten times as near to that of the implicit function theorem.
 _WITH_GRADIENT = 4
-# Errors on simulated frames of all kinds are this share of what the posterior predicts (benchmarks/local.py).
-_SIGMA_CALIBRATION = 0.74
+# What is predicted of errors is that of a field of this share of the smoothness, which is known to a factor; and of
+# that, errors on simulated frames of all kinds are this share (benchmarks/local.py).
+_SIGMA_SMOOTHNESS, _SIGMA_CALIBRATION = 1 / 3, 0.8
 # Ground counts by half in the score where the field is known to so many pixels only.
 _KNOWN = 0.1
 # A field must make the frame so much likelier, in nats, and nowhere fold it: det(I + ∂u) exceeds this.
@@ -83,7 +86,7 @@ _LEAST_EVIDENCE, _LEAST_JACOBIAN = 5.0, 0.5
 # Larger frames are cut into tiles of so many nodes a side at most, which overlap by so many.
 _LARGEST_TILE, _OVERLAP = 34, 6
 # Samples of the working grid are correlated: so many of them say as much as one.
-_REDUNDANCY = 2.0
+_REDUNDANCY = 1.1
 # The residual variance of a sample is that around it, but no less than this share of the frame's.
 _LEAST_VARIANCE = 0.25
 # Pixels by which the frame is continued, mirrored, beyond its border.
@@ -490,7 +493,7 @@ def estimate_shifts(
     r"""The field on top of a global warp. See the module's docstring.
 
     .. math:: \hat u = \arg\min_u \sum_q \frac{w(q)}{\kappa s^2(q)} \big(r(q) - m_u(q)\big)^2
-        + \lambda \, (\|\nabla^2 u\|^2 + \mu \|\nabla u\|^2)
+        + \lambda \, (\|\nabla^3 u\|^2 + \mu \|\nabla^2 u\|^2 + \mu \|\nabla u\|^2)
 
     with r and :math:`m_u` the local contrast of the reference and of the frame read at :math:`W^{-1} q + u(q)`, w
     the squared local correlation, squared, times masks, and :math:`s^2` the local variance of the residuals.
@@ -659,9 +662,11 @@ def _fit(
         return found._replace(matrix=matrix, right=found.right + told.right)
 
     offset, chosen, found, factor = _go_rounds(equations, moving, nodes, smoothness)
+    prior = lattice_prior(nodes, like=moving)
     with torch.no_grad():
-        variance = _SIGMA_CALIBRATION**2 * posterior(factor, nodes)
-        evidence = evidence_of(factor, lattice_prior(nodes, like=moving), chosen)
+        evidence = evidence_of(factor, prior, chosen)
+        looser = factorize(with_prior(found.matrix, prior, _SIGMA_SMOOTHNESS * chosen))
+        variance = _SIGMA_CALIBRATION**2 * posterior(looser, nodes)
     return _Fitted(offset, variance, evidence, flat | ground.flat, found.similarity, levels[-1])
 
 
