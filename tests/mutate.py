@@ -578,7 +578,7 @@ MUTATIONS = [
     Mutation(
         "gate-a-shift-after-a-shift", "functional/quality.py",
         "extra = extra + _misfit_before(motions[number], kept, accepted)", "pass",
-        "tests/test_trust.py -k from_where_a_translation",
+        "tests/functional/test_quality.py -k disagreed_by",
     ),
     Mutation(
         "gate-what-the-result-stands-for", "functional/quality.py",

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchalign as ta
 from torchalign.aligner import Aligner
-from torchalign.types import combine
+from torchalign.types import Pair, combine
 
 SIZE = (64, 72)
 
@@ -213,7 +213,7 @@ def test_translations_are_known_beforehand(make, known):
 
     def found(init):
         prepared = aligner.prepare_reference(reference[None], None)
-        return aligner.estimate_motion(cube, None, reference[None], None, prepared, init).only_shifts
+        return aligner.estimate_motion(Pair(cube, None, reference[None], None), prepared, init).only_shifts
 
     assert found(None) is found(torch.zeros(2, 2)) is known
     assert found(turned) is False
@@ -655,13 +655,16 @@ def test_export_with_any_number_of_frames(quiet):
             "max_translation": 20.0,
             "robust": False,
         },
-        {
-            "channel": "gradients",
-            "interpolation": "bicubic",
-            "padding_mode": "reflection",
-            "fill_value": -1.0,
-            "weighting": "sqrt",
-        },
+        pytest.param(
+            {
+                "channel": "gradients",
+                "interpolation": "bicubic",
+                "padding_mode": "reflection",
+                "fill_value": -1.0,
+                "weighting": "sqrt",
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["plain, module", "gradients"],
 )
@@ -685,16 +688,15 @@ def local():
     return aligner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
         # frames that are shifted, and frames that are warped
         # two steps are as many as there are kinds: a first and a next one
         lambda: ta.Cascade(ta.PCC(robust=False, contrast="none"), ta.ECC(levels=1, **FEW)),
-        pytest.param(
-            partial(ta.ECC, motion="homography", robust="residual", levels=1, **FEW), marks=pytest.mark.slow
-        ),
-        pytest.param(local, marks=pytest.mark.slow),
+        partial(ta.ECC, motion="homography", robust="residual", levels=1, **FEW),
+        local,
     ],
     ids=["cascade", "homography", "local"],
 )
@@ -709,11 +711,8 @@ def test_compile_of_other_methods_is_one_graph(quiet, make, monkeypatch):
     torch.testing.assert_close(found.aligned, expected.aligned, atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"robust": False, "contrast": "none"}, pytest.param({}, marks=pytest.mark.slow)],
-    ids=["one pass", "default"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"robust": False, "contrast": "none"}, {}], ids=["one pass", "default"])
 def test_compile_with_masks_and_gradients(quiet, options):
     cube, reference = real()
     mask = torch.rand(4, *SIZE) > 0.02
@@ -755,7 +754,9 @@ def test_vmap_over_series(quiet, options):
         torch.testing.assert_close(found.aligned, expected.aligned, atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["AlignToFirst, median", "AlignmentLoss zncc"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("AlignToFirst, median", marks=pytest.mark.slow), "AlignmentLoss zncc"]
+)
 def test_compile_is_one_graph_in_training(quiet, name):
     make, takes = MODULES[name]
     module = make()

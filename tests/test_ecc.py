@@ -21,6 +21,7 @@ from torchalign.functional.affine import (
     transform_points,
     translation_warp,
 )
+from torchalign.types import Pair
 
 OK, NO_TEXTURE, NOT_CONVERGED, TOO_FAR = (
     int(ta.Status[name]) for name in ("OK", "NO_TEXTURE", "NOT_CONVERGED", "TOO_FAR")
@@ -386,17 +387,16 @@ def test_a_cascade_on_one_image_is_its_stages():
     data = fractal_stack(4, size=(96, 104), bands=1)
     cascade = ta.Cascade(ta.PCC(), ta.ECC())
     moving, reference = data.cube[:, 0], data.reference
-    motion = cascade.estimate_motion(
-        moving, None, reference, None, cascade.prepare_reference(reference, None), None
-    )
+    pair = Pair(moving, None, reference, None)
+    motion = cascade.estimate_motion(pair, cascade.prepare_reference(reference, None), None)
     estimate = cascade.estimate(data.cube, data.reference)
     torch.testing.assert_close(motion.warp, estimate.warp, atol=1e-5, rtol=0)
     assert (motion.status == OK).all()
     # a stage that fails counts for nothing
     failing = ta.Cascade(ta.PCC(), ta.ECC(tolerance=1e-9, max_iterations=1))
     ready = failing.prepare_reference(reference, None)
-    left = failing.estimate_motion(moving, None, reference, None, ready, None)
-    first = ta.PCC().estimate_motion(moving, None, reference, None, ready[0], None)
+    left = failing.estimate_motion(pair, ready, None)
+    first = ta.PCC().estimate_motion(pair, ready[0], None)
     assert torch.equal(left.warp, first.warp)
     assert torch.equal(left.sigma, first.sigma)
 

@@ -340,7 +340,8 @@ def test_fake_cuda(few_steps, fake, season):
             assert {field.device.type for field in estimate[:-1]} == {"cuda"}
 
 
-@pytest.mark.parametrize("way", ["compiled", pytest.param("exported", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["compiled", "exported"])
 def test_compiled_and_exported(few_steps, way):
     data = series(4, size=(64, 64))
     # (the defaults of PCC are traced in test_devices.py)

@@ -117,6 +117,7 @@ def graphs():
     return backend, given
 
 
+@pytest.mark.slow
 def test_compile_is_one_graph(quiet):  # noqa: F811
     built = SIFT(COUNT)
     image = picture()

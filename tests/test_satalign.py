@@ -151,9 +151,9 @@ def test_a_method_of_ones_own(stack):
     class Known(Aligner):
         """The truth, as `find_warp` would return it, for all frames at once."""
 
-        def estimate_motion(self, moving, moving_usable, reference, reference_usable, prepared, init):
-            zeros = moving.new_zeros(moving.shape[:-2])
-            return Motion(translation_warp(stack.shift.to(moving)), zeros, zeros.long())
+        def estimate_motion(self, pair, prepared, init):
+            zeros = pair.moving.new_zeros(pair.moving.shape[:-2])
+            return Motion(translation_warp(stack.shift.to(pair.moving)), zeros, zeros.long())
 
     _, estimate = Known()(stack.cube, stack.reference)
     assert estimate.valid.all()

@@ -36,9 +36,9 @@ from torchalign.functional.smoothing import triangle_mean
 from torchalign.functional.structure import orientation_field
 from torchalign.functional.texture import Contrast
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
-from torchalign.types import Alignment, Estimate, Motion, ShiftField, Status, combine
+from torchalign.types import Alignment, Estimate, Motion, Pair, ShiftField, Status, combine
 
-__all__ = ["Aligner", "Block", "Job", "Motion", "SharedOptions", "full_precision", "undo_init"]
+__all__ = ["Aligner", "Block", "Job", "Motion", "Pair", "SharedOptions", "full_precision", "undo_init"]
 
 # Shorter frames, in pixels, are not asked whether they were enlarged; half as many true samples are needed.
 _LEAST_ENLARGED = 32
@@ -228,24 +228,13 @@ class Aligner(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def estimate_motion(
-        self,
-        moving: Tensor,
-        moving_usable: Tensor | None,
-        reference: Tensor,
-        reference_usable: Tensor | None,
-        prepared: Any,
-        init: Tensor | None,
-    ) -> Motion:
+    def estimate_motion(self, pair: Pair, prepared: Any, init: Tensor | None) -> Motion:
         """The method: the warp of every frame, before the gate.
 
         Args:
-            moving: (..., T, H, W), finite: unusable pixels hold 0.
-            moving_usable: (..., T, H, W) bool, or ``None`` if all of it is.
-            reference: (..., 1 or T, H, W), likewise.
-            reference_usable: (..., 1 or T, H, W) bool, or ``None``.
+            pair: the frames and their reference.
             prepared: what :meth:`prepare_reference` made of the two.
-            init: (..., T, 2 or 3, 3) in the coordinates of ``moving``; or (..., T, 2), a shift (x, y) in pixels; or
+            init: (..., T, 2 or 3, 3) in the coordinates of the pair; or (..., T, 2), a shift (x, y) in pixels; or
                 ``None``.
         """
 
@@ -395,9 +384,7 @@ class Aligner(nn.Module, ABC):
 
     def _find_motion(self, job: Job, block: Block) -> Motion:
         """The method's motion; a frame whose init was not finite has not converged."""
-        motion = self.estimate_motion(
-            block.moving, block.usable, job.reference, job.usable, block.prepared, block.init
-        )
+        motion = self.estimate_motion(block.pair(job), block.prepared, block.init)
         if block.nonfinite is None:
             return motion
         return motion._replace(status=torch.where(block.nonfinite, int(Status.NOT_CONVERGED), motion.status))
@@ -521,6 +508,10 @@ class Block(NamedTuple):
     init: Tensor | None  # in the coordinates of the crop
     nonfinite: Tensor | None  # (..., T), where an init was not finite
     origin: tuple[int, int]  # (x, y) of the crop
+
+    def pair(self, job: Job) -> Pair:
+        """The frames of the block, and the reference of its job."""
+        return Pair(self.moving, self.usable, job.reference, job.usable)
 
     def is_over(self, other: Block) -> bool:
         """Whether both are the same crop."""

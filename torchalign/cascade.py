@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchalign._check import message
-from torchalign.aligner import Aligner, Block, Job, flagged
+from torchalign.aligner import Aligner, Block, Job, Pair, flagged
 from torchalign.functional.affine import (
     change_origin,
     identity_warp,
@@ -88,20 +88,12 @@ class Cascade(Aligner):
         """What every stage needs of one image, see :meth:`Aligner.prepare_reference`."""
         return [stage.prepare_reference(image, usable) for stage in self._stages()]
 
-    def estimate_motion(
-        self,
-        moving: Tensor,
-        moving_usable: Tensor | None,
-        reference: Tensor,
-        reference_usable: Tensor | None,
-        prepared: list[Any],
-        init: Tensor | None,
-    ) -> Motion:
+    def estimate_motion(self, pair: Pair, prepared: list[Any], init: Tensor | None) -> Motion:
         """The stages' chain on one image that all of them are given, see :meth:`Aligner.estimate_motion`."""
-        size = (moving.shape[-2], moving.shape[-1])
+        size = (pair.moving.shape[-2], pair.moving.shape[-1])
         found: Motion | None = None
         for stage, ready in zip(self._stages(), prepared, strict=True):
-            motion = stage.estimate_motion(moving, moving_usable, reference, reference_usable, ready, init)
+            motion = stage.estimate_motion(pair, ready, init)
             init = _next_init(init, motion, stage, size)
             found = motion if found is None else _last_trusted(found, motion)
         assert found is not None  # there is at least one stage

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchalign._check import check_number, check_option, check_whole, message
-from torchalign.aligner import Aligner, Motion, SharedOptions
+from torchalign.aligner import Aligner, Motion, Pair, SharedOptions
 from torchalign.functional.ecc import (
     Gradients,
     Level,
@@ -154,20 +154,12 @@ class ECC(Aligner):
         """The reference's pyramid, its gradients and their products, see :meth:`Aligner.prepare_reference`."""
         return prepare_levels(image, usable, motion=self.motion, taper=self.taper, **self._seen_as())
 
-    def estimate_motion(
-        self,
-        moving: Tensor,
-        moving_usable: Tensor | None,
-        reference: Tensor,
-        reference_usable: Tensor | None,
-        prepared: list[Level],
-        init: Tensor | None,
-    ) -> Motion:
+    def estimate_motion(self, pair: Pair, prepared: list[Level], init: Tensor | None) -> Motion:
         """See :meth:`Aligner.estimate_motion`."""
         found = enhanced_correlation(
-            moving,
+            pair.moving,
             prepared,
-            moving_usable,
+            pair.usable,
             motion=self.motion,
             init=init,
             max_iterations=self.max_iterations,

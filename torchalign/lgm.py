@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from torchalign._check import check_bool, check_cube, check_option, check_whole, message
 from torchalign._host import is_on_host
-from torchalign.aligner import Aligner, Job, SharedOptions, full_precision, undo_init
+from torchalign.aligner import Aligner, Job, Pair, SharedOptions, full_precision, undo_init
 from torchalign.functional.affine import (
     compose_warps,
     identity_warp,
@@ -263,16 +263,9 @@ class LGM(Aligner):
         texture = extract_texture(image, usable, max_frequency=_MAX_FREQUENCY) if self.refine else None
         return _Reference(features, texture, tuple(image.shape[:-2]))
 
-    def estimate_motion(
-        self,
-        moving: Tensor,
-        moving_usable: Tensor | None,
-        reference: Tensor,
-        reference_usable: Tensor | None,
-        prepared: _Reference | None,
-        init: Tensor | None,
-    ) -> Motion:
+    def estimate_motion(self, pair: Pair, prepared: _Reference | None, init: Tensor | None) -> Motion:
         """See :meth:`Aligner.estimate_motion`."""
+        moving = pair.moving
         lead = moving.shape[:-2]
         if prepared is None or _is_nothing(moving):
             homography = self.motion == "homography"
@@ -281,7 +274,7 @@ class LGM(Aligner):
             return Motion(warp, torch.full_like(warp[..., 0, 0], torch.inf), status)
         parts = [
             self._refined(part) if self.refine else self._fitted(part)
-            for part in self._parts(moving, moving_usable, reference, reference_usable, prepared, init)
+            for part in self._parts(pair, prepared, init)
         ]
         found: Motion = join_fields(parts)
         warp, sigma, status, inliers = found[:4]
@@ -335,16 +328,9 @@ class LGM(Aligner):
             keypoints=features.keypoints.to(image.dtype), descriptors=features.descriptors.to(image.dtype)
         )
 
-    def _parts(
-        self,
-        moving: Tensor,
-        usable: Tensor | None,
-        reference: Tensor,
-        reference_usable: Tensor | None,
-        prepared: _Reference,
-        init: Tensor | None,
-    ) -> list[_Part]:
+    def _parts(self, pair: Pair, prepared: _Reference, init: Tensor | None) -> list[_Part]:
         """The frames (N, H, W), in parts of ``batch_size``, each with what it needs of the reference."""
+        moving, usable, reference, reference_usable = pair
         lead, size = moving.shape[:-2], (moving.shape[-2], moving.shape[-1])
 
         def each(tensor: Tensor) -> Tensor:
@@ -539,7 +525,7 @@ class LGM(Aligner):
         if block.prepared is None or _is_nothing(block.moving):
             nowhere = block.moving.new_zeros(*lead, self.max_num_keypoints, 2)
             return [nowhere, nowhere, torch.zeros_like(nowhere[..., 0], dtype=torch.bool), nowhere[..., 0]]
-        parts = self._parts(block.moving, block.usable, job.reference, job.usable, block.prepared, block.init)
+        parts = self._parts(block.pair(job), block.prepared, block.init)
         columns = zip(*(self._tie_points_of(part, block.origin) for part in parts), strict=True)
         return [torch.cat(column).reshape(*lead, *column[0].shape[1:]) for column in columns]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchalign._check import check_number, check_whole, message
-from torchalign.aligner import Aligner, Job, Motion, SharedOptions, flagged
+from torchalign.aligner import Aligner, Job, Motion, Pair, SharedOptions, flagged
 from torchalign.functional.affine import translation_warp
 from torchalign.functional.local import Ground, acceptable, estimate_shifts, lattice_size, prepare_ground
 from torchalign.functional.uncertainty import largest_sigma
@@ -136,29 +136,18 @@ class Local(Aligner):
         ground = prepare_ground(image.reshape(-1, *size), mask, spacing=self.spacing)
         return _PreparedLocal(self.start.prepare_reference(image, usable), ground)
 
-    def estimate_motion(
-        self,
-        moving: Tensor,
-        moving_usable: Tensor | None,
-        reference: Tensor,
-        reference_usable: Tensor | None,
-        prepared: _PreparedLocal,
-        init: Tensor | None,
-    ) -> Motion:
+    def estimate_motion(self, pair: Pair, prepared: _PreparedLocal, init: Tensor | None) -> Motion:
         """See :meth:`Aligner.estimate_motion`: the field on top of ``init``; not trusted where it is not kept."""
         if init is None:
-            begun = self.start.estimate_motion(
-                moving, moving_usable, reference, reference_usable, prepared.start, None
-            )
+            begun = self.start.estimate_motion(pair, prepared.start, None)
         else:
             warp = translation_warp(init) if init.shape[-1] == 2 else init
             status = torch.zeros_like(warp[..., 0, 0], dtype=torch.int64)
             begun = Motion(warp, status.to(warp.dtype), status, only_shifts=init.shape[-1] == 2)
-        return self._add_shifts(begun, moving, moving_usable, reference, prepared.ground)
+        return self._add_shifts(begun, pair, prepared.ground)
 
-    def _add_shifts(
-        self, begun: Motion, moving: Tensor, usable: Tensor | None, reference: Tensor, ground: Ground
-    ) -> Motion:
+    def _add_shifts(self, begun: Motion, pair: Pair, ground: Ground) -> Motion:
+        moving, usable, reference, _ = pair
         lead, size = moving.shape[:-2], moving.shape[-2:]
         warp = begun.warp[..., :2, 2] if begun.only_shifts else begun.warp
         found = estimate_shifts(
@@ -190,7 +179,7 @@ class Local(Aligner):
         """The warp and the field are judged one after the other, as two stages; together they are one method."""
         block = self._prepare_block(job)
         begun = self.start._find_motion(job, block._replace(prepared=block.prepared.start))
-        local = self._add_shifts(begun, block.moving, block.usable, job.reference, block.prepared.ground)
+        local = self._add_shifts(begun, block.pair(job), block.prepared.ground)
         estimate = self._judge([begun, local], [self.max_translation] * 2, job, block)
         estimate = flagged(estimate, self._common_enlargement(job, block) > 1)
         return estimate._replace(stage=estimate.stage.clamp(max=0)), begun.only_shifts

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchalign._check import check_bool, check_number, check_option, message
-from torchalign.aligner import Aligner, Motion, SharedOptions, undo_init
+from torchalign.aligner import Aligner, Motion, Pair, SharedOptions, undo_init
 from torchalign.functional.affine import compose_warps, translation_warp
 from torchalign.functional.phase import Weighting, phase_correlation
 from torchalign.functional.texture import Contrast, Texture, extract_texture
@@ -121,25 +121,17 @@ class PCC(Aligner):
         pixels = super()._block_pixels()
         return pixels // 4 if self.contrast == "structure" else pixels  # two parts, at every pixel
 
-    def estimate_motion(
-        self,
-        moving: Tensor,
-        moving_usable: Tensor | None,
-        reference: Tensor,
-        reference_usable: Tensor | None,
-        prepared: Texture,
-        init: Tensor | None,
-    ) -> Motion:
+    def estimate_motion(self, pair: Pair, prepared: Texture, init: Tensor | None) -> Motion:
         """See :meth:`Aligner.estimate_motion`.
 
         An ``init`` is split into what it does about the frame's centre, which is undone by resampling (exactly
         nothing for a translation), and its translation, from which the peak is refined.
         """
-        moving, moving_usable, start, about_centre = undo_init(init, moving, moving_usable)
+        moving, usable, start, about_centre = undo_init(init, pair.moving, pair.usable)
         found = phase_correlation(
             moving,
             prepared,
-            moving_usable,
+            usable,
             max_translation=self.max_translation,
             max_frequency=self.max_frequency,
             contrast=self.contrast,

@@ -118,6 +118,22 @@ def combine(function: Callable[[tuple[Tensor, ...]], Tensor], estimates: Sequenc
     return Estimate(*map(function, columns), field=together)  # type: ignore[misc, arg-type]  # seven of them
 
 
+class Pair(NamedTuple):
+    """What a method is given: the channel of the frames and of their reference, finite, 0 where unusable.
+
+    Attributes:
+        moving: (..., T, H, W).
+        usable: (..., T, H, W) bool, or ``None`` if all of it is.
+        reference: (..., 1 or T, H, W).
+        reference_usable: (..., 1 or T, H, W) bool, or ``None``.
+    """
+
+    moving: Tensor
+    usable: Tensor | None
+    reference: Tensor
+    reference_usable: Tensor | None
+
+
 class Motion(NamedTuple):
     """What a method hands to the gate, one row a frame.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -282,6 +284,22 @@ def test_a_shift_that_was_not_kept_casts_no_doubt(scene, detour):
         assert found.valid.all()
         assert torch.equal(found.warp, alone.warp)
         assert torch.equal(found.sigma, alone.sigma)
+
+
+def test_a_shift_after_a_shift_keeps_what_parts_of_the_frame_disagreed_by(scene):
+    # the second does not ask; the first found a trace of 2 · 0.05²
+    truth, moving, reference = scene
+    sigma, status = torch.full((3,), 0.01, dtype=moving.dtype), torch.zeros(3, dtype=torch.int64)
+    second = Motion(translation_warp(truth), sigma, status, only_shifts=True)
+    first = second._replace(misfit=torch.tensor([0.0, 0.005, 0.0], dtype=moving.dtype))
+    found = gate_stages([first, second], moving, reference, max_translations=[6.0, 6.0])
+    assert found.valid.all()
+    wide = math.hypot(0.01, 0.05)
+    torch.testing.assert_close(found.sigma, torch.tensor([0.01, wide, 0.01], dtype=moving.dtype))
+    # one that asked, and found the same, has counted it
+    asked = second._replace(misfit=first.misfit)
+    found = gate_stages([first, asked], moving, reference, max_translations=[6.0, 6.0])
+    torch.testing.assert_close(found.sigma, sigma)
 
 
 def test_gate_handles_frames_one_by_one(scene):

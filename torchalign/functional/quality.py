@@ -67,34 +67,29 @@ def normalized_cross_correlation(first: Tensor, second: Tensor, usable: Tensor |
     return _correlate(second, weight, first)[0]
 
 
-def _correlate(reference: Tensor, weight: Tensor, *images: Tensor) -> list[Tensor]:
-    """The same for finite images and weights ≥ 0: inner products, with few temporaries of image size."""
+def _correlate(reference: Tensor, weight: Tensor, *images: Tensor) -> Sequence[Tensor]:
+    """The same for finite images and weights ≥ 0, of one shape but for the reference's: inner products of rows."""
+    rows = torch.stack([reference.expand(weight.shape), *images]).flatten(-2)  # (1 + K, ..., N)
     weight = weight.flatten(-2)
     count = weight.sum(-1) + torch.finfo(weight.dtype).tiny
-    reference = _standardize(reference.flatten(-2), weight, count)
-    mean = torch.linalg.vecdot(weight, reference) / count
-    norm, flat = _spread(torch.linalg.vecdot(weight, reference.square()), count * mean.square())
-    correlations = []
-    for image in images:
-        centred = _standardize(image.flatten(-2), weight, count)
-        weighted = centred * weight
-        total = weighted.sum(-1)
-        product = torch.linalg.vecdot(weighted, reference) - total * mean
-        image_norm, image_flat = _spread(torch.linalg.vecdot(weighted, centred), total.square() / count)
-        correlation = torch.where(flat | image_flat, 0.0, product / (norm * image_norm))
-        correlations.append(correlation.clamp(-1, 1))
-    return correlations
+    centred = _standardize(rows, weight, count)
+    weighted = centred * weight
+    total = weighted.sum(-1)
+    products = torch.linalg.vecdot(weighted[1:], centred[:1]) - total[1:] * total[0] / count
+    norm, flat = _spread(torch.linalg.vecdot(weighted, centred), total.square() / count)
+    correlations = torch.where(flat[1:] | flat[0], 0.0, products / (norm[1:] * norm[0]))
+    return correlations.clamp(-1, 1).unbind()
 
 
-def _standardize(image: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+def _standardize(images: Tensor, weight: Tensor, count: Tensor) -> Tensor:
     """Subtract the weighted mean and divide by the largest value, so that sums of squares neither cancel nor overflow.
 
     The correlation does not depend on either, so they carry no gradient.
     """
-    mean = torch.linalg.vecdot(weight, image.detach()) / count
-    centred = image - mean[..., None]
-    largest = (centred.detach() * weight).abs().amax(-1, keepdim=True)
-    return centred / torch.where(largest > 0, largest, 1.0)
+    fixed = images.detach()
+    mean = torch.linalg.vecdot(fixed, weight) / count
+    largest = torch.maximum(fixed.amax(-1) - mean, mean - fixed.amin(-1))
+    return (images - mean[..., None]) / torch.where(largest > 0, largest, 1.0)[..., None]
 
 
 def _spread(square: Tensor, square_of_mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -345,9 +345,15 @@ class Gather(_Positioned):
 class Lines(_Positioned):
     """Frames that are shifted: rows are taken whole, then columns, by one line of indices a frame and axis.
 
-    Of columns (..., T, 1, w) and rows (..., T, h, 1). That saves a GPU most of its index traffic, and of a lattice
-    most rows are never touched.
+    Of columns (..., T, 1, w) and rows (..., T, h, 1), each ``step`` pixels from the next: what lies at all taps of an
+    axis is taken once, and its taps are slices of that.
     """
+
+    def __init__(
+        self, positions: SourcePositions, size: tuple[int, int], padding_mode: PaddingMode, step: int = 1
+    ) -> None:
+        super().__init__(positions, size, padding_mode)
+        self.step = step
 
     def nearest(self, planes: Tensor) -> Tensor:
         """See :class:`Sampler`."""
@@ -369,26 +375,35 @@ class Lines(_Positioned):
         lines = _sum_of_lines(down, self._rows(planes, row, range(-1, 3)))
         return _sum_of_lines(across, self._columns(lines, column, range(-1, 3)))
 
-    def _rows(self, planes: Tensor, row: Tensor, taps: range) -> tuple[Tensor, ...]:
+    def _rows(self, planes: Tensor, row: Tensor, taps: range) -> list[Tensor]:
         """(..., T, C, H, W) → for each tap (..., T, C, h, W), the rows (..., T, h, 1), so far down."""
         (height, width), lead = self.size, planes.shape[:-2]
-        index = _padded(row.mT + _upright(taps, row), height, self.padding_mode)  # (..., T, taps, h)
+        index = self._indices(row[..., 0, :], row.shape[-2], height, taps)  # (..., T, step · n)
         first = torch.arange(math.prod(lead), device=planes.device).reshape(lead) * height
-        index = first[..., None, None] + index.unsqueeze(-3)  # (..., T, C, taps, h)
+        index = first[..., None] + index.unsqueeze(-2)  # (..., T, C, step · n)
         taken = planes.reshape(-1, width).index_select(0, index.flatten())
-        return taken.reshape(*index.shape, width).unbind(-3)
+        phases = taken.reshape(*lead, self.step, -1, width)
+        return [phases[..., phase, slice_, :] for phase, slice_ in self._slices(row.shape[-2], taps)]
 
-    def _columns(self, lines: Tensor, column: Tensor, taps: range) -> tuple[Tensor, ...]:
+    def _columns(self, lines: Tensor, column: Tensor, taps: range) -> list[Tensor]:
         """(..., T, C, h, W) → for each tap (..., T, C, h, w), the columns (..., T, 1, w), so far right."""
-        index = _padded(column + _upright(taps, column), self.size[1], self.padding_mode)  # (..., T, taps, w)
-        shape = (*lines.shape[:-1], *index.shape[-2:])
-        index = index.flatten(-2)[..., None, None, :]
+        index = self._indices(column[..., 0], column.shape[-1], self.size[1], taps)[..., None, None, :]
         taken = lines.gather(-1, index.expand(*lines.shape[:-1], index.shape[-1]))
-        return taken.reshape(shape).unbind(-2)
+        phases = taken.reshape(*lines.shape[:-1], self.step, -1)
+        return [phases[..., phase, slice_] for phase, slice_ in self._slices(column.shape[-1], taps)]
 
+    def _indices(self, first: Tensor, count: int, length: int, taps: range) -> Tensor:
+        """(..., T, step · n): of all taps of ``count`` lines from the first (..., T, 1) on, phase after phase."""
+        each = count + (len(taps) - 1) // self.step
+        along = torch.arange(each, device=first.device) * self.step
+        if self.step > 1:
+            along = (along + torch.arange(self.step, device=first.device)[:, None]).flatten()
+        return _padded(first + (along + taps.start), length, self.padding_mode)
 
-def _upright(taps: range, like: Tensor) -> Tensor:
-    return torch.arange(taps.start, taps.stop, device=like.device)[:, None]
+    def _slices(self, count: int, taps: range) -> list[tuple[int, slice]]:
+        """For each tap its phase, and where its lines are in that."""
+        places = [divmod(tap, self.step) for tap in range(len(taps))]
+        return [(phase, slice(begin, begin + count)) for begin, phase in places]
 
 
 def _sum_of_lines(weights: Sequence[Tensor], taps: Sequence[Tensor]) -> Tensor:

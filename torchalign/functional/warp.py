@@ -337,8 +337,9 @@ def _sampler(
         (x_displacement - x_whole).to(dtype),
         (y_displacement - y_whole).to(dtype),
     )
-    by_lines = only_shifted and field is None
-    return (Lines if by_lines else Gather)(positions, size, options.padding_mode)
+    if only_shifted and field is None:
+        return Lines(positions, size, options.padding_mode, options.step)
+    return Gather(positions, size, options.padding_mode)
 
 
 def _bounded(displacement: Tensor) -> Tensor:
