@@ -44,7 +44,7 @@ class Local(Aligner):
     cascade it starts from what the stages before it found: ``Cascade(PCC(), Local())``. The estimate's ``warp``
     stays that global one, its ``field`` holds the shifts on top of it, and the cube is resampled once, by both.
 
-    **Never worse than the warp.** A field is kept only if the frame is clearly likelier with it (by 5 nats) and its
+    **Never worse than the warp.** A field is kept only if the frame is clearly likelier with it (by 20 nats) and its
     score, on the same ground, no more than 0.001 lower, if it is nowhere longer than ``max_deviation``, and if it
     folds nothing (Jacobian above 0.5). Otherwise the frame comes out as without it, bit for bit.
 

@@ -82,7 +82,7 @@ _SIGMA_SMOOTHNESS, _SIGMA_CALIBRATION = 1 / 3, 0.8
 # Ground counts by half in the score where the field is known to so many pixels only.
 _KNOWN = 0.1
 # A field must make the frame so much likelier, in nats, and nowhere fold it: det(I + ∂u) exceeds this.
-_LEAST_EVIDENCE, _LEAST_JACOBIAN = 5.0, 0.5
+_LEAST_EVIDENCE, _LEAST_JACOBIAN = 20.0, 0.5
 # Larger frames are cut into tiles of so many nodes a side at most, which overlap by so many.
 _LARGEST_TILE, _OVERLAP = 34, 6
 # Samples of the working grid are correlated: so many of them say as much as one.
