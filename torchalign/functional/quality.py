@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from torchalign._host import kernels_for
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
-from torchalign.functional.shift_field import is_zero
+from torchalign.functional.shift_field import is_zero, lattice_shifts
 from torchalign.functional.sizes import stride_for
 from torchalign.functional.structure import turn_orientations
 from torchalign.functional.uncertainty import beyond_chance, isotropic, largest_sigma
@@ -256,10 +256,13 @@ def _scores(
     warps = [motion.warp for motion in motions]
     if all(motion.only_shifts for motion in motions):
         warps = [warp[..., :2, 2] for warp in warps]
-    plain = not vector and all(motion.field is None for motion in motions)
-    kernels = kernels_for(moving, reference, weight, *warps) if plain else None
+    size = (moving.shape[-2], moving.shape[-1])
+    plain = not vector and all(motion.field is None for motion in motions[:-1])
+    last = motions[-1].field
+    kernels = kernels_for(moving, reference, weight, *warps, *(last or ())) if plain else None
     if kernels is not None:
-        return kernels.score(moving, reference, warps, *usable, weight, step).unbind(-1)
+        local = None if last is None else lattice_shifts(last, size, step, moving)
+        return kernels.score(moving, reference, warps, *usable, weight, step, local).unbind(-1)
     overlap: Tensor | None = None
     for part in usable:
         if part is not None:

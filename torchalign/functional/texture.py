@@ -177,6 +177,10 @@ def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
     Returns:
         (..., H, W), about [−3, 3].
     """
+    kernels = kernels_for(image, weights)
+    if kernels is not None:
+        unit = torch.ones_like(image[..., 0, 0])
+        return kernels.contrast(image, unit, weights, partial(_typical, weights=weights))[1]
     contrast = _local_contrast(image, weights)
     return contrast if weights is None else contrast * weights
 

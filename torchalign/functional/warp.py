@@ -28,7 +28,7 @@ from torch import Tensor
 from torchalign._check import check_fill, check_floating, check_option, message
 from torchalign._host import all_finite, all_true, empty_on_host, kernels_for, may_read
 from torchalign.functional.sampling import Gather, Lines, PaddingMode, Sampler, Slices, SourcePositions
-from torchalign.functional.shift_field import field_at, is_zero
+from torchalign.functional.shift_field import field_at, is_zero, lattice_shifts
 from torchalign.types import ShiftField
 
 __all__ = ["Interpolation", "PaddingMode", "Resampled", "resample", "warp"]
@@ -133,9 +133,11 @@ def resample(
     lead, size = cube.shape[:-3], (cube.shape[-2], cube.shape[-1])
     warp = warp.expand(*lead, *warp.shape[-1 if warp.shape[-1] == 2 else -2 :])
     mask = None if mask is None else mask.expand(*lead, *size)
-    kernels = kernels_for(cube, warp, mask) if field is None else None
+    kernels = kernels_for(cube, warp, mask, *(field or ()))
     if kernels is not None:
-        found = kernels.resample(cube, warp, mask, interpolation, padding_mode, fill_value, step)
+        place = warp.to(torch.promote_types(warp.dtype, torch.float32))
+        local = None if field is None else lattice_shifts(field, size, step, place)
+        found = kernels.resample(cube, warp, mask, interpolation, padding_mode, fill_value, step, local)
         if found is not None:
             return Resampled(found[0] if out is None else out.copy_(found[0]), found[1])
     mask = None if mask is None else mask.unsqueeze(-3)  # (..., T, 1, H, W)
