@@ -42,7 +42,7 @@ class Recorder(Protocol):
         """Where the results of a call will lie, not yet computed; and what computes them, again and again."""
 
 
-class _Device:
+class _CudaRecorder:
     """A GPU: a stream for what is played, one that records, and the memory that all recordings share.
 
     Recordings share memory because one is played at a time, and its results are copied before the next.
@@ -83,7 +83,7 @@ class _Device:
 
 def _recorder_for(device: torch.device) -> Recorder | None:
     """Only CUDA records."""
-    return _Device(device) if device.type == "cuda" and torch.version.hip is None else None
+    return _CudaRecorder(device) if device.type == "cuda" and torch.version.hip is None else None
 
 
 def may_record(function: object) -> bool:
@@ -131,7 +131,7 @@ class Graphs:
 
     def __call__(self, *given: Tensor | None) -> Any:
         """What the function gives."""
-        if self._recorder is None or carries_gradient(*_tensors(given)):
+        if self._recorder is None or carries_gradient(*_tensors_in(given)):
             return self._function(*given)
         try:
             with self._recorder.apart():
@@ -152,7 +152,7 @@ class Graphs:
                 self._shapes.popitem(last=False)
             shape = _Shape([None if tensor is None else _own(tensor) for tensor in given])
             found = self._function(*shape.given)
-            if carries_gradient(*_tensors(tree_leaves(found))):  # by a parameter
+            if carries_gradient(*_tensors_in(tree_leaves(found))):  # by a parameter
                 self._give_up()
                 return found
             self._shapes[key] = shape
@@ -186,7 +186,7 @@ class Graphs:
         self._shapes.clear()
 
 
-def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
+def _tensors_in(leaves: Sequence[Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 

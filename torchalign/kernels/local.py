@@ -10,26 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import block_of, divide, kernel_dtype, launch, lerp, operator
+from torchalign.kernels.sampling import block_of, divide, kernel_dtype, launch, lerp, operator, spline_weight
 
 __all__ = ["differentiate", "differentiate_frames", "read_frames", "read_splines", "weigh", "weigh_frames"]
 
 _BLOCK = 512
-
-
-@triton.jit
-def _spline_weight(fraction, TAP: tl.constexpr):
-    """Of a cubic B-spline, of the coefficient at ``TAP`` − 1 from ⌊x⌋."""
-    rest = 1 - fraction
-    if TAP == 0:
-        weight = rest * rest * rest / 6
-    elif TAP == 1:
-        weight = (4 + fraction * fraction * (3 * fraction - 6)) / 6
-    elif TAP == 2:
-        weight = (4 + rest * rest * (3 * rest - 6)) / 6
-    else:
-        weight = fraction * fraction * fraction / 6
-    return weight
 
 
 @triton.jit
@@ -82,8 +67,8 @@ def read_frames(
     for j in tl.static_range(4):
         part = tl.zeros((BLOCK,), COMPUTE)
         for i in tl.static_range(4):
-            part += _spline_weight(fx, i) * tl.load(plane + first + (j * line + i), mask=live, other=0)
-        total += _spline_weight(fy, j) * part
+            part += spline_weight(fx, i) * tl.load(plane + first + (j * line + i), mask=live, other=0)
+        total += spline_weight(fy, j) * part
     out = frame * samples + place
     tl.store(values + out, total, mask=live)
     tl.store(inside + out, within.to(COMPUTE), mask=live)
