@@ -14,7 +14,18 @@ import torch
 
 import torchalign as ta
 from torchalign import _host, kernels
-from torchalign.functional import defects, ecc, fourier, phase, quality, sift, texture, uncertainty, warp
+from torchalign.functional import (
+    defects,
+    ecc,
+    fourier,
+    local,
+    phase,
+    quality,
+    sift,
+    texture,
+    uncertainty,
+    warp,
+)
 from torchalign.functional.channels import extract_channel
 from torchalign.functional.working_grid import Window, WorkingGrid
 
@@ -41,6 +52,7 @@ def _few_programs(monkeypatch):
         "divide",
         "defects",
         "contrast",
+        "local",
     ):
         module = importlib.import_module(f"torchalign.kernels.{name}")
         monkeypatch.setattr(module, "_BLOCK", 256 if name == "channel" else 4096)
@@ -289,6 +301,100 @@ def test_score_of_flat_frames_large_numbers_and_one_reference_each():
     torch.testing.assert_close(found[..., 0], expected, rtol=1e-5, atol=1e-6)
 
 
+def local_shifts(draw):
+    """Over some 40 × 40 pixels; the second of three is none."""
+    coefficients = 2 * torch.randn(3, 2, 6, 6, generator=draw)
+    coefficients[1] = 0
+    return ta.ShiftField(
+        coefficients, torch.zeros(3, 6, 6), torch.full((3, 2), -12.0), torch.full((3, 2), 12.0)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("kind", ["shift", "affine"])
+def test_resample_by_local_shifts(kind, dtype, by_torch):
+    draw = generator(14)
+    values = torch.rand(3, 2, 37, 41, generator=draw) * 200
+    cube, motion, field = values.to(dtype), motions(kind, draw), local_shifts(draw)
+    mask = torch.rand(3, 37, 41, generator=draw) > 0.1
+    options = {"interpolation": "bicubic" if kind == "shift" else "bilinear", "mask": mask}
+    for step in (1, 3):
+        found = warp.resample(cube, motion, field=field, step=step, **options)
+        expected = by_torch(warp.resample, cube, motion, field=field, step=step, **options)
+        if dtype == torch.uint8:
+            assert (found.values.int() - expected.values.int()).abs().max() <= 1
+        else:
+            torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=2e-2)
+        assert (found.validity != expected.validity).float().mean() < 1e-3
+        plain = warp.resample(cube, motion, step=step, **options)
+        assert torch.equal(found.values[1], plain.values[1])
+        assert not torch.equal(found.values[0], plain.values[0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_score_of_local_shifts(masked, by_torch):
+    draw = generator(12)
+    size = (41, 37)
+    reference = torch.rand(1, *size, generator=draw)
+    moving = torch.rand(3, *size, generator=draw) + reference
+    usable = torch.rand(3, *size, generator=draw) > 0.1 if masked else None
+    if usable is not None:
+        moving = moving.where(usable, 0.0)
+    field = local_shifts(draw)
+    status, shift = torch.zeros(3, dtype=torch.int64), motions("shift", draw)
+    warps = torch.cat((torch.eye(2).expand(3, 2, 2), shift[:, :, None]), -1)
+    stages = [
+        quality.Motion(warps, torch.zeros(3), status, only_shifts=True, field=one) for one in (None, field)
+    ]
+    given = (moving, reference, stages, (usable, None), None, 2)
+    found, expected = (
+        torch.stack(tuple(scores)) for scores in (
+            quality._scores(*given, vector=False), by_torch(quality._scores, *given, vector=False)
+        )
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[0, 1], found[1, 1])
+    assert (found[0, 0] - found[1, 0]).abs() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_local_shifts_round_by_round(dtype, masked, by_torch):
+    draw = generator(19)
+    size = (36, 33)
+    level = local._level(size, 0.32, 12, like=torch.zeros((), dtype=dtype))
+    grid = level.grid.size
+    coefficients = torch.randn(2, 68, 65, generator=draw, dtype=dtype)
+    weights = torch.rand(2, *grid, generator=draw, dtype=dtype) if masked else None
+    frames = local._Frames(coefficients, weights, size)
+    shifts = 3 * torch.randn(2, 2, *grid, generator=draw, dtype=dtype)
+    shifts[0, 0, 3, 4] = torch.nan
+    shifts[0, 1, 5, 6] = 1e9
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-9}
+    for at in (level.at[None], level.at + shifts):
+        found = local._read_frames(frames, level, at)
+        expected = by_torch(local._read_frames, frames, level, at)
+        assert 0.3 < expected[1].mean() <= 1
+        assert (found[2] is None) is not masked
+        for one, other in zip(found[: 2 + masked], expected, strict=False):
+            torch.testing.assert_close(one, other, **tolerance)
+    field = torch.randn(1, *grid, generator=draw, dtype=dtype)
+    own, inside, usable = expected
+    own = own + field
+    for reference in (field, field.repeat(2, 1, 1)):
+        counts = torch.rand(reference.shape, generator=draw, dtype=dtype)
+        given = own, reference, inside, usable, counts
+        expected = by_torch(local._weigh, *given)
+        for one, other in zip(local._weigh(*given), expected, strict=True):
+            torch.testing.assert_close(one, other, **tolerance)
+        given = own, reference, expected[1], shifts.nan_to_num(0.0), level
+        expected = by_torch(local._differentiate, *given)
+        for one, other in zip(local._differentiate(*given), expected, strict=True):
+            torch.testing.assert_close(
+                one, other, rtol=tolerance["rtol"], atol=1e-6 * other.abs().max().item()
+            )
+
+
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float64, (8, 5)), (torch.float32, (24, 31))])
 def test_climb(dtype, size, by_torch):
     draw = generator(17)
@@ -435,8 +541,8 @@ def test_a_peak_assessed_and_divided(dtype, shared, by_torch):
         torch.testing.assert_close(own, other, rtol=tolerance, atol=tolerance)
     *_, power = by_torch(pair.correlate, pair.tapering.whole, same)
     power[1] = 0  # nothing to climb
-    found = phase._refine_plain(power, same, together, together + 0.1, grid, None)
-    other = by_torch(phase._refine_plain, power, same, together, together + 0.1, grid, None)
+    found = phase._refine_plain(power, same, together, together + 0.1, grid, None, 2.0)
+    other = by_torch(phase._refine_plain, power, same, together, together + 0.1, grid, None, 2.0)
     for own, theirs in zip((*found[:3], *found[3]), (*other[:3], *other[3]), strict=True):
         torch.testing.assert_close(own, theirs, rtol=100 * tolerance, atol=tolerance)
 

@@ -28,6 +28,7 @@ KERNELS = {
             "FLOATING": True,
             "MASKED": True,
             "FILLED": True,
+            "LOCAL": True,
             "LOWEST": 0,
             "HIGHEST": 0,
             "COMPUTE": "float32",
@@ -46,9 +47,18 @@ KERNELS = {
             "MASKED": True,
             "REFERENCE_MASKED": True,
             "WEIGHTED": True,
+            "LOCAL": True,
             "COMPUTE": "float32",
             "BLOCK": 256,
         },
+    ),
+    "read_frames": ("local", {}, (), {"MASKED": True, "COMPUTE": "float32", "BLOCK": 512}),
+    "weigh_frames": ("local", {}, (), {"MASKED": True, "TINY": 1e-14, "COMPUTE": "float32", "BLOCK": 512}),
+    "differentiate_frames": (
+        "local",
+        {},
+        ("down", "along", "least", "redundancy"),
+        {"COMPUTE": "float32", "BLOCK": 512},
     ),
     "channel_frames": (
         "channel",
@@ -143,7 +153,8 @@ POINTERS = (  # noqa: SIM905
     "usable power fy fx start found last derivatives surface spectrum shift turned window image means filled share "
     "spline warp level_x level_y level_weights common moves weights regressors inverses solutions rests corners "
     "warps reaches weighted shifts blurred together fields spectra own other moved cover other_cover profile factor "
-    "field noise empty unit flat result detail variance typical contrast coverage root"
+    "field noise empty unit flat result detail variance typical contrast coverage root local coefficients at inside "
+    "similarity around whole products pull"
 ).split()
 
 
@@ -163,7 +174,9 @@ def compiled(name: str, capability: int, **constants: object):
             signature[own] = "constexpr"
         elif own in numbers:
             signature[own] = "fp64"
-        elif own == "frames" and name in ("score_frames", "overlap_frames", "divided_frames"):
+        elif own == "frames" and name in (
+            "score_frames", "overlap_frames", "divided_frames", "weigh_frames", "differentiate_frames"
+        ):  # fmt: skip
             signature[own] = INTEGERS
         else:
             signature[own] = pointers.get(own, "*fp32" if own in POINTERS else INTEGERS)

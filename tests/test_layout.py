@@ -17,16 +17,16 @@ ROOT = Path(torchalign.__file__).parent
 # what may import what: a layer sees the layers below its own
 LAYERS = [
     {"kernels", "kernels.ascend", "kernels.assess", "kernels.blur", "kernels.channel", "kernels.climb",
-     "kernels.contrast", "kernels.defects", "kernels.divide", "kernels.peak",
+     "kernels.contrast", "kernels.defects", "kernels.divide", "kernels.local", "kernels.peak",
      "kernels.resample", "kernels.sampling", "kernels.score", "kernels.texture", "kernels.turn"},
     {"types", "_check", "_host"},
     {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.channels",
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
      "functional.common_ground", "functional.structure", "functional.sizes",
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
-     "functional.low_pass", "functional.defects", "functional.misfit",
+     "functional.low_pass", "functional.masked_correlation", "functional.defects", "functional.misfit",
      "functional.uncertainty", "functional.shift_field", "functional.local", "functional.network",
-     "functional.sift", "functional"},
+     "functional.lattice", "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
     {"_graphs"},
@@ -67,6 +67,8 @@ GROUND = {
     "functional.shift_field",
     "functional.uncertainty",
     "functional.low_pass",
+    "functional.masked_correlation",
+    "functional.lattice",
 }
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",

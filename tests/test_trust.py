@@ -23,6 +23,7 @@ from torchalign.functional.defects import (
     remove_defects,
     undeclared_fill,
 )
+from torchalign.functional.phase import phase_correlation
 
 SIZE = 128
 FACTOR = 5
@@ -440,3 +441,56 @@ def test_pixels_beside_masked_ones_stay_what_they_are():
     mended[101, 101] = 3000.0
     assert torch.equal(mended, image)
     assert known is usable
+
+
+def test_ground_between_pixels_of_a_fill_is_no_hot_pixel():
+    image = 10 + torch.randn(60, 60, generator=torch.Generator().manual_seed(0))
+    image[:, 30:] = image[30:, :] = 65535.0
+    image[30, 30] = image[45, 45] = 9.0  # the fill on all four sides
+    mended, usable = remove_defects(image)
+    ground = image < 100
+    assert torch.equal(mended[ground], image[ground])
+    assert not usable[~ground].any()
+
+
+def test_sigma_knows_of_what_pulls_beside_the_weights():
+    """Small smooth frames, on average over twelve: ground that was told in common a little way off pulls there."""
+    kernel = torch.exp(-0.5 * (torch.arange(-14, 15) / 3.5) ** 2)
+    kernel = kernel / kernel.sum()
+    shift, ratios = (1.8, -2.2), []
+    for seed in range(12):
+        images = windows(shift, 100, seed=seed)
+        for axis in ((1, 1, 29, 1), (1, 1, 1, 29)):
+            images = [F.conv2d(image[None, None], kernel.reshape(axis))[0, 0] for image in images]
+        estimate = ta.PCC().estimate(images[0][None, None], images[1][None])
+        assert estimate.valid.all()
+        ratios.append(error_of(estimate, shift) / estimate.sigma.item())
+    assert math.sqrt(np.mean(np.square(ratios))) < 1.25
+
+
+def test_more_places_need_a_higher_maximum():
+    """Spots of two unrelated frames fit each other at one of many places, far away."""
+
+    def spots(seed):
+        random = torch.Generator().manual_seed(seed)
+        rows, columns = (64 * torch.rand(7, 2, 1, 1, generator=random)).movedim(1, 0)
+        y, x = grid(64)
+        image = torch.exp(-((y - rows) ** 2 + (x - columns) ** 2) / 8).sum(0)
+        return image + 0.02 * torch.randn(64, 64, generator=random)
+
+    found = phase_correlation(spots(2), spots(3), max_translation=31.0)
+    assert found.ambiguous
+    assert not phase_correlation(spots(2), spots(2).roll((2, 1), (0, 1)), max_translation=31.0).ambiguous
+
+
+def test_a_small_frame_of_which_clouds_hide_half_is_found():
+    moving, reference = windows(TRUTH, 100, seed=7)
+    random = torch.Generator().manual_seed(7)
+    noise = F.pad(torch.randn(100, 100, generator=random)[None, None], (20,) * 4, "reflect")
+    kernel = torch.exp(-0.5 * (torch.arange(-20, 21) / 9.0) ** 2)
+    field = F.conv2d(F.conv2d(noise, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))[0, 0]
+    cloud = field > field.median()
+    moving = torch.where(cloud, 16 + 6 * field / field.std(), moving)
+    estimate = ta.PCC().estimate(moving[None, None], reference[None])
+    assert estimate.valid.all()
+    assert error_of(estimate, TRUTH) < 0.1

@@ -46,7 +46,7 @@ from torchalign.functional.texture import Contrast
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.types import Alignment, Estimate, Motion, Pair, ShiftField, Status, combine
 
-__all__ = ["Aligner", "Block", "Job", "Motion", "Pair", "SharedOptions", "full_precision", "undo_init"]
+__all__ = ["Aligner", "Block", "Found", "Job", "Motion", "Pair", "SharedOptions", "full_precision", "undo_init"]
 
 # Shorter frames, in pixels, are not asked whether they were enlarged; half as many true samples are needed.
 _LEAST_ENLARGED = 32
@@ -160,11 +160,10 @@ class Aligner(nn.Module, ABC):
         return Alignment(aligned, _concatenate(self._map(align, blocks)))
 
     def _align_block(self, job: Any, out: Tensor | None = None) -> Alignment:
-        estimate, only_shifts = self._estimate(job)
+        estimate, only_shifts, finite = self._estimate(job)
         warp = estimate.warp[..., :2, 2] if only_shifts else estimate.warp
-        aligned = resample(
-            job.cube, warp, mask=job.mask, out=out, field=estimate.field, **self._resampling()
-        ).values
+        resampling = {"mask": job.mask, "out": out, "field": estimate.field, "finite": finite}
+        aligned = resample(job.cube, warp, **resampling, **self._resampling()).values
         if self.fill_value is not None:
             # the fill is for what a warp leaves empty; a frame without a warp stays as it came
             kept = torch.where(estimate.valid[..., None, None, None], aligned, job.cube)
@@ -294,13 +293,15 @@ class Aligner(nn.Module, ABC):
         """Run blocks in parallel, unless the channel is a user's callable, which may not be thread-safe."""
         return list(map(function, blocks)) if callable(self.channel) else map_on_host(function, blocks)
 
-    def _estimate(self, job: Any) -> tuple[Estimate, bool]:
-        """The estimate of a block; and whether its warps are translations for any data."""
+    def _estimate(self, job: Any) -> Found:
+        """The estimate of a block."""
         block = self._prepare_block(job)
         motion = self._find_motion(job, block)
         estimate = self._judge([motion], [self.max_translation], job, block)
         factor = self._common_enlargement(job, block)
-        return self._with_true_samples(estimate, factor, job, block), motion.only_shifts
+        # the mean of all bands, where it was looked at, tells of each
+        finite = self.channel == "mean" and self.crop_center is None and block.usable is None
+        return Found(self._with_true_samples(estimate, factor, job, block), motion.only_shifts, finite)
 
     def _common_enlargement(self, job: Job, block: Block) -> Tensor:
         """(..., T), the factor by which a frame and its reference were enlarged; 1 where not both were, alike."""
@@ -354,7 +355,7 @@ class Aligner(nn.Module, ABC):
             init = torch.where(block.nonfinite[..., None, None], torch.nan, init)
         init = None if init is None else _scaled(init[rows], 1 / k)
         part = Job(moving.unsqueeze(-3), thin(block.usable), reference, thin(job.usable), None, init)
-        found, _ = coarse._estimate(coarse._job_of(part))
+        found = coarse._estimate(coarse._job_of(part)).estimate
         warp = _scaled(found.warp, k)
         if block.origin != (0, 0):
             moved = change_origin(warp, (-block.origin[0], -block.origin[1]))
@@ -475,6 +476,14 @@ class Aligner(nn.Module, ABC):
 
 class _Prepared(NamedTuple):
     value: Any
+
+
+class Found(NamedTuple):
+    """What is known of a block."""
+
+    estimate: Estimate
+    only_shifts: bool  # its warps are translations for any data
+    finite: bool = False  # all bands are known to be, for these data
 
 
 class Job(NamedTuple):

@@ -275,13 +275,14 @@ def suspicious(image: Tensor, usable: Tensor | None = None) -> Tensor:
     # four steps of nothing in a row
     longer = torch.maximum(length[..., 1:], length[..., :-1])
     alike = torch.maximum(longer[..., 2:], longer[..., :-2]).amin((-2, -1)) == 0
-    off = torch.minimum(_off(step[..., :-1], step[..., 1:]), _off(up, down)[..., 1:-1])
-    return alike | (off.amax((-2, -1)) > _HOT * typical)
+    off = torch.minimum(_twice_off(step[..., :-1], step[..., 1:]), _twice_off(up, down)[..., 1:-1])
+    return alike | (off.amax((-2, -1)) > 2 * _HOT * typical)
 
 
-def _off(before: Tensor, after: Tensor) -> Tensor:
-    """How far up and down again, or down and up, two steps go; not above 0 where they go on."""
-    return torch.maximum(torch.minimum(before, -after), torch.minimum(-before, after))
+def _twice_off(before: Tensor, after: Tensor) -> Tensor:
+    """Twice how far up and down again, or down and up, two steps go; not above 0 where they go on."""
+    # in place, as few temporaries stay in the cache
+    return (before - after).abs_().sub_((before + after).abs_())
 
 
 def exclude_defects(image: Tensor, usable: Tensor | None = None) -> Tensor | None:
@@ -321,11 +322,14 @@ def remove_defects(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor,
     images = image.flatten(0, -3) if image.ndim > 2 else image.unsqueeze(0)
     part = images[rows]
     known = None if usable is None else usable.expand(image.shape).reshape(images.shape)[rows]
-    hot, off = _hot(part, known)
     filled = undeclared_fill(part, known)
+    unfilled = all_true(~filled)
+    # ground between two pixels of a fill is no hot pixel
+    seen = known if unfilled else ~filled if known is None else known & ~filled
+    hot, off = _hot(part, seen)
     mended = torch.where(filled, 0.0, torch.where(hot, part - off, part))
     image = images.index_copy(0, rows, mended).reshape(image.shape)
-    if all_true(~filled):
+    if unfilled:
         return image, usable
     good = torch.ones_like(images, dtype=torch.bool).index_copy(0, rows, ~filled).reshape(image.shape)
     return image, good if usable is None else usable & good

@@ -36,6 +36,7 @@ from torchalign.functional.sizes import lags_within, square_root
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid, extract_texture
 from torchalign.functional.uncertainty import (
     CALIBRATION,
+    LEAST_HEIGHT,
     PeakQuality,
     assess_peak,
     block_pulls,
@@ -61,6 +62,9 @@ Weighting = Literal["ramp", "sqrt", "phase", "none"]
 # A peak must stand out of its correlation surface by this many standard deviations to be one. Maxima of
 # unrelated scenes stay below 4.6 (a Gumbel law); see benchmarks/README.md.
 _MIN_SIGNIFICANCE = 5.0
+# Or the maximum of the second correlation must rise so many above what chance may reach: of unrelated scenes it stays
+# more than half a deviation below. It tells ground under clouds better, as it is that of ground in common.
+_SURE = 2.5
 # A peak beyond the limit must exceed the one within by this factor to be believed.
 _OUTSIDE_MARGIN = 1.2
 _NEWTON_STEPS = 3
@@ -73,12 +77,14 @@ _FAR_PULLED = 0.5
 _LINE, _STATIC, _STATIC_SIGMAS, _LEAST_WAY = 2, 0.28, 2.0, 1e-3
 # Holes are divided by where they, and what is next to them, are at least this share of a frame; and where what lies
 # off them is at least that share of what is mostly usable.
-_LEAST_HOLES, _LEAST_COVER = 0.06, 0.6
+_LEAST_HOLES, _LEAST_COVER = 0.06, 0.5
 # Across sensors, where each shows edges of its own, errors exceed the prediction by that (benchmarks/sensors.py).
 _STRUCTURE_CALIBRATION = 3.2
 # What is taken off for the weights' own correlation is of the second order: no more than this, on no longer a way
 # than that, in pixels.
 _LARGEST_CORRECTION, _LONGEST_WAY = 0.5, 4.0
+# Ground in common, which is told at the same place, pulls there besides: the error left is so many times that.
+_LEFT_PULLS = 2.0
 
 
 class PhaseShift(NamedTuple):
@@ -190,12 +196,9 @@ def phase_correlation(
     if not vector:
         power, still = _without_stripes(power, still, grid, shift, fixed_at)
     together = shift if robust else torch.zeros_like(shift)
-    found = _refine_plain(power, effective, shift, together, grid, upsample_factor)
-    # most of a vector's power is in a few low frequencies: the surface's peak separates ground from chance
-    if vector:
-        unasked = torch.full_like(found.quality.height, torch.inf)
-        found = found._replace(quality=found.quality._replace(height=unasked))
-    ambiguous = found.quality.ambiguous
+    left = _LEFT_PULLS if robust else 1.0
+    found = _refine_plain(power, effective, shift, together, grid, upsample_factor, left)
+    significant, ambiguous = _told_from_chance(peak, found.quality, max_translation, vector=vector)
     misfit = torch.zeros_like(found.quality.height)
     if not vector and weighting == "ramp":
         pulls = block_pulls(spectrum.detach(), still.detach(), found.peak, grid)
@@ -216,11 +219,24 @@ def phase_correlation(
     climbed = (found.shift - shift).norm(dim=-1)
     # (not against the larger of the two: under torch.export these are symbols, which cannot be compared)
     near = (climbed <= 2 * height / samples[0]) | (climbed <= 2 * width / samples[1])
-    converged = found.curved & near & (found.step < _NEWTON_TOLERANCE) & torch.isfinite(sigma)
-    converged = converged & (peak.significance >= _MIN_SIGNIFICANCE)
+    converged = found.curved & near & (found.step < _NEWTON_TOLERANCE) & torch.isfinite(sigma) & significant
     flat = texture.flat | reference.flat
     told = peak.significance, flat, outside, converged, ambiguous, inliers
     return PhaseShift(found.shift, sigma, covariance, misfit, *told)
+
+
+def _told_from_chance(
+    peak: _Peak, quality: PeakQuality, max_translation: float, *, vector: bool
+) -> tuple[Tensor, Tensor]:
+    """(...,) bool each: whether chance has no such maximum, and whether it may have, or a direction is not fixed."""
+    significant = peak.significance >= _MIN_SIGNIFICANCE
+    if (
+        vector
+    ):  # most of whose power is in a few low frequencies: the surface's peak separates ground from chance
+        return significant, quality._replace(height=torch.full_like(quality.height, torch.inf)).ambiguous
+    # among more places chance rises higher: as rarely as to the least height within 5 pixels
+    least = math.sqrt(LEAST_HEIGHT**2 + 4 * math.log(max(max_translation / 5, 1.0)))
+    return significant | (quality.height >= least + _SURE), quality.ambiguous | (quality.height < least)
 
 
 def _find_peak(power: Tensor, grid: WorkingGrid, max_translation: float, start: Tensor | None) -> _Peak:
@@ -278,11 +294,9 @@ def cross_power(
         (..., H, W//2+1), complex.
     """
     band = radius < max_frequency
+    if weighting in ("ramp", "none"):  # the reference may be one for all frames
+        return moving.conj() * (reference * (radius * band if weighting == "ramp" else band))
     power = moving.conj() * reference
-    if weighting == "ramp":
-        return power * (radius * band)
-    if weighting == "none":
-        return power * band
     # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype resolves, stands in
     squared = power.real.square() + power.imag.square()
     floor = torch.finfo(squared.dtype).eps ** 2 * squared.amax((-2, -1), keepdim=True).detach()
@@ -411,19 +425,15 @@ def refine_peak(
 def _newton_step(
     power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, orders: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    derivatives = derivatives_at(power, frequencies, shift, orders)  # (..., 3, 3): [order in y, order in x]
-    gx, gy = derivatives[..., 0, 1], derivatives[..., 1, 0]
-    hxx, hyy, hxy = derivatives[..., 0, 2], derivatives[..., 2, 0], derivatives[..., 1, 1]
-    curved = _is_peak(hxx, hyy, hxy)
-    safe = torch.where(curved, hxx * hyy - hxy.square(), 1.0)
-    step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1) / safe[..., None]
-    return torch.where(curved[..., None], step, 0.0).clamp(-0.5, 0.5), curved
-
-
-def _is_peak(hxx: Tensor, hyy: Tensor, hxy: Tensor) -> Tensor:
-    """Whether a Hessian is negative definite."""
+    # (..., 3, 3): [order in y, order in x]
+    _, gx, hxx, gy, hxy, _, hyy, *_ = derivatives_at(power, frequencies, shift, orders).flatten(-2).unbind(-1)
     product = hxx * hyy
-    return (hxx < 0) & (product - hxy.square() > torch.finfo(hxx.dtype).eps * product)
+    determinant = torch.addcmul(product, hxy, hxy, value=-1)
+    # negative definite
+    curved = (hxx < 0) & (determinant > torch.finfo(hxx.dtype).eps * product)
+    ascent = torch.stack((hxy * gy - hyy * gx, hxy * gx - hxx * gy), dim=-1)
+    step = ascent / torch.where(curved, determinant, 1.0)[..., None]
+    return torch.where(curved[..., None], step, 0.0).clamp(-0.5, 0.5), curved
 
 
 def derivatives_at(
@@ -612,11 +622,12 @@ def _refine_plain(
     together: Tensor,
     grid: WorkingGrid,
     upsample_factor: int | None,
+    left: float,
 ) -> _Refined:
     """The peak near ``start`` of the correlation of frames whose weights (..., h, w) match at ``together``.
 
     The correlation is that of the ground times that of the weights, which has its peak there and pulls there. To
-    the second order in the way from there, its curvature is taken off.
+    the second order in the way from there, its curvature is taken off, ``left`` times which is error.
     """
     if upsample_factor is None:
         orders = _orders(grid.frame, grid.size, like=grid.radius)
@@ -625,10 +636,9 @@ def _refine_plain(
         shift = _upsampled_peak(power, grid.frequencies, start, upsample_factor)
         step, curved = torch.zeros_like(shift), torch.ones_like(shift[..., 0], dtype=torch.bool)
     step = step.norm(dim=-1)
-    pulls = _LONGEST_WAY, _LARGEST_CORRECTION
     kernels = kernels_for(power, shift, together, weights) if upsample_factor is None else None
     if kernels is not None:
-        limits = (*CALIBRATION, *pulls)
+        limits = (*CALIBRATION, left, _LONGEST_WAY, _LARGEST_CORRECTION)
         known = kernels.assess(power, grid.frequencies, shift, together, weights, grid.spacings(), limits)
         if known is not None:
             return _Refined(known[0], step, curved, PeakQuality(*known[1]), shift.detach())
@@ -641,11 +651,11 @@ def _refine_plain(
     bins = _correlated_bins(weights.detach().square())
     quality, correction = assess_peak(turned, grid.frequencies, derivatives, overlap, bins)
     if upsample_factor is None:
-        away = (found - together).clamp(-pulls[0], pulls[0])
+        away = (found - together).clamp(-_LONGEST_WAY, _LONGEST_WAY)
         extra = (correction * away[..., None, :]).sum(-1)
-        bounded = extra.detach().abs().amax(-1, keepdim=True) <= pulls[1]
+        bounded = extra.detach().abs().amax(-1, keepdim=True) <= _LARGEST_CORRECTION
         shift = _settled(found + torch.where(bounded, extra, 0.0))
-        quality = quality.widened(extra.detach().clamp(-1, 1))
+        quality = quality.widened(left * extra.detach().clamp(-1, 1))
     return _Refined(shift, step, curved, quality, found.detach())
 
 

@@ -16,6 +16,7 @@ from torchalign.functional.working_grid import WorkingGrid
 
 __all__ = [
     "CALIBRATION",
+    "LEAST_HEIGHT",
     "PeakQuality",
     "assess_peak",
     "beyond_chance",
@@ -44,7 +45,7 @@ CALIBRATION = _SIGMA_CALIBRATION**2, _WEIGHTS_ERROR**2
 _PARTS, _BEYOND_CHANCE, _MISFIT = 4, 2.0, 2.0
 # A direction whose curvature is less than so many standard deviations of chance, a maximum less high than so many,
 # and a direction along which less than this share of the curvature is the ground's, are ambiguous.
-_LEAST_CURVATURE, _LEAST_HEIGHT, _LEAST_FIXED = 3.0, 3.0, 0.82
+_LEAST_CURVATURE, LEAST_HEIGHT, _LEAST_FIXED = 3.0, 3.0, 0.82
 
 
 def largest_sigma(covariance: Tensor) -> Tensor:
@@ -177,30 +178,30 @@ def block_pulls(moving: Tensor, reference: Tensor, shift: Tensor, grid: WorkingG
     Returns:
         (..., 2, n), in units of the sum over all frequencies.
     """
-    root, by_x, by_y = _rooted_slopes(grid.frame, grid.size, grid.max_frequency, like=grid.radius)
+    root, slopes = _rooted_slopes(grid.frame, grid.size, grid.max_frequency, like=grid.radius)
     kernels = kernels_for(moving, reference, shift)
     if kernels is not None:
         spectra = kernels.pulls(
             moving, reference, grid.frequencies, -shift, root, grid.size[0] * grid.size[1]
         )
+        fields = irfft2(spectra, grid.size).split((1, 2), -3)
     else:
         own = shift_phase(moving, grid.frequencies, -shift)
-        both = own + reference
-        spectra = torch.stack(((own - reference) * root, both * by_x, both * by_y), -3)
-    fields = irfft2(spectra, grid.size)
-    return parts_of(fields[..., :1, :, :] * fields[..., 1:, :, :]).flatten(-2)
+        apart, sloped = (own - reference) * root, (own + reference).unsqueeze(-3) * slopes
+        fields = irfft2(apart, grid.size).unsqueeze(-3), irfft2(sloped, grid.size)
+    return parts_of(fields[0] * fields[1]).flatten(-2)
 
 
 @keeps_tables
 def _rooted_slopes(
     frame: tuple[int, int], size: tuple[int, int], max_frequency: float, *, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, w//2+1): the root of the frequency, and times iω along x and along y, times half the number of samples."""
+) -> tuple[Tensor, Tensor]:
+    """(h, w//2+1), the root of the frequency; (2, h, w//2+1), times iω along x and y and half the number of samples."""
     grid = WorkingGrid.of(frame, size, max_frequency, like)
     root = grid.radius.sqrt() * (grid.radius < max_frequency)
     y, x = (math.pi * size[0] * size[1] * frequency for frequency in grid.frequencies)
     none = torch.zeros_like(root)
-    return root, torch.complex(none, root * x), torch.complex(none, root * y[:, None])
+    return root, torch.stack((torch.complex(none, root * x), torch.complex(none, root * y[:, None])))
 
 
 def trace(matrix: Tensor) -> Tensor:
@@ -238,7 +239,7 @@ class PeakQuality(NamedTuple):
         larger = largest_sigma(self.covariance)
         smaller = (trace(self.covariance) - larger.square()).nan_to_num(0.0).clamp(min=0).sqrt()
         stretched = (larger > _STRETCHED * smaller) & (larger > _UNSURE) & larger.isfinite()
-        weak = (self.curvature < _LEAST_CURVATURE) | (self.height < _LEAST_HEIGHT)
+        weak = (self.curvature < _LEAST_CURVATURE) | (self.height < LEAST_HEIGHT)
         return weak | (self.fixed < _LEAST_FIXED) | stretched
 
     def with_misfit(self, pulls: Tensor) -> tuple[PeakQuality, Tensor]:

@@ -125,6 +125,7 @@ def assess_frames(
     half_x: tl.float64,
     calibration: tl.float64,
     share: tl.float64,
+    pulls: tl.float64,
     longest: tl.float64,
     largest: tl.float64,
     COMPUTE: tl.constexpr,
@@ -216,8 +217,8 @@ def assess_frames(
     bounded = tl.maximum(tl.abs(extra_x), tl.abs(extra_y)) <= tl.cast(largest, COMPUTE)
     shift_x += tl.where(bounded, extra_x, 0.0)
     shift_y += tl.where(bounded, extra_y, 0.0)
-    extra_x = tl.minimum(tl.maximum(extra_x, -1.0), 1.0)
-    extra_y = tl.minimum(tl.maximum(extra_y, -1.0), 1.0)
+    extra_x = tl.cast(pulls, COMPUTE) * tl.minimum(tl.maximum(extra_x, -1.0), 1.0)
+    extra_y = tl.cast(pulls, COMPUTE) * tl.minimum(tl.maximum(extra_y, -1.0), 1.0)
     out = found + 13 * frame
     tl.store(out, settled(shift_x, EPSILON))
     tl.store(out + 1, settled(shift_y, EPSILON))
@@ -238,7 +239,7 @@ def assess(
     together: Tensor,
     weights: Tensor,
     spacing: tuple[float, float],
-    limits: tuple[float, float, float, float],
+    limits: tuple[float, float, float, float, float],
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | None:
     """See :func:`torchalign.functional.uncertainty.assess_peak`, and what :mod:`torchalign.functional.phase` makes of it.
 
@@ -249,8 +250,9 @@ def assess(
         together: (..., 2), where the weights match.
         weights: (..., H, W).
         spacing: pixels from one sample to the next, along y and x.
-        limits: the factor of the covariance; the share of the square of the weights' correction that is error; the
-            longest way, and the largest correction that is made, in pixels.
+        limits: the factor of the covariance; the share of the square of the weights' correction that is error;
+            how many times what the weights pulled is error besides; the longest way, and the largest correction that
+            is made, in pixels.
 
     Returns:
         The shift (..., 2) less the weights' pull; and its covariance (..., 2, 2), the height, the curvature along

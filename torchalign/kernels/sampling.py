@@ -136,9 +136,18 @@ def displacement(motion, x, y, KIND: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def source_of(motion, x, y, height, width, KIND: tl.constexpr, POSITION: tl.constexpr, COMPUTE: tl.constexpr):
-    """Whole and fractional source positions, the nearest pixel, and whether it is one of the frame's."""
+def source_of(
+    motion, x, y, height, width, local, samples, live,
+    LOCAL: tl.constexpr, KIND: tl.constexpr, POSITION: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Whole and fractional source positions, the nearest pixel, and whether it is one of the frame's.
+
+    ``LOCAL``: with shifts on top of the motion, those along y ``samples`` places after those along x.
+    """
     dx, dy = displacement(motion, x.to(POSITION), y.to(POSITION), KIND, POSITION)
+    if LOCAL:
+        dx = bounded(dx + tl.load(local, mask=live, other=0).to(POSITION))
+        dy = bounded(dy + tl.load(local + samples, mask=live, other=0).to(POSITION))
     whole_x = tl.floor(dx)
     whole_y = tl.floor(dy)
     fx = (dx - whole_x).to(COMPUTE)
