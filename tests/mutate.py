@@ -795,7 +795,7 @@ MUTATIONS = [
     ),
     Mutation(
         "graphs-gradient", "_graphs.py",
-        "if carries_gradient(*_tensors(tree_leaves(found))):", "if False:",
+        "if carries_gradient(*_tensors_in(tree_leaves(found))):", "if False:",
         "tests/test_graphs.py -k gradient",
     ),
     Mutation(

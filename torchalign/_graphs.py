@@ -55,7 +55,7 @@ def _streams(device: torch.device) -> tuple[Any, Any]:
 _one_recording = threading.Lock()
 
 
-class _Device:
+class _CudaRecorder:
     """A GPU, and the memory that all recordings share: one is played at a time, and its results are copied first."""
 
     def __init__(self, device: torch.device) -> None:
@@ -99,7 +99,9 @@ def _recorder_for(device: torch.device) -> Recorder | None:
     """Only CUDA records."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
-    return _Device(device if device.index is not None else torch.device("cuda", torch.cuda.current_device()))
+    return _CudaRecorder(
+        device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+    )
 
 
 def may_record(function: object) -> bool:
@@ -147,7 +149,7 @@ class Graphs:
 
     def __call__(self, *given: Tensor | None) -> Any:
         """What the function gives."""
-        if self._recorder is None or carries_gradient(*_tensors(given)):
+        if self._recorder is None or carries_gradient(*_tensors_in(given)):
             return self._function(*given)
         try:
             with self._recorder.apart():
@@ -168,7 +170,7 @@ class Graphs:
                 self._shapes.popitem(last=False)
             shape = _Shape([None if tensor is None else _own(tensor) for tensor in given])
             found = self._function(*shape.given)
-            if carries_gradient(*_tensors(tree_leaves(found))):  # by a parameter
+            if carries_gradient(*_tensors_in(tree_leaves(found))):  # by a parameter
                 self._give_up()
                 return found
             self._shapes[key] = shape
@@ -202,7 +204,7 @@ class Graphs:
         self._shapes.clear()
 
 
-def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
+def _tensors_in(leaves: Sequence[Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 

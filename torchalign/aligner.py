@@ -46,7 +46,17 @@ from torchalign.functional.texture import Contrast
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.types import Alignment, Estimate, Motion, Pair, ShiftField, Status, combine
 
-__all__ = ["Aligner", "Block", "Found", "Job", "Motion", "Pair", "SharedOptions", "full_precision", "undo_init"]
+__all__ = [
+    "Aligner",
+    "Block",
+    "Job",
+    "Judged",
+    "Motion",
+    "Pair",
+    "SharedOptions",
+    "full_precision",
+    "undo_init",
+]
 
 # Shorter frames, in pixels, are not asked whether they were enlarged; half as many true samples are needed.
 _LEAST_ENLARGED = 32
@@ -293,7 +303,7 @@ class Aligner(nn.Module, ABC):
         """Run blocks in parallel, unless the channel is a user's callable, which may not be thread-safe."""
         return list(map(function, blocks)) if callable(self.channel) else map_on_host(function, blocks)
 
-    def _estimate(self, job: Any) -> Found:
+    def _estimate(self, job: Any) -> Judged:
         """The estimate of a block."""
         block = self._prepare_block(job)
         motion = self._find_motion(job, block)
@@ -301,7 +311,7 @@ class Aligner(nn.Module, ABC):
         factor = self._common_enlargement(job, block)
         # the mean of all bands, where it was looked at, tells of each
         finite = self.channel == "mean" and self.crop_center is None and block.usable is None
-        return Found(self._with_true_samples(estimate, factor, job, block), motion.only_shifts, finite)
+        return Judged(self._with_true_samples(estimate, factor, job, block), motion.only_shifts, finite)
 
     def _common_enlargement(self, job: Job, block: Block) -> Tensor:
         """(..., T), the factor by which a frame and its reference were enlarged; 1 where not both were, alike."""
@@ -478,7 +488,7 @@ class _Prepared(NamedTuple):
     value: Any
 
 
-class Found(NamedTuple):
+class Judged(NamedTuple):
     """What is known of a block."""
 
     estimate: Estimate

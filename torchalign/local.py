@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from torchalign._check import check_number, check_whole, message
-from torchalign.aligner import Aligner, Found, Job, Motion, Pair, SharedOptions, flagged
+from torchalign.aligner import Aligner, Job, Judged, Motion, Pair, SharedOptions, flagged
 from torchalign.functional.affine import translation_warp
 from torchalign.functional.local import Ground, acceptable, estimate_shifts, lattice_size, prepare_ground
 from torchalign.functional.uncertainty import largest_sigma
 from torchalign.pcc import PCC
-from torchalign.types import Estimate, ShiftField, Status
+from torchalign.types import ShiftField, Status
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -175,14 +175,14 @@ class Local(Aligner):
             field,
         )
 
-    def _estimate(self, job: Job) -> Found:
+    def _estimate(self, job: Job) -> Judged:
         """The warp and the field are judged one after the other, as two stages; together they are one method."""
         block = self._prepare_block(job)
         begun = self.start._find_motion(job, block._replace(prepared=block.prepared.start))
         local = self._add_shifts(begun, block.pair(job), block.prepared.ground)
         estimate = self._judge([begun, local], [self.max_translation] * 2, job, block)
         estimate = flagged(estimate, self._common_enlargement(job, block) > 1)
-        return Found(estimate._replace(stage=estimate.stage.clamp(max=0)), begun.only_shifts)
+        return Judged(estimate._replace(stage=estimate.stage.clamp(max=0)), begun.only_shifts)
 
 
 def _check_tie_points(points: Tensor) -> Tensor:

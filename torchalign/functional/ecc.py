@@ -754,7 +754,7 @@ class _Search(NamedTuple):
         still = composed(start.detach(), _shifted_by(-start[..., :2, 2].detach()))
         turns = [still]
         if self.motion != "translation":
-            turns += [composed(still, _turn(degrees, like=still)) for degrees in _TURNS]
+            turns += [composed(still, _rotation(degrees, like=still)) for degrees in _TURNS]
         alone, size = level._replace(weights=torch.ones_like(level.weights)), level.grid.size
 
         def fields(values: Tensor) -> Tensor:
@@ -1147,7 +1147,7 @@ def _eye(length: int, *, like: Tensor) -> Tensor:
 
 
 @keeps_tables
-def _turn(degrees: float, *, like: Tensor) -> Tensor:
+def _rotation(degrees: float, *, like: Tensor) -> Tensor:
     """(3, 3), about the frame's centre."""
     cosine, sine = (like.new_full((), function(math.radians(degrees))) for function in (math.cos, math.sin))
     none, one = torch.zeros_like(sine), torch.ones_like(sine)

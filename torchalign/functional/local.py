@@ -391,7 +391,7 @@ def _linearize(given: _Round, offset: Tensor) -> _Equations:
     own, inside, usable = _read_frames(given.frames, level, given.start + local)
     own = local_contrast(own, usable)
     similarity, weighted = _weigh(own, given.field, inside, usable, given.weights)
-    products, pull = _differentiate(own, given.field, weighted, local, level)
+    products, pull = _products_and_pull(own, given.field, weighted, local, level)
     matrix = normal_matrix(products, given.tables)
     right = torch.matmul(torch.matmul(level.down.mT, pull), level.along)
     return _Equations(matrix, right, similarity)
@@ -409,7 +409,7 @@ def _weigh(
     return similarity, torch.stack((weight * (field - own).square(), weight))
 
 
-def _differentiate(
+def _products_and_pull(
     own: Tensor, field: Tensor, weighted: Tensor, local: Tensor, level: _Level
 ) -> tuple[Tensor, Tensor]:
     """(N, 3, h, w), products xx, xy, yy of the derivatives by a shift; (N, 2, h, w), those times the residual.

@@ -492,7 +492,9 @@ def _shift_line(
         stride = 1 if dim == -1 else planes.shape[-1]
         begin, end = max(0, -offset) * stride, planes.numel() - max(0, offset + taps - 1) * stride
         within = out.view(-1)[begin:end]
-        sources = [planes.view(-1).narrow(0, begin + (offset + tap) * stride, end - begin) for tap in range(taps)]
+        sources = [
+            planes.view(-1).narrow(0, begin + (offset + tap) * stride, end - begin) for tap in range(taps)
+        ]
         if taps == 2:
             torch.lerp(sources[0], sources[1], fraction, out=within)
         else:

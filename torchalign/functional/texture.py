@@ -194,7 +194,7 @@ def _local_contrast(image: Tensor, weights: Tensor | None, floor: float = 0.0) -
     return (detail * torch.rsqrt(total.masked_fill(flat, 1.0))).masked_fill(flat, 0.0)
 
 
-def _typical(variance: Tensor, weights: Tensor | None, floor: float) -> Tensor:
+def _typical(variance: Tensor, weights: Tensor | None, floor: float = 0.0) -> Tensor:
     """(...,): the median where the weights exceed one half, or a share of the mean; NaN where they nowhere do."""
     # a sixteenth of the samples has the same median, and sorting dominates the cost
     sampled = variance[..., ::4, ::4]

@@ -184,7 +184,7 @@ def block_pulls(moving: Tensor, reference: Tensor, shift: Tensor, grid: WorkingG
         spectra = kernels.pulls(
             moving, reference, grid.frequencies, -shift, root, grid.size[0] * grid.size[1]
         )
-        fields = irfft2(spectra, grid.size).split((1, 2), -3)
+        fields = torch.split(irfft2(spectra, grid.size), [1, 2], -3)
     else:
         own = shift_phase(moving, grid.frequencies, -shift)
         apart, sloped = (own - reference) * root, (own + reference).unsqueeze(-3) * slopes

@@ -34,6 +34,7 @@ __all__ = [
     "padded",
     "read",
     "source_of",
+    "spline_weight",
     "triangle",
     "wave_of",
 ]
@@ -300,3 +301,21 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
         return argument.view(torch.uint8) if argument.dtype == torch.bool else argument
 
     kernel[(programs,)](*map(given, arguments), enable_fp_fusion=False, **constants)
+
+
+@triton.jit
+def spline_weight(fraction, TAP: tl.constexpr):
+    """Of a cubic B-spline, of the coefficient at ``TAP`` − 1 from ⌊x⌋; the four sum to 1."""
+    rest = 1 - fraction
+    right = ((0.5 - fraction * (1 / 3)) * fraction + 0.5) * fraction + (1 / 6)
+    first = rest * rest * rest * (1 / 6)
+    last = fraction * fraction * fraction * (1 / 6)
+    if TAP == 0:
+        weight = first
+    elif TAP == 1:
+        weight = 1 - right - first
+    elif TAP == 2:
+        weight = right - last
+    else:
+        weight = last
+    return weight
