@@ -13,6 +13,7 @@
 * **Every aligner**: the whole job by the wall clock, how many kernels that are, and the device memory it takes;
   then the same in one launch, a CUDA graph, by `torch.cuda.make_graphed_callables`; and, with `--compile`, by
   `torch.compile`.
+* **As called**: `ta.align` and `ta.stream` by the wall clock, recording themselves, and with `graph=False`.
 * **Streaming**: a cube on the host, larger than a part, through `ta.stream`, by the wall clock; against the copies
   alone (the same cube through `ta.stream`, there and back, nothing computed: pinned buffers and all) and the work
   alone: what of the shorter one is hidden behind the longer one. Below 0 the two were in each other's way.
@@ -23,6 +24,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -31,6 +33,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import xarray as xr
 from common import (
     add_readme_options,
     cores,
@@ -43,7 +46,6 @@ from common import (
     write_results,
 )
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 import torchalign as ta
 from torchalign.training.probe import texture
@@ -113,9 +115,7 @@ def stages(frames: int, size: int, device: torch.device, rounds: int, rate: floa
     seen = aligner._prepare_block(call)
 
     def estimate() -> Any:
-        return aligner.estimate_motion(
-            seen.moving, seen.usable, call.reference, call.usable, seen.prepared, None
-        )
+        return aligner.estimate_motion(seen.pair(call), seen.prepared, None)
 
     motion = estimate()
 
@@ -177,9 +177,33 @@ def one_launch(aligner: ta.Aligner, cube: Tensor, reference: Tensor) -> Callable
     return torch.cuda.make_graphed_callables(aligner, (cube, reference))  # type: ignore[no-untyped-call]
 
 
-def kept(graphed: Callable[..., Any]) -> Callable[..., Any]:
-    """The next call of a graph overwrites what this one gave, which may not be on the host yet."""
-    return lambda *given: tree_map_only(Tensor, torch.clone, graphed(*given))
+def as_called(frames: int, size: int, device: torch.device, rounds: int) -> dict[str, float]:
+    """Frames per second of a cube of 16 batches on the host through `ta.align` and `ta.stream`."""
+    part = max(1, frames // 4)
+    values, reference = stack(16 * part, size, torch.device("cpu"))
+    cube = xr.DataArray(values.numpy(), dims=("time", "band", "y", "x"))
+    aligner = functools.partial(ta.PCC().to(device), reference=reference.to(device))
+    found = {}
+    for graph in (True, False):
+        options: dict[str, Any] = {"batch_size": part, "device": device, "graph": graph}
+        named = "" if graph else ", graph=False"
+
+        def aligned(options: dict[str, Any] = options, **more: Any) -> None:
+            ta.align(cube, reference.numpy(), "pcc", progress=False, **options, **more)
+
+        def streamed(options: dict[str, Any] = options) -> None:
+            for _ in ta.stream(aligner, values, **options):
+                pass
+
+        jobs: dict[str, Callable[[], object]] = {
+            f'ta.align(cube, reference, "pcc"{named})': aligned,
+            f'ta.align(cube, reference, "pcc", verify=False{named})': functools.partial(
+                aligned, verify=False
+            ),
+            f"ta.stream(partial(PCC(), reference=reference), cube{named})": streamed,
+        }
+        found |= {name: len(values) / elapsed(job, device, rounds) for name, job in jobs.items()}
+    return found
 
 
 def compiled(name: str, frames: int, size: int, device: torch.device, rounds: int) -> dict[str, float]:
@@ -215,9 +239,10 @@ def streaming(frames: int, size: int, device: torch.device, rounds: int) -> dict
     part = max(1, frames // 4)
     cube, _ = stack(2 * frames, size, torch.device("cpu"))
     there, reference = stack(part, size, device)
-    aligner: Callable[..., Any] = ta.PCC().to(device)
+    aligner = functools.partial(ta.PCC().to(device), reference=reference)
+    played: Callable[..., Any] = ta.PCC().to(device)
     if device.type == "cuda":
-        aligner = kept(one_launch(ta.PCC().to(device), there, reference))
+        played = one_launch(ta.PCC().to(device), there, reference)
     parts = -(-len(cube) // part)
 
     def through(work: Callable[[Tensor], object]) -> Callable[[], None]:
@@ -229,8 +254,8 @@ def streaming(frames: int, size: int, device: torch.device, rounds: int) -> dict
 
     spent = {
         "copies": elapsed(through(lambda frames: frames), device, rounds),
-        "work": parts * elapsed(lambda: aligner(there, reference), device, rounds),
-        "streamed": elapsed(through(lambda frames: aligner(frames, reference)), device, rounds),
+        "work": parts * elapsed(lambda: played(there, reference), device, rounds),
+        "streamed": elapsed(through(aligner), device, rounds),
     }
     shorter = min(spent["copies"], spent["work"])
     hidden = (spent["copies"] + spent["work"] - spent["streamed"]) / shorter if shorter else 0.0
@@ -306,6 +331,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "bandwidth": rate,
             "stages": stages(options.frames, options.size, device, options.rounds, rate),
             "aligners": aligners(options.frames, options.size, device, options.rounds),
+            "as_called": as_called(options.frames, options.size, device, options.rounds),
             "streaming": streaming(options.frames, options.size, device, options.rounds),
             "beside_frames": min(options.frames, 64),
             "beside": beside(min(options.frames, 64), options.size, max(1, options.rounds // 2)),
@@ -334,6 +360,7 @@ def report(results: Mapping[str, Any]) -> str:
             table(["stage", "frames per second", "of the bandwidth"], rows),
             aligner_table(results["aligners"], results["frames"]),
             *compiled_lines(results.get("compiled", {})),
+            *called_table(results.get("as_called", {})),
             f"Streamed from the host, one launch a part: {stream['frames_per_second']:,.0f} frames per second"
             + (
                 f"; {100 * stream['hidden']:.0f} % of the shorter of copies and work is hidden behind the longer."
@@ -398,6 +425,11 @@ def compiled_lines(found: Mapping[str, Any]) -> list[str]:
         f"{entry['compiling']:.0f} s of compiling."
         for name, entry in found.items()
     ]
+
+
+def called_table(found: Mapping[str, float]) -> list[str]:
+    rows = [[f"`{name}`", f"{rate:,.0f}"] for name, rate in found.items()]
+    return [table(["16 batches of a cube on the host, as called", "frames per second"], rows)] if rows else []
 
 
 def training_line(found: dict[str, float]) -> str:

@@ -59,6 +59,7 @@ ALIGNERS: dict[str, Callable[[], ta.Aligner]] = {
     "Cascade(PCC(), ECC())": lambda: ta.Cascade(ta.PCC(), ta.ECC()),
     "LGM()": ta.LGM,
     'LGM(motion="affine")': lambda: ta.LGM(motion="affine"),
+    "Local()": ta.Local,
 }
 
 # what allocates, renames or asks, and launches nothing
@@ -83,6 +84,7 @@ _STAGES = {
     "resample": "warp",
     "phase_correlation": "phase correlation",
     "align_ecc": "ECC",
+    "estimate_shifts": "local shifts",
 }
 
 

@@ -50,6 +50,7 @@ import torchalign as ta
 from torchalign.datasets import open_demo_scene, simulate_stack
 from torchalign.functional.channels import extract_channel
 from torchalign.functional.quality import gate
+from torchalign.types import Pair
 
 NAME = "speed"
 FRAMES, BANDS, SIZE = 256, 4, 256
@@ -172,12 +173,7 @@ def stages(options: argparse.Namespace) -> dict[str, Any]:
             motion = lap(
                 "estimate",
                 lambda seen=seen: aligner.estimate_motion(
-                    moving=seen,
-                    moving_usable=None,
-                    reference=seen_reference,
-                    reference_usable=None,
-                    prepared=prepared,
-                    init=None,
+                    Pair(seen, None, seen_reference, None), prepared, None
                 ),
             )
             estimate = lap(

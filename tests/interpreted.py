@@ -14,7 +14,18 @@ import torch
 
 import torchalign as ta
 from torchalign import _host, kernels
-from torchalign.functional import defects, fourier, phase, quality, sift, texture, uncertainty, warp
+from torchalign.functional import (
+    defects,
+    ecc,
+    fourier,
+    local,
+    phase,
+    quality,
+    sift,
+    texture,
+    uncertainty,
+    warp,
+)
 from torchalign.functional.channels import extract_channel
 from torchalign.functional.working_grid import Window, WorkingGrid
 
@@ -41,6 +52,7 @@ def _few_programs(monkeypatch):
         "divide",
         "defects",
         "contrast",
+        "local",
     ):
         module = importlib.import_module(f"torchalign.kernels.{name}")
         monkeypatch.setattr(module, "_BLOCK", 256 if name == "channel" else 4096)
@@ -289,6 +301,100 @@ def test_score_of_flat_frames_large_numbers_and_one_reference_each():
     torch.testing.assert_close(found[..., 0], expected, rtol=1e-5, atol=1e-6)
 
 
+def local_shifts(draw):
+    """Over some 40 × 40 pixels; the second of three is none."""
+    coefficients = 2 * torch.randn(3, 2, 6, 6, generator=draw)
+    coefficients[1] = 0
+    return ta.ShiftField(
+        coefficients, torch.zeros(3, 6, 6), torch.full((3, 2), -12.0), torch.full((3, 2), 12.0)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("kind", ["shift", "affine"])
+def test_resample_by_local_shifts(kind, dtype, by_torch):
+    draw = generator(14)
+    values = torch.rand(3, 2, 37, 41, generator=draw) * 200
+    cube, motion, field = values.to(dtype), motions(kind, draw), local_shifts(draw)
+    mask = torch.rand(3, 37, 41, generator=draw) > 0.1
+    options = {"interpolation": "bicubic" if kind == "shift" else "bilinear", "mask": mask}
+    for step in (1, 3):
+        found = warp.resample(cube, motion, field=field, step=step, **options)
+        expected = by_torch(warp.resample, cube, motion, field=field, step=step, **options)
+        if dtype == torch.uint8:
+            assert (found.values.int() - expected.values.int()).abs().max() <= 1
+        else:
+            torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=2e-2)
+        assert (found.validity != expected.validity).float().mean() < 1e-3
+        plain = warp.resample(cube, motion, step=step, **options)
+        assert torch.equal(found.values[1], plain.values[1])
+        assert not torch.equal(found.values[0], plain.values[0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_score_of_local_shifts(masked, by_torch):
+    draw = generator(12)
+    size = (41, 37)
+    reference = torch.rand(1, *size, generator=draw)
+    moving = torch.rand(3, *size, generator=draw) + reference
+    usable = torch.rand(3, *size, generator=draw) > 0.1 if masked else None
+    if usable is not None:
+        moving = moving.where(usable, 0.0)
+    field = local_shifts(draw)
+    status, shift = torch.zeros(3, dtype=torch.int64), motions("shift", draw)
+    warps = torch.cat((torch.eye(2).expand(3, 2, 2), shift[:, :, None]), -1)
+    stages = [
+        quality.Motion(warps, torch.zeros(3), status, only_shifts=True, field=one) for one in (None, field)
+    ]
+    given = (moving, reference, stages, (usable, None), None, 2)
+    found, expected = (
+        torch.stack(tuple(scores)) for scores in (
+            quality._scores(*given, vector=False), by_torch(quality._scores, *given, vector=False)
+        )
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[0, 1], found[1, 1])
+    assert (found[0, 0] - found[1, 0]).abs() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_local_shifts_round_by_round(dtype, masked, by_torch):
+    draw = generator(19)
+    size = (36, 33)
+    level = local._level(size, 0.32, 12, like=torch.zeros((), dtype=dtype))
+    grid = level.grid.size
+    coefficients = torch.randn(2, 68, 65, generator=draw, dtype=dtype)
+    weights = torch.rand(2, *grid, generator=draw, dtype=dtype) if masked else None
+    frames = local._Frames(coefficients, weights, size)
+    shifts = 3 * torch.randn(2, 2, *grid, generator=draw, dtype=dtype)
+    shifts[0, 0, 3, 4] = torch.nan
+    shifts[0, 1, 5, 6] = 1e9
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-9}
+    for at in (level.at[None], level.at + shifts):
+        found = local._read_frames(frames, level, at)
+        expected = by_torch(local._read_frames, frames, level, at)
+        assert 0.3 < expected[1].mean() <= 1
+        assert (found[2] is None) is not masked
+        for one, other in zip(found[: 2 + masked], expected, strict=False):
+            torch.testing.assert_close(one, other, **tolerance)
+    field = torch.randn(1, *grid, generator=draw, dtype=dtype)
+    own, inside, usable = expected
+    own = own + field
+    for reference in (field, field.repeat(2, 1, 1)):
+        counts = torch.rand(reference.shape, generator=draw, dtype=dtype)
+        given = own, reference, inside, usable, counts
+        expected = by_torch(local._weigh, *given)
+        for one, other in zip(local._weigh(*given), expected, strict=True):
+            torch.testing.assert_close(one, other, **tolerance)
+        given = own, reference, expected[1], shifts.nan_to_num(0.0), level
+        expected = by_torch(local._products_and_pull, *given)
+        for one, other in zip(local._products_and_pull(*given), expected, strict=True):
+            torch.testing.assert_close(
+                one, other, rtol=tolerance["rtol"], atol=1e-6 * other.abs().max().item()
+            )
+
+
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float64, (8, 5)), (torch.float32, (24, 31))])
 def test_climb(dtype, size, by_torch):
     draw = generator(17)
@@ -386,7 +492,7 @@ def test_texture_with_holes(frame, size, by_torch):
     torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=TOLERANCE)
     field, share = torch.randn(4, *size, generator=draw), torch.rand(4, *size, generator=draw)
     field[1], field[2, 0, 0], share[3] = 1e-3 * field[1], torch.nan, 0.2
-    options = torch.tensor([0.0, 0.01, 0.0, 0.0]), torch.tensor([False, False, False, False]), "local"
+    options = torch.tensor([0.0, 0.01, 0.0, 0.0]), torch.tensor([False, False, False, False]), "local", 0.0
     for weights in (None, share):
         own, other = (
             call(texture._standardized, field, weights, *options)
@@ -463,6 +569,104 @@ def test_blur(size, by_torch):
     image = torch.randn(2, *size, generator=generator(31))
     own, other = sift._blur(image, 1.7), by_torch(sift._blur, image, 1.7)
     torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def near(found, expected, least=0.0):
+    """Equal to 2e-6 of the largest number, or of the least that counts; NaN, infinities and bool ones exactly."""
+    for own, other in zip(tensors_of(found), tensors_of(expected), strict=True):
+        if not own.dtype.is_floating_point and not own.dtype.is_complex:
+            assert torch.equal(own, other)
+            continue
+        known = other.abs()[other.isfinite()]
+        scale = max(float(known.max()) if known.numel() else 0.0, least)
+        torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=scale * TOLERANCE, equal_nan=True)
+
+
+def tensors_of(found):
+    return [part for part in torch.utils._pytree.tree_leaves(found) if isinstance(part, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        ((1, 1), torch.float64),
+        ((1, 4096), torch.float64),
+        (tuple(torch.randint(2, 30, (2,), generator=generator(51)).tolist()), torch.float64),
+        ((5, 7), torch.float32),
+    ],
+    ids=str,
+)
+def test_any_size(size, dtype, by_torch):
+    """Every kernel that takes any size; the warp's are above."""
+    draw = generator(sum(size))
+
+    def random(*shape):
+        return torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    def both(function, *arguments, **options):
+        near(function(*arguments, **options), by_torch(function, *arguments, **options))
+
+    image, field, share = random(3, *size) + 5, random(3, *size), random(3, *size).clamp(0, 1)
+    mask = torch.rand(3, *size, generator=draw) > 0.2
+    mask[2] = False
+    cube, aligner = spoilt((3, 2, *size), draw, dtype), ta.PCC()
+    aligner.expects_defects = False
+    both(aligner._extract_channel, cube, mask[:1])  # one mask for all
+    both(aligner._extract_channel, cube[:1], mask)  # and one frame under several
+    both(texture.centre, image.where(mask, 0.0), mask)
+    both(texture._cover, share)
+    if min(size) > 1:  # else there is no contrast but rounding
+        known = torch.zeros(3, dtype=dtype), torch.zeros(3, dtype=torch.bool)
+        both(texture._standardized, field, share, *known, "local", 0.01)
+    both(sift._blur, image, 1.7)
+    frame = (2 * size[0] + 1, 2 * size[1])
+    grid = WorkingGrid.of(frame, size, 0.25, image)
+    both(texture._coverage, torch.rand(3, *frame, generator=draw) > 0.3, grid)
+    both(phase.coarse_peak, field, frame, 5.0)
+    shift = 3 * random(3, 2)
+    if dtype == torch.float64:  # else a phase of thousands of turns is no number to compare
+        shift[1] = torch.tensor([-4000.0, 3000.5])
+    both(Window.of(grid, 0.15).common, shift)
+    spectrum = torch.fft.rfft2(field)
+    both(fourier.shift_phase, spectrum, grid.frequencies, shift)
+    both(uncertainty.block_pulls, spectrum, torch.fft.rfft2(image[:1]), shift, grid)
+    power = spectrum.abs().square().to(spectrum.dtype)  # its peak is at 0
+    climb = partial(phase.refine_peak, orders=phase.wave_orders(grid.frequencies), steps=2)
+    given = power, grid.frequencies, torch.full((3, 2), 0.1, dtype=dtype)
+    near(climb(*given), by_torch(climb, *given), least=1.0)  # pixels
+
+
+@pytest.mark.parametrize(
+    ("motion", "robust"),
+    [
+        ("translation", "agreement"),
+        ("homography", "none"),
+        pytest.param("euclidean", "agreement", marks=pytest.mark.slow),
+    ],
+)
+def test_search(motion, robust, by_torch):
+    """The samples of a warped frame, and the steps of shifted and of warped ones."""
+    draw = generator(61)
+    scene = torch.nn.functional.avg_pool2d(torch.rand(1, 60, 75, generator=draw, dtype=torch.float64), 5, 1)[
+        0
+    ]
+    size = (33, 46)
+    moving = torch.stack(
+        [scene[y : y + size[0], x : x + size[1]] for y, x in ((4, 4), (5, 3), (3, 6), (4, 5))]
+    )
+    mask = torch.rand(4, *size, generator=draw) > 0.05
+    mask[1, 10:20, 5:30] = False
+    moving, reference = moving.where(mask, 0.0), moving[:1].clone()
+    init = torch.eye(3, dtype=torch.float64).repeat(4, 1, 1)
+    init[1, :2, 2] = torch.tensor([0.4, -0.8])
+    init[2, 0, 2] = torch.nan
+    init[3, :2, 2] = torch.tensor([-300.0, 200.0])  # far
+    init = init if motion == "homography" else init[:, :2, 2] if motion == "translation" else init[:, :2]
+    options = {"motion": motion, "init": init, "levels": 1, "robust": robust}
+    found = ecc.enhanced_correlation(moving, reference, mask, **options)
+    expected = by_torch(ecc.enhanced_correlation, moving, reference, mask, **options)
+    near(found, expected)
+    assert found.converged.any()
 
 
 def series():

@@ -36,6 +36,7 @@ def test_runs_on_a_device(run, device):
         "| whole, `PCC()` |",
         "torchalign.ECC on the CPU",
         "Streamed from the host, one launch a part",
+        '| `ta.align(cube, reference, "pcc", graph=False)` |',
         "AlignmentCheck",
     ):
         assert part in printed

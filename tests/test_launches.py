@@ -20,6 +20,7 @@ BUDGETS = {
     'ECC(motion="affine")': (1600, 16.0, 3.5),
     "Cascade(PCC(), ECC())": (1700, 12.0, 3.5),
     "LGM()": (4500, 250.0, 40.0),
+    "Local()": (1300, 90.0, 25.0),
 }
 
 
@@ -41,6 +42,13 @@ def test_budget(launches, name):
     assert found["launches"] <= most
     assert found["gigabytes"] <= gigabytes
     assert found["peak_cubes"] <= cubes
+
+
+@pytest.mark.parametrize(("frames", "side"), [(1, 10980), (4, 2048)])
+def test_large_frames_need_few_cubes(launches, frames, side):
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA wheels; this torch has none")
+    found = launches["count"](launches["ALIGNERS"]["PCC()"], frames=frames, size=(side, side))
+    assert 1 < found.peak / (4 * frames * 4 * side**2) <= 3.5
 
 
 def test_what_torch_alone_launches(launches):

@@ -11,8 +11,9 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -37,7 +38,9 @@ __all__ = [
     "launches_kernels",
     "map_on_host",
     "may_keep",
+    "may_look",
     "may_read",
+    "waiting",
 ]
 
 Item = TypeVar("Item")
@@ -67,6 +70,27 @@ def is_on_host(tensor: Tensor) -> bool:
 def may_read(*tensors: Tensor | None) -> bool:
     """Whether :func:`is_on_host` holds for all of them that are there."""
     return all(tensor is None or is_on_host(tensor) for tensor in tensors)
+
+
+# Whether the host may wait for a device, see `waiting`.
+_WAITING: ContextVar[bool] = ContextVar("waiting", default=False)
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Within it the host may wait for what a device found, where that is worth it: see :func:`may_look`."""
+    token = _WAITING.set(True)
+    try:
+        yield
+    finally:
+        _WAITING.reset(token)
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether :func:`is_on_host` holds; or nobody traces, maps or differentiates it, and the host may wait for it."""
+    if is_on_host(tensor):
+        return True
+    return may_keep(tensor) and _WAITING.get() and not carries_gradient(tensor)
 
 
 def all_finite(tensor: Tensor) -> bool:

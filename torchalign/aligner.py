@@ -25,7 +25,15 @@ from torchalign._check import (
     check_reference,
     check_warp,
 )
-from torchalign._host import all_finite, all_true, empty_on_host, is_transformed, map_on_host, may_read
+from torchalign._host import (
+    all_finite,
+    all_true,
+    empty_on_host,
+    is_transformed,
+    map_on_host,
+    may_look,
+    may_read,
+)
 from torchalign.functional.affine import change_origin, identity_warp, split_at_center
 from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel, see_channel
 from torchalign.functional.defects import enlargement, remove_defects
@@ -38,7 +46,17 @@ from torchalign.functional.texture import Contrast
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
 from torchalign.types import Alignment, Estimate, Motion, Pair, ShiftField, Status, combine
 
-__all__ = ["Aligner", "Block", "Job", "Motion", "Pair", "SharedOptions", "full_precision", "undo_init"]
+__all__ = [
+    "Aligner",
+    "Block",
+    "Job",
+    "Judged",
+    "Motion",
+    "Pair",
+    "SharedOptions",
+    "full_precision",
+    "undo_init",
+]
 
 # Shorter frames, in pixels, are not asked whether they were enlarged; half as many true samples are needed.
 _LEAST_ENLARGED = 32
@@ -152,11 +170,10 @@ class Aligner(nn.Module, ABC):
         return Alignment(aligned, _concatenate(self._map(align, blocks)))
 
     def _align_block(self, job: Any, out: Tensor | None = None) -> Alignment:
-        estimate, only_shifts = self._estimate(job)
+        estimate, only_shifts, finite = self._estimate(job)
         warp = estimate.warp[..., :2, 2] if only_shifts else estimate.warp
-        aligned = resample(
-            job.cube, warp, mask=job.mask, out=out, field=estimate.field, **self._resampling()
-        ).values
+        resampling = {"mask": job.mask, "out": out, "field": estimate.field, "finite": finite}
+        aligned = resample(job.cube, warp, **resampling, **self._resampling()).values
         if self.fill_value is not None:
             # the fill is for what a warp leaves empty; a frame without a warp stays as it came
             kept = torch.where(estimate.valid[..., None, None, None], aligned, job.cube)
@@ -286,13 +303,15 @@ class Aligner(nn.Module, ABC):
         """Run blocks in parallel, unless the channel is a user's callable, which may not be thread-safe."""
         return list(map(function, blocks)) if callable(self.channel) else map_on_host(function, blocks)
 
-    def _estimate(self, job: Any) -> tuple[Estimate, bool]:
-        """The estimate of a block; and whether its warps are translations for any data."""
+    def _estimate(self, job: Any) -> Judged:
+        """The estimate of a block."""
         block = self._prepare_block(job)
         motion = self._find_motion(job, block)
         estimate = self._judge([motion], [self.max_translation], job, block)
         factor = self._common_enlargement(job, block)
-        return self._with_true_samples(estimate, factor, job, block), motion.only_shifts
+        # the mean of all bands, where it was looked at, tells of each
+        finite = self.channel == "mean" and self.crop_center is None and block.usable is None
+        return Judged(self._with_true_samples(estimate, factor, job, block), motion.only_shifts, finite)
 
     def _common_enlargement(self, job: Job, block: Block) -> Tensor:
         """(..., T), the factor by which a frame and its reference were enlarged; 1 where not both were, alike."""
@@ -346,7 +365,7 @@ class Aligner(nn.Module, ABC):
             init = torch.where(block.nonfinite[..., None, None], torch.nan, init)
         init = None if init is None else _scaled(init[rows], 1 / k)
         part = Job(moving.unsqueeze(-3), thin(block.usable), reference, thin(job.usable), None, init)
-        found, _ = coarse._estimate(coarse._job_of(part))
+        found = coarse._estimate(coarse._job_of(part)).estimate
         warp = _scaled(found.warp, k)
         if block.origin != (0, 0):
             moved = change_origin(warp, (-block.origin[0], -block.origin[1]))
@@ -431,8 +450,8 @@ class Aligner(nn.Module, ABC):
             mask = center_crop(mask.expand(*mask.shape[:-2], *cube.shape[-2:]), self.crop_center)[0]
         found = see_channel(window, mask, self.channel, rgb_bands=self.rgb_bands)
         image, usable = self._finite_channel(window, mask) if found is None else found
-        # on a device, and in a program, it would cost more than all else: ta.align looks there itself
-        asked = self.expects_defects and may_read(image.detach())
+        # on a device, and in a program, it would cost more than all else, unless ta.align has seen some
+        asked = self.expects_defects and may_look(image.detach())
         return remove_defects(image, usable) if asked else (image, usable)
 
     def _finite_channel(self, window: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -467,6 +486,14 @@ class Aligner(nn.Module, ABC):
 
 class _Prepared(NamedTuple):
     value: Any
+
+
+class Judged(NamedTuple):
+    """What is known of a block."""
+
+    estimate: Estimate
+    only_shifts: bool  # its warps are translations for any data
+    finite: bool = False  # all bands are known to be, for these data
 
 
 class Job(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchalign._check import message
-from torchalign.aligner import Aligner, Block, Job, Pair, flagged
+from torchalign.aligner import Aligner, Block, Job, Judged, Pair, flagged
 from torchalign.functional.affine import (
     change_origin,
     identity_warp,
@@ -124,7 +124,7 @@ class Cascade(Aligner):
             tuple(stage._check(cube, reference, mask, reference_mask, init) for stage in self._stages())
         )
 
-    def _estimate(self, jobs: _Jobs) -> tuple[Estimate, bool]:
+    def _estimate(self, jobs: _Jobs) -> Judged:
         whole = (jobs.cube.shape[-2], jobs.cube.shape[-1])
         motions: list[tuple[Motion, Block]] = []
         init = None
@@ -156,7 +156,7 @@ class Cascade(Aligner):
             )
         else:
             estimate = flagged(estimate, factor > 1)
-        return estimate, all(motion.only_shifts for motion in judged)
+        return Judged(estimate, all(motion.only_shifts for motion in judged))
 
     def _job_of(self, job: Job) -> _Jobs:
         return _Jobs((job,) * len(self.stages))

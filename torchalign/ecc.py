@@ -14,6 +14,7 @@ from torchalign.functional.ecc import (
     Level,
     Robust,
     enhanced_correlation,
+    far_level,
     prepare_levels,
 )
 from torchalign.functional.motion import MotionModel, only_shifts
@@ -37,9 +38,10 @@ class ECC(Aligner):
     estimated is the warp of this library, moving → reference: the *inverse* of what ``cv2.findTransformECC``
     returns.
 
-    It climbs from where it starts: from the identity, translations of some 10 px, rotations of 10° and scales of
-    10 % are within reach on frames of 256² (clouds halve that); beyond, give an ``init``, or let
-    ``Cascade(PCC(max_translation=…), ECC(…))`` find one.
+    It climbs from where it starts: from the identity, translations of some 15 px, rotations of 10° and scales of
+    10 % are within reach on frames of 256² (clouds halve that). With a ``max_translation`` beyond its reach, all
+    translations within it are compared first, on a coarse level, and unless the motion is one also under rotations of
+    ±7°; beyond that, give an ``init``.
 
     Bias: at every fraction of a pixel below 0.01 px (``benchmarks/README.md``), since frequencies beyond
     ``max_frequency``, which aliasing folds, are not seen, and what lies between two samples is a cubic B-spline
@@ -162,6 +164,7 @@ class ECC(Aligner):
             pair.usable,
             motion=self.motion,
             init=init,
+            max_translation=self.max_translation,
             max_iterations=self.max_iterations,
             tolerance=self.tolerance,
             taper=self.taper,
@@ -174,7 +177,9 @@ class ECC(Aligner):
         status = status.masked_fill(found.converged & found.ambiguous, int(Status.AMBIGUOUS))
         status = status.masked_fill(found.flat, int(Status.NO_TEXTURE))
         shifts = only_shifts(self.motion, init)
-        return Motion(found.warp, found.sigma, status, found.inliers, shifts, found.covariance)
+        motion = Motion(found.warp, found.sigma, status, found.inliers, shifts, found.covariance)
+        searched = far_level(prepared, self.motion, self.max_translation, init) is not None
+        return motion._replace(searched=searched and self.motion != "translation")
 
     def _seen_as(self) -> dict[str, Any]:
         """What of an image is registered."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from torchalign._check import check_number, check_whole, message
-from torchalign.aligner import Aligner, Job, Motion, Pair, SharedOptions, flagged
+from torchalign.aligner import Aligner, Job, Judged, Motion, Pair, SharedOptions, flagged
 from torchalign.functional.affine import translation_warp
 from torchalign.functional.local import Ground, acceptable, estimate_shifts, lattice_size, prepare_ground
 from torchalign.functional.uncertainty import largest_sigma
 from torchalign.pcc import PCC
-from torchalign.types import Estimate, ShiftField, Status
+from torchalign.types import ShiftField, Status
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,7 +33,7 @@ class Local(Aligner):
 
     .. math:: aligned(q) = frame(W^{-1} q + u(q)), \qquad
         \hat u = \arg\min_u \sum_q \frac{w(q)}{s^2(q)} \big(r(q) - m_u(q)\big)^2
-        + \lambda \, (\|\nabla^2 u\|^2 + \mu \|\nabla u\|^2)
+        + \lambda \, (\|\nabla^3 u\|^2 + \mu \|\nabla^2 u\|^2 + \mu \|\nabla u\|^2)
 
     with u a cubic B-spline over a lattice of nodes, :math:`r, m_u` the local contrast of the reference and of the
     frame read through the field, w where the two show the same ground, :math:`s^2` the local variance of what
@@ -44,7 +44,7 @@ class Local(Aligner):
     cascade it starts from what the stages before it found: ``Cascade(PCC(), Local())``. The estimate's ``warp``
     stays that global one, its ``field`` holds the shifts on top of it, and the cube is resampled once, by both.
 
-    **Never worse than the warp.** A field is kept only if the frame is clearly likelier with it (by 5 nats) and its
+    **Never worse than the warp.** A field is kept only if the frame is clearly likelier with it (by 20 nats) and its
     score, on the same ground, no more than 0.001 lower, if it is nowhere longer than ``max_deviation``, and if it
     folds nothing (Jacobian above 0.5). Otherwise the frame comes out as without it, bit for bit.
 
@@ -59,8 +59,8 @@ class Local(Aligner):
 
     Args:
         spacing: pixels from one node to the next, a whole number, at least 8.
-        smoothness: λ, in px⁻², a number > 0, or ``"auto"``. 1/√λ is about how much the field bends from node to
-            node: 0.17 px for λ = 36.
+        smoothness: λ, in px⁻², a number > 0, or ``"auto"``. 1/√λ is about how much the field's bend changes
+            from node to node: 0.17 px for λ = 36.
         max_deviation: limit of the field's length, in pixels.
         tie_points: (K, 4) or (K, 5), points that somebody measured: (x, y) on the reference, (x, y) of the same
             ground in the frame, and σ per axis (0.1 if it is missing), in pixels. They hold for all frames; to give
@@ -175,14 +175,14 @@ class Local(Aligner):
             field,
         )
 
-    def _estimate(self, job: Job) -> tuple[Estimate, bool]:
+    def _estimate(self, job: Job) -> Judged:
         """The warp and the field are judged one after the other, as two stages; together they are one method."""
         block = self._prepare_block(job)
         begun = self.start._find_motion(job, block._replace(prepared=block.prepared.start))
         local = self._add_shifts(begun, block.pair(job), block.prepared.ground)
         estimate = self._judge([begun, local], [self.max_translation] * 2, job, block)
         estimate = flagged(estimate, self._common_enlargement(job, block) > 1)
-        return estimate._replace(stage=estimate.stage.clamp(max=0)), begun.only_shifts
+        return Judged(estimate._replace(stage=estimate.stage.clamp(max=0)), begun.only_shifts)
 
 
 def _check_tie_points(points: Tensor) -> Tensor:

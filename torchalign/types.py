@@ -149,6 +149,7 @@ class Motion(NamedTuple):
         distorted: (..., T) bool, parts of the frame disagree about the warp, which is known no better than is asked
             for: ``AMBIGUOUS``, unless a later method, which starts from it, is accepted. ``None``: none does.
         misfit: (..., T), px², what of the trace of ``covariance`` comes from that, or ``None``.
+        searched: all places were compared, under more than shifts: what was ambiguous to a method before, need not be.
     """
 
     warp: Tensor
@@ -160,6 +161,7 @@ class Motion(NamedTuple):
     field: ShiftField | None = None
     distorted: Tensor | None = None
     misfit: Tensor | None = None
+    searched: bool = False
 
 
 class Alignment(NamedTuple):

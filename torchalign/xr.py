@@ -99,6 +99,7 @@ def align(
     verify: bool = True,
     device: torch.device | str | None = None,
     batch_size: int | None = None,
+    graph: bool = True,
     progress: bool | None = None,
     time_dim: Hashable | None = None,
     band_dim: Hashable | None = None,
@@ -183,6 +184,10 @@ def align(
             CUDA if there is any, else the CPU; for a lazy cube, of the machine that computes the chunk.
         batch_size: frames on the device at a time. Default: what fits 64 MiB on the CPU, and 1 GiB (or 1/16
             of the free memory) on CUDA. A lazy cube gets chunks of this size; by default it keeps its own.
+        graph: on CUDA, record what is done to three and more whole batches as a CUDA graph and play it back: one
+            launch a batch. An aligner that cannot be recorded runs as it is called, after a warning; modules that are
+            no :class:`torchalign.Aligner`, those with a function as ``channel``, and ``"groupwise"`` and ``"previous"``
+            always do. It holds one more batch and its result, and what a call needs, until all frames are done.
         progress: show a bar: yes, no, or (default) if tqdm is installed and it takes more than two seconds.
             For lazy cubes dask has bars of its own.
         time_dim: the name of the time dim, where it is none of the above.
@@ -225,8 +230,9 @@ def align(
     """
     dims = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
     check_bool("verify", verify)
+    check_bool("graph", graph)
     batch = check_batch(batch_size)
-    running = _Running(device, batch, progress)
+    running = _Running(device, batch, progress, graph)
     module = find_aligner(aligner)
     options = _Request(module, aligner == "auto", mask, reference_mask, sun, running, init, verify)
     variables, join = take_apart(datacube, bands, classes, dims)
@@ -241,6 +247,7 @@ class _Running:
     device: torch.device | str | None
     batch_size: int | None
     progress: bool | None
+    graph: bool = True
 
 
 @dataclass(frozen=True)
@@ -276,7 +283,7 @@ def _align_cube(cube: Cube, reference: Any, options: _Request) -> tuple[xr.DataA
         device, module = where, place_module(module, where)
     metres = metres_per_pixel(cube)
     nodes = module.field_nodes(cube.size) if isinstance(module, Aligner) else None
-    operation = AlignFrames(pixels, device, batch, module, verify, metres, nodes=nodes)
+    operation = AlignFrames(pixels, device, batch, module, verify, metres, nodes=nodes, graph=running.graph)
     usable = _all_of(find_mask(options.mask, "mask", cube), own_mask(cube))
     others = (
         mask_companion(usable),

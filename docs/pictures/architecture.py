@@ -41,7 +41,7 @@ def group(module: str) -> str:
     for name, members in (("methods", METHODS), ("faces", FACES), ("pictures", PICTURES), ("base", BASE)):
         if first in members:
             return name
-    return "cli" if first == "__main__" else first
+    return {"__main__": "cli", "_graphs": "aligner"}.get(first, first)
 
 
 def imported(path: Path) -> set[str]:

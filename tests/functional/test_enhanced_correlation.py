@@ -17,7 +17,7 @@ from torchalign.functional.affine import (
     transform_points,
     translation_warp,
 )
-from torchalign.functional.ecc import enhanced_correlation, level_frequencies, prepare_levels
+from torchalign.functional.ecc import enhanced_correlation, far_level, level_frequencies, prepare_levels
 from torchalign.functional.fourier import fft, irfft2, rfft, rfft2
 from torchalign.functional.quality import normalized_cross_correlation
 
@@ -472,3 +472,58 @@ def test_levels_of_frames_of_another_size_raise():
         ValueError, match=r"reference: expected levels of frames of \(120, 136\), got \(96, 96\);"
     ):
         enhanced_correlation(torch.rand(2, *SIZE), levels)
+
+
+# --------------------------------------------------------------------------------------------------------- far away
+
+
+def far_apart(motion, size=(128, 136), away=(31.0, -27.0), turn=6.0):
+    """Frames whose centre is `away` off, and turned if the motion is no shift: (1, H, W) twice, and the warp."""
+    angle = 0.0 if motion == "translation" else math.radians(turn)
+    matrix = torch.eye(3, dtype=torch.float64)
+    matrix[:2, :2] = torch.tensor(
+        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64
+    )
+    matrix[:2, 2] = torch.tensor(away, dtype=torch.float64)
+    expected = about_centre(matrix, size)
+    return *frames(expected, size, count=80), expected
+
+
+@pytest.mark.parametrize("motion", ["translation", "euclidean", "affine"])
+def test_all_translations_are_compared_first(motion):
+    moving, reference, expected = far_apart(motion)
+    found = enhanced_correlation(moving, reference, motion=motion, max_translation=50.0)
+    assert found.converged.all()
+    assert corner_error(found.warp, expected, (128, 136)).max() < 0.05
+    # a climb alone does not come so far
+    near = enhanced_correlation(moving, reference, motion=motion)
+    assert corner_error(near.warp, expected, (128, 136)).min() > 5
+
+
+def test_a_better_place_beyond_the_limit_is_found_too():
+    moving, reference, expected = far_apart("translation")
+    found = enhanced_correlation(moving, reference, motion="translation", max_translation=20.0)
+    assert corner_error(found.warp, expected, (128, 136)).max() < 0.05
+
+
+def test_where_the_search_is_of_use():
+    levels = prepare_levels(torch.rand(1, 256, 256), motion="affine")
+    assert far_level(levels, "affine", 16.0) is None
+    assert levels[far_level(levels, "affine", 17.0)].grid.size == (32, 32)
+    assert far_level(levels, "translation", 60.0, torch.zeros(1, 2)) is None
+
+
+def test_flat_ground_beside_an_edge_does_not_change_the_scale():
+    # towers on a sky of faint noise: the scale was 5e-3 off
+    scene = 0.004 * torch.randn(1, 240, 240, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    scene = scipy.ndimage.gaussian_filter(scene.numpy()[0], 1.5)
+    y, x = (torch.arange(240, dtype=torch.float64).numpy() for _ in range(2))
+    for at, width in ((70, 2.5), (120, 7.0), (168, 3.0)):
+        scene += (abs(x - at) < width) * (1 + 0.3 * (abs(y[:, None] - at) < 50))
+    scene = scipy.ndimage.gaussian_filter(scene, 1.0)
+    still = torch.from_numpy(scene)[None, 20:220, 20:220]
+    zoom, centre = 1.05, 119.5
+    away = centre * (1 - 1 / zoom)
+    moved = torch.from_numpy(scipy.ndimage.affine_transform(scene, [1 / zoom] * 2, away, order=3))
+    found = enhanced_correlation(moved[None, 20:220, 20:220], still, motion="similarity", max_iterations=12)
+    assert found.warp[0, 0, 0].item() == pytest.approx(1 / zoom, abs=6e-4)

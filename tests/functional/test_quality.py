@@ -302,6 +302,17 @@ def test_a_shift_after_a_shift_keeps_what_parts_of_the_frame_disagreed_by(scene)
     torch.testing.assert_close(found.sigma, sigma)
 
 
+def test_what_was_ambiguous_before_need_not_be_to_a_method_that_searched(scene):
+    truth, moving, reference = scene
+    sigma, status = torch.full((3,), 0.01, dtype=moving.dtype), torch.zeros(3, dtype=torch.int64)
+    second = Motion(translation_warp(truth), sigma, status)
+    first = second._replace(status=torch.full((3,), int(Status.AMBIGUOUS)))
+    for searched in (False, True):
+        stages = [first, second._replace(searched=searched)]
+        found = gate_stages(stages, moving, reference, max_translations=[6.0, 6.0])
+        assert (found.valid == searched).all()
+
+
 def test_gate_handles_frames_one_by_one(scene):
     truth, moving, reference = scene
     warp = translation_warp(truth)

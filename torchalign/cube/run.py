@@ -20,7 +20,8 @@ import xarray as xr
 from torch import Tensor, nn
 
 from torchalign._check import check_kind, check_whole, message
-from torchalign._host import give_back_memory
+from torchalign._graphs import may_record, recorded
+from torchalign._host import give_back_memory, waiting
 from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
 from torchalign.cube.chunks import Companion, chunk_sizes, is_lazy, map_chunks, parts_along_time, undisturbed
@@ -30,7 +31,7 @@ from torchalign.cube.reference import ReferenceSource
 from torchalign.cube.solution import Remaining, promised_fields, report_fields, unpack_field
 from torchalign.ecc import ECC
 from torchalign.functional.affine import identity_warp, to_homogeneous
-from torchalign.functional.defects import exclude_defects, suspicious
+from torchalign.functional.defects import suspects
 from torchalign.functional.misfit import misfit
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.shift_field import is_zero
@@ -79,8 +80,8 @@ class Operation(ABC):
         """Where to compute, on the machine that does."""
         return find_device(self.device, None)
 
-    def on(self, device: torch.device) -> Operation:
-        """With all that it computes with there."""
+    def on(self, device: torch.device, batches: int) -> Operation:
+        """With all that it computes with there, so many whole batches."""
         return self
 
     def promised(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -146,13 +147,13 @@ def _run_batches(
 ) -> dict[str, Array]:
     """Put pixels into out, (T, C, H, W), and return what is told of each frame."""
     device = operation.find_device()
-    operation = operation.on(device)
+    count, made = frames.sizes["time"], []
+    step = _frames_at_a_time(operation, frames, device, budget)
+    operation = operation.on(device, count // step)
     whole = slice(None)
     fixed = [
         None if one is None or "time" in one.axes else one.read(device, whole) for one in companions
     ]  # once for all frames
-    count, made = frames.sizes["time"], []
-    step = _frames_at_a_time(operation, frames, device, budget)
     for first in range(0, max(count, 1), step):  # an empty cube is one empty batch
         batch = slice(first, first + step)
         raw = load(frames, CUBE, time=batch)
@@ -213,14 +214,19 @@ class AlignFrames(Operation):
     metres: dict[str, float]  # of a pixel
     makes_pixels: bool = True
     nodes: tuple[int, int] | None = None  # of the field of local shifts, if the aligner makes one
+    graph: bool = True  # where there is CUDA, and it pays
+    align: Callable[..., Any] | None = None  # of a batch, where it is recorded
 
     def find_device(self) -> torch.device:
         """Where the aligner is, if nobody says otherwise."""
         return find_device(self.device, self.aligner)
 
-    def on(self, device: torch.device) -> AlignFrames:
-        """With the aligner there."""
-        return replace(self, aligner=place_module(self.aligner, device))
+    def on(self, device: torch.device, batches: int) -> AlignFrames:
+        """With the aligner there, whose calls may be recorded."""
+        there = replace(self, aligner=place_module(self.aligner, device))
+        if not self.graph or not may_record(there.aligner):
+            return there
+        return replace(there, align=recorded(there._align, device, batches))
 
     @property
     def _rows(self) -> int:
@@ -251,37 +257,43 @@ class AlignFrames(Operation):
         self, raw: Array, device: torch.device, *companions: Tensor | None
     ) -> tuple[Array, dict[str, Array]]:
         """The companions: the reference, two masks, and warps to start from."""
-        reference, usable, reference_usable, init = companions
         frames = self.pixels.decode(raw, device)
-        options = {"mask": usable, "reference_mask": reference_usable}
-        options |= {} if init is None else {"init": init.to(frames)}
+        reference, usable, reference_usable, init = companions
+        given = frames, reference, usable, reference_usable, None if init is None else init.to(frames)
         size = (raw.shape[-2], raw.shape[-1])
-        ground = _ground(self.aligner, frames, usable)
-        options["mask"] = ground
-        if not self.makes_pixels:
-            found = estimate_only(self.aligner, frames, reference, **options)
+        if _may_have_defects(self.aligner, *given[:4]):
+            with waiting():
+                aligned, found, left = self._align(*given)
+        else:
+            aligned, found, left = (self.align or self._align)(*given)
+        del frames, given  # what is large is given back before more of it is made
+        if aligned is None:
             return raw, report_fields(found, None, size, self.metres)
-        if ground is usable:
-            aligned, found = self.aligner(frames, reference, **options)
-        else:  # what is no ground is moved like all else
-            assert isinstance(self.aligner, Aligner)  # of others nothing is left out
-            assert reference is not None
-            found = self.aligner.estimate(frames, reference, **options)
-            kept = None if usable is None else usable.expand(len(frames), *size)
-            resampling = self.aligner._resampling()
-            aligned = resample(frames, found.warp, mask=kept, field=found.field, **resampling).values
-            if self.aligner.fill_value is not None:
-                aligned = torch.where(found.valid[:, None, None, None], aligned, frames)
-        if getattr(self.aligner, "fill_value", None) is not None:
-            aligned = keep_nodata(aligned, frames, found.warp, found.field)
-        left = None
-        if self.verify and reference is not None:
-            left = _measure_again(self.aligner, aligned, ground, found, reference, reference_usable)
-        del frames  # what is large is given back before more of it is made
         encoded = self.pixels.encode(aligned, raw)
         rejected = ~found.valid.cpu().numpy()
         encoded[rejected] = raw[rejected]
         return encoded, report_fields(found, left, size, self.metres)
+
+    def _align(
+        self,
+        frames: Tensor,
+        reference: Tensor | None,
+        usable: Tensor | None,
+        reference_usable: Tensor | None,
+        init: Tensor | None,
+    ) -> tuple[Tensor | None, Estimate, Remaining | None]:
+        """Pixels, unless none are made; the estimate; and what is measured again. Of tensors alone."""
+        options = {"mask": usable, "reference_mask": reference_usable}
+        options |= {} if init is None else {"init": init}
+        if not self.makes_pixels:
+            return None, estimate_only(self.aligner, frames, reference, **options), None
+        aligned, found = self.aligner(frames, reference, **options)
+        if getattr(self.aligner, "fill_value", None) is not None:
+            aligned = keep_nodata(aligned, frames, found.warp, found.field)
+        left = None
+        if self.verify and reference is not None:
+            left = _measure_again(self.aligner, aligned, usable, found, reference, reference_usable)
+        return aligned, found, left
 
 
 def estimate_only(module: nn.Module, *frames: Tensor | None, **options: Any) -> Estimate:
@@ -291,19 +303,28 @@ def estimate_only(module: nn.Module, *frames: Tensor | None, **options: Any) -> 
     return found
 
 
-def _ground(module: nn.Module, frames: Tensor, usable: Tensor | None) -> Tensor | None:
-    """What is usable less fills and hot pixels, for which an aligner itself looks on the host only.
+def _looks_itself(frames: Tensor) -> bool:
+    """Whether an aligner looks for defects without being told to, since there is nobody to wait for."""
+    return frames.device.type == "cpu"
 
-    Hot pixels are left out here, where an aligner on the host fills them; with ``crop_center`` nothing is looked for.
-    """
-    if frames.device.type == "cpu" or not isinstance(module, Aligner) or not module.expects_defects:
-        return usable
-    if module.crop_center is not None:
-        return usable
-    image, known = module._extract_channel(frames, usable)
-    if not bool(suspicious(image, known).any()):
-        return usable
-    return exclude_defects(image, known)
+
+def _may_have_defects(
+    module: nn.Module,
+    frames: Tensor,
+    reference: Tensor | None,
+    usable: Tensor | None,
+    reference_usable: Tensor | None,
+) -> bool:
+    """Whether fills or hot pixels are likely, which an aligner is to look for."""
+    if _looks_itself(frames) or not isinstance(module, Aligner) or not module.expects_defects:
+        return False
+    for images, known in ((frames, usable), (reference, reference_usable)):
+        if images is not None:
+            stack = images if images.ndim == 4 else images[None]
+            suspect = suspects(*module._extract_channel(stack, known))
+            if suspect is not None and bool(suspect.any()):
+                return True
+    return False
 
 
 def _margin(module: nn.Module, found: Estimate, size: tuple[int, int]) -> int:

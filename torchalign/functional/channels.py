@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Literal, SupportsIndex, get_args
@@ -188,12 +187,8 @@ def center_crop(image: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, tu
 
 
 def _mean(cube: Tensor) -> Tensor:
-    # a chain of additions reads each band once and in order: twice as fast as a strided reduction on the CPU
-    first, *others = cube.unbind(-3)
-    if not others:
-        return first if first.is_floating_point() else first / 1
-    total = first + others[0]
-    return functools.reduce(operator.iadd, others[1:], total) / cube.shape[-3]
+    cube = cube if cube.is_floating_point() else cube / 1
+    return cube[..., 0, :, :] if cube.shape[-3] == 1 else cube.mean(-3)
 
 
 def _rgb(cube: Tensor, rgb_bands: Sequence[int]) -> Tensor:

@@ -26,6 +26,7 @@ __all__ = [
     "exclude_defects",
     "hot_pixels",
     "remove_defects",
+    "suspects",
     "suspicious",
     "undeclared_fill",
 ]
@@ -274,13 +275,14 @@ def suspicious(image: Tensor, usable: Tensor | None = None) -> Tensor:
     # four steps of nothing in a row
     longer = torch.maximum(length[..., 1:], length[..., :-1])
     alike = torch.maximum(longer[..., 2:], longer[..., :-2]).amin((-2, -1)) == 0
-    off = torch.minimum(_off(step[..., :-1], step[..., 1:]), _off(up, down)[..., 1:-1])
-    return alike | (off.amax((-2, -1)) > _HOT * typical)
+    off = torch.minimum(_twice_off(step[..., :-1], step[..., 1:]), _twice_off(up, down)[..., 1:-1])
+    return alike | (off.amax((-2, -1)) > 2 * _HOT * typical)
 
 
-def _off(before: Tensor, after: Tensor) -> Tensor:
-    """How far up and down again, or down and up, two steps go; not above 0 where they go on."""
-    return torch.maximum(torch.minimum(before, -after), torch.minimum(-before, after))
+def _twice_off(before: Tensor, after: Tensor) -> Tensor:
+    """Twice how far up and down again, or down and up, two steps go; not above 0 where they go on."""
+    # in place, as few temporaries stay in the cache
+    return (before - after).abs_().sub_((before + after).abs_())
 
 
 def exclude_defects(image: Tensor, usable: Tensor | None = None) -> Tensor | None:
@@ -293,7 +295,7 @@ def exclude_defects(image: Tensor, usable: Tensor | None = None) -> Tensor | Non
     Returns:
         bool, (..., H, W), or ``None`` if all is.
     """
-    suspect = _suspects(image, usable)
+    suspect = suspects(image, usable)
     if suspect is None:
         return usable
     good = ~((undeclared_fill(image, usable) | hot_pixels(image, usable)) & suspect)
@@ -313,7 +315,7 @@ def remove_defects(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor,
     Returns:
         Both as they were given where nothing is to be removed; the image is 0 where it is filled.
     """
-    suspect = _suspects(image, usable)
+    suspect = suspects(image, usable)
     if suspect is None:
         return image, usable
     rows = suspect.flatten().nonzero().squeeze(-1)
@@ -333,7 +335,7 @@ def remove_defects(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor,
     return image, good if usable is None else usable & good
 
 
-def _suspects(image: Tensor, usable: Tensor | None) -> Tensor | None:
+def suspects(image: Tensor, usable: Tensor | None) -> Tensor | None:
     """(..., 1, 1) bool: images to look at more closely; ``None`` if there are none."""
     if 0 in image.shape or min(image.shape[-2:]) < _LEAST_SIDE:
         return None

@@ -49,6 +49,7 @@ from torchalign.functional.affine import (
 )
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase
+from torchalign.functional.masked_correlation import best_shift
 from torchalign.functional.motion import (
     MotionModel,
     denormalize,
@@ -83,6 +84,7 @@ __all__ = [
     "Level",
     "Robust",
     "enhanced_correlation",
+    "far_level",
     "level_frequencies",
     "prepare_level",
     "prepare_levels",
@@ -95,6 +97,11 @@ Parts = TypeVar("Parts", bound=tuple[Any, ...])
 # The coarsest level still has this many samples along the frame's shorter side, and of frames whose finest has
 # enough this many; so few of a small frame lead astray.
 _COARSEST, _COARSEST_OF_LARGE, _LARGE = 20, 8, 100
+# A climb alone comes from as far as this share of the period at the coarsest level's highest frequency; from further
+# away all translations are compared first, under no turn and under these, in degrees.
+_WITHIN_REACH, _TURNS = 0.25, (-7.0, 7.0)
+# Of motions that scale: the share of the mean local variance that is as good as none.
+_FLOOR = 0.1
 # Samples of the spline for each sample of the level: at the band's edge four a period.
 _OVERSAMPLING = 2
 # Where the steps of the first round on the finest level end, in pixels: what a bilinear sampling can tell.
@@ -105,6 +112,8 @@ _LONGEST_STEP = 2.0
 _MIN_SIGNIFICANCE = 5.0
 # Of vectors, the parts of which are not independent of each other, this many (benchmarks/sensors.py).
 _MIN_SIGNIFICANCE_OF_VECTORS = 6.0
+# And this many more where it is the best of many places.
+_OF_MANY = 1.0
 # Share of a level's samples that are independent.
 _INDEPENDENT = 0.35
 # Blocks of 2³ samples a side, whose pulls are taken to be independent.
@@ -211,6 +220,7 @@ def enhanced_correlation(
     *,
     motion: MotionModel = "affine",
     init: Tensor | None = None,
+    max_translation: float = 0.0,
     levels: int | None = None,
     max_iterations: int = 4,
     tolerance: float = 0.02,
@@ -232,6 +242,8 @@ def enhanced_correlation(
         init: (..., T, 2 or 3, 3), a warp moving → reference to start from, or (..., T, 2), a shift (x, y) in
             pixels; ``None`` for none. What the motion model lacks (the rotation of an init, for a translation)
             is kept as it is. A frame whose init is no number starts from the identity, and has not converged.
+        max_translation: of the frame's centre, in pixels. Where a climb alone does not reach so far, all translations
+            within it are compared first, under a few rotations if the motion has any: see :func:`far_level`.
         levels: of the pyramid; ``None`` for as many as leave 20 samples along the shorter side, 8 of frames
             of 100 and more.
         max_iterations: on each level, and for each set of weights.
@@ -279,7 +291,7 @@ def enhanced_correlation(
     if grids[0].frame != frame:
         expected, cure = f"levels of frames of {frame}", "prepare_levels of that size"
         raise ValueError(message("reference", expected, grids[0].frame, cure))
-    textures = _textures(moving, moving_mask, grids, contrast, sigma_blur)
+    textures = _textures(moving, moving_mask, grids, contrast, sigma_blur, _floor(motion))
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
     only_shifted = only_shifts(motion, init)
     # (a shift is (..., T, 2))
@@ -292,7 +304,8 @@ def enhanced_correlation(
         for texture, level in zip(textures, reference, strict=True)
     ]
 
-    search = _Search(motion, robust, max_iterations, tolerance)
+    far = far_level(reference, motion, max_translation, init)
+    search = _Search(motion, robust, max_iterations, tolerance, max_translation, far)
     unroll = gradients == "unrolled"
     finest, frames = reference[0], pyramid[0]
     if unroll:
@@ -306,7 +319,7 @@ def enhanced_correlation(
     if not unroll and carries_gradient(start):
         # the optimum does not move with where the search began: the derivative is exactly 0
         warp = warp + 0.0 * (start - start.detach())
-    quality = _detach(_assess(state, _detach(finest), tolerance))
+    quality = _detach(_assess(state, _detach(finest), search))
     warp = _settle(warp)
     # a shift by itself is the same about any centre
     found = _shifted_by(_shift_of(warp, finest.grid)) if only_shifted else denormalize(warp, frame)
@@ -320,6 +333,11 @@ def enhanced_correlation(
         quality.ambiguous,
         state.inliers,
     )
+
+
+def _floor(motion: MotionModel) -> float:
+    """See :func:`~torchalign.functional.texture.extract_pyramid`."""
+    return _FLOOR if motion not in ("translation", "euclidean") else 0.0
 
 
 def _finite_start(
@@ -364,6 +382,29 @@ def level_frequencies(
     return tuple(max_frequency / 2**level for level in range(levels))
 
 
+def far_level(
+    levels: Sequence[Level], motion: MotionModel, max_translation: float, init: Tensor | None = None
+) -> int | None:
+    """The level on which all translations are compared first; ``None`` where a climb alone reaches far enough.
+
+    Where a shift is sought and there is an init, it was.
+
+    Args:
+        levels: of the reference, see :func:`prepare_levels`.
+        motion: what is estimated.
+        max_translation: of the frame's centre, in pixels.
+        init: as in :func:`enhanced_correlation`.
+    """
+    near = max_translation <= _WITHIN_REACH / levels[-1].grid.max_frequency
+    if near or (motion == "translation" and init is not None):
+        return None
+    number = len(levels) - 1
+    # compared, not computed: a size may be a symbol
+    while number > 0 and min(levels[number].grid.size) < _COARSEST:
+        number -= 1
+    return number
+
+
 def prepare_levels(
     reference: Tensor,
     mask: Tensor | None = None,
@@ -392,22 +433,27 @@ def prepare_levels(
     grids = [
         WorkingGrid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies
     ]
-    textures = _textures(reference, mask, grids, contrast, sigma_blur)
+    textures = _textures(reference, mask, grids, contrast, sigma_blur, _floor(motion))
     return [
         prepare_level(texture, grid, motion, taper) for texture, grid in zip(textures, grids, strict=True)
     ]
 
 
 def _textures(
-    image: Tensor, mask: Tensor | None, grids: Sequence[WorkingGrid], contrast: Contrast, blur: float
+    image: Tensor,
+    mask: Tensor | None,
+    grids: Sequence[WorkingGrid],
+    contrast: Contrast,
+    blur: float,
+    floor: float,
 ) -> list[Texture]:
     """:func:`~torchalign.functional.texture.extract_pyramid`, its fields not weighted yet: a hole's edge would pull.
 
     Samples beside a hole show what filled it: they count nothing where enough are left without them.
     """
-    textures = extract_pyramid(image, mask, grids=grids, contrast=contrast, blur=blur, cover=True)
+    seen: dict[str, Any] = {"contrast": contrast, "blur": blur, "floor": floor}
     found = []
-    for texture in textures:
+    for texture in extract_pyramid(image, mask, grids=grids, cover=True, **seen):
         if texture.weights is not None and texture.cover is not None and texture.detail is not None:
             cover, weights = texture.cover, texture.weights
             enough = cover.mean((-2, -1)) >= _LEAST_COVER * weights.mean((-2, -1))
@@ -698,12 +744,17 @@ class _Search(NamedTuple):
     robust: Robust
     max_iterations: int
     tolerance: float
+    max_translation: float
+    far: int | None
 
     def descend(
         self, start: Tensor, levels: Sequence[Level], pyramid: Sequence[_Shifted | _Warped]
     ) -> _State:
         """From the coarsest level to the finest; there once more, with weights and samples from nearby."""
         warp: Tensor | None = None
+        if self.far is not None:
+            level, frames = levels[self.far], pyramid[self.far]
+            start = _better_of(start, self.look_far(start, level, frames), level, frames).warp
         for number in reversed(range(len(levels))):
             level = rough = levels[number]
             frames, near = pyramid[number], _NEAR * level.grid.spacing()
@@ -721,6 +772,37 @@ class _Search(NamedTuple):
         assert warp is not None  # there is at least one level
         samples = _WarpedSamples.at(warp, level, frames, precise=True)
         return self.climb(samples, level, frames, self.tolerance, precise=True)
+
+    def look_far(self, start: Tensor, level: Level, moving: _Shifted | _Warped) -> Tensor:
+        """(..., T, 3, 3): of all translations, under what else the start does and a few turns, what fits best."""
+        still = composed(start.detach(), _shifted_by(-start[..., :2, 2].detach()))
+        turns = [still]
+        if self.motion != "translation":
+            turns += [composed(still, _rotation(degrees, like=still)) for degrees in _TURNS]
+        alone, size = level._replace(weights=torch.ones_like(level.weights)), level.grid.size
+
+        def fields(values: Tensor) -> Tensor:
+            """(K, ..., T, h, w), of (..., T, n)."""
+            return torch.stack([_unflatten(part, -1, size) for part in values.chunk(1 + level.vector, -1)])
+
+        found = []
+        for turn in turns:
+            values, ground = moving.look(turn, alone, precise=False)
+            found.append(
+                best_shift(
+                    fields(values),
+                    _unflatten(ground.chunk(1 + level.vector, -1)[0], -1, size),
+                    fields(level.texture),
+                    _unflatten(level.weights, -1, size),
+                    spacings=level.grid.spacings(),
+                    reach=self.max_translation,
+                )
+            )
+        shifts, heights = (torch.stack(each) for each in zip(*found, strict=True))
+        best = heights.argmax(0, keepdim=True)[..., None]
+        shift = shifts.gather(0, best.expand(*best.shape[:-1], 2)).squeeze(0)
+        turn = torch.stack(turns).gather(0, best[..., None].expand(*best.shape[:-1], 3, 3)).squeeze(0)
+        return composed(turn, _shifted_by(shift / half_length(level.grid.frame)))
 
     def climb(
         self,
@@ -909,7 +991,7 @@ class _Quality(NamedTuple):
     ambiguous: Tensor  # (..., T) bool
 
 
-def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
+def _assess(state: _State, level: Level, search: _Search) -> _Quality:
     r"""How far the optimum can be trusted.
 
     σ is the sandwich estimate: at the optimum every sample pulls, by :math:`w\,(\alpha \bar m - \bar r)\,\bar G`,
@@ -964,7 +1046,8 @@ def _assess(state: _State, level: Level, tolerance: float) -> _Quality:
 
     sound = system.sound & (sigma < torch.inf) & _are_finite(state.warp)
     least = _MIN_SIGNIFICANCE_OF_VECTORS if level.vector else _MIN_SIGNIFICANCE
-    converged = sound & (state.reach <= tolerance) & (significance >= least)
+    least = least if search.far is None else least + _OF_MANY
+    converged = sound & (state.reach <= search.tolerance) & (significance >= least)
     unknown = isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
     sigma = sigma.masked_fill(~sound, torch.inf)
@@ -1085,6 +1168,14 @@ def _settle(warp: Tensor) -> Tensor:
 def _eye(length: int, *, like: Tensor) -> Tensor:
     """The unit matrix."""
     return torch.eye(length, dtype=like.dtype, device=like.device)
+
+
+@keeps_tables
+def _rotation(degrees: float, *, like: Tensor) -> Tensor:
+    """(3, 3), about the frame's centre."""
+    cosine, sine = (like.new_full((), function(math.radians(degrees))) for function in (math.cos, math.sin))
+    none, one = torch.zeros_like(sine), torch.ones_like(sine)
+    return torch.stack([cosine, -sine, none, sine, cosine, none, none, none, one]).reshape(3, 3)
 
 
 @keeps_tables

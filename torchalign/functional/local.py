@@ -7,8 +7,8 @@ The chain, each link a function that works alone:
 2. :func:`estimate_shifts`: Gauss–Newton on all samples at once. The field is a cubic B-spline over a lattice of
    nodes, the frame is read at :math:`W^{-1} q + u(q)`, its local contrast compared with the reference's, every
    sample weighted by similarity, masks and its own residual variance. First in a part of the band.
-3. The prior: bending and membrane energy of the coefficients, times a smoothness that is chosen for every frame by
-   marginal likelihood, among eight values.
+3. The prior: the energy of the field's derivatives to the third, times a smoothness that is chosen for every frame
+   by marginal likelihood, among eight values.
 4. The posterior: the predicted error of the field at every node, and the evidence in nats for a field against none.
 
 Convention:
@@ -29,10 +29,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import keeps_tables, launches_kernels
+from torchalign._host import keeps_tables, kernels_for, launches_kernels
 from torchalign.functional.affine import change_origin
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2
+from torchalign.functional.lattice import (
+    ROWS,
+    Blocks,
+    Factor,
+    ProductTables,
+    arrange,
+    evidence_of,
+    factorize,
+    lattice_prior,
+    likeliest_smoothness,
+    normal_matrix,
+    posterior,
+    product_tables,
+    solve_blocks,
+    spline_products,
+    with_prior,
+)
 from torchalign.functional.low_pass import band_response
 from torchalign.functional.sampling import spline_response, spline_weights
 from torchalign.functional.shift_field import spline_basis, spline_slope
@@ -54,25 +71,22 @@ __all__ = [
 # (Wider than where shifts of a whole frame are estimated: there is less ground to average over, and what is folded
 # back pulls by less than what is missing.)
 _BANDS = (0.125, 0.32)
-_ROUNDS = (3, 4)
-# The round in which the smoothness is chosen, and what it is before.
-_CHOOSE, _FIRST_SMOOTHNESS = 3, 36.0
+_ROUNDS = (2, 4)
+# The smoothness before the first round in the last band, in which it is chosen.
+_FIRST_SMOOTHNESS = 36.0
 # The last rounds carry the gradient. Each comes ten times as near to that of the implicit function theorem.
 _WITH_GRADIENT = 4
-# The smoothness that is tried, λ of the prior precision: powers of 6, from this one on.
-_LEAST_POWER, _TRIED = -2, 8
-# Errors on simulated frames of all kinds are this share of what the posterior predicts (benchmarks/local.py).
-_SIGMA_CALIBRATION = 0.74
+# What is predicted of errors is that of a field of this share of the smoothness, which is known to a factor; and of
+# that, errors on simulated frames of all kinds are this share (benchmarks/local.py).
+_SIGMA_SMOOTHNESS, _SIGMA_CALIBRATION = 1 / 3, 0.8
 # Ground counts by half in the score where the field is known to so many pixels only.
 _KNOWN = 0.1
 # A field must make the frame so much likelier, in nats, and nowhere fold it: det(I + ∂u) exceeds this.
-_LEAST_EVIDENCE, _LEAST_JACOBIAN = 5.0, 0.5
+_LEAST_EVIDENCE, _LEAST_JACOBIAN = 20.0, 0.5
 # Larger frames are cut into tiles of so many nodes a side at most, which overlap by so many.
 _LARGEST_TILE, _OVERLAP = 34, 6
-# The prior: bending energy, so much membrane energy, and so much of the shift itself, which the data always know.
-_MEMBRANE, _PIN = 0.3, 1e-4
 # Samples of the working grid are correlated: so many of them say as much as one.
-_REDUNDANCY = 2.0
+_REDUNDANCY = 1.1
 # The residual variance of a sample is that around it, but no less than this share of the frame's.
 _LEAST_VARIANCE = 0.25
 # Pixels by which the frame is continued, mirrored, beyond its border.
@@ -81,8 +95,6 @@ _PAD = 16
 _EDGE = 6.0
 # No coefficient moves by more pixels in one round.
 _LARGEST_STEP = 1.5
-# Rows of nodes in one block of the normal equations: cubic splines overlap those of three rows on, not of four.
-_BLOCK = 3
 
 
 class _TileGround(NamedTuple):
@@ -148,7 +160,7 @@ def lattice_size(size: tuple[int, int], spacing: int) -> tuple[int, int]:
     (15, 14)
     """
     rows, columns = (-(-(length - 1) // spacing) + 3 for length in size)
-    return -(-rows // _BLOCK) * _BLOCK, columns
+    return -(-rows // ROWS) * ROWS, columns
 
 
 # ----------------------------------------------------------------------------------- what is compared with what
@@ -270,7 +282,10 @@ def _tile_ground(image: Tensor, mask: Tensor | None, spacing: int) -> _TileGroun
 
 
 def _read_frames(frames: _Frames, level: _Level, at: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The frames at (N, 2, h, w), (x, y); 1 inside, 0 outside; and how usable it is there; all (N, h, w)."""
+    """The frames at (1 or N, 2, h, w), (x, y); 1 inside, 0 outside; and how usable it is there; all (N, h, w)."""
+    kernels = kernels_for(frames.coefficients, frames.weights, at)
+    if kernels is not None:
+        return kernels.read_splines(frames.coefficients, frames.weights, at, frames.frame)
     (height, width), pad = frames.frame, _PAD
     count, (h, w) = frames.coefficients.shape[0], level.grid.size
     inside = ((at > -0.5) & (at < level.size - 0.5)).all(1)
@@ -283,8 +298,8 @@ def _read_frames(frames: _Frames, level: _Level, at: Tensor) -> tuple[Tensor, Te
     value = _sum_taps(frames.coefficients.flatten(1), first, line, at - whole)
     usable: Tensor | None = None
     if frames.weights is not None:
-        near_y = ((row + 0.5) * (h / height)).round().long().clamp(0, h - 1)
-        near_x = ((column + 0.5) * (w / width)).round().long().clamp(0, w - 1)
+        near_y = ((row + 0.5) * (h / height) + 0.5).long().clamp(0, h - 1)
+        near_x = ((column + 0.5) * (w / width) + 0.5).long().clamp(0, w - 1)
         near = (near_y * w + near_x).expand(count, h, w).reshape(count, h * w)
         usable = frames.weights.flatten(1).gather(1, near).reshape(count, h, w)
     return value, inside.to(value.dtype).expand(value.shape), usable
@@ -341,171 +356,10 @@ def _slopes(image: Tensor, level: _Level) -> tuple[Tensor, Tensor]:
     return slope(padded[..., 2:-2, :], -1, columns / width), slope(padded[..., 2:-2], -2, rows / height)
 
 
-# ----------------------------------------------------------------------------------------- the normal equations
-
-
-class _Blocks(NamedTuple):
-    """A symmetric block tridiagonal matrix: a block holds three rows of nodes."""
-
-    diagonal: Tensor  # (N, B, s, s)
-    beside: Tensor  # (N, B - 1, s, s), of a block and the one after it
-
-
-class _Factor(NamedTuple):
-    """Its Cholesky factor, block by block, and the logarithm of its determinant, halved."""
-
-    lower: list[Tensor]  # B of (N, s, s)
-    coupling: list[Tensor]  # B − 1 of (N, s, s): L⁻¹ E
-    half: Tensor  # (N, ...) L⁻¹ y, B of them side by side
-    half_log_determinant: Tensor  # (N,)
-    failed: Tensor  # (N,) bool
-
-
-def _factorize(matrix: _Blocks, right: Tensor) -> _Factor:
-    """Cholesky of (..., B, s, s), and L⁻¹ of the right side (..., B, s)."""
-    count = matrix.diagonal.shape[-3]
-    lower, coupling, half, failures = [], [], [], []
-    block, side = matrix.diagonal[..., 0, :, :], right[..., 0, :, None]
-    for index in range(count):
-        factor, info = torch.linalg.cholesky_ex(block)
-        failures.append(info)
-        lower.append(factor)
-        if index == count - 1:
-            half.append(torch.linalg.solve_triangular(factor, side, upper=False)[..., 0])
-            break
-        both = torch.cat((matrix.beside[..., index, :, :].expand(factor.shape), side), -1)
-        both = torch.linalg.solve_triangular(factor, both, upper=False)
-        half.append(both[..., -1])
-        coupling.append(both[..., :-1])
-        update = torch.matmul(coupling[-1].mT, both)
-        block = matrix.diagonal[..., index + 1, :, :] - update[..., :-1]
-        side = right[..., index + 1, :, None] - update[..., -1:]
-    pivots = torch.stack([factor.diagonal(dim1=-2, dim2=-1) for factor in lower], -1)
-    failed = (torch.stack(failures) != 0).any(0)
-    return _Factor(lower, coupling, torch.stack(half, -2), pivots.log().sum((-2, -1)), failed)
-
-
-def _back_substitute(factor: _Factor) -> Tensor:
-    """(..., B, s): the solution, from L⁻¹ y."""
-    parts: list[Tensor] = []
-    for index in reversed(range(len(factor.lower))):
-        side = factor.half[..., index, :, None]
-        if parts:
-            side = side - torch.matmul(factor.coupling[index], parts[-1])
-        parts.append(torch.linalg.solve_triangular(factor.lower[index].mT, side, upper=True))
-    return torch.cat(parts[::-1], -1).mT
-
-
-class _Prior(NamedTuple):
-    """Bending and membrane energy on the lattice."""
-
-    blocks: _Blocks  # of one smoothness unit, (1, B, s, s)
-    half_log_determinant: Tensor  # ()
-    unknowns: int
-
-
 @keeps_tables
-def _prior(nodes: tuple[int, int], *, like: Tensor) -> _Prior:
-    """The precision of the coefficients of both components at λ = 1."""
-    rows, columns = nodes
-
-    def energy(count: int, order: int) -> Tensor:
-        matrix = torch.eye(count, device=like.device, dtype=like.dtype)
-        for _ in range(order):
-            matrix = matrix[1:] - matrix[:-1]
-        return matrix.mT @ matrix
-
-    terms = [(2, 0, 1.0), (1, 1, 2.0), (0, 2, 1.0), (1, 0, _MEMBRANE), (0, 1, _MEMBRANE), (0, 0, _PIN)]
-    count = rows // _BLOCK
-
-    def blocks(shift: int) -> Tensor:
-        """(count − shift, s, s): of block rows b and b + shift."""
-        total: Tensor | None = None
-        for down, along, weight in terms:
-            y = energy(rows, down).reshape(count, _BLOCK, count, _BLOCK)
-            y = y.diagonal(shift, 0, 2).permute(2, 0, 1)  # (blocks, 3, 3)
-            part = weight * torch.einsum("brs,jk->brjsk", y, energy(columns, along))
-            total = part if total is None else total + part
-        assert total is not None
-        both = torch.eye(2, device=like.device, dtype=like.dtype)
-        total = torch.einsum("ac,brjsk->barjcsk", both, total)
-        side = 2 * _BLOCK * columns
-        return total.reshape(1, count - shift, side, side)
-
-    matrix = _Blocks(blocks(0), blocks(1))
-    side = matrix.diagonal.new_zeros(1, count, matrix.diagonal.shape[-1])
-    return _Prior(matrix, _factorize(matrix, side).half_log_determinant[0], 2 * rows * columns)
-
-
-class _Tables(NamedTuple):
-    """Where the products of two splines stand in the normal equations."""
-
-    down: Tensor  # (h, 4n): of a spline and the one 0 … 3 rows on
-    along: Tensor  # (w, 4m)
-    columns: Tensor  # (m·m,), into 4m and a zero
-    rows: Tensor  # ((B + B − 1)·9,), into 4n and a zero: the blocks on the diagonal, then those beside
-
-
-@keeps_tables
-def _tables(frame: tuple[int, int], band: float, spacing: int, *, like: Tensor) -> _Tables:
+def _tables(frame: tuple[int, int], band: float, spacing: int, *, like: Tensor) -> ProductTables:
     level = _level(frame, band, spacing, like=like)
-    rows, columns = level.down.shape[-1], level.along.shape[-1]
-    count = rows // _BLOCK
-    device = level.y.device
-
-    def places(first: Tensor, second: Tensor, nodes: int) -> Tensor:
-        lag = (first - second).abs()
-        return torch.where(lag < 4, lag * nodes + torch.minimum(first, second), 4 * nodes).flatten()
-
-    j = torch.arange(columns, device=device)
-    i = torch.arange(rows, device=device).reshape(count, _BLOCK)
-    return _Tables(
-        _products(level.down),
-        _products(level.along),
-        places(j[:, None], j, columns),
-        torch.cat([places(i[:, :, None], i[:, None], rows), places(i[:-1, :, None], i[1:, None], rows)]),
-    )
-
-
-def _products(basis: Tensor) -> Tensor:
-    """(L, n) → (L, 4n): of a spline and the one 0 … 3 nodes on."""
-    nodes = basis.shape[-1]
-    padded = F.pad(basis, (0, 3))
-    return torch.cat([basis * padded[:, lag : lag + nodes] for lag in range(4)], -1)
-
-
-def _normal_matrix(products: Tensor, tables: _Tables, nodes: tuple[int, int]) -> _Blocks:
-    """(N, 3, h, w), the weighted products xx, xy, yy of the gradients, summed against pairs of splines."""
-    return _arrange(torch.matmul(tables.down.mT, torch.matmul(products, tables.along)), tables, nodes)
-
-
-def _arrange(sums: Tensor, tables: _Tables, nodes: tuple[int, int]) -> _Blocks:
-    """(N, 3, 4n, 4m), sums xx, xy, yy of the products of :class:`_Tables`, in their places."""
-    rows, columns = nodes
-    count, frames = rows // _BLOCK, sums.shape[0]
-    sums = F.pad(sums, (0, 1, 0, 1)).index_select(-1, tables.columns).index_select(-2, tables.rows)
-    xx, xy, yy = sums.unbind(1)
-    both = torch.stack((xx, xy, xy, yy), 1).reshape(
-        frames, 2, 2, 2 * count - 1, _BLOCK, _BLOCK, columns, columns
-    )
-    side = 2 * _BLOCK * columns
-    matrix = both.permute(0, 3, 1, 4, 6, 2, 5, 7).reshape(frames, 2 * count - 1, side, side)
-    return _Blocks(matrix[:, :count], matrix[:, count:])
-
-
-def _to_blocks(lattice: Tensor) -> Tensor:
-    """(..., 2, n, m) → (..., B, s)."""
-    *lead, _, rows, columns = lattice.shape
-    count = rows // _BLOCK
-    parts = lattice.reshape(*lead, 2, count, _BLOCK, columns).movedim(-3, -4)
-    return parts.reshape(*lead, count, 2 * _BLOCK * columns)
-
-
-def _from_blocks(vector: Tensor, nodes: tuple[int, int]) -> Tensor:
-    """(..., B, s) → (..., 2, n, m)."""
-    lead, (rows, columns) = vector.shape[:-2], nodes
-    parts = vector.reshape(*lead, rows // _BLOCK, 2, _BLOCK, columns).movedim(-3, -4)
-    return parts.reshape(*lead, 2, rows, columns)
+    return product_tables(level.down, level.along)
 
 
 # ------------------------------------------------------------------------------------------------- the estimate
@@ -514,59 +368,76 @@ def _from_blocks(vector: Tensor, nodes: tuple[int, int]) -> Tensor:
 class _Equations(NamedTuple):
     """The linearised least squares of one round."""
 
-    matrix: _Blocks
+    matrix: Blocks
     right: Tensor  # (N, 2, n, m)
     similarity: Tensor  # (N, h, w)
 
 
-def _linearize(
-    frames: _Frames,
-    level: _Level,
-    tables: _Tables,
-    field: Tensor,
-    weights: Tensor,
-    warp: Tensor,
-    offset: Tensor,
-) -> _Equations:
-    """At the field whose coefficients are ``offset``: residuals of the local contrast, and their derivatives.
+class _Round(NamedTuple):
+    """What does not change from round to round in one band."""
 
-    Args:
-        frames: the moving frames.
-        level: the working grid.
-        tables: its splines' products.
-        field: (1 or N, h, w), the reference's local contrast.
-        weights: (1 or N, h, w).
-        warp: (N, 2), or (N, 2 or 3, 3).
-        offset: (N, 2, n, m), coefficients.
-    """
+    frames: _Frames
+    level: _Level
+    tables: ProductTables
+    field: Tensor  # (1 or N, h, w), the reference's local contrast
+    weights: Tensor  # (1 or N, h, w)
+    start: Tensor  # (N, 2, h, w), W⁻¹ q
+
+
+def _linearize(given: _Round, offset: Tensor) -> _Equations:
+    """At the field of coefficients (N, 2, n, m): residuals of the local contrast, and their derivatives."""
+    level = given.level
     local = torch.matmul(torch.matmul(level.down, offset), level.along.mT)  # (N, 2, h, w)
-    ux, uy = local.unbind(1)
-    own, inside, usable = _read_frames(frames, level, level.at + _backward(warp, level) + local)
+    own, inside, usable = _read_frames(given.frames, level, given.start + local)
     own = local_contrast(own, usable)
-    similarity = agreement(own, field.expand(own.shape), fine=True)
-    weight = similarity * inside * (weights if usable is None else usable * weights)
-    residual = field - own
-    both = torch.stack((weight * residual.square(), weight))
-    square, count = triangle_mean(both, 3).unbind()
-    around = square / (count + 1e-3)
-    square, count = both.sum((-2, -1), keepdim=True).unbind()
-    typical = square / count.clamp(min=1e-6)
-    variance = around.maximum(_LEAST_VARIANCE * typical) + 1e-6
-    precision = weight / (variance * _REDUNDANCY)
-    gx, gy = _slopes(torch.lerp(own, field.expand(own.shape), 0.5), level)
-    px, py = precision * gx, precision * gy
-    products = torch.stack((px * gx, px * gy, py * gy), 1).detach()
-    matrix = _normal_matrix(products, tables, (level.down.shape[-1], level.along.shape[-1]))
-    # the residual as a function of the whole field, not of the step; the matrix carries no gradient
-    xx, xy, yy = products.unbind(1)
-    pull_x = torch.addcmul(torch.addcmul(px * residual, xx, ux), xy, uy)
-    pull_y = torch.addcmul(torch.addcmul(py * residual, xy, ux), yy, uy)
-    pull = torch.stack((pull_x, pull_y), 1)
+    similarity, weighted = _weigh(own, given.field, inside, usable, given.weights)
+    products, pull = _products_and_pull(own, given.field, weighted, local, level)
+    matrix = normal_matrix(products, given.tables)
     right = torch.matmul(torch.matmul(level.down.mT, pull), level.along)
     return _Equations(matrix, right, similarity)
 
 
-def _point_equations(points: Tensor, warp: Tensor, tables: _Tables, level: _Level) -> _Equations:
+def _weigh(
+    own: Tensor, field: Tensor, inside: Tensor, usable: Tensor | None, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The similarity (N, h, w); and (2, N, h, w), the squared residuals times what they count, and that."""
+    kernels = kernels_for(own, field, inside, usable, weights)
+    if kernels is not None:
+        return kernels.weigh(own, field, inside, usable, weights)
+    similarity = agreement(own, field.expand(own.shape), fine=True)
+    weight = similarity * inside * (weights if usable is None else usable * weights)
+    return similarity, torch.stack((weight * (field - own).square(), weight))
+
+
+def _products_and_pull(
+    own: Tensor, field: Tensor, weighted: Tensor, local: Tensor, level: _Level
+) -> tuple[Tensor, Tensor]:
+    """(N, 3, h, w), products xx, xy, yy of the derivatives by a shift; (N, 2, h, w), those times the residual.
+
+    The residual is that as a function of the whole field, not of the step; the products carry no gradient.
+    """
+    around = triangle_mean(weighted, 3)
+    whole = weighted.sum((-2, -1))
+    kernels = kernels_for(own, field, weighted, local)
+    if kernels is not None:
+        samples = [n / length for n, length in zip(level.grid.size, level.grid.frame, strict=True)]
+        limits = (_LEAST_VARIANCE, _REDUNDANCY)
+        return kernels.differentiate(own, field, weighted[1], around, whole, local, samples, limits)
+    square, count = whole[..., None, None].unbind()
+    typical = square / count.clamp(min=1e-6)
+    square, count = around.unbind()
+    variance = (square / (count + 1e-3)).maximum(_LEAST_VARIANCE * typical) + 1e-6
+    precision = weighted[1] / (variance * _REDUNDANCY)
+    gx, gy = _slopes(torch.lerp(own, field.expand(own.shape), 0.5), level)
+    px, py = precision * gx, precision * gy
+    products = torch.stack((px * gx, px * gy, py * gy), 1).detach()
+    residual, (ux, uy), (xx, xy, yy) = field - own, local.unbind(1), products.unbind(1)
+    pull_x = torch.addcmul(torch.addcmul(px * residual, xx, ux), xy, uy)
+    pull_y = torch.addcmul(torch.addcmul(py * residual, xy, ux), yy, uy)
+    return products, torch.stack((pull_x, pull_y), 1)
+
+
+def _point_equations(points: Tensor, warp: Tensor, tables: ProductTables, level: _Level) -> _Equations:
     """What tie points (K, 5) add in every round, see :func:`estimate_shifts`."""
     nodes = (level.down.shape[-1], level.along.shape[-1])
     at, seen, precision = points[:, :2], points[:, 2:4], points[:, 4].reciprocal().square()
@@ -578,97 +449,11 @@ def _point_equations(points: Tensor, warp: Tensor, tables: _Tables, level: _Leve
         spline_basis(at[:, axis] / level.spacing + 1, count)
         for axis, count in zip((1, 0), nodes, strict=True)
     )
-    sums = torch.matmul((_products(down) * precision[:, None]).mT, _products(along))
+    sums = torch.matmul((spline_products(down) * precision[:, None]).mT, spline_products(along))
     alone = torch.stack((sums, torch.zeros_like(sums), sums))[None]
     pull = (precision[:, None] * (seen - begun)).mT  # (N, 2, K)
     right = torch.matmul(down.mT * pull[:, :, None, :], along)
-    return _Equations(_arrange(alone, tables, nodes), right, right.new_zeros(()))
-
-
-def _choose_smoothness(equations: _Equations, prior: _Prior) -> Tensor:
-    """(N,): the λ with the largest evidence."""
-    powers = torch.arange(_TRIED, device=equations.right.device, dtype=equations.right.dtype)
-    tried = 6.0 ** (powers + _LEAST_POWER)
-    scale = tried[:, None, None, None]
-    matrix = _Blocks(*(part[:, None] + scale * unit for part, unit in _with_prior(equations, prior)))
-    factor = _factorize(matrix, _to_blocks(equations.right)[:, None].expand(-1, _TRIED, -1, -1))
-    return tried[_evidence(factor, prior, tried).argmax(-1)]
-
-
-def _evidence(factor: _Factor, prior: _Prior, smoothness: Tensor) -> Tensor:
-    r"""How much likelier the data are with a field of that smoothness than with none, in nats.
-
-    .. math:: \tfrac{1}{2} y^T (A + \lambda P)^{-1} y + \tfrac{1}{2} \ln |\lambda P|
-        - \tfrac{1}{2} \ln |A + \lambda P|
-    """
-    evidence = (
-        0.5 * factor.half.square().sum((-2, -1))
-        + prior.half_log_determinant
-        + 0.5 * prior.unknowns * smoothness.log()
-        - factor.half_log_determinant
-    )
-    return torch.where(factor.failed | ~evidence.isfinite(), -torch.inf, evidence)
-
-
-def _with_prior(equations: _Equations, prior: _Prior) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(equations.matrix, prior.blocks, strict=True))
-
-
-def _solve_blocks(equations: _Equations, prior: _Prior, smoothness: Tensor) -> tuple[Tensor, _Factor]:
-    """(N, 2, n, m): the coefficients that the linearised equations ask for."""
-    scale = smoothness[:, None, None, None]
-    pairs = _with_prior(equations, prior)
-    matrix = _Blocks(*(torch.addcmul(part, scale, unit).detach() for part, unit in pairs))
-    factor = _factorize(matrix, _to_blocks(equations.right))
-    nodes = (equations.right.shape[-2], equations.right.shape[-1])
-    return _from_blocks(_back_substitute(factor), nodes), factor
-
-
-def _posterior(factor: _Factor, nodes: tuple[int, int]) -> Tensor:
-    """(N, 3, n, m): variances xx, xy, yy of the field at the nodes, px², from the inverse's central blocks."""
-    rows, columns = nodes
-    like = factor.lower[0]
-    at = torch.arange(columns, device=like.device, dtype=like.dtype).clamp(1, columns - 2)
-    basis = spline_basis(at, columns)
-    unit = torch.eye(like.shape[-1], device=like.device, dtype=like.dtype).expand(like.shape)
-
-    def along(block: Tensor) -> Tensor:
-        """(N, s, s) → (N, 3, 3, 3, m): pairs of components, rows of nodes, at the nodes of the columns."""
-        parts = block.reshape(-1, 2, _BLOCK, columns, 2, _BLOCK, columns)
-        sums = (torch.matmul(parts, basis.mT) * basis.mT[:, None, None, :]).sum(3)  # (N, 2, 3, 2, 3, m)
-        xy = 0.5 * (sums[:, 0, :, 1] + sums[:, 1, :, 0])
-        return torch.stack((sums[:, 0, :, 0], xy, sums[:, 1, :, 1]), 1)
-
-    own: list[Tensor] = []
-    beside: list[Tensor] = []
-    after: Tensor | None = None
-    for index in reversed(range(len(factor.lower))):
-        inverse = torch.linalg.solve_triangular(factor.lower[index], unit, upper=False)
-        block = torch.matmul(inverse.mT, inverse)
-        if after is not None:
-            gain = torch.matmul(inverse.mT, factor.coupling[index])
-            next_to = torch.matmul(gain, after)
-            block = block + torch.matmul(next_to, gain.mT)
-            beside.append(along(-next_to))
-        own.append(along(block))
-        after = block
-    inside = torch.stack(own[::-1], 2)  # (N, 3, B, 3, 3, m)
-    count = rows // _BLOCK
-    across = torch.stack(beside[::-1], 2) if beside else inside[:, :, :0]
-    across = torch.cat((across, torch.zeros_like(inside[:, :, :1])), 2)
-    shape = (-1, 3, 3 * count, columns)
-    same = torch.stack([inside[:, :, :, r, r] for r in range(3)], 3).reshape(shape)
-    one = (inside[:, :, :, 0, 1], inside[:, :, :, 1, 2], across[:, :, :, 2, 0])
-    two = (inside[:, :, :, 0, 2], across[:, :, :, 1, 0], across[:, :, :, 2, 1])
-    next_row, second_row = (torch.stack(parts, 3).reshape(shape) for parts in (one, two))
-    near = (
-        same[:, :, :-2]
-        + 16 * same[:, :, 1:-1]
-        + same[:, :, 2:]
-        + 8 * (next_row[:, :, :-2] + next_row[:, :, 1:-1])
-        + 2 * second_row[:, :, :-2]
-    ) / 36
-    return torch.cat((near[:, :, :1], near, near[:, :, -1:]), 2)
+    return _Equations(arrange(alone, tables), right, right.new_zeros(()))
 
 
 class _Fitted(NamedTuple):
@@ -708,7 +493,7 @@ def estimate_shifts(
     r"""The field on top of a global warp. See the module's docstring.
 
     .. math:: \hat u = \arg\min_u \sum_q \frac{w(q)}{\kappa s^2(q)} \big(r(q) - m_u(q)\big)^2
-        + \lambda \, (\|\nabla^2 u\|^2 + \mu \|\nabla u\|^2)
+        + \lambda \, (\|\nabla^3 u\|^2 + \mu \|\nabla^2 u\|^2 + \mu \|\nabla u\|^2)
 
     with r and :math:`m_u` the local contrast of the reference and of the frame read at :math:`W^{-1} q + u(q)`, w
     the squared local correlation, squared, times masks, and :math:`s^2` the local variance of the residuals.
@@ -861,33 +646,49 @@ def _fit(
     nodes = lattice_size(frame, spacing)
     levels = [_level(frame, band, spacing, like=moving) for band in _BANDS]
     tables = [_tables(frame, band, spacing, like=moving) for band in _BANDS]
-    prior = _prior(nodes, like=moving)
     frames, flat = _prepare_frames(moving, mask, levels)
-
+    starts = [level.at + _backward(warp, level) for level in levels]
+    rounds = [
+        _Round(*parts)
+        for parts in zip(frames, levels, tables, ground.fields, ground.weights, starts, strict=True)
+    ]
     told = None if points is None else _point_equations(points, warp, tables[0], levels[0])
 
     def equations(offset: Tensor, level: int) -> _Equations:
-        field, weights = ground.fields[level], ground.weights[level]
-        found = _linearize(frames[level], levels[level], tables[level], field, weights, warp, offset)
+        found = _linearize(rounds[level], offset)
         if told is None:
             return found
-        matrix = _Blocks(*(own + added for own, added in zip(found.matrix, told.matrix, strict=True)))
+        matrix = Blocks(*(own + added for own, added in zip(found.matrix, told.matrix, strict=True)))
         return found._replace(matrix=matrix, right=found.right + told.right)
 
+    offset, chosen, found, factor = _go_rounds(equations, moving, nodes, smoothness)
+    prior = lattice_prior(nodes, like=moving)
+    with torch.no_grad():
+        evidence = evidence_of(factor, prior, chosen)
+        looser = factorize(with_prior(found.matrix, prior, _SIGMA_SMOOTHNESS * chosen))
+        variance = _SIGMA_CALIBRATION**2 * posterior(looser, nodes)
+    return _Fitted(offset, variance, evidence, flat | ground.flat, found.similarity, levels[-1])
+
+
+def _go_rounds(
+    equations: Callable[[Tensor, int], _Equations],
+    like: Tensor,
+    nodes: tuple[int, int],
+    smoothness: float | None,
+) -> tuple[Tensor, Tensor, _Equations, Factor]:
+    """The coefficients, their smoothness, and the last round's equations."""
     schedule = [level for level, count in enumerate(_ROUNDS) for _ in range(count)]
-    offset = moving.new_zeros(moving.shape[0], 2, *nodes)
+    prior = lattice_prior(nodes, like=like)
+    offset = like.new_zeros(like.shape[0], 2, *nodes)
     chosen = torch.full_like(offset[:, 0, 0, 0], _FIRST_SMOOTHNESS if smoothness is None else smoothness)
     for step, level in enumerate(schedule):
         with torch.set_grad_enabled(torch.is_grad_enabled() and step >= len(schedule) - _WITH_GRADIENT):
             found = equations(offset, level)
-            if smoothness is None and step == _CHOOSE:
-                chosen = _choose_smoothness(found, prior)
-            solution, factor = _solve_blocks(found, prior, chosen)
+            if smoothness is None and step == len(schedule) - _ROUNDS[-1]:
+                chosen = likeliest_smoothness(found.matrix, found.right, prior)
+            solution, factor = solve_blocks(found.matrix, found.right, prior, chosen)
             offset = _step_towards(offset, solution)
-    with torch.no_grad():
-        variance = _SIGMA_CALIBRATION**2 * _posterior(factor, nodes)
-        evidence = _evidence(factor, prior, chosen)
-    return _Fitted(offset, variance, evidence, flat | ground.flat, found.similarity, levels[-1])
+    return offset, chosen, found, factor
 
 
 def _step_towards(offset: Tensor, found: Tensor) -> Tensor:

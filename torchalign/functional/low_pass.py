@@ -69,7 +69,7 @@ def _periodic_spectrum(image: Tensor, size: tuple[int, int]) -> Tensor:
     # what jumps between opposite borders has the Laplacian of a smooth image
     jump_y = rfft(image[..., -1, :] - image[..., 0, :])[..., None, : columns // 2 + 1]
     jump_x = _keep_rows(fft(image[..., :, -1] - image[..., :, 0]).unsqueeze(-1), rows)
-    return spectrum - jump_y * step_y - jump_x * step_x
+    return torch.addcmul(torch.addcmul(spectrum, jump_y, step_y, value=-1), jump_x, step_x, value=-1)
 
 
 def _limit(

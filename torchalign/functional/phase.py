@@ -297,11 +297,9 @@ def cross_power(
         (..., H, W//2+1), complex.
     """
     band = radius < max_frequency
+    if weighting in ("ramp", "none"):  # the reference may be one for all frames
+        return moving.conj() * (reference * (radius * band if weighting == "ramp" else band))
     power = moving.conj() * reference
-    if weighting == "ramp":
-        return power * (radius * band)
-    if weighting == "none":
-        return power * band
     # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype resolves, stands in
     squared = power.real.square() + power.imag.square()
     floor = torch.finfo(squared.dtype).eps ** 2 * squared.amax((-2, -1), keepdim=True).detach()
@@ -430,19 +428,15 @@ def refine_peak(
 def _newton_step(
     power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, orders: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    derivatives = derivatives_at(power, frequencies, shift, orders)  # (..., 3, 3): [order in y, order in x]
-    gx, gy = derivatives[..., 0, 1], derivatives[..., 1, 0]
-    hxx, hyy, hxy = derivatives[..., 0, 2], derivatives[..., 2, 0], derivatives[..., 1, 1]
-    curved = _is_peak(hxx, hyy, hxy)
-    safe = torch.where(curved, hxx * hyy - hxy.square(), 1.0)
-    step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1) / safe[..., None]
-    return torch.where(curved[..., None], step, 0.0).clamp(-0.5, 0.5), curved
-
-
-def _is_peak(hxx: Tensor, hyy: Tensor, hxy: Tensor) -> Tensor:
-    """Whether a Hessian is negative definite."""
+    # (..., 3, 3): [order in y, order in x]
+    _, gx, hxx, gy, hxy, _, hyy, *_ = derivatives_at(power, frequencies, shift, orders).flatten(-2).unbind(-1)
     product = hxx * hyy
-    return (hxx < 0) & (product - hxy.square() > torch.finfo(hxx.dtype).eps * product)
+    determinant = torch.addcmul(product, hxy, hxy, value=-1)
+    # negative definite
+    curved = (hxx < 0) & (determinant > torch.finfo(hxx.dtype).eps * product)
+    ascent = torch.stack((hxy * gy - hyy * gx, hxy * gx - hxx * gy), dim=-1)
+    step = ascent / torch.where(curved, determinant, 1.0)[..., None]
+    return torch.where(curved[..., None], step, 0.0).clamp(-0.5, 0.5), curved
 
 
 def derivatives_at(

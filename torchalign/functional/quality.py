@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from torchalign._host import kernels_for
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
-from torchalign.functional.shift_field import is_zero
+from torchalign.functional.shift_field import is_zero, lattice_shifts
 from torchalign.functional.sizes import stride_for
 from torchalign.functional.structure import turn_orientations
 from torchalign.functional.uncertainty import beyond_chance, isotropic, largest_sigma
@@ -165,9 +165,10 @@ def gate_stages(
 
     A frame keeps its last acceptable motion; a later one that lowers the score by more than 0.001 is undone, and
     one with a field of local shifts needs one before it that was accepted. Where none is acceptable, or the first
-    is ``AMBIGUOUS``, the verdict is that on the first. A motion that is kept though parts of the frame disagree about
-    it by more than it asks for makes the frame ``AMBIGUOUS``. All scores are taken over the same ground: what lies inside
-    the frame for every stage that was trusted, and is an inlier for the last of them that tells inliers.
+    is ``AMBIGUOUS`` and the later did not search, the verdict is that on the first. A motion that is kept though parts of
+    the frame disagree about it by more than it asks for makes the frame ``AMBIGUOUS``. All scores are taken over the same
+    ground: what lies inside the frame for every stage that was trusted, and is an inlier for the last of them that tells
+    inliers.
 
     Args:
         stages: at least one :class:`~torchalign.types.Motion`.
@@ -216,9 +217,10 @@ def gate_stages(
             kept = motions[number]._replace(status=result.status)  # what the result stands for
             continue
         worse = result.valid & (judged.score < result.score - _WORSE)
-        # where more than one place fits, a later stage climbs to the one it happens to start near
-        doubted = result.status == int(Status.AMBIGUOUS)
-        accepted = judged.valid & ~worse & ~doubted
+        accepted = judged.valid & ~worse
+        if not motions[number].searched:
+            # where more than one place fits, it climbs to the one it happens to start near
+            accepted = accepted & (result.status != int(Status.AMBIGUOUS))
         if judged.field is not None:  # a field is added to a motion that was accepted without it
             accepted = accepted & result.valid & ~is_zero(judged.field)
         extra: Tensor | None = None
@@ -254,10 +256,13 @@ def _scores(
     warps = [motion.warp for motion in motions]
     if all(motion.only_shifts for motion in motions):
         warps = [warp[..., :2, 2] for warp in warps]
-    plain = not vector and all(motion.field is None for motion in motions)
-    kernels = kernels_for(moving, reference, weight, *warps) if plain else None
+    size = (moving.shape[-2], moving.shape[-1])
+    plain = not vector and all(motion.field is None for motion in motions[:-1])
+    last = motions[-1].field
+    kernels = kernels_for(moving, reference, weight, *warps, *(last or ())) if plain else None
     if kernels is not None:
-        return kernels.score(moving, reference, warps, *usable, weight, step).unbind(-1)
+        local = None if last is None else lattice_shifts(last, size, step, moving)
+        return kernels.score(moving, reference, warps, *usable, weight, step, local).unbind(-1)
     overlap: Tensor | None = None
     for part in usable:
         if part is not None:
@@ -266,8 +271,8 @@ def _scores(
     for motion in motions:
         # bilinear interpolation smooths, which a score would take for misregistration
         path = motion.warp[..., :2, 2] if motion.only_shifts else motion.warp
-        options: dict[str, Any] = {"interpolation": "bicubic", "mask": usable[0], "field": motion.field}
-        aligned, inside = resample(moving.unsqueeze(-3), path, step=step, **options)
+        options: dict[str, Any] = {"mask": usable[0], "step": step, "field": motion.field, "finite": True}
+        aligned, inside = resample(moving.unsqueeze(-3), path, interpolation="bicubic", **options)
         inside = inside[0] if vector else inside
         overlap = inside if overlap is None else overlap & inside
         aligned = aligned.squeeze(-3)

@@ -428,12 +428,14 @@ class Slices:
     def _nearest(self) -> tuple[int, int]:
         return self.column + (self.x >= 0.5), self.row + (self.y >= 0.5)
 
+    def overlap(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The first row and column whose nearest source pixel is one of the frame's, and the last + 1."""
+        column, row = self._nearest()
+        return _overlap(row, self.size[0], 1), _overlap(column, self.size[1], 1)
+
     def inside(self) -> Tensor:
         """See :class:`Sampler`."""
-        column, row = self._nearest()
-        (top, bottom), (left, right) = (
-            _overlap(offset, length, 1) for offset, length in zip((row, column), self.size, strict=True)
-        )
+        (top, bottom), (left, right) = self.overlap()
         inside = torch.zeros(self.size, dtype=torch.bool, device="cpu")
         inside[top:bottom, left:right] = True
         return inside
@@ -482,15 +484,23 @@ def _shift_line(
     if offset == 0 and fraction == 0 and out is None:
         return planes
     first, last = _overlap(offset, length, taps)
+    planes = planes.contiguous()
     if out is None:
         out = torch.empty_like(planes, memory_format=torch.contiguous_format)
-    within = out.narrow(dim, first, last - first)
     if last > first:
-        sources = [planes.narrow(dim, first + offset + tap, last - first) for tap in range(taps)]
+        # in one run through memory: what comes from the line before, or after, is written over
+        stride = 1 if dim == -1 else planes.shape[-1]
+        begin, end = max(0, -offset) * stride, planes.numel() - max(0, offset + taps - 1) * stride
+        within = out.view(-1)[begin:end]
+        sources = [
+            planes.view(-1).narrow(0, begin + (offset + tap) * stride, end - begin) for tap in range(taps)
+        ]
         if taps == 2:
             torch.lerp(sources[0], sources[1], fraction, out=within)
         else:
             within.copy_(sources[0])
-    out.narrow(dim, 0, first).copy_(planes.narrow(dim, 0, 1))
-    out.narrow(dim, last, length - last).copy_(planes.narrow(dim, length - 1, 1))
+    if first > 0:
+        out.narrow(dim, 0, first).copy_(planes.narrow(dim, 0, 1))
+    if last < length:
+        out.narrow(dim, last, length - last).copy_(planes.narrow(dim, length - 1, 1))
     return out

@@ -24,6 +24,7 @@ __all__ = [
     "fit_nodes",
     "invert_field",
     "is_zero",
+    "lattice_shifts",
     "move_origin",
     "rescale_field",
     "sigma_at",
@@ -93,6 +94,12 @@ def field_at(field: ShiftField, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return dx, dy
 
 
+def lattice_shifts(field: ShiftField, size: tuple[int, int], step: int, like: Tensor) -> Tensor:
+    """(..., T, 2, ⌈H / step⌉, ⌈W / step⌉): the field at every ``step``-th pixel of a frame of (H, W), as ``like``."""
+    y, x = (torch.arange(0, length, step, device=like.device, dtype=like.dtype) for length in size)
+    return torch.stack(field_at(ShiftField(*(part.to(like.dtype) for part in field)), x, y), -3)
+
+
 def sigma_at(field: ShiftField, x: Tensor, y: Tensor) -> Tensor:
     """(..., T, h, w): the predicted error of the field on a grid of rows y (h,) and columns x (w,), in pixels.
 
@@ -129,10 +136,7 @@ def field_at_points(field: ShiftField, points: Tensor) -> Tensor:
 
 def field_lengths(field: ShiftField, size: tuple[int, int], step: int = 8) -> Tensor:
     """(..., T, K): how long the field is at every ``step``-th pixel of a frame of (H, W), in pixels."""
-    like = field.coefficients
-    y, x = (torch.arange(0, length, step, device=like.device, dtype=like.dtype) for length in size)
-    dx, dy = field_at(field, x, y)
-    return torch.hypot(dx, dy).flatten(-2)
+    return torch.hypot(*lattice_shifts(field, size, step, field.coefficients).unbind(-3)).flatten(-2)
 
 
 def is_zero(field: ShiftField) -> Tensor:

@@ -109,6 +109,7 @@ def extract_pyramid(
     contrast: Contrast = "local",
     blur: float = 0.0,
     cover: bool = False,
+    floor: float = 0.0,
 ) -> list[Texture]:
     """:func:`extract_texture` for several bands.
 
@@ -122,6 +123,8 @@ def extract_pyramid(
         contrast: as in :func:`extract_texture`.
         blur: σ of a Gaussian in pixels.
         cover: as in :func:`extract_texture`.
+        floor: the share of the mean local variance that the c of :func:`local_contrast` is at least. Flat ground beside
+            an edge shows the edge's window, which does not scale as the ground does.
 
     Returns:
         One :class:`Texture` a grid.
@@ -137,7 +140,7 @@ def extract_pyramid(
     for grid, limited in zip(grids, low_pass(seen, bands, blur=blur), strict=True):
         coverage = None if mask is None else _coverage(mask, grid)
         weights = None if coverage is None else _weights(coverage)
-        texture = _standardized(limited, weights, noise, empty, contrast)
+        texture = _standardized(limited, weights, noise, empty, contrast, floor)
         if cover and coverage is not None:
             texture = texture._replace(cover=_cover(coverage))
         textures.append(texture)
@@ -174,26 +177,32 @@ def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:
     Returns:
         (..., H, W), about [−3, 3].
     """
+    kernels = kernels_for(image, weights)
+    if kernels is not None:
+        unit = torch.ones_like(image[..., 0, 0])
+        return kernels.contrast(image, unit, weights, partial(_typical, weights=weights))[1]
     contrast = _local_contrast(image, weights)
     return contrast if weights is None else contrast * weights
 
 
-def _local_contrast(image: Tensor, weights: Tensor | None) -> Tensor:
+def _local_contrast(image: Tensor, weights: Tensor | None, floor: float = 0.0) -> Tensor:
     """The same before it is multiplied by the weights."""
     detail = image - triangle_mean(image, 2)
     variance = triangle_mean(detail.square(), 2)
-    total = variance + _typical(variance, weights).nan_to_num(0.0)[..., None, None]
+    total = variance + _typical(variance, weights, floor).nan_to_num(0.0)[..., None, None]
     flat = total <= torch.finfo(image.dtype).tiny ** 0.5  # below it the derivative of the root overflows
     return (detail * torch.rsqrt(total.masked_fill(flat, 1.0))).masked_fill(flat, 0.0)
 
 
-def _typical(variance: Tensor, weights: Tensor | None) -> Tensor:
-    """(...,): the median where the weights exceed one half, NaN where they nowhere do."""
+def _typical(variance: Tensor, weights: Tensor | None, floor: float = 0.0) -> Tensor:
+    """(...,): the median where the weights exceed one half, or a share of the mean; NaN where they nowhere do."""
     # a sixteenth of the samples has the same median, and sorting dominates the cost
     sampled = variance[..., ::4, ::4]
     if weights is not None:
         sampled = sampled.masked_fill(weights[..., ::4, ::4] < 0.5, torch.nan)
-    return nanmedian(sampled.flatten(-2))
+    sampled = sampled.flatten(-2)
+    median = nanmedian(sampled)
+    return torch.maximum(median, floor * sampled.nanmean(-1)) if floor > 0 else median
 
 
 def centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,13 +223,19 @@ def centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _standardized(
-    limited: Tensor, weights: Tensor | None, noise: Tensor, empty: Tensor, contrast: Contrast
+    limited: Tensor,
+    weights: Tensor | None,
+    noise: Tensor,
+    empty: Tensor,
+    contrast: Contrast,
+    floor: float = 0.0,
 ) -> Texture:
     """Units of any size become 1; then the local contrast."""
     kernels = kernels_for(limited, weights, noise, empty) if contrast == "local" else None
     units = None if kernels is None else kernels.units(limited, noise, empty)
     if kernels is not None and units is not None:
-        detail, field = kernels.contrast(limited, units[0], weights, partial(_typical, weights=weights))
+        typical = partial(_typical, weights=weights, floor=floor)
+        detail, field = kernels.contrast(limited, units[0], weights, typical)
         return Texture(field, weights, units[1], detail)
     scale = _deviation(limited)
     if contrast == "structure":
@@ -228,7 +243,7 @@ def _standardized(
     flat = ~((scale > noise) & (scale < torch.inf)) | empty
     # squares of what follows neither vanish nor overflow
     normal = limited / scale.masked_fill(flat, 1.0)[..., None, None]
-    detail = _local_contrast(normal, weights) if contrast == "local" else normal
+    detail = _local_contrast(normal, weights, floor) if contrast == "local" else normal
     return Texture(detail if weights is None else detail * weights, weights, flat, detail)
 
 

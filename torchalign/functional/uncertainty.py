@@ -178,30 +178,30 @@ def block_pulls(moving: Tensor, reference: Tensor, shift: Tensor, grid: WorkingG
     Returns:
         (..., 2, n), in units of the sum over all frequencies.
     """
-    root, by_x, by_y = _rooted_slopes(grid.frame, grid.size, grid.max_frequency, like=grid.radius)
+    root, slopes = _rooted_slopes(grid.frame, grid.size, grid.max_frequency, like=grid.radius)
     kernels = kernels_for(moving, reference, shift)
     if kernels is not None:
         spectra = kernels.pulls(
             moving, reference, grid.frequencies, -shift, root, grid.size[0] * grid.size[1]
         )
+        fields = torch.split(irfft2(spectra, grid.size), [1, 2], -3)
     else:
         own = shift_phase(moving, grid.frequencies, -shift)
-        both = own + reference
-        spectra = torch.stack(((own - reference) * root, both * by_x, both * by_y), -3)
-    fields = irfft2(spectra, grid.size)
-    return parts_of(fields[..., :1, :, :] * fields[..., 1:, :, :]).flatten(-2)
+        apart, sloped = (own - reference) * root, (own + reference).unsqueeze(-3) * slopes
+        fields = irfft2(apart, grid.size).unsqueeze(-3), irfft2(sloped, grid.size)
+    return parts_of(fields[0] * fields[1]).flatten(-2)
 
 
 @keeps_tables
 def _rooted_slopes(
     frame: tuple[int, int], size: tuple[int, int], max_frequency: float, *, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, w//2+1): the root of the frequency, and times iω along x and along y, times half the number of samples."""
+) -> tuple[Tensor, Tensor]:
+    """(h, w//2+1), the root of the frequency; (2, h, w//2+1), times iω along x and y and half the number of samples."""
     grid = WorkingGrid.of(frame, size, max_frequency, like)
     root = grid.radius.sqrt() * (grid.radius < max_frequency)
     y, x = (math.pi * size[0] * size[1] * frequency for frequency in grid.frequencies)
     none = torch.zeros_like(root)
-    return root, torch.complex(none, root * x), torch.complex(none, root * y[:, None])
+    return root, torch.stack((torch.complex(none, root * x), torch.complex(none, root * y[:, None])))
 
 
 def trace(matrix: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torchalign._check import check_fill, check_floating, check_option, message
 from torchalign._host import all_finite, all_true, empty_on_host, kernels_for, may_read
 from torchalign.functional.sampling import Gather, Lines, PaddingMode, Sampler, Slices, SourcePositions
-from torchalign.functional.shift_field import field_at, is_zero
+from torchalign.functional.shift_field import field_at, is_zero, lattice_shifts
 from torchalign.types import ShiftField
 
 __all__ = ["Interpolation", "PaddingMode", "Resampled", "resample", "warp"]
@@ -66,6 +66,7 @@ def resample(
     step: int = 1,
     out: Tensor | None = None,
     field: ShiftField | None = None,
+    finite: bool = False,
 ) -> Resampled:
     r"""Resample every frame by its warp, and say which output pixels can be trusted.
 
@@ -107,6 +108,7 @@ def resample(
             interpolation does. Not differentiable.
         field: local shifts on top of the warp, ``aligned(p) = frame(W⁻¹ p + field(p))``, leading dimensions
             broadcast against the cube's; frames that it does not shift are bit for bit as without it.
+        finite: no value is NaN or infinite, as the caller knows: spares a look at all of them.
 
     Returns:
         :class:`Resampled`, the values and their validity.
@@ -131,13 +133,15 @@ def resample(
     lead, size = cube.shape[:-3], (cube.shape[-2], cube.shape[-1])
     warp = warp.expand(*lead, *warp.shape[-1 if warp.shape[-1] == 2 else -2 :])
     mask = None if mask is None else mask.expand(*lead, *size)
-    kernels = kernels_for(cube, warp, mask) if field is None else None
+    kernels = kernels_for(cube, warp, mask, *(field or ()))
     if kernels is not None:
-        found = kernels.resample(cube, warp, mask, interpolation, padding_mode, fill_value, step)
+        place = warp.to(torch.promote_types(warp.dtype, torch.float32))
+        local = None if field is None else lattice_shifts(field, size, step, place)
+        found = kernels.resample(cube, warp, mask, interpolation, padding_mode, fill_value, step, local)
         if found is not None:
             return Resampled(found[0] if out is None else out.copy_(found[0]), found[1])
     mask = None if mask is None else mask.unsqueeze(-3)  # (..., T, 1, H, W)
-    options = _Options(interpolation, padding_mode, fill_value, step)
+    options = _Options(interpolation, padding_mode, fill_value, step, finite)
     if may_read(cube, warp, mask, *(field or ())):
         return _resample_in_blocks(cube, warp, mask, options, out, field)
     planes = _prepare(cube, mask, options)
@@ -385,6 +389,7 @@ class _Options(NamedTuple):
     padding_mode: PaddingMode
     fill_value: float | None
     step: int  # of the lattice of output pixels
+    finite: bool = False  # every value is known to be
 
 
 class _Planes(NamedTuple):
@@ -404,7 +409,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _prepare(frames: Tensor, mask: Tensor | None, options: _Options) -> _Planes:
     usable = mask
-    if frames.dtype.is_floating_point and not all_finite(frames):
+    if frames.dtype.is_floating_point and not options.finite and not all_finite(frames):
         usable = frames.isfinite() if mask is None else frames.isfinite() & mask
     if usable is not None and all_true(usable):
         usable = None
@@ -497,7 +502,7 @@ def _resample_in_blocks(
     masks = None if mask is None else mask.reshape(count, 1, height, width)
     shape = (count, bands, len(range(0, height, step)), len(range(0, width, step)))
     values = empty_on_host(shape, cube.dtype) if out is None else out.view(shape)
-    validity = torch.empty((count, *shape[-2:]), dtype=torch.bool, device="cpu")
+    validity = torch.zeros((count, *shape[-2:]), dtype=torch.bool, device="cpu")
 
     sliced = options.padding_mode != "reflection" and step == 1 and bands * height * width >= _SMALLEST_SLICED
     shifts = _shifts(motion) if sliced else {}
@@ -509,12 +514,13 @@ def _resample_in_blocks(
     for index, shift in shifts.items():
         planes = _prepare(frames[index], None if masks is None else masks[index], options)
         sampler = Slices(shift, size)
-        if options == _PLAIN and planes.usable is None and planes.source is planes.frames:
+        if options[:4] == _PLAIN and planes.usable is None and planes.source is planes.frames:
             together = max(1, _BLOCK_SAMPLES // (height * width))  # bands
             for first in range(0, bands, together):  # the hot case: no mask, and nothing is copied
                 part = slice(first, first + together)
                 sampler.bilinear(planes.source[part], out=values[index, part])
-            validity[index] = sampler.inside()
+            (top, bottom), (left, right) = sampler.overlap()
+            validity[index, top:bottom, left:right] = True
         else:
             values[index], validity[index] = _combine(planes, sampler, options)
 
@@ -561,5 +567,5 @@ def _shifts(motion: Tensor) -> dict[int, tuple[float, float]]:
     return shifts
 
 
-_PLAIN = _Options("bilinear", "border", None, 1)
+_PLAIN = ("bilinear", "border", None, 1)
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}

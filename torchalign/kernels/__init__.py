@@ -19,6 +19,7 @@ from torchalign.kernels.climb import climb
 from torchalign.kernels.contrast import contrast, opened, units
 from torchalign.kernels.defects import repeated
 from torchalign.kernels.divide import climb_divided, overlaps
+from torchalign.kernels.local import differentiate, read_splines, weigh
 from torchalign.kernels.peak import peak
 from torchalign.kernels.resample import resample
 from torchalign.kernels.score import score
@@ -36,16 +37,19 @@ __all__ = [
     "common_window",
     "contrast",
     "coverage",
+    "differentiate",
     "fill",
     "look",
     "opened",
     "overlaps",
     "peak",
     "pulls",
+    "read_splines",
     "repeated",
     "resample",
     "score",
     "see",
     "turn",
     "units",
+    "weigh",
 ]

@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import block_of, divide, kernel_dtype, launch, lerp, operator, wave_of
+from torchalign.kernels.sampling import (
+    block_of,
+    divide,
+    kernel_dtype,
+    launch,
+    lerp,
+    operator,
+    spline_weight,
+    wave_of,
+)
 from torchalign.kernels.turn import tukey
 
 __all__ = [
@@ -107,24 +116,6 @@ def _points(inverse, x, y, half, height, width, PROJECTIVE: tl.constexpr):
 
 
 @triton.jit
-def _spline_weight(fraction, TAP: tl.constexpr):
-    """Of the coefficient at ``TAP`` − 1 from ⌊x⌋; the four sum to 1."""
-    rest = 1 - fraction
-    right = ((0.5 - fraction * (1 / 3)) * fraction + 0.5) * fraction + (1 / 6)
-    first = rest * rest * rest * (1 / 6)
-    last = fraction * fraction * fraction * (1 / 6)
-    if TAP == 0:
-        weight = first
-    elif TAP == 1:
-        weight = 1 - right - first
-    elif TAP == 2:
-        weight = right - last
-    else:
-        weight = last
-    return weight
-
-
-@triton.jit
 def _sample(field, rows, columns, column, row, live, SPLINE: tl.constexpr):
     """A continued field of rows × columns at positions among its samples; beyond the border is the border."""
     column = tl.minimum(tl.maximum(column, -1.0), columns)
@@ -141,8 +132,8 @@ def _sample(field, rows, columns, column, row, live, SPLINE: tl.constexpr):
             across = tl.zeros_like(fx)
             for i in tl.static_range(4):
                 tap = tl.load(at + (j - 1) * line + (i - 1), mask=live, other=0)
-                across += _spline_weight(fx, i) * tap
-            value += _spline_weight(fy, j) * across
+                across += spline_weight(fx, i) * tap
+            value += spline_weight(fy, j) * across
     else:
         above = lerp(tl.load(at, mask=live, other=0), tl.load(at + 1, mask=live, other=0), fx)
         below = lerp(tl.load(at + line, mask=live, other=0), tl.load(at + line + 1, mask=live, other=0), fx)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.climb import MOST_BINS, settled, waves
+from torchalign.kernels.climb import MOST_BINS, settled, unturned
 from torchalign.kernels.sampling import divide, kernel_dtype, launch, operator
 
 __all__ = ["assess", "assess_frames"]
@@ -155,12 +155,9 @@ def assess_frames(
     p04 = tl.zeros((BLOCK,), COMPUTE)
     for first in range(0, bins, BLOCK):
         place = first + tl.arange(0, BLOCK)
-        live = place < bins
-        y, x, often, cosine, sine = waves(place, bins, half, fy, fx, shift_x, shift_y, COMPUTE)
-        real = tl.load(spectrum + 2 * place, mask=live, other=0)
-        imaginary = tl.load(spectrum + 2 * place + 1, mask=live, other=0)
-        along = (real * cosine - imaginary * sine) * often
-        across = (real * sine + imaginary * cosine) * often
+        y, x, along, across = unturned(
+            spectrum, spectrum, place, bins, half, fy, fx, shift_x, shift_y, False, COMPUTE
+        )
         c00 += along
         c20 -= x * x * along
         c02 -= y * y * along

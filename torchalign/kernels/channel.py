@@ -76,7 +76,7 @@ def see(
 
     Args:
         cube: (..., C, H, W), floating.
-        mask: bool, (..., H, W), or ``None``.
+        mask: bool, (..., H, W), or ``None``; one for all frames, or several for one.
         channel: ``"band"``, ``"mean"`` (of all), ``"rgb_mean"`` or ``"luminance"``.
         bands: the indices of the one band, or of the three, from 0 on.
 
@@ -85,6 +85,9 @@ def see(
     """
     if cube.dtype not in _FLOATING:
         return None
+    if mask is not None:
+        lead = torch.broadcast_shapes(cube.shape[:-3], mask.shape[:-2])
+        cube, mask = cube.expand(*lead, *cube.shape[-3:]), mask.expand(*lead, *cube.shape[-2:])
     return tuple(_see(cube, mask, channel, list(bands)))
 
 

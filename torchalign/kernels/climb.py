@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import divide, kernel_dtype, launch, operator, wave_of
 
-__all__ = ["MOST_BINS", "climb", "climb_frames", "newton_step", "settled", "waves"]
+__all__ = ["MOST_BINS", "climb", "climb_frames", "derivatives", "newton_step", "settled", "unturned"]
 
 _BLOCK = 512
 # One program walks the spectrum of a frame, once a step: of larger ones the matrix products of torch are faster.
@@ -19,12 +19,54 @@ MOST_BINS = 2**18
 
 
 @triton.jit
-def waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE: tl.constexpr):
-    """Angular frequencies of a block of bins, how often each counts, and the wave there."""
+def unturned(
+    spectrum, other, place, bins, columns, fy, fx, shift_x, shift_y,
+    CROSSED: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Of a block of bins the angular frequencies (y, x), and real and imaginary part, as often as the bin counts.
+
+    Of a spectrum, or if ``CROSSED`` of the cross-power of two, after a shift is undone.
+    """
     live = place < bins
     y, x, cosine, sine = wave_of(place, live, columns, fy, fx, shift_x, shift_y)
     often = tl.where(live, 1.0, 0.0).to(COMPUTE) + tl.where(x > 0, 1.0, 0.0).to(COMPUTE)
-    return y * 6.283185307179586, x * 6.283185307179586, often, cosine, sine
+    real = tl.load(spectrum + 2 * place, mask=live, other=0)
+    imaginary = tl.load(spectrum + 2 * place + 1, mask=live, other=0)
+    if CROSSED:
+        c = tl.load(other + 2 * place, mask=live, other=0)
+        d = tl.load(other + 2 * place + 1, mask=live, other=0)
+        product = real * c + imaginary * d
+        imaginary = real * d - imaginary * c
+        real = product
+    along = (real * cosine - imaginary * sine) * often
+    across = (real * sine + imaginary * cosine) * often
+    return y * 6.283185307179586, x * 6.283185307179586, along, across
+
+
+@triton.jit
+def derivatives(
+    spectrum, other, bins, columns, fy, fx, shift_x, shift_y,
+    CROSSED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The value of a correlation at a shift, its slopes along x and y, and its curvatures xx, yy and xy."""
+    value = tl.zeros((BLOCK,), COMPUTE)
+    gx = tl.zeros((BLOCK,), COMPUTE)
+    gy = tl.zeros((BLOCK,), COMPUTE)
+    hxx = tl.zeros((BLOCK,), COMPUTE)
+    hyy = tl.zeros((BLOCK,), COMPUTE)
+    hxy = tl.zeros((BLOCK,), COMPUTE)
+    for first in range(0, bins, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        y, x, along, across = unturned(
+            spectrum, other, place, bins, columns, fy, fx, shift_x, shift_y, CROSSED, COMPUTE
+        )
+        value += along
+        gx -= x * across
+        gy -= y * across
+        hxx -= x * x * along
+        hyy -= y * y * along
+        hxy -= x * y * along
+    return tl.sum(value, 0), tl.sum(gx, 0), tl.sum(gy, 0), tl.sum(hxx, 0), tl.sum(hyy, 0), tl.sum(hxy, 0)
 
 
 @triton.jit
@@ -67,29 +109,9 @@ def climb_frames(
     step_y = tl.zeros_like(shift_y)
     curved = shift_x != shift_x
     for _ in range(steps):
-        c10 = tl.zeros((BLOCK,), COMPUTE)
-        c01 = tl.zeros((BLOCK,), COMPUTE)
-        c20 = tl.zeros((BLOCK,), COMPUTE)
-        c02 = tl.zeros((BLOCK,), COMPUTE)
-        c11 = tl.zeros((BLOCK,), COMPUTE)
-        for first in range(0, bins, BLOCK):
-            place = first + tl.arange(0, BLOCK)
-            live = place < bins
-            y, x, often, cosine, sine = waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE)
-            real = tl.load(spectrum + 2 * place, mask=live, other=0)
-            imaginary = tl.load(spectrum + 2 * place + 1, mask=live, other=0)
-            along = (real * cosine - imaginary * sine) * often
-            across = (real * sine + imaginary * cosine) * often
-            c10 -= x * across
-            c01 -= y * across
-            c20 -= x * x * along
-            c02 -= y * y * along
-            c11 -= x * y * along
-        gx = tl.sum(c10, 0)
-        gy = tl.sum(c01, 0)
-        hxx = tl.sum(c20, 0)
-        hyy = tl.sum(c02, 0)
-        hxy = tl.sum(c11, 0)
+        _, gx, gy, hxx, hyy, hxy = derivatives(
+            spectrum, spectrum, bins, columns, fy, fx, shift_x, shift_y, False, COMPUTE, BLOCK
+        )
         product = hxx * hyy
         determinant = product - hxy * hxy
         curved = (hxx < 0) & (determinant > EPSILON * product)

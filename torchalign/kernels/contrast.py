@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import block_of, divide, kernel_dtype, launch, operator
+from torchalign.kernels.sampling import (
+    block_of,
+    divide,
+    kernel_dtype,
+    launch,
+    neighbour,
+    operator,
+    padded,
+    triangle,
+)
 
 __all__ = ["contrast", "contrast_frames", "open_frames", "opened", "smooth_frames", "unit_frames", "units"]
 
@@ -63,12 +72,9 @@ def smooth_frames(
     scale = tl.zeros((BLOCK,), COMPUTE) + tl.load(unit + frame)
     total = tl.zeros((BLOCK,), COMPUTE)
     for j in range(-3, 4):
-        row = tl.minimum(tl.maximum(y + j, 0), rows - 1) * columns
-        down = 4 - tl.where(j < 0, -j, j)
         for i in range(-3, 4):
-            at = row + tl.minimum(tl.maximum(x + i, 0), columns - 1)
-            share = (down * (4 - tl.where(i < 0, -i, i))) * 0.00390625
-            value = tl.load(plane + at, mask=live, other=0)
+            share = triangle(i, j, 3)
+            value = tl.load(plane + neighbour(x, y, i, j, rows, columns), mask=live, other=0)
             if SQUARED:
                 total += value * value * share
             else:
@@ -118,18 +124,18 @@ def open_frames(
     frame, place, live = block_of(samples, BLOCK)
     x = place % columns
     y = place // columns
+    plane = coverage + frame * samples
     total = tl.zeros((BLOCK,), COMPUTE)
     for j in range(-1, 2):
-        row = tl.minimum(tl.maximum(y + j, 0), rows - 1)
+        row = padded(y + j, rows, False)
         for i in range(-1, 2):
-            column = tl.minimum(tl.maximum(x + i, 0), columns - 1)
+            column = padded(x + i, columns, False)
             least = tl.full((BLOCK,), float("inf"), COMPUTE)
             for n in range(-1, 2):
-                line = tl.minimum(tl.maximum(row + n, 0), rows - 1) * columns
                 for m in range(-1, 2):
-                    at = line + tl.minimum(tl.maximum(column + m, 0), columns - 1)
-                    least = tl.minimum(least, tl.load(coverage + frame * samples + at, mask=live, other=1))
-            total += least * ((2 - tl.where(j < 0, -j, j)) * (2 - tl.where(i < 0, -i, i)) * 0.0625)
+                    at = neighbour(column, row, m, n, rows, columns)
+                    least = tl.minimum(least, tl.load(plane + at, mask=live, other=1))
+            total += least * triangle(i, j, 1)
     opened_share = tl.minimum(tl.maximum(2 * total - 1, 0.0), 1.0)
     tl.store(found + frame * samples + place, opened_share, mask=live)
 

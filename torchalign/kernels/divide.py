@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.climb import MOST_BINS, newton_step, settled, waves
+from torchalign.kernels.climb import MOST_BINS, derivatives, newton_step, settled
 from torchalign.kernels.sampling import block_of, divide, kernel_dtype, launch, operator
 
 __all__ = ["climb_divided", "divided_frames", "overlap_frames", "overlaps"]
@@ -90,41 +90,19 @@ def divided_frames(
         for which in range(3):
             own = spectra + (which * frames + frame) * bins * 2
             other = own + tl.cast(frames, tl.int64) * bins * 6
-            c00 = tl.zeros((BLOCK,), COMPUTE)
-            c10 = tl.zeros((BLOCK,), COMPUTE)
-            c01 = tl.zeros((BLOCK,), COMPUTE)
-            c20 = tl.zeros((BLOCK,), COMPUTE)
-            c02 = tl.zeros((BLOCK,), COMPUTE)
-            c11 = tl.zeros((BLOCK,), COMPUTE)
-            for first in range(0, bins, BLOCK):
-                place = first + tl.arange(0, BLOCK)
-                live = place < bins
-                y, x, often, cosine, sine = waves(place, bins, columns, fy, fx, shift_x, shift_y, COMPUTE)
-                a = tl.load(own + 2 * place, mask=live, other=0)
-                b = tl.load(own + 2 * place + 1, mask=live, other=0)
-                c = tl.load(other + 2 * place, mask=live, other=0)
-                d = tl.load(other + 2 * place + 1, mask=live, other=0)
-                real = a * c + b * d
-                imaginary = a * d - b * c
-                along = (real * cosine - imaginary * sine) * often
-                across = (real * sine + imaginary * cosine) * often
-                c00 += along
-                c10 -= x * across
-                c01 -= y * across
-                c20 -= x * x * along
-                c02 -= y * y * along
-                c11 -= x * y * along
-            value = tl.sum(c00, 0)
+            value, x1, y1, xx, yy, xy = derivatives(
+                own, other, bins, columns, fy, fx, shift_x, shift_y, True, COMPUTE, BLOCK
+            )
             peak = peak & (value > 0)
             safe = tl.where(value > 0, value, 1.0)
             share = tl.where(which == 0, 1.0, -0.5).to(COMPUTE)
-            x1 = divide(tl.sum(c10, 0), safe)
-            y1 = divide(tl.sum(c01, 0), safe)
+            x1 = divide(x1, safe)
+            y1 = divide(y1, safe)
             gx += share * x1
             gy += share * y1
-            hxx += share * (divide(tl.sum(c20, 0), safe) - x1 * x1)
-            hyy += share * (divide(tl.sum(c02, 0), safe) - y1 * y1)
-            hxy += share * (divide(tl.sum(c11, 0), safe) - x1 * y1)
+            hxx += share * (divide(xx, safe) - x1 * x1)
+            hyy += share * (divide(yy, safe) - y1 * y1)
+            hxy += share * (divide(xy, safe) - x1 * y1)
         determinant = hxx * hyy - hxy * hxy
         peak = peak & (hxx < 0) & (determinant > 0)
         step_x, step_y = newton_step(gx, gy, hxx, hyy, hxy, determinant, peak, 0.3)

@@ -87,6 +87,7 @@ def resample_frames(
     frames,  # (N, C, H, W), by its strides
     motion,  # (N, 2 | 6 | 9)
     mask,  # (N, H, W), 0 and 1, by its strides
+    local,  # (N, 2, h, w), shifts on top of the motion
     values,  # (N, C, h, w)
     validity,  # (N, h, w), 0 and 1
     fill: tl.float64,
@@ -107,6 +108,7 @@ def resample_frames(
     FLOATING: tl.constexpr,
     MASKED: tl.constexpr,
     FILLED: tl.constexpr,
+    LOCAL: tl.constexpr,
     LOWEST: tl.constexpr,
     HIGHEST: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -123,8 +125,9 @@ def resample_frames(
 
     LENGTH: tl.constexpr = 2 if KIND == 0 else (6 if KIND == 1 else 9)
     column, row, fx, fy, near_column, near_row, inside = source_of(
-        motion + frame * LENGTH, x, y, height, width, KIND, POSITION, COMPUTE
-    )
+        motion + frame * LENGTH, x, y, height, width, local + frame * 2 * rows * columns + place, rows * columns,
+        live, LOCAL, KIND, POSITION, COMPUTE,
+    )  # fmt: skip
     near_column = padded(near_column, width, PADDING == 2).to(INDEX)
     near_row = padded(near_row, height, PADDING == 2).to(INDEX)
     near_mask = near_row * mask_row + near_column * mask_column
@@ -172,6 +175,7 @@ def resample(
     padding_mode: str,
     fill_value: float | None,
     step: int = 1,
+    local: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """What :func:`torchalign.functional.warp.resample` gives, with every option of ``resample``.
 
@@ -183,6 +187,7 @@ def resample(
         padding_mode: ``"border"``, ``"zeros"`` or ``"reflection"``.
         fill_value: or ``None``.
         step: of the lattice of output pixels.
+        local: (..., T, 2, h, w), shifts (x, y) on top of the motion, in pixels, of its dtype; or ``None``.
 
     Returns:
         The values and their validity; ``None`` for a dtype that the kernel does not take.
@@ -192,7 +197,7 @@ def resample(
     flat = motion if motion.shape[-1] == 2 else motion.flatten(-2)
     if not flat.dtype.is_floating_point or flat.dtype.itemsize < 4:
         flat = flat.float()
-    return tuple(_resample(cube, flat, mask, interpolation, padding_mode, fill_value, step))
+    return tuple(_resample(cube, flat, mask, interpolation, padding_mode, fill_value, step, local))
 
 
 def _resampled_like(cube: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -213,6 +218,7 @@ def _resample(
     padding_mode: str,
     fill_value: float | None,
     step: int,
+    local: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     lead, (bands, height, width) = cube.shape[:-3], cube.shape[-3:]
     count = math.prod(lead)
@@ -232,6 +238,7 @@ def _resample(
         frames,
         motion,
         masks,
+        motion if local is None else local.contiguous(),
         values,
         validity.view(torch.uint8),
         0.0 if fill_value is None else fill_value,
@@ -247,6 +254,7 @@ def _resample(
         FLOATING=cube.dtype.is_floating_point,
         MASKED=mask is not None,
         FILLED=fill_value is not None,
+        LOCAL=local is not None,
         LOWEST=limits[0],
         HIGHEST=limits[1],
         COMPUTE=compute,

@@ -29,10 +29,13 @@ __all__ = [
     "kernel_dtype",
     "launch",
     "lerp",
+    "neighbour",
     "operator",
     "padded",
     "read",
     "source_of",
+    "spline_weight",
+    "triangle",
     "wave_of",
 ]
 
@@ -134,9 +137,18 @@ def displacement(motion, x, y, KIND: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def source_of(motion, x, y, height, width, KIND: tl.constexpr, POSITION: tl.constexpr, COMPUTE: tl.constexpr):
-    """Whole and fractional source positions, the nearest pixel, and whether it is one of the frame's."""
+def source_of(
+    motion, x, y, height, width, local, samples, live,
+    LOCAL: tl.constexpr, KIND: tl.constexpr, POSITION: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Whole and fractional source positions, the nearest pixel, and whether it is one of the frame's.
+
+    ``LOCAL``: with shifts on top of the motion, those along y ``samples`` places after those along x.
+    """
     dx, dy = displacement(motion, x.to(POSITION), y.to(POSITION), KIND, POSITION)
+    if LOCAL:
+        dx = bounded(dx + tl.load(local, mask=live, other=0).to(POSITION))
+        dy = bounded(dy + tl.load(local + samples, mask=live, other=0).to(POSITION))
     whole_x = tl.floor(dx)
     whole_y = tl.floor(dy)
     fx = (dx - whole_x).to(COMPUTE)
@@ -157,6 +169,20 @@ def padded(index, length, REFLECT: tl.constexpr):
         index = ((index % period) + period) % period
         index = tl.minimum(index, period - 1 - index)
     return tl.minimum(tl.maximum(index, 0), length - 1)
+
+
+@triton.jit
+def neighbour(x, y, i, j, rows, columns):
+    """The place of the sample that lies i columns and j rows further, the border continued."""
+    return padded(y + j, rows, False) * columns + padded(x + i, columns, False)
+
+
+@triton.jit
+def triangle(i, j, REACH: tl.constexpr):
+    """That sample's weight in a triangular mean over 2 ``REACH`` + 1 samples a side."""
+    far_y = tl.where(j < 0, -j, j)
+    far_x = tl.where(i < 0, -i, i)
+    return ((REACH + 1 - far_y) * (REACH + 1 - far_x)) * (1.0 / (REACH + 1) ** 4)
 
 
 @triton.jit
@@ -275,3 +301,21 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
         return argument.view(torch.uint8) if argument.dtype == torch.bool else argument
 
     kernel[(programs,)](*map(given, arguments), enable_fp_fusion=False, **constants)
+
+
+@triton.jit
+def spline_weight(fraction, TAP: tl.constexpr):
+    """Of a cubic B-spline, of the coefficient at ``TAP`` − 1 from ⌊x⌋; the four sum to 1."""
+    rest = 1 - fraction
+    right = ((0.5 - fraction * (1 / 3)) * fraction + 0.5) * fraction + (1 / 6)
+    first = rest * rest * rest * (1 / 6)
+    last = fraction * fraction * fraction * (1 / 6)
+    if TAP == 0:
+        weight = first
+    elif TAP == 1:
+        weight = 1 - right - first
+    elif TAP == 2:
+        weight = right - last
+    else:
+        weight = last
+    return weight

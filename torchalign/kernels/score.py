@@ -27,10 +27,12 @@ _BLOCK = 256
 
 
 @triton.jit
-def _nearest(motion, x, y, height, width, KIND: tl.constexpr, COMPUTE: tl.constexpr):
+def _nearest(
+    motion, local, samples, x, y, height, width, live, LOCAL: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr
+):  # fmt: skip
     """Whole and fractional source positions, the nearest pixel, and whether it is one of the frame's."""
     column, row, fx, fy, near_column, near_row, inside = source_of(
-        motion, x, y, height, width, KIND, COMPUTE, COMPUTE
+        motion, x, y, height, width, local, samples, live, LOCAL, KIND, COMPUTE, COMPUTE
     )
     near = padded(near_row, height, False).to(tl.int64) * width + padded(near_column, width, False)
     return column, row, fx, fy, near, inside
@@ -61,6 +63,7 @@ def score_frames(
     moving_usable,  # (N, H, W), 0 and 1
     reference_usable,  # (N or 1 a group, H, W), 0 and 1
     weight,  # (N, h, w)
+    local,  # (N, 2, h, w), added to the last motion
     scores,  # (N, S + 1)
     frames,
     group,  # frames that share a reference
@@ -72,6 +75,7 @@ def score_frames(
     MASKED: tl.constexpr,
     REFERENCE_MASKED: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    LOCAL: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -109,16 +113,18 @@ def score_frames(
         if REFERENCE_MASKED:
             ground = ground & (tl.load(other_usable + here, mask=live, other=0) != 0)
         value = tl.load(plane + here, mask=live, other=0).to(COMPUTE)
-        for stage in range(STAGES):
+        shifts = local + frame * 2 * rows * columns + place
+        for stage in tl.static_range(STAGES):
             motion = motions + (stage * frames + frame) * LENGTH
-            _, _, _, _, near, inside = _nearest(motion, x, y, height, width, KIND, COMPUTE)
+            column, row, fx, fy, near, inside = _nearest(
+                motion, shifts, rows * columns, x, y, height, width, live,
+                LOCAL and stage == STAGES - 1, KIND, COMPUTE,
+            )  # fmt: skip
             ground = ground & inside
             if MASKED:
                 ground = ground & (tl.load(usable + near, mask=live, other=0) != 0)
-        if chosen < STAGES:
-            motion = motions + (chosen * frames + frame) * LENGTH
-            column, row, fx, fy, _, _ = _nearest(motion, x, y, height, width, KIND, COMPUTE)
-            value = _bicubic(plane, usable, column, row, fx, fy, height, width, live, MASKED, COMPUTE)
+            if chosen == stage:
+                value = _bicubic(plane, usable, column, row, fx, fy, height, width, live, MASKED, COMPUTE)
         own = ground.to(COMPUTE)
         if WEIGHTED:
             own = own * tl.load(weight + frame * rows * columns + place, mask=live, other=0).to(COMPUTE)
@@ -160,6 +166,7 @@ def score(
     reference_usable: Tensor | None,
     weight: Tensor | None,
     step: int,
+    local: Tensor | None = None,
 ) -> Tensor:
     """Zero-normalised cross-correlations over the ground that all motions leave in sight.
 
@@ -171,13 +178,14 @@ def score(
         reference_usable: bool, (..., 1 or T, H, W), or ``None``.
         weight: ≥ 0, (..., T, h, w) over the lattice, or ``None``.
         step: of the lattice, in pixels.
+        local: (..., T, 2, h, w), shifts (x, y) on top of the last motion, in pixels; or ``None``.
 
     Returns:
         (..., T, S + 1): under each of the S motions, and under none; 0 where one of the two is flat.
     """
     flat = [motion if motion.shape[-1] == 2 else motion.flatten(-2) for motion in motions]
     stacked = torch.stack(flat).to(moving.dtype)
-    return _score(moving, reference, stacked, moving_usable, reference_usable, weight, step)
+    return _score(moving, reference, stacked, moving_usable, reference_usable, weight, step, local)
 
 
 def _scores_like(moving: Tensor, motions: Tensor) -> Tensor:
@@ -193,6 +201,7 @@ def _score(
     reference_usable: Tensor | None,
     weight: Tensor | None,
     step: int,
+    local: Tensor | None,
 ) -> Tensor:
     scores = _scores_like(moving, motions)
     if scores.numel() == 0:
@@ -223,6 +232,7 @@ def _score(
         plane(moving_usable),
         plane(reference_usable),
         moving if weight is None else weight,
+        moving if local is None else local,
         scores,
         frames,
         moving.shape[-3] if shared else 1,
@@ -234,6 +244,7 @@ def _score(
         MASKED=moving_usable is not None,
         REFERENCE_MASKED=reference_usable is not None,
         WEIGHTED=weight is not None,
+        LOCAL=local is not None,
         COMPUTE=kernel_dtype(moving),
         BLOCK=_BLOCK,
     )

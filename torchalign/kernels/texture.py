@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import block_of, divide, kernel_dtype, launch, operator
+from torchalign.kernels.sampling import (
+    block_of,
+    divide,
+    kernel_dtype,
+    launch,
+    neighbour,
+    operator,
+    triangle,
+)
 
 __all__ = ["MOST_PIXELS", "cover_frames", "coverage", "fill", "fill_frames", "mean_frames"]
 
@@ -69,11 +77,9 @@ def fill_frames(
         weight = tl.zeros((BLOCK,), COMPUTE)
         # 7 × 7 pixels, triangular, the border continued
         for j in range(-3, 4):
-            row = tl.minimum(tl.maximum(y + j, 0), height - 1) * width
-            down = 4 - tl.where(j < 0, -j, j)
             for i in range(-3, 4):
-                at = row + tl.minimum(tl.maximum(x + i, 0), width - 1)
-                share = (down * (4 - tl.where(i < 0, -i, i))) * 0.00390625
+                at = neighbour(x, y, i, j, height, width)
+                share = triangle(i, j, 3)
                 seen = tl.load(mask + at, mask=live & ~good, other=0) != 0
                 value = tl.load(plane + at, mask=live & ~good, other=0) - mean
                 total += tl.where(seen, value, 0.0) * share

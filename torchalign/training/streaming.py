@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from torchalign._check import check_number, message
+from torchalign._check import check_kind, check_number, message
+from torchalign._graphs import may_record, recorded
 
 __all__ = ["stream"]
 
@@ -56,6 +57,7 @@ def stream(
     batch_size: int,
     device: torch.device | str | None = None,
     buffers: int = 2,
+    graph: bool | None = None,
 ) -> Iterator[Any]:
     """Apply ``function`` to one part of the cubes after the other, on a device that could not hold them.
 
@@ -64,12 +66,16 @@ def stream(
     longer. A result is given out as soon as it has arrived, in order::
 
         aligner, reference = ta.PCC(), reference.to("cuda")
-        run = ta.stream(lambda part: aligner(part, reference), cube, batch_size=64, device="cuda")
+        run = ta.stream(functools.partial(aligner, reference=reference), cube, batch_size=64, device="cuda")
         for first, (aligned, estimate) in zip(range(0, len(cube), 64), run):
             out[first : first + 64] = aligned
 
+    An aligner is recorded as a CUDA graph at the second part, and the next ones are one launch each; the last,
+    shorter part runs as it is called, as all do where a gradient is asked for. The graph holds one more part and its
+    result, and what a call needs, until all parts are done.
+
     On the CPU the same parts are computed in the same order, without copies. A function that gives out the same
-    memory again, as a CUDA graph does, must clone it: the copy to the host may still be on its way.
+    memory again must clone it: the copy to the host may still be on its way.
 
     Args:
         function: takes the parts of the cubes, on the device; returns a tensor, or tuples, lists and dicts of them.
@@ -78,6 +84,9 @@ def stream(
         batch_size: frames in a part.
         device: where to compute; ``None``: the first GPU, or else the CPU.
         buffers: parts on their way at the same time, at least 2: device memory for so many parts and results.
+        graph: whether to record three and more whole parts. By default only what is known to do the same to every part:
+            an aligner, its ``estimate``, and a ``functools.partial`` of them. ``True``: any function; what it does in
+            Python, such as to take the next of a list, is then done for the first two parts alone.
 
     Yields:
         What ``function`` returned for every part, on the host, not pinned: yours to keep.
@@ -94,6 +103,8 @@ def stream(
     """
     check_number("batch_size", batch_size, minimum=1)
     check_number("buffers", buffers, minimum=2)
+    if graph is not None:
+        check_kind("graph", graph, bool, "True, False or None", "give a bool")
     length = _length(cubes)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,6 +114,8 @@ def stream(
     parts = [slice(first, first + int(batch_size)) for first in range(0, length, int(batch_size))]
     if place.type == "cpu":
         return (function(*(None if cube is None else cube[part] for cube in cubes)) for part in parts)
+    if graph or (graph is None and may_record(function)):
+        function = recorded(function, place, length // int(batch_size))
     return _run(function, cubes, parts, _Device(place), int(buffers))
 
 

@@ -1,0 +1,357 @@
+"""Local shifts: frames read where a field says, how alike they are, and the derivatives by it, a kernel each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchalign.kernels.sampling import (
+    block_of,
+    divide,
+    kernel_dtype,
+    launch,
+    lerp,
+    neighbour,
+    operator,
+    spline_weight,
+    triangle,
+)
+
+__all__ = ["differentiate", "differentiate_frames", "read_frames", "read_splines", "weigh", "weigh_frames"]
+
+_BLOCK = 512
+
+
+@triton.jit
+def _whole_and_fraction(at, length, pad):
+    """Of a position that is kept where the frame is continued; what is no number lies before it."""
+    at = tl.where(at == at, at, -pad)
+    at = tl.minimum(tl.maximum(at, 2 - pad), length + (pad - 3))
+    whole = tl.floor(at)
+    return whole, at - whole
+
+
+@triton.jit
+def _near(whole, samples, length, COMPUTE: tl.constexpr):
+    """The sample nearest to the middle of a pixel."""
+    scale = divide(tl.zeros_like(whole) + samples, tl.zeros_like(whole) + length)
+    return tl.minimum(tl.maximum((whole + 0.5) * scale + 0.5, 0).to(tl.int32), samples - 1)
+
+
+@triton.jit
+def read_frames(
+    coefficients,  # (N, H + 2P, W + 2P)
+    weights,  # (N, h, w)
+    at,  # (1 or N, 2, h, w)
+    values,  # (N, h, w)
+    inside,  # (N, h, w)
+    usable,  # (N, h, w)
+    height,
+    width,
+    rows,
+    columns,
+    pad,  # pixels by which the frame is continued
+    each,  # 1 where every frame has its own positions, else 0
+    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of samples of one frame."""
+    samples = rows * columns
+    frame, place, live = block_of(samples, BLOCK)
+    here = at + frame * each * 2 * samples + place
+    x = tl.load(here, mask=live, other=0)
+    y = tl.load(here + samples, mask=live, other=0)
+    within = (x > -0.5) & (x < width - 0.5) & (y > -0.5) & (y < height - 0.5)
+    column, fx = _whole_and_fraction(x, width, pad)
+    row, fy = _whole_and_fraction(y, height, pad)
+    line = width + 2 * pad
+    first = (row.to(tl.int32) + (pad - 1)) * line + column.to(tl.int32) + (pad - 1)
+    plane = coefficients + frame * line * (height + 2 * pad)
+    total = tl.zeros((BLOCK,), COMPUTE)
+    for j in tl.static_range(4):
+        part = tl.zeros((BLOCK,), COMPUTE)
+        for i in tl.static_range(4):
+            part += spline_weight(fx, i) * tl.load(plane + first + (j * line + i), mask=live, other=0)
+        total += spline_weight(fy, j) * part
+    out = frame * samples + place
+    tl.store(values + out, total, mask=live)
+    tl.store(inside + out, within.to(COMPUTE), mask=live)
+    if MASKED:
+        near = _near(row, rows, height, COMPUTE) * columns + _near(column, columns, width, COMPUTE)
+        tl.store(usable + out, tl.load(weights + frame * samples + near, mask=live, other=0), mask=live)
+
+
+@triton.jit
+def weigh_frames(
+    own,  # (N, h, w)
+    field,  # (1 or N, h, w)
+    inside,  # (N, h, w)
+    usable,  # (N, h, w)
+    weights,  # (1 or N, h, w)
+    similarity,  # (N, h, w)
+    weighted,  # (2, N, h, w)
+    frames,
+    rows,
+    columns,
+    each_field,  # 1 where every frame has its own, else 0
+    each_weight,
+    MASKED: tl.constexpr,
+    TINY: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of samples of one frame; means over 7 × 7 samples, triangular, the border continued."""
+    samples = rows * columns
+    frame, place, live = block_of(samples, BLOCK)
+    x = place % columns
+    y = place // columns
+    plane = own + frame * samples
+    other = field + frame * each_field * samples
+    both = tl.zeros((BLOCK,), COMPUTE)
+    square = tl.zeros((BLOCK,), COMPUTE)
+    other_square = tl.zeros((BLOCK,), COMPUTE)
+    for j in range(-3, 4):
+        for i in range(-3, 4):
+            near = neighbour(x, y, i, j, rows, columns)
+            share = triangle(i, j, 3)
+            a = tl.load(plane + near, mask=live, other=0)
+            b = tl.load(other + near, mask=live, other=0)
+            both += a * b * share
+            square += a * a * share
+            other_square += b * b * share
+    both = tl.maximum(both, 0.0)
+    found = divide(both * both, square * other_square + TINY)
+    found = tl.minimum(found * found, 1.0)
+    out = frame * samples + place
+    tl.store(similarity + out, found, mask=live)
+    weight = found * tl.load(inside + out, mask=live, other=0)
+    counts = tl.load(weights + frame * each_weight * samples + place, mask=live, other=0)
+    if MASKED:
+        counts = tl.load(usable + out, mask=live, other=0) * counts
+    weight = weight * counts
+    residual = tl.load(other + place, mask=live, other=0) - tl.load(plane + place, mask=live, other=0)
+    tl.store(weighted + out, weight * (residual * residual), mask=live)
+    tl.store(weighted + tl.cast(frames, tl.int64) * samples + out, weight, mask=live)
+
+
+@triton.jit
+def _mean_at(plane, other, at, live):
+    """Of frame and reference, halfway."""
+    return lerp(tl.load(plane + at, mask=live, other=0), tl.load(other + at, mask=live, other=0), 0.5)
+
+
+@triton.jit
+def differentiate_frames(
+    own,  # (N, h, w)
+    field,  # (1 or N, h, w)
+    weight,  # (N, h, w)
+    around,  # (2, N, h, w)
+    whole,  # (2, N)
+    local,  # (N, 2, h, w)
+    products,  # (N, 3, h, w)
+    pull,  # (N, 2, h, w)
+    frames,
+    rows,
+    columns,
+    each_field,  # 1 where every frame has its own, else 0
+    down: tl.float64,  # samples a pixel
+    along: tl.float64,
+    least: tl.float64,  # variance of a sample, of the frame's
+    redundancy: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of samples of one frame; central differences of fourth order."""
+    samples = rows * columns
+    frame, place, live = block_of(samples, BLOCK)
+    x = place % columns
+    y = place // columns
+    plane = own + frame * samples
+    other = field + frame * each_field * samples
+    gx = tl.zeros((BLOCK,), COMPUTE)
+    gy = tl.zeros((BLOCK,), COMPUTE)
+    for step in tl.static_range(1, 3):
+        share = 2 / 3 if step == 1 else -1 / 12
+        right = _mean_at(plane, other, neighbour(x, y, step, 0, rows, columns), live)
+        left = _mean_at(plane, other, neighbour(x, y, -step, 0, rows, columns), live)
+        below = _mean_at(plane, other, neighbour(x, y, 0, step, rows, columns), live)
+        above = _mean_at(plane, other, neighbour(x, y, 0, -step, rows, columns), live)
+        gx += (right - left) * share
+        gy += (below - above) * share
+    gx = gx * tl.cast(along, COMPUTE)
+    gy = gy * tl.cast(down, COMPUTE)
+    nothing = tl.zeros((BLOCK,), COMPUTE)
+    typical = divide(
+        tl.load(whole + frame) + nothing, tl.maximum(tl.load(whole + frames + frame) + nothing, 1e-6)
+    )
+    out = frame * samples + place
+    square = tl.load(around + out, mask=live, other=0)
+    count = tl.load(around + tl.cast(frames, tl.int64) * samples + out, mask=live, other=0)
+    variance = tl.maximum(divide(square, count + 1e-3), typical * tl.cast(least, COMPUTE)) + 1e-6
+    precision = divide(tl.load(weight + out, mask=live, other=0), variance * tl.cast(redundancy, COMPUTE))
+    px = precision * gx
+    py = precision * gy
+    residual = tl.load(other + place, mask=live, other=0) - tl.load(plane + place, mask=live, other=0)
+    ux = tl.load(local + frame * 2 * samples + place, mask=live, other=0)
+    uy = tl.load(local + (frame * 2 + 1) * samples + place, mask=live, other=0)
+    tl.store(products + frame * 3 * samples + place, px * gx, mask=live)
+    tl.store(products + (frame * 3 + 1) * samples + place, px * gy, mask=live)
+    tl.store(products + (frame * 3 + 2) * samples + place, py * gy, mask=live)
+    tl.store(pull + frame * 2 * samples + place, px * (residual + gx * ux + gy * uy), mask=live)
+    tl.store(pull + (frame * 2 + 1) * samples + place, py * (residual + gx * ux + gy * uy), mask=live)
+
+
+def _programs(frames: Tensor) -> int:
+    return math.prod(frames.shape[:-2]) * triton.cdiv(frames.shape[-2] * frames.shape[-1], _BLOCK)
+
+
+def read_splines(
+    coefficients: Tensor, weights: Tensor | None, at: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See functional.local._read_frames.
+
+    Args:
+        coefficients: (N, H + 2P, W + 2P).
+        weights: (N, h, w) or ``None``.
+        at: (1 or N, 2, h, w).
+        size: (H, W).
+
+    Returns:
+        Values, 1 inside, and the nearest weight if there are weights; (N, h, w).
+    """
+    value, inside, usable = _read_splines(coefficients, weights, at, list(size))
+    return value, inside, None if weights is None else usable
+
+
+def _read_like(coefficients: Tensor, weights: Tensor | None, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (coefficients.shape[0], *at.shape[-2:])
+    usable = at.new_empty(0 if weights is None else shape)
+    return coefficients.new_empty(shape), coefficients.new_empty(shape), usable
+
+
+@operator("read_splines", _read_like)
+def _read_splines(
+    coefficients: Tensor, weights: Tensor | None, at: Tensor, size: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    value, inside, usable = _read_like(coefficients, weights, at)
+    if value.numel() > 0:
+        launch(
+            read_frames,
+            _programs(value),
+            coefficients,
+            coefficients if weights is None else weights,
+            at,
+            value,
+            inside,
+            usable,
+            *size,
+            *at.shape[-2:],
+            (coefficients.shape[-1] - size[1]) // 2,
+            int(at.shape[0] > 1),
+            MASKED=weights is not None,
+            COMPUTE=kernel_dtype(value),
+            BLOCK=_BLOCK,
+        )
+    return value, inside, usable
+
+
+def _weighed_like(own: Tensor) -> tuple[Tensor, Tensor]:
+    return own.new_empty(own.shape), own.new_empty((2, *own.shape))
+
+
+@operator("weigh", _weighed_like)
+def weigh(
+    own: Tensor, field: Tensor, inside: Tensor, usable: Tensor | None, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See functional.local._weigh: (N, h, w), but for a single reference's ``field`` and ``weights``."""
+    similarity, weighted = _weighed_like(own)
+    if own.numel() > 0:
+        launch(
+            weigh_frames,
+            _programs(own),
+            own,
+            field,
+            inside,
+            own if usable is None else usable,
+            weights,
+            similarity,
+            weighted,
+            own.shape[0],
+            *own.shape[-2:],
+            int(field.shape[0] > 1),
+            int(weights.shape[0] > 1),
+            MASKED=usable is not None,
+            TINY=torch.finfo(own.dtype).eps ** 2,
+            COMPUTE=kernel_dtype(own),
+            BLOCK=_BLOCK,
+        )
+    return similarity, weighted
+
+
+def differentiate(
+    own: Tensor,
+    field: Tensor,
+    weight: Tensor,
+    around: Tensor,
+    whole: Tensor,
+    local: Tensor,
+    samples: Sequence[float],
+    limits: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """See functional.local._differentiate: (N, 3, h, w) and (N, 2, h, w).
+
+    Args:
+        own: (N, h, w).
+        field: (1 or N, h, w).
+        weight: (N, h, w).
+        around: (2, N, h, w), weighted squares and weights, averaged around.
+        whole: (2, N), their sums.
+        local: (N, 2, h, w), the field.
+        samples: a pixel, (down, along).
+        limits: the least variance of a sample as a share of the frame's, and how many samples say as much as one.
+    """
+    return tuple(_differentiate(own, field, weight, around, whole, local, [*samples, *limits]))
+
+
+def _differentiated_like(own: Tensor) -> tuple[Tensor, Tensor]:
+    count, *size = own.shape
+    return own.new_empty((count, 3, *size)), own.new_empty((count, 2, *size))
+
+
+@operator("differentiate", _differentiated_like)
+def _differentiate(
+    own: Tensor,
+    field: Tensor,
+    weight: Tensor,
+    around: Tensor,
+    whole: Tensor,
+    local: Tensor,
+    numbers: list[float],
+) -> tuple[Tensor, Tensor]:
+    products, pull = _differentiated_like(own)
+    if own.numel() > 0:
+        launch(
+            differentiate_frames,
+            _programs(own),
+            own,
+            field,
+            weight,
+            around,
+            whole,
+            local,
+            products,
+            pull,
+            own.shape[0],
+            *own.shape[-2:],
+            int(field.shape[0] > 1),
+            *numbers,
+            COMPUTE=kernel_dtype(own),
+            BLOCK=_BLOCK,
+        )
+    return products, pull
