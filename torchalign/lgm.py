@@ -146,8 +146,8 @@ class LGM(Aligner):
         FileNotFoundError: weights that are needed are not here.
 
     Status: ``NO_TEXTURE`` without keypoints; ``TOO_FAR`` where many more matches agree on a translation beyond
-    ``max_translation``; ``TOO_FEW_MATCHES`` where no more agree than chance could bring about; then what the gate
-    says.
+    ``max_translation``; ``TOO_FEW_MATCHES`` where no more agree than chance could bring about; ``NOT_CONVERGED`` where
+    a refined translation is known no better than to 0.15 px; then what the gate says.
 
     An ``init`` is undone about the frame's centre before features are extracted, and guided matches lie around
     its translation.

@@ -56,7 +56,7 @@ class PCC(Aligner):
 
     Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``TOO_FAR`` where a clearly higher peak lies
     beyond ``max_translation``; ``NOT_CONVERGED`` where no peak stands out of the correlation surface by 5
-    standard deviations, or σ exceeds ``max_sigma``; ``AMBIGUOUS`` where a direction is not fixed, or σ exceeds
+    standard deviations, nor the second one out of chance by 5.5, or σ exceeds ``max_sigma``; ``AMBIGUOUS`` where a direction is not fixed, or σ exceeds
     ``max_sigma`` because parts of the frame disagree; then what the gate says.
 
     References:

@@ -449,18 +449,18 @@ def _textures(
 ) -> list[Texture]:
     """:func:`~torchalign.functional.texture.extract_pyramid`, its fields not weighted yet: a hole's edge would pull.
 
-    Samples beside a hole show what filled it: they count nothing where enough are left without them.
+    Samples beside a hole show what filled it: on the finest level they count nothing where enough are left.
     """
     seen: dict[str, Any] = {"contrast": contrast, "blur": blur, "floor": floor}
-    found = []
-    for texture in extract_pyramid(image, mask, grids=grids, cover=True, **seen):
-        if texture.weights is not None and texture.cover is not None and texture.detail is not None:
-            cover, weights = texture.cover, texture.weights
-            enough = cover.mean((-2, -1)) >= _LEAST_COVER * weights.mean((-2, -1))
-            weights = torch.where(enough[..., None, None], cover, weights)
-            texture = texture._replace(field=texture.detail, weights=weights)
-        found.append(texture)
-    return found
+    finest, *coarser = (
+        texture if texture.detail is None else texture._replace(field=texture.detail)
+        for texture in extract_pyramid(image, mask, grids=grids, cover=True, **seen)
+    )
+    if finest.weights is not None and finest.cover is not None:
+        enough = torch.sub(finest.cover, finest.weights, alpha=_LEAST_COVER).mean((-2, -1)) >= 0
+        weights = torch.where(enough[..., None, None], finest.cover, finest.weights)
+        finest = finest._replace(weights=weights)
+    return [finest, *coarser]
 
 
 def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, taper: float = 0.15) -> Level:

@@ -596,9 +596,12 @@ class _Pair(NamedTuple):
     def share_of(self, same: Tensor) -> Tensor:
         """(...,) in (0, 1]: how much of what both could show they show alike."""
         share = same.detach().mean((-2, -1))
-        for texture in (self.moving, self.reference):
-            if texture.weights is not None:
-                share = share / texture.weights.mean((-2, -1)).clamp(min=_LEAST_SHARE)
+        usable = [
+            one.weights.mean((-2, -1)) for one in (self.moving, self.reference) if one.weights is not None
+        ]
+        if usable:
+            whole = usable[0] if len(usable) == 1 else usable[0] * usable[1]
+            share = share / whole.clamp(min=_LEAST_SHARE)
         return share.clamp(_LEAST_SHARE, 1)
 
     def holes(self) -> Tensor | None:

@@ -122,7 +122,7 @@ def extract_pyramid(
         grids: what each level is sampled on, over frames of this size; the first one has the widest band.
         contrast: as in :func:`extract_texture`.
         blur: σ of a Gaussian in pixels.
-        cover: as in :func:`extract_texture`.
+        cover: as in :func:`extract_texture`, of the first level.
         floor: the share of the mean local variance that the c of :func:`local_contrast` is at least. Flat ground beside
             an edge shows the edge's window, which does not scale as the ground does.
 
@@ -136,12 +136,12 @@ def extract_pyramid(
     if contrast == "structure":  # which does not tell how strong the contrast is
         empty, noise = empty | (_deviation(centred) <= noise), torch.zeros_like(noise)
     bands = [(grid.size, grid.max_frequency) for grid in grids]
-    textures = []
+    textures: list[Texture] = []
     for grid, limited in zip(grids, low_pass(seen, bands, blur=blur), strict=True):
         coverage = None if mask is None else _coverage(mask, grid)
         weights = None if coverage is None else _weights(coverage)
         texture = _standardized(limited, weights, noise, empty, contrast, floor)
-        if cover and coverage is not None:
+        if cover and coverage is not None and not textures:
             texture = texture._replace(cover=_cover(coverage))
         textures.append(texture)
     return textures
