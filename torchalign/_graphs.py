@@ -85,8 +85,9 @@ class _CudaRecorder:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
                     found = call()
             except BaseException:
-                # else torch goes on as if it recorded, and keeps what other streams have used
-                with suppress(RuntimeError, AttributeError):  # it does not, or is a version that has no such call
+                # else torch goes on as if it recorded, and keeps what other streams have used; or it does not, or is
+                # a version without this call
+                with suppress(RuntimeError, AttributeError):
                     torch._C._cuda_endAllocateToPool(self._device.index, self._memory)
                 raise
             finally:
