@@ -169,7 +169,8 @@ class Graphs:
         if shape is None:  # maybe it never comes again
             while len(self._shapes) >= _MOST_SHAPES:
                 self._shapes.popitem(last=False)
-            shape = _Shape([None if tensor is None else _own(tensor) for tensor in given])
+            contiguous = {"memory_format": torch.contiguous_format}
+            shape = _Shape([None if one is None else one.detach().clone(**contiguous) for one in given])
             found = self._function(*shape.given)
             if carries_gradient(*_tensors_in(tree_leaves(found))):  # by a parameter
                 self._give_up()
@@ -207,10 +208,6 @@ class Graphs:
 
 def _tensors_in(leaves: Sequence[Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _copied(found: Any) -> Any:
