@@ -86,7 +86,9 @@ class _CudaRecorder:
                     found = call()
             except BaseException:
                 # else torch goes on as if it recorded, and keeps what other streams have used
-                with suppress(RuntimeError, AttributeError):  # it does not, or is a version that has no such call
+                with suppress(
+                    RuntimeError, AttributeError
+                ):  # it does not, or is a version that has no such call
                     torch._C._cuda_endAllocateToPool(self._device.index, self._memory)
                 raise
             finally:
