@@ -371,7 +371,8 @@ class Lines(_Positioned):
     def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
         """See :class:`Sampler`."""
         column, row = self.positions[:2]
-        across, down = (cubic_weights(fraction, magnitudes=magnitudes) for fraction in (self.x, self.y))
+        weights = cubic_weights(torch.stack((self.x, self.y)), magnitudes=magnitudes)
+        across, down = zip(*(weight.unbind() for weight in weights), strict=True)
         lines = _sum_of_lines(down, self._rows(planes, row, range(-1, 3)))
         return _sum_of_lines(across, self._columns(lines, column, range(-1, 3)))
 

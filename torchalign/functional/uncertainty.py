@@ -304,7 +304,7 @@ def assess_peak(
     inverse, regular = _inverse(xx, yy, xy)
     # by which the weights shorten the way from where they fit
     correction = _product(inverse, _symmetric(*overlap) * value[..., None, None])
-    value, whole = value.detach(), tuple(one.detach() for one in whole)
+    value, whole = value.detach(), (whole[0].detach(), whole[1].detach(), whole[2].detach())
     inverse, ground, share = inverse.detach(), (xx.detach(), yy.detach(), xy.detach()), correction.detach()
     moments = scatter.flatten(-2).unbind(-1)
     spread = _symmetric(moments[2], moments[10], moments[6]) * (CALIBRATION[0] * bins)[..., None, None]
