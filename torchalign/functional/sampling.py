@@ -396,9 +396,7 @@ class Lines(_Positioned):
     def _indices(self, first: Tensor, count: int, length: int, taps: range) -> Tensor:
         """(..., T, step · n): of all taps of ``count`` lines from the first (..., T, 1) on, phase after phase."""
         each = count + (len(taps) - 1) // self.step
-        along = torch.arange(each, device=first.device) * self.step
-        if self.step > 1:
-            along = (along + torch.arange(self.step, device=first.device)[:, None]).flatten()
+        along = torch.arange(each * self.step, device=first.device).reshape(each, self.step).mT.flatten()
         return _padded(first + (along + taps.start), length, self.padding_mode)
 
     def _slices(self, count: int, taps: range) -> list[tuple[int, slice]]:

@@ -300,17 +300,19 @@ def assess_peak(
 
     value, _, xx, _, xy, _, yy, *_ = derivatives.flatten(-2).unbind(-1)
     whole = -xx, -yy, -xy
-    xx, yy, xy = (torch.addcmul(one, value, other, value=-1) for one, other in zip(whole, overlap, strict=True))
-    inverse, regular = _inverse(xx, yy, xy)
+    xx, yy, xy = (
+        torch.addcmul(one, value, other, value=-1) for one, other in zip(whole, overlap, strict=True)
+    )
+    inverse, regular = _inverted(xx, yy, xy)
     # by which the weights shorten the way from where they fit
-    correction = _product(inverse, _symmetric(*overlap) * value[..., None, None])
+    correction = _times(inverse, _symmetric(*overlap) * value[..., None, None])
     value, whole = value.detach(), (whole[0].detach(), whole[1].detach(), whole[2].detach())
     inverse, ground, share = inverse.detach(), (xx.detach(), yy.detach(), xy.detach()), correction.detach()
     moments = scatter.flatten(-2).unbind(-1)
     spread = _symmetric(moments[2], moments[10], moments[6]) * (CALIBRATION[0] * bins)[..., None, None]
-    covariance = _product(_product(inverse, spread), inverse)
+    covariance = _times(_times(inverse, spread), inverse)
     # what the weights do to higher orders, in small and smooth frames
-    covariance = covariance + CALIBRATION[1] * _product(share, share.mT)
+    covariance = covariance + CALIBRATION[1] * _times(share, share.mT)
     unknown = torch.diag_embed(torch.full_like(covariance[..., 0], torch.inf))
     covariance = torch.where(regular[..., None, None], covariance, unknown)
 
@@ -337,7 +339,7 @@ def _symmetric(xx: Tensor, yy: Tensor, xy: Tensor) -> Tensor:
     return torch.stack((xx, xy, xy, yy), -1).reshape(*xx.shape, 2, 2)
 
 
-def _inverse(xx: Tensor, yy: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
+def _inverted(xx: Tensor, yy: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
     """(..., 2, 2), of symmetric matrices, 0 where one has no positive determinant; and where it has."""
     determinant = xx * yy - xy.square()
     regular = determinant > 0
@@ -345,6 +347,6 @@ def _inverse(xx: Tensor, yy: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(regular[..., None, None], turned, 0.0), regular
 
 
-def _product(one: Tensor, other: Tensor) -> Tensor:
+def _times(one: Tensor, other: Tensor) -> Tensor:
     """Of (..., 2, 2) matrices, to full precision."""
     return (one.unsqueeze(-1) * other.unsqueeze(-3)).sum(-2)
