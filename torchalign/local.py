@@ -120,7 +120,7 @@ class Local(Aligner):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """To another device or dtype; tie points keep their digits."""
         points = self.tie_points
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if points is not None and self.tie_points is not None and self.tie_points.dtype != points.dtype:
             self.tie_points = points.to(self.tie_points.device)
         return self
