@@ -772,6 +772,47 @@ MUTATIONS = [
         "torch.where(trusted[..., None, None], warps[1], warps[0]),", "warps[1],",
         "tests/test_ecc.py -k 'one_image'",
     ),
+    # --- CUDA graphs ---
+    Mutation(
+        "graphs-results-alias", "_graphs.py",
+        "return _copied(shape.found)", "return shape.found",
+        "tests/test_graphs.py -k of_a_call_and_stay",
+    ),
+    Mutation(
+        "graphs-first-aliases", "_graphs.py",
+        "return _copied(found)", "return found",
+        "tests/test_graphs.py -k of_a_call_and_stay",
+    ),
+    Mutation(
+        "graphs-stale-input", "_graphs.py",
+        "own.copy_(tensor)", "pass",
+        "tests/test_graphs.py -k of_a_call_and_stay",
+    ),
+    Mutation(
+        "graphs-dtypes", "_graphs.py",
+        "(tensor.shape, tensor.dtype)", "(tensor.shape,)",
+        "tests/test_graphs.py -k kept_apart",
+    ),
+    Mutation(
+        "graphs-gradient", "_graphs.py",
+        "if carries_gradient(*_tensors_in(tree_leaves(found))):", "if False:",
+        "tests/test_graphs.py -k gradient",
+    ),
+    Mutation(
+        "graphs-streams", "_graphs.py",
+        "self._playing.wait_stream(here)", "pass",
+        "tests/test_graphs.py -k driver",
+    ),
+    Mutation(
+        "graphs-callable-channel", "_graphs.py",
+        "callable(channel) and not isinstance(channel, nn.Module)", "False",
+        "tests/test_graphs.py -k may_be_recorded",
+    ),
+    Mutation(
+        "graphs-defects", "cube/run.py",
+        "            with waiting():\n                aligned", "            if True:\n                aligned",
+        "tests/test_graphs.py -k defects",
+    ),
     # --- labelled cubes ---
     Mutation(
         "run-padding-of-the-residual", "cube/run.py",

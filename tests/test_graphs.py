@@ -7,6 +7,7 @@ import functools
 import gc
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,6 +238,92 @@ def test_what_may_be_recorded():
         print,
     ):
         assert not may_record(function)
+
+
+class Driver:
+    """What torch.cuda is asked for, in order."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.now, self.ends_badly = [], "here", False
+        names = iter(("playing", "recording"))
+
+        def stream(device):
+            name = next(names)
+            return SimpleNamespace(
+                name=name, wait_stream=lambda other: self.log.append(f"{name} after {other.name}")
+            )
+
+        here = SimpleNamespace(
+            name="here", wait_stream=lambda other: self.log.append(f"here after {other.name}")
+        )
+        graph = SimpleNamespace(replay=lambda: self.log.append(f"replay on {self.now}"))
+        for name, made in {
+            "Stream": stream,
+            "stream": self.on,
+            "graph": self.recording,
+            "CUDAGraph": lambda: graph,
+            "current_stream": lambda device: here,
+            "current_device": lambda: 1,
+            "graph_pool_handle": lambda: (0, 7),
+            "synchronize": lambda device: self.log.append("synchronize"),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, made)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(_graphs, "_streams", functools.cache(_graphs._streams.__wrapped__))
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        before, self.now = self.now, stream.name
+        try:
+            yield
+        finally:
+            self.now = before
+
+    @contextlib.contextmanager
+    def recording(self, graph, *, pool, stream, capture_error_mode):
+        assert (pool, capture_error_mode, gc.isenabled()) == ((0, 7), "thread_local", False)
+        before, self.now = self.now, stream.name  # which torch leaves so, where a recording ends badly
+        try:
+            yield
+        finally:
+            if self.ends_badly:
+                raise RuntimeError("the recording was invalid")
+            self.now = before
+
+    def end(self, index, pool):
+        self.log.append(f"end {index} {pool}")
+        raise RuntimeError("not recording")
+
+
+def test_what_the_driver_is_asked_for(monkeypatch):
+    driver = Driver(monkeypatch)
+
+    def function(given):
+        driver.log.append(f"call on {driver.now}")
+        return 2 * given
+
+    graphs = _graphs.recorded(function, torch.device("cuda"), 3)
+    for seed in range(3):
+        graphs(frames(2, seed))
+        driver.log.append("")
+    first, second, third = " | ".join(driver.log).split("|  |")
+    assert first.strip() == "playing after here | call on playing | here after playing"
+    assert second.strip(" |") == (
+        "playing after here | synchronize | call on recording | replay on playing | here after playing"
+    )
+    assert third.strip(" |") == "playing after here | replay on playing | here after playing"
+    assert graphs._recorder._device == torch.device("cuda", 1)
+
+
+def test_a_recording_that_ends_badly_leaves_nothing_behind(monkeypatch):
+    driver = Driver(monkeypatch)
+    graphs = _graphs.recorded(twice, torch.device("cuda:0"), 3)
+    graphs(frames(2))
+    driver.ends_badly = True
+    with pytest.warns(RuntimeWarning, match="the recording was invalid"):
+        graphs(frames(2))
+    assert driver.log[-2:] == ["end 0 (0, 7)", "here after playing"]
+    assert (driver.now, gc.isenabled(), _graphs._one_recording.locked()) == ("here", True, False)
 
 
 # ------------------------------------------------------------------------------------------------- ta.align, ta.stream

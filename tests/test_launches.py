@@ -44,6 +44,13 @@ def test_budget(launches, name):
     assert found["peak_cubes"] <= cubes
 
 
+@pytest.mark.parametrize(("frames", "side"), [(1, 10980), (4, 2048)])
+def test_large_frames_need_few_cubes(launches, frames, side):
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA wheels; this torch has none")
+    found = launches["count"](launches["ALIGNERS"]["PCC()"], frames=frames, size=(side, side))
+    assert 1 < found.peak / (4 * frames * 4 * side**2) <= 3.5
+
+
 def test_what_torch_alone_launches(launches):
     count = launches["count"](launches["ALIGNERS"]["PCC()"], triton=False)
     assert len(count.launches) <= 2050

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,48 +43,67 @@ class Recorder(Protocol):
         """Where the results of a call will lie, not yet computed; and what computes them, again and again."""
 
 
-class _CudaRecorder:
-    """A GPU: a stream for what is played, one that records, and the memory that all recordings share.
+@functools.cache
+def _streams(device: torch.device) -> tuple[Any, Any]:
+    """Where recordings are played, and where they are made; always the same, for tables are kept for every stream.
 
-    Recordings share memory because one is played at a time, and its results are copied before the next.
+    What libraries keep for the second is then made while it records, and belongs to recordings alone.
     """
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+_one_recording = threading.Lock()
+
+
+class _CudaRecorder:
+    """A GPU, and the memory that all recordings share: one is played at a time, and its results are copied first."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # of its own: what libraries keep for a stream is then the recording's
-        self._recording = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._playing, self._recording = _streams(device)
         self._memory = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def apart(self) -> Iterator[None]:
         here = torch.cuda.current_stream(self._device)
-        self._aside.wait_stream(here)
+        self._playing.wait_stream(here)
         try:
-            with torch.cuda.stream(self._aside):
+            with torch.cuda.stream(self._playing):  # also left where a recording has failed on its own
                 yield
         finally:
-            here.wait_stream(self._aside)
+            here.wait_stream(self._playing)
 
     def record(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self._device)
-        collects = gc.isenabled()
-        gc.disable()  # a graph of somebody else's that is freed meanwhile would end the recording
-        try:
-            # other threads may use the GPU meanwhile
-            options: dict[str, Any] = {"pool": self._memory, "stream": self._recording}
-            with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
-                found = call()
-        finally:
-            if collects:
-                gc.enable()
+        with _one_recording:
+            torch.cuda.synchronize(self._device)
+            collects = gc.isenabled()
+            gc.disable()  # a graph of somebody else's that is freed meanwhile would end the recording
+            try:
+                graph = torch.cuda.CUDAGraph()
+                # other threads may use the GPU meanwhile
+                options: dict[str, Any] = {"pool": self._memory, "stream": self._recording}
+                with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
+                    found = call()
+            except BaseException:
+                # else torch goes on as if it recorded, and keeps what other streams have used
+                with suppress(
+                    RuntimeError, AttributeError
+                ):  # it does not, or is a version that has no such call
+                    torch._C._cuda_endAllocateToPool(self._device.index, self._memory)
+                raise
+            finally:
+                if collects:
+                    gc.enable()
         return found, graph.replay
 
 
 def _recorder_for(device: torch.device) -> Recorder | None:
     """Only CUDA records."""
-    return _CudaRecorder(device) if device.type == "cuda" and torch.version.hip is None else None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return _CudaRecorder(
+        device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+    )
 
 
 def may_record(function: object) -> bool:

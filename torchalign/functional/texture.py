@@ -223,7 +223,12 @@ def centre(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _standardized(
-    limited: Tensor, weights: Tensor | None, noise: Tensor, empty: Tensor, contrast: Contrast, floor: float
+    limited: Tensor,
+    weights: Tensor | None,
+    noise: Tensor,
+    empty: Tensor,
+    contrast: Contrast,
+    floor: float = 0.0,
 ) -> Texture:
     """Units of any size become 1; then the local contrast."""
     kernels = kernels_for(limited, weights, noise, empty) if contrast == "local" else None

@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import block_of, divide, kernel_dtype, launch, lerp, operator, spline_weight
+from torchalign.kernels.sampling import (
+    block_of,
+    divide,
+    kernel_dtype,
+    launch,
+    lerp,
+    neighbour,
+    operator,
+    spline_weight,
+    triangle,
+)
 
 __all__ = ["differentiate", "differentiate_frames", "read_frames", "read_splines", "weigh", "weigh_frames"]
 
@@ -107,11 +117,9 @@ def weigh_frames(
     square = tl.zeros((BLOCK,), COMPUTE)
     other_square = tl.zeros((BLOCK,), COMPUTE)
     for j in range(-3, 4):
-        line = tl.minimum(tl.maximum(y + j, 0), rows - 1) * columns
-        down = 4 - tl.where(j < 0, -j, j)
         for i in range(-3, 4):
-            near = line + tl.minimum(tl.maximum(x + i, 0), columns - 1)
-            share = (down * (4 - tl.where(i < 0, -i, i))) * 0.00390625
+            near = neighbour(x, y, i, j, rows, columns)
+            share = triangle(i, j, 3)
             a = tl.load(plane + near, mask=live, other=0)
             b = tl.load(other + near, mask=live, other=0)
             both += a * b * share
@@ -133,11 +141,9 @@ def weigh_frames(
 
 
 @triton.jit
-def _mean_at(plane, other, row, column, rows, columns, live):
-    """Of frame and reference, halfway, the border continued."""
-    row = tl.minimum(tl.maximum(row, 0), rows - 1)
-    near = row * columns + tl.minimum(tl.maximum(column, 0), columns - 1)
-    return lerp(tl.load(plane + near, mask=live, other=0), tl.load(other + near, mask=live, other=0), 0.5)
+def _mean_at(plane, other, at, live):
+    """Of frame and reference, halfway."""
+    return lerp(tl.load(plane + at, mask=live, other=0), tl.load(other + at, mask=live, other=0), 0.5)
 
 
 @triton.jit
@@ -172,10 +178,12 @@ def differentiate_frames(
     gy = tl.zeros((BLOCK,), COMPUTE)
     for step in tl.static_range(1, 3):
         share = 2 / 3 if step == 1 else -1 / 12
-        after = _mean_at(plane, other, y, x + step, rows, columns, live)
-        gx += (after - _mean_at(plane, other, y, x - step, rows, columns, live)) * share
-        after = _mean_at(plane, other, y + step, x, rows, columns, live)
-        gy += (after - _mean_at(plane, other, y - step, x, rows, columns, live)) * share
+        right = _mean_at(plane, other, neighbour(x, y, step, 0, rows, columns), live)
+        left = _mean_at(plane, other, neighbour(x, y, -step, 0, rows, columns), live)
+        below = _mean_at(plane, other, neighbour(x, y, 0, step, rows, columns), live)
+        above = _mean_at(plane, other, neighbour(x, y, 0, -step, rows, columns), live)
+        gx += (right - left) * share
+        gy += (below - above) * share
     gx = gx * tl.cast(along, COMPUTE)
     gy = gy * tl.cast(down, COMPUTE)
     nothing = tl.zeros((BLOCK,), COMPUTE)
