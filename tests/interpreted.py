@@ -716,6 +716,7 @@ def test_a_gradient_takes_the_functions_of_torch(by_torch):
     assert torch.equal(mapped[:, 0], cube.detach())
 
 
+@pytest.mark.slow
 def test_operators_are_kept_by_export():
     cube, reference, _ = series()
     cube = cube[:2, :, :40, :48].nan_to_num(0.5)

@@ -100,6 +100,8 @@ _COARSEST, _COARSEST_OF_LARGE, _LARGE = 20, 8, 100
 # A climb alone comes from as far as this share of the period at the coarsest level's highest frequency; from further
 # away all translations are compared first, under no turn and under these, in degrees.
 _WITHIN_REACH, _TURNS = 0.25, (-7.0, 7.0)
+# Eight parameters fit part of a frame, which then has all of the weight: they are weighted so many times more.
+_MORE_WEIGHTS = 2
 # Of motions that scale: the share of the mean local variance that is as good as none.
 _FLOOR = 0.1
 # Samples of the spline for each sample of the level: at the band's edge four a period.
@@ -760,15 +762,17 @@ class _Search(NamedTuple):
             frames, near = pyramid[number], _NEAR * level.grid.spacing()
             if number == 0:
                 near = max(_NEAR, self.tolerance)
-                if isinstance(
-                    frames, _Warped
-                ):  # samples are what costs, and every fourth will do to come near
+                if isinstance(frames, _Warped):
+                    # samples are what costs, and every fourth will do to come near
                     rough = _every_second(level)
             if warp is None:
                 samples = _WarpedSamples.at(start, rough, frames, precise=False)
             else:
                 samples = _better_of(start, warp, rough, frames)
             warp = self.climb(samples, rough, frames, near, precise=False).warp
+            for _ in range(_MORE_WEIGHTS if self.motion == "homography" else 0):
+                samples = _WarpedSamples.at(warp, rough, frames, precise=False)
+                warp = self.climb(samples, rough, frames, near, precise=False).warp
         assert warp is not None  # there is at least one level
         samples = _WarpedSamples.at(warp, level, frames, precise=True)
         return self.climb(samples, level, frames, self.tolerance, precise=True)
