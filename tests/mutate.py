@@ -384,8 +384,8 @@ MUTATIONS = [
     ),
     Mutation(
         "ecc-significance", "functional/ecc.py",
-        "converged = sound & (state.reach <= tolerance) & (significance >= least)",
-        "converged = sound & (state.reach <= tolerance)",
+        "converged = sound & (state.reach <= search.tolerance) & (significance >= least)",
+        "converged = sound & (state.reach <= search.tolerance)",
         f"{_F}/test_enhanced_correlation.py -k unrelated",
     ),
     Mutation(
