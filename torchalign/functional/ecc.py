@@ -125,6 +125,8 @@ _SIGMA_CALIBRATION = 1.1
 # Across sensors: the factor; and, each showing edges of its own, an error of so many pixels per axis for what is not
 # in common (benchmarks/sensors.py).
 _STRUCTURE_CALIBRATION, _STRUCTURE_ERROR = 1.3, 0.25
+# What is off any hole is at least this share of what is mostly usable, or else its surroundings are taken too.
+_LEAST_COVER = 0.5
 # The coefficient is divided by what the weights overlap, but for this.
 _WEIGHTS_SHARE = 0.5
 # A direction along which less than this share of the slope is the ground's is ambiguous.
@@ -291,8 +293,7 @@ def enhanced_correlation(
     if grids[0].frame != frame:
         expected, cure = f"levels of frames of {frame}", "prepare_levels of that size"
         raise ValueError(message("reference", expected, grids[0].frame, cure))
-    seen: dict[str, Any] = {"contrast": contrast, "blur": sigma_blur, "floor": _FLOOR.get(motion, 0.0)}
-    textures = extract_pyramid(moving, moving_mask, grids=grids, **seen)
+    textures = _textures(moving, moving_mask, grids, contrast, sigma_blur, _FLOOR.get(motion, 0.0))
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
     only_shifted = only_shifts(motion, init)
     # (a shift is (..., T, 2))
@@ -429,11 +430,34 @@ def prepare_levels(
     grids = [
         WorkingGrid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies
     ]
-    seen: dict[str, Any] = {"contrast": contrast, "blur": sigma_blur, "floor": _FLOOR.get(motion, 0.0)}
-    textures = extract_pyramid(reference, mask, grids=grids, **seen)
+    textures = _textures(reference, mask, grids, contrast, sigma_blur, _FLOOR.get(motion, 0.0))
     return [
         prepare_level(texture, grid, motion, taper) for texture, grid in zip(textures, grids, strict=True)
     ]
+
+
+def _textures(
+    image: Tensor,
+    mask: Tensor | None,
+    grids: Sequence[WorkingGrid],
+    contrast: Contrast,
+    blur: float,
+    floor: float,
+) -> list[Texture]:
+    """:func:`~torchalign.functional.texture.extract_pyramid`, its fields not weighted yet: a hole's edge would pull.
+
+    Samples beside a hole show what filled it: they count nothing where enough are left without them.
+    """
+    seen: dict[str, Any] = {"contrast": contrast, "blur": blur, "floor": floor}
+    found = []
+    for texture in extract_pyramid(image, mask, grids=grids, cover=True, **seen):
+        if texture.weights is not None and texture.cover is not None and texture.detail is not None:
+            cover, weights = texture.cover, texture.weights
+            enough = cover.mean((-2, -1)) >= _LEAST_COVER * weights.mean((-2, -1))
+            weights = torch.where(enough[..., None, None], cover, weights)
+            texture = texture._replace(field=texture.detail, weights=weights)
+        found.append(texture)
+    return found
 
 
 def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, taper: float = 0.15) -> Level:
