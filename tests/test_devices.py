@@ -803,10 +803,14 @@ def exported(module, given, shapes):
         (lambda: ta.Cascade(ta.PCC(robust=False), ta.ECC(motion="affine", levels=1, channel=0)), (48, 56)),
         (lambda: ta.LGM(max_num_keypoints=64), (64, 72)),
         (lambda: ta.ECC(levels=1), (48, 56)),
+        (lambda: ta.Local(spacing=16), (64, 72)),
     ],
-    ids=["cascade of general warps", "local features", "enhanced correlation"],
+    ids=["cascade of general warps", "local features", "enhanced correlation", "local shifts"],
 )
-def test_export_of_other_methods_with_any_number_of_frames(quiet, make, size):
+def test_export_of_other_methods_with_any_number_of_frames(quiet, make, size, monkeypatch):
+    # of local shifts one round of each kind
+    monkeypatch.setattr("torchalign.functional.local._ROUNDS", (1, 1))
+    monkeypatch.setattr("torchalign.functional.local._WITH_GRADIENT", 1)
     module = make()
 
     def series(frames):

@@ -194,6 +194,11 @@ def test_tie_points_of_all_frames(frames):
     assert errors(estimate, truth).median(1).values.max() < 0.03
     assert "tie_points=(168, 5)" in repr(told)
     assert not told.state_dict()
+    half = ta.Local(spacing=16, tie_points=points).half().to(torch.bfloat16)
+    assert torch.equal(
+        half.tie_points, told.tie_points
+    )  # a hundredth of a pixel has no place in half precision
+    assert half.to("meta").tie_points.is_meta
     with pytest.raises(ValueError, match="crop_center: expected None with tie_points"):
         ta.Local(tie_points=points, crop_center=64)
 

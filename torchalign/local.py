@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
@@ -18,7 +18,7 @@ from torchalign.pcc import PCC
 from torchalign.types import ShiftField, Status
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 __all__ = ["Local"]
 
@@ -116,6 +116,14 @@ class Local(Aligner):
                 cure = "leave crop_center out, or crop the cube and move the points"
                 raise ValueError(message("crop_center", "None with tie_points", self.crop_center, cure))
         self.start = PCC(max_translation=self.max_translation)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """To another device or dtype; tie points keep their digits."""
+        points = self.tie_points
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if points is not None and self.tie_points is not None and self.tie_points.dtype != points.dtype:
+            self.tie_points = points.to(self.tie_points.device)
+        return self
 
     def _options(self) -> dict[str, Any]:
         shape = None if self.tie_points is None else tuple(self.tie_points.shape)

@@ -681,13 +681,18 @@ def _go_rounds(
     prior = lattice_prior(nodes, like=like)
     offset = like.new_zeros(like.shape[0], 2, *nodes)
     chosen = torch.full_like(offset[:, 0, 0, 0], _FIRST_SMOOTHNESS if smoothness is None else smoothness)
-    for step, level in enumerate(schedule):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and step >= len(schedule) - _WITH_GRADIENT):
+    without = len(schedule) - _WITH_GRADIENT
+    # (one region for all: between two torch.export makes an empty piece, which cannot be loaded)
+    with torch.no_grad():
+        for level in schedule[:without]:
             found = equations(offset, level)
-            if smoothness is None and step == len(schedule) - _ROUNDS[-1]:
-                chosen = likeliest_smoothness(found.matrix, found.right, prior)
-            solution, factor = solve_blocks(found.matrix, found.right, prior, chosen)
-            offset = _step_towards(offset, solution)
+            offset = _step_towards(offset, solve_blocks(found.matrix, found.right, prior, chosen)[0])
+    for step, level in enumerate(schedule[without:], without):
+        found = equations(offset, level)
+        if smoothness is None and step == len(schedule) - _ROUNDS[-1]:
+            chosen = likeliest_smoothness(found.matrix, found.right, prior)
+        solution, factor = solve_blocks(found.matrix, found.right, prior, chosen)
+        offset = _step_towards(offset, solution)
     return offset, chosen, found, factor
 
 

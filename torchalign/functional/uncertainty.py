@@ -226,17 +226,20 @@ class PeakQuality(NamedTuple):
         weak = (self.curvature < _LEAST_CURVATURE) | (self.height < LEAST_HEIGHT)
         return weak | (self.fixed < _LEAST_FIXED) | stretched
 
-    def with_misfit(self, pulls: Tensor) -> tuple[PeakQuality, Tensor]:
+    def with_misfit(self, pulls: Tensor, share: Tensor | float = 1.0) -> tuple[PeakQuality, Tensor]:
         r"""Add the disagreement of parts of the frame beyond chance: a motion that the model lacks.
 
         Were the pulls (..., 2, n) of n blocks independent, their scatter would give the same covariance,
-        :math:`H^{-1} \sum_b s_b s_b^T H^{-1}`. What it gives beyond chance counts besides.
+        :math:`H^{-1} \sum_b s_b s_b^T H^{-1}`. What it gives beyond chance counts besides. Where only a share of the
+        frame shows the same ground, as it moved alike, the rest is off by more: its variance is divided by that.
 
         Returns:
             The quality, and (...,), by how much it raises the trace of the covariance, px².
         """
         moved = torch.matmul(self.inverse, pulls)
         misfit = beyond_chance(torch.matmul(moved, moved.mT), self.covariance)
+        if isinstance(share, Tensor):
+            misfit = misfit / share[..., None, None]
         return self._replace(covariance=self.covariance + misfit), trace(misfit)
 
     def widened(self, error: Tensor) -> PeakQuality:
