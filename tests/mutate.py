@@ -234,8 +234,8 @@ MUTATIONS = [
     ),
     Mutation(
         "phase-mixed-term", "functional/phase.py",
-        "- hxy.square(), 1.0)\n    step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1)",
-        "- hxy.square(), 1.0)\n    step = torch.stack([-hxy * gy - hyy * gx, -hxy * gx - hxx * gy], dim=-1)",
+        "ascent = torch.stack((hxy * gy - hyy * gx, hxy * gx - hxx * gy), dim=-1)",
+        "ascent = torch.stack((-hxy * gy - hyy * gx, -hxy * gx - hxx * gy), dim=-1)",
         f"{_F}/test_phase.py -k 'refine_peak or gradients_are'",
     ),
     Mutation(

@@ -398,6 +398,7 @@ def test_batches_with_defects_are_looked_at_as_on_the_host(double, monkeypatch):
         spoilt, "first", ta.PCC(), graph=False, batch_size=3, device="cpu", progress=False
     )
     monkeypatch.setattr(cube_run, "_looks_itself", lambda frames: False)
+    monkeypatch.setattr("torchalign.functional.defects.all_true", lambda tensor: False)
     found, report = ta.align(spoilt, "first", **given)
     xr.testing.assert_allclose(report, known, atol=1e-5)
     xr.testing.assert_allclose(found, expected, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -287,6 +288,24 @@ def test_the_environment_has_the_last_word_on_memory(monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     assert not fast_memory()
     assert len(told) == 2  # nothing more was set
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="results are then plain tensors")
+def test_a_freed_result_gives_its_memory_to_the_next_one_if_asked(monkeypatch):
+    shape = (3, _host._HUGE_RESULT // 4)
+    monkeypatch.setattr(_host, "_RESULTS", {})
+    first, other = (_host.empty_on_host(shape, torch.float32) for _ in range(2))
+    part, place = first[1].fill_(7.0), first.data_ptr()
+    del first
+    assert not _host._RESULTS  # a part of it is in use
+    assert len({part.data_ptr(), other.data_ptr(), _host.empty_on_host(shape, torch.float32).data_ptr()}) == 3
+    _host._RESULTS.clear()
+    del part
+    assert _host.empty_on_host(shape, torch.float32).data_ptr() == place
+    monkeypatch.setattr(_host, "_RESULTS", None)
+    del other
+    _host.empty_on_host(shape, torch.float32)
+    assert _host._RESULTS is None
 
 
 @pytest.mark.parametrize(

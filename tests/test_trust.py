@@ -24,6 +24,7 @@ from torchalign.functional.defects import (
     undeclared_fill,
 )
 from torchalign.functional.phase import phase_correlation
+from torchalign.functional.uncertainty import PeakQuality
 
 SIZE = 128
 FACTOR = 5
@@ -494,3 +495,25 @@ def test_a_small_frame_of_which_clouds_hide_half_is_found():
     estimate = ta.PCC().estimate(moving[None, None], reference[None])
     assert estimate.valid.all()
     assert error_of(estimate, TRUTH) < 0.1
+
+
+@pytest.mark.parametrize("phase", [0.3, 0.6])
+def test_regular_gaps_do_not_pull_ecc(phase):
+    moving, reference = windows(TRUTH)
+    along = grid()[1]
+    masks = [(along + round(shift)) % 30 >= 7 for shift in (4, 4 + 30 * phase)]
+    estimate = ta.ECC().estimate(moving[None, None], reference[None], *masks)
+    assert estimate.valid.all()
+    assert error_of(estimate, TRUTH) < 0.03
+
+
+def test_what_disagrees_counts_more_where_little_agrees():
+    one, none = torch.eye(2), torch.zeros(())
+    quality = PeakQuality(1e-4 * one, none + 9, none + 9, none + 1, one)
+    pulls = torch.tensor([[0.1, -0.1, 0.1, -0.1], [0.1, 0.1, -0.1, -0.1]])
+    whole, misfit = quality.with_misfit(pulls)
+    part, more = quality.with_misfit(pulls, torch.tensor(0.25))
+    torch.testing.assert_close(more, 4 * misfit)
+    torch.testing.assert_close(
+        part.covariance - quality.covariance, 4 * (whole.covariance - quality.covariance)
+    )

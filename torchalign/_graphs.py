@@ -85,10 +85,9 @@ class _CudaRecorder:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
                     found = call()
             except BaseException:
-                # else torch goes on as if it recorded, and keeps what other streams have used
-                with suppress(
-                    RuntimeError, AttributeError
-                ):  # it does not, or is a version that has no such call
+                # else torch goes on as if it recorded, and keeps what other streams have used; or it does not, or is
+                # a version without this call
+                with suppress(RuntimeError, AttributeError):
                     torch._C._cuda_endAllocateToPool(self._device.index, self._memory)
                 raise
             finally:
@@ -170,7 +169,8 @@ class Graphs:
         if shape is None:  # maybe it never comes again
             while len(self._shapes) >= _MOST_SHAPES:
                 self._shapes.popitem(last=False)
-            shape = _Shape([None if tensor is None else _own(tensor) for tensor in given])
+            contiguous = {"memory_format": torch.contiguous_format}
+            shape = _Shape([None if one is None else one.detach().clone(**contiguous) for one in given])
             found = self._function(*shape.given)
             if carries_gradient(*_tensors_in(tree_leaves(found))):  # by a parameter
                 self._give_up()
@@ -208,10 +208,6 @@ class Graphs:
 
 def _tensors_in(leaves: Sequence[Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _copied(found: Any) -> Any:

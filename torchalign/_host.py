@@ -150,14 +150,13 @@ def empty_on_host(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             memory.madvise(mmap.MADV_HUGEPAGE)
     held = (ctypes.c_char * size).from_buffer(memory)  # the tensor keeps it alive
     if _RESULTS is not None and size <= _LARGEST_KEPT:
-        weakref.finalize(held, _keep_result, size, memory).atexit = False
+        weakref.finalize(held, _keep_result, _RESULTS, size, memory).atexit = False
     return torch.frombuffer(held, dtype=dtype).reshape(shape)
 
 
-def _keep_result(size: int, memory: mmap.mmap) -> None:
-    assert _RESULTS is not None
-    _RESULTS.clear()  # the last one
-    _RESULTS[size] = memory
+def _keep_result(results: dict[int, mmap.mmap], size: int, memory: mmap.mmap) -> None:
+    results.clear()  # the last one
+    results[size] = memory
 
 
 def give_back_memory() -> None:

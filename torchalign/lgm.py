@@ -483,8 +483,9 @@ class LGM(Aligner):
             (found.status == 0) & better & refined.ambiguous, int(Status.AMBIGUOUS), found.status
         )
         warp, sigma = found.whole(translation_warp(shift)), largest_sigma(covariance)
-        apart = better & (refined.sigma.square() - refined.misfit <= _LARGEST_SIGMA**2)
-        distorted = apart & (sigma > _LARGEST_SIGMA)
+        known = sigma.square() - torch.where(better, refined.misfit, 0.0) <= _LARGEST_SIGMA**2
+        status = torch.where((status == 0) & ~known, int(Status.NOT_CONVERGED), status)
+        distorted = sigma > _LARGEST_SIGMA
         return Motion(warp, sigma, status, refined.inliers, covariance=covariance, distorted=distorted)
 
     def _ascended(

@@ -281,7 +281,6 @@ def suspicious(image: Tensor, usable: Tensor | None = None) -> Tensor:
 
 def _twice_off(before: Tensor, after: Tensor) -> Tensor:
     """Twice how far up and down again, or down and up, two steps go; not above 0 where they go on."""
-    # in place, as few temporaries stay in the cache
     return (before - after).abs_().sub_((before + after).abs_())
 
 

@@ -100,6 +100,8 @@ _COARSEST, _COARSEST_OF_LARGE, _LARGE = 20, 8, 100
 # A climb alone comes from as far as this share of the period at the coarsest level's highest frequency; from further
 # away all translations are compared first, under no turn and under these, in degrees.
 _WITHIN_REACH, _TURNS = 0.25, (-7.0, 7.0)
+# Eight parameters fit part of a frame, which then has all of the weight: they are weighted so many times more.
+_MORE_WEIGHTS = 2
 # Of motions that scale: the share of the mean local variance that is as good as none.
 _FLOOR = 0.1
 # Samples of the spline for each sample of the level: at the band's edge four a period.
@@ -123,6 +125,8 @@ _SIGMA_CALIBRATION = 1.1
 # Across sensors: the factor; and, each showing edges of its own, an error of so many pixels per axis for what is not
 # in common (benchmarks/sensors.py).
 _STRUCTURE_CALIBRATION, _STRUCTURE_ERROR = 1.3, 0.25
+# What is off any hole is at least this share of what is mostly usable, or else its surroundings are taken too.
+_LEAST_COVER = 0.5
 # The coefficient is divided by what the weights overlap, but for this.
 _WEIGHTS_SHARE = 0.5
 # A direction along which less than this share of the slope is the ground's is ambiguous.
@@ -289,8 +293,7 @@ def enhanced_correlation(
     if grids[0].frame != frame:
         expected, cure = f"levels of frames of {frame}", "prepare_levels of that size"
         raise ValueError(message("reference", expected, grids[0].frame, cure))
-    seen: dict[str, Any] = {"contrast": contrast, "blur": sigma_blur, "floor": _floor(motion)}
-    textures = extract_pyramid(moving, moving_mask, grids=grids, **seen)
+    textures = _textures(moving, moving_mask, grids, contrast, sigma_blur, _floor(motion))
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
     only_shifted = only_shifts(motion, init)
     # (a shift is (..., T, 2))
@@ -432,11 +435,34 @@ def prepare_levels(
     grids = [
         WorkingGrid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies
     ]
-    seen: dict[str, Any] = {"contrast": contrast, "blur": sigma_blur, "floor": _floor(motion)}
-    textures = extract_pyramid(reference, mask, grids=grids, **seen)
+    textures = _textures(reference, mask, grids, contrast, sigma_blur, _floor(motion))
     return [
         prepare_level(texture, grid, motion, taper) for texture, grid in zip(textures, grids, strict=True)
     ]
+
+
+def _textures(
+    image: Tensor,
+    mask: Tensor | None,
+    grids: Sequence[WorkingGrid],
+    contrast: Contrast,
+    blur: float,
+    floor: float,
+) -> list[Texture]:
+    """:func:`~torchalign.functional.texture.extract_pyramid`, its fields not weighted yet: a hole's edge would pull.
+
+    Samples beside a hole show what filled it: they count nothing where enough are left without them.
+    """
+    seen: dict[str, Any] = {"contrast": contrast, "blur": blur, "floor": floor}
+    found = []
+    for texture in extract_pyramid(image, mask, grids=grids, cover=True, **seen):
+        if texture.weights is not None and texture.cover is not None and texture.detail is not None:
+            cover, weights = texture.cover, texture.weights
+            enough = cover.mean((-2, -1)) >= _LEAST_COVER * weights.mean((-2, -1))
+            weights = torch.where(enough[..., None, None], cover, weights)
+            texture = texture._replace(field=texture.detail, weights=weights)
+        found.append(texture)
+    return found
 
 
 def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, taper: float = 0.15) -> Level:
@@ -736,15 +762,17 @@ class _Search(NamedTuple):
             frames, near = pyramid[number], _NEAR * level.grid.spacing()
             if number == 0:
                 near = max(_NEAR, self.tolerance)
-                if isinstance(
-                    frames, _Warped
-                ):  # samples are what costs, and every fourth will do to come near
+                if isinstance(frames, _Warped):
+                    # samples are what costs, and every fourth will do to come near
                     rough = _every_second(level)
             if warp is None:
                 samples = _WarpedSamples.at(start, rough, frames, precise=False)
             else:
                 samples = _better_of(start, warp, rough, frames)
             warp = self.climb(samples, rough, frames, near, precise=False).warp
+            for _ in range(_MORE_WEIGHTS if self.motion == "homography" else 0):
+                samples = _WarpedSamples.at(warp, rough, frames, precise=False)
+                warp = self.climb(samples, rough, frames, near, precise=False).warp
         assert warp is not None  # there is at least one level
         samples = _WarpedSamples.at(warp, level, frames, precise=True)
         return self.climb(samples, level, frames, self.tolerance, precise=True)

@@ -80,6 +80,8 @@ _LINE, _STATIC, _STATIC_SIGMAS, _LEAST_WAY = 2, 0.28, 2.0, 1e-3
 _LEAST_HOLES, _LEAST_COVER = 0.06, 0.5
 # Across sensors, where each shows edges of its own, errors exceed the prediction by that (benchmarks/sensors.py).
 _STRUCTURE_CALIBRATION = 3.2
+# Less ground in common than this share of a frame counts as that.
+_LEAST_SHARE = 0.05
 # What is taken off for the weights' own correlation is of the second order: no more than this, on no longer a way
 # than that, in pixels.
 _LARGEST_CORRECTION, _LONGEST_WAY = 0.5, 4.0
@@ -202,7 +204,8 @@ def phase_correlation(
     misfit = torch.zeros_like(found.quality.height)
     if not vector and weighting == "ramp":
         pulls = block_pulls(spectrum.detach(), still.detach(), found.peak, grid)
-        quality, misfit = found.quality.with_misfit(pulls)
+        share = pair.share_of(same) if robust else 1.0
+        quality, misfit = found.quality.with_misfit(pulls, share)
         found = found._replace(quality=quality)
     if holes is not None:
         divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same, windows)
@@ -589,6 +592,14 @@ class _Pair(NamedTuple):
             inliers = inliers * grid.move(rfft2(self.moving.weights), shift).clamp(0, 1)
         # each frame gets the window, and the weights, of the ground that both see
         return inliers, windows[0] * grid.move(rfft2(inliers), -shift), windows[1] * inliers
+
+    def share_of(self, same: Tensor) -> Tensor:
+        """(...,) in (0, 1]: how much of what both could show they show alike."""
+        share = same.detach().mean((-2, -1))
+        for texture in (self.moving, self.reference):
+            if texture.weights is not None:
+                share = share / texture.weights.mean((-2, -1)).clamp(min=_LEAST_SHARE)
+        return share.clamp(_LEAST_SHARE, 1)
 
     def holes(self) -> Tensor | None:
         """(...,) bool: the pairs of which one has a hole, and around them enough is left; ``None``: none can have.

@@ -371,7 +371,8 @@ class Lines(_Positioned):
     def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
         """See :class:`Sampler`."""
         column, row = self.positions[:2]
-        across, down = (cubic_weights(fraction, magnitudes=magnitudes) for fraction in (self.x, self.y))
+        weights = cubic_weights(torch.stack((self.x, self.y)), magnitudes=magnitudes)
+        across, down = zip(*(weight.unbind() for weight in weights), strict=True)
         lines = _sum_of_lines(down, self._rows(planes, row, range(-1, 3)))
         return _sum_of_lines(across, self._columns(lines, column, range(-1, 3)))
 
@@ -395,9 +396,7 @@ class Lines(_Positioned):
     def _indices(self, first: Tensor, count: int, length: int, taps: range) -> Tensor:
         """(..., T, step · n): of all taps of ``count`` lines from the first (..., T, 1) on, phase after phase."""
         each = count + (len(taps) - 1) // self.step
-        along = torch.arange(each, device=first.device) * self.step
-        if self.step > 1:
-            along = (along + torch.arange(self.step, device=first.device)[:, None]).flatten()
+        along = torch.arange(each * self.step, device=first.device).reshape(each, self.step).mT.flatten()
         return _padded(first + (along + taps.start), length, self.padding_mode)
 
     def _slices(self, count: int, taps: range) -> list[tuple[int, slice]]:

@@ -3,7 +3,6 @@ r"""Errors of a translation as covariances, 2 × 2 in px²: a stripe fixes the s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,6 @@ __all__ = [
     "largest_sigma",
     "overlap_curvature",
     "parts_of",
-    "sandwich",
     "shared_slope",
     "trace",
     "weights_error",
@@ -65,20 +63,6 @@ def isotropic(sigma: Tensor) -> Tensor:
     """(..., 2, 2): the covariance of errors of standard deviation ``sigma`` (...) in every direction."""
     variance = sigma.square()
     return torch.diag_embed(torch.stack((variance, variance), dim=-1))
-
-
-def sandwich(hessian: tuple[Tensor, Tensor, Tensor], scatter: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    r"""(..., 2, 2): :math:`H^{-1} G H^{-1}` of symmetric matrices (xx, yy, xy); inf where H is singular."""
-    hxx, hyy, hxy = hessian
-    gxx, gyy, gxy = scatter
-    determinant = hxx * hyy - hxy.square()
-    regular = determinant > 0
-    safe = torch.where(regular, determinant, 1.0).square()
-    xx = (hyy.square() * gxx - 2 * hyy * hxy * gxy + hxy.square() * gyy) / safe
-    yy = (hxx.square() * gyy - 2 * hxx * hxy * gxy + hxy.square() * gxx) / safe
-    xy = ((hxx * hyy + hxy.square()) * gxy - hyy * hxy * gxx - hxx * hxy * gyy) / safe
-    matrix = torch.stack((xx, xy, xy, yy), dim=-1).reshape(*xx.shape, 2, 2)
-    return torch.where(regular[..., None, None], matrix, isotropic(torch.full_like(xx, torch.inf)))
 
 
 def largest_direction(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,17 +226,20 @@ class PeakQuality(NamedTuple):
         weak = (self.curvature < _LEAST_CURVATURE) | (self.height < LEAST_HEIGHT)
         return weak | (self.fixed < _LEAST_FIXED) | stretched
 
-    def with_misfit(self, pulls: Tensor) -> tuple[PeakQuality, Tensor]:
+    def with_misfit(self, pulls: Tensor, share: Tensor | float = 1.0) -> tuple[PeakQuality, Tensor]:
         r"""Add the disagreement of parts of the frame beyond chance: a motion that the model lacks.
 
         Were the pulls (..., 2, n) of n blocks independent, their scatter would give the same covariance,
-        :math:`H^{-1} \sum_b s_b s_b^T H^{-1}`. What it gives beyond chance counts besides.
+        :math:`H^{-1} \sum_b s_b s_b^T H^{-1}`. What it gives beyond chance counts besides. Where only a share of the
+        frame shows the same ground, as it moved alike, the rest is off by more: its variance is divided by that.
 
         Returns:
             The quality, and (...,), by how much it raises the trace of the covariance, px².
         """
         moved = torch.matmul(self.inverse, pulls)
         misfit = beyond_chance(torch.matmul(moved, moved.mT), self.covariance)
+        if isinstance(share, Tensor):
+            misfit = misfit / share[..., None, None]
         return self._replace(covariance=self.covariance + misfit), trace(misfit)
 
     def widened(self, error: Tensor) -> PeakQuality:
@@ -314,44 +301,55 @@ def assess_peak(
     both = torch.stack((pull, pull + turned.real.square()), dim=-3)
     scatter, power = torch.matmul(torch.matmul(along_y, both), along_x).unbind(-3)  # (..., 5, 5)
 
-    value = derivatives[..., 0, 0]
-    whole = -derivatives[..., 0, 2], -derivatives[..., 2, 0], -derivatives[..., 1, 1]
-    xx, yy, xy = (one - value * other for one, other in zip(whole, overlap, strict=True))
-    correction = _correction((xx, yy, xy), [value * one for one in overlap])
+    value, _, xx, _, xy, _, yy, *_ = derivatives.flatten(-2).unbind(-1)
+    whole = -xx, -yy, -xy
+    xx, yy, xy = (
+        torch.addcmul(one, value, other, value=-1) for one, other in zip(whole, overlap, strict=True)
+    )
+    inverse, regular = _inverted(xx, yy, xy)
+    # by which the weights shorten the way from where they fit
+    correction = _times(inverse, _symmetric(*overlap) * value[..., None, None])
     value, whole = value.detach(), (whole[0].detach(), whole[1].detach(), whole[2].detach())
-    ground = xx.detach(), yy.detach(), xy.detach()
-    moments = scatter[..., 0, 2] * bins, scatter[..., 2, 0] * bins, scatter[..., 1, 1] * bins
-    covariance = CALIBRATION[0] * sandwich(ground, moments)
+    inverse, ground, share = inverse.detach(), (xx.detach(), yy.detach(), xy.detach()), correction.detach()
+    moments = scatter.flatten(-2).unbind(-1)
+    spread = _symmetric(moments[2], moments[10], moments[6]) * (CALIBRATION[0] * bins)[..., None, None]
+    covariance = _times(_times(inverse, spread), inverse)
     # what the weights do to higher orders, in small and smooth frames
-    share = correction.detach()
-    covariance = covariance + CALIBRATION[1] * torch.matmul(share, share.mT)
+    covariance = covariance + CALIBRATION[1] * _times(share, share.mT)
+    unknown = torch.diag_embed(torch.full_like(covariance[..., 0], torch.inf))
+    covariance = torch.where(regular[..., None, None], covariance, unknown)
 
     tiny = torch.finfo(bins.dtype).tiny
-    height = value * torch.rsqrt(0.5 * bins * power[..., 0, 0] + tiny)
+    powers = (power * (0.5 * bins)[..., None, None] + tiny).flatten(-2).unbind(-1)
+    height = value * torch.rsqrt(powers[0])
     # along the larger axis
     x, y = largest_direction(covariance)
+    by_x, by_y, mixed = x * x, y * y, x * y
 
     def along(matrix: tuple[Tensor, ...]) -> Tensor:
-        return x * x * matrix[0] + y * y * matrix[1] + 2 * x * y * matrix[2]
+        return by_x * matrix[0] + by_y * matrix[1] + 2 * mixed * matrix[2]
 
-    fourth = torch.zeros_like(x)
-    for k in range(5):
-        fourth = fourth + math.comb(4, k) * x**k * y ** (4 - k) * power[..., 4 - k, k]
-    bend = along(ground)
-    curvature = bend * torch.rsqrt(0.5 * bins * fourth + tiny)
-    entire = along(whole)
+    fourth = by_x * (by_x * powers[4] + 4 * mixed * powers[8] + 6 * by_y * powers[12])
+    fourth = fourth + by_y * (4 * mixed * powers[16] + by_y * powers[20])
+    bend, entire = along(ground), along(whole)
+    curvature = bend * torch.rsqrt(fourth + tiny)
     fixed = torch.where(entire > 0, bend / torch.where(entire > 0, entire, 1.0), 0.0)
-    one = torch.ones_like(xx.detach())
-    inverse = _correction(ground, (one, one, torch.zeros_like(one)))
     return PeakQuality(covariance, height, curvature, fixed, inverse), correction
 
 
-def _correction(ground: Sequence[Tensor], pulls: Sequence[Tensor]) -> Tensor:
-    """(..., 2, 2): H⁻¹ (C K), by which the weights shorten the way from where they fit; 0 where H is singular."""
-    (xx, yy, xy), (kxx, kyy, kxy) = ground, pulls
+def _symmetric(xx: Tensor, yy: Tensor, xy: Tensor) -> Tensor:
+    """(..., 2, 2)."""
+    return torch.stack((xx, xy, xy, yy), -1).reshape(*xx.shape, 2, 2)
+
+
+def _inverted(xx: Tensor, yy: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., 2, 2), of symmetric matrices, 0 where one has no positive determinant; and where it has."""
     determinant = xx * yy - xy.square()
     regular = determinant > 0
-    safe = torch.where(regular, determinant, 1.0)
-    rows = (yy * kxx - xy * kxy, yy * kxy - xy * kyy, xx * kxy - xy * kxx, xx * kyy - xy * kxy)
-    matrix = torch.stack([torch.where(regular, row / safe, 0.0) for row in rows], dim=-1)
-    return matrix.reshape(*xx.shape, 2, 2)
+    turned = _symmetric(yy, xx, -xy) / torch.where(regular, determinant, 1.0)[..., None, None]
+    return torch.where(regular[..., None, None], turned, 0.0), regular
+
+
+def _times(one: Tensor, other: Tensor) -> Tensor:
+    """Of (..., 2, 2) matrices, to full precision."""
+    return (one.unsqueeze(-1) * other.unsqueeze(-3)).sum(-2)

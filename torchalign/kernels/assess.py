@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.climb import MOST_BINS, settled, unturned
+from torchalign.kernels.climb import MOST_BINS, settled, unturned, with_bins
 from torchalign.kernels.sampling import divide, kernel_dtype, launch, operator
 
 __all__ = ["assess", "assess_frames"]
@@ -158,10 +158,7 @@ def assess_frames(
         y, x, along, across = unturned(
             spectrum, spectrum, place, bins, half, fy, fx, shift_x, shift_y, False, COMPUTE
         )
-        c00 += along
-        c20 -= x * x * along
-        c02 -= y * y * along
-        c11 -= x * y * along
+        c00, c20, c02, c11 = with_bins(c00, c20, c02, c11, x, y, along)
         # a bin and its conjugate pull alike: together the square of twice the pull
         pull = across * across
         sxx += x * x * pull

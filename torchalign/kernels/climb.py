@@ -11,7 +11,16 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import divide, kernel_dtype, launch, operator, wave_of
 
-__all__ = ["MOST_BINS", "climb", "climb_frames", "derivatives", "newton_step", "settled", "unturned"]
+__all__ = [
+    "MOST_BINS",
+    "climb",
+    "climb_frames",
+    "derivatives",
+    "newton_step",
+    "settled",
+    "unturned",
+    "with_bins",
+]
 
 _BLOCK = 512
 # One program walks the spectrum of a frame, once a step: of larger ones the matrix products of torch are faster.
@@ -44,6 +53,12 @@ def unturned(
 
 
 @triton.jit
+def with_bins(value, hxx, hyy, hxy, x, y, along):
+    """The sums for a correlation's value and curvatures, with those of another block of bins."""
+    return value + along, hxx - x * x * along, hyy - y * y * along, hxy - x * y * along
+
+
+@triton.jit
 def derivatives(
     spectrum, other, bins, columns, fy, fx, shift_x, shift_y,
     CROSSED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
@@ -60,12 +75,9 @@ def derivatives(
         y, x, along, across = unturned(
             spectrum, other, place, bins, columns, fy, fx, shift_x, shift_y, CROSSED, COMPUTE
         )
-        value += along
+        value, hxx, hyy, hxy = with_bins(value, hxx, hyy, hxy, x, y, along)
         gx -= x * across
         gy -= y * across
-        hxx -= x * x * along
-        hyy -= y * y * along
-        hxy -= x * y * along
     return tl.sum(value, 0), tl.sum(gx, 0), tl.sum(gy, 0), tl.sum(hxx, 0), tl.sum(hyy, 0), tl.sum(hxy, 0)
 
 
