@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 import torchalign as ta
 
@@ -14,6 +14,8 @@ rasterio = pytest.importorskip("rasterio", reason='pip install "torchalign[io]"'
 from rasterio.transform import Affine  # noqa: E402
 
 from torchalign.cube import tiles  # noqa: E402
+from torchalign.cube.displacements import displacement_of  # noqa: E402
+from torchalign.functional import local  # noqa: E402
 
 TRANSFORM = Affine(10, 0, 500_000, 0, -10, 5_000_000)
 
@@ -207,15 +209,60 @@ def test_what_cannot_be_done_is_said(tmp_path):
         ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "iterative")
     with pytest.raises(ValueError, match="a motion up to affine"):
         ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", ta.ECC(motion="homography"))
-    for aligner in (ta.Groupwise(ta.PCC()), ta.Cascade(ta.PCC(), ta.Local())):
+    for aligner in (ta.Groupwise(ta.PCC()), ta.Cascade(ta.ECC(motion="homography"), ta.Local())):
         with pytest.raises(ValueError, match="aligner: expected"):
             ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", aligner)
+    with pytest.raises(ValueError, match="crop_center: expected None for scenes"):
+        ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", ta.Local(crop_center=40))
     with pytest.raises(TypeError, match="a mapping"):
         ta.io.align_scenes(tmp_path / "in", tmp_path / "out", bands={"a": "*.tif"})
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "20200101.tif").touch()
     with pytest.raises(FileExistsError):
         ta.io.align_scenes(tmp_path / "in", tmp_path / "out")
+
+
+def warped_files(folder, size, spacing):
+    """Two dates; the second is off by a shift and a smooth field of up to one pixel."""
+    folder.mkdir()
+    random = np.random.default_rng(4)
+    ground = gaussian_filter(random.normal(size=(size[0] + 40, size[1] + 40)), 1.5)
+    ground = 2000 + 300 * ground / ground.std()
+    field = gaussian_filter(random.normal(size=(2, *size)), (0, 2 * spacing, 2 * spacing))
+    field /= np.abs(field).max()
+    y, x = np.mgrid[: size[0], : size[1]] + 20.0
+    for number, (right, down) in enumerate([(0, 0), (0.7, -1.3)]):
+        at = [y + down + number * field[1], x + right + number * field[0]]
+        values = map_coordinates(ground, at, order=5) + random.normal(0, 3, size)
+        profile = {"driver": "GTiff", "dtype": "uint16", "count": 1, "height": size[0], "width": size[1],
+                   "crs": "EPSG:32633", "transform": TRANSFORM}  # fmt: skip
+        with rasterio.open(folder / f"2020010{number + 1}.tif", "w", **profile) as file:
+            file.write(values[None].clip(1).astype("uint16"))
+
+
+@pytest.mark.parametrize("aligner", [ta.Local(spacing=8), ta.Cascade(ta.PCC(), ta.Local(spacing=8))])
+def test_local_shifts_are_those_of_the_cube_in_memory(tmp_path, monkeypatch, aligner):
+    """Tiles of as many nodes, with as many in common, as of scenes of 4096² (but for a third of them)."""
+    monkeypatch.setattr(local, "_LARGEST_TILE", 12)
+    monkeypatch.setattr(tiles, "_TILE", 96)
+    monkeypatch.setattr(tiles, "_ROW_BYTES", 4 * 210 * 40)
+    warped_files(tmp_path / "in", (230, 210), 8)
+    _, report = ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", aligner)
+    assert report.status.values.tolist() == [0, 0]
+    cube = ta.open_stack(tmp_path / "in")
+    aligned, whole = ta.align(cube, "first", aligner)
+    assert local._Tiles.of((230, 210), 8).number >= 9
+    assert float(whole.local_shift_p95[1]) > 0.3
+    moves, expected = (displacement_of(one, (230, 210))[1][..., 12:-12, 12:-12] for one in (report, whole))
+    apart = np.hypot(*(moves - expected))
+    assert np.median(apart) < 0.005
+    assert np.quantile(apart, 0.99) < 0.02
+    written = ta.open_stack(tmp_path / "out")
+    np.testing.assert_array_equal(written[0], cube[0])
+    np.testing.assert_array_equal(written, ta.apply(cube, report))  # row by row as at once
+    difference = np.abs(written[1, 0].astype(float) - aligned[1, 0].astype(float)).values[15:-15, 15:-15]
+    assert np.median(difference) < 3
+    assert np.quantile(difference, 0.99) < 15
 
 
 @pytest.mark.skipif(

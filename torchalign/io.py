@@ -243,7 +243,8 @@ def align_scenes(  # noqa: D417  # options of open_stack and write_stack stand i
         source: as in :func:`open_stack`.
         folder: for the aligned files, tiled GeoTIFFs of the same names; made if it is not there.
         reference: ``"first"``, the label of one frame, ``"median"`` or ``"mean"`` (made tile by tile), or a DataArray.
-        aligner: a module, or a name, as in :func:`torchalign.align`; motions up to affine, and no local shifts.
+        aligner: a module, or a name, as in :func:`torchalign.align`; motions up to affine, and
+            local shifts on top, tile by tile on one lattice.
         mask: bool, True = usable, as in :func:`torchalign.align`; of dask chunks it is read as it is needed:
             ``open_stack(clouds, chunks=1).isel(band=0) == 0``.
         reference_mask: the same for the reference.

@@ -10,10 +10,21 @@ import torch
 from torch import Tensor
 
 from torchalign._check import check_number, check_whole, message
-from torchalign.aligner import Aligner, Job, Judged, Motion, Pair, SharedOptions, flagged
+from torchalign.aligner import Aligner, Job, Judged, Motion, Pair, SharedOptions, flagged, full_precision
 from torchalign.functional.affine import translation_warp
-from torchalign.functional.local import Ground, acceptable, estimate_shifts, lattice_size, prepare_ground
+from torchalign.functional.local import (
+    Ground,
+    LatticeOptions,
+    LocalShifts,
+    Mosaic,
+    acceptable,
+    estimate_shifts,
+    lattice_size,
+    prepare_ground,
+)
+from torchalign.functional.quality import normalized_cross_correlation
 from torchalign.functional.uncertainty import largest_sigma
+from torchalign.functional.warp import resample
 from torchalign.pcc import PCC
 from torchalign.types import ShiftField, Status
 
@@ -154,6 +165,39 @@ class Local(Aligner):
             begun = Motion(warp, status.to(warp.dtype), status, only_shifts=init.shape[-1] == 2)
         return self._add_shifts(begun, pair, prepared.ground)
 
+    def global_method(self) -> PCC:
+        """The method that finds the warp where nothing comes before."""
+        return PCC(**{name: getattr(self, name) for name in SharedOptions.__annotations__})
+
+    def add_tile(self, mosaic: Mosaic, index: int, cube: Tensor, reference: Tensor, warp: Tensor) -> None:
+        """One of the mosaic's windows: (N, C, h, w) of frames and reference, and the warps of the whole frames."""
+        with full_precision(cube):
+            job = self._check(cube, reference, None, None, None)
+            block = self._prepare_block(job)
+            points = None if self.tie_points is None else self.tie_points.to(block.moving)
+            smoothness = None if self.smoothness == "auto" else self.smoothness
+            options = LatticeOptions(self.spacing, smoothness, points)
+            ground = block.prepared.ground.tiles[0]
+            mosaic.add(index, block.moving, ground, warp.to(block.moving), block.usable, options)
+
+    def compare(self, cube: Tensor, reference: Tensor, warp: Tensor, field: ShiftField) -> Tensor:
+        """(N, 2): correlations with the reference under the warps alone, and with the field, over the same ground."""
+        with full_precision(cube):
+            moving, usable = self._extract_channel(cube, None)
+            still, known = self._extract_channel(reference, None)
+            options: dict[str, Any] = {"interpolation": "bicubic", "mask": usable}
+            parts = [resample(moving.unsqueeze(-3), warp, field=one, **options) for one in (None, field)]
+            ground = parts[0].validity & parts[1].validity
+            ground = ground if known is None else ground & known
+            scores = [normalized_cross_correlation(part.values.squeeze(-3), still, ground) for part in parts]
+            return torch.stack(scores, -1)
+
+    def field_of(self, found: LocalShifts) -> tuple[ShiftField, Tensor]:
+        """The field of every frame (N,), and whether it may be kept."""
+        corner = torch.full_like(found.coefficients[:, :, 0, 0], -self.spacing)
+        field = ShiftField(found.coefficients, found.sigma, corner, -corner)
+        return field, acceptable(found, self.max_deviation)
+
     def _add_shifts(self, begun: Motion, pair: Pair, ground: Ground) -> Motion:
         moving, usable, reference, _ = pair
         lead, size = moving.shape[:-2], moving.shape[-2:]
@@ -167,10 +211,10 @@ class Local(Aligner):
             smoothness=None if self.smoothness == "auto" else self.smoothness,
             points=None if self.tie_points is None else self.tie_points.to(moving),
         )
-        kept = acceptable(found, self.max_deviation).reshape(lead)
-        status = torch.where((begun.status == 0) & ~kept, int(Status.NOT_CONVERGED), begun.status)
-        corner = torch.full_like(found.coefficients[:, :, 0, 0], -self.spacing)
-        field = ShiftField(found.coefficients, found.sigma, corner, -corner)
+        field, kept = self.field_of(found)
+        status = torch.where(
+            (begun.status == 0) & ~kept.reshape(lead), int(Status.NOT_CONVERGED), begun.status
+        )
         field = ShiftField(*(part.reshape(*lead, *part.shape[1:]) for part in field))
         covariance = found.covariance.reshape(*lead, 2, 2)
         return Motion(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from torchalign._check import message
 from torchalign._host import give_back_memory
+from torchalign.cascade import Cascade
 from torchalign.cube.georeference import metres_per_pixel
 from torchalign.cube.gridding import Reading
 from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, find_frame, find_mask, label_text, load
@@ -41,10 +43,13 @@ from torchalign.functional.affine import (
     identity_warp,
     transform_points,
 )
+from torchalign.functional.local import Mosaic
+from torchalign.functional.quality import kept_field
+from torchalign.functional.shift_field import move_origin
 from torchalign.functional.uncertainty import isotropic, largest_sigma
 from torchalign.groupwise import Groupwise
 from torchalign.local import Local
-from torchalign.types import Estimate, Status, combine
+from torchalign.types import Estimate, ShiftField, Status, combine
 
 __all__ = ["LargeReference", "LargeStack", "align_large", "count_steps"]
 
@@ -54,6 +59,7 @@ _FLOOR = 0.01  # pixels; to what tiles are trusted to agree
 _HUBER = 1.5  # scales, from where on a tile is weighted down
 _OUTLIER = 0.5  # pixels from the others, from where on a tile does not agree
 _ROUNDS = 20
+_WORSE = 1e-3  # of a score, by which local shifts may lower it, as in functional.quality
 _ROW_BYTES = 2**26  # of computed pixels of a block of rows
 
 
@@ -164,10 +170,8 @@ def align_large(
     advance: Callable[[int], object],
 ) -> tuple[list[Path], xr.Dataset]:
     """See :func:`torchalign.io.align_scenes`."""
-    motion = str(getattr(module, "motion", "translation"))
-    if any(isinstance(part, Local) for part in module.modules()):
-        cure = "leave Local out, or align a cube in memory"
-        raise ValueError(message("aligner", "a motion without local shifts", "Local", cure))
+    whole, local = _split(module)
+    motion = str(getattr(whole, "motion", "translation"))
     if isinstance(module, Groupwise):
         cure = "pass the aligner inside it, or align a cube of dask chunks"
         raise ValueError(message("aligner", "one that compares a frame with a reference", "Groupwise", cure))
@@ -175,7 +179,9 @@ def align_large(
         cure = "estimate an affine motion, or align a cube in memory"
         raise ValueError(message("aligner", "a motion up to affine", motion, cure))
     files = plan_files(stack.cube, folder, options)
-    found = _estimate_frames(stack, module, reference, motion, advance)
+    found = _estimate_frames(stack, whole, reference, motion, advance)
+    if local is not None:
+        found = _add_shifts(stack, local, reference, found, getattr(module, "stages", ()))
     fields = report_fields(found, None, stack.cube.size, metres_per_pixel(stack.cube))
     attrs = {
         "aligner": repr(module),
@@ -188,7 +194,14 @@ def align_large(
     operation = WarpFrames(stack.pixels, stack.device, None, **how)
     for frame, file in enumerate(files):
         with FileWriter(file) as writer:
-            _write_frame(stack, frame, found.warp[frame : frame + 1], operation, writer, advance)
+            _write_frame(
+                stack,
+                frame,
+                found.map(partial(torch.narrow, dim=0, start=frame, length=1)),
+                operation,
+                writer,
+                advance,
+            )
     return [file.path for file in files], report
 
 
@@ -351,32 +364,95 @@ def _row_blocks(size: tuple[int, int], bands: int) -> list[slice]:
     return [slice(first, min(first + step, height)) for first in range(0, height, step)]
 
 
+def _split(module: nn.Module) -> tuple[nn.Module, Local | None]:
+    """What finds one warp of the whole frame, and what adds local shifts to it."""
+    stages = module._stages() if isinstance(module, Cascade) else [module]
+    last = stages[-1]
+    if not isinstance(last, Local):
+        return module, None
+    if last.crop_center is not None:
+        raise ValueError(
+            message("crop_center", "None for scenes larger than memory", last.crop_center, "leave it out")
+        )
+    before: list[Any] = list(stages[:-1])
+    return Cascade(*before) if before else last.global_method(), last
+
+
+def _add_shifts(
+    stack: LargeStack, local: Local, reference: LargeReference, found: Estimate, stages: Sequence[Any]
+) -> Estimate:
+    """The field of every frame, tile by tile on one lattice; kept where the score of the tiles is no lower for it."""
+    mosaics = [Mosaic(stack.cube.size, local.spacing) for _ in stack.readings]
+    with torch.no_grad():
+        for index, (rows, column) in enumerate(mosaics[0].windows()):
+            still = reference.tiles(rows, [column])
+            for frame, mosaic in enumerate(mosaics):
+                moving = stack.tiles(frame, rows, [column])
+                local.add_tile(mosaic, index, moving, _own(still, frame), found.warp[frame : frame + 1])
+        shifts = [mosaic.conclude() for mosaic in mosaics]
+        fields, kept = zip(*map(local.field_of, shifts), strict=True)
+        scores: list[list[Tensor]] = [[] for _ in fields]
+        for rows, columns in _grid(stack.cube.size):
+            still = reference.tiles(rows, columns)
+            for frame, field in enumerate(fields):
+                moving = stack.tiles(frame, rows, columns)
+                for i, part in enumerate(columns):
+                    corner = (float(part.start), float(rows.start))
+                    warp = change_origin(found.warp[frame : frame + 1], corner).to(moving)
+                    there = ShiftField(*(values.to(moving) for values in move_origin(field, corner)))
+                    pair = moving[i : i + 1], _own(still[i : i + 1], frame)
+                    scores[frame].append(local.compare(*pair, warp, there))
+    mean = torch.stack([torch.cat(parts).nanmean(0) for parts in scores]).to(found.score)  # (T, 2)
+    better = torch.cat(kept).cpu() & found.valid & ~(mean[:, 1] < mean[:, 0] - _WORSE)
+    covariance = torch.cat([shift.covariance for shift in shifts]).to(found.covariance)
+    accepted = better[:, None, None]
+    field = ShiftField(*(torch.cat(parts).to(found.warp) for parts in zip(*fields, strict=True)))
+    return found._replace(
+        score=torch.where(better, mean[:, 1], found.score),
+        covariance=torch.where(accepted, covariance, found.covariance),
+        sigma=torch.where(better, largest_sigma(covariance), found.sigma),
+        stage=torch.where(better, max(0, len(stages) - 1), found.stage),
+        field=kept_field(field, better),
+    )
+
+
+def _own(still: Tensor, frame: int) -> Tensor:
+    """Of a reference for each frame (n, T, C, h, w) that frame's, (n, C, h, w)."""
+    return still[:, frame] if still.ndim == 5 else still
+
+
 def _write_frame(
     stack: LargeStack,
     frame: int,
-    warp: Tensor,
+    found: Estimate,
     operation: WarpFrames,
     writer: FileWriter,
     advance: Callable[[int], object],
 ) -> None:
     reading = stack.readings[frame]
-    margins = Margins(Found(warp, torch.ones(1, dtype=torch.bool)), stack.cube.size)
+    warp, field = found.warp, found.field
+    margins = Margins(Found(warp, torch.ones(1, dtype=torch.bool), field), stack.cube.size)
     nearest = replace(operation, pixels=replace(stack.pixels, nodata=()), interpolation="nearest",
                       padding_mode="zeros", fill_value=0.0)  # fmt: skip
     for rows in _row_blocks(stack.cube.size, stack.cube.sizes["band"]):
         source = margins.source(rows.start, rows.stop)
-        local = change_origin(warp, (0.0, float(source.start)))
+        start = (0.0, float(source.start))
+        moves = change_origin(warp, start)
+        lattice: list[Tensor] = []
+        if field is not None:
+            there = move_origin(field, start)
+            lattice = [there.coefficients, torch.cat((there.origin, there.spacing), -1)]
         cut = slice(rows.start - source.start, rows.stop - source.start)
         raw = reading.pixels(source)
         codes = reading.usable(source) if stack.masked else None
         seen = stack.usable(frame, source, codes)
         usable = None if seen is None else torch.from_numpy(np.array(seen))[None].to(stack.device)
         with torch.no_grad():
-            values, _ = operation.run(raw[None], stack.device, local, usable)
+            values, _ = operation.run(raw[None], stack.device, moves, usable, *lattice)
             moved: Array | None = None
             if codes is not None:
                 own = replace(nearest, pixels=replace(nearest.pixels, dtype=codes.dtype))
-                moved = own.run(codes[None, None], stack.device, local, None)[0][0, 0, cut]
+                moved = own.run(codes[None, None], stack.device, moves, None, *lattice)[0][0, 0, cut]
         writer.write(values[0][:, cut], moved, rows)
         del raw, values
         give_back_memory()

@@ -103,7 +103,7 @@ _WITHIN_REACH, _TURNS = 0.25, (-7.0, 7.0)
 # Eight parameters fit part of a frame, which then has all of the weight: they are weighted so many times more.
 _MORE_WEIGHTS = 2
 # Of motions that scale: the share of the mean local variance that is as good as none.
-_FLOOR = 0.1
+_FLOOR = {"similarity": 0.1, "affine": 0.1, "homography": 0.1}
 # Samples of the spline for each sample of the level: at the band's edge four a period.
 _OVERSAMPLING = 2
 # Where the steps of the first round on the finest level end, in pixels: what a bilinear sampling can tell.
@@ -293,7 +293,7 @@ def enhanced_correlation(
     if grids[0].frame != frame:
         expected, cure = f"levels of frames of {frame}", "prepare_levels of that size"
         raise ValueError(message("reference", expected, grids[0].frame, cure))
-    textures = _textures(moving, moving_mask, grids, contrast, sigma_blur, _floor(motion))
+    textures = _textures(moving, moving_mask, grids, contrast, sigma_blur, _FLOOR.get(motion, 0.0))
     shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
     only_shifted = only_shifts(motion, init)
     # (a shift is (..., T, 2))
@@ -335,11 +335,6 @@ def enhanced_correlation(
         quality.ambiguous,
         state.inliers,
     )
-
-
-def _floor(motion: MotionModel) -> float:
-    """See :func:`~torchalign.functional.texture.extract_pyramid`."""
-    return _FLOOR if motion not in ("translation", "euclidean") else 0.0
 
 
 def _finite_start(
@@ -435,7 +430,7 @@ def prepare_levels(
     grids = [
         WorkingGrid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies
     ]
-    textures = _textures(reference, mask, grids, contrast, sigma_blur, _floor(motion))
+    textures = _textures(reference, mask, grids, contrast, sigma_blur, _FLOOR.get(motion, 0.0))
     return [
         prepare_level(texture, grid, motion, taper) for texture, grid in zip(textures, grids, strict=True)
     ]
@@ -789,19 +784,13 @@ class _Search(NamedTuple):
             """(K, ..., T, h, w), of (..., T, n)."""
             return torch.stack([_unflatten(part, -1, size) for part in values.chunk(1 + level.vector, -1)])
 
+        reference = fields(level.texture), _unflatten(level.weights, -1, size)
+        limits: dict[str, Any] = {"spacings": level.grid.spacings(), "reach": self.max_translation}
         found = []
         for turn in turns:
             values, ground = moving.look(turn, alone, precise=False)
-            found.append(
-                best_shift(
-                    fields(values),
-                    _unflatten(ground.chunk(1 + level.vector, -1)[0], -1, size),
-                    fields(level.texture),
-                    _unflatten(level.weights, -1, size),
-                    spacings=level.grid.spacings(),
-                    reach=self.max_translation,
-                )
-            )
+            ground = _unflatten(ground[..., : level.x.shape[0]], -1, size)  # that of both parts
+            found.append(best_shift(fields(values), ground, *reference, **limits))
         shifts, heights = (torch.stack(each) for each in zip(*found, strict=True))
         best = heights.argmax(0, keepdim=True)[..., None]
         shift = shifts.gather(0, best.expand(*best.shape[:-1], 2)).squeeze(0)

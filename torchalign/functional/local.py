@@ -60,7 +60,9 @@ from torchalign.functional.working_grid import WorkingGrid, working_size
 
 __all__ = [
     "Ground",
+    "LatticeOptions",
     "LocalShifts",
+    "Mosaic",
     "acceptable",
     "estimate_shifts",
     "lattice_size",
@@ -467,12 +469,14 @@ class _Fitted(NamedTuple):
     level: _Level
 
 
-class _LatticeOptions(NamedTuple):
+class LatticeOptions(NamedTuple):
+    """See :func:`estimate_shifts`."""
+
     spacing: int
     smoothness: float | None
     points: Tensor | None
 
-    def seen_from(self, x: int, y: int) -> _LatticeOptions:
+    def seen_from(self, x: int, y: int) -> LatticeOptions:
         """The same for a tile whose corner lies there."""
         if self.points is None:
             return self
@@ -520,14 +524,14 @@ def estimate_shifts(
     frame = (moving.shape[-2], moving.shape[-1])
     tiles = _Tiles.of(frame, spacing)
     if tiles.number == 1:
-        found = _fit(moving, ground.tiles[0], warp, mask, _LatticeOptions(spacing, smoothness, points))
+        found = _fit(moving, ground.tiles[0], warp, mask, LatticeOptions(spacing, smoothness, points))
         known = _known(found.variance)
         known = torch.matmul(torch.matmul(found.level.down, known), found.level.along.mT)
         inliers = found.similarity * known.clamp(0, 1)
         return _conclude(
             found.coefficients, found.variance, found.evidence, found.flat, inliers, frame, spacing
         )
-    return _fit_tiles(moving, ground, warp, mask, _LatticeOptions(spacing, smoothness, points))
+    return _fit_tiles(moving, ground, warp, mask, LatticeOptions(spacing, smoothness, points))
 
 
 def acceptable(shifts: LocalShifts, max_deviation: float) -> Tensor:
@@ -543,21 +547,49 @@ def acceptable(shifts: LocalShifts, max_deviation: float) -> Tensor:
 
 
 def _fit_tiles(
-    moving: Tensor, ground: Ground, warp: Tensor, mask: Tensor | None, options: _LatticeOptions
+    moving: Tensor, ground: Ground, warp: Tensor, mask: Tensor | None, options: LatticeOptions
 ) -> LocalShifts:
-    """Tile by tile; coefficients, variances and similarity blended at the nodes."""
-    frame, spacing = (moving.shape[-2], moving.shape[-1]), options.spacing
-    tiles = _Tiles.of(frame, spacing)
-    nodes = lattice_size(frame, spacing)
-    sums: Tensor | None = None
-    evidence, flat = torch.zeros_like(moving[:, 0, 0]), torch.ones_like(moving[:, 0, 0], dtype=torch.bool)
-    for index, (top, left) in enumerate(tiles.corners()):
-        rows, columns = slice(top, top + tiles.size[0]), slice(left, left + tiles.size[1])
-        there = warp if warp.shape[-1] == 2 else change_origin(warp, (left, top))
+    """Tile by tile."""
+    mosaic = Mosaic((moving.shape[-2], moving.shape[-1]), options.spacing)
+    for index, (rows, columns) in enumerate(mosaic.windows()):
         usable = None if mask is None else mask[:, rows, columns]
-        found = _fit(
-            moving[:, rows, columns], ground.tiles[index], there, usable, options.seen_from(left, top)
-        )
+        mosaic.add(index, moving[:, rows, columns], ground.tiles[index], warp, usable, options)
+    return mosaic.conclude()
+
+
+class Mosaic:
+    """The fields of the tiles of a large frame, blended at the nodes of one lattice: there is no seam.
+
+    Args:
+        frame: (H, W).
+        spacing: pixels from one node to the next.
+    """
+
+    def __init__(self, frame: tuple[int, int], spacing: int) -> None:
+        self.tiles = _Tiles.of(frame, spacing)
+        self._nodes = lattice_size(frame, spacing)
+        self._sums: Tensor | None = None
+        self._evidence: Tensor | float = 0.0
+        self._flat: Tensor | bool = True
+
+    def windows(self) -> list[tuple[slice, slice]]:
+        """Rows and columns of every tile."""
+        height, width = self.tiles.size
+        return [(slice(top, top + height), slice(left, left + width)) for top, left in self.tiles.corners()]
+
+    def add(
+        self,
+        index: int,
+        moving: Tensor,
+        ground: _TileGround,
+        warp: Tensor,
+        mask: Tensor | None,
+        options: LatticeOptions,
+    ) -> None:
+        """What one tile (N, h, w) says; the warp and the tie points are those of the whole frame."""
+        tiles, (top, left) = self.tiles, self.tiles.corners()[index]
+        there = warp if warp.shape[-1] == 2 else change_origin(warp, (left, top))
+        found = _fit(moving, ground, there, mask, options.seen_from(left, top))
         level = found.level
         # the similarity at the nodes
         weight = level.down.sum(0)[:, None] * level.along.sum(0) + 1e-6
@@ -566,24 +598,30 @@ def _fit_tiles(
             (found.coefficients, found.variance, near[:, None], torch.ones_like(near)[:, None]), 1
         )
         stack = stack * tiles.blend(level, top, left)
-        first = (top // spacing, left // spacing)
+        first = (top // tiles.spacing, left // tiles.spacing)
         count = stack.shape[-2:]
-        beyond = (nodes[0] - first[0] - count[0], nodes[1] - first[1] - count[1])
+        beyond = (self._nodes[0] - first[0] - count[0], self._nodes[1] - first[1] - count[1])
         # (the last tile's lattice can have more rows than the frame's, far outside: cut)
         stack = F.pad(stack, (first[1], beyond[1], first[0], beyond[0]))
-        sums = stack if sums is None else sums + stack
+        self._sums = stack if self._sums is None else self._sums + stack
         # a flat tile says nothing for a field, nor against it
-        evidence = evidence + torch.where(found.flat, 0.0, found.evidence) * tiles.share
-        flat = flat & found.flat
-    assert sums is not None
-    blended = sums[:, :-1] / sums[:, -1:].clamp(min=1e-12)
-    coefficients, variance, near = blended[:, :2], blended[:, 2:5].detach(), blended[:, 5].detach()
-    y, x = (
-        torch.arange(0, length, 8, device=moving.device, dtype=moving.dtype) / spacing + 1 for length in frame
-    )
-    down, along = spline_basis(y, nodes[0]), spline_basis(x, nodes[1])
-    inliers = torch.matmul(torch.matmul(down, (near * _known(variance)).clamp(0, 1)), along.mT)
-    return _conclude(coefficients, variance, evidence, flat, inliers, frame, spacing)
+        self._evidence = self._evidence + torch.where(found.flat, 0.0, found.evidence) * tiles.share
+        self._flat = found.flat & self._flat
+
+    def conclude(self) -> LocalShifts:
+        """Of all tiles together."""
+        assert self._sums is not None
+        assert isinstance(self._evidence, Tensor)
+        assert isinstance(self._flat, Tensor)
+        frame, spacing = self.tiles.frame, self.tiles.spacing
+        blended = self._sums[:, :-1] / self._sums[:, -1:].clamp(min=1e-12)
+        coefficients, variance, near = blended[:, :2], blended[:, 2:5].detach(), blended[:, 5].detach()
+        y, x = (
+            torch.arange(0, length, 8, device=near.device, dtype=near.dtype) / spacing + 1 for length in frame
+        )
+        down, along = spline_basis(y, self._nodes[0]), spline_basis(x, self._nodes[1])
+        inliers = torch.matmul(torch.matmul(down, (near * _known(variance)).clamp(0, 1)), along.mT)
+        return _conclude(coefficients, variance, self._evidence, self._flat, inliers, frame, spacing)
 
 
 class _Tiles(NamedTuple):
@@ -638,7 +676,7 @@ def _tile_starts(length: int, spacing: int) -> tuple[int, list[int]]:
 
 
 def _fit(
-    moving: Tensor, ground: _TileGround, warp: Tensor, mask: Tensor | None, options: _LatticeOptions
+    moving: Tensor, ground: _TileGround, warp: Tensor, mask: Tensor | None, options: LatticeOptions
 ) -> _Fitted:
     """The rounds."""
     frame = (moving.shape[-2], moving.shape[-1])

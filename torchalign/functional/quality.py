@@ -22,6 +22,7 @@ __all__ = [
     "centre_moves",
     "gate",
     "gate_stages",
+    "kept_field",
     "normalized_cross_correlation",
     "parts_disagree",
     "rejected",
@@ -302,7 +303,7 @@ def _screened(motion: Motion, limit: float, size: tuple[int, int], identity: Ten
     status = torch.where((status == 0) & ~(displacement <= limit), int(Status.TOO_FAR), status)
     warp = torch.where((status == 0)[..., None, None], motion.warp, identity)
     return motion._replace(
-        warp=warp, status=status, field=_kept_field(motion.field, status == 0)
+        warp=warp, status=status, field=kept_field(motion.field, status == 0)
     ), displacement
 
 
@@ -331,7 +332,7 @@ def _judge(
         covariance + isotropic(left.sqrt()),
         status,
         torch.zeros_like(status),
-        _kept_field(motion.field, moved),
+        kept_field(motion.field, moved),
     )
     return rejected(estimate)
 
@@ -399,11 +400,11 @@ def rejected(estimate: Estimate) -> Estimate:
         sigma=sigma,
         covariance=torch.where(rows, estimate.covariance, isotropic(sigma)),
         stage=torch.where(valid, estimate.stage, -1),
-        field=_kept_field(estimate.field, valid),
+        field=kept_field(estimate.field, valid),
     )
 
 
-def _kept_field(field: ShiftField | None, kept: Tensor) -> ShiftField | None:
+def kept_field(field: ShiftField | None, kept: Tensor) -> ShiftField | None:
     """No shifts, of a σ of inf, where a frame's field is not kept."""
     if field is None:
         return None
@@ -423,7 +424,7 @@ def _choose(condition: Tensor, first: Estimate, second: Estimate) -> Estimate:
 
     fields = [estimate.field for estimate in (first, second) if estimate.field is not None]
     if len(fields) == 1:  # the other one shifts nothing
-        none = _kept_field(fields[0], torch.zeros_like(condition))
+        none = kept_field(fields[0], torch.zeros_like(condition))
         first, second = (
             one if one.field is not None else one._replace(field=none) for one in (first, second)
         )
