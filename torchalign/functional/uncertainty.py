@@ -316,6 +316,7 @@ def assess_peak(
     covariance = _times(_times(inverse, spread), inverse)
     # what the weights do to higher orders, in small and smooth frames
     covariance = covariance + CALIBRATION[1] * _times(share, share.mT)
+    covariance = 0.5 * (covariance + covariance.mT)  # symmetric to the last bit
     unknown = torch.diag_embed(torch.full_like(covariance[..., 0], torch.inf))
     covariance = torch.where(regular[..., None, None], covariance, unknown)
 
