@@ -223,7 +223,7 @@ MUTATIONS = [
     ),
     Mutation(
         "phase-too-far", "functional/phase.py",
-        "outside = (highest > _OUTSIDE_MARGIN * inside.clamp(min=0)) & (highest >= _MIN_SIGNIFICANCE * spread)",
+        "outside = (highest > OUTSIDE_MARGIN * inside.clamp(min=0)) & (highest >= _MIN_SIGNIFICANCE * spread)",
         "outside = highest < 0",
         "tests/test_pcc.py -k each_status",
     ),
@@ -384,9 +384,14 @@ MUTATIONS = [
     ),
     Mutation(
         "ecc-significance", "functional/ecc.py",
-        "converged = sound & (state.reach <= search.tolerance) & (significance >= least)",
+        "converged = sound & (state.reach <= search.tolerance) & told",
         "converged = sound & (state.reach <= search.tolerance)",
         f"{_F}/test_enhanced_correlation.py -k unrelated",
+    ),
+    Mutation(
+        "ecc-blocks", "functional/ecc.py",
+        "if search.far is not None and not level.vector:", "if False:",
+        "tests/test_ecc.py -k few_spots",
     ),
     Mutation(
         "ecc-nan-init", "functional/ecc.py",

@@ -101,6 +101,29 @@ def test_hopeless_frames_are_flagged(landsat):
         assert torch.equal(aligned, data.cube)
 
 
+def sparse_scenes(count, seed, size=64, spots=7):
+    """(count, 1, size, size): spots at random places on a flat ground with slight noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    centres = rng.uniform(0, size, (2, count, spots, 1, 1))
+    bumps = np.exp(-((x - centres[0]) ** 2 + (y - centres[1]) ** 2) / (2 * 1.5**2))
+    scenes = (rng.uniform(0.5, 1.5, (count, spots, 1, 1)) * bumps).sum(1)
+    return torch.from_numpy(scenes + 0.01 * rng.standard_normal(scenes.shape)).float()[:, None]
+
+
+@pytest.mark.parametrize("motion", ["translation", "affine"])
+def test_a_few_spots_that_fit_by_chance_are_not_enough(motion):
+    # seven spots are seven facts, however many samples they cover, and there are many places to compare
+    aligner = ta.ECC(motion=motion, max_translation=31)
+    still, *others = sparse_scenes(81, seed=7)
+    assert not aligner.estimate(torch.stack(others), still).valid.any()
+    # all of them fitting is: none of it turns down what is right
+    large = sparse_scenes(1, seed=1, size=96, spots=30)
+    estimate = aligner.estimate(large[..., 20:84, 12:76], large[0, :, 12:76, 20:84])
+    torch.testing.assert_close(estimate.warp[0, :, 2], torch.tensor([-8.0, 8.0]), atol=0.1, rtol=0)
+    assert estimate.valid.all()
+
+
 def test_sigma_is_calibrated(landsat):
     ratios = []
     for seed, options in enumerate(

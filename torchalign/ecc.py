@@ -40,8 +40,9 @@ class ECC(Aligner):
 
     It climbs from where it starts: from the identity, translations of some 15 px, rotations of 10° and scales of
     10 % are within reach on frames of 256² (clouds halve that). With a ``max_translation`` beyond its reach, all
-    translations within it are compared first, on a coarse level, and unless the motion is one also under rotations of
-    ±7°; beyond that, give an ``init``.
+    translations are compared first, on a coarse level, and unless the motion is one also under rotations of ±7°; one
+    beyond the limit wins if it fits better by a fifth, and the frame is ``TOO_FAR``. For a motion of translations with
+    an ``init`` nothing is compared. Beyond that, give an ``init``.
 
     Bias: at every fraction of a pixel below 0.01 px (``benchmarks/README.md``), since frequencies beyond
     ``max_frequency``, which aliasing folds, are not seen, and what lies between two samples is a cubic B-spline
@@ -75,7 +76,8 @@ class ECC(Aligner):
 
     Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``NOT_CONVERGED`` where the last step was longer
     than ``tolerance``, the correlation is no more than that of unrelated scenes (5 standard deviations, 6 of
-    structure), or σ exceeds ``max_sigma``; ``AMBIGUOUS`` where along some direction the slope of the ground is
+    structure, and where all translations are compared 1 more, in more parts of the frame the more places there are),
+    or σ exceeds ``max_sigma``; ``AMBIGUOUS`` where along some direction the slope of the ground is
     noise; then what the gate says.
 
     References:

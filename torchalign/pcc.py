@@ -56,8 +56,9 @@ class PCC(Aligner):
 
     Status: ``NO_TEXTURE`` for flat, empty or wholly masked frames; ``TOO_FAR`` where a clearly higher peak lies
     beyond ``max_translation``; ``NOT_CONVERGED`` where no peak stands out of the correlation surface by 5
-    standard deviations, nor the second one out of chance by 5.5, or σ exceeds ``max_sigma``; ``AMBIGUOUS`` where a
-    direction is not fixed, or σ exceeds ``max_sigma`` because parts of the frame disagree; then what the gate says.
+    standard deviations, nor the second one out of chance by 5.5, and more where more places are sought, or σ exceeds
+    ``max_sigma``; ``AMBIGUOUS`` where a direction is not fixed, or σ exceeds ``max_sigma`` because parts of the frame
+    disagree; then what the gate says.
 
     References:
         Knapp & Carter 1976, doi:10.1109/TASSP.1976.1162830; Stone et al. 2001, doi:10.1109/36.957286;

@@ -116,6 +116,8 @@ _MIN_SIGNIFICANCE = 5.0
 _MIN_SIGNIFICANCE_OF_VECTORS = 6.0
 # And this many more where it is the best of many places.
 _OF_MANY = 1.0
+# Then blocks of 2² samples a side must tell it as well: chance has so many standard deviations within 5 pixels.
+_BLOCK_OF_FACTS, _LEAST_OF_BLOCKS = 2, 2.2
 # Share of a level's samples that are independent.
 _INDEPENDENT = 0.35
 # Blocks of 2³ samples a side, whose pulls are taken to be independent.
@@ -150,7 +152,7 @@ class EnhancedCorrelation(NamedTuple):
         significance: (..., T), the correlation in standard deviations of that of unrelated scenes.
         flat: (..., T) bool, no texture or too few usable pixels in frame or reference.
         converged: (..., T) bool, the last step was short, the Hessian has an inverse, the correlation is
-            significant.
+            significant, and where all translations were compared, enough parts of the frame tell it.
         ambiguous: (..., T) bool, along some direction the slope of the reference is noise.
         inliers: (..., T, h, w), weights in [0, 1] over the reference: where both show the same ground. ``None``
             if not asked for (``robust="none"``).
@@ -245,7 +247,8 @@ def enhanced_correlation(
             pixels; ``None`` for none. What the motion model lacks (the rotation of an init, for a translation)
             is kept as it is. A frame whose init is no number starts from the identity, and has not converged.
         max_translation: of the frame's centre, in pixels. Where a climb alone does not reach so far, all translations
-            within it are compared first, under a few rotations if the motion has any: see :func:`far_level`.
+            are compared first, under a few rotations if the motion has any; one beyond it wins if it fits better by a
+            fifth. See :func:`far_level`.
         levels: of the pyramid; ``None`` for as many as leave 20 samples along the shorter side, 8 of frames
             of 100 and more.
         max_iterations: on each level, and for each set of weights.
@@ -772,6 +775,12 @@ class _Search(NamedTuple):
         samples = _WarpedSamples.at(warp, level, frames, precise=True)
         return self.climb(samples, level, frames, self.tolerance, precise=True)
 
+    def least_of_blocks(self) -> float:
+        """What chance reaches rises with the places and turns that are compared, as the maximum of so many does."""
+        turns = 1 if self.motion == "translation" else 1 + len(_TURNS)
+        places = max(self.max_translation / 5, 1.0) ** 2 * turns
+        return math.sqrt(_LEAST_OF_BLOCKS**2 + 2 * math.log(places))
+
     def look_far(self, start: Tensor, level: Level, moving: _Shifted | _Warped) -> Tensor:
         """(..., T, 3, 3): of all translations, under what else the start does and a few turns, what fits best."""
         still = composed(start.detach(), _shifted_by(-start[..., :2, 2].detach()))
@@ -1035,16 +1044,34 @@ def _assess(state: _State, level: Level, search: _Search) -> _Quality:
     ground = state.common.square()
     tiny = torch.finfo(values.dtype).tiny
     samples = _INDEPENDENT * ground.sum(-1).square() / torch.linalg.vecdot(ground, ground).clamp(min=tiny)
-    significance = _moments(values, level, ground).correlation * samples.sqrt()
+    common = _moments(values, level, ground)
+    significance = common.correlation * samples.sqrt()
 
     sound = system.sound & (sigma < torch.inf) & _are_finite(state.warp)
     least = _MIN_SIGNIFICANCE_OF_VECTORS if level.vector else _MIN_SIGNIFICANCE
-    least = least if search.far is None else least + _OF_MANY
-    converged = sound & (state.reach <= search.tolerance) & (significance >= least)
+    told = significance >= (least if search.far is None else least + _OF_MANY)
+    if search.far is not None and not level.vector:
+        told = told & (_significance_of_blocks(values, level, ground, common) >= search.least_of_blocks())
+    converged = sound & (state.reach <= search.tolerance) & told
     unknown = isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
     sigma = sigma.masked_fill(~sound, torch.inf)
     return _Quality(sigma, covariance, significance, converged, share < _LEAST_SHARE)
+
+
+def _significance_of_blocks(values: Tensor, level: Level, ground: Tensor, seen: _Moments) -> Tensor:
+    r"""(..., T): the correlation in standard deviations, by the scatter of what blocks of the frame contribute to it.
+
+    .. math:: \frac{\operatorname{artanh} \rho}{\rho} \, \frac{\sum_b u_b}{\sqrt{\sum_b u_b^2}}
+
+    Seven spots on flat ground are seven facts, however many samples they cover. Fisher's transform: that all of them
+    fit is worth more than their number.
+    """
+    products = (values - seen.mean[..., None]) * (level.texture - seen.other_mean[..., None])
+    blocks = block_sums(_unflatten(ground * products, -1, level.size), _BLOCK_OF_FACTS).flatten(-2)
+    norm = torch.linalg.vector_norm(blocks, dim=-1).clamp(min=torch.finfo(values.dtype).tiny)
+    correlation = seen.correlation.clamp(1e-3, 1 - 1e-6)
+    return torch.atanh(correlation) / correlation * blocks.sum(-1) / norm
 
 
 def _scatter_of_blocks(sums: Tensor, system: _System) -> Tensor:

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from torchalign.functional.fourier import irfft2, rfft2
 
-__all__ = ["best_shift"]
+__all__ = ["OUTSIDE_MARGIN", "best_shift"]
 
 # Two frames must have this share of the largest overlap in common.
 _LEAST_OVERLAP = 0.2
 # A peak beyond the limit must exceed the one within by this factor to be believed.
-_OUTSIDE_MARGIN = 1.2
+OUTSIDE_MARGIN = 1.2
 # Of the product of their powers at least this share of the largest is divided by.
 _LEAST_POWER = 1e-6
 
@@ -75,7 +75,7 @@ def best_shift(
             torch.fft.fftfreq(2 * samples, 0.5 / (samples * spacing), device=both.device, dtype=both.dtype)
             for samples, spacing in zip((rows, columns), spacings, strict=True)
         )
-        height = torch.where(torch.hypot(y[:, None], x) <= reach, height, height / _OUTSIDE_MARGIN)
+        height = torch.where(torch.hypot(y[:, None], x) <= reach, height, height / OUTSIDE_MARGIN)
         height, place = height.masked_fill(share < _LEAST_OVERLAP, -1.0).flatten(-2).max(-1)
         return torch.stack((x[place % (2 * columns)], y[place // (2 * columns)]), -1), height
 

@@ -32,6 +32,7 @@ from torchalign._check import message
 from torchalign._host import all_true, keeps_tables, kernels_for
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave
+from torchalign.functional.masked_correlation import OUTSIDE_MARGIN
 from torchalign.functional.sizes import lags_within, square_root
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid, extract_texture
 from torchalign.functional.uncertainty import (
@@ -65,8 +66,6 @@ _MIN_SIGNIFICANCE = 5.0
 # Or the maximum of the second correlation must rise so many above what chance may reach: of unrelated scenes it stays
 # more than half a deviation below. It tells ground under clouds better, as it is that of ground in common.
 _SURE = 2.5
-# A peak beyond the limit must exceed the one within by this factor to be believed.
-_OUTSIDE_MARGIN = 1.2
 _NEWTON_STEPS = 3
 # The last Newton step of an estimate that has converged is shorter than this, in pixels (float32 stalls at 1e-5).
 _NEWTON_TOLERANCE = 1e-2
@@ -100,8 +99,10 @@ class PhaseShift(NamedTuple):
         significance: (...,), height of the coarse peak in standard deviations of the correlation surface.
         flat: (...,) bool, no texture or too few usable pixels in frame or reference.
         outside: (...,) bool, a clearly higher peak lies beyond ``max_translation``.
-        converged: (...,) bool, the peak is significant and Newton's ascent arrived near it.
-        ambiguous: (...,) bool, along some direction nothing but the weights, or chance, fixes the maximum.
+        converged: (...,) bool, the peak is significant, or the second one rises 2.5 deviations above what chance may
+            reach, and Newton's ascent arrived near it.
+        ambiguous: (...,) bool, along some direction nothing but the weights, or chance, fixes the maximum, or it is
+            lower than chance may reach: 3 deviations within 5 pixels, and more where more places are sought.
         inliers: (..., h, w), weights in [0, 1] on the grid of the reference (coarser than the frames by the
             band limit): where both show the same ground. ``None`` if not asked for (``robust=False``).
     """
@@ -336,7 +337,7 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     reach = max_translation + 0.5 * square_root(square)
     kernels = kernels_for(surface)
     if kernels is not None:
-        found = kernels.peak(surface, (step_y, step_x), reach, _OUTSIDE_MARGIN, _MIN_SIGNIFICANCE)
+        found = kernels.peak(surface, (step_y, step_x), reach, OUTSIDE_MARGIN, _MIN_SIGNIFICANCE)
         if found is not None:
             return _Peak(*found)
     near_y = lags_within(rows, reach / step_y, surface)
@@ -350,7 +351,7 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
     spread = (power - values.mean((-2, -1)).square()).clamp(min=0).sqrt()
     significance = inside.clamp(min=0) / (spread + torch.finfo(surface.dtype).tiny)
     highest = values.amax((-2, -1))
-    outside = (highest > _OUTSIDE_MARGIN * inside.clamp(min=0)) & (highest >= _MIN_SIGNIFICANCE * spread)
+    outside = (highest > OUTSIDE_MARGIN * inside.clamp(min=0)) & (highest >= _MIN_SIGNIFICANCE * spread)
 
     row, column = near_y[index // near_x.shape[0]], near_x[index % near_x.shape[0]]
     flat = surface.flatten(-2)
