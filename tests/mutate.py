@@ -340,7 +340,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gate-worse-stage", "functional/quality.py",
-        "worse = result.valid & (judged.score < result.score - _WORSE)",
+        "worse = result.valid & (judged.score < result.score - WORSE)",
         "worse = torch.zeros_like(result.valid)",
         "tests/test_ecc.py -k makes_a_frame_worse",
     ),
