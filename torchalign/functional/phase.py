@@ -204,7 +204,7 @@ def phase_correlation(
     misfit = torch.zeros_like(found.quality.height)
     if not vector and weighting == "ramp":
         pulls = block_pulls(spectrum.detach(), still.detach(), found.peak, grid)
-        share = pair.share_of(same) if robust else 1.0
+        share = pair.share_of(same) if robust else None
         quality, misfit = found.quality.with_misfit(pulls, share)
         found = found._replace(quality=quality)
     if holes is not None:
