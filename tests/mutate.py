@@ -813,6 +813,16 @@ MUTATIONS = [
         "            with waiting():\n                aligned", "            if True:\n                aligned",
         "tests/test_graphs.py -k defects",
     ),
+    Mutation(
+        "graphs-owner", "_graphs.py",
+        "recorder.hand_over(tensor)", "pass",
+        "tests/test_graphs.py -k until_it_was_read",
+    ),
+    Mutation(
+        "graphs-reference", "cube/run.py",
+        "fixed.keys() >= {0, 2}", "False",
+        "tests/test_graphs.py -k looked_at_once",
+    ),
     # --- labelled cubes ---
     Mutation(
         "run-padding-of-the-residual", "cube/run.py",

@@ -89,10 +89,10 @@ def _standardize(images: Tensor, weight: Tensor, count: Tensor) -> Tensor:
 
     The correlation does not depend on either, so they carry no gradient.
     """
-    fixed = images.detach()
-    mean = torch.linalg.vecdot(fixed, weight) / count
-    largest = torch.maximum(fixed.amax(-1) - mean, mean - fixed.amin(-1))
-    return (images - mean[..., None]) / torch.where(largest > 0, largest, 1.0)[..., None]
+    centred = images - (torch.linalg.vecdot(images.detach(), weight) / count)[..., None]
+    # what has no weight may be of any size
+    largest = (centred.detach() * weight).abs().amax(-1)
+    return centred / torch.where(largest > 0, largest, 1.0)[..., None]
 
 
 def _spread(square: Tensor, square_of_mean: Tensor) -> tuple[Tensor, Tensor]:
