@@ -340,7 +340,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gate-worse-stage", "functional/quality.py",
-        "worse = result.valid & (judged.score < result.score - _WORSE)",
+        "worse = result.valid & (judged.score < result.score - WORSE)",
         "worse = torch.zeros_like(result.valid)",
         "tests/test_ecc.py -k makes_a_frame_worse",
     ),
@@ -817,6 +817,16 @@ MUTATIONS = [
         "graphs-defects", "cube/run.py",
         "            with waiting():\n                aligned", "            if True:\n                aligned",
         "tests/test_graphs.py -k defects",
+    ),
+    Mutation(
+        "graphs-owner", "_graphs.py",
+        "recorder.hand_over(tensor)", "pass",
+        "tests/test_graphs.py -k until_it_was_read",
+    ),
+    Mutation(
+        "graphs-reference", "cube/run.py",
+        "fixed.keys() >= {0, 2}", "False",
+        "tests/test_graphs.py -k looked_at_once",
     ),
     # --- labelled cubes ---
     Mutation(

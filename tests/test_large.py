@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import numpy as np
 import pytest
+import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 import torchalign as ta
@@ -15,6 +17,7 @@ from rasterio.transform import Affine  # noqa: E402
 
 from torchalign.cube import tiles  # noqa: E402
 from torchalign.cube.displacements import displacement_of  # noqa: E402
+from torchalign.cube.gridding import Reading  # noqa: E402
 from torchalign.functional import local  # noqa: E402
 
 TRANSFORM = Affine(10, 0, 500_000, 0, -10, 5_000_000)
@@ -170,11 +173,13 @@ def test_affine_motions(tmp_path, monkeypatch):
     np.testing.assert_allclose(report.warp[1, :, :2], np.eye(2), atol=2e-4)
 
 
-def test_frames_that_cannot_be_aligned_come_back_bit_for_bit(tmp_path):
+@pytest.mark.parametrize(("aligner", "tile"), [("auto", 512), ("local", 512), ("local", 64)])
+def test_frames_that_cannot_be_aligned_come_back_bit_for_bit(tmp_path, monkeypatch, aligner, tile):
+    monkeypatch.setattr(tiles, "_TILE", tile)
     make_files(tmp_path / "in", (130, 140))
     with rasterio.open(tmp_path / "in" / "20200102.tif", "r+") as file:
         file.write(np.random.default_rng(1).integers(1, 9000, (2, 130, 140)).astype("uint16"))
-    _, report = ta.io.align_scenes(tmp_path / "in", tmp_path / "out")
+    _, report = ta.io.align_scenes(tmp_path / "in", tmp_path / "out", aligner=aligner)
     assert report.status[1] != 0
     np.testing.assert_array_equal(ta.open_stack(tmp_path / "in"), ta.open_stack(tmp_path / "out"))
 
@@ -222,14 +227,14 @@ def test_what_cannot_be_done_is_said(tmp_path):
         ta.io.align_scenes(tmp_path / "in", tmp_path / "out")
 
 
-def warped_files(folder, size, spacing):
-    """Two dates; the second is off by a shift and a smooth field of up to one pixel."""
+def warped_files(folder, size, spacing, length=1.0):
+    """Two dates; the second is off by a shift and a smooth field of up to so many pixels."""
     folder.mkdir()
     random = np.random.default_rng(4)
     ground = gaussian_filter(random.normal(size=(size[0] + 40, size[1] + 40)), 1.5)
     ground = 2000 + 300 * ground / ground.std()
     field = gaussian_filter(random.normal(size=(2, *size)), (0, 2 * spacing, 2 * spacing))
-    field /= np.abs(field).max()
+    field *= length / np.abs(field).max()
     y, x = np.mgrid[: size[0], : size[1]] + 20.0
     for number, (right, down) in enumerate([(0, 0), (0.7, -1.3)]):
         at = [y + down + number * field[1], x + right + number * field[0]]
@@ -263,6 +268,62 @@ def test_local_shifts_are_those_of_the_cube_in_memory(tmp_path, monkeypatch, ali
     difference = np.abs(written[1, 0].astype(float) - aligned[1, 0].astype(float)).values[15:-15, 15:-15]
     assert np.median(difference) < 3
     assert np.quantile(difference, 0.99) < 15
+
+
+@pytest.mark.parametrize("tile", [115, 70])
+@pytest.mark.parametrize("before", [(), (ta.PCC(),)])
+def test_long_local_shifts_do_not_speak_against_their_start(tmp_path, monkeypatch, tile, before):
+    """Tiles disagree by more than half a pixel, and parts of one too; the field is what they disagree by."""
+    monkeypatch.setattr(tiles, "_TILE", tile)
+    warped_files(tmp_path / "in", (230, 210), 8, length=2.5)
+    last = ta.Local(spacing=8, max_deviation=5)
+    aligner = ta.Cascade(*before, last) if before else last
+    _, start = ta.io.align_scenes(tmp_path / "in", tmp_path / "start", "first", ta.PCC())
+    _, report = ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", aligner)
+    _, whole = ta.align(ta.open_stack(tmp_path / "in"), "first", aligner)
+    assert start.status[1] != ta.Status.OK
+    assert report.status.values.tolist() == whole.status.values.tolist() == [0, 0]
+    assert 0 < report.sigma[1] < 0.05
+    assert report.score[1] > 0.99
+    moves, expected = (displacement_of(one, (230, 210))[1][..., 20:-20, 20:-20] for one in (report, whole))
+    assert np.abs(expected - expected.mean((1, 2), keepdims=True)).max() > 2
+    assert np.median(np.hypot(*(moves - expected))) < 0.02
+
+
+@pytest.mark.parametrize("reason", ["too long", "no gain"])
+def test_where_the_field_is_not_kept_the_start_is_judged_alone(tmp_path, monkeypatch, reason):
+    monkeypatch.setattr(tiles, "_TILE", 115)
+    if reason == "no gain":  # by start and field over no warp at all
+        monkeypatch.setattr(ta.Local, "compare", lambda *_: torch.tensor([[0.1, 0.1]]))
+    warped_files(tmp_path / "in", (230, 210), 8, length=2.5)
+    aligner = ta.Local(spacing=8, max_deviation=0.5 if reason == "too long" else 5)
+    _, report = ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", aligner)
+    assert report.status.values.tolist() == [0, int(ta.Status.AMBIGUOUS)]
+    assert np.isinf(report.sigma[1])
+    np.testing.assert_array_equal(ta.open_stack(tmp_path / "out"), ta.open_stack(tmp_path / "in"))
+
+
+def test_strips_are_read_once_and_counted(tmp_path, monkeypatch):
+    """A strip of the reference and one of the other frame, for a row of tiles; rows are written one by one."""
+    monkeypatch.setattr(local, "_LARGEST_TILE", 12)
+    monkeypatch.setattr(tiles, "_TILE", 96)
+    warped_files(tmp_path / "in", (230, 210), 8)
+    told, reads, read = [], [], Reading.pixels
+
+    @contextlib.contextmanager
+    def progress(wanted, steps, *words):
+        told.append(steps)
+        yield lambda steps: told.append(-steps)
+
+    monkeypatch.setattr(ta.io, "count_progress", progress)
+    monkeypatch.setattr(Reading, "pixels", lambda self, rows: reads.append(rows) or read(self, rows))
+    ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", ta.Local(spacing=8))
+    down, across = map(len, local._Tiles.of((230, 210), 8).starts)
+    rows, blocks = len(tiles._grid((230, 210))), len(tiles._row_blocks((230, 210), 1))
+    assert across > 1
+    assert sum(told) == 0
+    assert told[0] == 2 * rows + down + rows + 2 * blocks
+    assert len(reads) == 2 * rows + 2 * (down + rows) + 2 * blocks
 
 
 @pytest.mark.skipif(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -61,3 +62,21 @@ def test_what_torch_alone_launches(launches):
 def test_bytes_are_those_that_are_read_and_written(launches):
     tensor = torch.empty(4, 3).expand(2, 4, 3)
     assert launches["size_of"](tensor) == 48
+
+
+def test_the_pages_name_what_was_counted():
+    found = json.loads((BENCHMARKS / "results/launches.json").read_text())["aligners"]
+    counted = {name: f"{row['triton']['launches']:,}" for name, row in found.items()}
+    pages = {
+        name: (BENCHMARKS.parent / name).read_text()
+        for name in ("docs/guide/scale.md", "docs/guide/gpu.md", "CHANGELOG.md")
+    }
+    for name in ("PCC()", "ECC()", 'ECC(motion="affine")', "Cascade(PCC(), ECC())", "LGM()"):
+        (row,) = (
+            line for line in pages["docs/guide/scale.md"].splitlines() if line.startswith(f"| `{name}` |")
+        )
+        assert row.split("|")[5].strip() == counted[name]
+    pcc, ecc, cascade, lgm = (counted[name] for name in ("PCC()", "ECC()", "Cascade(PCC(), ECC())", "LGM()"))
+    assert f"is {pcc} launches" in pages["docs/guide/gpu.md"]
+    assert f"`ECC` {ecc} and" in pages["docs/guide/gpu.md"]
+    assert f"`PCC` {pcc} launches, `ECC` {ecc}, `Cascade` {cascade}, `LGM` {lgm}." in pages["CHANGELOG.md"]

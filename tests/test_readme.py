@@ -194,5 +194,6 @@ def test_architecture_is_drawn_from_the_imports(monkeypatch):
     assert ("methods", "functional") in arrows
     assert ("functional", "methods") not in arrows
     picture = architecture.draw()
+    assert picture == (ROOT / "docs/pictures/architecture.svg").read_text()
     assert all(architecture.TITLES[name].split(":")[0] in picture for name in members)
     sys.modules.pop("architecture")

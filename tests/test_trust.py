@@ -452,6 +452,7 @@ def test_ground_between_pixels_of_a_fill_is_no_hot_pixel():
     ground = image < 100
     assert torch.equal(mended[ground], image[ground])
     assert not usable[~ground].any()
+    assert torch.equal(exclude_defects(image), ground)
 
 
 def test_sigma_knows_of_what_pulls_beside_the_weights():

@@ -23,7 +23,7 @@ from torchalign._check import message
 from torchalign._host import carries_gradient
 from torchalign.aligner import Aligner
 
-__all__ = ["LEAST_CALLS", "Graphs", "may_record", "recorded"]
+__all__ = ["LEAST_CALLS", "Graphs", "may_record", "recorded", "used_by"]
 
 # The first call of a shape runs as it is, the second is recorded and played, the third one gains.
 LEAST_CALLS = 3
@@ -41,6 +41,15 @@ class Recorder(Protocol):
 
     def record(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
         """Where the results of a call will lie, not yet computed; and what computes them, again and again."""
+
+    def hand_over(self, tensor: Tensor) -> None:
+        """A result that was made apart is the caller's, who reads it where all else is done."""
+
+
+def used_by(tensor: Tensor, device: torch.device, stream: Any = None) -> None:
+    """Its memory is not to be given to others before the stream, or the current one, is done with it."""
+    if tensor.device.type == "cuda":
+        tensor.record_stream(stream or torch.cuda.current_stream(device))
 
 
 @functools.cache
@@ -94,6 +103,10 @@ class _CudaRecorder:
                 if collects:
                     gc.enable()
         return found, graph.replay
+
+    def hand_over(self, tensor: Tensor) -> None:
+        # it was made where all calls of the process are played: freed, its memory would at once be another thread's
+        used_by(tensor, self._device)
 
 
 def _recorder_for(device: torch.device) -> Recorder | None:
@@ -150,11 +163,15 @@ class Graphs:
 
     def __call__(self, *given: Tensor | None) -> Any:
         """What the function gives."""
-        if self._recorder is None or carries_gradient(*_tensors_in(given)):
+        recorder = self._recorder
+        if recorder is None or carries_gradient(*_tensors_in(given)):
             return self._function(*given)
         try:
-            with self._recorder.apart():
-                return self._run(self._recorder, given)
+            with recorder.apart():
+                found = self._run(recorder, given)
+            for tensor in _tensors_in(tree_leaves(found)):
+                recorder.hand_over(tensor)
+            return found
         except (_RecordingError, torch.OutOfMemoryError) as error:
             reason = str(error).partition("\n")[0]
         self._give_up()

@@ -235,16 +235,18 @@ def align_scenes(  # noqa: D417  # options of open_stack and write_stack stand i
     The warp of each frame is estimated from up to 5 × 5 tiles of 512 × 512 pixels of full resolution, whose
     estimates are combined by a robust mean (a robust fit for affine motions), each weighted by its own
     ``covariance``; tiles that are not ``OK`` do not count. A frame is ``AMBIGUOUS`` where fewer than half of its
-    tiles agree to half a pixel. Nodata, alpha bands and masks of the files are masks, as everywhere. Each frame is
-    then read, resampled and written by blocks of rows: what is needed of memory is set by the width of a frame, not
-    by its height or the number of frames. Two Sentinel-2 tiles, 10980² of four bands, need 2.0 GiB.
+    tiles agree to half a pixel, unless local shifts are kept, which explain that. Nodata, alpha bands and masks of
+    the files are masks, as everywhere. Each frame is then read, resampled and written by blocks of rows: what is
+    needed of memory is set by the width of a frame, not by its height or the number of frames. Two Sentinel-2 tiles,
+    10980² of four bands, need 2.0 GiB.
 
     Args:
         source: as in :func:`open_stack`.
         folder: for the aligned files, tiled GeoTIFFs of the same names; made if it is not there.
         reference: ``"first"``, the label of one frame, ``"median"`` or ``"mean"`` (made tile by tile), or a DataArray.
         aligner: a module, or a name, as in :func:`torchalign.align`; motions up to affine, and
-            local shifts on top, tile by tile on one lattice.
+            local shifts on top, tile by tile on one lattice. The score of a frame with a field is
+            the mean of the tiles' scores under it, and the field is kept by that.
         mask: bool, True = usable, as in :func:`torchalign.align`; of dask chunks it is read as it is needed:
             ``open_stack(clouds, chunks=1).isel(band=0) == 0``.
         reference_mask: the same for the reference.
@@ -290,7 +292,7 @@ def align_scenes(  # noqa: D417  # options of open_stack and write_stack stand i
     own = readings[None]
     stack = LargeStack.of(array, own, mask, where)
     onto = LargeReference.of(reference, reference_mask, stack)
-    steps = count_steps(stack.cube.size, len(own), stack.cube.sizes["band"])
+    steps = count_steps(stack, module, onto)
     with count_progress(progress, steps, "align", "block") as advance:
         return align_large(stack, place_module(module, where), onto, target, write, advance)
 

@@ -10,7 +10,7 @@ import torch
 from scenes import Waves, pairs
 
 from torchalign.functional.affine import identity_warp, translation_warp
-from torchalign.functional.quality import gate, gate_stages, normalized_cross_correlation
+from torchalign.functional.quality import _correlate, gate, gate_stages, normalized_cross_correlation
 from torchalign.functional.uncertainty import isotropic, largest_sigma
 from torchalign.functional.warp import resample
 from torchalign.types import Motion, Status
@@ -284,6 +284,15 @@ def test_a_shift_that_was_not_kept_casts_no_doubt(scene, detour):
         assert found.valid.all()
         assert torch.equal(found.warp, alone.warp)
         assert torch.equal(found.sigma, alone.sigma)
+
+
+def test_what_has_no_weight_may_be_of_any_size(scene):
+    _, moving, reference = scene
+    weight = torch.ones_like(moving)
+    weight[:, :20] = 0
+    expected = _correlate(reference, weight, moving)[0]
+    filled = torch.where(weight == 0, 1e25, moving)
+    torch.testing.assert_close(_correlate(reference, weight, filled)[0], expected)
 
 
 def test_a_shift_after_a_shift_keeps_what_parts_of_the_frame_disagreed_by(scene):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +31,7 @@ from torchalign.cube.reference import ReferenceSource
 from torchalign.cube.solution import Remaining, promised_fields, report_fields, unpack_field
 from torchalign.ecc import ECC
 from torchalign.functional.affine import identity_warp, to_homogeneous
-from torchalign.functional.defects import suspects
+from torchalign.functional.defects import exclude_defects, suspects
 from torchalign.functional.misfit import misfit
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.shift_field import is_zero
@@ -80,8 +80,8 @@ class Operation(ABC):
         """Where to compute, on the machine that does."""
         return find_device(self.device, None)
 
-    def on(self, device: torch.device, batches: int) -> Operation:
-        """With all that it computes with there, so many whole batches."""
+    def on(self, device: torch.device, batches: int, fixed: Mapping[int, Tensor | None]) -> Operation:
+        """With all that it computes with there, so many whole batches; and the companions that all of them share."""
         return self
 
     def promised(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -149,17 +149,18 @@ def _run_batches(
     device = operation.find_device()
     count, made = frames.sizes["time"], []
     step = _frames_at_a_time(operation, frames, device, budget)
-    operation = operation.on(device, count // step)
-    whole = slice(None)
-    fixed = [
-        None if one is None or "time" in one.axes else one.read(device, whole) for one in companions
-    ]  # once for all frames
+    fixed = {
+        place: None if one is None else one.read(device, slice(None))
+        for place, one in enumerate(companions)
+        if one is None or "time" not in one.axes
+    }  # once for all frames
+    operation = operation.on(device, count // step, fixed)
     for first in range(0, max(count, 1), step):  # an empty cube is one empty batch
         batch = slice(first, first + step)
         raw = load(frames, CUBE, time=batch)
         own = [
-            one.read(device, batch) if one is not None and "time" in one.axes else same
-            for one, same in zip(companions, fixed, strict=True)
+            fixed[place] if one is None or place in fixed else one.read(device, batch)
+            for place, one in enumerate(companions)
         ]
         values, fields = operation.run(raw, device, *own)
         if out is not None:
@@ -216,14 +217,17 @@ class AlignFrames(Operation):
     nodes: tuple[int, int] | None = None  # of the field of local shifts, if the aligner makes one
     graph: bool = True  # where there is CUDA, and it pays
     align: Callable[..., Any] | None = None  # of a batch, where it is recorded
+    spoilt: bool | None = None  # whether the reference has defects; None where each batch has its own
 
     def find_device(self) -> torch.device:
         """Where the aligner is, if nobody says otherwise."""
         return find_device(self.device, self.aligner)
 
-    def on(self, device: torch.device, batches: int) -> AlignFrames:
-        """With the aligner there, whose calls may be recorded."""
+    def on(self, device: torch.device, batches: int, fixed: Mapping[int, Tensor | None]) -> AlignFrames:
+        """With the aligner there, whose calls may be recorded; a reference for all is looked at once."""
         there = replace(self, aligner=place_module(self.aligner, device))
+        if fixed.keys() >= {0, 2}:
+            there = replace(there, spoilt=_may_have_defects(there.aligner, fixed[0], fixed[2], closely=True))
         if not self.graph or not may_record(there.aligner):
             return there
         return replace(there, align=recorded(there._align, device, batches))
@@ -261,7 +265,10 @@ class AlignFrames(Operation):
         reference, usable, reference_usable, init = companions
         given = frames, reference, usable, reference_usable, None if init is None else init.to(frames)
         size = (raw.shape[-2], raw.shape[-1])
-        if _may_have_defects(self.aligner, *given[:4]):
+        spoilt = self.spoilt
+        if spoilt is None:
+            spoilt = _may_have_defects(self.aligner, reference, reference_usable)
+        if spoilt or _may_have_defects(self.aligner, frames, usable):
             with waiting():
                 aligned, found, left = self._align(*given)
         else:
@@ -309,22 +316,21 @@ def _looks_itself(frames: Tensor) -> bool:
 
 
 def _may_have_defects(
-    module: nn.Module,
-    frames: Tensor,
-    reference: Tensor | None,
-    usable: Tensor | None,
-    reference_usable: Tensor | None,
+    module: nn.Module, images: Tensor | None, known: Tensor | None, *, closely: bool = False
 ) -> bool:
-    """Whether fills or hot pixels are likely, which an aligner is to look for."""
-    if _looks_itself(frames) or not isinstance(module, Aligner) or not module.expects_defects:
+    """Whether fills or hot pixels are likely, or looked at closely are there, which an aligner is to look for."""
+    if images is None or _looks_itself(images) or not isinstance(module, Aligner):
         return False
-    for images, known in ((frames, usable), (reference, reference_usable)):
-        if images is not None:
-            stack = images if images.ndim == 4 else images[None]
-            suspect = suspects(*module._extract_channel(stack, known))
-            if suspect is not None and bool(suspect.any()):
-                return True
-    return False
+    if not module.expects_defects:
+        return False
+    image, usable = module._extract_channel(images if images.ndim == 4 else images[None], known)
+    suspect = suspects(image, usable)
+    if suspect is None or not bool(suspect.any()):
+        return False
+    good = exclude_defects(image, usable) if closely else None
+    return good is None or not torch.equal(
+        good, torch.ones_like(good) if usable is None else usable.expand_as(good)
+    )
 
 
 def _margin(module: nn.Module, found: Estimate, size: tuple[int, int]) -> int:

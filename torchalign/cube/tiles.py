@@ -8,11 +8,13 @@ down. Of affine motions the corners of the tiles are fitted in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from torchalign._check import message
 from torchalign._host import give_back_memory
+from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
 from torchalign.cube.georeference import metres_per_pixel
 from torchalign.cube.gridding import Reading
@@ -44,11 +47,12 @@ from torchalign.functional.affine import (
     transform_points,
 )
 from torchalign.functional.local import Mosaic
-from torchalign.functional.quality import kept_field
+from torchalign.functional.quality import WORSE, choose_rows, kept_field
 from torchalign.functional.shift_field import move_origin
 from torchalign.functional.uncertainty import isotropic, largest_sigma
 from torchalign.groupwise import Groupwise
 from torchalign.local import Local
+from torchalign.pcc import PCC
 from torchalign.types import Estimate, ShiftField, Status, combine
 
 __all__ = ["LargeReference", "LargeStack", "align_large", "count_steps"]
@@ -58,8 +62,8 @@ _ACROSS = 5  # tiles, at most, along each side
 _FLOOR = 0.01  # pixels; to what tiles are trusted to agree
 _HUBER = 1.5  # scales, from where on a tile is weighted down
 _OUTLIER = 0.5  # pixels from the others, from where on a tile does not agree
+_AGREE = 0.5  # of the tiles, which must
 _ROUNDS = 20
-_WORSE = 1e-3  # of a score, by which local shifts may lower it, as in functional.quality
 _ROW_BYTES = 2**26  # of computed pixels of a block of rows
 
 
@@ -114,6 +118,10 @@ class LargeReference(NamedTuple):
     frame: int | None  # one of the stack's own
     source: ReferenceSource | None  # or pixels
     mask: xr.Variable | None
+
+    def is_of(self, frame: int) -> bool:
+        """Whether it is that frame itself, the same pixels of it."""
+        return frame == self.frame and self.mask is None
 
     @classmethod
     def of(cls, reference: Any, mask: Any, stack: LargeStack) -> LargeReference:
@@ -179,9 +187,14 @@ def align_large(
         cure = "estimate an affine motion, or align a cube in memory"
         raise ValueError(message("aligner", "a motion up to affine", motion, cure))
     files = plan_files(stack.cube, folder, options)
-    found = _estimate_frames(stack, whole, reference, motion, advance)
+    start = None if local is None else _unlimited(whole)
+    found, begun = _estimate_frames(stack, whole, reference, motion, advance, start)
     if local is not None:
-        found = _add_shifts(stack, local, reference, found, getattr(module, "stages", ()))
+        shifted, better = _add_shifts(stack, local, reference, begun, advance)
+        last = torch.full_like(shifted.stage, max(0, len(getattr(module, "stages", ())) - 1))
+        # a start that was not trusted alone has to gain by its field
+        better &= found.valid | (shifted.score >= shifted.score_before)
+        found = choose_rows(better, shifted._replace(stage=last), found)
     fields = report_fields(found, None, stack.cube.size, metres_per_pixel(stack.cube))
     attrs = {
         "aligner": repr(module),
@@ -205,10 +218,15 @@ def align_large(
     return [file.path for file in files], report
 
 
-def count_steps(size: tuple[int, int], frames: int, bands: int) -> int:
+def count_steps(stack: LargeStack, module: nn.Module, reference: LargeReference) -> int:
     """How often :func:`align_large` tells that it goes on."""
-    blocks = len(_row_blocks(size, bands))
-    return frames * (len(_grid(size)) + blocks)
+    size, frames = stack.cube.size, len(stack.readings)
+    rows, blocks = len(_grid(size)), len(_row_blocks(size, stack.cube.sizes["band"]))
+    steps, local = frames * (rows + blocks), _split(module)[1]
+    if local is not None:
+        of_field = len(list(_rows_of_windows(Mosaic(size, local.spacing))))
+        steps += len(_to_shift(frames, reference)) * (of_field + rows)
+    return steps
 
 
 def _grid(size: tuple[int, int]) -> list[tuple[slice, list[slice]]]:
@@ -234,26 +252,37 @@ def _estimate_frames(
     reference: LargeReference,
     motion: str,
     advance: Callable[[int], object],
-) -> Estimate:
-    """(T,) rows."""
+    start: nn.Module | None,
+) -> tuple[Estimate, Estimate]:
+    """(T,) rows; and those where local shifts start, of which ``start`` finds what the module does not trust."""
     found: list[list[Estimate]] = [[] for _ in stack.readings]
+    begun: list[list[Estimate]] = [[] for _ in stack.readings]
     origins: list[tuple[int, int]] = []
     with torch.no_grad():
         for rows, columns in _grid(stack.cube.size):
             still = reference.tiles(rows, columns)
             origins += [(part.start, rows.start) for part in columns]
             for frame in range(len(stack.readings)):
-                is_reference = frame == reference.frame and reference.mask is None
-                moving = still if is_reference else stack.tiles(frame, rows, columns)
-                found[frame].append(estimate_only(module, moving, still).map(lambda tensor: tensor.cpu()))
+                moving = still if reference.is_of(frame) else stack.tiles(frame, rows, columns)
+                known = estimate_only(module, moving, still)
+                found[frame].append(known)
+                if start is not None and not bool(known.valid.all()):
+                    known = estimate_only(start, moving, still)
+                begun[frame].append(known)
                 advance(1)
         size = (rows.stop - rows.start, columns[0].stop - columns[0].start)
         limit = float(getattr(module, "max_translation", np.inf))
-        combined = [
-            _combine_tiles(combine(torch.cat, parts), origins, size, stack.cube.size, motion, limit)
-            for parts in found
-        ]
-    return combine(torch.cat, combined)
+        whole = stack.cube.size
+        told, loose = (
+            combine(torch.cat, [
+                _combine_tiles(
+                    combine(torch.cat, parts).map(torch.Tensor.cpu), origins, size, whole, motion, limit, share
+                )
+                for parts in tiles
+            ])
+            for tiles, share in ((found, _AGREE), (begun, 0.0))
+        )  # fmt: skip
+    return told, choose_rows(told.valid, told, loose)
 
 
 def _combine_tiles(
@@ -263,8 +292,9 @@ def _combine_tiles(
     whole: tuple[int, int],
     motion: str,
     limit: float,
+    share: float,
 ) -> Estimate:
-    """One row, of n tiles."""
+    """One row, of n tiles, of which at least a ``share`` must agree."""
     status = _why_not(tiles)
     warp, used = identity_warp(dtype=torch.float64)[None], tiles.valid
     covariance = isotropic(torch.tensor(torch.inf, dtype=torch.float64))
@@ -282,7 +312,7 @@ def _combine_tiles(
             fit = _TileMotions(points, transform_points(own, points), tiles.covariance[chosen].double())
             fitted, apart, found = fit.motion(motion == "translation", _box(*whole).mean(0))
         agree = apart <= max(_OUTLIER, 3 * float(apart.median()))
-        if float((apart <= _OUTLIER).double().mean()) < 0.5:
+        if float((apart <= _OUTLIER).double().mean()) < share:
             status = Status.AMBIGUOUS
         elif float(center_displacement(fitted, whole).norm()) > limit:
             status = Status.TOO_FAR
@@ -378,42 +408,74 @@ def _split(module: nn.Module) -> tuple[nn.Module, Local | None]:
     return Cascade(*before) if before else last.global_method(), last
 
 
+def _unlimited(module: nn.Module) -> nn.Module:
+    """The same, to which it does not matter whether parts disagree, for local shifts explain that (in PCC's σ)."""
+    if isinstance(module, Cascade):
+        return Cascade(*(cast("Aligner", _unlimited(stage)) for stage in module._stages()))
+    if isinstance(module, PCC):
+        module = copy.copy(module)
+        module.max_sigma = torch.inf
+    return module
+
+
+def _to_shift(frames: int, reference: LargeReference) -> list[int]:
+    """The frames that may have local shifts: all but the reference itself, unless there is no other."""
+    return [frame for frame in range(frames) if not reference.is_of(frame)] or [0]
+
+
+def _rows_of_windows(mosaic: Mosaic) -> Iterator[tuple[slice, list[int], list[slice]]]:
+    """The rows of its tiles; and the numbers and the columns of the tiles in each."""
+    for rows, group in groupby(enumerate(mosaic.windows()), key=lambda one: one[1][0]):
+        numbers, windows = zip(*group, strict=True)
+        yield rows, list(numbers), [columns for _, columns in windows]
+
+
 def _add_shifts(
-    stack: LargeStack, local: Local, reference: LargeReference, found: Estimate, stages: Sequence[Any]
-) -> Estimate:
-    """The field of every frame, tile by tile on one lattice; kept where the score of the tiles is no lower for it."""
-    mosaics = [Mosaic(stack.cube.size, local.spacing) for _ in stack.readings]
+    stack: LargeStack,
+    local: Local,
+    reference: LargeReference,
+    begun: Estimate,
+    advance: Callable[[int], object],
+) -> tuple[Estimate, Tensor]:
+    """With the field of every frame, tile by tile on one lattice; and (T,) whether it is to be kept.
+
+    It is where its own σ and length allow it, and the score of the tiles is no lower for it.
+    """
+    mosaics = {
+        frame: Mosaic(stack.cube.size, local.spacing) for frame in _to_shift(len(stack.readings), reference)
+    }
+    kept = torch.zeros_like(begun.valid)
     with torch.no_grad():
-        for index, (rows, column) in enumerate(mosaics[0].windows()):
-            still = reference.tiles(rows, [column])
-            for frame, mosaic in enumerate(mosaics):
-                moving = stack.tiles(frame, rows, [column])
-                local.add_tile(mosaic, index, moving, _own(still, frame), found.warp[frame : frame + 1])
-        shifts = [mosaic.conclude() for mosaic in mosaics]
-        fields, kept = zip(*map(local.field_of, shifts), strict=True)
+        for rows, numbers, columns in _rows_of_windows(next(iter(mosaics.values()))):
+            still = reference.tiles(rows, columns)
+            for frame, mosaic in mosaics.items():
+                moving, warp = stack.tiles(frame, rows, columns), begun.warp[frame : frame + 1]
+                for i, index in enumerate(numbers):
+                    local.add_tile(mosaic, index, moving[i : i + 1], _own(still[i : i + 1], frame), warp)
+                advance(1)
+        shifts = [mosaic.conclude() for mosaic in mosaics.values()]
+        fields, allowed = zip(*map(local.field_of, shifts), strict=True)
         scores: list[list[Tensor]] = [[] for _ in fields]
         for rows, columns in _grid(stack.cube.size):
             still = reference.tiles(rows, columns)
-            for frame, field in enumerate(fields):
+            for frame, field, told in zip(mosaics, fields, scores, strict=True):
                 moving = stack.tiles(frame, rows, columns)
                 for i, part in enumerate(columns):
                     corner = (float(part.start), float(rows.start))
-                    warp = change_origin(found.warp[frame : frame + 1], corner).to(moving)
+                    warp = change_origin(begun.warp[frame : frame + 1], corner).to(moving)
                     there = ShiftField(*(values.to(moving) for values in move_origin(field, corner)))
-                    pair = moving[i : i + 1], _own(still[i : i + 1], frame)
-                    scores[frame].append(local.compare(*pair, warp, there))
-    mean = torch.stack([torch.cat(parts).nanmean(0) for parts in scores]).to(found.score)  # (T, 2)
-    better = torch.cat(kept).cpu() & found.valid & ~(mean[:, 1] < mean[:, 0] - _WORSE)
-    covariance = torch.cat([shift.covariance for shift in shifts]).to(found.covariance)
-    accepted = better[:, None, None]
-    field = ShiftField(*(torch.cat(parts).to(found.warp) for parts in zip(*fields, strict=True)))
-    return found._replace(
-        score=torch.where(better, mean[:, 1], found.score),
-        covariance=torch.where(accepted, covariance, found.covariance),
-        sigma=torch.where(better, largest_sigma(covariance), found.sigma),
-        stage=torch.where(better, max(0, len(stages) - 1), found.stage),
-        field=kept_field(field, better),
-    )
+                    told.append(local.compare(moving[i : i + 1], _own(still[i : i + 1], frame), warp, there))
+                advance(1)
+    mean = torch.stack([torch.cat(parts).nanmean(0) for parts in scores]).to(begun.score)  # (frames, 2)
+    searched = list(mosaics)
+    kept[searched] = torch.cat(allowed).cpu() & ~(mean[:, 1] < mean[:, 0] - WORSE)
+    kept &= begun.valid
+    # (the reference's own row is not looked at)
+    row = [searched.index(frame) if frame in mosaics else 0 for frame in range(len(kept))]
+    covariance = torch.cat([shift.covariance for shift in shifts]).to(begun.covariance)[row]
+    field = ShiftField(*(torch.cat(parts).to(begun.warp)[row] for parts in zip(*fields, strict=True)))
+    shifted = begun._replace(score=mean[row, 1], covariance=covariance, sigma=largest_sigma(covariance))
+    return shifted._replace(field=kept_field(field, kept)), kept
 
 
 def _own(still: Tensor, frame: int) -> Tensor:

@@ -297,8 +297,14 @@ def exclude_defects(image: Tensor, usable: Tensor | None = None) -> Tensor | Non
     suspect = suspects(image, usable)
     if suspect is None:
         return usable
-    good = ~((undeclared_fill(image, usable) | hot_pixels(image, usable)) & suspect)
-    return good if usable is None else usable & good
+    filled = undeclared_fill(image, usable) & suspect
+    seen = _besides(filled, usable)
+    return seen & ~(hot_pixels(image, seen) & suspect)
+
+
+def _besides(filled: Tensor, usable: Tensor | None) -> Tensor:
+    """What is usable and no fill: ground between two pixels of a fill is no hot pixel."""
+    return ~filled if usable is None else usable & ~filled
 
 
 def remove_defects(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -323,9 +329,7 @@ def remove_defects(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor,
     known = None if usable is None else usable.expand(image.shape).reshape(images.shape)[rows]
     filled = undeclared_fill(part, known)
     unfilled = all_true(~filled)
-    # ground between two pixels of a fill is no hot pixel
-    seen = known if unfilled else ~filled if known is None else known & ~filled
-    hot, off = _hot(part, seen)
+    hot, off = _hot(part, known if unfilled else _besides(filled, known))
     mended = torch.where(filled, 0.0, torch.where(hot, part - off, part))
     image = images.index_copy(0, rows, mended).reshape(image.shape)
     if unfilled:

@@ -76,7 +76,7 @@ _FAR_PULLED = 0.5
 _LINE, _STATIC, _STATIC_SIGMAS, _LEAST_WAY = 2, 0.28, 2.0, 1e-3
 # Holes are divided by where they, and what is next to them, are at least this share of a frame; and where what lies
 # off them is at least that share of what is mostly usable.
-_LEAST_HOLES, _LEAST_COVER = 0.06, 0.5
+_LEAST_HOLES, _LEAST_COVER = 0.06, 0.6
 # Across sensors, where each shows edges of its own, errors exceed the prediction by that (benchmarks/sensors.py).
 _STRUCTURE_CALIBRATION = 3.2
 # Less ground in common than this share of a frame counts as that.
@@ -205,7 +205,7 @@ def phase_correlation(
     misfit = torch.zeros_like(found.quality.height)
     if not vector and weighting == "ramp":
         pulls = block_pulls(spectrum.detach(), still.detach(), found.peak, grid)
-        share = pair.share_of(same) if robust else 1.0
+        share = pair.share_of(same) if robust else None
         quality, misfit = found.quality.with_misfit(pulls, share)
         found = found._replace(quality=quality)
     if holes is not None:

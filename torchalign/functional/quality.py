@@ -19,7 +19,9 @@ from torchalign.functional.warp import resample
 from torchalign.types import Estimate, Motion, ShiftField, Status, combine
 
 __all__ = [
+    "WORSE",
     "centre_moves",
+    "choose_rows",
     "gate",
     "gate_stages",
     "kept_field",
@@ -36,7 +38,7 @@ _IN_PLACE_PIXELS = 0.25
 # well, and sampling dominates the cost.
 _LATTICE = 128
 # A later stage moves a frame by hundredths of a pixel, which a score feels less than this.
-_WORSE = 1e-3
+WORSE = 1e-3
 # A frame whose σ is larger than this, in pixels, because two methods disagree, is not known.
 _LARGEST_DOUBT = 0.15
 # Nor is one whose σ, which was larger before, has grown by this factor.
@@ -87,10 +89,10 @@ def _standardize(images: Tensor, weight: Tensor, count: Tensor) -> Tensor:
 
     The correlation does not depend on either, so they carry no gradient.
     """
-    fixed = images.detach()
-    mean = torch.linalg.vecdot(fixed, weight) / count
-    largest = torch.maximum(fixed.amax(-1) - mean, mean - fixed.amin(-1))
-    return (images - mean[..., None]) / torch.where(largest > 0, largest, 1.0)[..., None]
+    centred = images - (torch.linalg.vecdot(images.detach(), weight) / count)[..., None]
+    # what has no weight may be of any size
+    largest = (centred.detach() * weight).abs().amax(-1)
+    return centred / torch.where(largest > 0, largest, 1.0)[..., None]
 
 
 def _spread(square: Tensor, square_of_mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +219,7 @@ def gate_stages(
             result, distorted = judged, apart
             kept = motions[number]._replace(status=result.status)  # what the result stands for
             continue
-        worse = result.valid & (judged.score < result.score - _WORSE)
+        worse = result.valid & (judged.score < result.score - WORSE)
         accepted = judged.valid & ~worse
         if not motions[number].searched:
             # where more than one place fits, it climbs to the one it happens to start near
@@ -231,7 +233,7 @@ def gate_stages(
             accepted = accepted & ~(result.valid & (extra > 0).flatten(-2).any(-1))
             extra = extra + _misfit_before(motions[number], kept, accepted)
             kept = _replaced(kept, motions[number], accepted)
-        result = _choose(accepted, judged, result)
+        result = choose_rows(accepted, judged, result)
         distorted = torch.where(accepted, apart, distorted)
         if extra is not None:
             result, lost = _widened(result, extra)
@@ -415,7 +417,7 @@ def kept_field(field: ShiftField | None, kept: Tensor) -> ShiftField | None:
     )
 
 
-def _choose(condition: Tensor, first: Estimate, second: Estimate) -> Estimate:
+def choose_rows(condition: Tensor, first: Estimate, second: Estimate) -> Estimate:
     """Frame by frame: ``first`` where the condition holds, else ``second``."""
 
     def choose(pair: tuple[Tensor, ...]) -> Tensor:

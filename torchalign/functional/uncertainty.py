@@ -226,7 +226,7 @@ class PeakQuality(NamedTuple):
         weak = (self.curvature < _LEAST_CURVATURE) | (self.height < LEAST_HEIGHT)
         return weak | (self.fixed < _LEAST_FIXED) | stretched
 
-    def with_misfit(self, pulls: Tensor, share: Tensor | float = 1.0) -> tuple[PeakQuality, Tensor]:
+    def with_misfit(self, pulls: Tensor, share: Tensor | None = None) -> tuple[PeakQuality, Tensor]:
         r"""Add the disagreement of parts of the frame beyond chance: a motion that the model lacks.
 
         Were the pulls (..., 2, n) of n blocks independent, their scatter would give the same covariance,
@@ -238,7 +238,7 @@ class PeakQuality(NamedTuple):
         """
         moved = torch.matmul(self.inverse, pulls)
         misfit = beyond_chance(torch.matmul(moved, moved.mT), self.covariance)
-        if isinstance(share, Tensor):
+        if share is not None:
             misfit = misfit / share[..., None, None]
         return self._replace(covariance=self.covariance + misfit), trace(misfit)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from torchalign._check import check_kind, check_number, message
-from torchalign._graphs import may_record, recorded
+from torchalign._graphs import may_record, recorded, used_by
 
 __all__ = ["stream"]
 
@@ -42,8 +42,7 @@ class _Device:
         return part.to(self.device, non_blocking=True)
 
     def used_by(self, tensor: Tensor, side: Any = None) -> None:
-        """Its memory is not to be given to others before the stream is done with it."""
-        tensor.record_stream(side or torch.cuda.current_stream(self.device))
+        used_by(tensor, self.device, side)
 
 
 class _Batch(NamedTuple):
