@@ -476,7 +476,9 @@ def test_peak_turn_and_window(size, frame, by_torch):
     )
 
 
-@pytest.mark.parametrize(("frame", "size"), [((17, 23), (16, 16)), ((5, 7), (5, 7))], ids=str)
+@pytest.mark.parametrize(
+    ("frame", "size"), [pytest.param((17, 23), (16, 16), marks=pytest.mark.slow), ((5, 7), (5, 7))], ids=str
+)
 def test_texture_with_holes(frame, size, by_torch):
     draw = generator(29)
     mask = torch.rand(3, *frame, generator=draw) > 0.3
@@ -591,7 +593,11 @@ def tensors_of(found):
     [
         ((1, 1), torch.float64),
         ((1, 4096), torch.float64),
-        (tuple(torch.randint(2, 30, (2,), generator=generator(51)).tolist()), torch.float64),
+        pytest.param(
+            tuple(torch.randint(2, 30, (2,), generator=generator(51)).tolist()),
+            torch.float64,
+            marks=pytest.mark.slow,
+        ),
         ((5, 7), torch.float32),
     ],
     ids=str,
@@ -640,7 +646,7 @@ def test_any_size(size, dtype, by_torch):
     ("motion", "robust"),
     [
         ("translation", "agreement"),
-        ("homography", "none"),
+        pytest.param("homography", "none", marks=pytest.mark.slow),
         pytest.param("euclidean", "agreement", marks=pytest.mark.slow),
     ],
 )

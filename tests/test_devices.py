@@ -625,6 +625,7 @@ def quiet():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_export_with_any_number_of_frames(quiet):
     # (other options of PCC: within the layer that is exported below; the defaults: with masks of any size)
     cube, reference = real(6)

@@ -230,7 +230,7 @@ def test_every_kernel_is_named_here():
 
 @pytest.mark.parametrize(
     "options",
-    [[], pytest.param(["--slow", "-k", "aligners or export"], marks=pytest.mark.slow)],
+    [[], pytest.param(["--slow", "-m", "slow"], marks=pytest.mark.slow)],
     ids=["each", "together"],
 )
 def test_kernels_equal_the_functions_of_torch(options):
