@@ -174,9 +174,7 @@ class Local(Aligner):
         with full_precision(cube):
             job = self._check(cube, reference, None, None, None)
             block = self._prepare_block(job)
-            points = None if self.tie_points is None else self.tie_points.to(block.moving)
-            smoothness = None if self.smoothness == "auto" else self.smoothness
-            options = LatticeOptions(self.spacing, smoothness, points)
+            options = self._lattice_options(block.moving)
             ground = block.prepared.ground.tiles[0]
             mosaic.add(index, block.moving, ground, warp.to(block.moving), block.usable, options)
 
@@ -198,6 +196,10 @@ class Local(Aligner):
         field = ShiftField(found.coefficients, found.sigma, corner, -corner)
         return field, acceptable(found, self.max_deviation)
 
+    def _lattice_options(self, like: Tensor) -> LatticeOptions:
+        points = None if self.tie_points is None else self.tie_points.to(like)
+        return LatticeOptions(self.spacing, None if self.smoothness == "auto" else self.smoothness, points)
+
     def _add_shifts(self, begun: Motion, pair: Pair, ground: Ground) -> Motion:
         moving, usable, reference, _ = pair
         lead, size = moving.shape[:-2], moving.shape[-2:]
@@ -207,9 +209,7 @@ class Local(Aligner):
             _rows_of(ground, reference.shape[:-2], lead),
             warp.reshape(-1, *warp.shape[len(lead) :]),
             None if usable is None else usable.expand(moving.shape).reshape(-1, *size),
-            spacing=self.spacing,
-            smoothness=None if self.smoothness == "auto" else self.smoothness,
-            points=None if self.tie_points is None else self.tie_points.to(moving),
+            **self._lattice_options(moving)._asdict(),
         )
         field, kept = self.field_of(found)
         status = torch.where(

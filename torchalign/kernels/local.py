@@ -37,7 +37,7 @@ def _whole_and_fraction(at, length, pad):
 
 
 @triton.jit
-def _near(whole, samples, length, COMPUTE: tl.constexpr):
+def _near(whole, samples, length):
     """The sample nearest to the middle of a pixel."""
     scale = divide(tl.zeros_like(whole) + samples, tl.zeros_like(whole) + length)
     return tl.minimum(tl.maximum((whole + 0.5) * scale + 0.5, 0).to(tl.int32), samples - 1)
@@ -83,7 +83,7 @@ def read_frames(
     tl.store(values + out, total, mask=live)
     tl.store(inside + out, within.to(COMPUTE), mask=live)
     if MASKED:
-        near = _near(row, rows, height, COMPUTE) * columns + _near(column, columns, width, COMPUTE)
+        near = _near(row, rows, height) * columns + _near(column, columns, width)
         tl.store(usable + out, tl.load(weights + frame * samples + near, mask=live, other=0), mask=live)
 
 
@@ -304,7 +304,7 @@ def differentiate(
     samples: Sequence[float],
     limits: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """See functional.local._differentiate: (N, 3, h, w) and (N, 2, h, w).
+    """See functional.local._products_and_pull: (N, 3, h, w) and (N, 2, h, w).
 
     Args:
         own: (N, h, w).
