@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchalign._host import kernels_for
+from torchalign._host import keeps_tables, kernels_for, launches_kernels
 
-__all__ = ["fft", "irfft2", "rfft", "rfft2", "shift_phase", "wave"]
+__all__ = ["fft", "irfft2", "rfft", "rfft2", "shift_phase", "wave", "waves"]
 
 
 def fft(signal: Tensor, dim: int = -1) -> Tensor:
@@ -29,8 +29,13 @@ def rfft(signal: Tensor) -> Tensor:
 
 
 def rfft2(image: Tensor) -> Tensor:
-    """:func:`torch.fft.rfft2`: (..., H, W) → (..., H, W//2+1), of empty batches too."""
-    return _or_empty(torch.fft.rfft2, image)
+    """:func:`torch.fft.rfft2`: (..., H, W) → (..., H, W//2+1), of empty batches too.
+
+    On the CPU the columns of the result lie one after the other, as the inverse transform reads them.
+    """
+    if launches_kernels(image):
+        return _or_empty(torch.fft.rfft2, image)
+    return _or_empty(lambda values: torch.fft.fft(torch.fft.rfft(values), dim=-2), image)
 
 
 def irfft2(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
@@ -57,8 +62,24 @@ def shift_phase(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Ten
     kernels = kernels_for(spectrum, shift)
     if kernels is not None:
         return kernels.turn(spectrum, frequencies, shift)
-    wave_y, wave_x = (wave(frequency, shift[..., 1 - axis]) for axis, frequency in enumerate(frequencies))
+    wave_y, wave_x = waves(frequencies, shift)
     return spectrum * wave_y[..., :, None] * wave_x[..., None, :]
+
+
+def waves(frequencies: tuple[Tensor, Tensor], shift: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., H) and (..., W//2+1): e^{iω·t} along y and x; arguments as in :func:`shift_phase`."""
+    y, x = frequencies
+    turn = 2 * math.pi * shift
+    angle = torch.cat((turn[..., 1:] * y, turn[..., :1] * x), -1)
+    wave_y, wave_x = torch.polar(_one(like=angle).expand_as(angle), angle).split(
+        [y.shape[-1], x.shape[-1]], -1
+    )
+    return wave_y, wave_x
+
+
+@keeps_tables
+def _one(*, like: Tensor) -> Tensor:
+    return torch.ones((), device=like.device, dtype=like.dtype)
 
 
 def wave(frequency: Tensor, shift: Tensor) -> Tensor:

@@ -115,4 +115,6 @@ def _keep_rows(spectrum: Tensor, rows: int) -> Tensor:
     height = spectrum.shape[-2]
     if rows == height:
         return spectrum
-    return torch.cat([spectrum[..., : rows - rows // 2, :], spectrum[..., height - rows // 2 :, :]], dim=-2)
+    # by columns: so they lie after a transform along them, and for the one back
+    columns = spectrum.mT
+    return torch.cat([columns[..., : rows - rows // 2], columns[..., height - rows // 2 :]], dim=-1).mT

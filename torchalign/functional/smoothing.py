@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import launches_kernels
+from torchalign._host import keeps_tables, launches_kernels
 
-__all__ = ["block_sums", "enlarge", "halve", "nanmedian", "triangle_mean"]
+__all__ = ["block_means", "block_sums", "enlarge", "halve", "nanmedian", "triangle_mean"]
 
 
 def triangle_mean(image: Tensor, order: int) -> Tensor:
@@ -55,6 +55,13 @@ def block_sums(image: Tensor, times: int) -> Tensor:
     return image
 
 
+def block_means(image: Tensor, length: int) -> Tensor:
+    """Means over blocks of so many samples a side, of what there is of the last ones: (..., ⌈H / n⌉, ⌈W / n⌉)."""
+    flat = image.reshape(-1, 1, *image.shape[-2:])
+    means = F.avg_pool2d(flat, length, ceil_mode=True, count_include_pad=False)
+    return means.reshape(*image.shape[:-2], *means.shape[-2:])
+
+
 def halve(image: Tensor) -> Tensor:
     """Means of 2 × 2 pixels; the last row or column counts twice where there is no other."""
     height, width = image.shape[-2:]
@@ -89,17 +96,39 @@ def nanmedian(values: Tensor, dim: int = -1) -> Tensor:
     return ordered.gather(dim, (count - 1).clamp(min=0) // 2).squeeze(dim)
 
 
-def enlarge(image: Tensor, times: int, size: tuple[int, int]) -> Tensor:
+def enlarge(image: Tensor, times: int, size: tuple[int, int], way: Tensor | None = None) -> Tensor:
     """Bilinear samples of blocks of ``times`` × ``times`` pixels at the pixels.
 
     Args:
         image: (..., ⌈H / times⌉, ⌈W / times⌉).
         times: pixels of a block a side.
         size: (H, W).
+        way: (..., 2), (x, y) in blocks, from each pixel to where it is sampled; beyond the border is what is at it.
 
     Returns:
         (..., H, W).
     """
+    if way is not None:
+        y, x = (
+            _hats(length, times, image.shape[axis - 2], way[..., 1 - axis, None])
+            for axis, length in enumerate(size)
+        )
+        return torch.matmul(torch.matmul(y, image), x.mT)
     flat = image.reshape(-1, 1, *image.shape[-2:])
     large = F.interpolate(flat, scale_factor=float(times), mode="bilinear", align_corners=False)
     return large[..., : size[0], : size[1]].reshape(*image.shape[:-2], *size)
+
+
+def _hats(length: int, times: int, blocks: int, way: Tensor) -> Tensor:
+    """(..., H, n): what each of n blocks counts at each pixel along an axis, linear between their middles."""
+    pixel, middle = _middles(length, times, blocks, like=way)
+    return F.relu(1 - ((pixel + way).clamp(0, blocks - 1)[..., None] - middle).abs())
+
+
+@keeps_tables
+def _middles(length: int, times: int, blocks: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the pixels lie, in blocks from the middle of the first one (H,); and the middles (n,)."""
+    pixel, middle = (
+        torch.arange(count, device=like.device, dtype=like.dtype) for count in (length, blocks)
+    )
+    return (pixel + 0.5) / times - 0.5, middle
