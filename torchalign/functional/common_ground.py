@@ -13,7 +13,15 @@ from torch.nn import functional as F
 
 from torchalign.functional.smoothing import block_sums, enlarge, halve, nanmedian, triangle_mean
 
-__all__ = ["BLOCK", "LEAST_WEIGHT", "agreement", "agreement_of_blocks", "fill_holes", "fill_small_holes", "shared_ground"]
+__all__ = [
+    "BLOCK",
+    "LEAST_WEIGHT",
+    "agreement",
+    "agreement_of_blocks",
+    "fill_holes",
+    "fill_small_holes",
+    "shared_ground",
+]
 
 # Samples of a block a side, of which it is asked whether it shows the same ground.
 BLOCK = 4

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchalign._host import keeps_tables, kernels_for, launches_kernels
 
-__all__ = ["fft", "irfft2", "rfft", "rfft2", "shift_phase", "wave", "waves"]
+__all__ = ["by_columns", "fft", "irfft2", "rfft", "rfft2", "shift_phase", "unit_circle", "wave", "waves"]
 
 
 def fft(signal: Tensor, dim: int = -1) -> Tensor:
@@ -48,6 +48,11 @@ def irfft2(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
     return _or_empty(lambda values: torch.fft.irfft2(values, s=size), spectrum)
 
 
+def by_columns(table: Tensor) -> Tensor:
+    """The same, its columns one after the other, as spectra of the CPU lie."""
+    return table if launches_kernels(table) else table.mT.contiguous().mT
+
+
 def shift_phase(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> Tensor:
     """The spectrum times e^{iω·t}: its content moved by −t.
 
@@ -71,10 +76,13 @@ def waves(frequencies: tuple[Tensor, Tensor], shift: Tensor) -> tuple[Tensor, Te
     y, x = frequencies
     turn = 2 * math.pi * shift
     angle = torch.cat((turn[..., 1:] * y, turn[..., :1] * x), -1)
-    wave_y, wave_x = torch.polar(_one(like=angle).expand_as(angle), angle).split(
-        [y.shape[-1], x.shape[-1]], -1
-    )
+    wave_y, wave_x = unit_circle(angle).split([y.shape[-1], x.shape[-1]], -1)
     return wave_y, wave_x
+
+
+def unit_circle(angle: Tensor) -> Tensor:
+    """e^{iφ}, in one operation."""
+    return torch.polar(_one(like=angle).expand_as(angle), angle)
 
 
 @keeps_tables
@@ -84,8 +92,7 @@ def _one(*, like: Tensor) -> Tensor:
 
 def wave(frequency: Tensor, shift: Tensor) -> Tensor:
     """(..., N): e^{iωt}, ω = 2πf in radians per pixel."""
-    angle = shift[..., None] * (2 * math.pi * frequency)
-    return torch.complex(angle.cos(), angle.sin())
+    return unit_circle(shift[..., None] * (2 * math.pi * frequency))
 
 
 def _or_empty(transform: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:

@@ -33,10 +33,10 @@ from torch.nn import functional as F
 from torchalign._check import message
 from torchalign._host import all_true, keeps_tables, kernels_for
 from torchalign.functional.common_ground import BLOCK, agreement_of_blocks
-from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave, waves
+from torchalign.functional.fourier import irfft2, rfft2, shift_phase, unit_circle, wave, waves
 from torchalign.functional.masked_correlation import OUTSIDE_MARGIN
 from torchalign.functional.sizes import lags_within, square_root
-from torchalign.functional.smoothing import block_means, enlarge
+from torchalign.functional.smoothing import between_blocks, block_means, enlarge
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid, extract_texture
 from torchalign.functional.uncertainty import (
     CALIBRATION,
@@ -69,7 +69,7 @@ _MIN_SIGNIFICANCE = 5.0
 # Or the maximum of the second correlation must rise so many above what chance may reach: of unrelated scenes it stays
 # more than half a deviation below. It tells ground under clouds better, as it is that of ground in common.
 _SURE = 2.5
-_NEWTON_STEPS = 3
+_NEWTON_STEPS = 2
 # Terms of the series along each axis that they climb.
 _TERMS = 10
 # The last Newton step of an estimate that has converged is shorter than this, in pixels (float32 stalls at 1e-5).
@@ -197,7 +197,8 @@ def phase_correlation(
     if robust:
         same = agreement_of_blocks(grid.move(spectrum, shift), reference.field * window, vector=vector)
         windows = pair.tapering.common(torch.stack((-shift, shift))).unbind()
-        inliers, own, effective = pair.weights_at(shift, same, windows)
+        back = pair.moved_back(shift)
+        inliers, own, effective = pair.weights_at(shift, same, windows, back)
         spectrum, still, power = pair.correlate(own, effective)
         if not vector and upsample_factor is None:
             holes = pair.holes()
@@ -214,7 +215,7 @@ def phase_correlation(
         quality, misfit = found.quality.with_misfit(pulls, share)
         found = found._replace(quality=quality)
     if holes is not None:
-        divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same, windows)
+        divided, step, curved = _refine_divided(pair, found.shift.detach(), same, windows, back)
         found = found._replace(
             shift=torch.where(holes[..., None], divided, found.shift),
             step=torch.where(holes, step, found.step),
@@ -366,9 +367,9 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
 def _near(
     size: tuple[int, int], steps: tuple[float, float], reach: float, *, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The lags (n, 2) within a reach; where they and their neighbours lie in a surface, flattened (n, 5); and −inf beyond.
+    """The lags (n, 2) within a reach; where they and their neighbours lie in a surface, flattened (n, 5); −inf beyond.
 
-    In the order left, above, itself, right, below.
+    Neighbours in the order left, above, itself, right, below.
     """
     rows, columns = size
     y, x = (lags_within(samples, reach / step, like) for samples, step in zip(size, steps, strict=True))
@@ -405,7 +406,7 @@ def refine_peak(
     start: Tensor,
     orders: tuple[Tensor, Tensor] | None = None,
     *,
-    steps: int = _NEWTON_STEPS,
+    steps: int = 3,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Newton's ascent on the correlation as a function of a continuous shift.
 
@@ -582,27 +583,27 @@ def _without_stripes(
 
     of the line: 0 for the ground, 1 for a pattern of the detector.
     """
-    shift = shift.detach()
+    way, fixed = shift.detach(), power.detach()
     rows, columns, _ = _lines(grid.frame, grid.size, like=grid.radius)
-    omega_x, omega_y, parts = _line_parts(grid.frame, grid.size, like=grid.radius)
-    fixed = power.detach()
-    columns_line = (_lowest(fixed) * _lowest(rows)).sum(-2)
-    rows_line = (fixed[..., : _LINE + 1] * columns[..., : _LINE + 1]).sum(-1)
-    line = torch.cat((columns_line, rows_line), -1)
+    near_rows, near_columns, axis, omega, parts = _line_parts(grid.frame, grid.size, like=grid.radius)
 
     def turned(way: Tensor) -> Tensor:
-        return torch.cat((way[..., :1] * omega_x, way[..., 1:] * omega_y), -1)
+        return unit_circle(way.index_select(-1, axis) * omega)
 
-    angle = turned(shift)
-    across = torch.addcmul(line.imag * angle.cos(), line.real, angle.sin())
-    way = (angle if fixed_at is None else turned(shift - fixed_at.detach())).sin()
-    pull, size = way * across, line.abs()
+    columns_line = (_lowest(fixed) * near_rows).sum(-2)
+    rows_line = (fixed[..., : _LINE + 1] * near_columns).sum(-1)
+    line = torch.cat((columns_line, rows_line), -1)
+    turn = turned(way)
+    across = (line * turn).imag
+    sine = (turn if fixed_at is None else turned(way - fixed_at.detach())).imag
+    pull, size = sine * across, line.abs()
     sums = torch.matmul(
-        torch.stack((pull, pull.square(), way.square() * size, size), -2), parts
+        torch.stack((pull, pull.square(), sine.square() * size, size), -2), parts
     )  # (..., 4, 2)
     pulled, square, whole, all_of_it = sums.unbind(-2)
-    static = (pulled > _STATIC * whole) & (pulled > _STATIC_SIGMAS * square.sqrt())
-    static = static & (whole > _LEAST_WAY * all_of_it)  # where nothing moves both are the same
+    # (where nothing moves both are the same)
+    least = torch.maximum(_STATIC * whole, _STATIC_SIGMAS * square.sqrt())
+    static = (pulled > least) & (whole > _LEAST_WAY * all_of_it)
     if all_true(~static):
         return power, still
     kept = (1 - static[..., :1, None] * rows) * (1 - static[..., 1:, None] * columns)
@@ -616,19 +617,20 @@ def _lowest(spectrum: Tensor) -> Tensor:
 
 
 @keeps_tables
-def _line_parts(
-    frame: tuple[int, int], size: tuple[int, int], *, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ω along x and along y, and (n, 2): which of the two a sample of both is of."""
+def _line_parts(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, ...]:
+    """Of the samples of the line along x, and that along y: which part of a shift turns them, their ω, whose they are.
+
+    Before them the lowest rows, and columns, of :func:`_lines`.
+    """
+    rows, columns, _ = _lines(frame, size, like=like)
     y, x = WorkingGrid.of(frame, size, 0.5, like).frequencies
     first = torch.cat((torch.ones_like(x), torch.zeros_like(y)))
-    return 2 * math.pi * x, 2 * math.pi * y, torch.stack((first, 1 - first), -1)
+    omega, parts = 2 * math.pi * torch.cat((x, y)), torch.stack((first, 1 - first), -1)
+    return _lowest(rows), columns[..., : _LINE + 1], (first == 0).to(torch.int64), omega, parts
 
 
 @keeps_tables
-def _lines(
-    frame: tuple[int, int], size: tuple[int, int], *, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _lines(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(h, 1), (1, w//2+1): 1 at the frequencies of what is constant along y, or x, as far as windows spread it.
 
     And (h, w//2+1): 1 off both.
@@ -658,8 +660,12 @@ class _Pair(NamedTuple):
         power = cross_power(spectrum, reference, self.grid.radius, self.grid.max_frequency, self.weighting)
         return spectrum, reference, power.sum(0) if self.moving.is_vector else power
 
+    def moved_back(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """What brings blocks of the reference over the frame, see :func:`between_blocks`."""
+        return between_blocks(shift, BLOCK, self.grid.size, self.grid.spacings())
+
     def weights_at(
-        self, shift: Tensor, same: Tensor, windows: tuple[Tensor, Tensor]
+        self, shift: Tensor, same: Tensor, windows: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Where both show the same ground, over the reference; and the weights of the two that lie on it.
 
@@ -667,25 +673,18 @@ class _Pair(NamedTuple):
             shift: (..., 2), at which ``same`` was told.
             same: (..., n, m), of blocks of the reference.
             windows: (..., h, w) each, of the ground in common, over the frame and over the reference.
+            back: see :meth:`moved_back`.
         """
         # holes too must lie on the same ground in both, else their pattern is correlated
         if self.reference.weights is not None:
             same = same * block_means(self.reference.weights, BLOCK)
         if self.moving.weights is not None:
-            weights = block_means(self.moving.weights, BLOCK)
-            same = same * enlarge(weights, 1, (same.shape[-2], same.shape[-1]), -self._blocks_along(shift))
-        inliers, moved = self.over_both(same, shift)
+            y, x = (BLOCK * spacing for spacing in self.grid.spacings())
+            over = between_blocks(-shift, 1, (same.shape[-2], same.shape[-1]), (y, x))
+            same = same * _between(block_means(self.moving.weights, BLOCK), over)
+        inliers = enlarge(same, BLOCK, self.grid.size)
         # each frame gets the window, and the weights, of the ground that both see
-        return inliers, windows[0] * moved, windows[1] * inliers
-
-    def over_both(self, blocks: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., h, w) each: what is known of blocks of the reference (..., n, m), over it and over the frame."""
-        size = self.grid.size
-        return enlarge(blocks, BLOCK, size), enlarge(blocks, BLOCK, size, self._blocks_along(shift))
-
-    def _blocks_along(self, shift: Tensor) -> Tensor:
-        y, x = self.grid.spacings()
-        return torch.stack((shift[..., 0] / (BLOCK * x), shift[..., 1] / (BLOCK * y)), -1)
+        return inliers, windows[0] * _between(same, back), windows[1] * inliers
 
     def share_of(self, same: Tensor) -> Tensor:
         """(...,) in (0, 1]: how much of what both could show they show alike, of blocks (..., n, m)."""
@@ -715,6 +714,11 @@ class _Pair(NamedTuple):
         return None if found is None or enough is None else found & enough
 
 
+def _between(blocks: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+    """(..., h, w): samples of blocks, see :func:`between_blocks`."""
+    return torch.matmul(torch.matmul(matrices[0], blocks), matrices[1].mT)
+
+
 class _Refined(NamedTuple):
     shift: Tensor  # (..., 2)
     step: Tensor  # (...,), length of the last of Newton's steps
@@ -739,7 +743,7 @@ def _refine_plain(
     """
     if upsample_factor is None:
         orders = _orders(grid.frame, grid.size, _TERMS, like=grid.radius)
-        shift, step, curved = refine_peak(power, grid.frequencies, start, orders)
+        shift, step, curved = refine_peak(power, grid.frequencies, start, orders, steps=_NEWTON_STEPS)
     else:
         shift = _upsampled_peak(power, grid.frequencies, start, upsample_factor)
         step, curved = torch.zeros_like(shift), torch.ones_like(shift[..., 0], dtype=torch.bool)
@@ -751,13 +755,9 @@ def _refine_plain(
         if known is not None:
             return _Refined(known[0], step, curved, PeakQuality(*known[1]), shift.detach())
     found = shift
-    derivatives = derivatives_at(
-        power, grid.frequencies, found, _orders(grid.frame, grid.size, like=grid.radius)
-    )
-    overlap = overlap_curvature(weights, grid)
-    turned = shift_phase(power.detach(), grid.frequencies, found.detach())
     bins = _correlated_bins(weights.detach().square())
-    quality, correction = assess_peak(turned, grid.frequencies, derivatives, overlap, bins)
+    turned = shift_phase(power, grid.frequencies, found)
+    quality, correction = assess_peak(turned, grid, overlap_curvature(weights, grid), bins)
     if upsample_factor is None:
         away = (found - together).clamp(-_LONGEST_WAY, _LONGEST_WAY)
         extra = (correction * away[..., None, :]).sum(-1)
@@ -775,7 +775,7 @@ def _settled(shift: Tensor) -> Tensor:
 
 
 def _refine_divided(
-    pair: _Pair, start: Tensor, together: Tensor, same: Tensor, windows: tuple[Tensor, Tensor]
+    pair: _Pair, start: Tensor, same: Tensor, windows: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The peak of the correlation divided by the overlap of the weights: even regular holes do not bias it.
 
@@ -788,18 +788,18 @@ def _refine_divided(
     Args:
         pair: what is correlated.
         start: (..., 2), near the peak.
-        together: (..., 2), the shift at which ``same`` was told.
         same: (..., n, m), weights of blocks of the reference.
         windows: (..., h, w) each, of the ground in common, over the frame and over the reference.
+        back: see :meth:`_Pair.moved_back`, of the shift at which ``same`` was told.
 
     Returns:
         The shift (..., 2); the length of the last step; and whether the curvature there is that of a maximum.
     """
     grid = pair.grid
-    spectra = rfft2(_divided_fields(pair, together, same, windows))  # (2, 3, ..., h, w//2+1)
+    spectra = rfft2(_divided_fields(pair, same, windows, back))  # (2, 3, ..., h, w//2+1)
     kernels = kernels_for(spectra, start)
     if kernels is not None:
-        climbed = kernels.climb_divided(spectra, grid.frequencies, start, _NEWTON_STEPS + 2)
+        climbed = kernels.climb_divided(spectra, grid.frequencies, start, _NEWTON_STEPS + 1)
         if climbed is not None:
             return climbed
     powers, orders = spectra[0].conj() * spectra[1], _orders(grid.frame, grid.size, _TERMS, like=grid.radius)
@@ -808,9 +808,12 @@ def _refine_divided(
     return _settled(shift + step), step.detach().norm(dim=-1), curved
 
 
-def _divided_fields(pair: _Pair, together: Tensor, same: Tensor, windows: tuple[Tensor, Tensor]) -> Tensor:
+def _divided_fields(
+    pair: _Pair, same: Tensor, windows: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor]
+) -> Tensor:
     """(2, 3, ..., h, w): of the moving frame and of the reference what each of the three sums correlates."""
-    inliers, moved = pair.over_both(same.clamp(min=torch.finfo(same.dtype).tiny).sqrt(), together)
+    root = same.clamp(min=torch.finfo(same.dtype).tiny).sqrt()
+    inliers, moved = enlarge(root, BLOCK, pair.grid.size), _between(root, back)
     covers = pair.moving.cover, pair.reference.cover
     first, second = (
         texture.field if texture.detail is None else texture.detail

@@ -48,9 +48,9 @@ def block_sums(image: Tensor, times: int) -> Tensor:
         flat = image.reshape(-1, 1, *image.shape[-2:])
         sums = F.avg_pool2d(flat, block, divisor_override=1)
         return sums.reshape(*image.shape[:-2], *sums.shape[-2:])
-    # halving by slices: much faster than a pooling on the CPU
+    # rows are summed, columns halved by slices: much faster than a pooling on the CPU
+    image = image.unflatten(-2, (-1, block)).sum(-2)
     for _ in range(times):
-        image = image[..., ::2, :] + image[..., 1::2, :]
         image = image[..., ::2] + image[..., 1::2]
     return image
 
@@ -96,39 +96,67 @@ def nanmedian(values: Tensor, dim: int = -1) -> Tensor:
     return ordered.gather(dim, (count - 1).clamp(min=0) // 2).squeeze(dim)
 
 
-def enlarge(image: Tensor, times: int, size: tuple[int, int], way: Tensor | None = None) -> Tensor:
+def enlarge(image: Tensor, times: int, size: tuple[int, int]) -> Tensor:
     """Bilinear samples of blocks of ``times`` × ``times`` pixels at the pixels.
 
     Args:
         image: (..., ⌈H / times⌉, ⌈W / times⌉).
         times: pixels of a block a side.
         size: (H, W).
-        way: (..., 2), (x, y) in blocks, from each pixel to where it is sampled; beyond the border is what is at it.
 
     Returns:
         (..., H, W).
     """
-    if way is not None:
-        y, x = (
-            _hats(length, times, image.shape[axis - 2], way[..., 1 - axis, None])
-            for axis, length in enumerate(size)
-        )
-        return torch.matmul(torch.matmul(y, image), x.mT)
     flat = image.reshape(-1, 1, *image.shape[-2:])
     large = F.interpolate(flat, scale_factor=float(times), mode="bilinear", align_corners=False)
     return large[..., : size[0], : size[1]].reshape(*image.shape[:-2], *size)
 
 
-def _hats(length: int, times: int, blocks: int, way: Tensor) -> Tensor:
-    """(..., H, n): what each of n blocks counts at each pixel along an axis, linear between their middles."""
-    pixel, middle = _middles(length, times, blocks, like=way)
-    return F.relu(1 - ((pixel + way).clamp(0, blocks - 1)[..., None] - middle).abs())
+def between_blocks(
+    shift: Tensor, times: int, size: tuple[int, int], spacings: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """What samples blocks as :func:`enlarge` does, at samples that are moved: the matrices Y and X of Y · image · Xᵀ.
+
+    Args:
+        shift: (..., 2), (x, y) in pixels, from each sample to where it is read; beyond the middle of the outermost
+            blocks is what is there.
+        times: samples of a block a side, the last ones of which may lie beyond the border.
+        size: (H, W), samples.
+        spacings: along y and x, of the samples, in pixels.
+
+    Returns:
+        (..., H, ⌈H / times⌉) and (..., W, ⌈W / times⌉).
+
+    >>> y, x = between_blocks(torch.tensor([1.0, 0.0]), 1, (2, 3), (2.0, 2.0))
+    >>> y @ torch.tensor([[0.0, 1.0, 2.0], [0.0, 2.0, 4.0]]) @ x.mT
+    tensor([[0.5000, 1.5000, 2.0000],
+            [1.0000, 3.0000, 4.0000]])
+    """
+    sample, axis, scale, last, middle = _middles(times, size, spacings, like=shift)
+    place = torch.addcmul(sample, shift.index_select(-1, axis), scale).clamp(min=0)
+    hats = F.relu(1 - (torch.minimum(place, last)[..., None] - middle).abs())
+    rows, columns = ((length + times - 1) // times for length in size)
+    return hats[..., : size[0], :rows], hats[..., size[0] :, :columns]
 
 
 @keeps_tables
-def _middles(length: int, times: int, blocks: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the pixels lie, in blocks from the middle of the first one (H,); and the middles (n,)."""
-    pixel, middle = (
-        torch.arange(count, device=like.device, dtype=like.dtype) for count in (length, blocks)
+def _middles(
+    times: int, size: tuple[int, int], spacings: tuple[float, float], *, like: Tensor
+) -> tuple[Tensor, ...]:
+    """Of the samples of both axes (H + W,): their places, which part of a shift moves them, and how far; the last block.
+
+    And (n,), the middles of the blocks. All in blocks, from the middle of the first one.
+    """
+    sample = torch.cat([torch.arange(length, device=like.device) for length in size])
+    along_y = torch.arange(size[0] + size[1], device=like.device) < size[0]
+    last, scale = (
+        torch.where(along_y, *each)
+        for each in (
+            [(length - 1) // times for length in size],
+            [1 / (times * spacing) for spacing in spacings],
+        )
     )
-    return (pixel + 0.5) / times - 0.5, middle
+    middle = torch.arange((torch.sym_max(*size) + times - 1) // times, device=like.device)
+    place = (sample + 0.5) / times - 0.5
+    place, scale, last, middle = (part.to(like.dtype) for part in (place, scale, last, middle))
+    return place, along_y.to(torch.int64), scale, last, middle
