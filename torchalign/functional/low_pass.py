@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchalign._host import keeps_tables
+from torchalign._host import keeps_tables, launches_kernels
 from torchalign.functional.fourier import by_columns, fft, irfft2, rfft
 
 __all__ = ["band_response", "bin_frequencies", "low_pass"]
@@ -69,7 +69,9 @@ def _periodic_spectrum(image: Tensor, size: tuple[int, int]) -> Tensor:
     # what jumps between opposite borders has the Laplacian of a smooth image
     jump_y = rfft(image[..., -1, :] - image[..., 0, :])[..., None, : columns // 2 + 1]
     jump_x = _keep_rows(fft(image[..., :, -1] - image[..., :, 0]).unsqueeze(-1), rows)
-    return spectrum - (jump_y * step_y + jump_x * step_x)
+    if launches_kernels(image):
+        return spectrum.addcmul_(jump_y, step_y, value=-1).addcmul_(jump_x, step_x, value=-1)
+    return spectrum - (jump_y * step_y + jump_x * step_x)  # of complex numbers faster than in one on the CPU
 
 
 def _limit(

@@ -314,6 +314,15 @@ def cross_power(
     return power * (band / (magnitude if weighting == "phase" else magnitude.sqrt()))
 
 
+@keeps_tables
+def _ramp(
+    frame: tuple[int, int], size: tuple[int, int], max_frequency: float, weighting: Weighting, *, like: Tensor
+) -> Tensor:
+    """(h, w//2+1): what a linear weighting multiplies a spectrum by, see :func:`cross_power`."""
+    radius = WorkingGrid.of(frame, size, max_frequency, like).radius
+    return cross_power(torch.ones_like(radius), torch.ones_like(radius), radius, max_frequency, weighting)
+
+
 class _Peak(NamedTuple):
     shift: Tensor  # (..., 2), pixels
     significance: Tensor
@@ -657,8 +666,15 @@ class _Pair(NamedTuple):
         """The spectra of both under weights (..., h, w), and the cross-power: (..., h, w//2+1)."""
         spectrum = rfft2(self.moving.field * own)
         reference = rfft2(self.reference.field * other)
-        power = cross_power(spectrum, reference, self.grid.radius, self.grid.max_frequency, self.weighting)
+        power = self._cross_power(spectrum, reference)
         return spectrum, reference, power.sum(0) if self.moving.is_vector else power
+
+    def _cross_power(self, spectrum: Tensor, reference: Tensor) -> Tensor:
+        grid = self.grid
+        if self.weighting not in ("ramp", "none"):
+            return cross_power(spectrum, reference, grid.radius, grid.max_frequency, self.weighting)
+        weights = _ramp(grid.frame, grid.size, grid.max_frequency, self.weighting, like=grid.radius)
+        return spectrum.conj() * (reference * weights)
 
     def moved_back(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         """What brings blocks of the reference over the frame, see :func:`between_blocks`."""
@@ -679,8 +695,8 @@ class _Pair(NamedTuple):
         if self.reference.weights is not None:
             same = same * block_means(self.reference.weights, BLOCK)
         if self.moving.weights is not None:
-            y, x = (BLOCK * spacing for spacing in self.grid.spacings())
-            over = between_blocks(-shift, 1, (same.shape[-2], same.shape[-1]), (y, x))
+            y, x = (-BLOCK * spacing for spacing in self.grid.spacings())
+            over = between_blocks(shift, 1, (same.shape[-2], same.shape[-1]), (y, x))
             same = same * _between(block_means(self.moving.weights, BLOCK), over)
         inliers = enlarge(same, BLOCK, self.grid.size)
         # each frame gets the window, and the weights, of the ground that both see

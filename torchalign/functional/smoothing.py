@@ -122,7 +122,7 @@ def between_blocks(
             blocks is what is there.
         times: samples of a block a side, the last ones of which may lie beyond the border.
         size: (H, W), samples.
-        spacings: along y and x, of the samples, in pixels.
+        spacings: along y and x, of the samples, in pixels; of the other sign to read against the shift.
 
     Returns:
         (..., H, ⌈H / times⌉) and (..., W, ⌈W / times⌉).
@@ -132,9 +132,9 @@ def between_blocks(
     tensor([[0.5000, 1.5000, 2.0000],
             [1.0000, 3.0000, 4.0000]])
     """
-    sample, axis, scale, last, middle = _middles(times, size, spacings, like=shift)
-    place = torch.addcmul(sample, shift.index_select(-1, axis), scale).clamp(min=0)
-    hats = F.relu(1 - (torch.minimum(place, last)[..., None] - middle).abs())
+    sample, axis, scale, first, last, middle = _middles(times, size, spacings, like=shift)
+    place = torch.addcmul(sample, shift.index_select(-1, axis), scale).clamp(first, last)
+    hats = F.relu(1 - (place[..., None] - middle).abs())
     rows, columns = ((length + times - 1) // times for length in size)
     return hats[..., : size[0], :rows], hats[..., size[0] :, :columns]
 
@@ -143,7 +143,7 @@ def between_blocks(
 def _middles(
     times: int, size: tuple[int, int], spacings: tuple[float, float], *, like: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of the samples of both axes (H + W,): their places, which part of a shift moves them, and how far; the last block.
+    """Of the samples of both axes (H + W,): place, which part of a shift moves it, how far; the first and last block.
 
     And (n,), the middles of the blocks. All in blocks, from the middle of the first one.
     """
@@ -159,4 +159,4 @@ def _middles(
     middle = torch.arange((torch.sym_max(*size) + times - 1) // times, device=like.device)
     place = (sample + 0.5) / times - 0.5
     place, scale, last, middle = (part.to(like.dtype) for part in (place, scale, last, middle))
-    return place, along_y.to(torch.int64), scale, last, middle
+    return place, along_y.to(torch.int64), scale, torch.zeros_like(last), last, middle
