@@ -76,8 +76,8 @@ def waves(frequencies: tuple[Tensor, Tensor], shift: Tensor) -> tuple[Tensor, Te
     y, x = frequencies
     turn = 2 * math.pi * shift
     angle = torch.cat((turn[..., 1:] * y, turn[..., :1] * x), -1)
-    wave_y, wave_x = unit_circle(angle).split([y.shape[-1], x.shape[-1]], -1)
-    return wave_y, wave_x
+    both, rows = unit_circle(angle), y.shape[-1]
+    return both[..., :rows], both[..., rows:]
 
 
 def unit_circle(angle: Tensor) -> Tensor:

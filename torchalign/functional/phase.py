@@ -196,7 +196,8 @@ def phase_correlation(
     inliers, effective, holes = None, window, None
     if robust:
         same = agreement_of_blocks(grid.move(spectrum, shift), reference.field * window, vector=vector)
-        windows = pair.tapering.common(torch.stack((-shift, shift))).unbind()
+        own_window, other_window = pair.tapering.common(torch.stack((-shift, shift))).unbind()
+        windows = own_window, other_window
         back = pair.moved_back(shift)
         inliers, own, effective = pair.weights_at(shift, same, windows, back)
         spectrum, still, power = pair.correlate(own, effective)
@@ -506,7 +507,8 @@ def _newton_step(rows: Tensor, longest: float) -> tuple[Tensor, Tensor]:
 
 def _rows_of(derivatives: Tensor) -> Tensor:
     """(..., 2, 3): the slope along x, and how it changes along x and y; and the same of the slope along y."""
-    return derivatives.flatten(-2).index_select(-1, _places(like=derivatives)).unflatten(-1, (2, 3))
+    flat = derivatives.flatten(-2)
+    return flat.index_select(-1, _places(like=flat)).reshape(*flat.shape[:-1], 2, 3)
 
 
 @keeps_tables

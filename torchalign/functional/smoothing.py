@@ -49,7 +49,8 @@ def block_sums(image: Tensor, times: int) -> Tensor:
         sums = F.avg_pool2d(flat, block, divisor_override=1)
         return sums.reshape(*image.shape[:-2], *sums.shape[-2:])
     # rows are summed, columns halved by slices: much faster than a pooling on the CPU
-    image = image.unflatten(-2, (-1, block)).sum(-2)
+    rows = image.shape[-2] // block
+    image = image.reshape(*image.shape[:-2], rows, block, image.shape[-1]).sum(-2)
     for _ in range(times):
         image = image[..., ::2] + image[..., 1::2]
     return image
@@ -147,16 +148,15 @@ def _middles(
 
     And (n,), the middles of the blocks. All in blocks, from the middle of the first one.
     """
-    sample = torch.cat([torch.arange(length, device=like.device) for length in size])
-    along_y = torch.arange(size[0] + size[1], device=like.device) < size[0]
-    last, scale = (
-        torch.where(along_y, *each)
-        for each in (
+    y, x = (torch.arange(length, device=like.device, dtype=like.dtype) for length in size)
+    first = torch.zeros_like(torch.cat((y, x)))
+    axis, last, scale = (
+        torch.cat((torch.full_like(y, along_y), torch.full_like(x, along_x)))
+        for along_y, along_x in (
+            (1, 0),
             [(length - 1) // times for length in size],
             [1 / (times * spacing) for spacing in spacings],
         )
     )
-    middle = torch.arange((torch.sym_max(*size) + times - 1) // times, device=like.device)
-    place = (sample + 0.5) / times - 0.5
-    place, scale, last, middle = (part.to(like.dtype) for part in (place, scale, last, middle))
-    return place, along_y.to(torch.int64), scale, torch.zeros_like(last), last, middle
+    middle = torch.arange((torch.sym_max(*size) + times - 1) // times, device=like.device, dtype=like.dtype)
+    return (torch.cat((y, x)) + 0.5) / times - 0.5, axis.to(torch.int64), scale, first, last, middle

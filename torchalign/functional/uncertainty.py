@@ -292,14 +292,14 @@ def assess_peak(
     scatter = _moments(parts.detach().square(), table.twice_along_x, table.twice_along_y)
 
     value = sums[..., 0, None, None]
-    whole = -sums.index_select(-1, table.curvatures).unflatten(-1, (2, 2))
+    whole = -sums.index_select(-1, table.curvatures).reshape(*sums.shape[:-1], 2, 2)
     weights = value * _symmetric(*overlap)
     ground = whole - weights
     inverse, regular = _inverted(ground)
     # by which the weights shorten the way from where they fit
     correction = _times(inverse, weights)
     curvatures, inverse, share = torch.stack((ground, whole)).detach(), inverse.detach(), correction.detach()
-    spread = scatter[..., 1, :].flatten(-2).index_select(-1, table.squares).unflatten(-1, (2, 2))
+    spread = scatter[..., 1, :].flatten(-2).index_select(-1, table.squares).reshape(whole.shape)
     covariance = _times(_times(inverse, spread * (CALIBRATION[0] * bins)[..., None, None]), inverse)
     # what the weights do to higher orders, in small and smooth frames
     covariance = covariance + CALIBRATION[1] * _times(share, share.mT)
@@ -325,8 +325,8 @@ def assess_peak(
 
 def _moments(parts: Tensor, along_x: Tensor, along_y: Tensor) -> Tensor:
     """(..., n, 2, n): sums of the parts (..., W//2+1, H, 2) of a spectrum, by order in x, part, and order in y."""
-    rows = torch.matmul(along_x, parts.flatten(-2)).unflatten(-1, parts.shape[-2:])
-    return torch.matmul(rows.mT, along_y)
+    rows = torch.matmul(along_x, parts.flatten(-2))
+    return torch.matmul(rows.reshape(*rows.shape[:-1], *parts.shape[-2:]).mT, along_y)
 
 
 class _MomentTables(NamedTuple):
