@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import kernels_for
+from torchalign._host import in_pieces, kernels_for
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
 from torchalign.functional.shift_field import is_zero, lattice_shifts
 from torchalign.functional.sizes import stride_for
@@ -67,39 +67,32 @@ def normalized_cross_correlation(first: Tensor, second: Tensor, usable: Tensor |
         first, second = torch.where(usable, first, 0.0), torch.where(usable, second, 0.0)
     first, second = torch.broadcast_tensors(first, second)  # type: ignore[no-untyped-call]  # torch has no types for it
     weight = torch.ones_like(first) if usable is None else usable.to(first.dtype).expand(first.shape)
-    return _correlate(second, weight, first)[0]
+    return _correlate(second, first, weight.flatten(-2))[..., 0]
 
 
-def _correlate(reference: Tensor, weight: Tensor, *images: Tensor) -> Sequence[Tensor]:
-    """The same for finite images and weights ≥ 0, of one shape but for the reference's: inner products of rows."""
-    rows = torch.stack([reference.expand(weight.shape), *images]).flatten(-2)  # (1 + K, ..., N)
-    weight = weight.flatten(-2)
-    count = weight.sum(-1) + torch.finfo(weight.dtype).tiny
-    centred = _standardize(rows, weight, count)
-    weighted = centred * weight
-    total = weighted.sum(-1)
-    products = torch.linalg.vecdot(weighted[1:], centred[:1]) - total[1:] * total[0] / count
-    norm, flat = _spread(torch.linalg.vecdot(weighted, centred), total.square() / count)
-    correlations = torch.where(flat[1:] | flat[0], 0.0, products / (norm[1:] * norm[0]))
-    return correlations.clamp(-1, 1).unbind()
+def _correlate(reference: Tensor, *images_and_weight: Tensor) -> Tensor:
+    """The same (..., K) for K finite images (..., H, W) and weights ≥ 0 (..., H · W): inner products of rows.
 
-
-def _standardize(images: Tensor, weight: Tensor, count: Tensor) -> Tensor:
-    """Subtract the weighted mean and divide by the largest value, so that sums of squares neither cancel nor overflow.
-
-    The correlation does not depend on either, so they carry no gradient.
+    It does not depend on means and scales, so those that keep sums of squares from cancelling and from overflow carry
+    no gradient.
     """
-    centred = images - (torch.linalg.vecdot(images.detach(), weight) / count)[..., None]
-    # what has no weight may be of any size
-    largest = (centred.detach() * weight).abs().amax(-1)
-    return centred / torch.where(largest > 0, largest, 1.0)[..., None]
-
-
-def _spread(square: Tensor, square_of_mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The root of the difference, 1 where it is no more than rounding; and where that is."""
-    variance = square - square_of_mean
-    flat = variance <= 16 * torch.finfo(square.dtype).eps * square
-    return torch.where(flat, 1.0, variance).sqrt(), flat
+    *images, weight = images_and_weight
+    rows = torch.stack([reference.expand(images[0].shape), *images]).flatten(-2)  # (1 + K, ..., N)
+    count = weight.sum(-1) + torch.finfo(weight.dtype).tiny
+    centred = rows - (torch.linalg.vecdot(rows.detach(), weight) / count)[..., None]
+    weighted = centred * weight
+    # what has no weight may be of any size; the rest sums to 0, so that what is below is not much larger
+    largest = weighted.detach().amax(-1)
+    scale = torch.where(largest > 0, largest, 1.0).reciprocal()
+    weighted = weighted * scale[..., None]
+    total = weighted.sum(-1)
+    products = torch.linalg.vecdot(weighted[1:], centred[:1]) * scale[0] - total[1:] * total[0] / count
+    square = torch.linalg.vecdot(weighted, centred) * scale
+    variance = square - total.square() / count
+    flat = variance <= 16 * torch.finfo(square.dtype).eps * square  # no more than rounding
+    norm = torch.where(flat, 1.0, variance).sqrt()
+    correlations = torch.where(flat[1:] | flat[0], 0.0, products / (norm[1:] * norm[0]))
+    return correlations.clamp(-1, 1).movedim(0, -1)
 
 
 def gate(
@@ -288,7 +281,7 @@ def _scores(
     if vector:
         ground, *compared = torch.cat((ground, ground), -2), *(torch.cat((*parts,), -2) for parts in compared)
     first, *others = compared
-    return _correlate(first, ground, *others)
+    return in_pieces(_correlate, first.expand(ground.shape), *others, ground.flatten(-2)).unbind(-1)
 
 
 def centre_moves(motion: Motion, size: tuple[int, int]) -> Tensor:

@@ -504,8 +504,11 @@ def _resample_in_blocks(
     values = empty_on_host(shape, cube.dtype) if out is None else out.view(shape)
     validity = torch.zeros((count, *shape[-2:]), dtype=torch.bool, device="cpu")
 
-    sliced = options.padding_mode != "reflection" and step == 1 and bands * height * width >= _SMALLEST_SLICED
+    sliced = options.padding_mode != "reflection" and bands * height * width >= _SMALLEST_SLICED
     shifts = _shifts(motion) if sliced else {}
+    bicubic = options.interpolation == "bicubic"
+    plain = options.padding_mode == "border" and options.fill_value is None
+    plain = plain and (bicubic or (options.interpolation == "bilinear" and step == 1))
     moved = [False] * count
     if field is not None:
         field = ShiftField(*(part.reshape(count, *part.shape[len(lead) :]) for part in field))
@@ -513,16 +516,19 @@ def _resample_in_blocks(
         shifts = {index: shift for index, shift in shifts.items() if not moved[index]}
     for index, shift in shifts.items():
         planes = _prepare(frames[index], None if masks is None else masks[index], options)
-        sampler = Slices(shift, size)
-        if options[:4] == _PLAIN and planes.usable is None and planes.source is planes.frames:
-            together = max(1, _BLOCK_SAMPLES // (height * width))  # bands
-            for first in range(0, bands, together):  # the hot case: no mask, and nothing is copied
-                part = slice(first, first + together)
-                sampler.bilinear(planes.source[part], out=values[index, part])
-            (top, bottom), (left, right) = sampler.overlap()
-            validity[index, top:bottom, left:right] = True
-        else:
+        sampler = Slices(shift, size, step)
+        if not plain or planes.usable is not None or planes.source is not planes.frames:
             values[index], validity[index] = _combine(planes, sampler, options)
+            continue
+        # the hot case: no mask, and nothing is copied
+        validity[index] = sampler.inside()
+        if bicubic:
+            values[index] = sampler.bicubic(planes.source)
+            continue
+        together = max(1, _BLOCK_SAMPLES // (height * width))  # bands
+        for first in range(0, bands, together):
+            part = slice(first, first + together)
+            sampler.bilinear(planes.source[part], out=values[index, part])
 
     rest = [index for index in range(count) if index not in shifts]
     parts = [[index for index in rest if moved[index] is local] for local in (False, True)]
@@ -567,5 +573,4 @@ def _shifts(motion: Tensor) -> dict[int, tuple[float, float]]:
     return shifts
 
 
-_PLAIN = ("bilinear", "border", None, 1)
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
