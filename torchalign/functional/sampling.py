@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import in_pieces, launches_kernels
+from torchalign._host import in_pieces, keeps_tables, launches_kernels
 
 __all__ = [
     "Gather",
@@ -55,6 +55,13 @@ Tap = Callable[[int, int], Tensor]
 # scene, but misplaces long waves by up to 0.047 px (Lanczos-3, cut to six taps: 0.019 px), against 0.0006 px
 # here: more than the registration's own error. Measured by benchmarks/interpolation.py.
 _CUBIC_A = -0.5
+# Its weights of the taps −1, 0, 1, 2 by the third, second, first and zeroth power of the fraction.
+_CUBIC = (
+    (_CUBIC_A, _CUBIC_A + 2, -_CUBIC_A - 2, -_CUBIC_A),
+    (-2 * _CUBIC_A, -_CUBIC_A - 3, 2 * _CUBIC_A + 3, _CUBIC_A),
+    (_CUBIC_A, 0.0, -_CUBIC_A, 0.0),
+    (0.0, 1.0, 0.0, 0.0),
+)
 # Fields are continued by so many samples: all taps of a position further out lie on the border.
 _MARGIN = 3
 
@@ -83,14 +90,19 @@ def weighted_sum(tap: Tap, across: Sequence[Tensor], down: Sequence[Tensor]) -> 
 
 def cubic_weights(fraction: Scalar, *, magnitudes: bool = False) -> tuple[Scalar, ...]:
     """Keys' weights of the taps −1, 0, 1, 2, or their magnitudes; (0, 1, 0, 0) at fraction 0."""
-    a, rest = _CUBIC_A, 1 - fraction
-    weights = (
-        ((a * fraction - 2 * a) * fraction + a) * fraction,
-        ((a + 2) * fraction - (a + 3)) * fraction * fraction + 1,
-        ((a + 2) * rest - (a + 3)) * rest * rest + 1,
-        ((a * rest - 2 * a) * rest + a) * rest,
-    )
-    return tuple(abs(weight) for weight in weights) if magnitudes else weights
+    if isinstance(fraction, Tensor):
+        table = _cubic_table(like=fraction)
+        third, second, first, constant = table.reshape(4, 4, *[1] * fraction.ndim)
+        weights = torch.addcmul(second, third, fraction)
+        weights = torch.addcmul(constant, torch.addcmul(first, weights, fraction), fraction)
+        return (weights.abs() if magnitudes else weights).unbind()
+    found = [((c * fraction + b) * fraction + a) * fraction + d for c, b, a, d in zip(*_CUBIC, strict=True)]
+    return tuple(abs(weight) for weight in found) if magnitudes else tuple(found)
+
+
+@keeps_tables
+def _cubic_table(*, like: Tensor) -> Tensor:
+    return torch.tensor(_CUBIC, dtype=like.dtype, device=like.device)
 
 
 def spline_weights(fraction: Tensor) -> tuple[Tensor, ...]:
