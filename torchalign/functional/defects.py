@@ -232,19 +232,19 @@ def _repeats(profiles: Tensor) -> Tensor:
     level = floored.clamp(min=torch.finfo(profiles.dtype).tiny).log()
     # less what changes slowly
     level = level[..., 1:-1] - torch.lerp(level[..., :-2], level[..., 2:], 0.5)
-    spread = level.std(-1, correction=0, keepdim=True)
+    level = level - level.mean(-1, keepdim=True)
+    spread = torch.linalg.vector_norm(level, dim=-1, keepdim=True)
     real, imaginary = torch.matmul(level, _turns(level.shape[-1], like=level)).chunk(2, -1)
     return (torch.hypot(real, imaginary) / spread.masked_fill(spread == 0, torch.inf)).amax(-2)
 
 
 @keeps_tables
 def _turns(count: int, *, like: Tensor) -> Tensor:
-    r"""(n, 2 K): cosine and sine of 2π j / k, less their means, times √(2 / n)."""
+    """(n, 2 K): cosine and sine of 2π j / k, times √2."""
     position = torch.arange(count, device=like.device, dtype=like.dtype)
     factors = torch.arange(2, LARGEST_FACTOR + 1, device=like.device, dtype=like.dtype)
     angle = 2 * math.pi * position[:, None] / factors
-    turns = torch.cat((angle.cos(), angle.sin()), -1)
-    return (2 / count) ** 0.5 * (turns - turns.mean(0))
+    return 2**0.5 * torch.cat((angle.cos(), angle.sin()), -1)
 
 
 def suspicious(image: Tensor, usable: Tensor | None = None) -> Tensor:

@@ -102,7 +102,11 @@ def cubic_weights(fraction: Scalar, *, magnitudes: bool = False) -> tuple[Scalar
 
 @keeps_tables
 def _cubic_table(*, like: Tensor) -> Tensor:
-    return torch.tensor(_CUBIC, dtype=like.dtype, device=like.device)
+    # filled, not copied: a copy from the host waits for the device
+    numbers = [
+        torch.full((), number, dtype=like.dtype, device=like.device) for row in _CUBIC for number in row
+    ]
+    return torch.stack(numbers).reshape(4, 4)
 
 
 def spline_weights(fraction: Tensor) -> tuple[Tensor, ...]:
