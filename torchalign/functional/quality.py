@@ -267,6 +267,8 @@ def _scores(
         # bilinear interpolation smooths, which a score would take for misregistration
         path = motion.warp[..., :2, 2] if motion.only_shifts else motion.warp
         options: dict[str, Any] = {"mask": usable[0], "step": step, "field": motion.field, "finite": True}
+        if usable[0] is not None:  # what is not usable has no weight
+            options["fill_value"] = 0.0
         aligned, inside = resample(moving.unsqueeze(-3), path, interpolation="bicubic", **options)
         inside = inside[0] if vector else inside
         overlap = inside if overlap is None else overlap & inside
