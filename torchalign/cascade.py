@@ -12,6 +12,7 @@ from torchalign._check import message
 from torchalign.aligner import Aligner, Block, Job, Judged, Pair, flagged
 from torchalign.functional.affine import (
     change_origin,
+    finite_warp,
     identity_warp,
     to_homogeneous,
     translation_warp,
@@ -131,7 +132,7 @@ class Cascade(Aligner):
         for stage, job in zip(self._stages(), jobs.jobs, strict=True):
             block = stage._prepare_block(job)
             if init is not None:
-                block = block._replace(init=_change_origin(init, block.origin), nonfinite=None)
+                block = block._replace(init=_change_origin(init, block.origin), finite=None)
             motion = stage._find_motion(job, block)
             motion = _move_origin(motion, (-block.origin[0], -block.origin[1]))
             start = job.init.to(motion.warp.dtype) if init is None and job.init is not None else init
@@ -152,7 +153,7 @@ class Cascade(Aligner):
         seen = {(str(stage.channel), stage.rgb_bands) for stage in self._stages()}
         if len(seen) == 1 and first.is_over(block) and not callable(self._stages()[0].channel):
             estimate = self._with_true_samples(
-                estimate, factor, job, block._replace(init=first.init, nonfinite=first.nonfinite)
+                estimate, factor, job, block._replace(init=first.init, finite=first.finite)
             )
         else:
             estimate = flagged(estimate, factor > 1)
@@ -212,9 +213,7 @@ def _next_init(init: Tensor | None, motion: Motion, stage: Aligner, size: tuple[
         init = translation_warp(init)
     if init.shape[-2] != warp.shape[-2]:
         init, warp = to_homogeneous(init), to_homogeneous(warp)
-    usable = init.isfinite().flatten(-2).all(-1)
-    identity = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
-    init = torch.where(usable[..., None, None], init, identity)
+    init, _ = finite_warp(init)
     return torch.where(trusted[..., None, None], warp, init)
 
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchalign._check import check_bool, check_cube, check_option, check_whole, message
 from torchalign._host import is_on_host
-from torchalign.aligner import Aligner, Job, Pair, SharedOptions, full_precision, undo_init
+from torchalign.aligner import (
+    Aligner,
+    Job,
+    Pair,
+    SharedOptions,
+    full_precision,
+    rows_for_frames,
+    some_frames,
+    undo_init,
+    with_lead,
+)
 from torchalign.functional.affine import (
     compose_warps,
     identity_warp,
@@ -44,11 +53,10 @@ from torchalign.models.extractors import (
     Features,
     build_extractor,
     count_valid_rows,
-    each_field,
-    join_fields,
+    filled_rows,
 )
 from torchalign.models.weights import Weights
-from torchalign.types import Motion, Status
+from torchalign.types import Motion, Status, combine, each_field
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -173,7 +181,7 @@ class LGM(Aligner):
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(**shared)
-        check_option("motion", motion, MotionModel)
+        self.motion = check_option("motion", motion, MotionModel)
         max_num_keypoints = check_whole("max_num_keypoints", max_num_keypoints)
         if isinstance(feature_model, nn.Module):
             own = getattr(feature_model, "max_num_keypoints", None)
@@ -181,12 +189,12 @@ class LGM(Aligner):
                 expected = f"no other number than that of {type(feature_model).__name__}, which finds its own"
                 raise ValueError(message("max_num_keypoints", expected, max_num_keypoints, "leave it out"))
             max_num_keypoints = own if isinstance(own, int) else max_num_keypoints
-        if batch_size is not None:
-            batch_size = check_whole("batch_size", batch_size)
-        check_option("contrast", contrast, Seen)
+        self.max_num_keypoints = max_num_keypoints
+        self.batch_size = None if batch_size is None else check_whole("batch_size", batch_size)
+        self.contrast = check_option("contrast", contrast, Seen)
         structure = contrast == "structure"
-        refine = not structure if refine is None else refine
-        check_bool("refine", refine)
+        self.refine = not structure if refine is None else refine
+        check_bool("refine", self.refine)
         if structure and refine:
             cure = 'leave it out, and refine by ECC(contrast="structure") in a Cascade'
             raise ValueError(message("refine", 'False or None with contrast="structure"', refine, cure))
@@ -210,11 +218,6 @@ class LGM(Aligner):
                 raise ValueError(message(name, expected, _described(weights), "leave it out"))
         self.feature_model = feature_model if isinstance(feature_model, str) else type(feature_model).__name__
         self.matcher_model = matcher_model if isinstance(matcher_model, str) else type(matcher_model).__name__
-        self.max_num_keypoints = max_num_keypoints
-        self.motion = motion
-        self.refine = refine
-        self.contrast = contrast
-        self.batch_size = batch_size
         self.feature_weights = _described(feature_weights)
         self.matcher_weights = _described(matcher_weights)
         self.allow_download = allow_download
@@ -256,10 +259,12 @@ class LGM(Aligner):
         parts = [slice(None)]
         if rows is not None:
             parts = [slice(first, first + rows) for first in range(0, len(images), rows)]
-        features: Features = join_fields(
-            [self._extract(images[part], None if masks is None else masks[part]) for part in parts]
+        features = _trimmed(
+            combine(
+                torch.cat,
+                [self._extract(images[part], None if masks is None else masks[part]) for part in parts],
+            )
         )
-        features = _trimmed(features)
         texture = extract_texture(image, usable, max_frequency=_MAX_FREQUENCY) if self.refine else None
         return _Reference(features, texture, tuple(image.shape[:-2]))
 
@@ -276,21 +281,8 @@ class LGM(Aligner):
             self._refined(part) if self.refine else self._fitted(part)
             for part in self._parts(pair, prepared, init)
         ]
-        found: Motion = join_fields(parts)
-        warp, sigma, status, inliers = found[:4]
-        if inliers is not None:
-            inliers = inliers.reshape(*lead, *inliers.shape[1:])
-        warp = warp.reshape(*lead, *warp.shape[1:])
-        covariance = None if found.covariance is None else found.covariance.reshape(*lead, 2, 2)
-        return Motion(
-            warp,
-            sigma.reshape(lead),
-            status.reshape(lead),
-            inliers,
-            only_shifts(self.motion, init),
-            covariance,
-            distorted=None if found.distorted is None else found.distorted.reshape(lead),
-        )
+        found = with_lead(combine(torch.cat, parts), lead)
+        return found._replace(only_shifts=only_shifts(self.motion, init))
 
     def matches(
         self,
@@ -310,8 +302,7 @@ class LGM(Aligner):
         check_cube(cube)
         with full_precision(cube):
             job = self._check(cube, reference, mask, reference_mask, init)
-            parts = [self._tie_points(job.part(rows)) for rows in self._blocks(job)]
-        return MatchedPoints(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            return combine(torch.cat, [self._tie_points(job.part(rows)) for rows in self._blocks(job)])
 
     def _block_pixels(self) -> int:
         return _BLOCK_PIXELS
@@ -331,33 +322,21 @@ class LGM(Aligner):
     def _parts(self, pair: Pair, prepared: _Reference, init: Tensor | None) -> list[_Part]:
         """The frames (N, H, W), in parts of ``batch_size``, each with what it needs of the reference."""
         moving, usable, reference, reference_usable = pair
-        lead, size = moving.shape[:-2], (moving.shape[-2], moving.shape[-1])
-
-        def each(tensor: Tensor) -> Tensor:
-            """(..., 1 or T, a, b), or the same flat, to (N, a, b)."""
-            tensor = tensor.reshape(*prepared.lead, *tensor.shape[tensor.ndim - 2 :])
-            return tensor.expand(*lead, *tensor.shape[-2:]).reshape(-1, *tensor.shape[-2:])
-
-        features, texture, _ = prepared
-        if math.prod(prepared.lead) != 1:  # one for all stays one
-            features = each_field(
-                features,
-                lambda field: each(field) if field.ndim == 3 else each(field.unsqueeze(-1)).squeeze(-1),
-            )
-        whole = _Part(
-            moving.reshape(-1, *size),
-            _flat(usable, moving),
-            features,
-            each(reference),
-            None if reference_usable is None else each(reference_usable),
-            None if texture is None else each(texture.field),
-            None if texture is None or texture.weights is None else each(texture.weights),
-            None if init is None else init.reshape(-1, *init.shape[len(lead) :]),
-        )
-        count = self._rows(whole.moving, max(self.max_num_keypoints, features.keypoints.shape[-2]))
-        if count is None or whole.moving.shape[0] <= count:
+        lead = moving.shape[:-2]
+        features, texture, have = prepared
+        if math.prod(have) != 1:  # one for all stays one
+            features = rows_for_frames(features, have, lead)
+        field, weights = (None, None) if texture is None else texture[:2]
+        images = (reference, reference_usable, field, weights)
+        images = each_field(images, lambda image: image.reshape(-1, *image.shape[-2:]))
+        start = None if init is None else init.reshape(-1, *init.shape[len(lead) :])
+        frames = moving.reshape(-1, *moving.shape[-2:])
+        references = rows_for_frames(images, have, lead)
+        whole = _Part(frames, _flat(usable, moving), features, *references, start)
+        count = self._rows(frames, max(self.max_num_keypoints, features.keypoints.shape[-2]))
+        if count is None or frames.shape[0] <= count:
             return [whole]
-        return [whole.rows(first, count) for first in range(0, whole.moving.shape[0], count)]
+        return [some_frames(whole, slice(first, first + count)) for first in range(0, frames.shape[0], count)]
 
     def _rows(self, frames: Tensor, keypoints: int) -> int | None:
         """How many of the frames are worked on at a time; ``None`` for all."""
@@ -396,25 +375,26 @@ class LGM(Aligner):
             similarity = torch.matmul(features.descriptors, others.descriptors.mT)  # (N, K, L)
             valid = (features.valid, others.valid)
             limit = self.max_translation + _MARGIN
-            matches = mutual_matches(similarity, *valid)
+
+            def match(expected: Tensor | None = None, radius: float | None = None) -> Matches:
+                there = others.keypoints
+                return mutual_matches(similarity, *valid, expected=expected, others=there, radius=radius)
+
+            matches = match()
             if self.matcher_model == "mnn":
                 found, evidence, targets = fit(matches, everywhere)
             elif motion == "translation":
-                expected = points if start is None else points + start.unsqueeze(-2)
                 anywhere, far_evidence, _ = fit(matches, everywhere)
-                nearby = {"expected": expected, "others": others.keypoints}
-                matches = mutual_matches(similarity, *valid, **nearby, radius=limit)
+                matches = match(points if start is None else points + start.unsqueeze(-2), limit)
                 found, evidence, targets = fit(matches, (INLIER_RADIUS / limit) ** 2)
                 beyond = anywhere.warp[..., 2].norm(dim=-1) > self.max_translation
                 clearly = anywhere.inliers > _OUTSIDE_MARGIN * found.inliers
                 too_far = beyond & clearly & (far_evidence >= _LEAST_EVIDENCE)
             else:
                 if start is not None:
-                    nearby = {"expected": points + start.unsqueeze(-2), "others": others.keypoints}
-                    matches = mutual_matches(similarity, *valid, **nearby, radius=limit)
+                    matches = match(points + start.unsqueeze(-2), limit)
                 found, _, _ = fit(matches, everywhere)
-                nearby = {"expected": transform_points(found.warp, points), "others": others.keypoints}
-                matches = mutual_matches(similarity, *valid, **nearby, radius=_SECOND_RADIUS)
+                matches = match(transform_points(found.warp, points), _SECOND_RADIUS)
                 found, evidence, targets = fit(matches, (INLIER_RADIUS / _SECOND_RADIUS) ** 2, found.warp)
 
         status = torch.zeros_like(features.valid[..., 0], dtype=torch.int64)
@@ -519,18 +499,20 @@ class LGM(Aligner):
         covariance = torch.where(better[..., None, None], refined.covariance, covariance)
         return warp, covariance, inliers, ground
 
-    def _tie_points(self, job: Job) -> list[Tensor]:
-        """The fields of :class:`MatchedPoints` of a block."""
+    def _tie_points(self, job: Job) -> MatchedPoints:
+        """Those of a block."""
         block = self._prepare_block(job)
         lead = block.moving.shape[:-2]
         if block.prepared is None or _is_nothing(block.moving):
             nowhere = block.moving.new_zeros(*lead, self.max_num_keypoints, 2)
-            return [nowhere, nowhere, torch.zeros_like(nowhere[..., 0], dtype=torch.bool), nowhere[..., 0]]
+            none = torch.zeros_like(nowhere[..., 0], dtype=torch.bool)
+            return MatchedPoints(nowhere, nowhere, none, nowhere[..., 0])
         parts = self._parts(block.pair(job), block.prepared, block.init)
-        columns = zip(*(self._tie_points_of(part, block.origin) for part in parts), strict=True)
-        return [torch.cat(column).reshape(*lead, *column[0].shape[1:]) for column in columns]
+        return with_lead(
+            combine(torch.cat, [self._tie_points_of(part, block.origin) for part in parts]), lead
+        )
 
-    def _tie_points_of(self, part: _Part, origin: tuple[int, int]) -> list[Tensor]:
+    def _tie_points_of(self, part: _Part, origin: tuple[int, int]) -> MatchedPoints:
         found = self._correspond(part)
         points = found.points
         if found.about_centre is not None:
@@ -539,11 +521,9 @@ class LGM(Aligner):
         offset = torch.stack([points.new_full((), side) for side in origin])
         targets = torch.where(found.matched.unsqueeze(-1), found.targets, points)
         weight = found.fit.weight * (found.status == 0).unsqueeze(-1)
-        missing = found.rows - points.shape[-2]
-        return [
-            F.pad(field, (0, 0) * (field.ndim - 2) + (0, missing))
-            for field in (points + offset, targets + offset, found.matched, weight)
-        ]
+        return filled_rows(
+            MatchedPoints(points + offset, targets + offset, found.matched, weight), found.rows
+        )
 
 
 class _Reference(NamedTuple):
@@ -563,14 +543,6 @@ class _Part(NamedTuple):
     texture: Tensor | None  # (N, h, w), of the reference
     weights: Tensor | None  # (N, h, w)
     init: Tensor | None  # (N, 2|3, 3), or shifts (N, 2)
-
-    def rows(self, first: int, count: int) -> _Part:
-        def cut(field: Any) -> Any:
-            if isinstance(field, Features):
-                return field if field.keypoints.shape[0] == 1 else each_field(field, cut)
-            return field[first : first + count]
-
-        return each_field(self, cut)
 
 
 class _Found(NamedTuple):

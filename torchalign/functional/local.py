@@ -112,17 +112,6 @@ class Ground(NamedTuple):
 
     tiles: tuple[_TileGround, ...]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Ground:
-        """The same with every tensor put through ``function``."""
-        return Ground(
-            tuple(
-                _TileGround(
-                    tuple(map(function, tile.fields)), tuple(map(function, tile.weights)), function(tile.flat)
-                )
-                for tile in self.tiles
-            )
-        )
-
 
 class LocalShifts(NamedTuple):
     """What :func:`estimate_shifts` finds, one row a frame.

@@ -13,8 +13,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ from torchalign.functional.sift import (
 )
 from torchalign.models.superpoint import CELL, SuperPointNet
 from torchalign.models.weights import Weights, check_placed, load_into, load_weights
+from torchalign.types import Fields, combine, each_field
 
 __all__ = [
     "ALIKED",
@@ -56,8 +57,7 @@ __all__ = [
     "XFeat",
     "build_extractor",
     "count_valid_rows",
-    "each_field",
-    "join_fields",
+    "filled_rows",
 ]
 
 # Smaller frames are continued, by what is not usable.
@@ -99,22 +99,12 @@ class Features(NamedTuple):
     orientations: Tensor | None = None
 
 
-Fields = TypeVar("Fields", bound=tuple[Any, ...])
-
-
-def each_field(fields: Fields, change: Callable[[Any], Any]) -> Fields:
-    """A named tuple of the same kind, with every field changed that is not ``None``."""
-    kind: Callable[..., Fields] = type(fields)
-    return kind(*(None if field is None else change(field) for field in fields))
-
-
-def join_fields(parts: Sequence[Fields]) -> Fields:
-    """Named tuples of one kind, as one; fields that are no tensors are the first one's."""
-    if len(parts) == 1:
-        return parts[0]
-    kind: Callable[..., Fields] = type(parts[0])
-    columns: Any = zip(*parts, strict=True)
-    return kind(*(torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns))
+def filled_rows(fields: Fields, count: int) -> Fields:
+    """Tuples of tensors (B, K, ...) with ``count`` rows: what is missing is 0."""
+    missing = count - fields[0].shape[1]
+    if not missing:
+        return fields
+    return each_field(fields, lambda field: F.pad(field, (0, 0) * (field.ndim - 2) + (0, missing)))
 
 
 def count_valid_rows(valid: Tensor) -> int:
@@ -173,7 +163,7 @@ class Extractor(nn.Module, ABC):
             parts = map_on_host(
                 lambda rows: self._extract(image[rows], None if usable is None else usable[rows]), blocks
             )
-            return join_fields(parts)
+            return combine(torch.cat, parts)
 
     def _extract(self, image: Tensor, usable: Tensor | None) -> Features:
         """The keypoints of frames of any size and in any units."""
@@ -184,13 +174,6 @@ class Extractor(nn.Module, ABC):
             image, usable = F.pad(image, missing), F.pad(usable, missing)
         stretched, usable, empty = stretch_contrast(image, usable)
         return self.extract(stretched, None if all_true(usable) else usable, empty)
-
-    def _filled(self, features: Features) -> Features:
-        """As many rows as there have to be."""
-        missing = self.max_num_keypoints - features.valid.shape[-1]
-        if not missing:
-            return features
-        return each_field(features, lambda field: F.pad(field, (0, 0) * (field.ndim - 2) + (0, missing)))
 
     def train(self, mode: bool = True) -> Extractor:
         """Stays in evaluation mode, whatever the module around does: batch statistics are not to be touched."""
@@ -236,7 +219,7 @@ class SIFT(Extractor):
         if orientation is None:
             orientation = torch.zeros_like(blobs.sigma)
         features = Features(blobs.points, blobs.response, descriptors, blobs.valid, blobs.sigma, orientation)
-        return self._filled(features)
+        return filled_rows(features, self.max_num_keypoints)
 
     def _describe(self, image: Tensor, space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Tensor:
         """Unit descriptors (B, K, D) of keypoints, without an orientation upright."""
@@ -329,8 +312,9 @@ class DenseExtractor(Extractor):
         value, index, valid = value[:, :rows], index[:, :rows], valid[:, :rows]
         points = pixel_of(index, width) + quadratic_offset(peaks, index)
         descriptors = self.describe(features, points) * valid.unsqueeze(-1)
-        value = torch.where(valid, value, 0.0)
-        return self._filled(Features(points.to(dtype), value.to(dtype), descriptors.to(dtype), valid))
+        found = (points, torch.where(valid, value, 0.0), descriptors)
+        found = each_field(found, lambda field: field.to(dtype))
+        return filled_rows(Features(*found, valid), self.max_num_keypoints)
 
     def _padded(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
