@@ -467,8 +467,8 @@ MUTATIONS = [
     ),
     Mutation(
         "matching-sigma-freedom", "functional/matching.py",
-        "determined = (freedom > 0) & covariance.isfinite().flatten(-2).all(-1)",
-        "determined = covariance.isfinite().flatten(-2).all(-1)",
+        "determined = (freedom > 0) & affine.are_finite(covariance)",
+        "determined = affine.are_finite(covariance)",
         f"{_F}/test_matching.py -k too_little",
     ),
     Mutation(
@@ -759,7 +759,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cascade-nan-init", "cascade.py",
-        "init, _ = finite_warp(init)", "pass",
+        "init, _ = affine.finite_warp(init)", "pass",
         "tests/test_ecc.py -k no_number",
     ),
     Mutation(

@@ -22,25 +22,10 @@ from torchalign.aligner import (
     undo_init,
     with_lead,
 )
-from torchalign.functional.affine import (
-    compose_warps,
-    identity_warp,
-    invert_warp,
-    transform_points,
-    translation_warp,
-)
+from torchalign.functional import affine, matching
 from torchalign.functional.common_ground import agreement, fill_small_holes, shared_ground
 from torchalign.functional.fourier import rfft2
-from torchalign.functional.matching import (
-    INLIER_RADIUS,
-    Matches,
-    MotionFit,
-    consensus,
-    mutual_matches,
-    reweighted_fit,
-    significance,
-    window_ascent,
-)
+from torchalign.functional.matching import INLIER_RADIUS, Matches, MotionFit
 from torchalign.functional.motion import MotionModel, only_shifts
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.texture import Contrast, Texture, extract_texture
@@ -274,7 +259,9 @@ class LGM(Aligner):
         lead = moving.shape[:-2]
         if prepared is None or _is_nothing(moving):
             homography = self.motion == "homography"
-            warp = identity_warp(*lead, homography=homography, device=moving.device, dtype=moving.dtype)
+            warp = affine.identity_warp(
+                *lead, homography=homography, device=moving.device, dtype=moving.dtype
+            )
             status = torch.full(lead, int(Status.NO_TEXTURE), device=moving.device)
             return Motion(warp, torch.full_like(warp[..., 0, 0], torch.inf), status)
         parts = [
@@ -363,9 +350,13 @@ class LGM(Aligner):
             targets = everyone.gather(-2, matches.index.clamp(min=0).unsqueeze(-1).expand(points.shape))
             weight = matches.weight * (matches.index >= 0)
             if warp is None:
-                warp = consensus(points, targets, weight, size, motion=motion)
-            found = reweighted_fit(warp, points, targets, weight, size, motion=motion)
-            return found, significance(found.inliers, found.matches, min(1.0, chance), motion=motion), targets
+                warp = matching.consensus(points, targets, weight, size, motion=motion)
+            found = matching.reweighted_fit(warp, points, targets, weight, size, motion=motion)
+            return (
+                found,
+                matching.significance(found.inliers, found.matches, min(1.0, chance), motion=motion),
+                targets,
+            )
 
         too_far = torch.zeros_like(features.valid[..., 0])
         if self.matcher is not None:
@@ -378,7 +369,9 @@ class LGM(Aligner):
 
             def match(expected: Tensor | None = None, radius: float | None = None) -> Matches:
                 there = others.keypoints
-                return mutual_matches(similarity, *valid, expected=expected, others=there, radius=radius)
+                return matching.mutual_matches(
+                    similarity, *valid, expected=expected, others=there, radius=radius
+                )
 
             matches = match()
             if self.matcher_model == "mnn":
@@ -394,7 +387,7 @@ class LGM(Aligner):
                 if start is not None:
                     matches = match(points + start.unsqueeze(-2), limit)
                 found, _, _ = fit(matches, everywhere)
-                matches = match(transform_points(found.warp, points), _SECOND_RADIUS)
+                matches = match(affine.transform_points(found.warp, points), _SECOND_RADIUS)
                 found, evidence, targets = fit(matches, (INLIER_RADIUS / _SECOND_RADIUS) ** 2, found.warp)
 
         status = torch.zeros_like(features.valid[..., 0], dtype=torch.int64)
@@ -438,7 +431,7 @@ class LGM(Aligner):
         # by whole pixels, the rest in the spectral domain: nothing is interpolated
         whole = rough[..., 2].round()
         left = rough[..., 2] - whole
-        moved, usable = self._on_reference(part, found, translation_warp(whole))
+        moved, usable = self._on_reference(part, found, affine.translation_warp(whole))
         on_it, there = self._on_reference(part, found, rough)
         with torch.no_grad():
             field = extract_texture(moved, usable, max_frequency=_MAX_FREQUENCY).field
@@ -462,7 +455,7 @@ class LGM(Aligner):
         status = torch.where(
             (found.status == 0) & better & refined.ambiguous, int(Status.AMBIGUOUS), found.status
         )
-        warp, sigma = found.whole(translation_warp(shift)), largest_sigma(covariance)
+        warp, sigma = found.whole(affine.translation_warp(shift)), largest_sigma(covariance)
         known = sigma.square() - torch.where(better, refined.misfit, 0.0) <= _LARGEST_SIGMA**2
         status = torch.where((status == 0) & ~known, int(Status.NOT_CONVERGED), status)
         distorted = sigma > _LARGEST_SIGMA
@@ -482,7 +475,7 @@ class LGM(Aligner):
         field, reference_field = texture.field, part.texture * texture.weights
         if part.weights is not None:
             field = field * part.weights
-        refined = window_ascent(
+        refined = matching.window_ascent(
             field,
             reference_field,
             found.targets,
@@ -492,7 +485,7 @@ class LGM(Aligner):
             max_frequency=_MAX_FREQUENCY,
         )
         better = refined.converged
-        warp = torch.where(better[..., None, None], compose_warps(rough, refined.warp), rough)
+        warp = torch.where(better[..., None, None], affine.compose_warps(rough, refined.warp), rough)
         same = agreement(field.detach(), reference_field, fine=True)
         ground = shared_ground(moved.detach(), part.reference, same, usable)
         inliers = agreement(field, reference_field)
@@ -516,7 +509,7 @@ class LGM(Aligner):
         found = self._correspond(part)
         points = found.points
         if found.about_centre is not None:
-            points = transform_points(invert_warp(found.about_centre), points)
+            points = affine.transform_points(affine.invert_warp(found.about_centre), points)
         points = points.nan_to_num(0.0, 0.0, 0.0)  # an init may be singular
         offset = torch.stack([points.new_full((), side) for side in origin])
         targets = torch.where(found.matched.unsqueeze(-1), found.targets, points)
@@ -556,7 +549,7 @@ class _Found(NamedTuple):
 
     def whole(self, warp: Tensor) -> Tensor:
         """A warp of the points' frames as one of the frames that came."""
-        return warp if self.about_centre is None else compose_warps(self.about_centre, warp)
+        return warp if self.about_centre is None else affine.compose_warps(self.about_centre, warp)
 
 
 def _is_nothing(image: Tensor) -> bool:

@@ -22,15 +22,7 @@ from torch.nn import functional as F
 
 from torchalign._check import check_floating, check_mask, check_option, check_whole, message
 from torchalign._host import all_true, is_on_host, map_on_host
-from torchalign.functional.keypoints import (
-    erode,
-    highest,
-    inside,
-    pixel_of,
-    quadratic_offset,
-    stretch_contrast,
-    strict_maxima,
-)
+from torchalign.functional import keypoints
 from torchalign.functional.sift import (
     Blobs,
     ScaleSpace,
@@ -172,7 +164,7 @@ class Extractor(nn.Module, ABC):
             missing = (0, max(0, _LEAST_SIDE - width), 0, max(0, _LEAST_SIDE - height))
             usable = torch.ones_like(image, dtype=torch.bool) if usable is None else usable
             image, usable = F.pad(image, missing), F.pad(usable, missing)
-        stretched, usable, empty = stretch_contrast(image, usable)
+        stretched, usable, empty = keypoints.stretch_contrast(image, usable)
         return self.extract(stretched, None if all_true(usable) else usable, empty)
 
     def train(self, mode: bool = True) -> Extractor:
@@ -302,15 +294,17 @@ class DenseExtractor(Extractor):
         height, width = image.shape[-2:]
         peaks, scores, features = self.maps(self._padded(image.to(next(self.network.parameters()).dtype)))
         peaks, scores = peaks[..., :height, :width], scores[..., :height, :width]
-        allowed = strict_maxima(peaks, self.radius) & inside(height, width, self.radius, peaks)
+        allowed = keypoints.strict_maxima(peaks, self.radius) & keypoints.inside(
+            height, width, self.radius, peaks
+        )
         allowed = allowed & ~empty.view(-1, 1, 1)
         if usable is not None:
-            allowed = allowed & erode(usable, _MASK_REACH)
-        value, index = highest(scores.flatten(1), allowed.flatten(1), self.max_num_keypoints)
+            allowed = allowed & keypoints.erode(usable, _MASK_REACH)
+        value, index = keypoints.highest(scores.flatten(1), allowed.flatten(1), self.max_num_keypoints)
         valid = value > self.threshold
         rows = count_valid_rows(valid)
         value, index, valid = value[:, :rows], index[:, :rows], valid[:, :rows]
-        points = pixel_of(index, width) + quadratic_offset(peaks, index)
+        points = keypoints.pixel_of(index, width) + keypoints.quadratic_offset(peaks, index)
         descriptors = self.describe(features, points) * valid.unsqueeze(-1)
         found = (points, torch.where(valid, value, 0.0), descriptors)
         found = each_field(found, lambda field: field.to(dtype))
