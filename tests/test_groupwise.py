@@ -225,6 +225,9 @@ def test_frames_that_are_added_must_reach_the_min_score_too():
     assert (estimate.status == ta.Status.LOW_SCORE).all()
     assert (estimate.warp[..., 2] == 0).all()
     assert estimate.sigma.isinf().all()
+    alone = method.extend(new, method.see(data.cube[:0]), *(known[:0] for known in known))
+    assert (alone.estimate.status == ta.Status.NOT_CONNECTED).all()
+    assert alone.season_shift.shape == (2, 2)
 
 
 def test_no_series_at_all():

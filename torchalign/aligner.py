@@ -326,13 +326,12 @@ class Aligner(nn.Module, ABC):
 
     def _common_enlargement(self, job: Job, block: Block) -> Tensor:
         """(..., T), the factor by which a frame and its reference were enlarged; 1 where not both were, alike."""
-        if not self.expects_defects or min(block.moving.shape[-2:]) < _LEAST_ENLARGED:
+        if not self.expects_defects:
             return torch.ones_like(block.moving[..., 0, 0], dtype=torch.int64)
-        own = enlargement(block.moving, block.usable)
+        own = find_enlargement(block.moving, block.usable)
         if all_true(own == 1):
             return own
-        other = enlargement(job.reference, job.usable)
-        return torch.where(own == other, own, 1)
+        return torch.where(own == find_enlargement(job.reference, job.usable), own, 1)
 
     def _with_true_samples(self, estimate: Estimate, factor: Tensor, job: Job, block: Block) -> Estimate:
         """Frames that were enlarged as their reference was, estimated from every k-th pixel.
@@ -533,6 +532,13 @@ class Block(NamedTuple):
         warp = torch.where(estimate.valid[..., None, None], back, estimate.warp)
         field = None if estimate.field is None else move_origin(estimate.field, corner)
         return estimate._replace(warp=warp, field=field)
+
+
+def find_enlargement(image: Tensor, usable: Tensor | None) -> Tensor:
+    """(..., T) int64, by which frames (..., T, H, W) were enlarged; 1 if they are too small to tell."""
+    if min(image.shape[-2:]) < _LEAST_ENLARGED:
+        return torch.ones_like(image[..., 0, 0], dtype=torch.int64)
+    return enlargement(image, usable)
 
 
 def flagged(estimate: Estimate, ambiguous: Tensor) -> Estimate:

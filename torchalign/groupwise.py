@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from torchalign._check import check_cube, check_device, check_mask, check_option, check_whole, message
 from torchalign._host import is_on_host, map_on_host
-from torchalign.aligner import Aligner, full_precision
+from torchalign.aligner import Aligner, find_enlargement, full_precision
 from torchalign.functional import network
 from torchalign.functional.affine import translation_warp
-from torchalign.functional.defects import enlargement
 from torchalign.functional.network import Edges, Positions, SeasonTerm, median_of, sum_of_pairs
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.texture import Texture, extract_texture
@@ -30,8 +29,7 @@ Season = Literal["report", "correct", "none"]
 
 # Pairs that agree less than this count only where nothing else ties a frame to the series.
 _LEAST_AGREEMENT = 0.4
-# Shorter frames, in pixels, are not asked whether they were enlarged.
-_LEAST_ENLARGED = 32
+
 # Of pairs that have nothing in common, in pixels: measured on simulated seasons, relief and change.
 _DISAGREEMENT = 0.3
 # Blocks a side that disagree about the sun's part, and the fewest pixels of one; their pairs may be less sure.
@@ -242,10 +240,8 @@ class Groupwise(nn.Module):
             seen, usable = self.aligner._extract_channel(cube, mask)
             size = (seen.shape[-2], seen.shape[-1])
             if self._by_textures() is not None:
-                factor = torch.ones_like(seen[:, 0, 0], dtype=torch.int64)
-                if min(size) >= _LEAST_ENLARGED:
-                    factor = enlargement(seen, usable)
-                return Frames(self.aligner.prepare_reference(seen, usable), size, factor)
+                texture = self.aligner.prepare_reference(seen, usable)
+                return Frames(texture, size, find_enlargement(seen, usable))
             factor = torch.ones_like(seen[:, 0, 0], dtype=torch.int64)  # the aligner looks itself
             return Frames(extract_texture(seen, usable), size, factor, cube, mask)
 
@@ -341,7 +337,7 @@ class Groupwise(nn.Module):
         estimate = self._conclude(both, position, isotropic(variance.sqrt()), status, known_places)
         dtype = new.texture.field.dtype
         residual = (told - position[:, None].to(told)).norm(dim=-1).flatten()
-        none = torch.zeros_like(shift[:1]).expand(count, 2).to(dtype)
+        none = torch.zeros_like(position, dtype=dtype)
         rest = (closure.to(dtype), support.to(dtype), none[:, 0], none)
         return Solution(estimate, *rest, moving, reference, usable.flatten().to(dtype), residual)
 

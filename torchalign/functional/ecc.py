@@ -370,13 +370,7 @@ def far_level(
 ) -> int | None:
     """The level on which all translations are compared first; ``None`` where a climb alone reaches far enough.
 
-    Where a shift is sought and there is an init, it was.
-
-    Args:
-        levels: of the reference, see :func:`prepare_levels`.
-        motion: what is estimated.
-        max_translation: of the frame's centre, in pixels.
-        init: as in :func:`enhanced_correlation`.
+    Where a shift is sought and there is an init, it was. Arguments as in :func:`enhanced_correlation`.
     """
     near = max_translation <= _WITHIN_REACH / levels[-1].grid.max_frequency
     if near or (motion == "translation" and init is not None):
@@ -437,14 +431,7 @@ def _textures(
 
 
 def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, taper: float = 0.15) -> Level:
-    r"""The reference's derivatives by the parameters, :math:`\nabla r \cdot \partial W / \partial p`.
-
-    Args:
-        texture: of the reference.
-        grid: it is sampled on.
-        motion: what will be estimated.
-        taper: share of each axis over which the window falls off.
-    """
+    r"""The reference's derivatives by the parameters, :math:`\nabla r \cdot \partial W / \partial p`, on a grid."""
     vector = texture.is_vector
     band = grid.frame, grid.size, grid.max_frequency
     spectrum = rfft2(texture.field) * _response(*band, vector, like=grid.radius)
@@ -479,9 +466,10 @@ class _Shifted(NamedTuple):
         response = _response(grid.frame, grid.size, grid.max_frequency, texture.is_vector, like=grid.radius)
         return cls(rfft2(texture.field) * response, weights, texture.flat, Window.of(grid, taper))
 
-    def look(self, warp: Tensor, level: Level, *, precise: bool) -> tuple[Tensor, Tensor]:
+    def look(self, warp: Tensor, level: Level, *, precise: bool) -> _WarpedSamples:
         """:meth:`values` and :meth:`ground`."""
-        return self.values(warp, level, precise=precise), _for_parts(self.ground(warp, level), level.vector)
+        ground = _for_parts(self.ground(warp, level), level.vector)
+        return _WarpedSamples(warp, self.values(warp, level, precise=precise), ground)
 
     def ascend(
         self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, precise: bool
@@ -555,16 +543,15 @@ class _Warped(NamedTuple):
         weights = None if texture.weights is None else continue_border(texture.weights)
         return cls(continue_border(irfft2(coefficients, size)), weights, texture.flat, taper, projective)
 
-    def look(self, warp: Tensor, level: Level, *, precise: bool) -> tuple[Tensor, Tensor]:
+    def look(self, warp: Tensor, level: Level, *, precise: bool) -> _WarpedSamples:
         """:meth:`values` and :meth:`ground`."""
         kernels = None if level.vector else kernels_for(self.spline, self.weights, warp, level.weights)
         if kernels is None:
             ground = _for_parts(self.ground(warp, level), level.vector)
-            return self.values(warp, level, precise=precise), ground
+            return _WarpedSamples(warp, self.values(warp, level, precise=precise), ground)
         ramps = [ramp_length(length, self.taper) for length in level.grid.frame] if self.taper > 0 else None
-        return kernels.look(
-            self.spline, self.weights, warp, level.weights, self._geometry(level), ramps, precise
-        )
+        given = (self.spline, self.weights, warp, level.weights, self._geometry(level))
+        return _WarpedSamples(warp, *kernels.look(*given, ramps, precise))
 
     def ascend(
         self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, precise: bool
@@ -585,7 +572,7 @@ class _Warped(NamedTuple):
             search.motion,
             (search.max_iterations, search.tolerance, precise),
         )
-        return warp, reach, self.look(seen, level, precise=True)[0] if precise else None
+        return warp, reach, self.look(seen, level, precise=True).values if precise else None
 
     def _geometry(self, level: Level) -> tuple[Any, ...]:
         """As :class:`torchalign.kernels.ascend.Geometry` has it."""
@@ -704,7 +691,7 @@ class _Search(NamedTuple):
         """From the coarsest level to the finest; there once more, with weights and samples from nearby."""
         if self.far is not None:
             level, frames = levels[self.far], pyramid[self.far]
-            found = _WarpedSamples.at(self.look_far(start, level, frames), level, frames, precise=False)
+            found = frames.look(self.look_far(start, level, frames), level, precise=False)
             start = _better_of(start, found, level, frames).warp
         warp = start
         for number in reversed(range(len(levels))):
@@ -716,11 +703,11 @@ class _Search(NamedTuple):
                     # samples are what costs, and every fourth will do to come near
                     rough = _every_second(level)
             for time in range(1 + (_MORE_WEIGHTS if self.motion == "homography" else 0)):
-                samples = _WarpedSamples.at(warp, rough, frames, precise=False)
+                samples = frames.look(warp, rough, precise=False)
                 if time == 0 and number < len(levels) - 1:
                     samples = _better_of(start, samples, rough, frames)
                 warp = self._replace(tolerance=near).climb(samples, rough, frames, precise=False).warp
-        samples = _WarpedSamples.at(warp, level, frames, precise=True)
+        samples = frames.look(warp, level, precise=True)
         return self.climb(samples, level, frames, precise=True)
 
     def least_of_blocks(self) -> float:
@@ -745,7 +732,7 @@ class _Search(NamedTuple):
         limits: dict[str, Any] = {"spacings": level.grid.spacings(), "reach": self.max_translation}
         found = []
         for turn in turns:
-            values, ground = moving.look(turn, alone, precise=False)
+            _, values, ground = moving.look(turn, alone, precise=False)
             ground = _unflatten(ground[..., : level.x.shape[0]], -1, size)  # that of both parts
             found.append(best_shift(fields(values), ground, *reference, **limits))
         shifts, heights = (torch.stack(each) for each in zip(*found, strict=True))
@@ -812,16 +799,12 @@ class _WarpedSamples(NamedTuple):
     values: Tensor  # (..., T, n)
     common: Tensor  # (..., T, n) in [0, 1], the ground that both have
 
-    @classmethod
-    def at(cls, warp: Tensor, level: Level, moving: _Shifted | _Warped, *, precise: bool) -> _WarpedSamples:
-        return cls(warp, *moving.look(warp, level, precise=precise))
-
 
 def _better_of(
     start: Tensor, found: _WarpedSamples, level: Level, moving: _Shifted | _Warped
 ) -> _WarpedSamples:
     """The start, where a coarser level lowered the correlation (its clouds have more contrast than the ground)."""
-    both = found, _WarpedSamples.at(start, level, moving, precise=False)
+    both = found, moving.look(start, level, precise=False)
     scores = []
     for _, values, common in both:
         weighted = common * values
