@@ -215,7 +215,9 @@ def to_html(
         folder.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
     )
     done = int((codes == Status.OK).sum())
-    parts = None if cube is None or aligned is None else _load_parts(report, cube, aligned, bands)
+    parts = None
+    if cube is not None and aligned is not None and codes.size:
+        parts = _load_parts(report, cube, aligned, bands)
     pictured = cube is not None and codes.size <= _THUMBNAILS
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
     return page.render(

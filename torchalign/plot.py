@@ -443,7 +443,7 @@ def temporal_profile(
 
     Raises:
         TypeError: a cube is no DataArray; the row or column is no whole number.
-        ValueError: the cubes differ in shape; row or column outside; else as in :func:`before_after`.
+        ValueError: the cubes differ in shape; no frames; row or column outside; else as in :func:`before_after`.
 
     Example:
         >>> values = np.random.default_rng(0).random((5, 20, 30))
@@ -452,7 +452,7 @@ def temporal_profile(
         >>> before.images[0].get_array().shape  # 5 dates, 30 columns, colours
         (5, 30, 3)
     """
-    count, height, width = check_same(cube, aligned)
+    count, height, width = check_same(cube, aligned, may_be_empty=False)
     kept = kept_frames(status_of(report, count))
     if row is None and column is None:
         row, column = _busiest(reduce_time(load_frames(aligned, "aligned", bands).values[kept], "median"))
@@ -577,9 +577,7 @@ def animate(
     check_number("frames_per_second", frames_per_second, minimum=0.0, maximum=50.0, inclusive=False)
     check_number("loop", loop, minimum=0, maximum=65535)
     check_number("panel", panel, minimum=16, maximum=4096)
-    count, *_ = check_same(cube, aligned)
-    if not count:
-        raise ValueError(message("cube", "at least one frame", "none", "give a cube with frames"))
+    count, *_ = check_same(cube, aligned, may_be_empty=False)
     status = status_of(report, count)
     before, after = load_frames(cube, "cube", bands), load_frames(aligned, "aligned", bands)
     pixels = [frames.values for frames in (before, after)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torchalign.aligner import Aligner
 from torchalign.cube.chunks import Companion, compute_together, is_lazy
 from torchalign.cube.georeference import FRAME_TRANSFORM, georeference_frames, metres_per_pixel
 from torchalign.cube.hints import give_hints
-from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, find_mask, own_mask
+from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, Labelled, find_mask, own_mask
 from torchalign.cube.pixels import Pixels
 from torchalign.cube.reference import Found, FrameReader, ReferenceSource, find_reference
 from torchalign.cube.run import (
@@ -82,7 +82,6 @@ def __dir__() -> list[str]:
 
 
 ApplyMode = Literal["resample", "shift-coords"]
-Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
 
 
 def align(

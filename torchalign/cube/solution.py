@@ -21,7 +21,7 @@ from torchalign.cube.georeference import (
     regrid_field,
     regrid_warp,
 )
-from torchalign.cube.labels import Array, Cube, label_text, labels_in_words
+from torchalign.cube.labels import Array, Cube, label_text, labels_in_words, with_plain_dates
 from torchalign.functional.affine import center_displacement
 from torchalign.functional.shift_field import field_lengths
 from torchalign.types import Estimate, ShiftField, Status
@@ -364,7 +364,7 @@ def _variable(name: str, values: Any, time: Hashable) -> xr.Variable:
 def _time_coords(cube: Cube | None, fields: Mapping[str, Any], time: Hashable) -> Any:
     if cube is None:
         return {}
-    along = cube.array[time]
+    along = with_plain_dates(cube.array[time], time)
     taken = {"row", "col", "tags", "status_name", *fields} - {
         time
     }  # names that the report itself uses, and what is of files

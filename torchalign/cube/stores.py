@@ -14,7 +14,7 @@ import xarray as xr
 from torchalign._check import message, require
 from torchalign.cube.chunks import chunk_sizes, compute_together, is_lazy, rows_after, share
 from torchalign.cube.files import atomic, check_free, discard, put_in_place, temporary_sibling
-from torchalign.cube.labels import MASK, Array, Cube, role_of
+from torchalign.cube.labels import MASK, Array, Cube, role_of, with_plain_dates
 from torchalign.cube.solution import summarize
 
 __all__ = ["finish_writing", "write_store"]
@@ -47,6 +47,8 @@ def write_store(
     lazy = [name for name in frames if is_lazy(given[name])]
     others = [name for name, array in given.variables.items() if name not in lazy and is_lazy(array)]
     given = given.assign({name: given[name].compute() for name in others})  # small: masks and the like
+    for dim in given.dims:
+        given = with_plain_dates(given, dim)
     if lazy and isinstance(cube, xr.Dataset):  # one task a chunk writes all of them
         given = given.unify_chunks()
     plain = given.assign({name: _without_codes(array) for name, array in given.data_vars.items()})

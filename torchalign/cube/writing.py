@@ -219,20 +219,26 @@ def _file_names(cube: Cube, template: str | None, suffix: str) -> list[str]:
     return names
 
 
-def _as_datetime(label: Any) -> datetime.datetime | None:
+def _as_datetime(label: Any) -> Any:
+    """A date of Python, or of cftime; ``None`` of another label."""
     if isinstance(label, np.datetime64) and not np.isnat(label):
         return label.astype("datetime64[us]").astype(datetime.datetime)
-    return label if isinstance(label, datetime.datetime) else None
+    return label if hasattr(label, "timetuple") else None
 
 
 def _raster_profile(cube: Cube, driver: str, compression: Compression) -> dict[str, Any]:
     """What rasterio is told of every file, beside the transform and the bands."""
+    from rasterio.dtypes import check_dtype
+
     array, grid, nodata = cube.array, find_georeference(cube), find_nodata(cube.array)
     declared = array.attrs.get("_FillValue", array.encoding.get("_FillValue"))
     if nodata:
         declared = nodata[0]
     elif declared is not None and array.dtype.kind == "f":
         declared = np.nan  # what is encoded is of the integers that another file packs these floats into
+    if not check_dtype(array.dtype.newbyteorder("=").name):
+        cure = 'convert it with .astype("float32")'
+        raise TypeError(message("cube", "a dtype that GeoTIFF has", array.dtype, cure))
     height, width = cube.size
     profile: dict[str, Any] = {
         "driver": driver,
