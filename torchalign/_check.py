@@ -17,26 +17,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-__all__ = [
-    "check_bands",
-    "check_bool",
-    "check_crop",
-    "check_cube",
-    "check_device",
-    "check_fill",
-    "check_floating",
-    "check_kind",
-    "check_mask",
-    "check_number",
-    "check_option",
-    "check_path",
-    "check_reference",
-    "check_warp",
-    "check_whole",
-    "message",
-    "require",
-]
-
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

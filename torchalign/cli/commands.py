@@ -50,8 +50,6 @@ from torchalign.functional.channels import ChannelName
 from torchalign.local import Local
 from torchalign.models.weights import load_weights, weights_table
 
-__all__ = ["app"]
-
 Option, Argument = typer.Option, typer.Argument
 
 app = typer.Typer(

@@ -19,17 +19,6 @@ from torchalign.cube.finding import is_remote
 from torchalign.cube.labels import Array, band_labels, find_bands, find_dims, role_of
 from torchalign.cube.reference import ReferenceName
 
-__all__ = [
-    "Source",
-    "choose_bands",
-    "is_raster",
-    "open_mask",
-    "open_reference",
-    "open_source",
-    "raster_source",
-    "translated",
-]
-
 _RASTERS = (".tif", ".tiff")
 _LAZY_BYTES = 2**27  # a cube above this is not taken into memory whole
 _CHUNK_BYTES = 2**24  # of a lazy one: several chunks are held, as floats, at the same time

@@ -24,15 +24,6 @@ from torchalign.functional.shift_field import field_at, field_at_points
 from torchalign.functional.warp import backward_displacement
 from torchalign.types import ShiftField, Status
 
-__all__ = [
-    "displacement_of",
-    "field_of",
-    "tie_points",
-    "write_displacements",
-    "write_ground_control",
-    "write_tie_points",
-]
-
 # A point counts as right if it is off by no more pixels than this.
 _RIGHT = 0.1
 _TIE_POINT_SUFFIXES = (".geojson", ".csv", ".gpkg")

@@ -14,8 +14,6 @@ from torchalign.cube.solution import report_georeference
 from torchalign.functional.affine import transform_points
 from torchalign.types import Status
 
-__all__ = ["write_footprints"]
-
 
 def write_footprints(report: xr.Dataset, path: Path) -> None:
     """One polygon a frame, in degrees, as the format wants: where its own pixels lie on the map once aligned.

@@ -17,20 +17,6 @@ from torchalign.functional.affine import change_origin, from_homogeneous, rescal
 from torchalign.functional.shift_field import move_origin, rescale_field
 from torchalign.types import ShiftField
 
-__all__ = [
-    "FRAME_TRANSFORM",
-    "Georeference",
-    "crs_name",
-    "find_georeference",
-    "frame_transforms",
-    "gdal_errors",
-    "georeference_frames",
-    "is_same_crs",
-    "is_same_grid",
-    "metres_per_pixel",
-    "regrid_warp",
-]
-
 FRAME_TRANSFORM = "geotransform"  # the coordinate along time of frames that have a georeference each
 
 _MAPPINGS = (

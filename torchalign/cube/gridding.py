@@ -15,8 +15,6 @@ from torchalign.cube.georeference import Georeference, crs_name, find_georeferen
 from torchalign.cube.headers import CLOSE, Header, are_close, quiet
 from torchalign.cube.labels import Array, Cube, role_of
 
-__all__ = ["GridWord", "Reading", "Resampling", "control_points", "find_grid", "plan_reading"]
-
 GridWord = Literal["first", "union", "intersection"]
 Resampling = Literal["nearest", "bilinear", "cubic", "average"]
 _EDGE = 21  # points along each side, by which an extent is taken to another CRS

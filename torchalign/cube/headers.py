@@ -14,16 +14,6 @@ import pandas as pd
 from torchalign.cube.finding import Source, find_sources, read_times
 from torchalign.cube.georeference import Georeference, crs_name, gdal_errors, is_same_crs
 
-__all__ = [
-    "CLOSE",
-    "Header",
-    "are_close",
-    "describe_files",
-    "drop_strangers",
-    "quiet",
-    "read_headers",
-]
-
 CLOSE = 0.01  # pixels; grids that agree to this are one
 _ALPHA_ROWS, _ALPHA_SHARE = 16, 0.9  # of these rows the share that is wholly clear or wholly not
 _STALE = "STATISTICS_"  # what no longer holds of resampled pixels

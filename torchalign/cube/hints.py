@@ -15,8 +15,6 @@ from torchalign.cube.chunks import is_lazy
 from torchalign.cube.labels import CUBE, MASK, Array, Cube, load
 from torchalign.cube.pixels import Pixels
 
-__all__ = ["find_hints", "give_hints"]
-
 _SAMPLES = 96  # along y and along x
 _FRAMES = 24  # that are looked at
 _SHARE = 0.01  # of the pixels that a fill covers, at least

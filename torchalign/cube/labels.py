@@ -21,33 +21,6 @@ from torch import Tensor
 
 from torchalign._check import message
 
-__all__ = [
-    "CUBE",
-    "MASK",
-    "SAME_GRID",
-    "USABLE",
-    "Array",
-    "Cube",
-    "as_list",
-    "axes_of",
-    "band_labels",
-    "find_bands",
-    "find_dims",
-    "find_frame",
-    "find_mask",
-    "label_axes",
-    "label_text",
-    "labels_in_words",
-    "load",
-    "match",
-    "own_mask",
-    "rename_dims",
-    "role_of",
-    "spatial_dims",
-    "time_labels",
-    "with_plain_dates",
-]
-
 _NAMES = {
     "time": ("time", "t", "date", "valid_time", "timestamp", "datetime", "acquisition_time"),
     "band": ("band", "bands", "channel", "wavelength", "variable"),

@@ -17,18 +17,6 @@ from torchalign.cube.headers import Header, are_close, drop_strangers, read_head
 from torchalign.cube.labels import CUBE, MASK, USABLE, Array, find_bands
 from torchalign.cube.variables import is_class_name
 
-__all__ = [
-    "COLOURS",
-    "FILE",
-    "RESAMPLED",
-    "SCALING",
-    "TAGS",
-    "OnError",
-    "StackOptions",
-    "plan_stack",
-    "read_stack",
-]
-
 OnError = Literal["raise", "skip"]
 # coordinates: the names of the files, their tags, of the bands colours, and what went through GDAL's warper
 FILE, TAGS, COLOURS, RESAMPLED = "file", "tags", "colours", "resampled"

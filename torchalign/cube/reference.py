@@ -40,15 +40,6 @@ from torchalign.functional.shift_field import move_origin
 from torchalign.functional.warp import resample
 from torchalign.types import ShiftField
 
-__all__ = [
-    "Found",
-    "FrameReader",
-    "ReferenceName",
-    "ReferenceSource",
-    "find_reference",
-    "over_time",
-]
-
 # What `reference=` knows by name, beside the labels of frames.
 ReferenceName = Literal["median", "mean", "first", "clearest", "iterative", "previous", "groupwise"]
 

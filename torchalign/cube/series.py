@@ -25,20 +25,6 @@ from torchalign.groupwise import Frames, Groupwise, Solution
 from torchalign.pcc import PCC
 from torchalign.types import Estimate, combine
 
-__all__ = [
-    "ArchivePositions",
-    "PairEvidence",
-    "chain_frames",
-    "decode_on_host",
-    "find_sun",
-    "pair_attrs",
-    "see_frames",
-    "series_fields",
-    "sun_tensor",
-    "warp_variable",
-    "without_season",
-]
-
 _READ_BYTES = 2**26  # of computed pixels, seen at once
 # Dates without a time of day are taken at this hour of local solar time, when most optical satellites pass.
 _OVERPASS = 10.5

@@ -26,22 +26,6 @@ from torchalign.functional.affine import center_displacement
 from torchalign.functional.shift_field import field_lengths
 from torchalign.types import Estimate, ShiftField, Status
 
-__all__ = [
-    "Remaining",
-    "ReportSummary",
-    "as_report",
-    "build_report",
-    "check_report",
-    "find_field",
-    "find_warps",
-    "name_statuses",
-    "promised_fields",
-    "report_fields",
-    "report_georeference",
-    "summarize",
-    "unpack_field",
-]
-
 # name: (unit, what it is); in this order in every report
 _FIELDS = {
     "warp": ("pixel", "matrix from moving to reference points (x, y)"),

@@ -17,8 +17,6 @@ from torchalign.cube.files import atomic, check_free, discard, put_in_place, tem
 from torchalign.cube.labels import MASK, Array, Cube, role_of, with_plain_dates
 from torchalign.cube.solution import summarize
 
-__all__ = ["finish_writing", "write_store"]
-
 # of encodings: what every format knows; what goes from netCDF to netCDF
 _STORABLE = {
     *("dtype", "_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned"),

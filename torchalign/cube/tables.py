@@ -18,8 +18,6 @@ from torchalign.cube.labels import Array
 from torchalign.cube.solution import build_report, check_report, name_statuses, summarize
 from torchalign.types import Status
 
-__all__ = ["REPORT_SUFFIXES", "check_suffix", "read_report", "to_table", "write_report"]
-
 REPORT_SUFFIXES = (".csv", ".json", *NETCDF)
 _MATRICES = {"warp": 3, "covariance": 2}  # of each frame, with its number of columns
 _GRID_COLUMNS = ("grid_height", "grid_width", *(f"grid_transform_{letter}" for letter in "abcdef"))

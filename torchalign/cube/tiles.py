@@ -55,8 +55,6 @@ from torchalign.local import Local
 from torchalign.pcc import PCC
 from torchalign.types import Estimate, ShiftField, Status, combine
 
-__all__ = ["LargeReference", "LargeStack", "align_large", "count_steps"]
-
 _TILE = 512  # pixels along each side
 _ACROSS = 5  # tiles, at most, along each side
 _FLOOR = 0.01  # pixels; to what tiles are trusted to agree

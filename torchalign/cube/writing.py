@@ -27,8 +27,6 @@ from torchalign.cube.pixels import find_nodata
 from torchalign.cube.rasters import COLOURS, FILE, SCALING, TAGS
 from torchalign.cube.stores import finish_writing
 
-__all__ = ["Compression", "FileWriter", "WriteOptions", "plan_files", "write_rasters", "write_variables"]
-
 _ENDINGS = (".tif", ".tiff")
 
 Compression = Literal["deflate", "lzw", "zstd", "none"]

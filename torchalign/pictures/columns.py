@@ -12,19 +12,6 @@ from torchalign._check import message
 from torchalign.cube.solution import check_report
 from torchalign.types import Status
 
-__all__ = [
-    "Array",
-    "by_status",
-    "check_pictured",
-    "check_truth",
-    "covariance_of",
-    "kept_frames",
-    "shift_of",
-    "status_label",
-    "status_of",
-    "time_of",
-]
-
 Array = NDArray[Any]
 
 

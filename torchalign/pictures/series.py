@@ -15,15 +15,6 @@ from torchalign.types import Status
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = [
-    "check_series",
-    "draw_closure",
-    "draw_network",
-    "draw_pair_residuals",
-    "draw_sun_shift",
-    "sun_known",
-]
-
 
 def check_series(report: object) -> xr.Dataset:
     """A report of ``reference="groupwise"``, with its pairs.

@@ -26,8 +26,6 @@ from torchalign.training.probe import (
 )
 from torchalign.training.statistics import Residuals, Verdict, empty_residuals, read_verdict, record
 
-__all__ = ["Action", "AlignmentCheck", "AlignmentWarning", "MisregistrationError", "Step"]
-
 Action = Literal["record", "warn", "raise"]
 
 # What usually helps, by what a probe has found.

@@ -13,8 +13,6 @@ from torchalign.functional.motion import MotionModel
 from torchalign.functional.warp import PaddingMode
 from torchalign.training.misregistration import Kernel, Randomness, check_options, misregister, random_warp
 
-__all__ = ["RandomMisregistration2D"]
-
 
 class RandomMisregistration2D(GeometricAugmentationBase2D):
     """:class:`~torchalign.training.misregistration.RandomMisregistration` for kornia: (B, C, H, W), batched.

@@ -33,8 +33,6 @@ from torchalign.functional.affine import (
 from torchalign.functional.motion import MotionModel
 from torchalign.functional.warp import PaddingMode, resample
 
-__all__ = ["Kernel", "Per", "RandomMisregistration", "misregister", "random_warp"]
-
 Per = Literal["frame", "sample"]
 Kernel = Literal["sinc", "bicubic", "bilinear", "nearest"]
 
