@@ -24,6 +24,7 @@ import xarray as xr
 from torchalign._check import check_number, check_option, check_whole, message
 from torchalign.cube.displacements import field_of
 from torchalign.cube.labels import find_dims, find_frame, time_labels
+from torchalign.cube.solution import report_labels
 from torchalign.functional.shift_field import field_at
 from torchalign.pictures import animation, style
 from torchalign.pictures.columns import (
@@ -705,7 +706,7 @@ def _groups(report: xr.Dataset, split: Any) -> list[tuple[str, Array]]:
     if split is None:
         return [("OK", np.ones(count, bool))]
     dim = report["status"].dims[0]
-    times = report[dim].values if dim in report.coords else np.arange(count)
+    times = report_labels(report)
     try:
         if times.dtype.kind == "M":
             moment: Any = np.datetime64(split)

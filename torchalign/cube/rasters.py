@@ -11,9 +11,9 @@ import xarray as xr
 
 from torchalign._check import message
 from torchalign.cube.finding import Source, find_sources, read_times, short_names
-from torchalign.cube.georeference import Georeference
+from torchalign.cube.georeference import Georeference, is_same_grid
 from torchalign.cube.gridding import Reading, find_grid, plan_reading
-from torchalign.cube.headers import Header, are_close, drop_strangers, read_headers
+from torchalign.cube.headers import CLOSE, Header, drop_strangers, read_headers
 from torchalign.cube.labels import CUBE, MASK, USABLE, Array, find_bands
 from torchalign.cube.variables import is_class_name
 
@@ -146,7 +146,7 @@ def _common_grid(layers: Sequence[_BandFiles], wanted: Any) -> Georeference:
         return find_grid(wanted, every)
     first, *others = (next(iter(layer.headers.values())) for layer in layers)
     for layer, other in zip(layers[1:], others, strict=True):
-        if not are_close(first.grid, other.grid):
+        if not is_same_grid(first.grid, other.grid, CLOSE):
             own, its = _grid_in_words(first.grid), _grid_in_words(other.grid)
             got = f"{own} for {layers[0].name}, {its} for {layer.name}"
             cure = 'pass grid="first", "union" or "intersection" to bring them onto one grid'
@@ -328,8 +328,7 @@ def _place_labels(grid: Georeference, gcps: str) -> dict[str, Any]:
     a, b, c, d, e, f = grid.transform
     height, width = grid.size
     coords: dict[str, Any] = {}
-    has_transform = grid.transform != (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-    if not (grid.crs or has_transform or gcps):
+    if not (grid.is_placed or gcps):
         return coords
     if not b and not d and not gcps:
         coords["y"] = ("y", f + e * (np.arange(height) + 0.5), {"axis": "Y", "long_name": "pixel centres"})

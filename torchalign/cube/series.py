@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchalign._check import message
 from torchalign._host import give_back_memory
 from torchalign.cube.chunks import chunk_sizes, is_lazy
-from torchalign.cube.georeference import find_georeference
+from torchalign.cube.georeference import find_georeference, in_degrees
 from torchalign.cube.labels import CUBE, MASK, Array, Cube, load
 from torchalign.cube.reference import Found, FrameReader
 from torchalign.cube.solution import report_fields
@@ -188,14 +188,13 @@ def _latitude_longitude(cube: Cube) -> tuple[float, float] | None:
     grid = find_georeference(cube)
     if grid is None or not grid.crs:
         return None
-    try:
-        from rasterio.warp import transform
-    except ImportError:
-        return None
     height, width = grid.size
     x, y = grid.linear @ np.array([width / 2, height / 2]) + grid.corner
-    longitude, latitude = transform(grid.crs, "EPSG:4326", [x], [y])[:2]
-    return float(latitude[0]), float(longitude[0])
+    try:
+        longitude, latitude = in_degrees(grid.crs, [x], [y])
+    except ImportError:
+        return None
+    return latitude[0], longitude[0]
 
 
 def sun_tensor(sun: Array | None, device: torch.device) -> Tensor | None:

@@ -361,9 +361,15 @@ def report_georeference(report: xr.Dataset) -> Georeference | None:
     size, transform = report.attrs.get("grid_size"), report.attrs.get("grid_transform")
     if size is None or transform is None:
         return None
-    a, b, c, d, e, f = (float(value) for value in transform)
     crs = str(report.attrs.get("grid_crs", ""))
-    return Georeference((a, b, c, d, e, f), (int(size[0]), int(size[1])), crs)
+    return Georeference(tuple(map(float, transform)), (int(size[0]), int(size[1])), crs)
+
+
+def report_labels(report: xr.Dataset) -> Array:
+    """Of the frames; their numbers where they have none."""
+    time = report["status"].dims[0]
+    labels: Array = report[time].values if time in report.coords else np.arange(report.sizes[time])
+    return labels
 
 
 def check_report(

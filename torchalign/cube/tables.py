@@ -15,7 +15,7 @@ import xarray as xr
 from torchalign._check import message, require
 from torchalign.cube.files import NETCDF, atomic
 from torchalign.cube.labels import Array
-from torchalign.cube.solution import build_report, check_report, name_statuses, summarize
+from torchalign.cube.solution import build_report, check_report, name_statuses, report_labels, summarize
 from torchalign.types import Status
 
 REPORT_SUFFIXES = (".csv", ".json", *NETCDF)
@@ -98,8 +98,7 @@ def to_table(report: xr.Dataset) -> pd.DataFrame:
             values = array.transpose(time, ...).values
             for row, column in np.ndindex(*values.shape[1:]):
                 columns[f"{name}_{row}{column}"] = values[:, row, column]
-    labels = known[time].values if time in known.coords else np.arange(known.sizes[time])
-    return pd.DataFrame(columns, index=pd.Index(labels, name=time))
+    return pd.DataFrame(columns, index=pd.Index(report_labels(known), name=time))
 
 
 # --- netCDF and CSV ---

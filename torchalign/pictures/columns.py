@@ -9,7 +9,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from torchalign._check import message
-from torchalign.cube.solution import check_report
+from torchalign.cube.solution import check_report, report_labels
 from torchalign.types import Status
 
 Array = NDArray[Any]
@@ -73,8 +73,7 @@ def covariance_of(report: xr.Dataset) -> Array:
 
 def time_of(report: xr.Dataset) -> tuple[Array, bool]:
     """Positions along a time axis, and whether they are dates."""
-    dim = report["status"].dims[0]
-    values = report[dim].values if dim in report.coords else np.arange(report["status"].size)
+    values = report_labels(report)
     if values.dtype.kind == "M":
         return values.astype("datetime64[ms]").astype(object), True
     return (values if values.dtype.kind in "iuf" else np.arange(len(values))), False
