@@ -283,12 +283,21 @@ def find_frame(
 # --- what goes with a cube ---
 
 
-def own_mask(cube: Cube) -> xr.Variable | None:
-    """A bool variable of the coordinate ``usable``, which files with an alpha band or a mask have."""
+def own_codes(cube: Cube) -> xr.Variable | None:
+    """Over time, y and x what files with an alpha band or a mask say, the coordinate ``usable``: 0 = not usable."""
     own = cube.array.coords.get(USABLE)
     if own is None or not {*own.dims} <= {cube.dims[role] for role in MASK} or own.ndim < 2:
         return None
-    return rename_dims(own, {dim: role for role, dim in cube.dims.items()}) != 0
+    codes: Any = rename_dims(own, {dim: role for role, dim in cube.dims.items()})
+    return codes.set_dims({role: cube.sizes[role] for role in MASK})
+
+
+def find_usable(mask: object, name: str, cube: Cube) -> xr.Variable | None:
+    """A bool variable over some of time, y, x, of a mask and of what the files say; ``None`` if all is usable."""
+    given, codes = find_mask(mask, name, cube), own_codes(cube)
+    if codes is None or given is None:
+        return given if codes is None else codes != 0
+    return given & (codes != 0)
 
 
 def find_mask(mask: object, name: str, cube: Cube) -> xr.Variable | None:

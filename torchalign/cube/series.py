@@ -202,16 +202,6 @@ def sun_tensor(sun: Array | None, device: torch.device) -> Tensor | None:
     return None if sun is None else torch.from_numpy(np.ascontiguousarray(sun)).to(device)
 
 
-def warp_variable(warp: Tensor) -> xr.Variable:
-    """Warps along time."""
-    return xr.Variable(("time", "row", "col"), warp.detach().cpu().numpy())
-
-
-def decode_on_host(values: Array, device: torch.device) -> Tensor:
-    """Warps stay on the host, where a user of them reads what they are."""
-    return torch.from_numpy(np.array(values))
-
-
 def pair_attrs(solution: Solution) -> dict[str, Any]:
     """The pairs that count, as attributes of a report: what plots of the network are made of."""
     counts = solution.weight > 0

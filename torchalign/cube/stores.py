@@ -54,7 +54,7 @@ def write_store(
     if not lazy:
         with atomic(path) as partial:
             _store(dataset, partial, suffix)
-        return path if report is None else (path, report.compute())
+        return finish_writing(path, report, compute)
     from dask.delayed import delayed
 
     seen = Cube.of(given[lazy[0]].astype(np.uint8) if given[lazy[0]].dtype == np.bool_ else given[lazy[0]])
@@ -78,7 +78,7 @@ def write_store(
             before = jobs[-1] if jobs and suffix != ".zarr" else None
             jobs.append(write(partial, known, time, int(first), before, *pixels))
         done = delayed(_publish, pure=False)(jobs, partial, path)
-        return finish_writing(done, jobs, chunks, report, compute)
+        return finish_writing(done, None if report is None else rows_after(report, jobs, chunks), compute)
     except BaseException:
         discard(partial, path)
         raise
@@ -112,24 +112,15 @@ def _without_codes(array: xr.DataArray) -> xr.DataArray:
     return array
 
 
-def finish_writing(
-    done: Any, jobs: Sequence[Any], chunks: tuple[int, ...], report: xr.Dataset | None, compute: bool
-) -> Any:
-    """What a writer of a lazy cube returns: computed here, together with the report, or left to dask.
-
-    Args:
-        done: the last task.
-        jobs: the tasks that write a chunk each.
-        chunks: of time.
-        report: of the same frames.
-        compute: here, and now.
-    """
-    if report is None:
-        return done.compute() if compute else done
-    both = (done, rows_after(report, jobs, chunks))
+def finish_writing(done: Any, report: xr.Dataset | None, compute: bool) -> Any:
+    """What a writer returns: what it wrote, of a lazy cube computed here or left to dask, with the report or alone."""
+    if not hasattr(done, "dask"):
+        return done if report is None else (done, report.compute())
     if not compute:
-        return both
-    written, known = compute_together(both)
+        return done if report is None else (done, report)
+    if report is None:
+        return done.compute()
+    written, known = compute_together((done, report))
     return written, known.assign_attrs(summarize(known).attrs())
 
 
