@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
@@ -43,7 +43,7 @@ def write_report(report: xr.Dataset, path: Path) -> None:
     suffix = path.suffix.lower()
     with atomic(path) as partial:
         if suffix == ".csv":
-            _write_csv(report, partial)
+            write_csv(report, partial)
         elif suffix == ".json":
             partial.write_text(_to_json(report), encoding="utf-8")
         else:
@@ -109,7 +109,8 @@ def _read_netcdf(path: Path) -> xr.Dataset:
         return name_statuses(file.load())  # reports of before there were names in them have none
 
 
-def _write_csv(report: xr.Dataset, path: Path) -> None:
+def write_csv(report: xr.Dataset, target: Path | TextIO) -> None:
+    """A table that is read back to the last bit, into a file."""
     table = to_table(report)
     for name in table.columns.drop("status"):  # as short as is read back to the last bit of its own dtype
         table[name] = [str(value) for value in table[name].to_numpy()]
@@ -122,7 +123,7 @@ def _write_csv(report: xr.Dataset, path: Path) -> None:
     if kind is not None:
         table[_LABEL_COLUMN] = kind
     table.index = pd.Index([str(label) for label in labels], name=report["status"].dims[0], dtype=object)
-    table.to_csv(path, encoding="utf-8")
+    table.to_csv(target, encoding="utf-8")
 
 
 def _read_csv(path: Path) -> xr.Dataset:

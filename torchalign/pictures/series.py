@@ -24,10 +24,15 @@ def check_series(report: object) -> xr.Dataset:
         ValueError: a report of another kind.
     """
     checked = check_pictured(report)
-    if "closure" not in checked or "pair_moving" not in checked.attrs:
+    if not is_series(checked):
         cure = 'give the report of ta.align(cube, "groupwise")'
         raise ValueError(message("report", "one with closure and pairs", sorted(map(str, checked)), cure))
     return checked
+
+
+def is_series(report: xr.Dataset) -> bool:
+    """Whether a report is one of ``reference="groupwise"``, with its pairs."""
+    return "closure" in report and "pair_moving" in report.attrs
 
 
 def sun_known(report: xr.Dataset) -> bool:
