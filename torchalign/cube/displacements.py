@@ -44,7 +44,7 @@ def field_of(report: xr.Dataset) -> ShiftField | None:
     return unpack_field(coefficients, lattice)._replace(sigma=sigma)
 
 
-def _grid_of(report: xr.Dataset, cure: str = "", *, needs_crs: bool = True) -> Georeference:
+def _known_grid(report: xr.Dataset, cure: str = "", *, needs_crs: bool = True) -> Georeference:
     """Where the frames lie on the map, or an error."""
     grid = report_georeference(report)
     if grid is None or (needs_crs and not grid.crs):
@@ -153,7 +153,7 @@ def write_tie_points(report: xr.Dataset, path: str | Path, *, overwrite: bool = 
             table.to_csv(partial, index=False, encoding="utf-8")
         return path
     cure = "write a .csv" if suffix == ".gpkg" else "write a .csv or a .gpkg"
-    grid = _grid_of(report, cure, needs_crs=suffix == ".geojson")
+    grid = _known_grid(report, cure, needs_crs=suffix == ".geojson")
     write = _write_geojson if suffix == ".geojson" else _write_geopackage
     with atomic(path) as partial:
         write(table, grid, partial)
@@ -181,7 +181,7 @@ def write_ground_control(report: xr.Dataset, paths: Sequence[str | Path]) -> Non
     import rasterio
     from rasterio.control import GroundControlPoint
 
-    grid, labels = _grid_of(report), [label_text(label) for label in report_labels(report)]
+    grid, labels = _known_grid(report), [label_text(label) for label in report_labels(report)]
     if len(paths) != len(labels):
         raise ValueError(message("paths", f"{len(labels)} paths, one a frame", len(paths), "give them all"))
     own = dict(iter(table.groupby("frame", sort=False)))
@@ -293,7 +293,7 @@ def write_displacements(report: xr.Dataset, folder: str | Path, *, overwrite: bo
     require("a GeoTIFF", "io", "rasterio")
     import rasterio
 
-    grid, time, folder = _grid_of(report, needs_crs=False), report["status"].dims[0], Path(folder)
+    grid, time, folder = _known_grid(report, needs_crs=False), report["status"].dims[0], Path(folder)
     names = [
         label_text(label).replace(":", "") for label in report_labels(report)
     ]  # no colon in a file's name
@@ -326,7 +326,7 @@ def write_footprints(report: xr.Dataset, path: Path) -> None:
         ValueError: a report without a grid or a CRS.
         ImportError: rasterio is not installed.
     """
-    grid = _grid_of(report, "write a .csv")
+    grid = _known_grid(report, "write a .csv")
     require("a GeoJSON", "io", "rasterio")
     height, width = grid.size
     # a pixel's centre has whole numbers

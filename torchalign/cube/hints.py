@@ -49,7 +49,7 @@ def find_hints(cube: Cube, pixels: Pixels, usable: xr.Variable | None) -> list[s
     valid = np.isfinite(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
     for value in pixels.nodata:
         valid &= values != value
-    hints = [] if seen is None else _inverted(values, valid, seen)
+    hints = [] if seen is None else _looks_inverted(values, valid, seen)
     return hints + _undeclared_fill(values, valid if seen is None else valid & seen)
 
 
@@ -96,7 +96,7 @@ def _stays(values: Array, valid: Array, value: Any) -> bool:
     return len(values) > 1 and always >= _SHARE * covered[0].size and covered.any(0).sum() <= 1.02 * always
 
 
-def _inverted(values: Array, valid: Array, seen: Array) -> list[str]:
+def _looks_inverted(values: Array, valid: Array, seen: Array) -> list[str]:
     """Clouds vary from frame to frame, ground hardly does."""
     if len(values) < 3 or seen.mean() > 0.6:
         return []
