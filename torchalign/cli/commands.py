@@ -19,26 +19,7 @@ import xarray as xr
 import torchalign
 from torchalign._check import message
 from torchalign.cascade import Cascade
-from torchalign.cli.outputs import (
-    CUBES,
-    PAGES,
-    check_apart,
-    check_cube_output,
-    check_report_output,
-    print_written,
-    write_page,
-    write_result,
-)
-from torchalign.cli.sources import (
-    Source,
-    choose_bands,
-    is_raster,
-    open_mask,
-    open_reference,
-    open_source,
-    raster_source,
-    translated,
-)
+from torchalign.cli import outputs, sources
 from torchalign.cube.georeference import crs_name, find_georeference
 from torchalign.cube.headers import describe_files
 from torchalign.cube.labels import Cube, band_labels, find_dims, label_text, time_labels
@@ -170,11 +151,11 @@ class SourceOptions:
     grid: str | None = None
     overwrite: bool = False
 
-    def opened(self, **more: Any) -> AbstractContextManager[Source]:
+    def opened(self, **more: Any) -> AbstractContextManager[sources.Source]:
         """The source, opened as the options say."""
         names = ("variable", "bands", "pattern", "skip_bad", "lazy", "recursive", "grid")
         given = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        return open_source(self.source, **(given | more))
+        return sources.open_source(self.source, **(given | more))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,12 +190,12 @@ class CubeOptions(SourceOptions):
         """Of ``--classes``."""
         return None if self.classes is None else [word.strip() for word in self.classes.split(",")]
 
-    def write(self, cube: Any, source: Source, report: xr.Dataset | None = None) -> Any:
+    def write(self, cube: Any, source: sources.Source, report: xr.Dataset | None = None) -> Any:
         """Write the result; returns its report, computed."""
         options: dict[str, Any] = {
             name: getattr(self, name) for name in ("template", "overwrite", "progress")
         }
-        return write_result(cube, self.out, source, report, **options)
+        return outputs.write_result(cube, self.out, source, report, **options)
 
 
 # --- align ---
@@ -289,10 +270,10 @@ def align_files(given: AlignOptions) -> int:
     named = [given.mask, None if given.reference in get_args(ReferenceName) else given.reference]
     beside = [path for path in map(Path, filter(None, named)) if path.exists()]
     beside += [] if given.init is None else [given.init]
-    check_apart([*given.source, *beside], [given.out, *reports])
-    check_cube_output(given.out, given.template, given.overwrite)
+    outputs.check_apart([*given.source, *beside], [given.out, *reports])
+    outputs.check_cube_output(given.out, given.template, given.overwrite)
     for path in reports:
-        check_report_output(path, given.overwrite)
+        outputs.check_report_output(path, given.overwrite)
     if given.invert_mask and given.mask is None:
         raise ValueError(message("--invert-mask", "a mask to invert", "none", "add --mask"))
     # of frames that do not fit into memory the lazy cube tells the dates and bands, and no pixels are read of it
@@ -301,8 +282,8 @@ def align_files(given: AlignOptions) -> int:
         module = _choose_aligner(given, cube)
         usable = None
         if given.mask is not None:
-            usable = open_mask(given.mask, opened, invert=given.invert_mask, pattern=given.pattern)
-        reference = open_reference(given.reference, given.pattern)
+            usable = sources.open_mask(given.mask, opened, invert=given.invert_mask, pattern=given.pattern)
+        reference = sources.open_reference(given.reference, given.pattern)
         if given.large:
             report = _align_large(given, module, reference, usable)
             for path in reports:
@@ -313,9 +294,9 @@ def align_files(given: AlignOptions) -> int:
         )
         report = given.write(aligned, opened, report)
         for path in reports:
-            if path.suffix.lower() in PAGES:
+            if path.suffix.lower() in outputs.PAGES:
                 how: dict[str, Any] = {"classes": given.class_names, "overwrite": given.overwrite}
-                write_page(report, path, (cube, aligned), given.out, **how)
+                outputs.write_page(report, path, (cube, aligned), given.out, **how)
             else:
                 torchalign.save_report(report, path, overwrite=given.overwrite)
     return _sum_up(given, report, reports)
@@ -324,7 +305,7 @@ def align_files(given: AlignOptions) -> int:
 def _sum_up(given: AlignOptions, report: xr.Dataset, reports: Sequence[Path]) -> int:
     summary = torchalign.summarize(report)
     print(summary)
-    print_written(given.out, *reports)
+    outputs.print_written(given.out, *reports)
     if summary.frames and not summary.counts.get("OK"):
         print("torchalign: not one frame was aligned; see the report for the reasons", file=sys.stderr)
         return 1
@@ -332,16 +313,19 @@ def _sum_up(given: AlignOptions, report: xr.Dataset, reports: Sequence[Path]) ->
 
 
 def _align_large(given: AlignOptions, module: Any, reference: Any, usable: Any) -> xr.Dataset:
-    if given.out.suffix.lower() in CUBES or not all(map(is_raster, given.source)):
+    if given.out.suffix.lower() in outputs.CUBES or not all(map(sources.is_raster, given.source)):
         got, cure = f"{given.source[0]} to {given.out}", "leave --large out, or name GeoTIFFs and a folder"
         raise ValueError(message("--large", "GeoTIFFs, and a folder for --out", got, cure))
     if given.init is not None:
         raise ValueError(message("--init", "no report with --large", given.init, "leave one of them out"))
-    with translated():
+    with sources.translated():
         names = ("pattern", "recursive", "grid", "template", "overwrite", "device", "progress")
         options: dict[str, Any] = {name: getattr(given, name) for name in names}
-        options |= {"bands": choose_bands(given.bands), "errors": "skip" if given.skip_bad else "raise"}
-        source = raster_source(given.source)
+        options |= {
+            "bands": sources.choose_bands(given.bands),
+            "errors": "skip" if given.skip_bad else "raise",
+        }
+        source = sources.raster_source(given.source)
         _, report = torchalign.io.align_scenes(source, given.out, reference, module, mask=usable, **options)
     return report
 
@@ -441,15 +425,15 @@ def apply_to_files(given: ApplyOptions) -> int:
 
     Frames are matched by their dates, pixels by the two grids.
     """
-    check_apart([*given.source, given.report], [given.out])
-    check_cube_output(given.out, given.template, given.overwrite)
-    if given.mode == "shift-coords" and given.out.suffix.lower() in CUBES:
+    outputs.check_apart([*given.source, given.report], [given.out])
+    outputs.check_cube_output(given.out, given.template, given.overwrite)
+    if given.mode == "shift-coords" and given.out.suffix.lower() in outputs.CUBES:
         cure = "name a folder, or use --mode resample"
         raise ValueError(message("--out", "a folder of GeoTIFFs for shift-coords", given.out.name, cure))
     solution = torchalign.load_report(given.report)
     with given.opened(masks=True) as opened:
         cube = opened.cube
-        if given.skip_bad and all(map(is_raster, given.source)) and isinstance(cube, xr.DataArray):
+        if given.skip_bad and all(map(sources.is_raster, given.source)) and isinstance(cube, xr.DataArray):
             cube = _without_unknown_empty(cube, solution)
         applied = torchalign.apply(
             cube,
@@ -459,7 +443,7 @@ def apply_to_files(given: ApplyOptions) -> int:
             **given.computing(),
         )
         given.write(applied, opened)
-    print_written(given.out)
+    outputs.print_written(given.out)
     return 0
 
 
@@ -515,7 +499,7 @@ def show_info(given: InfoOptions) -> int:
     if given.html is not None:
         got = ", ".join(map(str, given.source))
         raise ValueError(message("--html", "a report to show", got, "give a report"))
-    if all(is_raster(path) for path in given.source):
+    if all(sources.is_raster(path) for path in given.source):
         return _show_rasters(given)
     with given.opened(lazy=find_spec("dask") is not None) as opened:
         for line in _cube_lines(opened.cube):
@@ -562,8 +546,8 @@ def _is_report(path: Path) -> bool:
 
 def _show_report(path: Path, html: Path | None, overwrite: bool) -> int:
     if html is not None:
-        check_apart([path], [html])
-        check_report_output(html, overwrite)
+        outputs.check_apart([path], [html])
+        outputs.check_report_output(html, overwrite)
     report = torchalign.load_report(path)
     print(torchalign.summarize(report))
     for name in ("reference", "aligner"):
@@ -573,7 +557,7 @@ def _show_report(path: Path, html: Path | None, overwrite: bool) -> int:
         from torchalign.html import save_html
 
         save_html(report, html, overwrite=overwrite)
-        print_written(html)
+        outputs.print_written(html)
     return 0
 
 
