@@ -586,6 +586,8 @@ def animate(
 
 def _draw_comparison(axes: Array, pair: Comparison) -> None:
     """Into axes (1 or 2, 2): whole above, magnified below."""
+    from matplotlib.patches import Rectangle
+
     row, column, side = pair.zoom
     titles = ("Before", ": ".join(filter(None, ("After", ", ".join(pair.gains)))))
     for number, (rgb, name) in enumerate(zip(pair.pictures, titles, strict=True)):
@@ -596,7 +598,8 @@ def _draw_comparison(axes: Array, pair: Comparison) -> None:
         if len(axes) == 1:
             continue
         part = axes[1, number]
-        whole.add_patch(style.zoom_outline(column - 0.5, row - 0.5, side))
+        square = ((column - 0.5, row - 0.5), side, side)
+        whole.add_patch(Rectangle(*square, fill=False, edgecolor=style.ORANGE, linewidth=2.0))
         part.imshow(frames.crop(rgb, pair.zoom), interpolation="nearest")
         part.set(xticks=[], yticks=[])
         for spine in part.spines.values():

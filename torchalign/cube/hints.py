@@ -53,15 +53,12 @@ def find_hints(cube: Cube, pixels: Pixels, usable: xr.Variable | None) -> list[s
     return hints + _undeclared_fill(values, valid if seen is None else valid & seen)
 
 
-def _steps(cube: Cube) -> dict[str, slice]:
-    limits = {"time": _FRAMES, "y": _SAMPLES, "x": _SAMPLES}
-    return {role: slice(None, None, max(1, cube.sizes[role] // limit)) for role, limit in limits.items()}
-
-
 def _sample_pixels(variable: xr.Variable, roles: tuple[str, ...], cube: Cube) -> Array:
     """Some pixels of some frames, of the first band."""
-    bands = {"band": slice(0, 1)} if "band" in roles else {}
-    return load(variable, roles, **_steps(cube), **bands)
+    parts = {"band": slice(0, 1)} if "band" in roles else {}
+    for role, limit in (("time", _FRAMES), ("y", _SAMPLES), ("x", _SAMPLES)):
+        parts[role] = slice(None, None, max(1, cube.sizes[role] // limit))
+    return load(variable, roles, **parts)
 
 
 def _undeclared_fill(values: Array, valid: Array) -> list[str]:

@@ -355,34 +355,21 @@ def _cf_attributes(wkt: str) -> dict[str, Any]:
 
 def _as_dataset(cubes: Mapping[str, xr.DataArray]) -> xr.Dataset:
     """One variable a band, each with its own nodata and scale; usable is what is usable in all of them."""
-    times: set[Any] | None = None
-    for cube in cubes.values():
-        own = set(cube.time.values.tolist())
-        times = own if times is None else times & own
-    variables, coords, usable, resampled = {}, {}, None, None
-    for name, whole in cubes.items():
-        # an empty file of one band takes its date from all
-        cube = whole.isel(
-            time=[number for number, time in enumerate(whole.time.values.tolist()) if time in (times or ())]
-        )
+    # an empty file of one band takes its date from all
+    alike = xr.align(*cubes.values(), join="inner", copy=False, exclude=("band", "y", "x"))
+    variables: dict[str, xr.DataArray] = {}
+    coords: dict[str, Any] = {}
+    for name, whole in zip(cubes, alike, strict=True):
         # labels of other bands would be joined with these, and pixels filled with NaN
-        cube = cube.isel(band=0, drop=True) if cube.sizes["band"] == 1 else cube.rename(band=f"band_{name}")
-        if USABLE in cube.coords:
-            own = cube.coords[USABLE].variable
-            usable = (
-                own if usable is None else xr.Variable(own.dims, np.minimum(usable.data, own.data), own.attrs)
-            )
-        if RESAMPLED in cube.coords:
-            moved = cube.coords[RESAMPLED].variable
-            resampled = moved if resampled is None else resampled | moved
-        for own_name in (FILE, TAGS):
-            if own_name in cube.coords:
-                coords[f"{own_name}_{name}"] = cube.coords[own_name].variable
-        own_coords = {TAGS, FILE, USABLE, RESAMPLED}
-        variables[name] = cube.drop_vars(own_coords, errors="ignore")
+        cube = (
+            whole.isel(band=0, drop=True) if whole.sizes["band"] == 1 else whole.rename(band=f"band_{name}")
+        )
+        for key, both in ((USABLE, np.minimum), (RESAMPLED, np.logical_or)):
+            if key in cube.coords:
+                own = cube.coords[key].variable
+                coords[key] = own.copy(data=both(coords[key].data, own.data)) if key in coords else own
+        coords |= {f"{key}_{name}": cube.coords[key].variable for key in (FILE, TAGS) if key in cube.coords}
+        variables[name] = cube.drop_vars((TAGS, FILE, USABLE, RESAMPLED), errors="ignore")
         if whole.sizes["band"] == 1 and COLOURS in whole.coords:
             variables[name].attrs[COLOURS] = str(whole.coords[COLOURS].values[0])
-    dataset = xr.Dataset(variables)
-    coords |= {USABLE: usable} if usable is not None else {}
-    coords |= {RESAMPLED: resampled} if resampled is not None else {}
-    return dataset.assign_coords(coords)
+    return xr.Dataset(variables).assign_coords(coords)

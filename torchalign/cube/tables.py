@@ -106,7 +106,7 @@ def to_table(report: xr.Dataset) -> pd.DataFrame:
 
 def _read_netcdf(path: Path) -> xr.Dataset:
     with xr.open_dataset(path, engine="h5netcdf") as file:
-        return name_statuses(file.load())  # reports of before there were names in them have none
+        return file.load()
 
 
 def write_csv(report: xr.Dataset, target: Path | TextIO) -> None:
