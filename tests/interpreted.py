@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from functools import partial
 
@@ -28,6 +27,9 @@ from torchalign.functional import (
 )
 from torchalign.functional.channels import extract_channel
 from torchalign.functional.working_grid import Window, WorkingGrid
+from torchalign.kernels import defects as kernel_of_defects
+from torchalign.kernels import sampling
+from torchalign.kernels.channel import channel_frames
 
 # of the values that are met; both round, each in its own order
 TOLERANCE = 2e-6
@@ -38,24 +40,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
     """An operation takes as long of 8 pixels as of 8,000 here."""
-    for name in (
-        "resample",
-        "channel",
-        "score",
-        "ascend",
-        "climb",
-        "peak",
-        "turn",
-        "texture",
-        "blur",
-        "assess",
-        "divide",
-        "defects",
-        "contrast",
-        "local",
-    ):
-        module = importlib.import_module(f"torchalign.kernels.{name}")
-        monkeypatch.setattr(module, "_BLOCK", 256 if name == "channel" else 4096)
+    # (of a channel, whose strides are tested, several)
+    monkeypatch.setattr(sampling, "block_length", lambda kernel: 256 if kernel is channel_frames else 4096)
+    monkeypatch.setattr(kernel_of_defects, "block_length", sampling.block_length)
 
 
 @pytest.fixture

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.sampling import (
     block_of,
     divide,
-    kernel_dtype,
+    frames_of,
+    kernel,
     launch,
     neighbour,
     operator,
@@ -23,12 +22,11 @@ from torchalign.kernels.sampling import (
 
 __all__ = ["contrast", "contrast_frames", "open_frames", "opened", "smooth_frames", "unit_frames", "units"]
 
-_BLOCK = 1024
 # One program walks the samples of a frame.
 MOST_SAMPLES = 2**20
 
 
-@triton.jit
+@kernel
 def unit_frames(
     field,  # (N, h, w)
     noise,  # (N,)
@@ -37,7 +35,7 @@ def unit_frames(
     flat,  # (N,), 0 and 1
     samples,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: one frame; the root of the mean square, 1 where there is nothing to see."""
     frame = tl.program_id(0).to(tl.int64)
@@ -52,7 +50,7 @@ def unit_frames(
     tl.store(flat + frame, (~known).to(tl.uint8))
 
 
-@triton.jit
+@kernel
 def smooth_frames(
     field,  # (N, h, w)
     unit,  # (N,)
@@ -61,7 +59,7 @@ def smooth_frames(
     columns,
     SQUARED: tl.constexpr,  # the mean of squares; else the field, in its unit, less its mean
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame. Means over 7 × 7 samples, triangular, the border continued."""
     samples = rows * columns
@@ -84,7 +82,7 @@ def smooth_frames(
     tl.store(result + frame * samples + place, total, mask=live)
 
 
-@triton.jit
+@kernel
 def contrast_frames(
     detail,  # (N, h, w)
     variance,  # (N, h, w)
@@ -95,7 +93,7 @@ def contrast_frames(
     samples,
     WEIGHTED: tl.constexpr,
     LEAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame."""
     frame, place, live = block_of(samples, BLOCK)
@@ -110,14 +108,14 @@ def contrast_frames(
         tl.store(weighted + at, value * tl.load(weights + at, mask=live, other=0), mask=live)
 
 
-@triton.jit
+@kernel
 def open_frames(
     coverage,  # (N, h, w)
     found,  # (N, h, w)
     rows,
     columns,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame; see functional.texture._cover."""
     samples = rows * columns
@@ -159,19 +157,8 @@ def units(field: Tensor, noise: Tensor, empty: Tensor) -> tuple[Tensor, Tensor] 
 @operator("units", lambda field, noise, empty: (field.new_empty(noise.shape), empty.new_empty(noise.shape)))
 def _units(field: Tensor, noise: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
     unit, flat = field.new_empty(noise.shape), empty.new_empty(noise.shape)
-    if field.numel() > 0:
-        launch(
-            unit_frames,
-            unit.numel(),
-            field,
-            noise,
-            empty,
-            unit,
-            flat,
-            field.shape[-2] * field.shape[-1],
-            COMPUTE=kernel_dtype(field),
-            BLOCK=_BLOCK,
-        )
+    tensors = field, noise, empty, unit, flat
+    launch(unit_frames, frames_of(field), tensors, (field.shape[-2] * field.shape[-1],))
     return unit, flat
 
 
@@ -199,19 +186,9 @@ def contrast(
 @operator("smooth", lambda field, unit, squared: field.new_empty(field.shape))
 def _smooth(field: Tensor, unit: Tensor, squared: bool) -> Tensor:
     result = field.new_empty(field.shape)
-    if field.numel() > 0:
-        samples = field.shape[-2] * field.shape[-1]
-        launch(
-            smooth_frames,
-            math.prod(field.shape[:-2]) * triton.cdiv(samples, _BLOCK),
-            field,
-            unit,
-            result,
-            *field.shape[-2:],
-            SQUARED=squared,
-            COMPUTE=kernel_dtype(field),
-            BLOCK=_BLOCK,
-        )
+    size = field.shape[-2:]
+    tensors = field, unit, result
+    launch(smooth_frames, frames_of(field), tensors, size, samples=size[0] * size[1], SQUARED=squared)
     return result
 
 
@@ -226,23 +203,17 @@ def _contrast(
     detail: Tensor, variance: Tensor, typical: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     plain, weighted = _contrast_like(detail, variance, typical, weights)
-    if detail.numel() > 0:
-        samples = detail.shape[-2] * detail.shape[-1]
-        launch(
-            contrast_frames,
-            math.prod(detail.shape[:-2]) * triton.cdiv(samples, _BLOCK),
-            detail,
-            variance,
-            typical,
-            detail if weights is None else weights,
-            plain,
-            weighted,
-            samples,
-            WEIGHTED=weights is not None,
-            # below it the derivative of the root overflows
-            LEAST=torch.finfo(detail.dtype).tiny ** 0.5,
-            BLOCK=_BLOCK,
-        )
+    samples = detail.shape[-2] * detail.shape[-1]
+    launch(
+        contrast_frames,
+        frames_of(detail),
+        (detail, variance, typical, weights, plain, weighted),
+        (samples,),
+        samples=samples,
+        WEIGHTED=weights is not None,
+        # below it the derivative of the root overflows
+        LEAST=torch.finfo(detail.dtype).tiny ** 0.5,
+    )
     return plain, weighted
 
 
@@ -250,15 +221,6 @@ def _contrast(
 def opened(coverage: Tensor) -> Tensor:
     """(..., h, w): of the shares of samples that are usable what :func:`functional.texture._cover` makes."""
     found = coverage.new_empty(coverage.shape)
-    if coverage.numel() > 0:
-        samples = coverage.shape[-2] * coverage.shape[-1]
-        launch(
-            open_frames,
-            math.prod(coverage.shape[:-2]) * triton.cdiv(samples, _BLOCK),
-            coverage,
-            found,
-            *coverage.shape[-2:],
-            COMPUTE=kernel_dtype(coverage),
-            BLOCK=_BLOCK,
-        )
+    size = coverage.shape[-2:]
+    launch(open_frames, frames_of(coverage), (coverage, found), size, samples=size[0] * size[1])
     return found

@@ -9,14 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import block_of, kernel_dtype, launch, operator, wave_of
+from torchalign.kernels.sampling import block_of, frames_of, kernel, launch, operator, wave_of
 
 __all__ = ["common_window", "pull_frames", "pulls", "tukey", "turn", "turn_frames", "window_frames"]
 
-_BLOCK = 1024
 
-
-@triton.jit
+@kernel
 def turn_frames(
     spectrum,  # (N, h, w//2+1, 2)
     fy,  # (h,), cycles per pixel
@@ -26,7 +24,7 @@ def turn_frames(
     bins,
     columns,
     repeat,  # frames that share a spectrum
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of bins of one frame."""
     frame, place, live = block_of(bins, BLOCK)
@@ -41,7 +39,7 @@ def turn_frames(
     tl.store(target + 1, real * sine + imaginary * cosine, mask=live)
 
 
-@triton.jit
+@kernel
 def pull_frames(
     moving,  # (N, h, w//2+1, 2)
     reference,  # (N or 1 a group, h, w//2+1, 2)
@@ -55,7 +53,7 @@ def pull_frames(
     group,
     samples: tl.float64,  # π times their number
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of bins of one frame. See functional.uncertainty.block_pulls."""
     frame, place, live = block_of(bins, BLOCK)
@@ -90,7 +88,7 @@ def tukey(position, length, ramp):
     return sine * sine
 
 
-@triton.jit
+@kernel
 def window_frames(
     shift,  # (N, 2)
     window,  # (N, h, w)
@@ -101,7 +99,7 @@ def window_frames(
     ramp_y: tl.float64,
     ramp_x: tl.float64,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame."""
     frame, place, live = block_of(rows * columns, BLOCK)
@@ -143,23 +141,10 @@ def _turned_like(spectrum: Tensor, shift: Tensor) -> Tensor:
 @operator("turn", _turned_like)
 def _turn(spectrum: Tensor, fy: Tensor, fx: Tensor, shift: Tensor) -> Tensor:
     turned = _turned_like(spectrum, shift)
-    if turned.numel() == 0:
-        return turned
     rows, columns = spectrum.shape[-3:-1]
-    frames, given = math.prod(shift.shape[:-1]), math.prod(spectrum.shape[:-3])
-    launch(
-        turn_frames,
-        frames * triton.cdiv(rows * columns, _BLOCK),
-        spectrum,
-        fy,
-        fx,
-        shift,
-        turned,
-        rows * columns,
-        columns,
-        frames // given,
-        BLOCK=_BLOCK,
-    )
+    frames, bins = frames_of(shift, 1), rows * columns
+    repeat = frames // max(frames_of(spectrum, 3), 1)
+    launch(turn_frames, frames, (spectrum, fy, fx, shift, turned), (bins, columns, repeat), samples=bins)
     return turned
 
 
@@ -183,20 +168,8 @@ def common_window(
 @operator("common_window", lambda shift, size: shift.new_empty((*shift.shape[:-1], *size)))
 def _common_window(shift: Tensor, size: list[int], frame: list[int], ramps: list[float]) -> Tensor:
     window = shift.new_empty((*shift.shape[:-1], *size))
-    if window.numel() == 0:
-        return window
-    frames = math.prod(shift.shape[:-1])
-    launch(
-        window_frames,
-        frames * triton.cdiv(size[0] * size[1], _BLOCK),
-        shift,
-        window,
-        *size,
-        *map(float, frame),
-        *ramps,
-        COMPUTE=kernel_dtype(shift),
-        BLOCK=_BLOCK,
-    )
+    numbers = *size, *map(float, frame), *ramps
+    launch(window_frames, frames_of(shift, 1), (shift, window), numbers, samples=size[0] * size[1])
     return window
 
 
@@ -230,26 +203,15 @@ def _pulls(
     moving: Tensor, reference: Tensor, fy: Tensor, fx: Tensor, shift: Tensor, root: Tensor, samples: int
 ) -> Tensor:
     spectra = moving.new_empty((*moving.shape[:-3], 3, *moving.shape[-3:]))
-    if spectra.numel() == 0:
-        return spectra
     lead, (rows, columns) = moving.shape[:-3], moving.shape[-3:-1]
     shared = len(lead) > 0 and reference.ndim == moving.ndim and reference.shape[-4] == 1
-    kept = (*lead[:-1], 1) if shared else lead
+    reference = reference.expand(*((*lead[:-1], 1) if shared else lead), *reference.shape[-3:])
+    bins = rows * columns
     launch(
         pull_frames,
-        math.prod(lead) * triton.cdiv(rows * columns, _BLOCK),
-        moving,
-        reference.expand(*kept, *reference.shape[-3:]),
-        fy,
-        fx,
-        shift.expand(*lead, 2),
-        root,
-        spectra,
-        rows * columns,
-        columns,
-        lead[-1] if shared else 1,
-        math.pi * samples,
-        COMPUTE=kernel_dtype(moving),
-        BLOCK=_BLOCK,
+        frames_of(moving, 3),
+        (moving, reference, fy, fx, shift.expand(*lead, 2), root, spectra),
+        (bins, columns, lead[-1] if shared else 1, math.pi * samples),
+        samples=bins,
     )
     return spectra
