@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -320,3 +321,51 @@ def test_a_freed_result_gives_its_memory_to_the_next_one_if_asked(monkeypatch):
 )
 def test_what_of_the_environment_is_about_memory(environment, theirs):
     assert _host._memory_is_users(environment) is theirs
+
+
+@pytest.fixture
+def some_products():
+    """Lightning advises it: matrix products of float32 in TF32."""
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+ON_A_GPU = SimpleNamespace(device=torch.device("cuda"))
+
+
+def test_matrix_products_are_exact_until_the_last_thread_is_out(some_products):
+    inside, done, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        with _host.full_precision(ON_A_GPU):
+            inside.set()
+            done.wait(10)
+            seen.append(torch.get_float32_matmul_precision())
+
+    thread = threading.Thread(target=other)
+    with _host.full_precision(ON_A_GPU), torch.autocast("cpu"):
+        thread.start()
+        assert inside.wait(10)
+        with _host.full_precision(ON_A_GPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+    done.set()
+    thread.join()
+    assert seen == ["highest"]
+    assert torch.get_float32_matmul_precision() == "high"
+    with pytest.raises(ZeroDivisionError), _host.full_precision(ON_A_GPU):
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == "high"
+    with _host.full_precision(torch.ones(1)):  # the CPU has its own ways
+        assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_matrix_products_are_exact_where_they_are_set_by_backend(some_products):
+    backend = torch.backends.cuda.matmul
+    if not hasattr(backend, "fp32_precision"):
+        pytest.skip("torch 2.9 and later")
+    torch.set_float32_matmul_precision("highest")
+    backend.fp32_precision = "tf32"
+    with _host.full_precision(ON_A_GPU):
+        assert backend.fp32_precision == "ieee"
+    assert backend.fp32_precision == "tf32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import os
 import subprocess
@@ -221,3 +222,66 @@ def test_kernels_equal_the_functions_of_torch(options):
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def test_kernels_run_where_their_tensors_lie(monkeypatch):
+    # of two GPUs the current one may be the other
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from torchalign.kernels import sampling
+
+    runs = []
+
+    class Kernel:
+        arg_names = ("values", "columns", "WIDE", "COMPUTE", "BLOCK")
+
+        @staticmethod
+        def fn(values, columns, WIDE, COMPUTE, BLOCK=64):
+            raise AssertionError("it is not called")
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: runs.append((grid, arguments, constants))
+
+    places = []
+    monkeypatch.setattr(torch.cuda, "device", lambda index: places.append(index) or contextlib.nullcontext())
+    with FakeTensorMode():
+        flags, values = (
+            torch.empty(4, 5, dtype=torch.bool, device="cuda:1"),
+            torch.empty(4, 5, device="cuda:1").mT,
+        )
+        sampling.launch(Kernel(), 3, (flags, None, values), (7,), samples=100, WIDE=True)
+        sampling.launch(Kernel(), 0, (flags, values))
+    assert places == [1]
+    ((grid, given, constants),) = runs
+    assert grid == (6,)  # two blocks of 64 for each of three frames
+    assert [tensor.dtype for tensor in given[:3]] == [torch.uint8, torch.uint8, torch.float32]
+    assert given[2].is_contiguous()
+    assert given[3:] == (7,)
+    computes = sampling.tl.float32
+    assert constants == {"WIDE": True, "COMPUTE": computes, "BLOCK": 64, "enable_fp_fusion": False}
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"), [("3.2.1", "Triton 3.2.1, which is too old"), (None, "no cc")]
+)
+def test_where_triton_does_not_work_it_is_said_once(monkeypatch, version, reason):
+    import torch
+
+    from torchalign import kernels
+
+    def fails(*arguments, **options):
+        raise RuntimeError("no cc\nis here")
+
+    monkeypatch.setattr(triton, "__version__", version or triton.__version__)
+    monkeypatch.setattr(kernels, "blur", fails)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.empty(shape))
+    kernels.work_on.cache_clear()
+    try:
+        with pytest.warns(
+            RuntimeWarning, match=f"^kernels: expected a Triton .* got .*: {reason}; all runs without it"
+        ):
+            assert not kernels.work_on(0)
+        assert not kernels.work_on(0)
+    finally:
+        kernels.work_on.cache_clear()

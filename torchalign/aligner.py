@@ -29,6 +29,7 @@ from torchalign._host import (
     all_finite,
     all_true,
     empty_on_host,
+    full_precision,
     is_transformed,
     map_on_host,
     may_look,
@@ -592,11 +593,6 @@ def undo_init(
     start, about_centre = split_at_center(init, (moving.shape[-2], moving.shape[-1]))
     undone = resample(moving.unsqueeze(-3), about_centre, interpolation="bicubic", mask=usable)
     return undone.values.squeeze(-3).nan_to_num(), undone.validity, start, about_centre
-
-
-def full_precision(tensor: Tensor) -> torch.autocast:
-    """FFTs and sampling positions need float32, also within a network of another dtype."""
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _show_shared_options(kind: type[Aligner]) -> None:

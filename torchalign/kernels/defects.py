@@ -86,18 +86,18 @@ def repeat_frames(
     COMPUTE: tl.constexpr,
     TINY: tl.constexpr,
     FACTORS: tl.constexpr,
-    BLOCK: tl.constexpr = 256,
+    BLOCK: tl.constexpr = 64,
 ):
     """One program: one frame. See functional.defects.enlargement."""
     frame = tl.program_id(0).to(tl.int64)
     base = profile + frame * 2 * (height + width - 4)
     factors = tl.arange(0, FACTORS) + 1
     repeats = tl.full((FACTORS,), float("inf"), COMPUTE)
-    for axis in tl.static_range(2):
+    for axis in range(2):
         own = tl.full((FACTORS,), -1.0, COMPUTE)
-        whole = (height if axis else width) - 2
+        whole = tl.where(axis == 1, height, width) - 2
         count = whole - 2
-        for kind in tl.static_range(2):
+        for kind in range(2):
             line = base + axis * 2 * (width - 2) + kind * whole
             total = tl.zeros((BLOCK,), COMPUTE)
             for first in range(0, whole, BLOCK):

@@ -152,17 +152,17 @@ def _overlaps(
     theirs = [part for part in (reference, other_cover) if part is not None]
     shared = all(part.ndim == moved.ndim and part.shape[-3] == 1 for part in theirs) and len(lead) > 0
     kept = (*lead[:-1], 1) if shared else lead
-    reference, other_cover = (
-        None if part is None else part.expand(*kept, *size) for part in (reference, other_cover)
+    own, other, moved, weights, moving = (
+        part.expand(*lead, *size) for part in (own, other, moved, weights, moving)
     )
-    own, other, moved, weights, cover, moving = (
-        None if part is None else part.expand(*lead, *size)
-        for part in (own, other, moved, weights, cover, moving)
+    covers = (
+        None if cover is None else cover.expand(*lead, *size),
+        None if other_cover is None else other_cover.expand(*kept, *size),
     )
     launch(
         overlap_frames,
         math.prod(lead),
-        (own, other, moved, weights, cover, other_cover, moving, reference, fields),
+        (own, other, moved, weights, *covers, moving, reference.expand(*kept, *size), fields),
         (math.prod(lead), lead[-1] if shared else 1, size[0] * size[1]),
         samples=size[0] * size[1],
         COVERED=cover is not None,
