@@ -59,6 +59,7 @@ KERNELS = {
     "climb_frames": ("climb", {"peaks": "*u8"}, {"COMPUTE": "float32", "EPSILON": 1e-07}),
     "peak_frames": ("peak", {}, {"TINY": 1e-38, "COMPUTE": "float32"}),
     "turn_frames": ("turn", {}, {}),
+    "cross_frames": ("turn", {}, {}),
     "pull_frames": ("turn", {}, {"COMPUTE": "float32"}),
     "window_frames": ("turn", {}, {"COMPUTE": "float32"}),
     "mean_frames": ("texture", {"usable": "*u8"}, {"COMPUTE": "float32"}),
@@ -72,7 +73,7 @@ KERNELS = {
     "unit_frames": ("contrast", {"empty": "*u8", "flat": "*u8"}, {"COMPUTE": "float32"}),
     "smooth_frames": ("contrast", {}, {"SQUARED": False, "COMPUTE": "float32"}),
     "contrast_frames": ("contrast", {}, {"WEIGHTED": True, "LEAST": 1e-19}),
-    "open_frames": ("contrast", {}, {"COMPUTE": "float32"}),
+    "share_frames": ("contrast", {}, {"COMPUTE": "float32"}),
     "blur_frames": ("blur", {}, {"DOWN": True, "MIRRORED": True, "COMPUTE": "float32"}),
     "look_frames": (
         "ascend",
@@ -95,7 +96,7 @@ KERNELS = {
 }
 POINTERS = (  # noqa: SIM905
     "frames motion mask values validity moving reference motions moving_usable reference_usable weight scores seen "
-    "usable power fy fx start found last derivatives surface spectrum shift turned window image means filled share "
+    "usable power fy fx start found last derivatives surface spectrum shift turned window image mean means filled share "
     "spline warp level_x level_y level_weights common moves weights regressors inverses solutions rests corners "
     "warps reaches weighted shifts blurred together fields spectra own other moved cover other_cover profile factor "
     "field noise empty unit flat result detail variance typical contrast coverage root local coefficients at inside "

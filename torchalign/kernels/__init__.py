@@ -22,7 +22,7 @@ from torchalign.kernels.assess import assess
 from torchalign.kernels.blur import blur
 from torchalign.kernels.channel import see
 from torchalign.kernels.climb import climb
-from torchalign.kernels.contrast import contrast, opened, units
+from torchalign.kernels.contrast import contrast, shares, units
 from torchalign.kernels.defects import repeated
 from torchalign.kernels.divide import climb_divided, overlaps
 from torchalign.kernels.local import differentiate, read_splines, weigh
@@ -30,7 +30,7 @@ from torchalign.kernels.peak import peak
 from torchalign.kernels.resample import resample
 from torchalign.kernels.score import score
 from torchalign.kernels.texture import coverage, fill
-from torchalign.kernels.turn import common_window, pulls, turn
+from torchalign.kernels.turn import common_window, cross, pulls, turn
 
 __all__ = [
     "Geometry",
@@ -43,10 +43,10 @@ __all__ = [
     "common_window",
     "contrast",
     "coverage",
+    "cross",
     "differentiate",
     "fill",
     "look",
-    "opened",
     "overlaps",
     "peak",
     "pulls",
@@ -55,6 +55,7 @@ __all__ = [
     "resample",
     "score",
     "see",
+    "shares",
     "turn",
     "units",
     "weigh",

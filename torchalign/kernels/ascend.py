@@ -17,26 +17,18 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     block_of,
+    by_group,
     divide,
     frames_of,
     kernel,
     launch,
     lerp,
+    load_complex,
     operator,
     spline_weight,
     wave_of,
 )
 from torchalign.kernels.turn import tukey
-
-__all__ = [
-    "Geometry",
-    "ascend_shifted",
-    "ascend_warped",
-    "look",
-    "look_frames",
-    "step_shifted",
-    "step_warped",
-]
 
 _MOTIONS = ("translation", "euclidean", "similarity", "affine", "homography")
 # a point farther out than this, in samples, is nowhere
@@ -406,8 +398,8 @@ def step_warped(
 @triton.jit
 def _product(spectra, LINE: tl.constexpr, bins, place, live, real, imaginary):
     """Real part of the conjugate of a weighted regressor's spectrum times a moving frame's."""
-    own = spectra + (LINE * bins + place) * 2
-    return tl.load(own, mask=live, other=0) * real + tl.load(own + 1, mask=live, other=0) * imaginary
+    own_real, own_imaginary = load_complex(spectra + LINE * bins * 2, place, live)
+    return own_real * real + own_imaginary * imaginary
 
 
 @kernel
@@ -468,8 +460,7 @@ def step_shifted(
                 _y, x, cosine, sine = wave_of(place, live, columns, fy, fx, x_shift, y_shift)
                 # how often a column stands in the whole spectrum
                 often = tl.where(x > 0, 2.0, 1.0)
-                given = tl.load(own + 2 * place, mask=live, other=0)
-                other = tl.load(own + 2 * place + 1, mask=live, other=0)
+                given, other = load_complex(own, place, live)
                 real = (given * cosine + other * sine) * often
                 imaginary = (other * cosine - given * sine) * often
                 m0 += _product(spectra, 0, bins, place, live, real, imaginary)
@@ -556,7 +547,7 @@ def _look(
 ) -> tuple[Tensor, Tensor]:
     values, common = _looked_like(warp, level_x)
     mask = None if usable is None else usable.expand(*warp.shape[:-2], *usable.shape[-2:])
-    weights, group = _by_group(level_weights, warp, 1)
+    weights, group = by_group(warp.shape[:-2], 1, level_weights)
     samples = level_x.shape[0]
     launch(
         look_frames,
@@ -654,7 +645,7 @@ def _ascend_warped(
     precise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     warp, reach, seen = _ascended_like(start, moves)
-    lines, group = _by_group(regressors, start, 2)
+    lines, group = by_group(start.shape[:-2], 2, regressors)
     parameters = corners.shape[-1]
     equations = mean, inverse, solved, rest
     launch(
@@ -750,11 +741,3 @@ def _ascend_shifted(
         (rows * columns, columns, iterations, float(samples), half, longest, tolerance),
     )
     return shift, reach, seen
-
-
-def _by_group(shared: Tensor, warp: Tensor, own: int) -> tuple[Tensor, int]:
-    """Rows of a reference (..., 1 or T, ..., n), and how many frames share each."""
-    lead = warp.shape[:-2]
-    group = lead[-1] if shared.shape[-own - 1] == 1 else 1
-    shape = (*lead[:-1], *shared.shape[-own - 1 :])
-    return shared.expand(shape), group

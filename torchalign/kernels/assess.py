@@ -10,8 +10,6 @@ from torch import Tensor
 from torchalign.kernels.climb import MOST_BINS, settled, unturned, with_bins
 from torchalign.kernels.sampling import divide, frames_of, kernel, launch, operator
 
-__all__ = ["assess", "assess_frames"]
-
 
 @triton.jit
 def _overlap_of_weights(

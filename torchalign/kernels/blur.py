@@ -5,9 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import block_of, frames_of, kernel, launch, operator
-
-__all__ = ["blur", "blur_frames"]
+from torchalign.kernels.sampling import frames_of, kernel, launch, operator, pixel_of
 
 
 @kernel
@@ -24,11 +22,8 @@ def blur_frames(
     BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of pixels of one frame."""
-    pixels = height * width
-    frame, place, live = block_of(pixels, BLOCK)
-    plane = frame * pixels
-    x = place % width
-    y = place // width
+    frame, place, live, x, y = pixel_of(height, width, BLOCK)
+    plane = frame * height * width
     if DOWN:
         position = y
         length = height

@@ -6,9 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import block_of, divide, frames_of, is_finite, kernel, launch, operator
-
-__all__ = ["channel_frames", "see"]
+from torchalign.kernels.sampling import divide, frames_of, is_finite, kernel, launch, operator, pixel_of
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,9 +36,9 @@ def channel_frames(
     BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of pixels of one frame."""
-    frame, place, live = block_of(height * width, BLOCK)
-    x = (place % width).to(tl.int64)
-    y = (place // width).to(tl.int64)
+    frame, place, live, x, y = pixel_of(height, width, BLOCK)
+    x = x.to(tl.int64)
+    y = y.to(tl.int64)
     pixels = frames + frame * stride_frame + y * stride_row + x * stride_column
     if MODE == 1:
         total = tl.load(pixels, mask=live).to(COMPUTE)

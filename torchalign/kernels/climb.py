@@ -7,18 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, frames_of, kernel, launch, operator, wave_of
-
-__all__ = [
-    "MOST_BINS",
-    "climb",
-    "climb_frames",
-    "derivatives",
-    "newton_step",
-    "settled",
-    "unturned",
-    "with_bins",
-]
+from torchalign.kernels.sampling import divide, frames_of, kernel, launch, load_complex, operator, wave_of
 
 # One program walks the spectrum of a frame, once a step: of larger ones the matrix products of torch are faster.
 MOST_BINS = 2**18
@@ -36,11 +25,9 @@ def unturned(
     live = place < bins
     y, x, cosine, sine = wave_of(place, live, columns, fy, fx, shift_x, shift_y)
     often = tl.where(live, 1.0, 0.0).to(COMPUTE) + tl.where(x > 0, 1.0, 0.0).to(COMPUTE)
-    real = tl.load(spectrum + 2 * place, mask=live, other=0)
-    imaginary = tl.load(spectrum + 2 * place + 1, mask=live, other=0)
+    real, imaginary = load_complex(spectrum, place, live)
     if CROSSED:
-        c = tl.load(other + 2 * place, mask=live, other=0)
-        d = tl.load(other + 2 * place + 1, mask=live, other=0)
+        c, d = load_complex(other, place, live)
         product = real * c + imaginary * d
         imaginary = real * d - imaginary * c
         real = product

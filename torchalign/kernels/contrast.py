@@ -17,10 +17,9 @@ from torchalign.kernels.sampling import (
     neighbour,
     operator,
     padded,
+    pixel_of,
     triangle,
 )
-
-__all__ = ["contrast", "contrast_frames", "open_frames", "opened", "smooth_frames", "unit_frames", "units"]
 
 # One program walks the samples of a frame.
 MOST_SAMPLES = 2**20
@@ -62,10 +61,8 @@ def smooth_frames(
     BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame. Means over 7 × 7 samples, triangular, the border continued."""
+    frame, place, live, x, y = pixel_of(rows, columns, BLOCK)
     samples = rows * columns
-    frame, place, live = block_of(samples, BLOCK)
-    x = place % columns
-    y = place // columns
     plane = field + frame * samples
     scale = tl.zeros((BLOCK,), COMPUTE) + tl.load(unit + frame)
     total = tl.zeros((BLOCK,), COMPUTE)
@@ -109,19 +106,21 @@ def contrast_frames(
 
 
 @kernel
-def open_frames(
+def share_frames(
     coverage,  # (N, h, w)
-    found,  # (N, h, w)
+    mean,  # (N, h, w), of what is around
+    weights,  # (N, h, w)
+    cover,  # (N, h, w)
     rows,
     columns,
+    lowest: tl.float64,
+    highest: tl.float64,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr = 1024,
 ):
-    """One program: a block of samples of one frame; see functional.texture._cover."""
+    """One program: a block of samples of one frame; see functional.texture._shares."""
+    frame, place, live, x, y = pixel_of(rows, columns, BLOCK)
     samples = rows * columns
-    frame, place, live = block_of(samples, BLOCK)
-    x = place % columns
-    y = place // columns
     plane = coverage + frame * samples
     total = tl.zeros((BLOCK,), COMPUTE)
     for j in range(-1, 2):
@@ -134,8 +133,11 @@ def open_frames(
                     at = neighbour(column, row, m, n, rows, columns)
                     least = tl.minimum(least, tl.load(plane + at, mask=live, other=1))
             total += least * triangle(i, j, 1)
-    opened_share = tl.minimum(tl.maximum(2 * total - 1, 0.0), 1.0)
-    tl.store(found + frame * samples + place, opened_share, mask=live)
+    out = frame * samples + place
+    tl.store(cover + out, tl.minimum(tl.maximum(2 * total - 1, 0.0), 1.0), mask=live)
+    low = total * 0 + tl.cast(lowest, COMPUTE)
+    share = divide(tl.load(mean + out, mask=live, other=0) - low, tl.cast(highest, COMPUTE) - low)
+    tl.store(weights + out, tl.minimum(tl.maximum(share, 0.0), 1.0), mask=live)
 
 
 def units(field: Tensor, noise: Tensor, empty: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -217,10 +219,11 @@ def _contrast(
     return plain, weighted
 
 
-@operator("opened", lambda coverage: coverage.new_empty(coverage.shape))
-def opened(coverage: Tensor) -> Tensor:
-    """(..., h, w): of the shares of samples that are usable what :func:`functional.texture._cover` makes."""
-    found = coverage.new_empty(coverage.shape)
+@operator("shares", lambda coverage: (coverage.new_empty(coverage.shape), coverage.new_empty(coverage.shape)))
+def shares(coverage: Tensor, mean: Tensor, lowest: float, highest: float) -> tuple[Tensor, Tensor]:
+    """(..., h, w) twice: of the shares of samples that are usable what :func:`functional.texture._shares` makes."""
+    weights, cover = coverage.new_empty(coverage.shape), coverage.new_empty(coverage.shape)
     size = coverage.shape[-2:]
-    launch(open_frames, frames_of(coverage), (coverage, found), size, samples=size[0] * size[1])
-    return found
+    tensors, numbers = (coverage, mean, weights, cover), (*size, lowest, highest)
+    launch(share_frames, frames_of(coverage), tensors, numbers, samples=size[0] * size[1])
+    return weights, cover

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import block_length, divide, frames_of, kernel, launch, operator
 
-__all__ = ["profile_frames", "repeat_frames", "repeated"]
-
 _FACTORS = 8
 
 

@@ -9,9 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.climb import MOST_BINS, derivatives, newton_step, settled
-from torchalign.kernels.sampling import block_of, divide, kernel, launch, operator
-
-__all__ = ["climb_divided", "divided_frames", "overlap_frames", "overlaps"]
+from torchalign.kernels.sampling import block_of, by_group, divide, kernel, launch, operator
 
 
 @kernel
@@ -149,21 +147,16 @@ def _overlaps(
 ) -> Tensor:
     fields = moved.new_empty((2, 3, *moved.shape))
     lead, size = moved.shape[:-2], moved.shape[-2:]
-    theirs = [part for part in (reference, other_cover) if part is not None]
-    shared = all(part.ndim == moved.ndim and part.shape[-3] == 1 for part in theirs) and len(lead) > 0
-    kept = (*lead[:-1], 1) if shared else lead
+    reference, other_cover, group = by_group(lead, 2, reference, other_cover)
     own, other, moved, weights, moving = (
         part.expand(*lead, *size) for part in (own, other, moved, weights, moving)
     )
-    covers = (
-        None if cover is None else cover.expand(*lead, *size),
-        None if other_cover is None else other_cover.expand(*kept, *size),
-    )
+    cover = None if cover is None else cover.expand(*lead, *size)
     launch(
         overlap_frames,
         math.prod(lead),
-        (own, other, moved, weights, *covers, moving, reference.expand(*kept, *size), fields),
-        (math.prod(lead), lead[-1] if shared else 1, size[0] * size[1]),
+        (own, other, moved, weights, cover, other_cover, moving, reference, fields),
+        (math.prod(lead), group, size[0] * size[1]),
         samples=size[0] * size[1],
         COVERED=cover is not None,
         OTHER_COVERED=other_cover is not None,

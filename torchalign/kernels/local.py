@@ -17,11 +17,10 @@ from torchalign.kernels.sampling import (
     lerp,
     neighbour,
     operator,
+    pixel_of,
     spline_weight,
     triangle,
 )
-
-__all__ = ["differentiate", "differentiate_frames", "read_frames", "read_splines", "weigh", "weigh_frames"]
 
 
 @triton.jit
@@ -104,10 +103,8 @@ def weigh_frames(
     BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame; means over 7 × 7 samples, triangular, the border continued."""
+    frame, place, live, x, y = pixel_of(rows, columns, BLOCK)
     samples = rows * columns
-    frame, place, live = block_of(samples, BLOCK)
-    x = place % columns
-    y = place // columns
     plane = own + frame * samples
     other = field + frame * each_field * samples
     both = tl.zeros((BLOCK,), COMPUTE)
@@ -165,10 +162,8 @@ def differentiate_frames(
     BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame; central differences of fourth order."""
+    frame, place, live, x, y = pixel_of(rows, columns, BLOCK)
     samples = rows * columns
-    frame, place, live = block_of(samples, BLOCK)
-    x = place % columns
-    y = place // columns
     plane = own + frame * samples
     other = field + frame * each_field * samples
     gx = tl.zeros((BLOCK,), COMPUTE)

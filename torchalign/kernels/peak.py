@@ -8,8 +8,6 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import divide, frames_of, kernel, launch, operator
 
-__all__ = ["MOST_SAMPLES", "peak", "peak_frames"]
-
 # One program walks the surface of a frame.
 MOST_SAMPLES = 2**19
 

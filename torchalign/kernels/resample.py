@@ -9,7 +9,6 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     KINDS,
-    block_of,
     divide,
     frames_of,
     interpolate,
@@ -18,10 +17,9 @@ from torchalign.kernels.sampling import (
     launch,
     operator,
     padded,
+    pixel_of,
     source_of,
 )
-
-__all__ = ["resample", "resample_frames"]
 
 _INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
 _PADDINGS = {"border": 0, "zeros": 1, "reflection": 2}
@@ -120,9 +118,9 @@ def resample_frames(
     """One program: a block of output pixels of one frame, all of its bands."""
     rows = (height + step - 1) // step
     columns = (width + step - 1) // step
-    frame, place, live = block_of(rows * columns, BLOCK)
-    x = (place % columns) * step
-    y = (place // columns) * step
+    frame, place, live, x, y = pixel_of(rows, columns, BLOCK)
+    x = x * step
+    y = y * step
 
     LENGTH: tl.constexpr = 2 if KIND == 0 else (6 if KIND == 1 else 9)
     column, row, fx, fy, near_column, near_row, inside = source_of(

@@ -19,30 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = [
-    "KINDS",
-    "block_length",
-    "block_of",
-    "bounded",
-    "cubic_weight",
-    "displacement",
-    "divide",
-    "frames_of",
-    "interpolate",
-    "is_finite",
-    "kernel",
-    "launch",
-    "lerp",
-    "neighbour",
-    "operator",
-    "padded",
-    "read",
-    "source_of",
-    "spline_weight",
-    "triangle",
-    "wave_of",
-]
-
 # entries of a motion: a shift (x, y), an affine warp, a homography
 KINDS = {2: 0, 6: 1, 9: 2}
 
@@ -69,6 +45,27 @@ def block_of(count, BLOCK: tl.constexpr):
     frame = (tl.program_id(0) // blocks).to(tl.int64)
     place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     return frame, place, place < count
+
+
+@triton.jit
+def pixel_of(rows, columns, BLOCK: tl.constexpr):
+    """The same of a frame of rows × columns, and column and row of each place."""
+    frame, place, live = block_of(rows * columns, BLOCK)
+    return frame, place, live, place % columns, place // columns
+
+
+@triton.jit
+def load_complex(spectrum, place, live):
+    """Real and imaginary parts of some of a spectrum's bins."""
+    real = tl.load(spectrum + 2 * place, mask=live, other=0)
+    return real, tl.load(spectrum + 2 * place + 1, mask=live, other=0)
+
+
+@triton.jit
+def store_complex(spectrum, place, live, real, imaginary):
+    """The same, written."""
+    tl.store(spectrum + 2 * place, real, mask=live)
+    tl.store(spectrum + 2 * place + 1, imaginary, mask=live)
 
 
 @triton.jit
@@ -350,6 +347,26 @@ def launch(
     index = first.device.index if first.device.type == "cuda" else -1
     with torch.cuda.device(index):
         kernel[(programs,)](*map(given, tensors), *numbers, enable_fp_fusion=False, **wanted)
+
+
+def by_group(lead: Sequence[int], own: int, *parts: Tensor | None) -> tuple[Any, ...]:
+    """What is given once for all frames (..., T), or for each: (..., 1 or T, ...), and how many frames share it.
+
+    Args:
+        lead: (..., T).
+        own: how many dimensions a part has of its own.
+        parts: of which ``None`` stays so. All are shared, or none is.
+
+    Returns:
+        The parts, with these leading dimensions, and the number.
+    """
+    alone = [part is None or part.ndim == own or part.shape[-own - 1] == 1 for part in parts]
+    shared = all(alone) and len(lead) > 0
+    kept = (*lead[:-1], 1) if shared else lead
+    expanded = (
+        None if part is None else part.expand(*kept, *part.shape[part.ndim - own :]) for part in parts
+    )
+    return *expanded, lead[-1] if shared else 1
 
 
 def frames_of(image: Tensor, own: int = 2) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     KINDS,
+    by_group,
     divide,
     frames_of,
     interpolate,
@@ -20,8 +21,6 @@ from torchalign.kernels.sampling import (
     padded,
     source_of,
 )
-
-__all__ = ["score", "score_frames"]
 
 
 @triton.jit
@@ -203,24 +202,22 @@ def _score(
 ) -> Tensor:
     scores = _scores_like(moving, motions)
     height, width = moving.shape[-2:]
-    lead, frames = moving.shape[:-3], frames_of(moving)
-    theirs = [image for image in (reference, reference_usable) if image is not None]
-    shared = all(image.shape[-3] == 1 for image in theirs)
-    kept = (*lead, 1 if shared else moving.shape[-3], height, width)
+    frames = frames_of(moving)
+    reference, reference_usable, group = by_group(moving.shape[:-2], 2, reference, reference_usable)
     launch(
         score_frames,
         frames * (motions.shape[0] + 1),
         (
             moving,
-            reference.expand(kept),
+            reference,
             motions,
             None if moving_usable is None else moving_usable.expand(moving.shape),
-            None if reference_usable is None else reference_usable.expand(kept),
+            reference_usable,
             weight,
             local,
             scores,
         ),
-        (frames, moving.shape[-3] if shared else 1, height, width, step),
+        (frames, group, height, width, step),
         STAGES=motions.shape[0],
         KIND=KINDS[motions.shape[-1]],
         MASKED=moving_usable is not None,

@@ -7,17 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.sampling import (
-    block_of,
     divide,
     frames_of,
     kernel,
     launch,
     neighbour,
     operator,
+    pixel_of,
     triangle,
 )
-
-__all__ = ["MOST_PIXELS", "cover_frames", "coverage", "fill", "fill_frames", "mean_frames"]
 
 # One program takes the mean of a frame.
 MOST_PIXELS = 2**22
@@ -60,16 +58,14 @@ def fill_frames(
     BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of pixels of one frame; where all are usable, it reads each once."""
+    frame, place, live, x, y = pixel_of(height, width, BLOCK)
     pixels = height * width
-    frame, place, live = block_of(pixels, BLOCK)
     plane = image + frame * pixels
     mask = usable + frame * pixels
     mean = tl.load(means + 2 * frame)
     good = tl.load(mask + place, mask=live, other=1) != 0
     centred = tl.load(plane + place, mask=live, other=0) - mean
     if tl.min(good.to(tl.int32), 0) == 0:
-        x = place % width
-        y = place // width
         total = tl.zeros((BLOCK,), COMPUTE)
         weight = tl.zeros((BLOCK,), COMPUTE)
         # 7 × 7 pixels, triangular, the border continued
@@ -100,9 +96,7 @@ def cover_frames(
     BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame; windows as in ``F.interpolate(mode="area")``."""
-    frame, place, live = block_of(rows * columns, BLOCK)
-    y = place // columns
-    x = place % columns
+    frame, place, live, x, y = pixel_of(rows, columns, BLOCK)
     top = (y * height) // rows
     left = (x * width) // columns
     bottom = ((y + 1) * height + rows - 1) // rows
