@@ -327,7 +327,7 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(network, "fit_slope", functools.partial(network.fit_slope, steps=2))
 
 
-@pytest.mark.parametrize("season", ["correct", "none"])
+@pytest.mark.parametrize("season", [pytest.param("correct", marks=pytest.mark.slow), "none"])
 def test_fake_cuda(few_steps, fake, season):
     method = Groupwise(ta.PCC(), neighbours=2, links=1, season=season)
     cube = torch.empty(1, 5, 2, *SIZE, device="cuda")

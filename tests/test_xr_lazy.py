@@ -310,7 +310,10 @@ def test_tasks_compute_with_one_thread_and_leave_the_number_as_it_was():
 
 
 # two workers that exchange what they have; and one in a process of its own, to which all is pickled
-@pytest.mark.parametrize(("processes", "workers"), [(False, 2), (True, 1)], ids=["threads", "processes"])
+@pytest.mark.parametrize(
+    ("processes", "workers"),
+    [pytest.param(False, 2, id="threads"), pytest.param(True, 1, id="processes", marks=pytest.mark.slow)],
+)
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")  # distributed's own
 def test_distributed_equals_local_bit_for_bit(series, tmp_path, processes, workers):
     distributed = pytest.importorskip("distributed", reason='pip install "torchalign[dask]"')
