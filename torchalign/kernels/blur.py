@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import frames_of, kernel, launch, operator, pixel_of
+from torchalign.kernels.sampling import cell_of, frames_of, kernel, launch, operator
 
 
 @kernel
@@ -22,7 +22,7 @@ def blur_frames(
     BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of pixels of one frame."""
-    frame, place, live, x, y = pixel_of(height, width, BLOCK)
+    frame, place, live, x, y = cell_of(height, width, BLOCK)
     plane = frame * height * width
     if DOWN:
         position = y

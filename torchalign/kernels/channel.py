@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, frames_of, is_finite, kernel, launch, operator, pixel_of
+from torchalign.kernels.sampling import cell_of, divide, frames_of, is_finite, kernel, launch, operator
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,7 +36,7 @@ def channel_frames(
     BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of pixels of one frame."""
-    frame, place, live, x, y = pixel_of(height, width, BLOCK)
+    frame, place, live, x, y = cell_of(height, width, BLOCK)
     x = x.to(tl.int64)
     y = y.to(tl.int64)
     pixels = frames + frame * stride_frame + y * stride_row + x * stride_column

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     block_of,
+    cell_of,
     divide,
     frames_of,
     kernel,
@@ -17,7 +18,6 @@ from torchalign.kernels.sampling import (
     neighbour,
     operator,
     padded,
-    pixel_of,
     triangle,
 )
 
@@ -61,7 +61,7 @@ def smooth_frames(
     BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame. Means over 7 × 7 samples, triangular, the border continued."""
-    frame, place, live, x, y = pixel_of(rows, columns, BLOCK)
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
     samples = rows * columns
     plane = field + frame * samples
     scale = tl.zeros((BLOCK,), COMPUTE) + tl.load(unit + frame)
@@ -119,7 +119,7 @@ def share_frames(
     BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame; see functional.texture._shares."""
-    frame, place, live, x, y = pixel_of(rows, columns, BLOCK)
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
     samples = rows * columns
     plane = coverage + frame * samples
     total = tl.zeros((BLOCK,), COMPUTE)

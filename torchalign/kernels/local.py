@@ -11,13 +11,13 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     block_of,
+    cell_of,
     divide,
     kernel,
     launch,
     lerp,
     neighbour,
     operator,
-    pixel_of,
     spline_weight,
     triangle,
 )
@@ -103,7 +103,7 @@ def weigh_frames(
     BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame; means over 7 × 7 samples, triangular, the border continued."""
-    frame, place, live, x, y = pixel_of(rows, columns, BLOCK)
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
     samples = rows * columns
     plane = own + frame * samples
     other = field + frame * each_field * samples
@@ -162,7 +162,7 @@ def differentiate_frames(
     BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame; central differences of fourth order."""
-    frame, place, live, x, y = pixel_of(rows, columns, BLOCK)
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
     samples = rows * columns
     plane = own + frame * samples
     other = field + frame * each_field * samples

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     KINDS,
+    cell_of,
     divide,
     frames_of,
     interpolate,
@@ -17,7 +18,6 @@ from torchalign.kernels.sampling import (
     launch,
     operator,
     padded,
-    pixel_of,
     source_of,
 )
 
@@ -118,7 +118,7 @@ def resample_frames(
     """One program: a block of output pixels of one frame, all of its bands."""
     rows = (height + step - 1) // step
     columns = (width + step - 1) // step
-    frame, place, live, x, y = pixel_of(rows, columns, BLOCK)
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
     x = x * step
     y = y * step
 

@@ -48,7 +48,7 @@ def block_of(count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def pixel_of(rows, columns, BLOCK: tl.constexpr):
+def cell_of(rows, columns, BLOCK: tl.constexpr):
     """The same of a frame of rows × columns, and column and row of each place."""
     frame, place, live = block_of(rows * columns, BLOCK)
     return frame, place, live, place % columns, place // columns

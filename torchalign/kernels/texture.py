@@ -7,13 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.sampling import (
+    cell_of,
     divide,
     frames_of,
     kernel,
     launch,
     neighbour,
     operator,
-    pixel_of,
     triangle,
 )
 
@@ -58,7 +58,7 @@ def fill_frames(
     BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of pixels of one frame; where all are usable, it reads each once."""
-    frame, place, live, x, y = pixel_of(height, width, BLOCK)
+    frame, place, live, x, y = cell_of(height, width, BLOCK)
     pixels = height * width
     plane = image + frame * pixels
     mask = usable + frame * pixels
@@ -96,7 +96,7 @@ def cover_frames(
     BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame; windows as in ``F.interpolate(mode="area")``."""
-    frame, place, live, x, y = pixel_of(rows, columns, BLOCK)
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
     top = (y * height) // rows
     left = (x * width) // columns
     bottom = ((y + 1) * height + rows - 1) // rows

@@ -12,12 +12,12 @@ from torch import Tensor
 from torchalign.kernels.sampling import (
     block_of,
     by_group,
+    cell_of,
     frames_of,
     kernel,
     launch,
     load_complex,
     operator,
-    pixel_of,
     store_complex,
     wave_of,
 )
@@ -122,7 +122,7 @@ def window_frames(
     BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame."""
-    frame, place, live, column, row = pixel_of(rows, columns, BLOCK)
+    frame, place, live, column, row = cell_of(rows, columns, BLOCK)
     zero = tl.zeros((BLOCK,), COMPUTE)
     high = zero + tl.cast(height, COMPUTE)
     wide = zero + tl.cast(width, COMPUTE)
