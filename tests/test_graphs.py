@@ -331,6 +331,7 @@ class Driver:
             "synchronize": lambda device: self.log.append("synchronize"),
         }.items():
             monkeypatch.setattr(torch.cuda, name, made)
+        monkeypatch.setattr(_graphs, "settle_tables", lambda: self.log.append("tables"))
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
         monkeypatch.setattr(_graphs, "_streams", functools.cache(_graphs._streams.__wrapped__))
 
@@ -372,7 +373,7 @@ def test_what_the_driver_is_asked_for(monkeypatch):
     first, second, third = " | ".join(driver.log).split("|  |")
     assert first.strip() == "playing after here | call on playing | here after playing"
     assert second.strip(" |") == (
-        "playing after here | synchronize | call on recording | replay on playing | here after playing"
+        "playing after here | synchronize | tables | call on recording | replay on playing | here after playing"
     )
     assert third.strip(" |") == "playing after here | replay on playing | here after playing"
     assert graphs._recorder._device == torch.device("cuda", 1)

@@ -369,3 +369,39 @@ def test_matrix_products_are_exact_where_they_are_set_by_backend(some_products):
     with _host.full_precision(ON_A_GPU):
         assert backend.fp32_precision == "ieee"
     assert backend.fp32_precision == "tf32"
+
+
+def test_tables_are_shared_once_they_are_made(monkeypatch):
+    """Of a GPU, whose streams do not wait for each other, and which records."""
+    made, done, now = [], [], SimpleNamespace(stream_id=1, recording=False)
+    event = SimpleNamespace(query=lambda: bool(done))
+    monkeypatch.setattr(
+        _host, "_stream_of", lambda like: SimpleNamespace(stream_id=now.stream_id, record_event=lambda: event)
+    )
+    monkeypatch.setattr(_host, "_is_recording", lambda like: now.recording)
+    monkeypatch.setattr(_host, "_TABLES", {})
+    monkeypatch.setattr(_host, "_COMING", {})
+
+    @_host.keeps_tables
+    def table(length, *, like):
+        made.append(length)
+        return torch.arange(length)
+
+    like = torch.ones(1)
+    first = table(3, like=like)
+    assert table(3, like=like) is first
+    now.stream_id = 2  # which may come before the first is there
+    assert table(3, like=like) is not first
+    now.recording = True
+    assert table(3, like=like) is not first
+    assert made == [3, 3, 3]
+    _host.settle_tables()
+    table(3, like=like)
+    assert len(made) == 4
+    done.append(True)
+    _host.settle_tables()
+    assert table(3, like=like) is first
+    now.recording, now.stream_id = False, 3
+    assert table(3, like=like) is first
+    assert len(made) == 4
+    assert not _host._COMING

@@ -42,6 +42,7 @@ __all__ = [
     "may_keep",
     "may_look",
     "may_read",
+    "settle_tables",
     "waiting",
 ]
 
@@ -348,8 +349,9 @@ def _turn_off_tf32() -> Callable[[], object]:
     return functools.partial(torch.set_float32_matmul_precision, before)
 
 
-# Tables by what they are of, see keeps_tables; how many numbers they may hold in all.
+# Tables by what they are of, see keeps_tables; those that a stream may still be making; how many numbers they may hold.
 _TABLES: dict[Any, Any] = {}
+_COMING: dict[Any, tuple[Any, Any]] = {}
 _MOST_NUMBERS = 2**24
 
 
@@ -358,27 +360,45 @@ def keeps_tables(function: Callable[..., Result]) -> Callable[..., Result]:
 
     The keyword ``like`` says on which device and in which dtype. What is kept is never changed nor dropped
     (a CUDA graph may hold on to it); when the tables are full, others are made anew each time. So they are while
-    somebody traces, or records a CUDA graph, whose memory is not ours.
+    somebody traces; or records a CUDA graph, whose memory is not ours, before they are known to be made. Until then
+    each stream makes its own.
     """
 
     @functools.wraps(function)
     def kept(*arguments: Any, like: Tensor) -> Result:
         if not may_keep(like) or not _are_known(arguments):
             return function(*arguments, like=like)
-        key = (function.__module__, function.__qualname__, arguments, like.dtype, _home_of(like))
+        key = (function.__module__, function.__qualname__, arguments, like.dtype, like.device)
         found = _TABLES.get(key)
-        if found is None:
-            if _is_recording(like):
-                return function(*arguments, like=like)
-            with torch.inference_mode(False), torch.no_grad():
-                found = function(*arguments, like=like)
-            numbers = sum(part.numel() for part in pytree.tree_leaves(found) if isinstance(part, Tensor))
-            if numbers + _TABLES.get("numbers", 0) <= _MOST_NUMBERS:
-                _TABLES["numbers"] = numbers + _TABLES.get("numbers", 0)
+        if found is not None:
+            return found
+        if _is_recording(like):
+            return function(*arguments, like=like)
+        stream = _stream_of(like)
+        coming = None if stream is None else _COMING.get((key, stream.stream_id))
+        if coming is not None:
+            settle_tables()
+            return coming[0]
+        with torch.inference_mode(False), torch.no_grad():
+            found = function(*arguments, like=like)
+        numbers = sum(part.numel() for part in pytree.tree_leaves(found) if isinstance(part, Tensor))
+        if numbers + _TABLES.get("numbers", 0) <= _MOST_NUMBERS:
+            _TABLES["numbers"] = numbers + _TABLES.get("numbers", 0)
+            if stream is None:
                 _TABLES[key] = found
+            else:
+                _COMING[key, stream.stream_id] = found, stream.record_event()
         return found
 
     return kept
+
+
+def settle_tables() -> None:
+    """Tables that a device has made are there for all of its streams, and for what is recorded."""
+    for place, (found, made) in list(_COMING.items()):
+        if made.query():
+            _TABLES.setdefault(place[0], found)
+            _COMING.pop(place, None)
 
 
 def may_keep(like: Tensor) -> bool:
@@ -396,11 +416,9 @@ def _are_known(arguments: Sequence[Any]) -> bool:
     )
 
 
-def _home_of(like: Tensor) -> Any:
-    """The device; of a GPU the stream too, for another one may come before the table is there."""
-    if like.device.type != "cuda" or _is_recording(like):
-        return like.device
-    return like.device, torch.cuda.current_stream(like.device).stream_id
+def _stream_of(like: Tensor) -> Any:
+    """On a GPU the stream that makes what is asked for."""
+    return torch.cuda.current_stream(like.device) if like.device.type == "cuda" else None
 
 
 def _is_recording(like: Tensor) -> bool:
