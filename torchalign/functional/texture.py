@@ -188,9 +188,10 @@ def _local_contrast(image: Tensor, weights: Tensor | None, floor: float = 0.0) -
     """The same before it is multiplied by the weights."""
     detail = image - triangle_mean(image, 2)
     variance = triangle_mean(detail.square(), 2)
-    total = variance + _typical(variance, weights, floor).nan_to_num(0.0)[..., None, None]
-    flat = total <= torch.finfo(image.dtype).tiny ** 0.5  # below it the derivative of the root overflows
-    return (detail * torch.rsqrt(total.masked_fill(flat, 1.0))).masked_fill(flat, 0.0)
+    # below this the derivative of the root overflows
+    least = torch.finfo(image.dtype).tiny ** 0.5
+    typical = _typical(variance, weights, floor).nan_to_num(0.0) + least
+    return detail * torch.rsqrt(variance + typical[..., None, None])
 
 
 def _typical(variance: Tensor, weights: Tensor | None, floor: float = 0.0) -> Tensor:
