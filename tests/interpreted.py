@@ -260,11 +260,11 @@ def test_score(kind, masked, by_torch):
         ground = ground & usable[:, ::step, ::step] & other[:, ::step, ::step]
     expected = quality._correlate(
         reference.double()[:, ::step, ::step],
-        ground.double() if weight is None else ground * weight.double(),
         *images,
         moving.double()[:, ::step, ::step],
+        (ground.double() if weight is None else ground * weight.double()).flatten(-2),
     )
-    torch.testing.assert_close(found.double(), torch.stack(expected, -1), rtol=TOLERANCE, atol=20 * TOLERANCE)
+    torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE, atol=20 * TOLERANCE)
     assert found.abs().max() > 0.1
 
 
