@@ -814,7 +814,7 @@ MUTATIONS = [
     ),
     Mutation(
         "graphs-defects", "cube/run.py",
-        "            with waiting():\n                aligned", "            if True:\n                aligned",
+        "            with waiting():\n                result", "            if True:\n                result",
         "tests/test_graphs.py -k defects",
     ),
     Mutation(
