@@ -306,7 +306,11 @@ def cross_power(
     """
     band = radius < max_frequency
     if weighting in ("ramp", "none"):  # the reference may be one for all frames
-        return moving.conj() * (reference * (radius * band if weighting == "ramp" else band))
+        weight = radius * band if weighting == "ramp" else band.to(radius)
+        kernels = kernels_for(moving, reference)
+        if kernels is not None:
+            return kernels.cross(moving, reference, weight)
+        return moving.conj() * (reference * weight)
     power = moving.conj() * reference
     # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype resolves, stands in
     squared = power.real.square() + power.imag.square()
