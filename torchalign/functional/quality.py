@@ -275,9 +275,7 @@ def _scores(
         aligned = aligned.squeeze(-3)
         images.append(turn_orientations(aligned, path) if vector and not motion.only_shifts else aligned)
     assert overlap is not None  # there is at least one stage
-    ground = overlap.to(moving.dtype)
-    if weight is not None:
-        ground = ground * weight
+    ground = overlap.to(moving.dtype) if weight is None else weight * overlap
     compared = [_thin(reference, step), *images, _thin(moving, step)]
     if vector:
         ground, *compared = torch.cat((ground, ground), -2), *(torch.cat((*parts,), -2) for parts in compared)
