@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import in_pieces, keeps_tables, kernels_for
+from torchalign._host import all_true, in_pieces, keeps_tables, kernels_for
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
 from torchalign.functional.shift_field import is_zero, lattice_shifts
 from torchalign.functional.sizes import stride_for
@@ -195,8 +195,10 @@ def gate_stages(
             root = stage.inliers.detach().nan_to_num(0.0).sqrt()
             found = _resize(root, (-(-size[0] // step), -(-size[1] // step)))
             # what a stage that is not trusted took for common ground judges no other
-            trusted = (motion.status == 0)[..., None, None]
-            weight = torch.where(trusted, found, 1.0 if weight is None else weight)
+            trusted = motion.status == 0
+            if not all_true(trusted):
+                found = torch.where(trusted[..., None, None], found, 1.0 if weight is None else weight)
+            weight = found
         motions.append(motion)
         displacements.append(displacement)
     usable = moving_usable, reference_usable
