@@ -60,6 +60,7 @@ KERNELS = {
     "peak_frames": ("peak", {}, {"TINY": 1e-38, "COMPUTE": "float32"}),
     "turn_frames": ("turn", {}, {}),
     "cross_frames": ("turn", {}, {}),
+    "alike_frames": ("alike", {}, {"STEP": 4, "REACH": 1, "TINY": 1e-14, "COMPUTE": "float32"}),
     "pull_frames": ("turn", {}, {"COMPUTE": "float32"}),
     "window_frames": ("turn", {}, {"COMPUTE": "float32"}),
     "mean_frames": ("texture", {"usable": "*u8"}, {"COMPUTE": "float32"}),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchalign._host import kernels_for
 from torchalign.functional.smoothing import block_sums, enlarge, halve, nanmedian, triangle_mean
 
 __all__ = [
@@ -66,6 +67,9 @@ def agreement_of_blocks(moving: Tensor, reference: Tensor, *, vector: bool = Fal
 
 
 def _alike(moving: Tensor, reference: Tensor, *, fine: bool, vector: bool) -> Tensor:
+    kernels = None if vector else kernels_for(moving, reference)
+    if kernels is not None:
+        return kernels.alike(moving, reference, 1 if fine else BLOCK)
     # pooled before they are stacked: it is small then, and the reference may be one for all frames
     products = (moving * reference, moving.square(), reference.square())
     if vector:

@@ -305,12 +305,8 @@ def cross_power(
         (..., H, W//2+1), complex.
     """
     band = radius < max_frequency
-    if weighting in ("ramp", "none"):  # the reference may be one for all frames
-        weight = radius * band if weighting == "ramp" else band.to(radius)
-        kernels = kernels_for(moving, reference)
-        if kernels is not None:
-            return kernels.cross(moving, reference, weight)
-        return moving.conj() * (reference * weight)
+    if weighting in ("ramp", "none"):
+        return _weighted(moving, reference, radius * band if weighting == "ramp" else band.to(radius))
     power = moving.conj() * reference
     # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype resolves, stands in
     squared = power.real.square() + power.imag.square()
@@ -319,13 +315,22 @@ def cross_power(
     return power * (band / (magnitude if weighting == "phase" else magnitude.sqrt()))
 
 
+def _weighted(moving: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
+    """The cross-power times (h, w//2+1)."""
+    kernels = kernels_for(moving, reference)
+    if kernels is not None:
+        return kernels.cross(moving, reference, weight)
+    return moving.conj() * (reference * weight)  # the reference may be one for all frames
+
+
 @keeps_tables
 def _ramp(
     frame: tuple[int, int], size: tuple[int, int], max_frequency: float, weighting: Weighting, *, like: Tensor
 ) -> Tensor:
     """(h, w//2+1): what a linear weighting multiplies a spectrum by, see :func:`cross_power`."""
     radius = WorkingGrid.of(frame, size, max_frequency, like).radius
-    return cross_power(torch.ones_like(radius), torch.ones_like(radius), radius, max_frequency, weighting)
+    band = radius < max_frequency
+    return radius * band if weighting == "ramp" else band.to(radius)
 
 
 class _Peak(NamedTuple):
@@ -680,7 +685,7 @@ class _Pair(NamedTuple):
         if self.weighting not in ("ramp", "none"):
             return cross_power(spectrum, reference, grid.radius, grid.max_frequency, self.weighting)
         weights = _ramp(grid.frame, grid.size, grid.max_frequency, self.weighting, like=grid.radius)
-        return spectrum.conj() * (reference * weights)
+        return _weighted(spectrum, reference, weights)
 
     def moved_back(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         """What brings blocks of the reference over the frame, see :func:`between_blocks`."""

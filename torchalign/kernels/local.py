@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchalign.kernels.alike import alike_at
 from torchalign.kernels.sampling import (
     block_of,
     cell_of,
@@ -19,7 +20,6 @@ from torchalign.kernels.sampling import (
     neighbour,
     operator,
     spline_weight,
-    triangle,
 )
 
 
@@ -102,26 +102,12 @@ def weigh_frames(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr = 512,
 ):
-    """One program: a block of samples of one frame; means over 7 × 7 samples, triangular, the border continued."""
+    """One program: a block of samples of one frame."""
     frame, place, live, x, y = cell_of(rows, columns, BLOCK)
     samples = rows * columns
     plane = own + frame * samples
     other = field + frame * each_field * samples
-    both = tl.zeros((BLOCK,), COMPUTE)
-    square = tl.zeros((BLOCK,), COMPUTE)
-    other_square = tl.zeros((BLOCK,), COMPUTE)
-    for j in range(-3, 4):
-        for i in range(-3, 4):
-            near = neighbour(x, y, i, j, rows, columns)
-            share = triangle(i, j, 3)
-            a = tl.load(plane + near, mask=live, other=0)
-            b = tl.load(other + near, mask=live, other=0)
-            both += a * b * share
-            square += a * a * share
-            other_square += b * b * share
-    both = tl.maximum(both, 0.0)
-    found = divide(both * both, square * other_square + TINY)
-    found = tl.minimum(found * found, 1.0)
+    found = alike_at(plane, other, x, y, rows, columns, live, 1, 3, TINY, COMPUTE)
     out = frame * samples + place
     tl.store(similarity + out, found, mask=live)
     weight = found * tl.load(inside + out, mask=live, other=0)
