@@ -41,23 +41,6 @@ from torchalign.local import Local
 from torchalign.pcc import PCC
 from torchalign.types import Estimate, ShiftField, Status
 
-__all__ = [
-    "ALIGNERS",
-    "AlignFrames",
-    "Operation",
-    "WarpFrames",
-    "check_batch",
-    "count_progress",
-    "estimate_only",
-    "find_aligner",
-    "find_device",
-    "mask_companion",
-    "place_module",
-    "progress_bar",
-    "reference_companion",
-    "run",
-]
-
 _CPU_BATCH_BYTES, _CUDA_BATCH_BYTES = 2**26, 2**30
 _MARGIN_SHARE = 0.05  # of a frame's side, which may be left out when it is measured again
 _TASK_BATCH_BYTES = 2**24  # of each of dask's tasks on the CPU, several of which run side by side

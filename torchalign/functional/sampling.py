@@ -96,7 +96,9 @@ def cubic_weights(fraction: Scalar) -> tuple[Scalar, ...]:
         weights = torch.addcmul(second, third, fraction)
         weights = torch.addcmul(constant, torch.addcmul(first, weights, fraction), fraction)
         return weights.unbind()
-    return tuple(((c * fraction + b) * fraction + a) * fraction + d for c, b, a, d in zip(*_CUBIC, strict=True))
+    return tuple(
+        ((c * fraction + b) * fraction + a) * fraction + d for c, b, a, d in zip(*_CUBIC, strict=True)
+    )
 
 
 @keeps_tables
@@ -396,7 +398,9 @@ class _Shifted:
 def _sum_of_lines(weights: Sequence[Any], taps: Sequence[Tensor]) -> Tensor:
     total = taps[0] * weights[0]
     for weight, tap in zip(weights[1:], taps[1:], strict=True):
-        total = torch.addcmul(total, weight, tap) if isinstance(weight, Tensor) else total.add_(tap, alpha=weight)
+        total = (
+            torch.addcmul(total, weight, tap) if isinstance(weight, Tensor) else total.add_(tap, alpha=weight)
+        )
     return total
 
 
@@ -494,7 +498,10 @@ class Slices(_Shifted):
         padded = F.pad(planes.to(dtype).reshape(-1, 1, height, width), margins, mode="replicate")
         top, left = max(0, row - 1), max(0, column - 1)
         # as far as the last position's taps
-        bottom, right = (top + height + 3 - (height - 1) % self.step, left + width + 3 - (width - 1) % self.step)
+        bottom, right = (
+            top + height + 3 - (height - 1) % self.step,
+            left + width + 3 - (width - 1) % self.step,
+        )
         window = padded[..., top:bottom, left:right]
         return window.reshape(*planes.shape[:-2], *window.shape[-2:])
 

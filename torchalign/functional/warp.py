@@ -443,9 +443,7 @@ def _combine(planes: _Planes, sampler: Sampler, options: _Options) -> Resampled:
     return Resampled(values, validity)
 
 
-def _interpolate(
-    planes: _Planes, near_usable: Tensor | None, sampler: Sampler, options: _Options
-) -> Tensor:
+def _interpolate(planes: _Planes, near_usable: Tensor | None, sampler: Sampler, options: _Options) -> Tensor:
     frames, usable, source = planes
     bicubic = options.interpolation == "bicubic"
     taps = sampler.around(source, source.dtype)
