@@ -85,7 +85,7 @@ def alike(moving: Tensor, reference: Tensor, step: int) -> Tensor:
         (..., ⌈H / step⌉, ⌈W / step⌉).
     """
     lead = torch.broadcast_shapes(moving.shape[:-2], reference.shape[:-2])
-    return _alike(moving.expand(*lead, *moving.shape[-2:]), reference, step)
+    return _launch_alike(moving.expand(*lead, *moving.shape[-2:]), reference, step)
 
 
 def _alike_like(moving: Tensor, step: int) -> Tensor:
@@ -94,7 +94,7 @@ def _alike_like(moving: Tensor, step: int) -> Tensor:
 
 
 @operator("alike", _alike_like)
-def _alike(moving: Tensor, reference: Tensor, step: int) -> Tensor:
+def _launch_alike(moving: Tensor, reference: Tensor, step: int) -> Tensor:
     similarity = _alike_like(moving, step)
     reference, group = by_group(moving.shape[:-2], 2, reference)
     launch(
