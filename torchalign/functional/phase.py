@@ -306,31 +306,17 @@ def cross_power(
     """
     band = radius < max_frequency
     if weighting in ("ramp", "none"):
-        return _weighted(moving, reference, radius * band if weighting == "ramp" else band.to(radius))
+        weight = radius * band if weighting == "ramp" else band.to(radius)
+        kernels = kernels_for(moving, reference)
+        if kernels is not None:
+            return kernels.cross(moving, reference, weight)
+        return moving.conj() * (reference * weight)  # the reference may be one for all frames
     power = moving.conj() * reference
     # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype resolves, stands in
     squared = power.real.square() + power.imag.square()
     floor = torch.finfo(squared.dtype).eps ** 2 * squared.amax((-2, -1), keepdim=True).detach()
     magnitude = (squared + floor + torch.finfo(squared.dtype).tiny).sqrt()
     return power * (band / (magnitude if weighting == "phase" else magnitude.sqrt()))
-
-
-def _weighted(moving: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
-    """The cross-power times (h, w//2+1)."""
-    kernels = kernels_for(moving, reference)
-    if kernels is not None:
-        return kernels.cross(moving, reference, weight)
-    return moving.conj() * (reference * weight)  # the reference may be one for all frames
-
-
-@keeps_tables
-def _ramp(
-    frame: tuple[int, int], size: tuple[int, int], max_frequency: float, weighting: Weighting, *, like: Tensor
-) -> Tensor:
-    """(h, w//2+1): what a linear weighting multiplies a spectrum by, see :func:`cross_power`."""
-    radius = WorkingGrid.of(frame, size, max_frequency, like).radius
-    band = radius < max_frequency
-    return radius * band if weighting == "ramp" else band.to(radius)
 
 
 class _Peak(NamedTuple):
@@ -365,7 +351,7 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
         found = kernels.peak(surface, (step_y, step_x), reach, OUTSIDE_MARGIN, _MIN_SIGNIFICANCE)
         if found is not None:
             return _Peak(*found)
-    lags, around, excluded = _near((rows, columns), (step_y, step_x), reach, like=surface)
+    lags, around, excluded = _lags_near((rows, columns), (step_y, step_x), reach, like=surface)
     flat = surface.flatten(-2)
     values = flat.detach()
     inside, index = (values.index_select(-1, around[:, 2]) + excluded).max(-1)
@@ -383,7 +369,7 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
 
 
 @keeps_tables
-def _near(
+def _lags_near(
     size: tuple[int, int], steps: tuple[float, float], reach: float, *, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The lags (n, 2) within a reach; where they and their neighbours lie in a surface, flattened (n, 5); −inf beyond.
@@ -452,7 +438,7 @@ def refine_peak(
             return climbed
     orders = wave_orders(frequencies, _TERMS) if orders is None else orders
     shift = _ascended(power, frequencies, start, orders, steps, _plain_step)
-    last, curved = _plain_step(derivatives_at(power, frequencies, shift, _first(orders)))
+    last, curved = _plain_step(derivatives_at(power, frequencies, shift, _lowest_orders(orders)))
     return _settled(shift + last), last.detach(), curved
 
 
@@ -490,14 +476,14 @@ def _monomials(*, like: Tensor) -> tuple[Tensor, Tensor]:
     return exponents.clamp(min=0), factors
 
 
-def _first(orders: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _lowest_orders(orders: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Of the tables of :func:`wave_orders` those of value, slope and curvature."""
     return orders[0][:3], orders[1][:3]
 
 
 def _plain_step(derivatives: Tensor) -> tuple[Tensor, Tensor]:
     """Newton's step on a sum itself, by its derivatives (..., 3, 3)."""
-    return _newton_step(_rows_of(derivatives), 0.5)
+    return _newton_step(_newton_rows(derivatives), 0.5)
 
 
 def _newton_step(rows: Tensor, longest: float) -> tuple[Tensor, Tensor]:
@@ -514,14 +500,14 @@ def _newton_step(rows: Tensor, longest: float) -> tuple[Tensor, Tensor]:
     return torch.where(curved[..., None], step, 0.0).clamp(-longest, longest), curved
 
 
-def _rows_of(derivatives: Tensor) -> Tensor:
+def _newton_rows(derivatives: Tensor) -> Tensor:
     """(..., 2, 3): the slope along x, and how it changes along x and y; and the same of the slope along y."""
     flat = derivatives.flatten(-2)
-    return flat.index_select(-1, _places(like=flat)).reshape(*flat.shape[:-1], 2, 3)
+    return flat.index_select(-1, _row_places(like=flat)).reshape(*flat.shape[:-1], 2, 3)
 
 
 @keeps_tables
-def _places(*, like: Tensor) -> Tensor:
+def _row_places(*, like: Tensor) -> Tensor:
     """Of orders in y and x, one after the other: 01, 02, 11; 10, 11, 20."""
     row = torch.arange(3, device=like.device)
     return torch.cat((1 + row + row // 2, 3 + row + row // 2))
@@ -677,15 +663,8 @@ class _Pair(NamedTuple):
         """The spectra of both under weights (..., h, w), and the cross-power: (..., h, w//2+1)."""
         spectrum = rfft2(self.moving.field * own)
         reference = rfft2(self.reference.field * other)
-        power = self._cross_power(spectrum, reference)
+        power = cross_power(spectrum, reference, self.grid.radius, self.grid.max_frequency, self.weighting)
         return spectrum, reference, power.sum(0) if self.moving.is_vector else power
-
-    def _cross_power(self, spectrum: Tensor, reference: Tensor) -> Tensor:
-        grid = self.grid
-        if self.weighting not in ("ramp", "none"):
-            return cross_power(spectrum, reference, grid.radius, grid.max_frequency, self.weighting)
-        weights = _ramp(grid.frame, grid.size, grid.max_frequency, self.weighting, like=grid.radius)
-        return _weighted(spectrum, reference, weights)
 
     def moved_back(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         """What brings blocks of the reference over the frame, see :func:`between_blocks`."""
@@ -708,10 +687,10 @@ class _Pair(NamedTuple):
         if self.moving.weights is not None:
             y, x = (-BLOCK * spacing for spacing in self.grid.spacings())
             over = between_blocks(shift, 1, (same.shape[-2], same.shape[-1]), (y, x))
-            same = same * _between(block_means(self.moving.weights, BLOCK), over)
+            same = same * _sampled_blocks(block_means(self.moving.weights, BLOCK), over)
         inliers = enlarge(same, BLOCK, self.grid.size)
         # each frame gets the window, and the weights, of the ground that both see
-        return inliers, windows[0] * _between(same, back), windows[1] * inliers
+        return inliers, windows[0] * _sampled_blocks(same, back), windows[1] * inliers
 
     def share_of(self, same: Tensor) -> Tensor:
         """(...,) in (0, 1]: how much of what both could show they show alike, of blocks (..., n, m)."""
@@ -741,7 +720,7 @@ class _Pair(NamedTuple):
         return None if found is None or enough is None else found & enough
 
 
-def _between(blocks: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+def _sampled_blocks(blocks: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
     """(..., h, w): samples of blocks, see :func:`between_blocks`."""
     return torch.matmul(torch.matmul(matrices[0], blocks), matrices[1].mT)
 
@@ -831,7 +810,7 @@ def _refine_divided(
             return climbed
     powers, orders = spectra[0].conj() * spectra[1], _orders(grid.frame, grid.size, _TERMS, like=grid.radius)
     shift = _ascended(powers, grid.frequencies, start, orders, _NEWTON_STEPS, _divided_step)
-    step, curved = _divided_step(derivatives_at(powers, grid.frequencies, shift, _first(orders)))
+    step, curved = _divided_step(derivatives_at(powers, grid.frequencies, shift, _lowest_orders(orders)))
     return _settled(shift + step), step.detach().norm(dim=-1), curved
 
 
@@ -840,7 +819,7 @@ def _divided_fields(
 ) -> Tensor:
     """(2, 3, ..., h, w): of the moving frame and of the reference what each of the three sums correlates."""
     root = same.clamp(min=torch.finfo(same.dtype).tiny).sqrt()
-    inliers, moved = enlarge(root, BLOCK, pair.grid.size), _between(root, back)
+    inliers, moved = enlarge(root, BLOCK, pair.grid.size), _sampled_blocks(root, back)
     covers = pair.moving.cover, pair.reference.cover
     first, second = (
         texture.field if texture.detail is None else texture.detail
@@ -863,7 +842,7 @@ def _divided_step(sums: Tensor) -> tuple[Tensor, Tensor]:
     """Newton's step (..., 2) on log S, by the derivatives (3, ..., 3, 3) of its sums; and whether to a maximum."""
     value = sums[..., 0, 0]
     positive = value > 0
-    rows = _rows_of(sums) / torch.where(positive, value, 1.0)[..., None, None]
+    rows = _newton_rows(sums) / torch.where(positive, value, 1.0)[..., None, None]
     # of a logarithm the curvatures lose the product of the slopes
     slopes = rows[..., 0]
     rows = torch.addcmul(rows, slopes[..., None], F.pad(slopes, (1, 0))[..., None, :], value=-1)

@@ -288,8 +288,8 @@ def assess_peak(
     """
     table = _moment_tables(grid.frame, grid.size, like=grid.radius)
     parts = torch.view_as_real(turned.resolve_conj().mT)  # (..., W//2+1, H, 2)
-    sums = (_moments(parts, table.along_x, table.along_y) * table.signs).sum(-2).flatten(-2)
-    scatter = _moments(parts.detach().square(), table.twice_along_x, table.twice_along_y)
+    sums = (_spectral_moments(parts, table.along_x, table.along_y) * table.signs).sum(-2).flatten(-2)
+    scatter = _spectral_moments(parts.detach().square(), table.twice_along_x, table.twice_along_y)
 
     value = sums[..., 0, None, None]
     whole = -sums.index_select(-1, table.curvatures).reshape(*sums.shape[:-1], 2, 2)
@@ -323,7 +323,7 @@ def assess_peak(
     return PeakQuality(covariance, height, curvature, fixed, inverse), correction
 
 
-def _moments(parts: Tensor, along_x: Tensor, along_y: Tensor) -> Tensor:
+def _spectral_moments(parts: Tensor, along_x: Tensor, along_y: Tensor) -> Tensor:
     """(..., n, 2, n): sums of the parts (..., W//2+1, H, 2) of a spectrum, by order in x, part, and order in y."""
     rows = torch.matmul(along_x, parts.flatten(-2))
     return torch.matmul(rows.reshape(*rows.shape[:-1], *parts.shape[-2:]).mT, along_y)
