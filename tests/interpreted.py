@@ -14,6 +14,7 @@ import torch
 import torchalign as ta
 from torchalign import _host, kernels
 from torchalign.functional import (
+    common_ground,
     defects,
     ecc,
     fourier,
@@ -621,6 +622,8 @@ def test_any_size(size, dtype, by_torch):
     both(fourier.shift_phase, spectrum, grid.frequencies, shift)
     still = torch.fft.rfft2(image[:1])
     both(uncertainty.block_pulls, spectrum, still, shift, grid)
+    both(common_ground.agreement_of_blocks, field + 0.5 * image, field[0])
+    both(common_ground.agreement, field + 0.5 * image, image, fine=True)
     for other, weighting in ((still, "ramp"), (torch.fft.rfft2(image), "none"), (still[0], "ramp")):
         both(phase.cross_power, spectrum, other, grid.radius, 0.25, weighting)
     both(
