@@ -15,7 +15,6 @@ from torchalign.aligner import Aligner, find_enlargement, full_precision
 from torchalign.functional import network
 from torchalign.functional.affine import translation_warp
 from torchalign.functional.network import Edges, Positions, SeasonTerm, median_of, sum_of_pairs
-from torchalign.functional.phase import phase_correlation
 from torchalign.functional.texture import Texture, extract_texture
 from torchalign.functional.uncertainty import isotropic, largest_sigma
 from torchalign.functional.warp import resample
@@ -573,17 +572,7 @@ def _in_blocks(texture: Texture, side: int) -> Texture:
 def _correlate_pairs(
     moving: Texture, reference: Texture, size: tuple[int, int], options: PCC, max_sigma: float
 ) -> _Said:
-    found = phase_correlation(
-        moving,
-        reference,
-        size=size,
-        max_translation=options.max_translation,
-        max_frequency=options.max_frequency,
-        weighting=options.weighting,
-        taper=options.taper,
-        robust=options.robust,
-        upsample_factor=options.upsample_factor,
-    )
+    found = options.correlate(moving, reference, size=size)
     usable = found.converged & ~found.outside & ~found.flat
     usable = usable & (found.shift.detach().norm(dim=-1) <= options.max_translation)
     ambiguous = usable & found.ambiguous
