@@ -131,8 +131,7 @@ MUTATIONS = [
     # --- functional: transforms, means, windows ---
     Mutation(
         "fourier-wave-sign", "functional/fourier.py",
-        "angle = shift[..., None] * (2 * math.pi * frequency)",
-        "angle = -shift[..., None] * (2 * math.pi * frequency)",
+        "turn = 2 * math.pi * shift", "turn = -2 * math.pi * shift",
         f"{_F}/test_phase.py -k sign_axes",
     ),
     Mutation(
@@ -235,8 +234,7 @@ MUTATIONS = [
     ),
     Mutation(
         "phase-mixed-term", "functional/phase.py",
-        "ascent = torch.stack((hxy * gy - hyy * gx, hxy * gx - hxx * gy), dim=-1)",
-        "ascent = torch.stack((-hxy * gy - hyy * gx, -hxy * gx - hxx * gy), dim=-1)",
+        "torch.linalg.cross(first, second)", "torch.linalg.cross(first, second * second.sign())",
         f"{_F}/test_phase.py -k 'refine_peak or gradients_are'",
     ),
     Mutation(
@@ -568,7 +566,7 @@ MUTATIONS = [
     ),
     Mutation(
         "trust-stripes-by-their-phase", "functional/phase.py",
-        "torch.addcmul(line.imag * angle.cos(), line.real, angle.sin())", "line.imag",
+        "across = (line * turn).imag", "across = line.imag",
         "tests/test_trust.py -k weak_stripes",
     ),
     Mutation(
@@ -816,7 +814,7 @@ MUTATIONS = [
     ),
     Mutation(
         "graphs-defects", "cube/run.py",
-        "            with waiting():\n                aligned", "            if True:\n                aligned",
+        "            with waiting():\n                result", "            if True:\n                result",
         "tests/test_graphs.py -k defects",
     ),
     Mutation(

@@ -228,7 +228,9 @@ def test_reports_of_nothing_good_and_of_nothing(stack):
     page = html.to_html(bad, cube, cube)
     assert "0 of 6 frames aligned" in page
     assert not re.search(r"\b(nan|inf)\b", " ".join(Tree(page).text).lower().replace("infinity", ""))
-    empty = html.to_html(report.isel(time=[]), cube.isel(time=[]))
+    nothing = cube.isel(time=[])
+    assert "0 of 0 frames aligned" in html.to_html(report.isel(time=[]), nothing, nothing)
+    empty = html.to_html(report.isel(time=[]), nothing)
     assert "0 of 0 frames aligned" in empty
     assert len(Tree(empty).rows) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import subprocess
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from scipy.ndimage import gaussian_filter
@@ -289,6 +291,41 @@ def test_other_names_of_time(name):
     check_shifts(report)
     assert aligned.dims == (name, "y", "x")
     assert report.status.dims == (name,)
+
+
+def test_dates_of_python(tmp_path):
+    """``groupby("time.date")`` leaves dates of Python, pandas some that have a time zone."""
+    cubes = xr.DataArray(frames()[:, 0], {**times(), **axes()}, ("time", "y", "x"))
+    count = cubes.sizes["time"]
+    days = [datetime.date(2024, 1, 1 + number) for number in range(count)]
+    kinds = {
+        "date": np.array(days, object),
+        "zone": pd.date_range("2024-01-01", periods=count, tz="Europe/Berlin"),
+    }
+    for name, labels in kinds.items():
+        cube = cubes.assign_coords(time=labels)
+        aligned, report = ta.align(cube, days[1] if name == "date" else labels[1], verify=False)
+        assert report.attrs["reference"].startswith("2024-01-0")
+        assert report.time.dtype.kind == "M"
+        assert aligned.indexes["time"].equals(cube.indexes["time"])
+        for suffix in ("nc", "json", "csv"):
+            known = ta.load_report(ta.save_report(report, tmp_path / f"{name}.{suffix}"))
+            assert ta.apply(cube, known).identical(aligned)
+        paths = ta.write_stack(aligned, tmp_path / name)
+        first = "20240101" if name == "date" else "20231231"  # in UTC
+        assert paths[0].name.startswith(first)
+        written = xr.open_dataset(ta.io.write_cube(aligned, tmp_path / f"{name}_cube.nc"))
+        assert np.array_equal(written.time.values, report.time.values)
+
+
+def test_dates_of_cftime(tmp_path):
+    cftime = pytest.importorskip("cftime")
+    cubes = xr.DataArray(frames()[:, 0], {**times(), **axes()}, ("time", "y", "x"))
+    labels = [cftime.DatetimeNoLeap(2024, 1, 1 + number) for number in range(3)]
+    cube = cubes.assign_coords(time=xr.CFTimeIndex(labels))
+    for reference in (labels[1], cube.time[1], "2024-01-02"):
+        assert ta.align(cube, reference, verify=False)[1].attrs["reference"] == str(labels[1])
+    assert ta.write_stack(cube, tmp_path / "model")[0].name == "20240101.tif"
 
 
 def test_eopatch():

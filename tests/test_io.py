@@ -641,3 +641,11 @@ def test_attributes_that_a_format_has_not_are_written_as_text(tmp_path, suffix):
             assert told["nested"] == ({"b": 1} if suffix == ".zarr" else '{"b": 1}')
         assert list(found.cube.attrs["plain"]) == [1, 2]
     assert cube.attrs["flag"] is True
+
+
+def test_a_dtype_that_geotiff_has_not(tmp_path):
+    cube = xr.DataArray(np.ones((1, 4, 4)), dims=("time", "y", "x")).astype("complex64")
+    with pytest.raises(TypeError, match="expected an integer or floating dtype"):
+        write_stack(cube, tmp_path / "out")
+    with pytest.raises(TypeError, match="expected a dtype that GeoTIFF has, got float"):
+        write_stack(cube.real.astype("longdouble"), tmp_path / "out")

@@ -41,7 +41,7 @@ LAYERS = [
     {"cube.regrid"},
     {"cube.hints", "cube.reference", "cube.solution", "cube.variables"},
     {"cube.finding", "cube.run", "cube.series", "cube.stores", "cube.tables"},
-    {"cube.displacements", "cube.footprints", "cube.headers"},
+    {"cube.displacements", "cube.headers"},
     {"cube.gridding"},
     {"cube.rasters"},
     {"cube.writing"},

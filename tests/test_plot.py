@@ -474,6 +474,7 @@ def test_animate_leaves_nothing_half_written(stack, tmp_path, monkeypatch):
         (lambda cube, report: plot.before_after(cube, cube, frame=6), ValueError),
         (lambda cube, report: plot.before_after(cube, cube, ax=Figure().subplots(1, 3)), ValueError),
         (lambda cube, report: plot.temporal_profile(cube.values, cube), TypeError),
+        (lambda cube, report: plot.temporal_profile(cube[:0], cube[:0]), ValueError),
         (lambda cube, report: plot.temporal_profile(cube, cube.values), TypeError),
         (lambda cube, report: plot.temporal_profile(cube, cube.isel(x=slice(9))), ValueError),
         (lambda cube, report: plot.temporal_profile(cube, cube, row=72), ValueError),

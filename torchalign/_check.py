@@ -17,26 +17,6 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-__all__ = [
-    "check_bands",
-    "check_bool",
-    "check_crop",
-    "check_cube",
-    "check_device",
-    "check_fill",
-    "check_floating",
-    "check_kind",
-    "check_mask",
-    "check_number",
-    "check_option",
-    "check_path",
-    "check_reference",
-    "check_warp",
-    "check_whole",
-    "message",
-    "require",
-]
-
 Option = TypeVar("Option")
 Number = TypeVar("Number", bound=float | None)
 

@@ -29,6 +29,7 @@ from torchalign._host import (
     all_finite,
     all_true,
     empty_on_host,
+    full_precision,
     is_transformed,
     map_on_host,
     may_look,
@@ -593,11 +594,6 @@ def some_frames(parts: Fields, rows: slice | Tensor) -> Fields:
 def with_lead(parts: Fields, lead: Sequence[int]) -> Fields:
     """A tuple of tensors (N, ...), of N flattened frames, as (*lead, ...)."""
     return each_field(parts, lambda part: part.reshape(*lead, *part.shape[1:]))
-
-
-def full_precision(tensor: Tensor) -> torch.autocast:
-    """FFTs and sampling positions need float32, also within a network of another dtype."""
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _show_shared_options(kind: type[Aligner]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import tempfile
 from collections.abc import Hashable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -23,18 +22,11 @@ from torchalign._check import message
 from torchalign.cube.files import atomic, check_free
 from torchalign.cube.labels import find_dims, time_labels
 from torchalign.cube.solution import summarize
-from torchalign.cube.tables import write_report
+from torchalign.cube.tables import write_csv
+from torchalign.pictures import frames
 from torchalign.pictures.columns import Array, by_status, check_pictured, kept_frames, shift_of, status_of
-from torchalign.pictures.frames import (
-    Label,
-    check_same,
-    compare,
-    display_bands,
-    limits,
-    load_frames,
-    reduce_time,
-    to_rgb,
-)
+from torchalign.pictures.frames import Label
+from torchalign.pictures.series import is_series, sun_known
 from torchalign.pictures.style import STATUS_COLOUR, STATUS_TEXT_COLOUR
 from torchalign.types import Status
 
@@ -76,14 +68,6 @@ class _Picture(NamedTuple):
     lazy: bool = False
 
 
-class _Status(NamedTuple):
-    name: str
-    colour: str
-    dark: str
-    meaning: str
-    frames: int
-
-
 class _Tile(NamedTuple):
     """A number on top of the page."""
 
@@ -110,18 +94,6 @@ class _Column(NamedTuple):
     meaning: str
     values: Array
     form: str
-
-
-class _Cell(NamedTuple):
-    value: str
-    text: str
-
-
-class _Row(NamedTuple):
-    label: str
-    status: _Status
-    cells: list[_Cell]
-    picture: _Picture | None
 
 
 def save_html(
@@ -205,17 +177,25 @@ def to_html(
     if cube is None and aligned is not None:
         raise ValueError(message("cube", "what was aligned, beside what came back", None, "give both"))
     if cube is not None:
-        count, *_ = check_same(cube, cube if aligned is None else aligned)
+        count, *_ = frames.check_same(cube, cube if aligned is None else aligned)
         status_of(report, count)
     import jinja2  # comes with torch
 
     codes = report["status"].values
+    statuses = {
+        code: {"name": code.name, "colour": STATUS_COLOUR[code], "dark": STATUS_TEXT_COLOUR[code],
+               "meaning": _MEANING[code.name], "frames": int(chosen.sum())}
+        for code, chosen in by_status(codes)
+    }  # fmt: skip
+    columns = _columns(report)
     folder = resources.files("torchalign").joinpath("assets")
     template, style, script = (
         folder.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
     )
     done = int((codes == Status.OK).sum())
-    parts = None if cube is None or aligned is None else _load_parts(report, cube, aligned, bands)
+    parts = None
+    if cube is not None and aligned is not None and codes.size:
+        parts = _load_parts(report, cube, aligned, bands)
     pictured = cube is not None and codes.size <= _THUMBNAILS
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
     return page.render(
@@ -226,17 +206,26 @@ def to_html(
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         origin=_origin(report),
         tiles=_tiles(report),
-        statuses=list(_statuses(report).values()),
+        statuses=list(statuses.values()),
         comparison=None if parts is None else _comparison(parts, stretch),
         charts=_charts(report, split, parts, stretch),
         time=report["status"].dims[0],
-        columns=_columns(report),
-        rows=_table_rows(report, cube if pictured else None, bands, stretch),
+        columns=columns,
+        rows=[
+            {"label": label, "status": statuses[code], "cells": cells}
+            for label, code, cells in zip(
+                _labels(report), map(Status, codes), zip(*map(_cells, columns), strict=True), strict=True
+            )
+        ],
+        thumbnails=_thumbnails(report, cube, bands, stretch) if cube is not None and pictured else [],
         flagged=codes.size - done,
         pictured=pictured,
         note=_TOO_MANY if cube is not None and not pictured else "",
         csv=_csv(report),
-        attributes={str(name): _attribute_text(value) for name, value in report.attrs.items()},
+        attributes={
+            name: ", ".join(map(str, np.ravel(value))) if isinstance(value, np.ndarray) else value
+            for name, value in report.attrs.items()
+        },
     )
 
 
@@ -290,21 +279,12 @@ def _tiles(report: xr.Dataset) -> list[_Tile]:
     return tiles
 
 
-def _statuses(report: xr.Dataset) -> dict[Status, _Status]:
-    return {
-        code: _Status(
-            code.name, STATUS_COLOUR[code], STATUS_TEXT_COLOUR[code], _MEANING[code.name], int(chosen.sum())
-        )
-        for code, chosen in by_status(report["status"].values)
-    }
-
-
 # --- pictures ---
 
 
 def _comparison(parts: _Parts, stretch: tuple[float, float]) -> dict[str, Any]:
     """Two pictures of the median, which the script lays on one another."""
-    pair = compare(parts.before, parts.after, parts.bands, "median", None, parts.report, stretch, None)
+    pair = frames.compare(parts.before, parts.after, parts.bands, "median", None, parts.report, stretch, None)
     gains = f" {', '.join(pair.gains).capitalize()}." if pair.gains else ""
     return {
         "words": f"The {pair.words}{parts.words}.{gains}",
@@ -355,7 +335,7 @@ def _charts(
 
 def _series_charts(report: xr.Dataset) -> list[_Picture]:
     """Of a series without a reference; none of another."""
-    if "closure" not in report or "pair_moving" not in report.attrs:
+    if not is_series(report):
         return []
     count = np.size(report.attrs["pair_moving"])
     charts = [
@@ -365,7 +345,7 @@ def _series_charts(report: xr.Dataset) -> list[_Picture]:
             "What each pair says less what the positions say: how well pairs agree, no accuracy.",
         ),
     ]
-    if "sun_elevation" in report and bool(np.isfinite(report["sun_elevation"].values).any()):
+    if sun_known(report):
         words = "Shift along the shadow against the sun's height: what follows it is no displacement of the frame."
         charts.append(_chart(plot.sun_shift(report), words))
     return charts
@@ -386,7 +366,7 @@ def _load_parts(
 
 
 def _middle_of(
-    cube: xr.DataArray, frames: list[int], size: tuple[int, int], bands: Sequence[Hashable] | None
+    cube: xr.DataArray, numbers: list[int], size: tuple[int, int], bands: Sequence[Hashable] | None
 ) -> xr.DataArray:
     """Of the frames the (height, width) in the middle and the bands to display, loaded frame by frame."""
     dims = find_dims(cube, "cube")
@@ -394,11 +374,11 @@ def _middle_of(
     rows, columns = (slice(start, start + length) for start, length in zip(starts, size, strict=True))
     part = cube.isel({dims["y"]: rows, dims["x"]: columns})
     if "band" in dims:
-        numbers = display_bands(cube, dims["band"], bands)
-        part = part.isel({dims["band"]: numbers})
+        shown = frames.display_bands(cube, dims["band"], bands)
+        part = part.isel({dims["band"]: shown})
         if dims["band"] not in part.coords:  # they keep their numbers
-            part = part.assign_coords({dims["band"]: numbers})
-    return xr.concat([part.isel({dims["time"]: [n]}).load() for n in frames], dims["time"])
+            part = part.assign_coords({dims["band"]: shown})
+    return xr.concat([part.isel({dims["time"]: [n]}).load() for n in numbers], dims["time"])
 
 
 def _chosen_frames(report: xr.Dataset, most: int = _MOST) -> list[int]:
@@ -416,11 +396,15 @@ def _thumbnails(
     step = max(1, -(-max(cube.sizes[dims["y"]], cube.sizes[dims["x"]]) // _THUMBNAIL))
     small = cube.isel({dims["y"]: slice(step // 2, None, step), dims["x"]: slice(step // 2, None, step)})
     count = cube.sizes[dims["time"]]
-    frames = [load_frames(small.isel({dims["time"]: [n]}), "cube", bands).values[0] for n in range(count)]
-    if not frames:
+    shown = [
+        frames.load_frames(small.isel({dims["time"]: [n]}), "cube", bands).values[0] for n in range(count)
+    ]
+    if not shown:
         return []
-    low, high = limits(reduce_time(np.stack([frames[n] for n in _chosen_frames(report)]), "median"), stretch)
-    sources = [_jpeg(to_rgb(frame, low, high, clouds=True), quality=75) for frame in frames]
+    low, high = frames.limits(
+        frames.reduce_time(np.stack([shown[n] for n in _chosen_frames(report)]), "median"), stretch
+    )
+    sources = [_jpeg(frames.to_rgb(frame, low, high, clouds=True), quality=75) for frame in shown]
     return [_Picture(source, f"Frame {number}", lazy=True) for number, source in enumerate(sources)]
 
 
@@ -473,39 +457,21 @@ def _columns(report: xr.Dataset) -> list[_Column]:
     return columns
 
 
-def _table_rows(
-    report: xr.Dataset,
-    cube: xr.DataArray | None,
-    bands: Sequence[Hashable] | None,
-    stretch: tuple[float, float],
-) -> list[_Row]:
-    columns, statuses = _columns(report), _statuses(report)
-    pictures = None if cube is None else _thumbnails(report, cube, bands, stretch)
-    rows = []
-    for number, (label, code) in enumerate(zip(_labels(report), report["status"].values, strict=True)):
-        cells = [_cell(column.values[number], column.form) for column in columns]
-        picture = None if pictures is None else pictures[number]
-        rows.append(_Row(label, statuses[Status(int(code))], cells, picture))
-    return rows
+def _cells(column: _Column) -> list[tuple[str, str]]:
+    """Of every frame a number to sort by, and as it is read."""
 
+    def cell(value: float) -> tuple[str, str]:
+        if not np.isfinite(value):
+            return "", "–"
+        text = f"{value:{column.form}}"
+        text = text if float(text) else text.lstrip("+-")  # zero has no sign
+        return f"{value:.7g}", text.replace("-", "−")
 
-def _cell(value: float, form: str) -> _Cell:
-    """A number to sort by, and as it is read."""
-    if not np.isfinite(value):
-        return _Cell("", "–")
-    text = f"{value:{form}}"
-    if not float(text):
-        text = text.lstrip("+-")  # zero has no sign
-    return _Cell(f"{value:.7g}", text.replace("-", "−"))
+    return [cell(value) for value in column.values]
 
 
 def _csv(report: xr.Dataset) -> str:
     """What :func:`torchalign.load_report` reads."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "report.csv"
-        write_report(report.compute(), path)
-        return _data(path.read_bytes(), "text/csv")
-
-
-def _attribute_text(value: Any) -> str:
-    return ", ".join(map(str, value.tolist())) if isinstance(value, np.ndarray) and value.ndim else str(value)
+    with io.StringIO() as text:
+        write_csv(report, text)
+        return _data(text.getvalue().encode(), "text/csv")

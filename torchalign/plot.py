@@ -23,44 +23,11 @@ import xarray as xr
 
 from torchalign._check import check_number, check_option, check_whole, message
 from torchalign.cube.displacements import field_of
-from torchalign.cube.labels import find_dims, find_frame, time_labels
+from torchalign.cube.labels import Array, find_dims, find_frame, time_labels
+from torchalign.cube.solution import report_labels
 from torchalign.functional.shift_field import field_at
-from torchalign.pictures import animation, style
-from torchalign.pictures.columns import (
-    Array,
-    by_status,
-    check_pictured,
-    check_truth,
-    covariance_of,
-    kept_frames,
-    shift_of,
-    status_label,
-    status_of,
-    time_of,
-)
-from torchalign.pictures.frames import (
-    Comparison,
-    FrameImages,
-    Label,
-    Statistic,
-    Zoom,
-    check_same,
-    check_zoom,
-    compare,
-    crop,
-    limits,
-    load_frames,
-    reduce_time,
-    to_rgb,
-)
-from torchalign.pictures.series import (
-    check_series,
-    draw_closure,
-    draw_network,
-    draw_pair_residuals,
-    draw_sun_shift,
-    sun_known,
-)
+from torchalign.pictures import animation, columns, frames, series, style
+from torchalign.pictures.frames import Comparison, Label, Statistic, Zoom
 from torchalign.types import ShiftField, Status
 
 if TYPE_CHECKING:
@@ -135,11 +102,15 @@ def shift_scatter(
         >>> figure.axes[0].get_xlabel()
         'shift x, right (pixels)'
     """
-    report = check_pictured(report)
-    truth = check_truth(true_shift, report)
+    report = columns.check_pictured(report)
+    truth = columns.check_truth(true_shift, report)
     groups = _groups(report, split)
     figure, ax = style.one_axes(ax, (5.4, 5.2))
-    shift, covariance, size = shift_of(report), covariance_of(report), style.marker_size(report)
+    shift, covariance, size = (
+        columns.shift_of(report),
+        columns.covariance_of(report),
+        style.marker_size(report),
+    )
     status = report["status"].values
     moved = (status == Status.OK)[:, None]
     placed = shift if truth is None else np.where(moved | np.isnan(truth), shift, truth)
@@ -150,9 +121,9 @@ def shift_scatter(
     ax.axvline(0, color=style.GREY, linewidth=0.6, zorder=0)
     if truth is not None:
         style.draw_truth(ax, truth[:, 0], truth[:, 1], label="truth")
-    for code, chosen in by_status(status):
+    for code, chosen in columns.by_status(status):
         if code != Status.OK:
-            label = status_label(code, chosen)
+            label = columns.status_label(code, chosen)
             drawn_as = {**style.marker_style(code, size), "s": 60 * size**2, "label": label}
             ax.scatter(placed[chosen, 0], placed[chosen, 1], zorder=4, **drawn_as)
             continue
@@ -182,13 +153,13 @@ def shift_error(report: xr.Dataset, true_shift: Any, *, ax: Axes | None = None) 
         true_shift: (T, 2), x and y in pixels, NaN where it is unknown: those frames are left out.
         ax: to draw into; default: a new figure.
     """
-    report = check_pictured(report)
-    truth = check_truth(true_shift, report)
+    report = columns.check_pictured(report)
+    truth = columns.check_truth(true_shift, report)
     if truth is None:
         raise ValueError(message("true_shift", "an array (T, 2)", None, "use shift_scatter without a truth"))
     figure, ax = style.one_axes(ax, (5.4, 5.2))
-    covariance, status = covariance_of(report), report["status"].values
-    error, sigma = shift_of(report) - truth, np.sqrt(covariance.diagonal(axis1=1, axis2=2))
+    covariance, status = columns.covariance_of(report), report["status"].values
+    error, sigma = columns.shift_of(report) - truth, np.sqrt(covariance.diagonal(axis1=1, axis2=2))
     accepted = (status == Status.OK) & np.isfinite(error).all(1)
     radius = np.hypot(*error[accepted].T)
     reach = max(0.01, 1.15 * float((np.abs(error[accepted]) + sigma[accepted]).max(initial=0.0)))
@@ -196,9 +167,9 @@ def shift_error(report: xr.Dataset, true_shift: Any, *, ax: Axes | None = None) 
     size = style.marker_size(report)
     style.draw_points(ax, error[accepted].T, f"found − true, with σ ({accepted.sum()})", size=size)
     style.draw_ellipses(ax, error[accepted], covariance[accepted], style.SKY, size)
-    for code, chosen in by_status(status):
+    for code, chosen in columns.by_status(status):
         if code != Status.OK:
-            ax.scatter([], [], **style.marker_style(code), s=50, label=status_label(code, chosen))
+            ax.scatter([], [], **style.marker_style(code), s=50, label=columns.status_label(code, chosen))
     ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")
     median = f": median {np.median(radius):.4f} px" if len(radius) else ""
     ax.set(xlabel="error x (pixels)", ylabel="error y (pixels)", title=f"Error{median}")
@@ -216,12 +187,12 @@ def shifts_over_time(
         true_shift: (T, 2), x and y in pixels, NaN where it is unknown; drawn as open circles.
         ax: to draw into; default: a new figure.
     """
-    report = check_pictured(report)
-    truth = check_truth(true_shift, report)
+    report = columns.check_pictured(report)
+    truth = columns.check_truth(true_shift, report)
     figure, ax = style.one_axes(ax, (9.0, 3.6))
-    time, is_date = time_of(report)
-    shift, status = shift_of(report), report["status"].values
-    sigma = np.sqrt(covariance_of(report).diagonal(axis1=1, axis2=2))
+    time, is_date = columns.time_of(report)
+    shift, status = columns.shift_of(report), report["status"].values
+    sigma = np.sqrt(columns.covariance_of(report).diagonal(axis1=1, axis2=2))
     accepted, size = status == Status.OK, style.marker_size(report)
     ax.axhline(0, color=style.GREY, linewidth=0.6, zorder=0)
     for axis, (name, colour, marker) in enumerate(
@@ -237,14 +208,14 @@ def shifts_over_time(
         }
         bars, label = sigma[accepted, axis], f"{name} ± σ"
         style.draw_points(ax, (time[accepted], shift[accepted, axis]), label, size=size, yerr=bars, **drawn)
-    for code, chosen in by_status(status):
+    for code, chosen in columns.by_status(status):
         if code != Status.OK:
             line: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "lw": 0.8, "alpha": 0.6 * size**2}
             ax.vlines(time[chosen], 0, 1, style.STATUS_COLOUR[code], "dotted", **line)
             drawn_as = {
                 **style.marker_style(code, size),
                 "s": 50 * size**2,
-                "label": status_label(code, chosen),
+                "label": columns.status_label(code, chosen),
             }
             ax.scatter(time[chosen], np.zeros(chosen.sum()), **drawn_as)
     if is_date and len(time):
@@ -275,7 +246,7 @@ def local_shifts(
         TypeError: the report is no Dataset.
         ValueError: it has no field; an unknown frame; another number of axes.
     """
-    report = check_pictured(report)
+    report = columns.check_pictured(report)
     field = field_of(report)
     if field is None:
         cure = "align with torchalign.Cascade(torchalign.PCC(), torchalign.Local())"
@@ -332,7 +303,7 @@ def score_gain(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFig
         report: from :func:`torchalign.align`.
         ax: to draw into; default: a new figure.
     """
-    report = check_pictured(report)
+    report = columns.check_pictured(report)
     figure, ax = style.one_axes(ax, (5.4, 5.2))
     after, before = report["score"].values, report["score_before"].values
     status = report["status"].values
@@ -340,10 +311,14 @@ def score_gain(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFig
     order = np.argsort(np.fmax(after, before), kind="stable")
     rank = np.empty(len(order))
     rank[order] = np.arange(len(order))
-    for code, chosen in by_status(status):
+    for code, chosen in columns.by_status(status):
         colour = style.STATUS_COLOUR[code]
         open_marker: dict[str, Any] = {"facecolors": "white", "edgecolors": colour, "linewidths": size}
-        drawn_as = {**style.marker_style(code, size), "s": 26 * size**2, "label": status_label(code, chosen)}
+        drawn_as = {
+            **style.marker_style(code, size),
+            "s": 26 * size**2,
+            "label": columns.status_label(code, chosen),
+        }
         ax.hlines(rank[chosen], before[chosen], after[chosen], colour, linewidth=1.2 * size, alpha=0.6)
         ax.scatter(before[chosen], rank[chosen], s=22 * size**2, zorder=3, **open_marker)
         ax.scatter(after[chosen], rank[chosen], zorder=4, **drawn_as)
@@ -400,7 +375,7 @@ def before_after(
         >>> len(figure.axes)
         4
     """
-    pair = compare(cube, aligned, bands, statistic, frame, report, stretch, zoom)
+    pair = frames.compare(cube, aligned, bands, statistic, frame, report, stretch, zoom)
     figure, axes = style.several_axes(ax, (9.6, 9.9), (2, 2))
     _draw_comparison(axes, pair)
     if ax is None:
@@ -443,7 +418,7 @@ def temporal_profile(
 
     Raises:
         TypeError: a cube is no DataArray; the row or column is no whole number.
-        ValueError: the cubes differ in shape; row or column outside; else as in :func:`before_after`.
+        ValueError: the cubes differ in shape; no frames; row or column outside; else as in :func:`before_after`.
 
     Example:
         >>> values = np.random.default_rng(0).random((5, 20, 30))
@@ -452,10 +427,12 @@ def temporal_profile(
         >>> before.images[0].get_array().shape  # 5 dates, 30 columns, colours
         (5, 30, 3)
     """
-    count, height, width = check_same(cube, aligned)
-    kept = kept_frames(status_of(report, count))
+    count, height, width = frames.check_same(cube, aligned, may_be_empty=False)
+    kept = columns.kept_frames(columns.status_of(report, count))
     if row is None and column is None:
-        row, column = _busiest(reduce_time(load_frames(aligned, "aligned", bands).values[kept], "median"))
+        row, column = _busiest(
+            frames.reduce_time(frames.load_frames(aligned, "aligned", bands).values[kept], "median")
+        )
     slices = [
         (role, check_whole(name, index, minimum=-size, maximum=size - 1) % size)
         for role, name, index, size in (("y", "row", row, height), ("x", "column", column, width))
@@ -468,7 +445,7 @@ def temporal_profile(
         )
     for pair, (role, number) in zip(axes, slices, strict=True):
         parts = [
-            load_frames(each.isel({dims[role]: [number], dims["time"]: kept}), name, bands)
+            frames.load_frames(each.isel({dims[role]: [number], dims["time"]: kept}), name, bands)
             for each, dims, name in (
                 (cube, find_dims(cube, "cube"), "cube"),
                 (aligned, find_dims(aligned, "aligned"), "aligned"),
@@ -503,8 +480,8 @@ def summary(
         zoom: as in :func:`before_after`.
         title: default: how many frames were aligned.
     """
-    report = check_pictured(report)
-    truth = check_truth(true_shift, report)
+    report = columns.check_pictured(report)
+    truth = columns.check_truth(true_shift, report)
     count = report["status"].size
     rows = max(1, -(-min(count, 2 * _STRIP) // _STRIP))
     figure = style.new_figure(18.0, 9.9 + 1.6 * rows)
@@ -512,7 +489,7 @@ def summary(
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(9.0, 0.3 + 1.6 * rows))[:, 0]
     axes = top.subplot_mosaic("ABST;abtt", width_ratios=(1.12, 1.12, 1.0, 1.0))
     pictures = np.array([[axes["A"], axes["B"]], [axes["a"], axes["b"]]])
-    pair = compare(cube, aligned, bands, statistic, None, report, stretch, zoom)
+    pair = frames.compare(cube, aligned, bands, statistic, None, report, stretch, zoom)
     _draw_comparison(pictures, pair)
     axes["A"].set_title(f"Before: {pair.words}".replace(" (", "\n(", 1), fontsize=11, color=style.INK)
     shift_scatter(report, true_shift=truth, ax=axes["S"])
@@ -577,16 +554,14 @@ def animate(
     check_number("frames_per_second", frames_per_second, minimum=0.0, maximum=50.0, inclusive=False)
     check_number("loop", loop, minimum=0, maximum=65535)
     check_number("panel", panel, minimum=16, maximum=4096)
-    count, *_ = check_same(cube, aligned)
-    if not count:
-        raise ValueError(message("cube", "at least one frame", "none", "give a cube with frames"))
-    status = status_of(report, count)
-    before, after = load_frames(cube, "cube", bands), load_frames(aligned, "aligned", bands)
-    pixels = [frames.values for frames in (before, after)]
+    count, *_ = frames.check_same(cube, aligned, may_be_empty=False)
+    status = columns.status_of(report, count)
+    before, after = frames.load_frames(cube, "cube", bands), frames.load_frames(aligned, "aligned", bands)
+    pixels = [each.values for each in (before, after)]
     if zoom is not None:
-        pixels = [crop(values, check_zoom(zoom, values.shape[1:3])) for values in pixels]
-    good = kept_frames(status)
-    low, high = limits(reduce_time(after.values[good], "median"), stretch)
+        pixels = [frames.crop(values, frames.check_zoom(zoom, values.shape[1:3])) for values in pixels]
+    good = columns.kept_frames(status)
+    low, high = frames.limits(frames.reduce_time(after.values[good], "median"), stretch)
     labels = before.labels
     if along != "time":
         axis, word = (1, "row") if along == "y" else (2, "column")
@@ -598,7 +573,10 @@ def animate(
     size = _panel_size(pixels[0].shape[1:3], panel, along)
     pictures = [
         animation.compose(
-            [to_rgb(values[number], low, high, clouds=True) for values in pixels], size, labels[number], code
+            [frames.to_rgb(values[number], low, high, clouds=True) for values in pixels],
+            size,
+            labels[number],
+            code,
         )
         for number, code in enumerate(status)
     ]
@@ -608,6 +586,8 @@ def animate(
 
 def _draw_comparison(axes: Array, pair: Comparison) -> None:
     """Into axes (1 or 2, 2): whole above, magnified below."""
+    from matplotlib.patches import Rectangle
+
     row, column, side = pair.zoom
     titles = ("Before", ": ".join(filter(None, ("After", ", ".join(pair.gains)))))
     for number, (rgb, name) in enumerate(zip(pair.pictures, titles, strict=True)):
@@ -618,8 +598,9 @@ def _draw_comparison(axes: Array, pair: Comparison) -> None:
         if len(axes) == 1:
             continue
         part = axes[1, number]
-        whole.add_patch(style.zoom_outline(column - 0.5, row - 0.5, side))
-        part.imshow(crop(rgb, pair.zoom), interpolation="nearest")
+        square = ((column - 0.5, row - 0.5), side, side)
+        whole.add_patch(Rectangle(*square, fill=False, edgecolor=style.ORANGE, linewidth=2.0))
+        part.imshow(frames.crop(rgb, pair.zoom), interpolation="nearest")
         part.set(xticks=[], yticks=[])
         for spine in part.spines.values():
             spine.set(edgecolor=style.ORANGE, linewidth=2.0)
@@ -629,7 +610,7 @@ def _draw_comparison(axes: Array, pair: Comparison) -> None:
 
 def _draw_profile(
     axes: Array,
-    parts: Sequence[FrameImages],
+    parts: Sequence[frames.FrameImages],
     role: str,
     number: int,
     stretch: tuple[float, float],
@@ -638,10 +619,10 @@ def _draw_profile(
     """Into two axes: the stripes of one row (role "y") or column ("x") along time, before and after."""
     # (T, 1, W, 3) or (T, H, 1, 3) → (T, N, 3)
     stripes = [part.values[:, 0] if role == "y" else part.values[:, :, 0] for part in parts]
-    low, high = limits(reduce_time(stripes[1][:, None], "median"), stretch)
+    low, high = frames.limits(frames.reduce_time(stripes[1][:, None], "median"), stretch)
     title = f"x–t slice of row {number}" if role == "y" else f"y–t slice of column {number}"
     for ax, values, name in zip(axes, stripes, ("before", "after"), strict=True):
-        rgb = to_rgb(_equalize(values) if equalize else values, low, high, clouds=True)
+        rgb = frames.to_rgb(_equalize(values) if equalize else values, low, high, clouds=True)
         rgb = rgb if role == "y" else rgb.swapaxes(0, 1)  # time down; or time to the right, y down
         ax.imshow(rgb, interpolation="nearest", aspect="auto")
         agreement = _agreement(values)
@@ -662,8 +643,8 @@ def _busiest(picture: Array) -> tuple[int, int]:
     """(H, W, 3) → the row with most edges along x, the column with most along y."""
     grey = np.nan_to_num(picture.mean(-1))
     # the root: many edges before one strong edge
-    rows, columns = (np.sqrt(np.abs(np.diff(grey, axis=axis))).sum(axis) for axis in (1, 0))
-    return int(rows.argmax()), int(columns.argmax())
+    by_row, by_column = (np.sqrt(np.abs(np.diff(grey, axis=axis))).sum(axis) for axis in (1, 0))
+    return int(by_row.argmax()), int(by_column.argmax())
 
 
 def _equalize(stripes: Array) -> Array:
@@ -707,7 +688,7 @@ def _groups(report: xr.Dataset, split: Any) -> list[tuple[str, Array]]:
     if split is None:
         return [("OK", np.ones(count, bool))]
     dim = report["status"].dims[0]
-    times = report[dim].values if dim in report.coords else np.arange(count)
+    times = report_labels(report)
     try:
         if times.dtype.kind == "M":
             moment: Any = np.datetime64(split)
@@ -728,12 +709,14 @@ def _draw_frames(
     stretch: tuple[float, float],
 ) -> None:
     """Thumbnails of frames from first to last, each in the colour of its status."""
-    frames = load_frames(cube, "cube", bands)
-    status = status_of(report, len(frames.values))
+    images = frames.load_frames(cube, "cube", bands)
+    status = columns.status_of(report, len(images.values))
     shown = min(len(status), 2 * _STRIP)
-    columns = min(max(shown, 1), _STRIP)
-    grid = figure.subplots(max(1, -(-shown // columns)), columns, squeeze=False)
-    low, high = limits(reduce_time(frames.values[kept_frames(status)], "median"), stretch)
+    across = min(max(shown, 1), _STRIP)
+    grid = figure.subplots(max(1, -(-shown // across)), across, squeeze=False)
+    low, high = frames.limits(
+        frames.reduce_time(images.values[columns.kept_frames(status)], "median"), stretch
+    )
     chosen = np.linspace(0, len(status) - 1, shown).round().astype(int)
     for place, ax in enumerate(grid.ravel()):
         ax.set(xticks=[], yticks=[])
@@ -742,10 +725,10 @@ def _draw_frames(
             continue
         number = chosen[place]
         code = Status(status[number])
-        ax.imshow(to_rgb(frames.values[number], low, high, clouds=True))
+        ax.imshow(frames.to_rgb(images.values[number], low, high, clouds=True))
         for spine in ax.spines.values():
             spine.set(edgecolor=style.STATUS_COLOUR[code], linewidth=1.2 if code == Status.OK else 4.0)
-        ax.set_title(frames.labels[number][:10], fontsize=8, color=style.INK, pad=3)
+        ax.set_title(images.labels[number][:10], fontsize=8, color=style.INK, pad=3)
         words = f"{report['sigma'].values[number]:.3f} px" if code == Status.OK else code.name
         colour, weight = (
             (style.INK, "normal") if code == Status.OK else (style.STATUS_TEXT_COLOUR[code], "bold")
@@ -772,7 +755,7 @@ def network(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure
         TypeError: the report is no Dataset.
         ValueError: it is of another reference.
     """
-    return _draw_series(draw_network, report, ax, (9.0, 4.0))
+    return _draw_series(series.draw_network, report, ax, (9.0, 4.0))
 
 
 def pair_residuals(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
@@ -781,9 +764,9 @@ def pair_residuals(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | Su
     Dark squares agree; a bright row is a frame that its pairs disagree about, a bright block two seasons that
     do. White pairs were not compared, or count nothing. Arguments, result and errors are those of :func:`network`.
     """
-    report = check_series(report)
+    report = series.check_series(report)
     figure, ax = style.one_axes(ax, (6.0, 5.2))
-    figure.colorbar(draw_pair_residuals(report, ax), ax=ax, shrink=0.8)
+    figure.colorbar(series.draw_pair_residuals(report, ax), ax=ax, shrink=0.8)
     return figure
 
 
@@ -795,10 +778,10 @@ def sun_shift(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigu
     Raises:
         ValueError: the report does not know where the sun stood, either.
     """
-    if not sun_known(check_series(report)):
+    if not series.sun_known(series.check_series(report)):
         cure = "align a cube with dates and a CRS, or pass sun="
         raise ValueError(message("report", "one that knows where the sun stood", "no sun_elevation", cure))
-    return _draw_series(draw_sun_shift, report, ax, (5.6, 4.4))
+    return _draw_series(series.draw_sun_shift, report, ax, (5.6, 4.4))
 
 
 def closure(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
@@ -808,8 +791,8 @@ def closure(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure
     """
 
     def draw(report: xr.Dataset, ax: Axes) -> None:
-        draw_closure(report, ax)
-        if time_of(report)[1] and report["status"].size:
+        series.draw_closure(report, ax)
+        if columns.time_of(report)[1] and report["status"].size:
             style.date_axis(ax)
 
     return _draw_series(draw, report, ax, (9.0, 3.0))
@@ -818,7 +801,7 @@ def closure(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure
 def _draw_series(
     draw: Callable[[xr.Dataset, Axes], Any], report: xr.Dataset, ax: Axes | None, size: tuple[float, float]
 ) -> Figure | SubFigure:
-    report = check_series(report)
+    report = series.check_series(report)
     figure, ax = style.one_axes(ax, size)
     draw(report, ax)
     style.finish_axes(ax)

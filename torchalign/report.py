@@ -7,8 +7,8 @@ from pathlib import Path
 import xarray as xr
 
 from torchalign._check import check_bool, check_path, require
+from torchalign.cube.displacements import write_footprints
 from torchalign.cube.files import check_free
-from torchalign.cube.footprints import write_footprints
 from torchalign.cube.solution import ReportSummary, as_report, check_report, summarize
 from torchalign.cube.tables import check_suffix, read_report, to_table, write_report
 from torchalign.types import Estimate

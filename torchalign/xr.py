@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,37 +18,14 @@ from torch import Tensor, nn
 
 from torchalign._check import check_bool, check_fill, check_option, message
 from torchalign.aligner import Aligner
-from torchalign.cube.chunks import Companion, compute_together, is_lazy
+from torchalign.cube import labels, series
+from torchalign.cube import run as loop
+from torchalign.cube.chunks import compute_together, is_lazy
 from torchalign.cube.georeference import FRAME_TRANSFORM, georeference_frames, metres_per_pixel
 from torchalign.cube.hints import give_hints
-from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, find_mask, own_mask
+from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, Labelled
 from torchalign.cube.pixels import Pixels
 from torchalign.cube.reference import Found, FrameReader, ReferenceSource, find_reference
-from torchalign.cube.run import (
-    AlignFrames,
-    WarpFrames,
-    check_batch,
-    find_aligner,
-    find_device,
-    mask_companion,
-    place_module,
-    progress_bar,
-    reference_companion,
-    run,
-)
-from torchalign.cube.series import (
-    ArchivePositions,
-    PairEvidence,
-    chain_frames,
-    decode_on_host,
-    find_sun,
-    pair_attrs,
-    see_frames,
-    series_fields,
-    sun_tensor,
-    warp_variable,
-    without_season,
-)
 from torchalign.cube.solution import (
     build_report,
     check_report,
@@ -82,7 +59,6 @@ def __dir__() -> list[str]:
 
 
 ApplyMode = Literal["resample", "shift-coords"]
-Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
 
 
 def align(
@@ -231,9 +207,9 @@ def align(
     dims = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
     check_bool("verify", verify)
     check_bool("graph", graph)
-    batch = check_batch(batch_size)
+    batch = loop.check_batch(batch_size)
     running = _Running(device, batch, progress, graph)
-    module = find_aligner(aligner)
+    module = loop.find_aligner(aligner)
     options = _Request(module, aligner == "auto", mask, reference_mask, sun, running, init, verify)
     variables, join = take_apart(datacube, bands, classes, dims)
     if variables is None:
@@ -277,33 +253,35 @@ def _align_cube(cube: Cube, reference: Any, options: _Request) -> tuple[xr.DataA
         name, got = ("aligner", "Groupwise") if isinstance(module, Groupwise) else ("sun", "a value")
         cure = 'pass reference="groupwise"'
         raise ValueError(message(name, "what a reference needs", f"{got} with a reference", cure))
-    where = find_device(device, module)
+    where = loop.find_device(device, module)
     pixels = Pixels.of(cube, getattr(module, "fill_value", None), "aligner.fill_value")
     if not lazy:  # else each chunk chooses for itself, on the machine that computes it
-        device, module = where, place_module(module, where)
+        device, module = where, loop.place_module(module, where)
     metres = metres_per_pixel(cube)
     nodes = module.field_nodes(cube.size) if isinstance(module, Aligner) else None
-    operation = AlignFrames(pixels, device, batch, module, verify, metres, nodes=nodes, graph=running.graph)
-    usable = _all_of(find_mask(options.mask, "mask", cube), own_mask(cube))
+    operation = loop.AlignFrames(
+        pixels, device, batch, module, verify, metres, nodes=nodes, graph=running.graph
+    )
+    usable = labels.find_usable(options.mask, "mask", cube)
     others = (
-        mask_companion(usable),
-        mask_companion(find_mask(options.other_mask, "reference_mask", cube)),
+        loop.mask_companion(usable),
+        loop.mask_companion(labels.find_mask(options.other_mask, "reference_mask", cube)),
         find_warps(_read_solution(options.init), "init", cube),
     )
 
     def estimate(source: ReferenceSource) -> Found:
         only = replace(operation, makes_pixels=False)
-        _, fields = run(only, cube, (reference_companion(source, cube), *others))
+        _, fields = loop.run(only, cube, (loop.reference_companion(source, cube), *others))
         known = compute_together(fields) if lazy else fields  # now, and without the pixels
         told = {name: torch.from_numpy(np.array(values)) for name, values in known.items()}
         field = unpack_field(told["field"], told["field_lattice"]) if "field" in told else None
         return Found(told["warp"], told["status"] == 0, field)
 
-    with torch.no_grad(), progress_bar(running.progress, cube, "align") as advance:
+    with torch.no_grad(), loop.progress_bar(running.progress, cube, "align") as advance:
         reader = FrameReader(cube, pixels, usable, where)
-        source = find_reference(reference, reader, estimate, PairEvidence(reader).prefers)
+        source = find_reference(reference, reader, estimate, series.PairEvidence(reader).prefers)
         hints = give_hints(cube, pixels, usable)
-        values, fields = run(operation, cube, (reference_companion(source, cube), *others), advance)
+        values, fields = loop.run(operation, cube, (loop.reference_companion(source, cube), *others), advance)
     attrs = {"aligner": repr(module), "reference": source.name}
     attrs |= {"notes": " ".join(hints)} if hints else {}
     report = build_report(fields, cube, attrs)
@@ -369,10 +347,6 @@ def _put_together(dataset: xr.Dataset, moved: Mapping[Hashable, xr.DataArray]) -
     return result
 
 
-def _all_of(first: xr.Variable | None, second: xr.Variable | None) -> xr.Variable | None:
-    return first if second is None else second if first is None else first & second
-
-
 def _labelled(
     values: Any, cube: Cube, solution: Any, device: torch.device | str | None, grid: Any = None
 ) -> xr.DataArray:
@@ -382,19 +356,19 @@ def _labelled(
     its own, as "shift-coords" makes, is no longer that of resampled pixels.
     """
     aligned = cube.array.copy(data=values).drop_vars(FRAME_TRANSFORM, errors="ignore")
-    if own_mask(cube) is None:
+    codes = labels.own_codes(cube)
+    if codes is None:
         return aligned
     own = cube.array.coords[USABLE]
-    codes = own.variable.set_dims({cube.dims[role]: cube.sizes[role] for role in MASK})
     array = xr.DataArray(codes.astype(np.uint8) if codes.dtype == np.bool_ else codes)
     if is_lazy(cube.array):
-        time = cube.dims["time"]
-        array = array.chunk({time: cube.array.chunksizes[time]})
-    seen = Cube(array, {role: cube.dims[role] for role in MASK})
-    nearest = WarpFrames(Pixels.of(seen), device, None, "nearest", "zeros", 0.0)
+        array = array.chunk(time=cube.array.chunksizes[cube.dims["time"]])
+    seen = Cube(array, {role: role for role in MASK})
+    nearest = loop.WarpFrames(Pixels.of(seen), device, None, "nearest", "zeros", 0.0)
     moving = find_warps(solution, "report", cube, grid), None, *find_field(solution, "report", cube, grid)
-    moved, _ = run(nearest, seen, moving)
-    coordinate = xr.Variable(array.dims, moved.astype(codes.dtype), own.attrs, own.encoding)
+    moved, _ = loop.run(nearest, seen, moving)
+    dims = [cube.dims[str(role)] for role in array.dims]
+    coordinate = xr.Variable(dims, moved.astype(codes.dtype), own.attrs, own.encoding)
     return aligned.assign_coords({USABLE: coordinate})
 
 
@@ -414,61 +388,60 @@ def _series_module(module: nn.Module, is_auto: bool) -> Groupwise:
     return Groupwise(module)  # type: ignore[arg-type]  # it complains of what is no aligner
 
 
+def _prepare(cube: Cube, options: _Request) -> tuple[Any, Any, FrameReader]:
+    """The module where it computes, what of it compares two frames, and what reads the frames there."""
+    where = loop.find_device(options.running.device, options.module)
+    module = loop.place_module(options.module, where)
+    aligner = module.aligner if isinstance(module, Groupwise) else module
+    pixels = Pixels.of(cube, getattr(aligner, "fill_value", None), "aligner.fill_value")
+    return module, aligner, FrameReader(cube, pixels, labels.find_usable(options.mask, "mask", cube), where)
+
+
 def _align_series(cube: Cube, word: str, options: _Request) -> tuple[xr.DataArray, xr.Dataset]:
     """Frames are read twice: to be placed, now; and to be resampled, when they are wanted."""
-    running = options.running
     if any(isinstance(part, Local) for part in options.module.modules()):
         cure = "leave Local out, or name a reference"
         raise ValueError(message("aligner", f"no local shifts with reference={word!r}", "Local", cure))
-    aligner = options.module.aligner if isinstance(options.module, Groupwise) else options.module
-    fill = getattr(aligner, "fill_value", None)
-    pixels = Pixels.of(cube, fill, "aligner.fill_value")
-    where = find_device(running.device, options.module)
-    module = place_module(options.module, where)
-    usable = _all_of(find_mask(options.mask, "mask", cube), own_mask(cube))
-    hints, metres = give_hints(cube, pixels, usable), metres_per_pixel(cube)
-    reader = FrameReader(cube, pixels, usable, where)
+    module, aligner, reader = _prepare(cube, options)
+    hints, metres = give_hints(cube, reader.pixels, reader.usable), metres_per_pixel(cube)
     attrs: dict[str, Any] = {"aligner": repr(module)} | ({"notes": " ".join(hints)} if hints else {})
-    device = running.device if is_lazy(cube.array) else where
-    with torch.no_grad(), progress_bar(running.progress, cube, "align") as advance:
+    with torch.no_grad(), loop.progress_bar(options.running.progress, cube, "align") as advance:
         if isinstance(module, Groupwise):
-            angles = find_sun(options.sun, cube) if module.season != "none" else None
-            solution = module.place(see_frames(module, reader), sun_tensor(angles, where))
-            estimate, fields = solution.estimate, series_fields(solution, cube.size, metres, angles)
+            angles = series.find_sun(options.sun, cube) if module.season != "none" else None
+            solution = module.place(
+                series.see_frames(module, reader), series.sun_tensor(angles, reader.device)
+            )
+            estimate, fields = solution.estimate, series.series_fields(solution, cube.size, metres, angles)
             attrs["reference"] = "groupwise (the median of all positions is 0)"
-            attrs |= {"season": module.season, **pair_attrs(solution)}
+            attrs |= {"season": module.season, **series.pair_attrs(solution)}
         else:
-            estimate = chain_frames(module, reader)
+            estimate = series.chain_frames(module, reader)
             fields = report_fields(estimate, None, cube.size, metres)
             attrs["reference"] = "previous (each frame on the last one that was accepted)"
-        values = _move_frames(
-            cube, aligner, pixels, estimate, usable, replace(running, device=device), advance
-        )
+        values = _move_frames(reader, aligner, estimate, options.running, advance)
     report = build_report(fields, cube, attrs)
-    return _labelled(values, cube, report, running.device), report
+    return _labelled(values, cube, report, options.running.device), report
 
 
 def _move_frames(
-    cube: Cube,
+    reader: FrameReader,
     aligner: Any,
-    pixels: Pixels,
     estimate: Estimate,
-    usable: xr.Variable | None,
     running: _Running,
     advance: Callable[[int], object],
 ) -> Any:
     """Pixels in the order of the cube's own dims, resampled as the aligner would."""
-    operation = WarpFrames(
-        pixels,
-        running.device,
+    cube = reader.cube
+    operation = loop.WarpFrames(
+        reader.pixels,
+        running.device if is_lazy(cube.array) else reader.device,
         running.batch_size,
         getattr(aligner, "interpolation", "bilinear"),
         getattr(aligner, "padding_mode", "border"),
         getattr(aligner, "fill_value", None),
     )
-    warps = Companion(warp_variable(estimate.warp), ("time", "row", "col"), decode_on_host)
-    values, _ = run(operation, cube, (warps, mask_companion(usable)), advance)
-    return values
+    warps = find_warps(estimate, "estimate", cube)
+    return loop.run(operation, cube, (warps, loop.mask_companion(reader.usable)), advance)[0]
 
 
 def extend(  # noqa: D417  # options that are those of align stand in one line
@@ -530,8 +503,8 @@ def extend(  # noqa: D417  # options that are those of align stand in one line
     if type(archive) is not type(datacube):
         expected, got = f"a {type(datacube).__name__}, as the new frames are", type(archive).__name__
         raise TypeError(message("archive", expected, got, "pass the cube that the report was made on"))
-    module = _series_module(find_aligner(aligner), aligner == "auto")
-    running = _Running(device, check_batch(batch_size), progress)
+    module = _series_module(loop.find_aligner(aligner), aligner == "auto")
+    running = _Running(device, loop.check_batch(batch_size), progress)
     options = _Request(module, False, mask, archive_mask, sun, running)
     variables, join = take_apart(datacube, bands, classes, dims)
     if variables is None:
@@ -561,28 +534,21 @@ def _extend_cube(
     if report["warp"].shape[1] != 2 or not bool((report["warp"][..., :2] == np.eye(2)).all()):
         cure = "align the archive with a motion that is a translation"
         raise ValueError(message("report", "shifts only", "warps that do more", cure))
-    running = options.running
-    where = find_device(running.device, options.module)
-    module: Any = place_module(options.module, where)
-    pixels = Pixels.of(cube, module.aligner.fill_value, "aligner.fill_value")
-    usable = _all_of(find_mask(options.mask, "mask", cube), own_mask(cube))
-    old_usable = _all_of(find_mask(options.other_mask, "archive_mask", old), own_mask(old))
-    readers = FrameReader(cube, pixels, usable, where), FrameReader(old, Pixels.of(old), old_usable, where)
-    with torch.no_grad(), progress_bar(running.progress, cube, "extend") as advance:
-        there = sun_tensor(find_sun(None, old), where)
-        angles = find_sun(options.sun, cube)
-        here = sun_tensor(angles, where)
-        positions = ArchivePositions.of(report, there, where)
-        new_frames, old_frames = (see_frames(module, reader) for reader in readers)
+    module, aligner, reader = _prepare(cube, options)
+    old_usable = labels.find_usable(options.other_mask, "archive_mask", old)
+    readers = reader, FrameReader(old, Pixels.of(old), old_usable, reader.device)
+    with torch.no_grad(), loop.progress_bar(options.running.progress, cube, "extend") as advance:
+        there = series.sun_tensor(series.find_sun(None, old), reader.device)
+        angles = series.find_sun(options.sun, cube)
+        here = series.sun_tensor(angles, reader.device)
+        positions = series.ArchivePositions.of(report, there, reader.device)
+        new_frames, old_frames = (series.see_frames(module, each) for each in readers)
         solution = module.extend(new_frames, old_frames, positions.shift, positions.sigma, positions.accepted)
-        solution = without_season(solution, positions.season_shift(here, cube.sizes["time"]))
-        fields = series_fields(solution, cube.size, metres_per_pixel(cube), angles)
-        device = running.device if is_lazy(cube.array) else where
-        values = _move_frames(
-            cube, module.aligner, pixels, solution.estimate, usable, replace(running, device=device), advance
-        )
+        solution = series.without_season(solution, positions.season_shift(here, cube.sizes["time"]))
+        fields = series.series_fields(solution, cube.size, metres_per_pixel(cube), angles)
+        values = _move_frames(reader, aligner, solution.estimate, options.running, advance)
     rows = build_report(fields, cube, {})
-    return _labelled(values, cube, rows, running.device), rows
+    return _labelled(values, cube, rows, options.running.device), rows
 
 
 def _longer_report(report: xr.Dataset, rows: xr.Dataset) -> xr.Dataset:
@@ -671,7 +637,7 @@ def apply(  # noqa: D417  # options that are those of align stand in one line
     check_option("padding_mode", padding_mode, PaddingMode)
     check_fill("fill_value", fill_value)
     dims: dict[str, Hashable | None] = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
-    running = _Running(device, check_batch(batch_size), progress)
+    running = _Running(device, loop.check_batch(batch_size), progress)
     how = _Application(mode, interpolation, padding_mode, fill_value, mask, running)
     copied = mode != "resample" or interpolation == "nearest"
     if isinstance(datacube, xr.DataArray) and copied:
@@ -741,13 +707,12 @@ def _apply_to_cube(
         warp = warps.read(torch.device("cpu"), slice(None))
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})
     pixels = Pixels.of(cube, how.fill_value, "fill_value")
-    operation = WarpFrames(
+    operation = loop.WarpFrames(
         pixels, how.running.device, how.running.batch_size, interpolation, how.padding_mode, how.fill_value
     )
-    usable = None if interpolation == "nearest" else own_mask(cube)
-    usable = _all_of(find_mask(how.mask, "mask", cube), usable)
-    with torch.no_grad(), progress_bar(how.running.progress, cube, "apply") as advance:
-        values, _ = run(operation, cube, (warps, mask_companion(usable), *fields), advance)
+    usable = (labels.find_mask if interpolation == "nearest" else labels.find_usable)(how.mask, "mask", cube)
+    with torch.no_grad(), loop.progress_bar(how.running.progress, cube, "apply") as advance:
+        values, _ = loop.run(operation, cube, (warps, loop.mask_companion(usable), *fields), advance)
     moved = _labelled(values, cube, estimate, how.running.device, grid)
     return moved if codes is datacube else moved.copy(data=moved.data.astype(datacube.dtype))
 

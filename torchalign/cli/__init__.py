@@ -10,8 +10,6 @@ import io
 import sys
 from collections.abc import Sequence
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the entry point of the script ``torchalign``.

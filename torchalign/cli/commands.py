@@ -3,6 +3,7 @@
 
 import ast
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -18,26 +19,7 @@ import xarray as xr
 import torchalign
 from torchalign._check import message
 from torchalign.cascade import Cascade
-from torchalign.cli.outputs import (
-    CUBES,
-    PAGES,
-    check_apart,
-    check_cube_output,
-    check_report_output,
-    print_written,
-    write_page,
-    write_result,
-)
-from torchalign.cli.sources import (
-    Source,
-    choose_bands,
-    is_raster,
-    open_mask,
-    open_reference,
-    open_source,
-    raster_source,
-    translated,
-)
+from torchalign.cli import outputs, sources
 from torchalign.cube.georeference import crs_name, find_georeference
 from torchalign.cube.headers import describe_files
 from torchalign.cube.labels import Cube, band_labels, find_dims, label_text, time_labels
@@ -49,8 +31,6 @@ from torchalign.cube.variables import Variables, take_apart
 from torchalign.functional.channels import ChannelName
 from torchalign.local import Local
 from torchalign.models.weights import load_weights, weights_table
-
-__all__ = ["app"]
 
 Option, Argument = typer.Option, typer.Argument
 
@@ -73,32 +53,57 @@ app = typer.Typer(
 
 
 def command(name: str, options: type, epilog: str | None = None) -> Callable[[Any], Any]:
-    """Register a function of one dataclass as a command whose options are the fields of that dataclass."""
+    """Register a function of one dataclass as a command whose options are the fields of that dataclass.
+
+    What an option does stands in the docstring of its class, as ``name: text``. Beside a field's type may stand names
+    of the option other than its own, and a dict of what else typer is to know of it.
+    """
 
     def register(function: Callable[[Any], int]) -> Callable[[Any], int]:
-        own = inspect.get_annotations(options)
+        own, told = inspect.get_annotations(options), _help_of(options)
         # those of the command itself before those that it shares
         ordered = sorted(fields(options), key=lambda field: field.name not in own)
-        parameters = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if field.default is MISSING else field.default,
-                annotation=field.type,
+        parameters = []
+        for field in ordered:
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            kind, *more = get_args(field.type) if hasattr(field.type, "__metadata__") else (field.type,)
+            names = [word for word in more if isinstance(word, str)]
+            if field.default is False and not names:  # there is nothing to switch off
+                names = [f"--{field.name.replace('_', '-')}"]
+            how: dict[str, Any] = {
+                "help": told.get(field.name),
+                "show_default": field.default not in (MISSING, None),
+            }
+            for extra in (word for word in more if isinstance(word, dict)):
+                how |= extra
+            make: Any = Argument if field.name == "source" else Option
+            annotation = Annotated[kind, make(*names, **how)]  # type: ignore[valid-type]  # made here
+            parameters.append(
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+                )
             )
-            for field in ordered
-        ]
 
         def run(**typed: Any) -> int:
             return function(options(**typed))
 
         run.__doc__ = function.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {field.name: field.type for field in ordered}
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
         app.command(name, epilog=epilog)(run)
         return function
 
     return register
+
+
+def _help_of(options: type) -> dict[str, str]:
+    """Field → what the docstring of its class says of it; of a field that is told twice, the heir's."""
+    told = {}
+    for kind in reversed(options.__mro__):
+        for part in re.split(r"\n(?=\w+: )", inspect.cleandoc(kind.__doc__ or ""))[1:]:
+            name, _, text = part.partition(": ")
+            told[name] = " ".join(text.split())
+    return told
 
 
 def _print_version(wanted: bool) -> None:
@@ -118,106 +123,62 @@ def _before_any_command(
 
 # --- options that several commands share ---
 
-Device = Annotated[
-    str | None, Option(help="Where to compute: cpu, cuda, cuda:1. Default: CUDA if there is any.")
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """What is read."""
+    """What is read.
 
-    source: Annotated[
-        list[Path],
-        Argument(
-            metavar="SRC",
-            help="A folder of GeoTIFFs, one a date; or GeoTIFFs; or a table of them, NAME.csv with the columns "
-            "path, time and band; or a netCDF file; or a Zarr store.",
-            show_default=False,
-        ),
-    ]
-    variable: Annotated[
-        str | None,
-        Option(
-            help="Variable of a netCDF file or Zarr store; several, as red,nir,SCL, go together, '*' is all. "
-            "Default: the only one with time, y, x (and band)."
-        ),
-    ] = None
-    bands: Annotated[
-        list[str] | None,
-        Option(
-            metavar="NAMES | NAME=PATTERN",
-            help="Only these bands, as B04,B03,B02: names, or else numbers; in GeoTIFFs from 1, else from 0. Or, "
-            "where there is a file a band and date, once for each band, as red='*_B4.TIF'.",
-        ),
-    ] = None
-    pattern: Annotated[str, Option(help="Names of the GeoTIFFs in a folder.")] = "*.tif*"
-    skip_bad: Annotated[
-        bool,
-        Option(
-            "--skip-bad",
-            help="Leave out GeoTIFFs that are unreadable, undated, of another grid, or (in memory) empty.",
-        ),
-    ] = False
-    recursive: Annotated[bool, Option("--recursive", help="Look for GeoTIFFs in subfolders, too.")] = False
-    grid: Annotated[
-        str | None,
-        Option(
-            help="Bring GeoTIFFs of other extents, pixel sizes or CRS onto one grid: first, union, intersection, "
-            "or that of a file."
-        ),
-    ] = None
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace files that exist.")] = False
+    source: A folder of GeoTIFFs, one a date; or GeoTIFFs; or a table of them, NAME.csv with the columns path, time
+        and band; or a netCDF file; or a Zarr store.
+    variable: Variable of a netCDF file or Zarr store; several, as red,nir,SCL, go together, '*' is all. Default: the
+        only one with time, y, x (and band).
+    bands: Only these bands, as B04,B03,B02: names, or else numbers; in GeoTIFFs from 1, else from 0. Or, where there
+        is a file a band and date, once for each band, as red='*_B4.TIF'.
+    pattern: Names of the GeoTIFFs in a folder.
+    skip_bad: Leave out GeoTIFFs that are unreadable, undated, of another grid, or (in memory) empty.
+    recursive: Look for GeoTIFFs in subfolders, too.
+    grid: Bring GeoTIFFs of other extents, pixel sizes or CRS onto one grid: first, union, intersection, or that of a
+        file.
+    overwrite: Replace files that exist.
+    """
 
-    def opened(self, **more: Any) -> AbstractContextManager[Source]:
+    source: Annotated[list[Path], {"metavar": "SRC"}]
+    variable: str | None = None
+    bands: Annotated[list[str] | None, {"metavar": "NAMES | NAME=PATTERN"}] = None
+    pattern: str = "*.tif*"
+    skip_bad: bool = False
+    recursive: bool = False
+    grid: str | None = None
+    overwrite: bool = False
+
+    def opened(self, **more: Any) -> AbstractContextManager[sources.Source]:
         """The source, opened as the options say."""
         names = ("variable", "bands", "pattern", "skip_bad", "lazy", "recursive", "grid")
         given = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        return open_source(self.source, **(given | more))
+        return sources.open_source(self.source, **(given | more))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CubeOptions(SourceOptions):
-    """What is read, how it is computed, and where the result goes."""
+    """What is read, how it is computed, and where the result goes.
 
-    out: Annotated[
-        Path,
-        Option(
-            "--out",
-            "-o",
-            help="Where the result goes: a folder for GeoTIFFs, NAME.zarr or NAME.nc.",
-            show_default=False,
-        ),
-    ]
-    classes: Annotated[
-        str | None,
-        Option(
-            help="Bands or variables, as SCL,QA, that are copied from the nearest pixel and not seen by the "
-            "estimate. Those of the usual names are, without being named."
-        ),
-    ] = None
-    template: Annotated[
-        str | None,
-        Option(
-            help="Names of GeoTIFFs written, as {file}_aligned.tif or {time:%Y%m%d}.tif. Default: as read."
-        ),
-    ] = None
-    device: Device = None
-    batch_size: Annotated[int | None, Option(help="Frames on the device at a time. Default: what fits.")] = (
-        None
-    )
-    lazy: Annotated[
-        bool | None,
-        Option(
-            "--lazy/--in-memory",
-            help="Stream through dask, chunk by chunk, or take all into memory. Default: lazy above 128 MiB.",
-            show_default=False,
-        ),
-    ] = None
-    progress: Annotated[
-        bool | None,
-        Option("--progress/--no-progress", help="A bar. Default: on a terminal.", show_default=False),
-    ] = None
+    out: Where the result goes: a folder for GeoTIFFs, NAME.zarr or NAME.nc.
+    classes: Bands or variables, as SCL,QA, that are copied from the nearest pixel and not seen by the estimate. Those
+        of the usual names are, without being named.
+    template: Names of GeoTIFFs written, as {file}_aligned.tif or {time:%Y%m%d}.tif. Default: as read.
+    device: Where to compute: cpu, cuda, cuda:1. Default: CUDA if there is any.
+    batch_size: Frames on the device at a time. Default: what fits.
+    lazy: Stream through dask, chunk by chunk, or take all into memory. Default: lazy above 128 MiB.
+    progress: A bar. Default: on a terminal.
+    """
+
+    out: Annotated[Path, "--out", "-o"]
+    classes: str | None = None
+    template: str | None = None
+    device: str | None = None
+    batch_size: int | None = None
+    lazy: Annotated[bool | None, "--lazy/--in-memory"] = None
+    progress: Annotated[bool | None, "--progress/--no-progress"] = None
 
     def computing(self) -> dict[str, Any]:
         """Options that ``torchalign.align`` and ``torchalign.apply`` share."""
@@ -229,12 +190,12 @@ class CubeOptions(SourceOptions):
         """Of ``--classes``."""
         return None if self.classes is None else [word.strip() for word in self.classes.split(",")]
 
-    def write(self, cube: Any, source: Source, report: xr.Dataset | None = None) -> Any:
+    def write(self, cube: Any, source: sources.Source, report: xr.Dataset | None = None) -> Any:
         """Write the result; returns its report, computed."""
         options: dict[str, Any] = {
             name: getattr(self, name) for name in ("template", "overwrite", "progress")
         }
-        return write_result(cube, self.out, source, report, **options)
+        return outputs.write_result(cube, self.out, source, report, **options)
 
 
 # --- align ---
@@ -242,70 +203,39 @@ class CubeOptions(SourceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AlignOptions(CubeOptions):
-    """Options of ``torchalign align``."""
+    """Options of ``torchalign align``.
 
-    reference: Annotated[
-        str,
-        Option(
-            help="median, mean, first, clearest, iterative (the median of the aligned frames), groupwise "
-            "(none: all frames by their pairs), previous (a chain), the label "
-            "of one frame, as 2020-05-01, or a file with the picture."
-        ),
-    ] = "median"
-    aligner: Annotated[str, Option(help=f"The method: {', '.join(ALIGNERS)}.")] = "auto"
-    local: Annotated[
-        bool,
-        Option("--local", help="Local shifts on top, of terrain or jitter; kept only where they are sure."),
-    ] = False
-    max_translation: Annotated[
-        float | None, Option(help="Largest shift in pixels; frames beyond are flagged. [default: 5]")
-    ] = None
-    channel: Annotated[
-        str | None,
-        Option(
-            help="What the estimate sees: mean, luminance, gradients, ..., or one band, as B04 or -1. "
-            "What is found is applied to all bands."
-        ),
-    ] = None
-    crop_center: Annotated[int | None, Option(help="Estimate on so many pixels in the frame's middle.")] = (
-        None
-    )
-    option: Annotated[
-        list[str] | None,
-        Option(
-            "--option", metavar="NAME=VALUE", help="Any other option of the method, as interpolation=bicubic."
-        ),
-    ] = None
-    init: Annotated[
-        Path | None, Option(help="An earlier report to start from, of any bands and pixel size.")
-    ] = None
-    verify: Annotated[bool, Option(help="Measure what is left after alignment, for the report.")] = True
-    large: Annotated[
-        bool,
-        Option(
-            "--large",
-            help="GeoTIFFs larger than memory: estimated from tiles, resampled and written by rows. The reference "
-            "is first, median, mean or a label; no local shifts, no --init.",
-        ),
-    ] = False
-    mask: Annotated[
-        str | None,
-        Option(
-            help="Usable pixels (1 = usable): a variable of SRC, a file, or a folder of GeoTIFFs of the "
-            "same dates."
-        ),
-    ] = None
-    invert_mask: Annotated[
-        bool, Option("--invert-mask", help="The mask has 1 = unusable, as cloud masks do.")
-    ] = False
-    report: Annotated[
-        list[Path] | None,
-        Option(
-            metavar="PATH",
-            help="Where the report goes, one row a frame: NAME.csv, .json or .nc, which apply reads, or "
-            ".html or .geojson, to look at. May be given more than once.",
-        ),
-    ] = None
+    reference: median, mean, first, clearest, iterative (the median of the aligned frames), groupwise (none: all frames
+        by their pairs), previous (a chain), the label of one frame, as 2020-05-01, or a file with the picture.
+    local: Local shifts on top, of terrain or jitter; kept only where they are sure.
+    max_translation: Largest shift in pixels; frames beyond are flagged. [default: 5]
+    channel: What the estimate sees: mean, luminance, gradients, ..., or one band, as B04 or -1. What is found is
+        applied to all bands.
+    crop_center: Estimate on so many pixels in the frame's middle.
+    option: Any other option of the method, as interpolation=bicubic.
+    init: An earlier report to start from, of any bands and pixel size.
+    verify: Measure what is left after alignment, for the report.
+    large: GeoTIFFs larger than memory: estimated from tiles, resampled and written by rows. The reference is first,
+        median, mean or a label; no local shifts, no --init.
+    mask: Usable pixels (1 = usable): a variable of SRC, a file, or a folder of GeoTIFFs of the same dates.
+    invert_mask: The mask has 1 = unusable, as cloud masks do.
+    report: Where the report goes, one row a frame: NAME.csv, .json or .nc, which apply reads, or .html or .geojson, to
+        look at. May be given more than once.
+    """
+
+    reference: str = "median"
+    aligner: Annotated[str, {"help": f"The method: {', '.join(ALIGNERS)}."}] = "auto"
+    local: bool = False
+    max_translation: float | None = None
+    channel: str | None = None
+    crop_center: int | None = None
+    option: Annotated[list[str] | None, {"metavar": "NAME=VALUE"}] = None
+    init: Path | None = None
+    verify: bool = True
+    large: bool = False
+    mask: str | None = None
+    invert_mask: bool = False
+    report: Annotated[list[Path] | None, {"metavar": "PATH"}] = None
 
 
 _ALIGN_EXAMPLES = """\b
@@ -340,10 +270,10 @@ def align_files(given: AlignOptions) -> int:
     named = [given.mask, None if given.reference in get_args(ReferenceName) else given.reference]
     beside = [path for path in map(Path, filter(None, named)) if path.exists()]
     beside += [] if given.init is None else [given.init]
-    check_apart([*given.source, *beside], [given.out, *reports])
-    check_cube_output(given.out, given.template, given.overwrite)
+    outputs.check_apart([*given.source, *beside], [given.out, *reports])
+    outputs.check_cube_output(given.out, given.template, given.overwrite)
     for path in reports:
-        check_report_output(path, given.overwrite)
+        outputs.check_report_output(path, given.overwrite)
     if given.invert_mask and given.mask is None:
         raise ValueError(message("--invert-mask", "a mask to invert", "none", "add --mask"))
     # of frames that do not fit into memory the lazy cube tells the dates and bands, and no pixels are read of it
@@ -352,8 +282,8 @@ def align_files(given: AlignOptions) -> int:
         module = _choose_aligner(given, cube)
         usable = None
         if given.mask is not None:
-            usable = open_mask(given.mask, opened, invert=given.invert_mask, pattern=given.pattern)
-        reference = open_reference(given.reference, given.pattern)
+            usable = sources.open_mask(given.mask, opened, invert=given.invert_mask, pattern=given.pattern)
+        reference = sources.open_reference(given.reference, given.pattern)
         if given.large:
             report = _align_large(given, module, reference, usable)
             for path in reports:
@@ -364,9 +294,9 @@ def align_files(given: AlignOptions) -> int:
         )
         report = given.write(aligned, opened, report)
         for path in reports:
-            if path.suffix.lower() in PAGES:
+            if path.suffix.lower() in outputs.PAGES:
                 how: dict[str, Any] = {"classes": given.class_names, "overwrite": given.overwrite}
-                write_page(report, path, (cube, aligned), given.out, **how)
+                outputs.write_page(report, path, (cube, aligned), given.out, **how)
             else:
                 torchalign.save_report(report, path, overwrite=given.overwrite)
     return _sum_up(given, report, reports)
@@ -375,7 +305,7 @@ def align_files(given: AlignOptions) -> int:
 def _sum_up(given: AlignOptions, report: xr.Dataset, reports: Sequence[Path]) -> int:
     summary = torchalign.summarize(report)
     print(summary)
-    print_written(given.out, *reports)
+    outputs.print_written(given.out, *reports)
     if summary.frames and not summary.counts.get("OK"):
         print("torchalign: not one frame was aligned; see the report for the reasons", file=sys.stderr)
         return 1
@@ -383,16 +313,19 @@ def _sum_up(given: AlignOptions, report: xr.Dataset, reports: Sequence[Path]) ->
 
 
 def _align_large(given: AlignOptions, module: Any, reference: Any, usable: Any) -> xr.Dataset:
-    if given.out.suffix.lower() in CUBES or not all(map(is_raster, given.source)):
+    if given.out.suffix.lower() in outputs.CUBES or not all(map(sources.is_raster, given.source)):
         got, cure = f"{given.source[0]} to {given.out}", "leave --large out, or name GeoTIFFs and a folder"
         raise ValueError(message("--large", "GeoTIFFs, and a folder for --out", got, cure))
     if given.init is not None:
         raise ValueError(message("--init", "no report with --large", given.init, "leave one of them out"))
-    with translated():
+    with sources.translated():
         names = ("pattern", "recursive", "grid", "template", "overwrite", "device", "progress")
         options: dict[str, Any] = {name: getattr(given, name) for name in names}
-        options |= {"bands": choose_bands(given.bands), "errors": "skip" if given.skip_bad else "raise"}
-        source = raster_source(given.source)
+        options |= {
+            "bands": sources.choose_bands(given.bands),
+            "errors": "skip" if given.skip_bad else "raise",
+        }
+        source = sources.raster_source(given.source)
         _, report = torchalign.io.align_scenes(source, given.out, reference, module, mask=usable, **options)
     return report
 
@@ -463,22 +396,16 @@ def _choose_channel(wanted: str, cube: Any, classes: Any) -> int | str:
 
 @dataclass(frozen=True, kw_only=True)
 class ApplyOptions(CubeOptions):
-    """Options of ``torchalign apply``."""
+    """Options of ``torchalign apply``.
 
-    report: Annotated[
-        Path, Option(help="The report that align wrote: NAME.csv, .json or .nc.", show_default=False)
-    ]
-    mode: Annotated[
-        str,
-        Option(
-            help="resample, or shift-coords: pixels are not touched, each GeoTIFF gets a georeference of "
-            "its own."
-        ),
-    ] = "resample"
-    interpolation: Annotated[
-        str | None,
-        Option(help="bilinear, bicubic or nearest. Default: nearest for masks and classes, else bilinear."),
-    ] = None
+    report: The report that align wrote: NAME.csv, .json or .nc.
+    mode: resample, or shift-coords: pixels are not touched, each GeoTIFF gets a georeference of its own.
+    interpolation: bilinear, bicubic or nearest. Default: nearest for masks and classes, else bilinear.
+    """
+
+    report: Path
+    mode: str = "resample"
+    interpolation: str | None = None
 
 
 _APPLY_EXAMPLES = """\b
@@ -498,15 +425,15 @@ def apply_to_files(given: ApplyOptions) -> int:
 
     Frames are matched by their dates, pixels by the two grids.
     """
-    check_apart([*given.source, given.report], [given.out])
-    check_cube_output(given.out, given.template, given.overwrite)
-    if given.mode == "shift-coords" and given.out.suffix.lower() in CUBES:
+    outputs.check_apart([*given.source, given.report], [given.out])
+    outputs.check_cube_output(given.out, given.template, given.overwrite)
+    if given.mode == "shift-coords" and given.out.suffix.lower() in outputs.CUBES:
         cure = "name a folder, or use --mode resample"
         raise ValueError(message("--out", "a folder of GeoTIFFs for shift-coords", given.out.name, cure))
     solution = torchalign.load_report(given.report)
     with given.opened(masks=True) as opened:
         cube = opened.cube
-        if given.skip_bad and all(map(is_raster, given.source)) and isinstance(cube, xr.DataArray):
+        if given.skip_bad and all(map(sources.is_raster, given.source)) and isinstance(cube, xr.DataArray):
             cube = _without_unknown_empty(cube, solution)
         applied = torchalign.apply(
             cube,
@@ -516,7 +443,7 @@ def apply_to_files(given: ApplyOptions) -> int:
             **given.computing(),
         )
         given.write(applied, opened)
-    print_written(given.out)
+    outputs.print_written(given.out)
     return 0
 
 
@@ -546,15 +473,14 @@ def _without_unknown_empty(cube: xr.DataArray, solution: xr.Dataset) -> xr.DataA
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions(SourceOptions):
-    """Options of ``torchalign info``."""
+    """Options of ``torchalign info``.
 
-    source: Annotated[
-        list[Path],
-        Argument(
-            metavar="SRC", help="What align takes, or a report: .csv, .json or .nc.", show_default=False
-        ),
-    ]
-    html: Annotated[Path | None, Option(help="Of a report, make the page to look at: NAME.html.")] = None
+    source: What align takes, or a report: .csv, .json or .nc.
+    html: Of a report, make the page to look at: NAME.html.
+    """
+
+    source: Annotated[list[Path], {"metavar": "SRC"}]
+    html: Path | None = None
 
 
 _INFO_EXAMPLES = """\b
@@ -573,7 +499,7 @@ def show_info(given: InfoOptions) -> int:
     if given.html is not None:
         got = ", ".join(map(str, given.source))
         raise ValueError(message("--html", "a report to show", got, "give a report"))
-    if all(is_raster(path) for path in given.source):
+    if all(sources.is_raster(path) for path in given.source):
         return _show_rasters(given)
     with given.opened(lazy=find_spec("dask") is not None) as opened:
         for line in _cube_lines(opened.cube):
@@ -620,8 +546,8 @@ def _is_report(path: Path) -> bool:
 
 def _show_report(path: Path, html: Path | None, overwrite: bool) -> int:
     if html is not None:
-        check_apart([path], [html])
-        check_report_output(html, overwrite)
+        outputs.check_apart([path], [html])
+        outputs.check_report_output(html, overwrite)
     report = torchalign.load_report(path)
     print(torchalign.summarize(report))
     for name in ("reference", "aligner"):
@@ -631,7 +557,7 @@ def _show_report(path: Path, html: Path | None, overwrite: bool) -> int:
         from torchalign.html import save_html
 
         save_html(report, html, overwrite=overwrite)
-        print_written(html)
+        outputs.print_written(html)
     return 0
 
 
@@ -672,34 +598,46 @@ def _cube_lines(source: xr.DataArray | xr.Dataset) -> Iterator[str]:
         yield f"left out: {reason}"
 
 
-@app.command("weights")
-def show_weights(
-    download: Annotated[
-        list[str] | None,
-        Option(
-            help="Fetch the weights of this name from their official address. May be given more than once."
-        ),
-    ] = None,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class WeightsOptions:
+    """Options of ``torchalign weights``.
+
+    download: Fetch the weights of this name from their official address. May be given more than once.
+    """
+
+    download: list[str] | None = None
+
+
+@command("weights", WeightsOptions)
+def show_weights(given: WeightsOptions) -> int:
     """List the weights of the networks: where they are, what is missing, under which licence.
 
     Nothing is fetched unless --download says so.
     """
-    for name in download or ():
+    for name in given.download or ():
         load_weights(name, allow_download=True)
     print(weights_table())
     return 0
 
 
-@app.command("demo")
-def show_demo(
-    out: Annotated[Path, Option("--out", "-o", help="Folder for the pictures and the report.")] = Path(
-        "torchalign-demo"
-    ),
-    frames: Annotated[int, Option(min=4, help="Number of frames.")] = 16,
-    device: Device = None,
-    seed: Annotated[int, Option(min=0, help="Of shifts, clouds and noise.")] = 0,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Options of ``torchalign demo``.
+
+    out: Folder for the pictures and the report.
+    frames: Number of frames.
+    device: Where to compute: cpu, cuda, cuda:1. Default: CUDA if there is any.
+    seed: Of shifts, clouds and noise.
+    """
+
+    out: Annotated[Path, "--out", "-o"] = Path("torchalign-demo")
+    frames: Annotated[int, {"min": 4}] = 16
+    device: str | None = None
+    seed: Annotated[int, {"min": 0}] = 0
+
+
+@command("demo", DemoOptions)
+def show_demo(given: DemoOptions) -> int:
     """Shift a real Sentinel-2 chip by known sub-pixel amounts, cloud it, and find the shifts again.
 
     Prints true against found for every frame, and writes summary.png, animation.gif, report.html, report.csv
@@ -707,4 +645,4 @@ def show_demo(
     """
     from torchalign.cli.demo import run_demo
 
-    return run_demo(out, frames, device, seed)
+    return run_demo(given.out, given.frames, given.device, given.seed)

@@ -17,8 +17,6 @@ from torchalign.cube.files import atomic
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["run_demo"]
-
 _TOLERANCE = 0.3  # pixels; every frame that the demo accepts is nearer to the truth than this
 
 

@@ -17,18 +17,6 @@ if TYPE_CHECKING:
 
     from torchalign.cli.sources import Source
 
-__all__ = [
-    "CUBES",
-    "PAGES",
-    "check_apart",
-    "check_cube_output",
-    "check_output",
-    "check_report_output",
-    "print_written",
-    "write_page",
-    "write_result",
-]
-
 CUBES = (".nc", ".nc4", ".zarr")  # names of outputs that are one cube
 PAGES = (".html", ".htm")
 

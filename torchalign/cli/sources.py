@@ -19,17 +19,6 @@ from torchalign.cube.finding import is_remote
 from torchalign.cube.labels import Array, band_labels, find_bands, find_dims, role_of
 from torchalign.cube.reference import ReferenceName
 
-__all__ = [
-    "Source",
-    "choose_bands",
-    "is_raster",
-    "open_mask",
-    "open_reference",
-    "open_source",
-    "raster_source",
-    "translated",
-]
-
 _RASTERS = (".tif", ".tiff")
 _LAZY_BYTES = 2**27  # a cube above this is not taken into memory whole
 _CHUNK_BYTES = 2**24  # of a lazy one: several chunks are held, as floats, at the same time
@@ -50,11 +39,6 @@ class Source(NamedTuple):
     cube: Any  # a DataArray or a Dataset
     others: Mapping[str, xr.DataArray]
     attributes: Mapping[str, Any]
-
-
-def _name_of(path: Path) -> str:
-    text = str(path)
-    return re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", text)
 
 
 def is_raster(path: Path) -> bool:
@@ -102,7 +86,8 @@ def open_source(
         cube = _choose_variables(dataset, variable, paths[0], skip, masks=masks)
         cube = cube if not bands else _select_bands(cube, bands)
         if lazy or (lazy is None and cube.nbytes > _LAZY_BYTES and find_spec("dask") is not None):
-            cube = _chunked(cube)
+            time = _time_of(cube)  # whole frames, a few in a chunk
+            cube = cube.chunk(dict.fromkeys(cube.dims, -1) | {time: _frames_in_a_chunk(cube)})
         taken = {*cube.data_vars} if isinstance(cube, xr.Dataset) else {cube.name}
         others = {str(name): dataset[name] for name in dataset.data_vars if name not in taken}
         yield Source(cube, others, dataset.attrs)
@@ -145,7 +130,8 @@ def raster_source(paths: Sequence[Path]) -> Any:
         )
     if len(paths) == 1 and (folders or paths[0].suffix.lower() == ".csv"):
         return paths[0]
-    return [_name_of(path) for path in paths]
+    # of a URL a path keeps one slash
+    return [re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", str(path)) for path in paths]
 
 
 def choose_bands(words: Sequence[str] | None) -> Any:
@@ -258,12 +244,6 @@ def _select_bands(cube: Cube, bands: Sequence[str]) -> Cube:
             message("--bands", "a cube with bands", f"one with {cube.dims}", "leave --bands out")
         )
     return cube.isel({dims["band"]: find_bands(_comma_separated(bands), *band_labels(cube), name="--bands")})
-
-
-def _chunked(cube: Cube) -> Cube:
-    """Whole frames, a few in a chunk."""
-    time = _time_of(cube)
-    return cube.chunk({time: _frames_in_a_chunk(cube), **{dim: -1 for dim in cube.dims if dim != time}})
 
 
 def _time_of(cube: Cube) -> Any:

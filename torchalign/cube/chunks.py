@@ -19,18 +19,6 @@ from torch import Tensor
 from torchalign._host import give_back_memory
 from torchalign.cube.labels import CUBE, Array, Cube, axes_of, load
 
-__all__ = [
-    "Companion",
-    "chunk_sizes",
-    "compute_together",
-    "is_lazy",
-    "map_chunks",
-    "parts_along_time",
-    "rows_after",
-    "share",
-    "undisturbed",
-]
-
 _device_lock = threading.Lock()
 _threads_lock = threading.Lock()
 _threads_held: list[int] = []  # the number of threads before the first of those who now have one each

@@ -1,11 +1,11 @@
-"""What moved each frame, point by point: tie points for a GIS, rasters of the displacement."""
+"""What moved each frame, for a GIS: tie points, rasters of the displacement, outlines of the frames on the map."""
 
 from __future__ import annotations
 
 import math
 import sqlite3
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -16,22 +16,14 @@ import xarray as xr
 
 from torchalign._check import message, require
 from torchalign.cube.files import atomic, check_free, plain_number, write_features
-from torchalign.cube.georeference import Georeference
+from torchalign.cube.georeference import Georeference, in_degrees
 from torchalign.cube.labels import Array, label_text
-from torchalign.cube.solution import check_report, report_georeference, unpack_field
+from torchalign.cube.solution import check_report, report_georeference, report_labels, unpack_field
+from torchalign.cube.tables import to_table
 from torchalign.functional.affine import invert_warp, transform_points
 from torchalign.functional.shift_field import field_at, field_at_points
 from torchalign.functional.warp import backward_displacement
 from torchalign.types import ShiftField, Status
-
-__all__ = [
-    "displacement_of",
-    "field_of",
-    "tie_points",
-    "write_displacements",
-    "write_ground_control",
-    "write_tie_points",
-]
 
 # A point counts as right if it is off by no more pixels than this.
 _RIGHT = 0.1
@@ -50,6 +42,17 @@ def field_of(report: xr.Dataset) -> ShiftField | None:
         for name in ("field", "field_lattice", "field_sigma")
     )
     return unpack_field(coefficients, lattice)._replace(sigma=sigma)
+
+
+def _known_grid(report: xr.Dataset, cure: str = "", *, needs_crs: bool = True) -> Georeference:
+    """Where the frames lie on the map, or an error."""
+    grid = report_georeference(report)
+    if grid is None or (needs_crs and not grid.crs):
+        expected, got = ("a grid with a CRS", "one without") if needs_crs else ("a grid", "none")
+        whole = f"align a cube with coordinates{' and a CRS' * needs_crs}"
+        cure = f"{cure}, or {whole}" if cure else whole
+        raise ValueError(message("report", expected, "none" if grid is None else got, cure))
+    return grid
 
 
 def displacement_of(report: xr.Dataset, size: tuple[int, int]) -> Array:
@@ -90,9 +93,6 @@ def tie_points(report: xr.Dataset) -> pd.DataFrame:
     if field is None:
         cure = "align with torchalign.Cascade(torchalign.PCC(), torchalign.Local())"
         raise ValueError(message("report", "the field of an aligner with Local", "none", cure))
-    time = report["status"].dims[0]
-    frames = report.sizes[time]
-    labels = report[time].values if time in report.coords else range(frames)
     warp = torch.from_numpy(np.array(report["warp"].values, np.float64))
     n, m = field.coefficients.shape[-2:]
     rows, columns = np.divmod(np.arange(n * m), m)
@@ -108,7 +108,7 @@ def tie_points(report: xr.Dataset) -> pd.DataFrame:
     with np.errstate(divide="ignore"):
         reliability = 1 - np.exp(-0.5 * (_RIGHT / sigma) ** 2)
     kept = np.broadcast_to((report["status"].values == Status.OK)[:, None], inside.shape)
-    texts = np.array([label_text(label) for label in labels])
+    texts = np.array([label_text(label) for label in report_labels(report)])
     table = {"frame": np.broadcast_to(texts[:, None], inside.shape)[inside]}
     named = {"column": points[..., 0], "row": points[..., 1]}
     named |= {"shift_x": shift[..., 0], "shift_y": shift[..., 1]}
@@ -146,16 +146,14 @@ def write_tie_points(report: xr.Dataset, path: str | Path, *, overwrite: bool = 
         raise ValueError(
             message("path", f"a name ending in {', '.join(_TIE_POINT_SUFFIXES)}", path.name, "rename it")
         )
-    table, grid = tie_points(report), report_georeference(report)
+    table = tie_points(report)
     check_free(path, overwrite)
     if suffix == ".csv":
         with atomic(path) as partial:
             table.to_csv(partial, index=False, encoding="utf-8")
         return path
-    if grid is None:
-        cure = "write a .csv, or align a cube with coordinates"
-        raise ValueError(message("report", "a grid", "none", cure))
-    write: Callable[[pd.DataFrame, Georeference, Path], None]
+    cure = "write a .csv" if suffix == ".gpkg" else "write a .csv or a .gpkg"
+    grid = _known_grid(report, cure, needs_crs=suffix == ".geojson")
     write = _write_geojson if suffix == ".geojson" else _write_geopackage
     with atomic(path) as partial:
         write(table, grid, partial)
@@ -178,17 +176,12 @@ def write_ground_control(report: xr.Dataset, paths: Sequence[str | Path]) -> Non
             another size.
         ImportError: without rasterio.
     """
-    table, grid = tie_points(report), report_georeference(report)
+    table = tie_points(report)
     require("ground control points", "io", "rasterio")
     import rasterio
     from rasterio.control import GroundControlPoint
 
-    if grid is None or not grid.crs:
-        cure = "align a cube with coordinates and a CRS"
-        raise ValueError(message("report", "a grid with a CRS", "none", cure))
-    time = report["status"].dims[0]
-    labels = [label_text(label) for label in report[time].values] if time in report.coords else None
-    labels = labels or [label_text(number) for number in range(report.sizes[time])]
+    grid, labels = _known_grid(report), [label_text(label) for label in report_labels(report)]
     if len(paths) != len(labels):
         raise ValueError(message("paths", f"{len(labels)} paths, one a frame", len(paths), "give them all"))
     own = dict(iter(table.groupby("frame", sort=False)))
@@ -212,22 +205,13 @@ def write_ground_control(report: xr.Dataset, paths: Sequence[str | Path]) -> Non
 
 def _write_geojson(table: pd.DataFrame, grid: Georeference, path: Path) -> None:
     require("a GeoJSON", "io", "rasterio")
-    from rasterio.warp import transform
-
-    if not grid.crs:
-        raise ValueError(message("report", "a grid with a CRS", "none", "write a .csv or a .gpkg"))
-    longitude, latitude = transform(grid.crs, "EPSG:4326", table["x"].tolist(), table["y"].tolist())
-    places = [[round(x, 9), round(y, 9)] for x, y in zip(longitude, latitude, strict=True)]
+    places = np.round(in_degrees(grid.crs, table["x"], table["y"]), 9).T.tolist()
     told = [{name: plain_number(value) for name, value in row.items()} for row in table.to_dict("records")]
     write_features(path, "Point", places, told)
 
 
 def _write_geopackage(table: pd.DataFrame, grid: Georeference, path: Path) -> None:
     """A table of points in SQLite, as the OGC's GeoPackage 1.2 wants it."""
-    types = {"O": "TEXT", "b": "BOOLEAN"}
-    names = list(table.columns)
-    kinds = [types.get(table[name].dtype.kind, "REAL") for name in names]
-    columns = ", ".join(f'"{name}" {kind}' for name, kind in zip(names, kinds, strict=True))
     srs = _srs_id(grid.crs)
     bounds = (table["x"].min(), table["y"].min(), table["x"].max(), table["y"].max())
     with closing(sqlite3.connect(path)) as base, base:
@@ -246,15 +230,11 @@ def _write_geopackage(table: pd.DataFrame, grid: Georeference, path: Path) -> No
         base.execute(
             "INSERT INTO gpkg_geometry_columns VALUES ('tie_points', 'geom', 'POINT', ?, 0, 0)", (srs,)
         )
-        base.execute(f"CREATE TABLE tie_points (fid INTEGER PRIMARY KEY, geom BLOB, {columns})")
-        points = [_geometry(srs, x, y) for x, y in table[["x", "y"]].to_numpy()]
-        rows = (
-            (point, *map(plain_number, row))
-            for point, row in zip(points, table.to_numpy().tolist(), strict=True)
-        )
-        marks = ", ".join("?" * (len(names) + 1))
-        quoted = ", ".join(f'"{name}"' for name in names)
-        base.executemany(f"INSERT INTO tie_points (geom, {quoted}) VALUES ({marks})", rows)
+        rows = table.replace([np.inf, -np.inf], np.nan)
+        rows.insert(0, "geom", [_geometry(srs, x, y) for x, y in table[["x", "y"]].to_numpy()])
+        rows.insert(0, "fid", range(1, len(rows) + 1))
+        kinds = {"fid": "INTEGER PRIMARY KEY", "geom": "BLOB", "kept": "BOOLEAN"}
+        rows.to_sql("tie_points", base, index=False, dtype=kinds)
 
 
 def _geometry(srs: int, x: float, y: float) -> bytes:
@@ -313,15 +293,11 @@ def write_displacements(report: xr.Dataset, folder: str | Path, *, overwrite: bo
     require("a GeoTIFF", "io", "rasterio")
     import rasterio
 
-    grid = report_georeference(report)
-    if grid is None:
-        raise ValueError(message("report", "a grid", "none", "align a cube with coordinates along y and x"))
-    time = report["status"].dims[0]
-    labels = report[time].values if time in report.coords else range(report.sizes[time])
-    folder = Path(folder)
-    paths = [
-        folder / f"displacement_{label_text(label).replace(':', '')}.tif" for label in labels
+    grid, time, folder = _known_grid(report, needs_crs=False), report["status"].dims[0], Path(folder)
+    names = [
+        label_text(label).replace(":", "") for label in report_labels(report)
     ]  # no colon in a file's name
+    paths = [folder / f"displacement_{name}.tif" for name in names]
     for path in paths:
         check_free(path, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
@@ -339,3 +315,32 @@ def write_displacements(report: xr.Dataset, folder: str | Path, *, overwrite: bo
             raster.descriptions = (*names, *metres)
             raster.units = ("pixel", "pixel", "m", "m")[: len(bands)]
     return paths
+
+
+def write_footprints(report: xr.Dataset, path: Path) -> None:
+    """A GeoJSON of one polygon a frame, in degrees: where its own pixels lie on the map once aligned.
+
+    With its label, the status in words and all numbers of the report as properties.
+
+    Raises:
+        ValueError: a report without a grid or a CRS.
+        ImportError: rasterio is not installed.
+    """
+    grid = _known_grid(report, "write a .csv")
+    require("a GeoJSON", "io", "rasterio")
+    height, width = grid.size
+    # a pixel's centre has whole numbers
+    corners = torch.tensor([(0, 0), (0, height), (width, height), (width, 0), (0, 0)], dtype=torch.float64)
+    warp = torch.from_numpy(np.array(report["warp"].values, np.float64))
+    moved = transform_points(warp, corners - 0.5).numpy() + 0.5  # (T, 5, 2)
+    places = moved @ grid.linear.T + grid.corner
+    degrees = np.round(in_degrees(grid.crs, *places.reshape(-1, 2).T), 9).T.reshape(places.shape)
+    table = to_table(report)
+    numbers = table[[name for name in table.columns if name in report and report[name].ndim == 1]]
+    told = [
+        {str(table.index.name): label_text(label)}
+        | {name: plain_number(value) for name, value in row.items()}
+        for label, row in zip(report_labels(report), numbers.to_dict("records"), strict=True)
+    ]
+    with atomic(path) as partial:
+        write_features(partial, "Polygon", [[ring] for ring in degrees.tolist()], told)

@@ -14,18 +14,6 @@ from typing import Any
 
 from torchalign._check import message
 
-__all__ = [
-    "NETCDF",
-    "atomic",
-    "check_free",
-    "discard",
-    "is_store",
-    "plain_number",
-    "put_in_place",
-    "temporary_sibling",
-    "write_features",
-]
-
 NETCDF = (".nc", ".nc4", ".netcdf", ".h5")  # endings of names
 _STORE_MARKS = (".zgroup", "zarr.json", ".zmetadata")  # one of these is in every Zarr store
 

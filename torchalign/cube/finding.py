@@ -17,8 +17,6 @@ import numpy as np
 from torchalign._check import message
 from torchalign.cube.labels import as_list
 
-__all__ = ["Remote", "Source", "find_sources", "is_remote", "parse_time", "read_times", "short_names"]
-
 _DATE = r"(?P<year>(?:19|20)\d\d){0}(?P<month>0[1-9]|1[0-2]){0}(?P<day>0[1-9]|[12]\d|3[01])"
 _CLOCK = r"(?:[T ](?P<hour>[01]\d|2[0-3]){0}(?P<minute>[0-5]\d)(?:{0}(?P<second>[0-5]\d))?)?"
 _YEARDAY = r"(?P<year>(?:19|20)\d\d)(?P<yearday>[0-3]\d\d)"

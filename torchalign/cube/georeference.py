@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -16,20 +16,6 @@ from torchalign.cube.labels import SAME_GRID, Cube
 from torchalign.functional.affine import change_origin, from_homogeneous, rescale_warp
 from torchalign.functional.shift_field import move_origin, rescale_field
 from torchalign.types import ShiftField
-
-__all__ = [
-    "FRAME_TRANSFORM",
-    "Georeference",
-    "crs_name",
-    "find_georeference",
-    "frame_transforms",
-    "gdal_errors",
-    "georeference_frames",
-    "is_same_crs",
-    "is_same_grid",
-    "metres_per_pixel",
-    "regrid_warp",
-]
 
 FRAME_TRANSFORM = "geotransform"  # the coordinate along time of frames that have a georeference each
 
@@ -52,7 +38,7 @@ class Georeference(NamedTuple):
         crs: as WKT, ``""`` where it is not known.
     """
 
-    transform: tuple[float, float, float, float, float, float]
+    transform: tuple[float, ...]
     size: tuple[int, int]
     crs: str = ""
 
@@ -80,8 +66,24 @@ class Georeference(NamedTuple):
     @classmethod
     def from_gdal(cls, text: str, size: tuple[int, int], crs: str = "") -> Georeference:
         """The inverse of :meth:`to_gdal`."""
-        c, a, b, f, d, e = (float(value) for value in text.split())
+        c, a, b, f, d, e = map(float, text.split())
         return cls((a, b, c, d, e, f), size, crs)
+
+    @classmethod
+    def of_raster(cls, file: Any) -> Georeference:
+        """Of a file that rasterio has opened."""
+        wkt = file.crs.to_wkt() if file.crs else ""
+        return cls(tuple(map(float, file.transform[:6])), (file.height, file.width), wkt)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it lies anywhere."""
+        return bool(self.crs) or self.transform != (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+    def moved(self, matrix: Any) -> Georeference:
+        """Whose pixels (from the corner) are those that ``matrix``, (2 or 3, 3), makes of them in this one."""
+        whole = np.vstack((np.asarray(matrix)[:2], (0.0, 0.0, 1.0)))
+        return self._replace(transform=tuple((self.matrix @ whole)[:2].ravel().tolist()))
 
 
 def find_georeference(cube: Cube) -> Georeference | None:
@@ -272,14 +274,29 @@ def crs_name(wkt: str) -> str:
     return found.group(1) if found else wkt
 
 
-def is_same_grid(first: Georeference, second: Georeference) -> bool:
-    """The same pixels, to a thousandth of one."""
-    if first.size != second.size or not is_same_crs(first.crs, second.crs):
+def is_same_grid(
+    first: Georeference, second: Georeference, tolerance: float = SAME_GRID, *, extent: bool = True
+) -> bool:
+    """The same pixels, to a thousandth of one; with ``extent=False``, of grids of other extents, to whole pixels."""
+    if (extent and first.size != second.size) or not is_same_crs(first.crs, second.crs):
         return False
-    height, width = first.size
-    corners = np.array([(0, 0), (width, 0), (0, height), (width, height)], np.float64)
-    apart = corners @ (first.linear - second.linear).T + (first.corner - second.corner)
-    return bool(np.abs(np.linalg.solve(first.linear, apart.T)).max() <= SAME_GRID)
+    height, width = second.size
+    corners = np.array([(0, 0, 1), (width, 0, 1), (0, height, 1), (width, height, 1)], np.float64).T
+    try:
+        apart = (np.linalg.solve(first.matrix, second.matrix @ corners) - corners)[:2]
+    except np.linalg.LinAlgError:
+        return first.transform == second.transform
+    if not extent:
+        apart = apart - np.rint(apart[:, :1])
+    return bool(np.abs(apart).max() <= tolerance)
+
+
+def in_degrees(crs: str, x: Any, y: Any) -> tuple[list[float], list[float]]:
+    """Longitudes and latitudes of points of a CRS."""
+    from rasterio.warp import transform
+
+    longitude, latitude = transform(crs, "EPSG:4326", list(map(float, x)), list(map(float, y)))[:2]
+    return longitude, latitude
 
 
 def regrid_warp(warp: Tensor, source: Georeference, target: Georeference) -> Tensor:
@@ -371,9 +388,7 @@ def georeference_frames(cube: Cube, warp: Tensor) -> xr.Variable:
     for matrix in cornered:
         own = grid
         if not np.array_equal(matrix, np.eye(2, 3)):
-            (a, b), (d, e) = grid.linear @ matrix[:, :2]
-            c, f = grid.linear @ matrix[:, 2] + grid.corner
-            own = grid._replace(transform=(a, b, c, d, e, f))
+            own = grid.moved(matrix)
         texts.append(own.to_gdal())
     of = {"grid": grid.to_gdal(), "height": grid.size[0], "width": grid.size[1]}
     return xr.Variable((cube.dims["time"],), np.array(texts, dtype=np.str_), of)
@@ -399,5 +414,4 @@ def frame_transforms(cube: Cube) -> list[tuple[float, ...] | None]:
         return [frame.transform for frame in frames]
     # the cube was cropped, or its pixels made larger: the frames' grids with it
     back = np.linalg.inv(before.matrix)
-    moved = [(frame.matrix @ back @ grid.matrix)[:2].ravel() for frame in frames]
-    return [tuple(float(value) for value in transform) for transform in moved]
+    return [frame.moved(back @ grid.matrix).transform for frame in frames]

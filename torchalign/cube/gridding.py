@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -11,11 +12,15 @@ import xarray as xr
 
 from torchalign._check import message
 from torchalign.cube.finding import Source
-from torchalign.cube.georeference import Georeference, crs_name, find_georeference, gdal_errors
-from torchalign.cube.headers import CLOSE, Header, are_close, quiet
+from torchalign.cube.georeference import (
+    Georeference,
+    crs_name,
+    find_georeference,
+    gdal_errors,
+    is_same_grid,
+)
+from torchalign.cube.headers import CLOSE, Header, quiet
 from torchalign.cube.labels import Array, Cube, role_of
-
-__all__ = ["GridWord", "Reading", "Resampling", "control_points", "find_grid", "plan_reading"]
 
 GridWord = Literal["first", "union", "intersection"]
 Resampling = Literal["nearest", "bilinear", "cubic", "average"]
@@ -159,8 +164,7 @@ class Reading(NamedTuple):
 
         own = CRS.from_wkt(self.header.grid.crs) if self.header.grid.crs else CRS.from_epsg(4326)
         crs = CRS.from_wkt(self.grid.crs) if self.grid.crs else own
-        a, b, c, d, e, f = self.grid.transform
-        transform, fill = Affine(a, b, c + b * rows[0], d, e, f + e * rows[0]), self._fill
+        transform, fill = Affine(*self.grid.moved([(1, 0, 0), (0, 1, rows[0])]).transform), self._fill
         how: dict[str, Any] = {"dst_transform": transform, "dst_crs": crs, **self._scale}
         source: Any = rasterio.band(file, bands) if bands != "mask" else None
         if (
@@ -186,9 +190,9 @@ def plan_reading(
 ) -> Reading:
     """By whole pixels where the file lies on the grid to 0.01 px, else by GDAL's warper."""
     offset: tuple[int, int] | None = None
-    if not header.gcps and are_close(grid, header.grid):
+    if not header.gcps and is_same_grid(grid, header.grid, CLOSE):
         offset = (0, 0)
-    elif not header.gcps and are_close(grid, header.grid, size=False):
+    elif not header.gcps and is_same_grid(grid, header.grid, CLOSE, extent=False):
         column, row = np.rint(
             (np.linalg.inv(header.grid.matrix) @ grid.matrix @ np.array([0.0, 0.0, 1.0]))[:2]
         )
@@ -226,7 +230,7 @@ def find_grid(grid: Any, headers: Mapping[Source, Header]) -> Georeference:
     if not isinstance(grid, str) or grid not in get_args(GridWord):
         return _grid_of_file(grid)
     first = own[0]
-    if grid == "first" or all(are_close(first, other) for other in own):
+    if grid == "first" or all(is_same_grid(first, other, CLOSE) for other in own):
         return first
     back = np.linalg.inv(first.matrix)
     boxes = []
@@ -250,15 +254,13 @@ def find_grid(grid: Any, headers: Mapping[Source, Header]) -> Georeference:
         raise ValueError(
             message("grid", "a grid that is meant", f"a {grid} of {height} × {width} pixels", cure)
         )
-    a, b, c, d, e, f = first.transform
-    corner = c + a * start[0] + b * start[1], f + d * start[0] + e * start[1]
-    return Georeference((a, b, float(corner[0]), d, e, float(corner[1])), (height, width), first.crs)
+    return first.moved([(1, 0, start[0]), (0, 1, start[1])])._replace(size=(height, width))
 
 
 def _grid_of_header(path: Source, header: Header) -> Georeference:
     """The grid of a file; of one with ground control points alone, the one that GDAL would warp it to."""
     if not header.gcps:
-        if not header.is_georeferenced:
+        if not header.grid.is_placed:
             cure = "give it one with gdal_translate -a_ullr … -a_srs …, or leave grid= out"
             raise ValueError(message("grid", "files with a georeference", f"{path.name} without", cure))
         return header.grid
@@ -273,8 +275,7 @@ def _grid_of_header(path: Source, header: Header) -> Georeference:
     except gdal_errors() as error:
         got, cure = f"{path.name} ({error})", "give it a grid with gdalwarp first"
         raise ValueError(message("grid", "control points that tell of a place", got, cure)) from error
-    a, b, c, d, e, f = (float(value) for value in tuple(transform)[:6])
-    return Georeference((a, b, c, d, e, f), (int(down), int(across)), crs.to_wkt())
+    return Georeference(tuple(map(float, transform[:6])), (int(down), int(across)), crs.to_wkt())
 
 
 def control_points(gcps: str) -> list[Any]:
@@ -323,8 +324,6 @@ def _grid_of_labels(given: xr.DataArray | xr.Dataset) -> Georeference:
 
 
 def _grid_of_file(given: Any) -> Georeference:
-    import os
-
     import rasterio
 
     expected = f"one of {', '.join(map(repr, get_args(GridWord)))}, a raster file or a DataArray"
@@ -333,8 +332,6 @@ def _grid_of_file(given: Any) -> Georeference:
     name = os.path.expanduser(os.fspath(given))
     try:
         with quiet(), rasterio.open(name) as file:
-            a, b, c, d, e, f = (float(value) for value in tuple(file.transform)[:6])
-            crs = file.crs.to_wkt() if file.crs else ""
-            return Georeference((a, b, c, d, e, f), (file.height, file.width), crs)
+            return Georeference.of_raster(file)
     except gdal_errors() as error:
         raise ValueError(message("grid", expected, repr(str(given)), "give one of these")) from error

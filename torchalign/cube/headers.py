@@ -12,17 +12,7 @@ import numpy as np
 import pandas as pd
 
 from torchalign.cube.finding import Source, find_sources, read_times
-from torchalign.cube.georeference import Georeference, crs_name, gdal_errors, is_same_crs
-
-__all__ = [
-    "CLOSE",
-    "Header",
-    "are_close",
-    "describe_files",
-    "drop_strangers",
-    "quiet",
-    "read_headers",
-]
+from torchalign.cube.georeference import Georeference, crs_name, gdal_errors, is_same_grid
 
 CLOSE = 0.01  # pixels; grids that agree to this are one
 _ALPHA_ROWS, _ALPHA_SHARE = 16, 0.9  # of these rows the share that is wholly clear or wholly not
@@ -54,11 +44,6 @@ class Header(NamedTuple):
         own: dict[str, Any] = {"dtypes": self.dtypes, "nodata": nodata, "band names": self.descriptions}
         own |= {"scales": self.scales, "offsets": self.offsets}
         return own | {"alpha band": self.alpha, "mask": self.has_mask}
-
-    @property
-    def is_georeferenced(self) -> bool:
-        """Whether it lies anywhere."""
-        return bool(self.grid.crs) or self.grid.transform != (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 @contextmanager
@@ -95,8 +80,7 @@ def read_headers(paths: Sequence[Source], skipped: dict[Source, str]) -> dict[So
 def _read_header(file: Any) -> Header:
     from rasterio.enums import ColorInterp, MaskFlags
 
-    crs = file.crs.to_wkt() if file.crs else ""
-    a, b, c, d, e, f = (float(value) for value in tuple(file.transform)[:6])
+    grid = Georeference.of_raster(file)
     interpretations = list(file.colorinterp)
     alpha = 0
     if file.count > 1 and interpretations[-1] == ColorInterp.alpha and _is_transparency(file):
@@ -106,7 +90,7 @@ def _read_header(file: Any) -> Header:
     gcps = ""
     if not file.crs and file.gcps[0]:
         points, of = file.gcps
-        crs = of.to_wkt() if of else ""
+        grid = grid._replace(crs=of.to_wkt() if of else "")
         gcps = json.dumps([[point.row, point.col, point.x, point.y, point.z] for point in points])
     tags = {"": _lasting(file.tags()), **{str(number): _lasting(file.tags(number)) for number in numbers}}
     if rpcs := file.tags(ns="RPC"):
@@ -117,7 +101,7 @@ def _read_header(file: Any) -> Header:
         return tuple(values[number - 1] for number in numbers)
 
     return Header(
-        Georeference((a, b, c, d, e, f), (file.height, file.width), crs),
+        grid,
         tuple(numbers),
         of_bands(file.dtypes),
         file.nodata,
@@ -156,25 +140,6 @@ def _colours(file: Any, number: int, interpretation: str) -> str:
     return json.dumps(told)
 
 
-def are_close(first: Georeference, second: Georeference, *, size: bool = True) -> bool:
-    """Whether pixels lie in the same places to a hundredth of one; with ``size=False``, of grids of other extents,
-    to whole pixels.
-    """
-    if (size and first.size != second.size) or not is_same_crs(first.crs, second.crs):
-        return False
-    try:
-        back = np.linalg.inv(first.matrix)
-    except np.linalg.LinAlgError:
-        return first.transform == second.transform
-    height, width = second.size
-    corners = np.array([(0, 0, 1), (width, 0, 1), (0, height, 1), (width, height, 1)], np.float64).T
-    there = (back @ second.matrix @ corners)[:2]
-    apart = there - corners[:2]
-    if not size:
-        apart = apart - np.rint(apart[:, :1])
-    return bool(np.abs(apart).max() <= CLOSE)
-
-
 def drop_strangers(headers: Mapping[Source, Header], skipped: dict[Source, str], *, grids: bool) -> None:
     """Add to ``skipped`` the files unlike most of the others; ``grids``: in where they lie, too."""
     known = {path: header for path, header in headers.items() if path not in skipped}
@@ -183,7 +148,11 @@ def drop_strangers(headers: Mapping[Source, Header], skipped: dict[Source, str],
     for path, header in known.items():
         kinds[path] = header.kind
         if grids:
-            same = (one for one in places if are_close(one.grid, header.grid) and one.gcps == header.gcps)
+            same = (
+                one
+                for one in places
+                if is_same_grid(one.grid, header.grid, CLOSE) and one.gcps == header.gcps
+            )
             place = next(same, header)
             places += [header] if place is header else []
             grid = place.grid
@@ -234,7 +203,7 @@ def describe_files(source: Any, pattern: str, recursive: bool) -> list[str]:
 
 def _in_words(header: Header) -> tuple[str, ...]:
     height, width = header.grid.size
-    step = f"{abs(header.grid.transform[0]):g}" if header.is_georeferenced and not header.gcps else "-"
+    step = f"{abs(header.grid.transform[0]):g}" if header.grid.is_placed and not header.gcps else "-"
     place = "control points" if header.gcps else crs_name(header.grid.crs) or "none"
     nodata = "none" if header.nodata is None else f"{header.nodata:g}"
     extra = " + alpha" if header.alpha else " + mask" if header.has_mask else ""

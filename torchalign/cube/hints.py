@@ -15,8 +15,6 @@ from torchalign.cube.chunks import is_lazy
 from torchalign.cube.labels import CUBE, MASK, Array, Cube, load
 from torchalign.cube.pixels import Pixels
 
-__all__ = ["find_hints", "give_hints"]
-
 _SAMPLES = 96  # along y and along x
 _FRAMES = 24  # that are looked at
 _SHARE = 0.01  # of the pixels that a fill covers, at least
@@ -51,19 +49,16 @@ def find_hints(cube: Cube, pixels: Pixels, usable: xr.Variable | None) -> list[s
     valid = np.isfinite(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
     for value in pixels.nodata:
         valid &= values != value
-    hints = [] if seen is None else _inverted(values, valid, seen)
+    hints = [] if seen is None else _looks_inverted(values, valid, seen)
     return hints + _undeclared_fill(values, valid if seen is None else valid & seen)
-
-
-def _steps(cube: Cube) -> dict[str, slice]:
-    limits = {"time": _FRAMES, "y": _SAMPLES, "x": _SAMPLES}
-    return {role: slice(None, None, max(1, cube.sizes[role] // limit)) for role, limit in limits.items()}
 
 
 def _sample_pixels(variable: xr.Variable, roles: tuple[str, ...], cube: Cube) -> Array:
     """Some pixels of some frames, of the first band."""
-    bands = {"band": slice(0, 1)} if "band" in roles else {}
-    return load(variable, roles, **_steps(cube), **bands)
+    parts = {"band": slice(0, 1)} if "band" in roles else {}
+    for role, limit in (("time", _FRAMES), ("y", _SAMPLES), ("x", _SAMPLES)):
+        parts[role] = slice(None, None, max(1, cube.sizes[role] // limit))
+    return load(variable, roles, **parts)
 
 
 def _undeclared_fill(values: Array, valid: Array) -> list[str]:
@@ -98,7 +93,7 @@ def _stays(values: Array, valid: Array, value: Any) -> bool:
     return len(values) > 1 and always >= _SHARE * covered[0].size and covered.any(0).sum() <= 1.02 * always
 
 
-def _inverted(values: Array, valid: Array, seen: Array) -> list[str]:
+def _looks_inverted(values: Array, valid: Array, seen: Array) -> list[str]:
     """Clouds vary from frame to frame, ground hardly does."""
     if len(values) < 3 or seen.mean() > 0.6:
         return []

@@ -9,9 +9,10 @@ import datetime
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 from numpy.typing import NDArray
@@ -19,32 +20,6 @@ from pandas.errors import InvalidIndexError
 from torch import Tensor
 
 from torchalign._check import message
-
-__all__ = [
-    "CUBE",
-    "MASK",
-    "SAME_GRID",
-    "USABLE",
-    "Array",
-    "Cube",
-    "as_list",
-    "axes_of",
-    "band_labels",
-    "find_bands",
-    "find_dims",
-    "find_frame",
-    "find_mask",
-    "label_axes",
-    "label_text",
-    "labels_in_words",
-    "load",
-    "match",
-    "own_mask",
-    "rename_dims",
-    "role_of",
-    "spatial_dims",
-    "time_labels",
-]
 
 _NAMES = {
     "time": ("time", "t", "date", "valid_time", "timestamp", "datetime", "acquisition_time"),
@@ -60,6 +35,7 @@ USABLE = (
 SAME_GRID = 1e-3  # pixels; coordinates that agree to this are the same grid
 
 Array = NDArray[Any]
+Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
 
 
 @dataclass(frozen=True)
@@ -99,7 +75,7 @@ class Cube:
     def coordinate(self, role: str) -> xr.DataArray | None:
         """The labels along a role; ``None`` where there are none."""
         dim = self.dims.get(role)
-        return self.array[dim] if dim in self.array.coords else None
+        return with_plain_dates(self.array[dim], dim)[dim] if dim in self.array.coords else None
 
     def view(self, values: Array) -> Array:
         """(T, C, H, W) of values that lie in the order of the array's own dims."""
@@ -181,6 +157,19 @@ def load(source: xr.Variable, roles: Sequence[str], **parts: slice) -> Array:
 # --- labels ---
 
 
+def with_plain_dates(array: Labelled, dim: Hashable) -> Labelled:
+    """With ``datetime64``, in UTC, for labels along ``dim`` that are dates of Python, or have a time zone."""
+    index = array.indexes.get(dim)
+    if index is None or not len(index):
+        return array
+    of_python = index.dtype == object and all(isinstance(label, datetime.date) for label in index)
+    if of_python or getattr(index, "tz", None) is not None:
+        with suppress(ValueError, TypeError):  # of years that nanoseconds do not reach
+            dates = pd.to_datetime(index, utc=True).tz_localize(None)
+            return array.assign_coords({dim: (dim, dates, array[dim].attrs)})
+    return array
+
+
 def label_text(label: Hashable | np.generic) -> str:
     """A coordinate's entry as text; a date in ISO 8601, as short as it can be."""
     return str(np.datetime_as_string(label, unit="auto") if isinstance(label, np.datetime64) else label)
@@ -190,7 +179,7 @@ def time_labels(array: xr.DataArray, dim: Hashable) -> list[str]:
     """Days in ISO 8601, or whatever the time coordinate holds, or the positions."""
     if dim not in array.coords:
         return [str(number) for number in range(array.sizes[dim])]
-    values = array[dim].values
+    values = with_plain_dates(array[dim], dim)[dim].values
     if values.dtype.kind == "M":
         days = np.datetime_as_string(values, unit="D").tolist()
         # two frames of one day are told apart by the hour
@@ -272,9 +261,11 @@ def find_frame(
     count = array.sizes[dim]
     if isinstance(label, np.datetime64) or type(label) is datetime.date:
         label = str(label)  # its unit is its resolution
+    if getattr(label, "tzinfo", None) is not None:
+        label = label.astimezone(datetime.timezone.utc).replace(tzinfo=None)
     matches: list[int] = []
     if dim in array.coords:
-        numbers = xr.DataArray(np.arange(count), {dim: array[dim]}, [dim])
+        numbers = with_plain_dates(xr.DataArray(np.arange(count), {dim: array[dim]}, [dim]), dim)
         with suppress(KeyError, TypeError, ValueError, IndexError, InvalidIndexError):
             matches = numbers.sel({dim: label}).values.ravel().tolist()
     is_number = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
@@ -292,12 +283,21 @@ def find_frame(
 # --- what goes with a cube ---
 
 
-def own_mask(cube: Cube) -> xr.Variable | None:
-    """A bool variable of the coordinate ``usable``, which files with an alpha band or a mask have."""
+def own_codes(cube: Cube) -> xr.Variable | None:
+    """Over time, y and x what files with an alpha band or a mask say, the coordinate ``usable``: 0 = not usable."""
     own = cube.array.coords.get(USABLE)
     if own is None or not {*own.dims} <= {cube.dims[role] for role in MASK} or own.ndim < 2:
         return None
-    return rename_dims(own, {dim: role for role, dim in cube.dims.items()}) != 0
+    codes: Any = rename_dims(own, {dim: role for role, dim in cube.dims.items()})
+    return codes.set_dims({role: cube.sizes[role] for role in MASK})
+
+
+def find_usable(mask: object, name: str, cube: Cube) -> xr.Variable | None:
+    """A bool variable over some of time, y, x, of a mask and of what the files say; ``None`` if all is usable."""
+    given, codes = find_mask(mask, name, cube), own_codes(cube)
+    if codes is None or given is None:
+        return given if codes is None else codes != 0
+    return given & (codes != 0)
 
 
 def find_mask(mask: object, name: str, cube: Cube) -> xr.Variable | None:

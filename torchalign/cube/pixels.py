@@ -16,8 +16,6 @@ from torchalign.cube.labels import CUBE, Array, Cube, load
 from torchalign.functional.warp import warp as resample_frames
 from torchalign.types import ShiftField
 
-__all__ = ["Pixels", "find_nodata", "find_packing", "keep_nodata"]
-
 _PACKING = ("scale_factor", "add_offset")  # of an encoding; 1 and 0 where there are none
 
 

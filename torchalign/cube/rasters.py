@@ -11,23 +11,11 @@ import xarray as xr
 
 from torchalign._check import message
 from torchalign.cube.finding import Source, find_sources, read_times, short_names
-from torchalign.cube.georeference import Georeference
+from torchalign.cube.georeference import Georeference, is_same_grid
 from torchalign.cube.gridding import Reading, find_grid, plan_reading
-from torchalign.cube.headers import Header, are_close, drop_strangers, read_headers
+from torchalign.cube.headers import CLOSE, Header, drop_strangers, read_headers
 from torchalign.cube.labels import CUBE, MASK, USABLE, Array, find_bands
 from torchalign.cube.variables import is_class_name
-
-__all__ = [
-    "COLOURS",
-    "FILE",
-    "RESAMPLED",
-    "SCALING",
-    "TAGS",
-    "OnError",
-    "StackOptions",
-    "plan_stack",
-    "read_stack",
-]
 
 OnError = Literal["raise", "skip"]
 # coordinates: the names of the files, their tags, of the bands colours, and what went through GDAL's warper
@@ -158,7 +146,7 @@ def _common_grid(layers: Sequence[_BandFiles], wanted: Any) -> Georeference:
         return find_grid(wanted, every)
     first, *others = (next(iter(layer.headers.values())) for layer in layers)
     for layer, other in zip(layers[1:], others, strict=True):
-        if not are_close(first.grid, other.grid):
+        if not is_same_grid(first.grid, other.grid, CLOSE):
             own, its = _grid_in_words(first.grid), _grid_in_words(other.grid)
             got = f"{own} for {layers[0].name}, {its} for {layer.name}"
             cure = 'pass grid="first", "union" or "intersection" to bring them onto one grid'
@@ -340,8 +328,7 @@ def _place_labels(grid: Georeference, gcps: str) -> dict[str, Any]:
     a, b, c, d, e, f = grid.transform
     height, width = grid.size
     coords: dict[str, Any] = {}
-    has_transform = grid.transform != (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-    if not (grid.crs or has_transform or gcps):
+    if not (grid.is_placed or gcps):
         return coords
     if not b and not d and not gcps:
         coords["y"] = ("y", f + e * (np.arange(height) + 0.5), {"axis": "Y", "long_name": "pixel centres"})
@@ -368,34 +355,21 @@ def _cf_attributes(wkt: str) -> dict[str, Any]:
 
 def _as_dataset(cubes: Mapping[str, xr.DataArray]) -> xr.Dataset:
     """One variable a band, each with its own nodata and scale; usable is what is usable in all of them."""
-    times: set[Any] | None = None
-    for cube in cubes.values():
-        own = set(cube.time.values.tolist())
-        times = own if times is None else times & own
-    variables, coords, usable, resampled = {}, {}, None, None
-    for name, whole in cubes.items():
-        # an empty file of one band takes its date from all
-        cube = whole.isel(
-            time=[number for number, time in enumerate(whole.time.values.tolist()) if time in (times or ())]
-        )
+    # an empty file of one band takes its date from all
+    alike = xr.align(*cubes.values(), join="inner", copy=False, exclude=("band", "y", "x"))
+    variables: dict[str, xr.DataArray] = {}
+    coords: dict[str, Any] = {}
+    for name, whole in zip(cubes, alike, strict=True):
         # labels of other bands would be joined with these, and pixels filled with NaN
-        cube = cube.isel(band=0, drop=True) if cube.sizes["band"] == 1 else cube.rename(band=f"band_{name}")
-        if USABLE in cube.coords:
-            own = cube.coords[USABLE].variable
-            usable = (
-                own if usable is None else xr.Variable(own.dims, np.minimum(usable.data, own.data), own.attrs)
-            )
-        if RESAMPLED in cube.coords:
-            moved = cube.coords[RESAMPLED].variable
-            resampled = moved if resampled is None else resampled | moved
-        for own_name in (FILE, TAGS):
-            if own_name in cube.coords:
-                coords[f"{own_name}_{name}"] = cube.coords[own_name].variable
-        own_coords = {TAGS, FILE, USABLE, RESAMPLED}
-        variables[name] = cube.drop_vars(own_coords, errors="ignore")
+        cube = (
+            whole.isel(band=0, drop=True) if whole.sizes["band"] == 1 else whole.rename(band=f"band_{name}")
+        )
+        for key, both in ((USABLE, np.minimum), (RESAMPLED, np.logical_or)):
+            if key in cube.coords:
+                own = cube.coords[key].variable
+                coords[key] = own.copy(data=both(coords[key].data, own.data)) if key in coords else own
+        coords |= {f"{key}_{name}": cube.coords[key].variable for key in (FILE, TAGS) if key in cube.coords}
+        variables[name] = cube.drop_vars((TAGS, FILE, USABLE, RESAMPLED), errors="ignore")
         if whole.sizes["band"] == 1 and COLOURS in whole.coords:
             variables[name].attrs[COLOURS] = str(whole.coords[COLOURS].values[0])
-    dataset = xr.Dataset(variables)
-    coords |= {USABLE: usable} if usable is not None else {}
-    coords |= {RESAMPLED: resampled} if resampled is not None else {}
-    return dataset.assign_coords(coords)
+    return xr.Dataset(variables).assign_coords(coords)

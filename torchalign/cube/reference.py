@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,15 +39,6 @@ from torchalign.functional.quality import normalized_cross_correlation
 from torchalign.functional.shift_field import move_origin
 from torchalign.functional.warp import resample
 from torchalign.types import ShiftField
-
-__all__ = [
-    "Found",
-    "FrameReader",
-    "ReferenceName",
-    "ReferenceSource",
-    "find_reference",
-    "over_time",
-]
 
 # What `reference=` knows by name, beside the labels of frames.
 ReferenceName = Literal["median", "mean", "first", "clearest", "iterative", "previous", "groupwise"]
@@ -135,7 +125,8 @@ def find_reference(
     """
     if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim == 0:
         reference = getattr(reference, "values", reference)[()]  # a label, `cube.time[3]`
-    is_label = isinstance(reference, (str, np.generic, datetime.date, int, float))
+    # dates of cftime are those of no common class
+    is_label = isinstance(reference, (str, np.generic, int, float)) or hasattr(reference, "timetuple")
     if is_label and not isinstance(reference, bool):
         return _make_reference(reference, reader, estimate, prefers)
     return given_pixels(reference, reader.cube, reader.pixels)

@@ -12,8 +12,6 @@ from torchalign.cube.georeference import Georeference, crs_name, find_georeferen
 from torchalign.cube.labels import Cube, spatial_dims
 from torchalign.cube.pixels import find_nodata
 
-__all__ = ["onto_grid"]
-
 # A reference whose pixels are this much smaller than the cube's is averaged, a coarser one interpolated.
 _FINER = 1.5
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchalign._check import message
 from torchalign._host import give_back_memory
 from torchalign.cube.chunks import chunk_sizes, is_lazy
-from torchalign.cube.georeference import find_georeference
+from torchalign.cube.georeference import find_georeference, in_degrees
 from torchalign.cube.labels import CUBE, MASK, Array, Cube, load
 from torchalign.cube.reference import Found, FrameReader
 from torchalign.cube.solution import report_fields
@@ -24,20 +24,6 @@ from torchalign.functional.uncertainty import largest_sigma
 from torchalign.groupwise import Frames, Groupwise, Solution
 from torchalign.pcc import PCC
 from torchalign.types import Estimate, combine
-
-__all__ = [
-    "ArchivePositions",
-    "PairEvidence",
-    "chain_frames",
-    "decode_on_host",
-    "find_sun",
-    "pair_attrs",
-    "see_frames",
-    "series_fields",
-    "sun_tensor",
-    "warp_variable",
-    "without_season",
-]
 
 _READ_BYTES = 2**26  # of computed pixels, seen at once
 # Dates without a time of day are taken at this hour of local solar time, when most optical satellites pass.
@@ -202,29 +188,18 @@ def _latitude_longitude(cube: Cube) -> tuple[float, float] | None:
     grid = find_georeference(cube)
     if grid is None or not grid.crs:
         return None
-    try:
-        from rasterio.warp import transform
-    except ImportError:
-        return None
     height, width = grid.size
     x, y = grid.linear @ np.array([width / 2, height / 2]) + grid.corner
-    longitude, latitude = transform(grid.crs, "EPSG:4326", [x], [y])[:2]
-    return float(latitude[0]), float(longitude[0])
+    try:
+        longitude, latitude = in_degrees(grid.crs, [x], [y])
+    except ImportError:
+        return None
+    return latitude[0], longitude[0]
 
 
 def sun_tensor(sun: Array | None, device: torch.device) -> Tensor | None:
     """The same where it is computed with."""
     return None if sun is None else torch.from_numpy(np.ascontiguousarray(sun)).to(device)
-
-
-def warp_variable(warp: Tensor) -> xr.Variable:
-    """Warps along time."""
-    return xr.Variable(("time", "row", "col"), warp.detach().cpu().numpy())
-
-
-def decode_on_host(values: Array, device: torch.device) -> Tensor:
-    """Warps stay on the host, where a user of them reads what they are."""
-    return torch.from_numpy(np.array(values))
 
 
 def pair_attrs(solution: Solution) -> dict[str, Any]:

@@ -21,26 +21,10 @@ from torchalign.cube.georeference import (
     regrid_field,
     regrid_warp,
 )
-from torchalign.cube.labels import Array, Cube, label_text, labels_in_words
+from torchalign.cube.labels import Array, Cube, label_text, labels_in_words, with_plain_dates
 from torchalign.functional.affine import center_displacement
 from torchalign.functional.shift_field import field_lengths
 from torchalign.types import Estimate, ShiftField, Status
-
-__all__ = [
-    "Remaining",
-    "ReportSummary",
-    "as_report",
-    "build_report",
-    "check_report",
-    "find_field",
-    "find_warps",
-    "name_statuses",
-    "promised_fields",
-    "report_fields",
-    "report_georeference",
-    "summarize",
-    "unpack_field",
-]
 
 # name: (unit, what it is); in this order in every report
 _FIELDS = {
@@ -364,7 +348,7 @@ def _variable(name: str, values: Any, time: Hashable) -> xr.Variable:
 def _time_coords(cube: Cube | None, fields: Mapping[str, Any], time: Hashable) -> Any:
     if cube is None:
         return {}
-    along = cube.array[time]
+    along = with_plain_dates(cube.array[time], time)
     taken = {"row", "col", "tags", "status_name", *fields} - {
         time
     }  # names that the report itself uses, and what is of files
@@ -377,9 +361,15 @@ def report_georeference(report: xr.Dataset) -> Georeference | None:
     size, transform = report.attrs.get("grid_size"), report.attrs.get("grid_transform")
     if size is None or transform is None:
         return None
-    a, b, c, d, e, f = (float(value) for value in transform)
     crs = str(report.attrs.get("grid_crs", ""))
-    return Georeference((a, b, c, d, e, f), (int(size[0]), int(size[1])), crs)
+    return Georeference(tuple(map(float, transform)), (int(size[0]), int(size[1])), crs)
+
+
+def report_labels(report: xr.Dataset) -> Array:
+    """Of the frames; their numbers where they have none."""
+    time = report["status"].dims[0]
+    labels: Array = report[time].values if time in report.coords else np.arange(report.sizes[time])
+    return labels
 
 
 def check_report(

@@ -14,10 +14,8 @@ import xarray as xr
 from torchalign._check import message, require
 from torchalign.cube.chunks import chunk_sizes, compute_together, is_lazy, rows_after, share
 from torchalign.cube.files import atomic, check_free, discard, put_in_place, temporary_sibling
-from torchalign.cube.labels import MASK, Array, Cube, role_of
+from torchalign.cube.labels import MASK, Array, Cube, role_of, with_plain_dates
 from torchalign.cube.solution import summarize
-
-__all__ = ["finish_writing", "write_store"]
 
 # of encodings: what every format knows; what goes from netCDF to netCDF
 _STORABLE = {
@@ -47,6 +45,8 @@ def write_store(
     lazy = [name for name in frames if is_lazy(given[name])]
     others = [name for name, array in given.variables.items() if name not in lazy and is_lazy(array)]
     given = given.assign({name: given[name].compute() for name in others})  # small: masks and the like
+    for dim in given.dims:
+        given = with_plain_dates(given, dim)
     if lazy and isinstance(cube, xr.Dataset):  # one task a chunk writes all of them
         given = given.unify_chunks()
     plain = given.assign({name: _without_codes(array) for name, array in given.data_vars.items()})
@@ -54,7 +54,7 @@ def write_store(
     if not lazy:
         with atomic(path) as partial:
             _store(dataset, partial, suffix)
-        return path if report is None else (path, report.compute())
+        return finish_writing(path, report, compute)
     from dask.delayed import delayed
 
     seen = Cube.of(given[lazy[0]].astype(np.uint8) if given[lazy[0]].dtype == np.bool_ else given[lazy[0]])
@@ -78,7 +78,7 @@ def write_store(
             before = jobs[-1] if jobs and suffix != ".zarr" else None
             jobs.append(write(partial, known, time, int(first), before, *pixels))
         done = delayed(_publish, pure=False)(jobs, partial, path)
-        return finish_writing(done, jobs, chunks, report, compute)
+        return finish_writing(done, None if report is None else rows_after(report, jobs, chunks), compute)
     except BaseException:
         discard(partial, path)
         raise
@@ -112,24 +112,15 @@ def _without_codes(array: xr.DataArray) -> xr.DataArray:
     return array
 
 
-def finish_writing(
-    done: Any, jobs: Sequence[Any], chunks: tuple[int, ...], report: xr.Dataset | None, compute: bool
-) -> Any:
-    """What a writer of a lazy cube returns: computed here, together with the report, or left to dask.
-
-    Args:
-        done: the last task.
-        jobs: the tasks that write a chunk each.
-        chunks: of time.
-        report: of the same frames.
-        compute: here, and now.
-    """
-    if report is None:
-        return done.compute() if compute else done
-    both = (done, rows_after(report, jobs, chunks))
+def finish_writing(done: Any, report: xr.Dataset | None, compute: bool) -> Any:
+    """What a writer returns: what it wrote, of a lazy cube computed here or left to dask, with the report or alone."""
+    if not hasattr(done, "dask"):
+        return done if report is None else (done, report.compute())
     if not compute:
-        return both
-    written, known = compute_together(both)
+        return done if report is None else (done, report)
+    if report is None:
+        return done.compute()
+    written, known = compute_together((done, report))
     return written, known.assign_attrs(summarize(known).attrs())
 
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["sun_position"]
-
 
 def sun_position(time: Any, latitude: Any, longitude: Any) -> tuple[Any, Any]:
     """Elevation and azimuth of the sun, by the Astronomical Almanac's formulas of low precision.

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
@@ -15,10 +15,8 @@ import xarray as xr
 from torchalign._check import message, require
 from torchalign.cube.files import NETCDF, atomic
 from torchalign.cube.labels import Array
-from torchalign.cube.solution import build_report, check_report, name_statuses, summarize
+from torchalign.cube.solution import build_report, check_report, name_statuses, report_labels, summarize
 from torchalign.types import Status
-
-__all__ = ["REPORT_SUFFIXES", "check_suffix", "read_report", "to_table", "write_report"]
 
 REPORT_SUFFIXES = (".csv", ".json", *NETCDF)
 _MATRICES = {"warp": 3, "covariance": 2}  # of each frame, with its number of columns
@@ -45,7 +43,7 @@ def write_report(report: xr.Dataset, path: Path) -> None:
     suffix = path.suffix.lower()
     with atomic(path) as partial:
         if suffix == ".csv":
-            _write_csv(report, partial)
+            write_csv(report, partial)
         elif suffix == ".json":
             partial.write_text(_to_json(report), encoding="utf-8")
         else:
@@ -100,8 +98,7 @@ def to_table(report: xr.Dataset) -> pd.DataFrame:
             values = array.transpose(time, ...).values
             for row, column in np.ndindex(*values.shape[1:]):
                 columns[f"{name}_{row}{column}"] = values[:, row, column]
-    labels = known[time].values if time in known.coords else np.arange(known.sizes[time])
-    return pd.DataFrame(columns, index=pd.Index(labels, name=time))
+    return pd.DataFrame(columns, index=pd.Index(report_labels(known), name=time))
 
 
 # --- netCDF and CSV ---
@@ -109,10 +106,11 @@ def to_table(report: xr.Dataset) -> pd.DataFrame:
 
 def _read_netcdf(path: Path) -> xr.Dataset:
     with xr.open_dataset(path, engine="h5netcdf") as file:
-        return name_statuses(file.load())  # reports of before there were names in them have none
+        return file.load()
 
 
-def _write_csv(report: xr.Dataset, path: Path) -> None:
+def write_csv(report: xr.Dataset, target: Path | TextIO) -> None:
+    """A table that is read back to the last bit, into a file."""
     table = to_table(report)
     for name in table.columns.drop("status"):  # as short as is read back to the last bit of its own dtype
         table[name] = [str(value) for value in table[name].to_numpy()]
@@ -125,7 +123,7 @@ def _write_csv(report: xr.Dataset, path: Path) -> None:
     if kind is not None:
         table[_LABEL_COLUMN] = kind
     table.index = pd.Index([str(label) for label in labels], name=report["status"].dims[0], dtype=object)
-    table.to_csv(path, encoding="utf-8")
+    table.to_csv(target, encoding="utf-8")
 
 
 def _read_csv(path: Path) -> xr.Dataset:

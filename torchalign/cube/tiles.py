@@ -39,7 +39,7 @@ from torchalign.cube.reference import (
 )
 from torchalign.cube.run import WarpFrames, estimate_only
 from torchalign.cube.solution import build_report, report_fields
-from torchalign.cube.writing import FileWriter, WriteOptions, plan_files
+from torchalign.cube.writing import WriteOptions, Writer, open_writer, plan_files
 from torchalign.functional.affine import (
     center_displacement,
     change_origin,
@@ -54,8 +54,6 @@ from torchalign.groupwise import Groupwise
 from torchalign.local import Local
 from torchalign.pcc import PCC
 from torchalign.types import Estimate, ShiftField, Status, combine
-
-__all__ = ["LargeReference", "LargeStack", "align_large", "count_steps"]
 
 _TILE = 512  # pixels along each side
 _ACROSS = 5  # tiles, at most, along each side
@@ -206,15 +204,9 @@ def align_large(
            (("interpolation", "bilinear"), ("padding_mode", "border"), ("fill_value", None))}  # fmt: skip
     operation = WarpFrames(stack.pixels, stack.device, None, **how)
     for frame, file in enumerate(files):
-        with FileWriter(file) as writer:
-            _write_frame(
-                stack,
-                frame,
-                found.map(partial(torch.narrow, dim=0, start=frame, length=1)),
-                operation,
-                writer,
-                advance,
-            )
+        own = found.map(partial(torch.narrow, dim=0, start=frame, length=1))
+        with open_writer(file) as write:
+            _write_frame(stack, frame, own, operation, write, advance)
     return [file.path for file in files], report
 
 
@@ -488,7 +480,7 @@ def _write_frame(
     frame: int,
     found: Estimate,
     operation: WarpFrames,
-    writer: FileWriter,
+    write: Writer,
     advance: Callable[[int], object],
 ) -> None:
     reading = stack.readings[frame]
@@ -515,7 +507,7 @@ def _write_frame(
             if codes is not None:
                 own = replace(nearest, pixels=replace(nearest.pixels, dtype=codes.dtype))
                 moved = own.run(codes[None, None], stack.device, moves, None, *lattice)[0][0, 0, cut]
-        writer.write(values[0][:, cut], moved, rows)
+        write(values[0][:, cut], moved, rows)
         del raw, values
         give_back_memory()
         advance(1)

@@ -17,16 +17,6 @@ from torchalign._check import check_kind, message
 from torchalign.cube.labels import CUBE, MASK, Cube, as_list, band_labels, find_bands, find_dims, role_of
 from torchalign.cube.pixels import find_nodata, find_packing
 
-__all__ = [
-    "Variables",
-    "is_class",
-    "is_class_name",
-    "stack_archive",
-    "stack_reference",
-    "stack_variables",
-    "take_apart",
-]
-
 # what the quality and scene classifications of Sentinel-2, Landsat, HLS, MODIS, Planet and eo-learn are called
 _CLASS_NAMES = re.compile(
     r"scl|clm|clouds?_?masks?|f_?mask|b?qa|qa_?(60|pixel|radsat|aerosol)|(pixel|radsat|sr|st|cloud)_?qa(_.*)?|"

@@ -8,8 +8,8 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,17 +17,15 @@ import numpy as np
 import xarray as xr
 
 from torchalign._check import message
-from torchalign.cube.chunks import chunk_sizes, compute_together, is_lazy, parts_along_time, share
+from torchalign.cube.chunks import chunk_sizes, is_lazy, parts_along_time, rows_after, share
 from torchalign.cube.files import atomic, check_free
 from torchalign.cube.georeference import find_georeference, frame_transforms
 from torchalign.cube.gridding import control_points
 from torchalign.cube.headers import quiet
-from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, load, role_of
+from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, load, own_codes, role_of
 from torchalign.cube.pixels import find_nodata
 from torchalign.cube.rasters import COLOURS, FILE, SCALING, TAGS
 from torchalign.cube.stores import finish_writing
-
-__all__ = ["Compression", "FileWriter", "WriteOptions", "plan_files", "write_rasters", "write_variables"]
 
 _ENDINGS = (".tif", ".tiff")
 
@@ -49,15 +47,13 @@ def write_rasters(
     cube: Cube, folder: Path, options: WriteOptions, report: xr.Dataset | None, compute: bool
 ) -> Any:
     """See :func:`torchalign.write_stack`."""
-    files = plan_files(cube, folder, options)
-    paths = [file.path for file in files]
-    usable = _codes(cube)
+    files, usable = plan_files(cube, folder, options), own_codes(cube)
     if not is_lazy(cube.array):
         for number, file in enumerate(files):
             one = slice(number, number + 1)
             codes = None if usable is None else load(usable, MASK, time=one)
             _write_files(load(cube.variable, CUBE, time=one), codes, (file,), 0, 1)
-        return paths if report is None else (paths, report.compute())
+        return finish_writing([file.path for file in files], report, compute)
     from dask.delayed import delayed
 
     chunks = chunk_sizes(cube, None)
@@ -68,8 +64,8 @@ def write_rasters(
         write(part, mask, everything, int(first), int(last))
         for part, mask, (first, last) in zip(pixels, seen, edges, strict=True)
     ]
-    done = delayed(_all_paths, pure=False)(jobs)
-    return finish_writing(done, jobs, chunks, report, compute)
+    rows = None if report is None else rows_after(report, jobs, chunks)
+    return finish_writing(delayed(_all_paths, pure=False)(jobs), rows, compute)
 
 
 def write_variables(
@@ -90,46 +86,29 @@ def write_variables(
         warnings.warn(
             f"{', '.join(others)}: {told}; torchalign.io.write_cube keeps them", UserWarning, stacklevel=3
         )
-    written, lazy = [], False
+    written = []
     for name in frames:
         array = dataset[name].astype(np.uint8) if dataset[name].dtype == np.bool_ else dataset[name]
         for own in (FILE, TAGS):
             if f"{own}_{name}" in array.coords:
                 array = array.assign_coords({own: array.coords[f"{own}_{name}"].variable})
         own_options = options._replace(suffix=f"_{name}")
-        written.append(
-            write_rasters(Cube.of(array, None, f"cube[{name!r}]"), folder, own_options, None, False)
-        )
-        lazy = lazy or is_lazy(array)
-    if not lazy:
-        paths = _all_paths(written)
-        return paths if report is None else (paths, report.compute())
+        cube = Cube.of(array, None, f"cube[{name!r}]")
+        written.append(write_rasters(cube, folder, own_options, None, False))
+    if all(isinstance(paths, list) for paths in written):
+        return finish_writing(_all_paths(written), report, compute)
     from dask.delayed import delayed
 
-    done = delayed(_all_paths, pure=False)(written)
-    if not compute:
-        return done if report is None else (done, report)
-    return done.compute() if report is None else compute_together((done, report))
-
-
-def _codes(cube: Cube) -> xr.Variable | None:
-    """What is written as an alpha band or a mask, with the roles as dims."""
-    own = cube.array.coords.get(USABLE)
-    if own is None or own.ndim < 2:
-        return None
-    names = {dim: role for role, dim in cube.dims.items()}
-    if not {*own.dims} <= {cube.dims[role] for role in MASK}:
-        return None
-    variable = own.variable.copy(deep=False)
-    variable.dims = tuple(names[dim] for dim in own.dims)
-    return variable.set_dims({role: cube.sizes[role] for role in MASK})
+    return finish_writing(delayed(_all_paths, pure=False)(written), report, compute)
 
 
 def _all_paths(parts: Sequence[Sequence[Path]]) -> list[Path]:
     return [path for part in parts for path in part]
 
 
-class _File(NamedTuple):
+class FilePlan(NamedTuple):
+    """What is written of a frame, beside its pixels."""
+
     path: Path
     profile: dict[str, Any]  # of rasterio
     bands: dict[str, list[Any]]  # what each band is called, how it is scaled and coloured
@@ -140,7 +119,7 @@ class _File(NamedTuple):
     overviews: tuple[int, ...]
 
 
-def plan_files(cube: Cube, folder: Path, options: WriteOptions) -> tuple[_File, ...]:
+def plan_files(cube: Cube, folder: Path, options: WriteOptions) -> tuple[FilePlan, ...]:
     """What is written of every frame, beside its pixels; the folder is made.
 
     Raises:
@@ -162,12 +141,12 @@ def plan_files(cube: Cube, folder: Path, options: WriteOptions) -> tuple[_File, 
         profile["crs"] = mapping.attrs.get("crs_wkt")
         transforms = [None] * len(paths)
     mask = ""
-    if _codes(cube) is not None:
+    if own_codes(cube) is not None:
         mask = str(cube.array.coords[USABLE].attrs.get("kind", "mask"))
         profile["count"] += mask == "alpha"
     levels = () if options.driver == "COG" else tuple(cube.array.encoding.get("overviews", ()))
     return tuple(
-        _File(path, profile, bands, own, text, gcps, mask, levels)
+        FilePlan(path, profile, bands, own, text, gcps, mask, levels)
         for path, own, text in zip(paths, transforms, texts, strict=True)
     )
 
@@ -219,20 +198,26 @@ def _file_names(cube: Cube, template: str | None, suffix: str) -> list[str]:
     return names
 
 
-def _as_datetime(label: Any) -> datetime.datetime | None:
+def _as_datetime(label: Any) -> Any:
+    """A date of Python, or of cftime; ``None`` of another label."""
     if isinstance(label, np.datetime64) and not np.isnat(label):
         return label.astype("datetime64[us]").astype(datetime.datetime)
-    return label if isinstance(label, datetime.datetime) else None
+    return label if hasattr(label, "timetuple") else None
 
 
 def _raster_profile(cube: Cube, driver: str, compression: Compression) -> dict[str, Any]:
     """What rasterio is told of every file, beside the transform and the bands."""
+    from rasterio.dtypes import check_dtype
+
     array, grid, nodata = cube.array, find_georeference(cube), find_nodata(cube.array)
     declared = array.attrs.get("_FillValue", array.encoding.get("_FillValue"))
     if nodata:
         declared = nodata[0]
     elif declared is not None and array.dtype.kind == "f":
         declared = np.nan  # what is encoded is of the integers that another file packs these floats into
+    if not check_dtype(array.dtype.newbyteorder("=").name):
+        cure = 'convert it with .astype("float32")'
+        raise TypeError(message("cube", "a dtype that GeoTIFF has", array.dtype, cure))
     height, width = cube.size
     profile: dict[str, Any] = {
         "driver": driver,
@@ -292,87 +277,74 @@ def _per_band(cube: Cube, plural: str, single: str, neutral: Any) -> list[Any]:
 
 
 def _write_files(
-    frames: Array, seen: Array | None, files: Sequence[_File], first: int, last: int
+    frames: Array, seen: Array | None, files: Sequence[FilePlan], first: int, last: int
 ) -> list[Path]:
     """Frames (t, C, H, W) of one chunk, and their masks (t, H, W), into those of the files that are theirs."""
     for number, file in enumerate(files[first:last]):
-        _write_file(frames[number], None if seen is None else seen[number], file)
+        with open_writer(file) as write:
+            write(frames[number], None if seen is None else seen[number], None)
     return [file.path for file in files[first:last]]
 
 
-def _write_file(values: Array, seen: Array | None, plan: _File) -> None:
-    with FileWriter(plan) as writer:
-        writer.write(values, seen, None)
+Writer = Callable[[Array, "Array | None", "slice | None"], None]
 
 
-class FileWriter:
-    """One file that is whole or not there at all; its pixels may come by blocks of rows."""
+@contextmanager
+def open_writer(plan: FilePlan) -> Iterator[Writer]:
+    """One file that is whole or not there at all.
 
-    def __init__(self, plan: _File) -> None:
-        self.plan = plan
-        self._stack = ExitStack()
+    It is written by a function of pixels (C, h, W), their mask (h, W), and which rows these are; ``None``: all.
+    """
+    import rasterio
+    from rasterio.enums import Resampling
+    from rasterio.transform import Affine
+    from rasterio.windows import Window
 
-    def __enter__(self) -> FileWriter:
-        import rasterio
-        from rasterio.transform import Affine
+    where = {} if plan.transform is None else {"transform": Affine(*plan.transform)}
+    with (
+        atomic(plan.path) as partial,
+        quiet(),
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+        rasterio.open(partial, "w", **plan.profile, **where) as file,
+    ):
 
-        plan = self.plan
-        where = {} if plan.transform is None else {"transform": Affine(*plan.transform)}
-        with ExitStack() as stack:
-            partial = stack.enter_context(atomic(plan.path))
-            stack.enter_context(quiet())
-            stack.enter_context(rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True))
-            self.file = stack.enter_context(rasterio.open(partial, "w", **plan.profile, **where))
-            self._describe()
-            self._stack = stack.pop_all()
-        return self
+        def write(values: Array, seen: Array | None, rows: slice | None) -> None:
+            count, width = len(values), values.shape[-1]
+            window = None if rows is None else Window.from_slices((rows.start, rows.stop), (0, width))
+            pixels = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+            file.write(pixels, list(range(1, count + 1)), window=window)
+            if plan.mask == "alpha" and seen is not None:
+                file.write(seen.astype(pixels.dtype), count + 1, window=window)
+            elif seen is not None:
+                file.write_mask(np.where(seen != 0, np.uint8(255), np.uint8(0)), window=window)
 
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None and self.plan.overviews:
-            from rasterio.enums import Resampling
+        _describe(file, plan)
+        yield write
+        if plan.overviews:
+            file.build_overviews(list(plan.overviews), Resampling.nearest)
 
-            self.file.build_overviews(list(self.plan.overviews), Resampling.nearest)
-        self._stack.__exit__(*error)
 
-    def write(self, values: Array, seen: Array | None, rows: slice | None) -> None:
-        """Pixels (C, h, W) and their mask (h, W), of all rows or of some."""
-        from rasterio.windows import Window
+def _describe(file: Any, plan: FilePlan) -> None:
+    """Names, colours, scales, tags and control points of a file that is being written."""
+    from rasterio.enums import ColorInterp
 
-        count, width = len(values), values.shape[-1]
-        window = None if rows is None else Window.from_slices((rows.start, rows.stop), (0, width))
-        pixels = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
-        self.file.write(pixels, list(range(1, count + 1)), window=window)
-        if self.plan.mask == "alpha" and seen is not None:
-            self.file.write(seen.astype(pixels.dtype), count + 1, window=window)
-        elif seen is not None:
-            self.file.write_mask(np.where(seen != 0, np.uint8(255), np.uint8(0)), window=window)
-
-    def _describe(self) -> None:
-        from rasterio.enums import ColorInterp
-
-        file, plan, alpha = self.file, self.plan, self.plan.mask == "alpha"
-        told = [json.loads(text) if text else {} for text in plan.bands["colours"]]
-        kinds = [
-            ColorInterp[one["interpretation"]] if one else file.colorinterp[i] for i, one in enumerate(told)
-        ]
-        if any(told) or alpha:
-            file.colorinterp = [*kinds, *([ColorInterp.alpha] * alpha)]
-        for number, one in enumerate(told, 1):
-            if "table" in one:
-                colours = {int(key): tuple(colour) for key, colour in one["table"].items()}
-                file.write_colormap(number, colours)
-        for number, name in enumerate(plan.bands["descriptions"], 1):
-            if name:
-                file.set_band_description(number, name)
-        if set(plan.bands["scales"]) != {1.0} or set(plan.bands["offsets"]) != {0.0}:
-            file.scales = [*plan.bands["scales"], *([1.0] * alpha)]
-            file.offsets = [*plan.bands["offsets"], *([0.0] * alpha)]
-        if any(plan.bands["units"]):
-            file.units = [*plan.bands["units"], *([""] * alpha)]
-        for band, tags in json.loads(plan.tags or "{}").items():
-            if band == "RPC":
-                file.update_tags(ns="RPC", **tags)
-            elif not band or int(band) <= len(told):
-                file.update_tags(**({"bidx": int(band)} if band else {}), **tags)
-        if plan.gcps:
-            file.gcps = (control_points(plan.gcps), file.crs)
+    alpha = plan.mask == "alpha"
+    told = [json.loads(text) if text else {} for text in plan.bands["colours"]]
+    kinds = [ColorInterp[one["interpretation"]] if one else file.colorinterp[i] for i, one in enumerate(told)]
+    if any(told) or alpha:
+        file.colorinterp = [*kinds, *([ColorInterp.alpha] * alpha)]
+    for number, (one, name) in enumerate(zip(told, plan.bands["descriptions"], strict=True), 1):
+        if "table" in one:
+            file.write_colormap(number, {int(key): tuple(colour) for key, colour in one["table"].items()})
+        if name:
+            file.set_band_description(number, name)
+    for plural, _, neutral in SCALING:
+        if set(plan.bands[plural]) != {neutral}:
+            setattr(file, plural, [*plan.bands[plural], *([neutral] * alpha)])
+    for band, tags in json.loads(plan.tags or "{}").items():
+        if band == "RPC":
+            file.update_tags(ns="RPC", **tags)
+        elif not band or int(band) <= len(told):
+            file.update_tags(**({"bidx": int(band)} if band else {}), **tags)
+    if plan.gcps:
+        file.gcps = (control_points(plan.gcps), file.crs)

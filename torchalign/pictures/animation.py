@@ -17,8 +17,6 @@ from torchalign.types import Status
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["SUFFIXES", "check_animation", "compose", "write"]
-
 SUFFIXES = (".gif", ".mp4")
 _GAP, _HEAD, _EDGE = 6, 26, 3  # pixels: between the panels, above them, and of a status' frame
 

@@ -9,21 +9,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from torchalign._check import message
-from torchalign.cube.solution import check_report
+from torchalign.cube.solution import check_report, report_labels
 from torchalign.types import Status
-
-__all__ = [
-    "Array",
-    "by_status",
-    "check_pictured",
-    "check_truth",
-    "covariance_of",
-    "kept_frames",
-    "shift_of",
-    "status_label",
-    "status_of",
-    "time_of",
-]
 
 Array = NDArray[Any]
 
@@ -86,8 +73,7 @@ def covariance_of(report: xr.Dataset) -> Array:
 
 def time_of(report: xr.Dataset) -> tuple[Array, bool]:
     """Positions along a time axis, and whether they are dates."""
-    dim = report["status"].dims[0]
-    values = report[dim].values if dim in report.coords else np.arange(report["status"].size)
+    values = report_labels(report)
     if values.dtype.kind == "M":
         return values.astype("datetime64[ms]").astype(object), True
     return (values if values.dtype.kind in "iuf" else np.arange(len(values))), False

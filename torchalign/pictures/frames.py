@@ -43,7 +43,9 @@ class Comparison(NamedTuple):
     words: str
 
 
-def check_same(cube: xr.DataArray, aligned: xr.DataArray) -> tuple[int, int, int]:
+def check_same(
+    cube: xr.DataArray, aligned: xr.DataArray, *, may_be_empty: bool = True
+) -> tuple[int, int, int]:
     """(T, H, W) of both."""
     shapes = []
     for array, name in ((cube, "cube"), (aligned, "aligned")):
@@ -52,6 +54,8 @@ def check_same(cube: xr.DataArray, aligned: xr.DataArray) -> tuple[int, int, int
     if shapes[0] != shapes[1]:
         expected = f"the cube's frames, rows and columns {shapes[0]}"
         raise ValueError(message("aligned", expected, shapes[1], "give the pair of one ta.align"))
+    if not (shapes[0][0] or may_be_empty):
+        raise ValueError(message("cube", "at least one frame", "none", "give a cube with frames"))
     return shapes[0]
 
 

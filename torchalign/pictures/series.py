@@ -15,15 +15,6 @@ from torchalign.types import Status
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = [
-    "check_series",
-    "draw_closure",
-    "draw_network",
-    "draw_pair_residuals",
-    "draw_sun_shift",
-    "sun_known",
-]
-
 
 def check_series(report: object) -> xr.Dataset:
     """A report of ``reference="groupwise"``, with its pairs.
@@ -33,10 +24,15 @@ def check_series(report: object) -> xr.Dataset:
         ValueError: a report of another kind.
     """
     checked = check_pictured(report)
-    if "closure" not in checked or "pair_moving" not in checked.attrs:
+    if not is_series(checked):
         cure = 'give the report of ta.align(cube, "groupwise")'
         raise ValueError(message("report", "one with closure and pairs", sorted(map(str, checked)), cure))
     return checked
+
+
+def is_series(report: xr.Dataset) -> bool:
+    """Whether a report is one of ``reference="groupwise"``, with its pairs."""
+    return "closure" in report and "pair_moving" in report.attrs
 
 
 def sun_known(report: xr.Dataset) -> bool:

@@ -149,13 +149,6 @@ def draw_rings(ax: Axes, reach: float) -> None:
     ax.plot(0, 0, marker="+", color=INK, markersize=9, zorder=2)
 
 
-def zoom_outline(left: float, top: float, side: int) -> Any:
-    """The square that is magnified."""
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((left, top), side, side, fill=False, edgecolor=ORANGE, linewidth=2.0)
-
-
 def date_axis(ax: Axes) -> None:
     """Few and short dates along x."""
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter

@@ -12,26 +12,14 @@ from torch import Tensor, nn
 from torchalign._check import check_number, check_option, check_whole, message
 from torchalign.aligner import Aligner
 from torchalign.pcc import PCC
+from torchalign.training import probe as probing
 from torchalign.training.measure import Measured, aligner_or, check_samples, measure_residuals
-from torchalign.training.probe import (
-    Claim,
-    MissingImageError,
-    Resizing,
-    chained,
-    copied,
-    handed_on,
-    isolated_randomness,
-    probe,
-    steps_of,
-)
 from torchalign.training.statistics import Residuals, Verdict, empty_residuals, read_verdict, record
-
-__all__ = ["Action", "AlignmentCheck", "AlignmentWarning", "MisregistrationError", "Step"]
 
 Action = Literal["record", "warn", "raise"]
 
 # What usually helps, by what a probe has found.
-_CURES: dict[Resizing | None, str] = {
+_CURES: dict[probing.Resizing | None, str] = {
     "nearest": 'masks are resized by mode="nearest", which is up to half a pixel off; resize them by '
     '"nearest-exact" (InterpolationMode.NEAREST_EXACT)',
     "align_corners": "one input is resized with align_corners=True; resize all of them with align_corners=False",
@@ -71,7 +59,7 @@ class _Probed(NamedTuple):
     """What a probe measured, and how an image was resized, if that is known and usually a slip."""
 
     measured: Measured
-    resizing: Resizing | None
+    resizing: probing.Resizing | None
 
 
 def _probe_aligner() -> PCC:
@@ -167,7 +155,7 @@ class AlignmentCheck(nn.Module):
         self.calls = 0
         self.received = 0  # samples
         self.step: Step | None = None  # the last one found at fault
-        self.resizing: Resizing | None = None  # the last one that slipped
+        self.resizing: probing.Resizing | None = None  # the last one that slipped
         for name, tensor in empty_residuals(check_whole("worst", worst))._asdict().items():
             self.register_buffer(name, tensor)
 
@@ -227,7 +215,7 @@ class AlignmentCheck(nn.Module):
         self,
         augment: Callable[..., Any],
         *,
-        matrix: Claim | None = None,
+        matrix: probing.Claim | None = None,
         ids: Callable[..., Tensor] | None = None,
     ) -> CheckedAugmentation:
         """The augmentation itself, every n-th call of which is checked by a probe.
@@ -246,7 +234,7 @@ class AlignmentCheck(nn.Module):
         self,
         augment: Callable[..., Any],
         *sample: Any,
-        matrix: Claim | None = None,
+        matrix: probing.Claim | None = None,
         ids: Tensor | None = None,
         **named: Any,
     ) -> Tensor:
@@ -298,7 +286,7 @@ class AlignmentCheck(nn.Module):
             sample: as the pipeline takes it.
             named: as the pipeline takes it.
         """
-        with isolated_randomness(sample, named):
+        with probing.isolated_randomness(sample, named):
             steps = list(self._trace(_bare(pipeline), sample, named))
         self.step = next((step for step in steps if step.slips), self.step)
         return steps
@@ -319,16 +307,16 @@ class AlignmentCheck(nn.Module):
             attempts: how often the pipeline is run, for what happens only sometimes.
             named: as the pipeline takes it.
         """
-        bare = copied(_bare(pipeline))
-        with isolated_randomness(sample, named):
+        bare = probing.copied(_bare(pipeline))
+        with probing.isolated_randomness(sample, named):
             for attempt in range(attempts):
                 if attempt:  # other random numbers, of generators of its own too
-                    chained([step for _, step in steps_of(bare)])(*sample, **named)
-                with isolated_randomness(sample, named):
+                    probing.chained([step for _, step in probing.steps_of(bare)])(*sample, **named)
+                with probing.isolated_randomness(sample, named):
                     suspect = self._bisect(bare, sample, named)
                 if suspect is None:
                     continue
-                with isolated_randomness(sample, named):
+                with probing.isolated_randomness(sample, named):
                     step = self._alone(bare, suspect.number, sample, named)
                 self.step = step if step.slips else self._walk(bare, sample, named) or suspect
                 return self.step
@@ -389,11 +377,11 @@ class AlignmentCheck(nn.Module):
 
         def after(count: int) -> tuple[float, bool] | None:
             # a copy each, in the same random state: the same numbers are drawn, up to there
-            steps = [step for _, step in steps_of(copied(pipeline))]
-            found = self._probe(chained(steps[:count]), sample, named, None, optional=True)
+            steps = [step for _, step in probing.steps_of(probing.copied(pipeline))]
+            found = self._probe(probing.chained(steps[:count]), sample, named, None, optional=True)
             return None if found is None or bool(found[0].residual.isnan().all()) else self._read(found[0])
 
-        names = [name for name, _ in steps_of(pipeline)]
+        names = [name for name, _ in probing.steps_of(pipeline)]
         good, bad = 0, len(names)
         found = after(bad) if bad else None
         if found is None or not found[1]:
@@ -412,9 +400,11 @@ class AlignmentCheck(nn.Module):
 
     def _alone(self, pipeline: Any, number: int, sample: tuple[Any, ...], named: dict[str, Any]) -> Step:
         """One step by itself, on what those before make of the sample."""
-        steps = steps_of(copied(pipeline))
+        steps = probing.steps_of(probing.copied(pipeline))
         if number:
-            sample, named = handed_on(chained([step for _, step in steps[:number]])(*sample, **named), sample)
+            sample, named = probing.handed_on(
+                probing.chained([step for _, step in steps[:number]])(*sample, **named), sample
+            )
         return self._step(number, *steps[number], sample, named)
 
     def _walk(self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
@@ -477,14 +467,14 @@ class AlignmentCheck(nn.Module):
         augment: Callable[..., Any],
         sample: Sequence[Any],
         named: dict[str, Any],
-        matrix: Claim | None,
+        matrix: probing.Claim | None,
         *,
         optional: bool = False,
     ) -> _Probed | None:
-        with torch.no_grad(), isolated_randomness(sample, named):
+        with torch.no_grad(), probing.isolated_randomness(sample, named):
             try:
-                pairs = probe(augment, sample, named, matrix, samples=self.samples)
-            except MissingImageError:
+                pairs = probing.probe(augment, sample, named, matrix, samples=self.samples)
+            except probing.MissingImageError:
                 if not optional:
                     raise
                 pairs = []
@@ -517,10 +507,10 @@ class AlignmentCheck(nn.Module):
     def _trace(
         self, pipeline: Callable[..., Any], sample: tuple[Any, ...], named: dict[str, Any]
     ) -> Iterator[Step]:
-        for number, (name, step) in enumerate(steps_of(copied(pipeline))):
+        for number, (name, step) in enumerate(probing.steps_of(probing.copied(pipeline))):
             yield self._step(number, name, step, sample, named)
             # the next step sees what this one makes of the sample itself
-            sample, named = handed_on(step(*sample, **named), sample)
+            sample, named = probing.handed_on(step(*sample, **named), sample)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignmentCheck:
         """The statistics go where the module goes, but keep their dtypes: ``.half()`` must not round counts."""
@@ -547,7 +537,7 @@ class CheckedAugmentation(nn.Module):
         self,
         check: AlignmentCheck,
         augment: Callable[..., Any],
-        matrix: Claim | None = None,
+        matrix: probing.Claim | None = None,
         ids: Callable[..., Tensor] | None = None,
     ) -> None:
         super().__init__()

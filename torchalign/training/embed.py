@@ -14,8 +14,6 @@ from torchalign.functional.smoothing import nanmedian
 from torchalign.pcc import PCC
 from torchalign.training.measure import aligner_or
 
-__all__ = ["AlignToFirst", "Onto"]
-
 Onto = Literal["first", "median"]
 
 

@@ -13,8 +13,6 @@ from torchalign.functional.motion import MotionModel
 from torchalign.functional.warp import PaddingMode
 from torchalign.training.misregistration import Kernel, Randomness, check_options, misregister, random_warp
 
-__all__ = ["RandomMisregistration2D"]
-
 
 class RandomMisregistration2D(GeometricAugmentationBase2D):
     """:class:`~torchalign.training.misregistration.RandomMisregistration` for kornia: (B, C, H, W), batched.
@@ -86,22 +84,14 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
         return to_homogeneous(invert_warp(_sent(params["warp"], input))).to(input.dtype)
 
     def apply_transform(
-        self,
-        input: Tensor,
-        params: dict[str, Tensor],
-        flags: dict[str, Any],
-        transform: Tensor | None = None,
+        self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
         """Move the batch; kornia's hook."""
         # from the parameters, not kornia's matrix, which has the precision of the input
         return misregister(input, _sent(params["warp"], input), **_resampling(flags))
 
     def apply_transform_mask(
-        self,
-        input: Tensor,
-        params: dict[str, Tensor],
-        flags: dict[str, Any],
-        transform: Tensor | None = None,
+        self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
         """Move labels by the nearest pixel; kornia's hook."""
         return self.apply_transform(input, params, {**flags, "kernel": "nearest"})

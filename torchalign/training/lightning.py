@@ -20,8 +20,6 @@ except ImportError:
         cure = 'pip install "torchalign[training]"'
         raise ImportError(message("AlignmentCallback", "the package lightning", "none", cure)) from error
 
-__all__ = ["AlignmentCallback"]
-
 
 class AlignmentCallback(Callback):
     """Check every training batch, and log the statistics at the end of the epoch.

@@ -15,8 +15,6 @@ from torchalign.functional.warp import resample
 from torchalign.pcc import PCC
 from torchalign.training.measure import aligner_or, check_samples
 
-__all__ = ["AlignmentLoss", "Kind", "Reduction"]
-
 Kind = Literal["ecc", "zncc", "shift"]
 Reduction = Literal["mean", "sum", "none"]
 

@@ -15,8 +15,6 @@ from torchalign.functional.affine import transform_points
 from torchalign.functional.channels import extract_channel
 from torchalign.types import Status
 
-__all__ = ["Measured", "aligner_or", "check_samples", "measure_residuals"]
-
 # A window of a small frame is at least this long, so that there is something to correlate.
 _LEAST_WINDOW = 48
 # Windows of which less is usable are not measured.

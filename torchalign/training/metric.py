@@ -13,8 +13,6 @@ from torchalign.training.check import AlignmentCheck
 from torchalign.training.measure import check_samples, measure_residuals
 from torchalign.training.statistics import Residuals, empty_residuals, merge_residuals, quantile, record
 
-__all__ = ["RegistrationError"]
-
 
 class RegistrationError(Metric):
     """The residual misregistration of pairs, in pixels: mean, median, 95th percentile, the worst samples.

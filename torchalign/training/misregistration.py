@@ -33,8 +33,6 @@ from torchalign.functional.affine import (
 from torchalign.functional.motion import MotionModel
 from torchalign.functional.warp import PaddingMode, resample
 
-__all__ = ["Kernel", "Per", "RandomMisregistration", "misregister", "random_warp"]
-
 Per = Literal["frame", "sample"]
 Kernel = Literal["sinc", "bicubic", "bilinear", "nearest"]
 
@@ -100,10 +98,10 @@ def random_warp(
     linear = torch.eye(2, dtype=torch.float64, device=draws.device).expand(*shape, 2, 2)
     uniform = 2 * draws - 1  # [−1, 1)
     if motion == "euclidean":
-        linear = _rotation(share * uniform[..., 0])
+        linear = _turned_by(share * uniform[..., 0])
     elif motion == "similarity":
         scale = 1 + share / math.sqrt(2) * uniform[..., 1]
-        linear = scale[..., None, None] * _rotation(share / math.sqrt(2) * uniform[..., 0])
+        linear = scale[..., None, None] * _turned_by(share / math.sqrt(2) * uniform[..., 0])
     elif motion in ("affine", "homography"):
         part = 0.5 if motion == "affine" else 0.25
         linear = linear + part * share * uniform[..., :4].reshape(*shape, 2, 2)
@@ -409,7 +407,7 @@ class Randomness:
         return self.generator
 
 
-def _rotation(angle: Tensor) -> Tensor:
+def _turned_by(angle: Tensor) -> Tensor:
     """(..., 2, 2)."""
     cosine, sine = angle.cos(), angle.sin()
     return torch.stack((torch.stack((cosine, -sine), -1), torch.stack((sine, cosine), -1)), -2)

@@ -26,20 +26,6 @@ from torchalign._host import is_on_host
 from torchalign.functional.affine import change_origin
 from torchalign.functional.warp import resample
 
-__all__ = [
-    "Claim",
-    "MissingImageError",
-    "ProbePair",
-    "Resizing",
-    "chained",
-    "copied",
-    "handed_on",
-    "isolated_randomness",
-    "probe",
-    "steps_of",
-    "texture",
-]
-
 Resizing = Literal["nearest", "align_corners"]
 Claim = Tensor | np.ndarray[Any, Any] | Callable[[Any], Any]
 

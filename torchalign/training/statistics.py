@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Residuals", "Verdict", "empty_residuals", "merge_residuals", "quantile", "read_verdict", "record"]
-
 # The histogram: one bin for exactly 0, one up to a thousandth of a pixel, bins of 1.5 % to 64 px, one above.
 _LOWEST, _HIGHEST, _BINS = 1e-3, 64.0, 768
 _STEP = math.log(_HIGHEST / _LOWEST) / (_BINS - 3)
