@@ -41,6 +41,7 @@ from torch.nn import functional as F
 
 from torchalign._check import message
 from torchalign._host import all_true, carries_gradient, keeps_tables, kernels_for
+from torchalign.functional import sampling, uncertainty
 from torchalign.functional.affine import (
     are_finite,
     composed,
@@ -62,23 +63,9 @@ from torchalign.functional.motion import (
     only_shifts,
     warp_of,
 )
-from torchalign.functional.sampling import (
-    bilinear_at,
-    continue_border,
-    spline_at,
-    spline_response,
-    spline_with_slopes,
-)
 from torchalign.functional.smoothing import block_sums, nanmedian
 from torchalign.functional.structure import turn_orientations
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid
-from torchalign.functional.uncertainty import (
-    isotropic,
-    largest_direction,
-    largest_sigma,
-    shared_slope,
-    weights_error,
-)
 from torchalign.functional.working_grid import Window, WorkingGrid, ramp_length, tukey, working_size
 from torchalign.types import each_field
 
@@ -540,8 +527,10 @@ class _Warped(NamedTuple):
         positive = rows - rows // 2
         middle = spectrum.new_zeros((*spectrum.shape[:-2], size[0] - rows, spectrum.shape[-1]))
         coefficients = torch.cat([spectrum[..., :positive, :], middle, spectrum[..., positive:, :]], dim=-2)
-        weights = None if texture.weights is None else continue_border(texture.weights)
-        return cls(continue_border(irfft2(coefficients, size)), weights, texture.flat, taper, projective)
+        weights = None if texture.weights is None else sampling.continue_border(texture.weights)
+        return cls(
+            sampling.continue_border(irfft2(coefficients, size)), weights, texture.flat, taper, projective
+        )
 
     def look(self, warp: Tensor, level: Level, *, precise: bool) -> _WarpedSamples:
         """:meth:`values` and :meth:`ground`."""
@@ -582,7 +571,7 @@ class _Warped(NamedTuple):
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference; bilinear, at a fifth of the cost, unless ``precise``."""
         column, row = self._sources(warp, level, _samples_of(self.spline))
-        sample = spline_at if precise else bilinear_at
+        sample = sampling.spline_at if precise else sampling.bilinear_at
         if not level.vector:
             return sample(self.spline, column, row)
         parts = torch.stack([sample(part, column, row) for part in self.spline])
@@ -594,7 +583,9 @@ class _Warped(NamedTuple):
         x, y = self._sources(warp, level, (height, width))
         own = tukey(x, width, self.taper) * tukey(y, height, self.taper)
         if self.weights is not None:
-            usable = bilinear_at(self.weights, *self._sources(warp, level, _samples_of(self.weights)))
+            usable = sampling.bilinear_at(
+                self.weights, *self._sources(warp, level, _samples_of(self.weights))
+            )
             # between two ones lies a one, but for rounding
             own = own * torch.where(usable > 1 - 1e-5, 1.0, usable)
         return torch.minimum(level.weights, own)
@@ -609,12 +600,14 @@ class _Warped(NamedTuple):
         column, row = self._sources(warp, level, size)
         if level.vector:
             # (what turns with the warp is held fixed)
-            parts = zip(*(spline_with_slopes(part, column, row) for part in self.spline), strict=True)
+            parts = zip(
+                *(sampling.spline_with_slopes(part, column, row) for part in self.spline), strict=True
+            )
             values, by_column, by_row = (
                 _joined(turn_orientations(torch.stack(both), warp), vector=True) for both in parts
             )
         else:
-            values, by_column, by_row = spline_with_slopes(self.spline, column, row)
+            values, by_column, by_row = sampling.spline_with_slopes(self.spline, column, row)
         (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-2) for row in invert_warp(warp)[..., None].unbind(-3))
         depth = g * level.x + h * level.y + i
         x, y = (a * level.x + b * level.y + c) / depth, (d * level.x + e * level.y + f) / depth
@@ -950,12 +943,16 @@ def _assess(state: _State, level: Level, search: _Search) -> EnhancedCorrelation
     scale = calibration * half_length(level.grid.frame) / certainty
     covariance = scale.square()[..., None, None] * _scatter_of_blocks(sums, system)
     if level.vector:
-        covariance = covariance + isotropic(_STRUCTURE_ERROR * (1 - seen.correlation))
+        covariance = covariance + uncertainty.isotropic(_STRUCTURE_ERROR * (1 - seen.correlation))
     root = _unflatten(system.weights, -1, size).sqrt()
-    covariance = covariance + isotropic(_WEIGHTS_SHARE * weights_error(level.field, root, level.grid))
-    sigma = largest_sigma(covariance)
+    covariance = covariance + uncertainty.isotropic(
+        _WEIGHTS_SHARE * uncertainty.weights_error(level.field, root, level.grid)
+    )
+    sigma = uncertainty.largest_sigma(covariance)
     residual, weights = (_unflatten(field, -1, size) for field in (residual, system.weights))
-    share = shared_slope(residual, level.field, weights, largest_direction(covariance))
+    share = uncertainty.shared_slope(
+        residual, level.field, weights, uncertainty.largest_direction(covariance)
+    )
 
     ground = state.common.square()
     tiny = torch.finfo(values.dtype).tiny
@@ -969,7 +966,7 @@ def _assess(state: _State, level: Level, search: _Search) -> EnhancedCorrelation
     if search.far is not None and not level.vector:
         told = told & (_significance_of_blocks(values, level, ground, common) >= search.least_of_blocks())
     converged = sound & (state.reach <= search.tolerance) & told
-    unknown = isotropic(torch.full_like(sigma, torch.inf))
+    unknown = uncertainty.isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
     sigma = sigma.masked_fill(~sound, torch.inf)
     ambiguous, found = share < _LEAST_SHARE, (state.warp, sigma, covariance, significance)
@@ -1154,7 +1151,7 @@ def _spline_gain(
     y, x = torch.fft.fftfreq(rows, **kind), torch.fft.rfftfreq(columns, **kind)[: size[1] // 2 + 1]
     positive = size[0] - size[0] // 2
     y = torch.cat([y[:positive], y[rows - size[0] // 2 :]])
-    gain = _OVERSAMPLING**2 / (spline_response(y)[:, None] * spline_response(x))
+    gain = _OVERSAMPLING**2 / (sampling.spline_response(y)[:, None] * sampling.spline_response(x))
     return gain * _response(frame, size, max_frequency, vector, like=like)
 
 

@@ -167,9 +167,6 @@ WEIGHTS: dict[str, WeightFile] = {
 }
 
 
-
-
-
 def find_weights(name: str) -> Path | None:
     """Where the weights of that name lie on this machine, or ``None``.
 
