@@ -757,7 +757,7 @@ class _Search(NamedTuple):
                 # what is said of a frame must not depend on how long the others take
                 found = moving.values(warp, level, precise=precise)
                 values = _choose_frames(moves[..., None], found, values)
-            increment, last = _shorten(_best_increment(values, level, system), level)
+            increment, last = _shorten(_Increment.of(values, level, system).step, level)
             stepped = moving.stepped(warp, increment, self.motion)
             warp = torch.where(moves[..., None, None], stepped, warp)
             reach = torch.where(moves, last, reach)
@@ -865,8 +865,8 @@ def _weighted_system(weights: Tensor, level: Level) -> _System:
     return _System(weights, mean, inverse, solved, rest, sound)
 
 
-def _best_increment(values: Tensor, level: Level, system: _System) -> Tensor:
-    r"""The step, (..., T, P), that maximises the coefficient of the linearised reference.
+class _Increment(NamedTuple):
+    r"""The step that maximises the coefficient of the linearised reference.
 
     .. math:: \Delta = H^{-1} G^T (\lambda \bar m - \bar r), \qquad
               \lambda = \frac{\|\bar r\|^2 - \bar r^T P_G \bar r}{\bar m^T \bar r - \bar m^T P_G \bar r}
@@ -874,23 +874,22 @@ def _best_increment(values: Tensor, level: Level, system: _System) -> Tensor:
     with :math:`P_G` the projection on the derivatives (Evangelidis & Psarakis 2008, theorem 1). Where the
     denominator is not positive, the two are far from each other, and λ = 1 makes it a least-squares step.
     """
-    moments = _centred(system.weights * values, level, system)
-    gain, _ = _gain(moments, system)
-    return gain[..., None] * (system.inverse * moments[..., None, 2:]).sum(-1) - system.solved
 
+    step: Tensor  # (..., T, P), Δ
+    gain: Tensor  # (..., T), λ
+    along: Tensor  # (..., T), its denominator, infinity where it is not positive
+    direction: Tensor  # (..., T, P), H⁻¹ Gᵀ m̄
 
-def _centred(weighted: Tensor, level: Level, system: _System) -> Tensor:
-    """(..., T, 2 + P): inner products with the regressors less their means."""
-    moments = _inner(weighted, level.regressors)
-    return torch.addcmul(moments, moments[..., :1], system.mean, value=-1)
-
-
-def _gain(moments: Tensor, system: _System) -> tuple[Tensor, Tensor]:
-    """λ of the theorem, and its denominator; 1 and infinity where they are not positive."""
-    along = moments[..., 1] - (moments[..., 2:] * system.solved).sum(-1)
-    good = (along > 0) & (system.rest > 0)
-    along = torch.where(good, along, torch.inf)
-    return torch.where(good, system.rest / along, 1.0), along
+    @classmethod
+    def of(cls, values: Tensor, level: Level, system: _System) -> _Increment:
+        moments = _inner(system.weights * values, level.regressors)
+        moments = torch.addcmul(moments, moments[..., :1], system.mean, value=-1)  # less the means
+        along = moments[..., 1] - (moments[..., 2:] * system.solved).sum(-1)
+        good = (along > 0) & (system.rest > 0)
+        along = torch.where(good, along, torch.inf)
+        gain = torch.where(good, system.rest / along, 1.0)
+        direction = (system.inverse * moments[..., None, 2:]).sum(-1)
+        return cls(gain[..., None] * direction - system.solved, gain, along, direction)
 
 
 def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
@@ -1041,10 +1040,7 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
     warp = state.warp.detach()
     system = _weighted_system(state.system.weights.detach(), level)
     values, by_x, by_y = moving.slopes(warp, level)
-    moments = _centred(system.weights * values, level, system)
-    gain, along = _gain(moments, system)
-    direction = (system.inverse * moments[..., None, 2:]).sum(-1)
-    increment = gain[..., None] * direction - system.solved
+    increment, gain, along, direction = _Increment.of(values, level, system)
 
     # the matrix of the theorem has no derivative of its own
     given = (system, level, gain, along, direction, by_x, by_y)
@@ -1105,9 +1101,9 @@ def _eye(length: int, *, like: Tensor) -> Tensor:
 @keeps_tables
 def _rotation(degrees: float, *, like: Tensor) -> Tensor:
     """(3, 3), about the frame's centre."""
-    cosine, sine = (like.new_full((), function(math.radians(degrees))) for function in (math.cos, math.sin))
-    none, one = torch.zeros_like(sine), torch.ones_like(sine)
-    return torch.stack([cosine, -sine, none, sine, cosine, none, none, none, one]).reshape(3, 3)
+    angle = like.new_full((), math.radians(degrees))
+    none = torch.zeros_like(angle)
+    return to_homogeneous(warp_of(torch.stack([none, none, angle]), "euclidean"))
 
 
 @keeps_tables
@@ -1171,9 +1167,7 @@ def _derivatives_along(
     """(w//2+1,) and (h, 1): iω, per half of the frame."""
     y, x = WorkingGrid.of(frame, size, 0.5, like).frequencies
     omega_x, omega_y = (2 * math.pi * half_length(frame) * frequency for frequency in (x, y[:, None]))
-    return torch.complex(torch.zeros_like(omega_x), omega_x), torch.complex(
-        torch.zeros_like(omega_y), omega_y
-    )
+    return 1j * omega_x, 1j * omega_y
 
 
 def _shifted_by(shift: Tensor) -> Tensor:
