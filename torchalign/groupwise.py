@@ -393,7 +393,7 @@ class Groupwise(nn.Module):
 
             def ask(part: Edges) -> _Said:
                 ends = (part.moving, part.reference)
-                moving, reference = (_rows_of(frames.texture, end) for end in ends)
+                moving, reference = (_taken(frames.texture, end) for end in ends)
                 said = _correlate_pairs(moving, reference, frames.size, by_textures, by_textures.max_sigma)
                 # a pattern of the pixel grid that both show fits itself at no motion
                 own, other = (frames.factor[end] for end in ends)
@@ -421,7 +421,7 @@ class Groupwise(nn.Module):
         if not is_on_host(frames.texture.field) or count == 0:
             return ask(edges)
         step = max(1, _BATCH_PIXELS // (frames.size[0] * frames.size[1]))
-        batches = [_rows_of(edges, slice(first, first + step)) for first in range(0, count, step)]
+        batches = [_taken(edges, slice(first, first + step)) for first in range(0, count, step)]
         return combine(torch.cat, map_on_host(ask, batches))
 
     def _find_season(
@@ -446,7 +446,7 @@ class Groupwise(nn.Module):
 
         def ask(part: Edges) -> _Said:
             moving, reference = (
-                _in_blocks(_rows_of(texture, end), side) for end in (part.moving, part.reference)
+                _in_blocks(_taken(texture, end), side) for end in (part.moving, part.reference)
             )
             return _correlate_pairs(moving, reference, size, options, _BLOCK_SIGMA)
 
@@ -549,7 +549,7 @@ class Groupwise(nn.Module):
         return f"neighbours={self.neighbours}, links={self.links}, season={self.season!r}"
 
 
-def _rows_of(parts: Fields, rows: Tensor | slice) -> Fields:
+def _taken(parts: Fields, rows: Tensor | slice) -> Fields:
     return each_field(parts, lambda part: part[rows])
 
 

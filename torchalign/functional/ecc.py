@@ -285,8 +285,10 @@ def enhanced_correlation(
     # (a shift is (..., T, 2))
     homography = motion == "homography" or (init is not None and init.shape[-1] == init.shape[-2] == 3)
     start, finite = _finite_start(init, frame, shape, moving)
-    pyramid: list[_Shifted | _Warped] = [
-        _Shifted.of(texture, grid, taper) if only_shifted else _Warped.of(texture, grid, taper, homography)
+    pyramid: list[_ShiftedFrames | _WarpedFrames] = [
+        _ShiftedFrames.of(texture, grid, taper)
+        if only_shifted
+        else _WarpedFrames.of(texture, grid, taper, homography)
         for texture, grid in zip(textures, grids, strict=True)
     ]
 
@@ -423,7 +425,7 @@ def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, tape
     band = grid.frame, grid.size, grid.max_frequency
     spectrum = rfft2(texture.field) * _response(*band, vector, like=grid.radius)
     field = _joined(irfft2(spectrum, grid.size), vector, dim=-2)
-    slope_x, slope_y = (_joined(slope, vector) for slope in _differentiate(spectrum, grid))
+    slope_x, slope_y = (_joined(slope, vector) for slope in _derivatives_of(spectrum, grid))
     x, y, basis_x, basis_y, corners = _coordinates(grid.frame, grid.size, motion, like=grid.radius)
     basis_x, basis_y = (_for_parts(basis, vector) for basis in (basis_x, basis_y))
     derivatives = slope_x[..., None, :] * basis_x + slope_y[..., None, :] * basis_y  # (..., P, n)
@@ -439,7 +441,7 @@ def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, tape
     return Level(grid, field, products, weights, texture.flat, x, y, corners, vector)
 
 
-class _Shifted(NamedTuple):
+class _ShiftedFrames(NamedTuple):
     """Moving frames that are only shifted: a phase in the spectral domain, without kernel or bias; borders wrap."""
 
     spectrum: Tensor  # (..., T, h, w//2+1)
@@ -448,7 +450,7 @@ class _Shifted(NamedTuple):
     window: Window
 
     @classmethod
-    def of(cls, texture: Texture, grid: WorkingGrid, taper: float) -> _Shifted:
+    def of(cls, texture: Texture, grid: WorkingGrid, taper: float) -> _ShiftedFrames:
         weights = None if texture.weights is None else rfft2(texture.weights)
         response = _response(grid.frame, grid.size, grid.max_frequency, texture.is_vector, like=grid.radius)
         return cls(rfft2(texture.field) * response, weights, texture.flat, Window.of(grid, taper))
@@ -503,12 +505,12 @@ class _Shifted(NamedTuple):
         """The values, and their derivatives by x and y of the reference."""
         grid = level.grid
         shifted = shift_phase(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
-        found = irfft2(shifted, grid.size).flatten(-2), *_differentiate(shifted, grid)
+        found = irfft2(shifted, grid.size).flatten(-2), *_derivatives_of(shifted, grid)
         values, by_x, by_y = (_joined(field, level.vector) for field in found)
         return values, by_x, by_y
 
 
-class _Warped(NamedTuple):
+class _WarpedFrames(NamedTuple):
     """Moving frames under any warp: a cubic B-spline through twice as many samples as the band needs."""
 
     spline: Tensor  # (..., T, 2h, 2w), its coefficients, continued beyond the border
@@ -518,7 +520,7 @@ class _Warped(NamedTuple):
     projective: bool
 
     @classmethod
-    def of(cls, texture: Texture, grid: WorkingGrid, taper: float, projective: bool) -> _Warped:
+    def of(cls, texture: Texture, grid: WorkingGrid, taper: float, projective: bool) -> _WarpedFrames:
         rows, columns = grid.size
         size = (_OVERSAMPLING * rows, _OVERSAMPLING * columns)
         band = grid.frame, grid.size, grid.max_frequency
@@ -679,7 +681,7 @@ class _Search(NamedTuple):
     far: int | None
 
     def descend(
-        self, start: Tensor, levels: Sequence[Level], pyramid: Sequence[_Shifted | _Warped]
+        self, start: Tensor, levels: Sequence[Level], pyramid: Sequence[_ShiftedFrames | _WarpedFrames]
     ) -> _State:
         """From the coarsest level to the finest; there once more, with weights and samples from nearby."""
         if self.far is not None:
@@ -692,7 +694,7 @@ class _Search(NamedTuple):
             frames, near = pyramid[number], _NEAR * level.grid.spacing()
             if number == 0:
                 near = max(_NEAR, self.tolerance)
-                if isinstance(frames, _Warped):
+                if isinstance(frames, _WarpedFrames):
                     # samples are what costs, and every fourth will do to come near
                     rough = _every_second(level)
             for time in range(1 + (_MORE_WEIGHTS if self.motion == "homography" else 0)):
@@ -709,7 +711,7 @@ class _Search(NamedTuple):
         places = max(self.max_translation / 5, 1.0) ** 2 * turns
         return math.sqrt(_LEAST_OF_BLOCKS**2 + 2 * math.log(places))
 
-    def look_far(self, start: Tensor, level: Level, moving: _Shifted | _Warped) -> Tensor:
+    def look_far(self, start: Tensor, level: Level, moving: _ShiftedFrames | _WarpedFrames) -> Tensor:
         """(..., T, 3, 3): of all translations, under what else the start does and a few turns, what fits best."""
         still = composed(start.detach(), _shifted_by(-start[..., :2, 2].detach()))
         turns = [still]
@@ -735,7 +737,7 @@ class _Search(NamedTuple):
         return composed(turn, _shifted_by(shift / half_length(level.grid.frame)))
 
     def climb(
-        self, samples: _WarpedSamples, level: Level, moving: _Shifted | _Warped, *, precise: bool
+        self, samples: _WarpedSamples, level: Level, moving: _ShiftedFrames | _WarpedFrames, *, precise: bool
     ) -> _State:
         """Weights, then steps, until none moves a point of a frame by more than the tolerance.
 
@@ -794,7 +796,7 @@ class _WarpedSamples(NamedTuple):
 
 
 def _better_of(
-    start: Tensor, found: _WarpedSamples, level: Level, moving: _Shifted | _Warped
+    start: Tensor, found: _WarpedSamples, level: Level, moving: _ShiftedFrames | _WarpedFrames
 ) -> _WarpedSamples:
     """The start, where a coarser level lowered the correlation (its clouds have more contrast than the ground)."""
     both = found, moving.look(start, level, precise=False)
@@ -848,7 +850,7 @@ def _weights_of_difference(values: Tensor, common: Tensor, level: Level) -> Tens
 def _weighted_system(weights: Tensor, level: Level) -> _System:
     """The normal equations of these weights."""
     parameters = level.corners.shape[-1]
-    gram = _inner(weights, level.products)[..., _places(2 + parameters, like=weights)]
+    gram = _inner(weights, level.products)[..., _triangle(2 + parameters, like=weights)]
     mean = gram[..., 0, :] / gram[..., 0, :1].clamp(min=torch.finfo(weights.dtype).tiny)
     centred = torch.addcmul(gram[..., 1:, 1:], gram[..., 1:, :1], mean[..., None, 1:], value=-1)
     against, hessian = centred[..., 0, :], centred[..., 1:, 1:]  # of (..., T, 1 + P, 1 + P)
@@ -916,7 +918,7 @@ def _assess(state: _State, level: Level, search: _Search) -> EnhancedCorrelation
     unrelated scenes.
     """
     system, values = state.system, state.values
-    seen = _moments(values, level, system.weights)
+    seen = _weighted_moments(values, level, system.weights)
     # α m̄ − r̄, α by least squares
     slope = seen.covariance / seen.variance
     offset = seen.other_mean - slope * seen.mean
@@ -956,7 +958,7 @@ def _assess(state: _State, level: Level, search: _Search) -> EnhancedCorrelation
     ground = state.common.square()
     tiny = torch.finfo(values.dtype).tiny
     samples = _INDEPENDENT * ground.sum(-1).square() / torch.linalg.vecdot(ground, ground).clamp(min=tiny)
-    common = _moments(values, level, ground)
+    common = _weighted_moments(values, level, ground)
     significance = common.correlation * samples.sqrt()
 
     sound = system.sound & (sigma < torch.inf) & are_finite(state.warp)
@@ -1007,7 +1009,7 @@ class _Moments(NamedTuple):
     correlation: Tensor
 
 
-def _moments(values: Tensor, level: Level, weights: Tensor) -> _Moments:
+def _weighted_moments(values: Tensor, level: Level, weights: Tensor) -> _Moments:
     """Of (..., T, n) and the reference's texture; (..., T)."""
     two = level.regressors[..., :2, :]  # 1 and the texture
     total, other = _inner(weights, two).unbind(-1)
@@ -1027,7 +1029,9 @@ def _moments(values: Tensor, level: Level, weights: Tensor) -> _Moments:
     )
 
 
-def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motion: MotionModel) -> Tensor:
+def implicit_step(
+    state: _State, level: Level, moving: _ShiftedFrames | _WarpedFrames, motion: MotionModel
+) -> Tensor:
     r"""The warp of a search, (..., T, 3, 3), with the derivative of the implicit function theorem.
 
     At the optimum the increment vanishes, :math:`\Delta(p^*, \theta) = 0` for images θ, hence
@@ -1107,7 +1111,7 @@ def _rotation(degrees: float, *, like: Tensor) -> Tensor:
 
 
 @keeps_tables
-def _places(parameters: int, *, like: Tensor) -> Tensor:
+def _triangle(parameters: int, *, like: Tensor) -> Tensor:
     """(P, P): where in the packed upper triangle of a symmetric matrix its entries are."""
     index = torch.arange(parameters, device=like.device)
     low, high = torch.minimum(index[:, None], index), torch.maximum(index[:, None], index)
@@ -1151,7 +1155,7 @@ def _spline_gain(
     return gain * _response(frame, size, max_frequency, vector, like=like)
 
 
-def _differentiate(spectrum: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tensor]:
+def _derivatives_of(spectrum: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tensor]:
     """(..., n) twice, the derivatives of a field by x and y, per half of the frame."""
     by_x, by_y = (
         irfft2(spectrum * slope, grid.size).flatten(-2)
