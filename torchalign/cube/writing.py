@@ -218,6 +218,8 @@ def _raster_profile(cube: Cube, driver: str, compression: Compression) -> dict[s
     if not check_dtype(array.dtype.newbyteorder("=").name):
         cure = 'convert it with .astype("float32")'
         raise TypeError(message("cube", "a dtype that GeoTIFF has", array.dtype, cure))
+    if driver == "COG" and declared is not None and array.dtype.itemsize == 8 and array.dtype.kind != "f":
+        driver = "GTiff"  # in a COG GDAL loses the nodata of 64-bit integers
     height, width = cube.size
     profile: dict[str, Any] = {
         "driver": driver,
