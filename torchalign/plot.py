@@ -123,9 +123,7 @@ def shift_scatter(
         style.draw_truth(ax, truth[:, 0], truth[:, 1], label="truth")
     for code, chosen in columns.by_status(status):
         if code != Status.OK:
-            label = columns.status_label(code, chosen)
-            drawn_as = {**style.marker_style(code, size), "s": 60 * size**2, "label": label}
-            ax.scatter(placed[chosen, 0], placed[chosen, 1], zorder=4, **drawn_as)
+            ax.scatter(*placed[chosen].T, zorder=4, **style.marker_style(code, chosen, 60, size))
             continue
         for (words, members), group in zip(groups, _GROUPS, strict=False):
             drawn = chosen & members
@@ -169,7 +167,7 @@ def shift_error(report: xr.Dataset, true_shift: Any, *, ax: Axes | None = None) 
     style.draw_ellipses(ax, error[accepted], covariance[accepted], style.SKY, size)
     for code, chosen in columns.by_status(status):
         if code != Status.OK:
-            ax.scatter([], [], **style.marker_style(code), s=50, label=columns.status_label(code, chosen))
+            ax.scatter([], [], **style.marker_style(code, chosen, 50))
     ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")
     median = f": median {np.median(radius):.4f} px" if len(radius) else ""
     ax.set(xlabel="error x (pixels)", ylabel="error y (pixels)", title=f"Error{median}")
@@ -212,12 +210,7 @@ def shifts_over_time(
         if code != Status.OK:
             line: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "lw": 0.8, "alpha": 0.6 * size**2}
             ax.vlines(time[chosen], 0, 1, style.STATUS_COLOUR[code], "dotted", **line)
-            drawn_as = {
-                **style.marker_style(code, size),
-                "s": 50 * size**2,
-                "label": columns.status_label(code, chosen),
-            }
-            ax.scatter(time[chosen], np.zeros(chosen.sum()), **drawn_as)
+            ax.scatter(time[chosen], np.zeros(chosen.sum()), **style.marker_style(code, chosen, 50, size))
     if is_date and len(time):
         style.date_axis(ax)
     ax.set(xlabel="" if is_date else "frame", ylabel="shift (pixels)", title="Shifts over time")
@@ -314,14 +307,9 @@ def score_gain(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFig
     for code, chosen in columns.by_status(status):
         colour = style.STATUS_COLOUR[code]
         open_marker: dict[str, Any] = {"facecolors": "white", "edgecolors": colour, "linewidths": size}
-        drawn_as = {
-            **style.marker_style(code, size),
-            "s": 26 * size**2,
-            "label": columns.status_label(code, chosen),
-        }
         ax.hlines(rank[chosen], before[chosen], after[chosen], colour, linewidth=1.2 * size, alpha=0.6)
         ax.scatter(before[chosen], rank[chosen], s=22 * size**2, zorder=3, **open_marker)
-        ax.scatter(after[chosen], rank[chosen], zorder=4, **drawn_as)
+        ax.scatter(after[chosen], rank[chosen], zorder=4, **style.marker_style(code, chosen, 26, size))
     ax.set(xlabel="correlation, before (open) → after (filled)")
     ax.set(ylabel="frames, ordered by score", yticks=[], title="Score of each frame")
     style.finish_axes(ax)

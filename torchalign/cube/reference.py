@@ -92,11 +92,13 @@ class FrameReader:
 
     def frame(self, number: int) -> Tensor:
         """(C, H, W); all NaN where there is no such frame."""
-        one = slice(number, number + 1)
-        raw = load(self.cube.variable, CUBE, time=one)
-        seen = None if self.usable is None else load(self.usable, MASK, time=one)
-        values = self.decode(raw, seen)
+        values = self.read(slice(number, number + 1))
         return values[0] if len(values) else values.new_full(values.shape[1:], torch.nan)
+
+    def read(self, frames: slice) -> Tensor:
+        """(t, C, H, W)."""
+        raw = load(self.cube.variable, CUBE, time=frames)
+        return self.decode(raw, None if self.usable is None else load(self.usable, MASK, time=frames))
 
     def decode(self, raw: Array, seen: Array | None) -> Tensor:
         """(t, C, h, w) from pixels of that shape, and what of them is usable, (t or 1, h or 1, w or 1)."""

@@ -182,20 +182,15 @@ def summarize(report: xr.Dataset) -> ReportSummary:
     counts = {code.name: int((status == code).sum()) for code in Status}
     aligned = status == Status.OK
 
-    def length(x: str, y: str) -> Array:
+    def percentile(name: str, rank: float, unit: str = "") -> float:
+        """Of the length of a displacement of the aligned frames."""
+        x, y = (f"{name}_{axis}{unit}" for axis in "xy")
         if x not in known or y not in known:
-            return np.empty(0)
-        values: Array = np.hypot(known[x].values[aligned], known[y].values[aligned])
-        return values[np.isfinite(values)]
-
-    def percentile(values: Array, rank: float) -> float:
+            return float("nan")
+        values = np.hypot(known[x].values[aligned], known[y].values[aligned])
+        values = values[np.isfinite(values)]
         return float(np.percentile(values, rank)) if len(values) else float("nan")
 
-    shift, metres = length("shift_x", "shift_y"), length("shift_x_metres", "shift_y_metres")
-    residual, residual_metres = (
-        length("residual_x", "residual_y"),
-        length("residual_x_metres", "residual_y_metres"),
-    )
     distorted = float("nan")
     if "misfit" in known:
         misfit, sigma = known["misfit"].values, known["sigma"].values
@@ -206,13 +201,13 @@ def summarize(report: xr.Dataset) -> ReportSummary:
     return ReportSummary(
         len(status),
         {name: count for name, count in counts.items() if count},
-        percentile(shift, 50),
-        percentile(shift, 95),
-        percentile(metres, 50),
-        percentile(metres, 95),
-        percentile(residual, 50),
-        percentile(residual, 90),
-        percentile(residual_metres, 90),
+        percentile("shift", 50),
+        percentile("shift", 95),
+        percentile("shift", 50, "_metres"),
+        percentile("shift", 95, "_metres"),
+        percentile("residual", 50),
+        percentile("residual", 90),
+        percentile("residual", 90, "_metres"),
         distorted,
     )
 

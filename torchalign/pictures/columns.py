@@ -82,8 +82,3 @@ def time_of(report: xr.Dataset) -> tuple[Array, bool]:
 def by_status(status: Array) -> list[tuple[Status, Array]]:
     """Each status that occurs, OK first, with its frames as a mask."""
     return [(code, status == code) for code in Status if (status == code).any()]
-
-
-def status_label(code: Status, chosen: Array) -> str:
-    """A status and how many frames have it."""
-    return f"{code.name} ({int(chosen.sum())})"
