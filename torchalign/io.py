@@ -27,7 +27,7 @@ from torchalign.cube.finding import parse_time
 from torchalign.cube.gridding import GridWord, Resampling
 from torchalign.cube.labels import Cube
 from torchalign.cube.rasters import OnError, StackOptions, plan_stack, read_stack
-from torchalign.cube.run import count_progress, find_aligner, find_device, place_module
+from torchalign.cube.run import find_aligner, find_device, place_module, progress_bar
 from torchalign.cube.solution import check_report
 from torchalign.cube.stores import write_store
 from torchalign.cube.tiles import LargeReference, LargeStack, align_large, count_steps
@@ -294,7 +294,7 @@ def align_scenes(  # noqa: D417  # options of open_stack and write_stack stand i
     stack = LargeStack.of(array, own, mask, where)
     onto = LargeReference.of(reference, reference_mask, stack)
     steps = count_steps(stack, module, onto)
-    with count_progress(progress, steps, "align", "block") as advance:
+    with progress_bar(progress, steps, "align", "block") as advance:
         return align_large(stack, place_module(module, where), onto, target, write, advance)
 
 

@@ -327,7 +327,6 @@ def write_footprints(report: xr.Dataset, path: Path) -> None:
         ImportError: rasterio is not installed.
     """
     grid = _known_grid(report, "write a .csv")
-    require("a GeoJSON", "io", "rasterio")
     height, width = grid.size
     # a pixel's centre has whole numbers
     corners = torch.tensor([(0, 0), (0, height), (width, height), (width, 0), (0, 0)], dtype=torch.float64)
