@@ -188,7 +188,7 @@ def count(
         torch.backends.cudnn.flags(enabled=False),
         mock.patch("torchalign._host.HAS_TRITON", triton),
         mock.patch("torchalign._host.may_keep", return_value=True),  # as it is where nothing is fake
-        mock.patch("torchalign._host._home_of", lambda like: like.device),
+        mock.patch("torchalign._host._stream_of", return_value=None),
         mock.patch("torchalign._host._is_recording", return_value=False),
         mock.patch.dict("torchalign._host._TABLES", clear=True),
         warnings.catch_warnings(),

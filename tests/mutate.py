@@ -124,14 +124,14 @@ MUTATIONS = [
     ),
     Mutation(
         "motion-last-entry", "functional/motion.py",
-        "return moved if moved.shape[-2] == 2 else moved / moved[..., 2:, 2:]", "return moved",
+        "return unit_corner(conjugated(scaled(warp, half_length(size)), -_frame_centre(size, warp)))",
+        "return conjugated(scaled(warp, half_length(size)), -_frame_centre(size, warp))",
         f"{_F}/test_motion.py tests/test_ecc.py -k 'normalised or last_entry'",
     ),
     # --- functional: transforms, means, windows ---
     Mutation(
         "fourier-wave-sign", "functional/fourier.py",
-        "angle = shift[..., None] * (2 * math.pi * frequency)",
-        "angle = -shift[..., None] * (2 * math.pi * frequency)",
+        "turn = 2 * math.pi * shift", "turn = -2 * math.pi * shift",
         f"{_F}/test_phase.py -k sign_axes",
     ),
     Mutation(
@@ -234,8 +234,7 @@ MUTATIONS = [
     ),
     Mutation(
         "phase-mixed-term", "functional/phase.py",
-        "ascent = torch.stack((hxy * gy - hyy * gx, hxy * gx - hxx * gy), dim=-1)",
-        "ascent = torch.stack((-hxy * gy - hyy * gx, -hxy * gx - hxx * gy), dim=-1)",
+        "torch.linalg.cross(first, second)", "torch.linalg.cross(first, second * second.sign())",
         f"{_F}/test_phase.py -k 'refine_peak or gradients_are'",
     ),
     Mutation(
@@ -395,7 +394,7 @@ MUTATIONS = [
     ),
     Mutation(
         "ecc-nan-init", "functional/ecc.py",
-        "quality.converged & finite,", "quality.converged,",
+        "converged=found.converged & finite,", "converged=found.converged,",
         f"{_F}/test_enhanced_correlation.py -k no_number",
     ),
     Mutation(
@@ -466,8 +465,8 @@ MUTATIONS = [
     ),
     Mutation(
         "matching-sigma-freedom", "functional/matching.py",
-        "determined = (freedom > 0) & covariance.isfinite().flatten(-2).all(-1)",
-        "determined = covariance.isfinite().flatten(-2).all(-1)",
+        "determined = (freedom > 0) & affine.are_finite(covariance)",
+        "determined = affine.are_finite(covariance)",
         f"{_F}/test_matching.py -k too_little",
     ),
     Mutation(
@@ -567,7 +566,7 @@ MUTATIONS = [
     ),
     Mutation(
         "trust-stripes-by-their-phase", "functional/phase.py",
-        "torch.addcmul(line.imag * angle.cos(), line.real, angle.sin())", "line.imag",
+        "across = (line * turn).imag", "across = line.imag",
         "tests/test_trust.py -k weak_stripes",
     ),
     Mutation(
@@ -653,7 +652,7 @@ MUTATIONS = [
     ),
     Mutation(
         "aligner-nan-init", "aligner.py",
-        "return motion._replace(status=torch.where(block.nonfinite, int(Status.NOT_CONVERGED), motion.status))",
+        "return motion._replace(status=torch.where(block.finite, motion.status, int(Status.NOT_CONVERGED)))",
         "return motion",
         f"{_CONTRACT} -k 'bad_init and PCC'",
     ),
@@ -664,13 +663,13 @@ MUTATIONS = [
     ),
     Mutation(
         "aligner-crop-homography", "aligner.py",
-        "back = back / back[..., 2:, 2:]", "back = back.clone()",
+        "back = unit_corner(change_origin(estimate.warp, corner))",
+        "back = change_origin(estimate.warp, corner)",
         "tests/test_ecc.py -k last_entry",
     ),
     Mutation(
         "aligner-crop-back", "aligner.py",
-        "back = change_origin(estimate.warp, (-block.origin[0], -block.origin[1]))",
-        "back = change_origin(estimate.warp, block.origin)",
+        "corner = (-self.origin[0], -self.origin[1])", "corner = self.origin",
         f"{_CONTRACT} -k 'init_with_a_rotation and PCC'",
     ),
     Mutation(
@@ -758,13 +757,13 @@ MUTATIONS = [
     ),
     Mutation(
         "cascade-nan-init", "cascade.py",
-        "init = torch.where(usable[..., None, None], init, identity)", "pass",
+        "init, _ = affine.finite_warp(init)", "pass",
         "tests/test_ecc.py -k no_number",
     ),
     Mutation(
         "cascade-crop", "cascade.py",
-        "block = block._replace(init=_change_origin(init, block.origin), nonfinite=None)",
-        "block = block._replace(init=init, nonfinite=None)",
+        "block = block._replace(init=_change_origin(init, block.origin), finite=None)",
+        "block = block._replace(init=init, finite=None)",
         "tests/test_ecc.py -k 'crop and stage'",
     ),
     Mutation(
@@ -815,7 +814,7 @@ MUTATIONS = [
     ),
     Mutation(
         "graphs-defects", "cube/run.py",
-        "            with waiting():\n                aligned", "            if True:\n                aligned",
+        "            with waiting():\n                result", "            if True:\n                result",
         "tests/test_graphs.py -k defects",
     ),
     Mutation(

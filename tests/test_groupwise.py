@@ -14,7 +14,6 @@ import torch
 from scenes import fractal, fractal_stack
 
 import torchalign as ta
-from torchalign import groupwise
 from torchalign.cube.sun import sun_position
 from torchalign.functional import network
 from torchalign.groupwise import Groupwise
@@ -217,6 +216,27 @@ def test_min_score_and_fill():
     assert (aligned == -5).any()
 
 
+def test_frames_that_are_added_must_reach_the_min_score_too():
+    data = series(6)
+    method = Groupwise(ta.PCC(min_score=1.0))
+    old, new = method.see(data.cube[:4]), method.see(data.cube[4:])
+    known = torch.zeros(4, 2), torch.full((4,), 0.01), torch.ones(4, dtype=torch.bool)
+    estimate = method.extend(new, old, *known).estimate
+    assert (estimate.status == ta.Status.LOW_SCORE).all()
+    assert (estimate.warp[..., 2] == 0).all()
+    assert estimate.sigma.isinf().all()
+    alone = method.extend(new, method.see(data.cube[:0]), *(known[:0] for known in known))
+    assert (alone.estimate.status == ta.Status.NOT_CONNECTED).all()
+    assert alone.season_shift.shape == (2, 2)
+
+
+def test_no_series_at_all():
+    aligned, estimate = Groupwise(ta.PCC())(torch.rand(0, 5, 1, *SIZE))
+    assert aligned.shape == (0, 5, 1, *SIZE)
+    assert estimate.warp.shape == (0, 5, 2, 3)
+    assert estimate.status.shape == (0, 5)
+
+
 # ---------------------------------------------------------------------------------------------------- the sun
 
 
@@ -323,7 +343,7 @@ def test_bad_cubes():
 @pytest.fixture
 def few_steps(monkeypatch):
     """Loops of a fixed number of steps are long programs, and all steps are alike."""
-    monkeypatch.setattr(groupwise, "solve_positions", functools.partial(network.solve_positions, steps=2))
+    monkeypatch.setattr(network, "solve_positions", functools.partial(network.solve_positions, steps=2))
     monkeypatch.setattr(network, "fit_slope", functools.partial(network.fit_slope, steps=2))
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -320,3 +321,87 @@ def test_a_freed_result_gives_its_memory_to_the_next_one_if_asked(monkeypatch):
 )
 def test_what_of_the_environment_is_about_memory(environment, theirs):
     assert _host._memory_is_users(environment) is theirs
+
+
+@pytest.fixture
+def some_products():
+    """Lightning advises it: matrix products of float32 in TF32."""
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+ON_A_GPU = SimpleNamespace(device=torch.device("cuda"))
+
+
+def test_matrix_products_are_exact_until_the_last_thread_is_out(some_products):
+    inside, done, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        with _host.full_precision(ON_A_GPU):
+            inside.set()
+            done.wait(10)
+            seen.append(torch.get_float32_matmul_precision())
+
+    thread = threading.Thread(target=other)
+    with _host.full_precision(ON_A_GPU), torch.autocast("cpu"):
+        thread.start()
+        assert inside.wait(10)
+        with _host.full_precision(ON_A_GPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+    done.set()
+    thread.join()
+    assert seen == ["highest"]
+    assert torch.get_float32_matmul_precision() == "high"
+    with pytest.raises(ZeroDivisionError), _host.full_precision(ON_A_GPU):
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == "high"
+    with _host.full_precision(torch.ones(1)):  # the CPU has its own ways
+        assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_matrix_products_are_exact_where_they_are_set_by_backend(some_products):
+    backend = torch.backends.cuda.matmul
+    if not hasattr(backend, "fp32_precision"):
+        pytest.skip("torch 2.9 and later")
+    torch.set_float32_matmul_precision("highest")
+    backend.fp32_precision = "tf32"
+    with _host.full_precision(ON_A_GPU):
+        assert backend.fp32_precision == "ieee"
+    assert backend.fp32_precision == "tf32"
+
+
+def test_tables_are_shared_once_they_are_made(monkeypatch):
+    """Of a GPU, whose streams do not wait for each other, and which records."""
+    made, done, now = [], [], SimpleNamespace(stream_id=1, recording=False)
+    event = SimpleNamespace(query=lambda: bool(done))
+    monkeypatch.setattr(
+        _host, "_stream_of", lambda like: SimpleNamespace(stream_id=now.stream_id, record_event=lambda: event)
+    )
+    monkeypatch.setattr(_host, "_is_recording", lambda like: now.recording)
+    monkeypatch.setattr(_host, "_TABLES", {})
+    monkeypatch.setattr(_host, "_COMING", {})
+
+    @_host.keeps_tables
+    def table(length, *, like):
+        made.append(length)
+        return torch.arange(length)
+
+    like = torch.ones(1)
+    first = table(3, like=like)
+    assert table(3, like=like) is first
+    now.stream_id = 2  # which may come before the first is there
+    assert table(3, like=like) is not first
+    now.recording = True
+    assert table(3, like=like) is not first
+    assert made == [3, 3, 3]
+    _host.settle_tables()
+    table(3, like=like)
+    assert len(made) == 4
+    done.append(True)
+    _host.settle_tables()
+    assert table(3, like=like) is first
+    now.recording, now.stream_id = False, 3
+    assert table(3, like=like) is first
+    assert len(made) == 4
+    assert not _host._COMING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import os
 import subprocess
@@ -14,13 +15,11 @@ import pytest
 triton = pytest.importorskip("triton", reason="Triton comes with torch's CUDA wheels; this torch has none")
 
 HERE = Path(__file__).resolve().parent
-INTEGERS = "i32"
-# kernels: the module, the pointers that are no float32, the numbers that are no integers, and the constants
+# kernels: the module, the pointers that are no float32, and the constants but for the number of places at a time
 KERNELS = {
     "resample_frames": (
         "resample",
         {"mask": "*u8", "validity": "*u8"},
-        ("fill",),
         {
             "KIND": 1,
             "INTERPOLATION": 1,
@@ -34,13 +33,11 @@ KERNELS = {
             "COMPUTE": "float32",
             "POSITION": "float32",
             "INDEX": "int32",
-            "BLOCK": 512,
         },
     ),
     "score_frames": (
         "score",
         {"moving_usable": "*u8", "reference_usable": "*u8"},
-        (),
         {
             "STAGES": 1,
             "KIND": 0,
@@ -49,88 +46,43 @@ KERNELS = {
             "WEIGHTED": True,
             "LOCAL": True,
             "COMPUTE": "float32",
-            "BLOCK": 256,
         },
     ),
-    "read_frames": ("local", {}, (), {"MASKED": True, "COMPUTE": "float32", "BLOCK": 512}),
-    "weigh_frames": ("local", {}, (), {"MASKED": True, "TINY": 1e-14, "COMPUTE": "float32", "BLOCK": 512}),
-    "differentiate_frames": (
-        "local",
-        {},
-        ("down", "along", "least", "redundancy"),
-        {"COMPUTE": "float32", "BLOCK": 512},
-    ),
+    "read_frames": ("local", {}, {"MASKED": True, "COMPUTE": "float32"}),
+    "weigh_frames": ("local", {}, {"MASKED": True, "TINY": 1e-14, "COMPUTE": "float32"}),
+    "differentiate_frames": ("local", {}, {"COMPUTE": "float32"}),
     "channel_frames": (
         "channel",
         {"frames": "*fp16", "mask": "*u8", "usable": "*u8"},
-        (),
-        {"MODE": 1, "MASKED": True, "COMPUTE": "float32", "BLOCK": 1024},
+        {"MODE": 1, "MASKED": True, "COMPUTE": "float32"},
     ),
-    "climb_frames": ("climb", {"peaks": "*u8"}, (), {"COMPUTE": "float32", "EPSILON": 1e-7, "BLOCK": 512}),
-    "peak_frames": (
-        "peak",
-        {},
-        ("step_y", "step_x", "reach", "margin", "least"),
-        {"TINY": 1e-38, "COMPUTE": "float32", "BLOCK": 1024},
-    ),
-    "turn_frames": ("turn", {}, (), {"BLOCK": 1024}),
-    "pull_frames": ("turn", {}, ("samples",), {"COMPUTE": "float32", "BLOCK": 1024}),
-    "window_frames": (
-        "turn",
-        {},
-        ("height", "width", "ramp_y", "ramp_x"),
-        {"COMPUTE": "float32", "BLOCK": 1024},
-    ),
-    "mean_frames": ("texture", {"usable": "*u8"}, (), {"COMPUTE": "float32", "BLOCK": 1024}),
-    "fill_frames": ("texture", {"usable": "*u8"}, ("least",), {"COMPUTE": "float32", "BLOCK": 1024}),
-    "cover_frames": ("texture", {"usable": "*u8"}, (), {"COMPUTE": "float32", "BLOCK": 1024}),
-    "assess_frames": (
-        "assess",
-        {},
-        ("half_y", "half_x", "calibration", "share", "longest", "largest"),
-        {"COMPUTE": "float32", "TINY": 1e-38, "EPSILON": 1e-7, "BLOCK": 512},
-    ),
-    "overlap_frames": ("divide", {}, (), {"COVERED": True, "OTHER_COVERED": True, "BLOCK": 512}),
-    "divided_frames": ("divide", {}, (), {"COMPUTE": "float32", "EPSILON": 1e-7, "BLOCK": 512}),
-    "profile_frames": (
-        "defects",
-        {"usable": "*u8"},
-        (),
-        {"MASKED": True, "COMPUTE": "float32", "BLOCK": 256},
-    ),
-    "repeat_frames": (
-        "defects",
-        {"factor": "*i64"},
-        ("least",),
-        {"COMPUTE": "float32", "TINY": 1e-38, "BLOCK": 256, "FACTORS": 8},
-    ),
-    "unit_frames": (
-        "contrast",
-        {"empty": "*u8", "flat": "*u8"},
-        (),
-        {"COMPUTE": "float32", "BLOCK": 1024},
-    ),
-    "smooth_frames": ("contrast", {}, (), {"SQUARED": False, "COMPUTE": "float32", "BLOCK": 1024}),
-    "contrast_frames": ("contrast", {}, (), {"WEIGHTED": True, "LEAST": 1e-19, "BLOCK": 1024}),
-    "open_frames": ("contrast", {}, (), {"COMPUTE": "float32", "BLOCK": 1024}),
-    "blur_frames": ("blur", {}, (), {"DOWN": True, "MIRRORED": True, "COMPUTE": "float32", "BLOCK": 1024}),
+    "climb_frames": ("climb", {"peaks": "*u8"}, {"COMPUTE": "float32", "EPSILON": 1e-07}),
+    "peak_frames": ("peak", {}, {"TINY": 1e-38, "COMPUTE": "float32"}),
+    "turn_frames": ("turn", {}, {}),
+    "cross_frames": ("turn", {}, {}),
+    "pull_frames": ("turn", {}, {"COMPUTE": "float32"}),
+    "window_frames": ("turn", {}, {"COMPUTE": "float32"}),
+    "mean_frames": ("texture", {"usable": "*u8"}, {"COMPUTE": "float32"}),
+    "fill_frames": ("texture", {"usable": "*u8"}, {"COMPUTE": "float32"}),
+    "cover_frames": ("texture", {"usable": "*u8"}, {"COMPUTE": "float32"}),
+    "assess_frames": ("assess", {}, {"COMPUTE": "float32", "TINY": 1e-38, "EPSILON": 1e-07}),
+    "overlap_frames": ("divide", {}, {"COVERED": True, "OTHER_COVERED": True}),
+    "divided_frames": ("divide", {}, {"COMPUTE": "float32", "EPSILON": 1e-07}),
+    "profile_frames": ("defects", {"usable": "*u8"}, {"MASKED": True, "COMPUTE": "float32"}),
+    "repeat_frames": ("defects", {"factor": "*i64"}, {"COMPUTE": "float32", "TINY": 1e-38, "FACTORS": 8}),
+    "unit_frames": ("contrast", {"empty": "*u8", "flat": "*u8"}, {"COMPUTE": "float32"}),
+    "smooth_frames": ("contrast", {}, {"SQUARED": False, "COMPUTE": "float32"}),
+    "contrast_frames": ("contrast", {}, {"WEIGHTED": True, "LEAST": 1e-19}),
+    "share_frames": ("contrast", {}, {"COMPUTE": "float32"}),
+    "blur_frames": ("blur", {}, {"DOWN": True, "MIRRORED": True, "COMPUTE": "float32"}),
     "look_frames": (
         "ascend",
         {},
-        ("height", "width", "ramp_y", "ramp_x"),
-        {
-            "MASKED": True,
-            "TAPERED": True,
-            "PROJECTIVE": True,
-            "SPLINE": False,
-            "COMPUTE": "float32",
-            "BLOCK": 256,
-        },
+        {"MASKED": True, "TAPERED": True, "PROJECTIVE": True, "SPLINE": False, "COMPUTE": "float32"},
     ),
     "step_warped": (
         "ascend",
         {"moves": "*u8"},
-        ("height", "width", "longest", "tolerance"),
         {
             "PARAMETERS": 6,
             "PADDED": 8,
@@ -138,19 +90,13 @@ KERNELS = {
             "PROJECTIVE": False,
             "SPLINE": False,
             "COMPUTE": "float32",
-            "BLOCK": 256,
         },
     ),
-    "step_shifted": (
-        "ascend",
-        {"moves": "*u8"},
-        ("samples", "half", "longest", "tolerance"),
-        {"COMPUTE": "float32", "BLOCK": 256},
-    ),
+    "step_shifted": ("ascend", {"moves": "*u8"}, {"COMPUTE": "float32"}),
 }
 POINTERS = (  # noqa: SIM905
     "frames motion mask values validity moving reference motions moving_usable reference_usable weight scores seen "
-    "usable power fy fx start found last derivatives surface spectrum shift turned window image means filled share "
+    "usable power fy fx start found last derivatives surface spectrum shift turned window image mean means filled share "
     "spline warp level_x level_y level_weights common moves weights regressors inverses solutions rests corners "
     "warps reaches weighted shifts blurred together fields spectra own other moved cover other_cover profile factor "
     "field noise empty unit flat result detail variance typical contrast coverage root local coefficients at inside "
@@ -164,29 +110,37 @@ def compiled(name: str, capability: int, **constants: object):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module, pointers, numbers, fixed = KERNELS[name]
+    from torchalign.kernels import sampling
+
+    module, pointers, fixed = KERNELS[name]
     kernel = getattr(importlib.import_module(f"torchalign.kernels.{module}"), name)
     fixed = fixed | constants
     signature = {}
     for parameter in kernel.params:
         own = parameter.name
-        if own in fixed:
+        if own in fixed or own == "BLOCK":
             signature[own] = "constexpr"
-        elif own in numbers:
+        elif "float" in parameter.annotation or parameter.annotation == "fp64":
             signature[own] = "fp64"
-        elif own == "frames" and name in (
-            "score_frames", "overlap_frames", "divided_frames", "weigh_frames", "differentiate_frames"
-        ):  # fmt: skip
-            signature[own] = INTEGERS
         else:
-            signature[own] = pointers.get(own, "*fp32" if own in POINTERS else INTEGERS)
+            signature[own] = pointers.get(own, "*fp32" if own in POINTERS else "i32")
     kinds = {
         key: getattr(language, value) if isinstance(value, str) else value for key, value in fixed.items()
     }
+    kinds["BLOCK"] = sampling.block_length(kernel)
     source = ASTSource(fn=kernel, signature=signature, constexprs=kinds)
     return triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False}
     )
+
+
+def functions_of_triton():
+    for path in (HERE.parent / "torchalign" / "kernels").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and {"kernel", "triton.jit"} & {
+                *map(ast.unparse, node.decorator_list)
+            }:
+                yield node
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -206,7 +160,7 @@ def test_every_kernel_compiles(name, capability):
 @pytest.mark.parametrize(
     "constants",
     [
-        {"KIND": 2, "INTERPOLATION": 2, "PADDING": 2, "BLOCK": 256},
+        {"KIND": 2, "INTERPOLATION": 2, "PADDING": 2},
         {"INTERPOLATION": 0, "PADDING": 1, "FILLED": False, "MASKED": False},
         {"COMPUTE": "float64", "POSITION": "float64", "INDEX": "int64"},
         {"FLOATING": False, "LOWEST": 0, "HIGHEST": 255},
@@ -219,13 +173,27 @@ def test_the_warp_compiles_in_other_kinds(constants):
 def test_every_kernel_is_named_here():
     """A function of Triton that no other one calls is launched."""
     written, called = set(), set()
-    for path in (HERE.parent / "torchalign" / "kernels").glob("*.py"):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
-                written.add(node.name)
-                called |= {ast.unparse(inner.func) for inner in ast.walk(node) if isinstance(inner, ast.Call)}
+    for node in functions_of_triton():
+        written.add(node.name)
+        called |= {ast.unparse(inner.func) for inner in ast.walk(node) if isinstance(inner, ast.Call)}
     assert len(written & called) > 20
     assert written - called == set(KERNELS)
+
+
+def test_no_loop_assigns_what_it_counts_by():
+    """Triton up to 3.5 takes it for a variable that goes from turn to turn, and changes its kind: no kernel then."""
+    loops = 0
+    for node in functions_of_triton():
+        for loop in ast.walk(node):
+            if isinstance(loop, ast.For):
+                names = [
+                    inner for part in loop.body for inner in ast.walk(part) if isinstance(inner, ast.Name)
+                ]
+                assert ast.unparse(loop.target) not in {
+                    name.id for name in names if isinstance(name.ctx, ast.Store)
+                }, node.name
+                loops += 1
+    assert loops > 20
 
 
 @pytest.mark.parametrize(
@@ -255,3 +223,66 @@ def test_kernels_equal_the_functions_of_torch(options):
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def test_kernels_run_where_their_tensors_lie(monkeypatch):
+    # of two GPUs the current one may be the other
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from torchalign.kernels import sampling
+
+    runs = []
+
+    class Kernel:
+        arg_names = ("values", "columns", "WIDE", "COMPUTE", "BLOCK")
+
+        @staticmethod
+        def fn(values, columns, WIDE, COMPUTE, BLOCK=64):
+            raise AssertionError("it is not called")
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: runs.append((grid, arguments, constants))
+
+    places = []
+    monkeypatch.setattr(torch.cuda, "device", lambda index: places.append(index) or contextlib.nullcontext())
+    with FakeTensorMode():
+        flags, values = (
+            torch.empty(4, 5, dtype=torch.bool, device="cuda:1"),
+            torch.empty(4, 5, device="cuda:1").mT,
+        )
+        sampling.launch(Kernel(), 3, (flags, None, values), (7,), samples=100, WIDE=True)
+        sampling.launch(Kernel(), 0, (flags, values))
+    assert places == [1]
+    ((grid, given, constants),) = runs
+    assert grid == (6,)  # two blocks of 64 for each of three frames
+    assert [tensor.dtype for tensor in given[:3]] == [torch.uint8, torch.uint8, torch.float32]
+    assert given[2].is_contiguous()
+    assert given[3:] == (7,)
+    computes = sampling.tl.float32
+    assert constants == {"WIDE": True, "COMPUTE": computes, "BLOCK": 64, "enable_fp_fusion": False}
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"), [("3.2.1", "Triton 3.2.1, which is too old"), (None, "no cc")]
+)
+def test_where_triton_does_not_work_it_is_said_once(monkeypatch, version, reason):
+    import torch
+
+    from torchalign import kernels
+
+    def fails(*arguments, **options):
+        raise RuntimeError("no cc\nis here")
+
+    monkeypatch.setattr(triton, "__version__", version or triton.__version__)
+    monkeypatch.setattr(kernels, "blur", fails)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.empty(shape))
+    kernels.work_on.cache_clear()
+    try:
+        with pytest.warns(
+            RuntimeWarning, match=f"^kernels: expected a Triton .* got .*: {reason}; all runs without it"
+        ):
+            assert not kernels.work_on(0)
+        assert not kernels.work_on(0)
+    finally:
+        kernels.work_on.cache_clear()

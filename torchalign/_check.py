@@ -12,10 +12,13 @@ import os
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
+
+Option = TypeVar("Option")
+Number = TypeVar("Number", bound=float | None)
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -48,11 +51,12 @@ def check_floating(name: str, tensor: object, shape: str = "") -> None:
         raise TypeError(message(name, "a floating dtype", tensor.dtype, cure))
 
 
-def check_option(name: str, value: object, choices: Any) -> None:
-    """``value`` must be one of a ``Literal``'s arguments."""
+def check_option(name: str, value: Option, choices: Any) -> Option:
+    """``value`` must be one of a ``Literal``'s arguments; returned as given."""
     allowed = get_args(choices)
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(message(name, f"one of {allowed}", repr(value), "choose one of these"))
+    return value
 
 
 def check_kind(
@@ -72,7 +76,7 @@ def check_path(name: str, path: object) -> Path:
     return Path(path)  # type: ignore[arg-type]  # as was checked
 
 
-def check_fill(name: str, value: object) -> None:
+def check_fill(name: str, value: Any) -> None:
     """``value`` must be a real number, NaN among them, or ``None``."""
     if not (isinstance(value, numbers.Real) and value != value):
         check_number(name, value, optional=True)
@@ -86,23 +90,25 @@ def check_bool(name: str, value: object) -> None:
 
 def check_number(
     name: str,
-    value: object,
+    value: Number,
     *,
     minimum: float = float("-inf"),
     maximum: float = float("inf"),
     inclusive: bool = True,
     optional: bool = False,
-) -> None:
-    """``value`` must be a real number within bounds (or ``None`` where ``optional``)."""
+) -> Number:
+    """``value`` must be a real number within bounds (or ``None`` where ``optional``); returned as a float."""
     if value is None and optional:
-        return
+        return value
     bounds = f"a number {'≥' if inclusive else '>'} {minimum:g} and ≤ {maximum:g}{' or None' * optional}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(message(name, bounds, f"{value!r} ({type(value).__name__})", "give a plain number"))
-    number = float(value)
+    given: object = value
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
+        raise TypeError(message(name, bounds, f"{given!r} ({type(given).__name__})", "give a plain number"))
+    number = float(given)
     above = number >= minimum if inclusive else number > minimum
     if not (above and number <= maximum):
         raise ValueError(message(name, bounds, value, "give a number within these bounds"))
+    return number  # type: ignore[return-value]  # a float, of which Number is one
 
 
 def check_whole(name: str, value: object, *, minimum: int = 1, maximum: int = 2**31 - 1) -> int:

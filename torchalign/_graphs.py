@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchalign._check import message
-from torchalign._host import carries_gradient
+from torchalign._host import carries_gradient, settle_tables
 from torchalign.aligner import Aligner
 
 __all__ = ["LEAST_CALLS", "Graphs", "may_record", "recorded", "used_by"]
@@ -54,9 +54,9 @@ def used_by(tensor: Tensor, device: torch.device, stream: Any = None) -> None:
 
 @functools.cache
 def _streams(device: torch.device) -> tuple[Any, Any]:
-    """Where recordings are played, and where they are made; always the same, for tables are kept for every stream.
+    """Where recordings are played, and where they are made; always the same.
 
-    What libraries keep for the second is then made while it records, and belongs to recordings alone.
+    What libraries keep for the second is made while it records, and belongs to recordings alone.
     """
     return torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -85,6 +85,7 @@ class _CudaRecorder:
     def record(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
         with _one_recording:
             torch.cuda.synchronize(self._device)
+            settle_tables()  # else they would be made again each time that this is played
             collects = gc.isenabled()
             gc.disable()  # a graph of somebody else's that is freed meanwhile would end the recording
             try:

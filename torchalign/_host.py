@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ __all__ = [
     "carries_gradient",
     "empty_on_host",
     "fast_memory",
+    "full_precision",
     "give_back_memory",
     "in_pieces",
     "is_known",
@@ -40,6 +42,7 @@ __all__ = [
     "may_keep",
     "may_look",
     "may_read",
+    "settle_tables",
     "waiting",
 ]
 
@@ -269,8 +272,8 @@ _KERNELS_ON = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 def kernels_for(*tensors: Tensor | None) -> ModuleType | None:
     """:mod:`torchalign.kernels`, where one launch of it may do what many functions of torch do with these tensors.
 
-    ``None`` where a derivative may be asked for, on other devices, where Triton is missing or the GPU too old,
-    and with ``TORCHALIGN_KERNELS=0`` in the environment. The functions of torch define what is right.
+    ``None`` where a derivative may be asked for, on other devices, where Triton is missing or does not work, and
+    with ``TORCHALIGN_KERNELS=0`` in the environment. The functions of torch define what is right.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     if not HAS_TRITON or given[0].device.type != _KERNELS_ON or carries_gradient(*given):
@@ -284,14 +287,71 @@ def kernels_for(*tensors: Tensor | None) -> ModuleType | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _runs_triton(index: int | None) -> bool:
-    """Whether the GPU is of a kind that Triton knows: from Volta on."""
-    if not torch.cuda.is_available():  # a fake one
+    """Whether the GPU is of a kind that Triton knows, from Volta on, and Triton works there."""
+    if _KERNELS_ON == "cpu" or not torch.cuda.is_available():  # interpreted, or for a fake GPU
         return True
-    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (7, 0)
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (7, 0):
+        return False
+    if (
+        torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing()
+    ):  # nothing is launched there
+        return True
+    from torchalign import kernels
+
+    return kernels.work_on(torch.cuda.current_device() if index is None else index)
 
 
-# Tables by what they are of, see keeps_tables; how many numbers they may hold in all.
+_lock = threading.Lock()
+_products: dict[str, Any] = {"within": 0, "give back": None}
+
+
+def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """FFTs, positions and normal equations need float32, also within a network of another dtype.
+
+    Autocast is off for the thread. TF32 and bfloat16 in matrix products, which lose a thousandth and more of every
+    factor, are torch's choice for the whole process: where somebody has chosen them, they are off until the last of
+    the threads that are within is out. Compiled code does as it is told.
+    """
+    autocast = torch.autocast(tensor.device.type, enabled=False)
+    if torch.compiler.is_compiling() or tensor.device.type != "cuda":
+        return autocast
+    return _exact_products(autocast)
+
+
+@contextlib.contextmanager
+def _exact_products(autocast: torch.autocast) -> Iterator[None]:
+    with _lock:
+        _products["within"] += 1
+        if _products["within"] == 1:
+            _products["give back"] = _turn_off_tf32()
+    try:
+        with autocast:
+            yield
+    finally:
+        with _lock:
+            _products["within"] -= 1
+            if _products["within"] == 0:
+                _products["give back"]()
+
+
+def _turn_off_tf32() -> Callable[[], object]:
+    """Turns it off where it is on; and what turns it on again, in the one of torch's two ways that was used."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch 2.9 and later, where it was set by backend
+        backend = torch.backends.cuda.matmul
+        chosen = backend.fp32_precision
+        backend.fp32_precision = "ieee"
+        return functools.partial(setattr, backend, "fp32_precision", chosen)
+    if before == "highest":
+        return bool
+    torch.set_float32_matmul_precision("highest")
+    return functools.partial(torch.set_float32_matmul_precision, before)
+
+
+# Tables by what they are of, see keeps_tables; those that a stream may still be making; how many numbers they may hold.
 _TABLES: dict[Any, Any] = {}
+_COMING: dict[Any, tuple[Any, Any]] = {}
 _MOST_NUMBERS = 2**24
 
 
@@ -300,27 +360,45 @@ def keeps_tables(function: Callable[..., Result]) -> Callable[..., Result]:
 
     The keyword ``like`` says on which device and in which dtype. What is kept is never changed nor dropped
     (a CUDA graph may hold on to it); when the tables are full, others are made anew each time. So they are while
-    somebody traces, or records a CUDA graph, whose memory is not ours.
+    somebody traces; or records a CUDA graph, whose memory is not ours, before they are known to be made. Until then
+    each stream makes its own.
     """
 
     @functools.wraps(function)
     def kept(*arguments: Any, like: Tensor) -> Result:
         if not may_keep(like) or not _are_known(arguments):
             return function(*arguments, like=like)
-        key = (function.__module__, function.__qualname__, arguments, like.dtype, _home_of(like))
+        key = (function.__module__, function.__qualname__, arguments, like.dtype, like.device)
         found = _TABLES.get(key)
-        if found is None:
-            if _is_recording(like):
-                return function(*arguments, like=like)
-            with torch.inference_mode(False), torch.no_grad():
-                found = function(*arguments, like=like)
-            numbers = sum(part.numel() for part in pytree.tree_leaves(found) if isinstance(part, Tensor))
-            if numbers + _TABLES.get("numbers", 0) <= _MOST_NUMBERS:
-                _TABLES["numbers"] = numbers + _TABLES.get("numbers", 0)
+        if found is not None:
+            return found
+        if _is_recording(like):
+            return function(*arguments, like=like)
+        stream = _stream_of(like)
+        coming = None if stream is None else _COMING.get((key, stream.stream_id))
+        if coming is not None:
+            settle_tables()
+            return coming[0]
+        with torch.inference_mode(False), torch.no_grad():
+            found = function(*arguments, like=like)
+        numbers = sum(part.numel() for part in pytree.tree_leaves(found) if isinstance(part, Tensor))
+        if numbers + _TABLES.get("numbers", 0) <= _MOST_NUMBERS:
+            _TABLES["numbers"] = numbers + _TABLES.get("numbers", 0)
+            if stream is None:
                 _TABLES[key] = found
+            else:
+                _COMING[key, stream.stream_id] = found, stream.record_event()
         return found
 
     return kept
+
+
+def settle_tables() -> None:
+    """Tables that a device has made are there for all of its streams, and for what is recorded."""
+    for place, (found, made) in list(_COMING.items()):
+        if made.query():
+            _TABLES.setdefault(place[0], found)
+            _COMING.pop(place, None)
 
 
 def may_keep(like: Tensor) -> bool:
@@ -338,11 +416,9 @@ def _are_known(arguments: Sequence[Any]) -> bool:
     )
 
 
-def _home_of(like: Tensor) -> Any:
-    """The device; of a GPU the stream too, for another one may come before the table is there."""
-    if like.device.type != "cuda" or _is_recording(like):
-        return like.device
-    return like.device, torch.cuda.current_stream(like.device).stream_id
+def _stream_of(like: Tensor) -> Any:
+    """On a GPU the stream that makes what is asked for."""
+    return torch.cuda.current_stream(like.device) if like.device.type == "cuda" else None
 
 
 def _is_recording(like: Tensor) -> bool:

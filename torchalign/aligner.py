@@ -29,12 +29,13 @@ from torchalign._host import (
     all_finite,
     all_true,
     empty_on_host,
+    full_precision,
     is_transformed,
     map_on_host,
     may_look,
     may_read,
 )
-from torchalign.functional.affine import change_origin, identity_warp, split_at_center
+from torchalign.functional.affine import change_origin, finite_warp, scaled, split_at_center, unit_corner
 from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel, see_channel
 from torchalign.functional.defects import enlargement, remove_defects
 from torchalign.functional.motion import MotionModel
@@ -44,7 +45,17 @@ from torchalign.functional.smoothing import triangle_mean
 from torchalign.functional.structure import orientation_field
 from torchalign.functional.texture import Contrast
 from torchalign.functional.warp import Interpolation, PaddingMode, resample
-from torchalign.types import Alignment, Estimate, Motion, Pair, ShiftField, Status, combine
+from torchalign.types import (
+    Alignment,
+    Estimate,
+    Fields,
+    Motion,
+    Pair,
+    ShiftField,
+    Status,
+    combine,
+    each_field,
+)
 
 __all__ = [
     "Aligner",
@@ -55,7 +66,10 @@ __all__ = [
     "Pair",
     "SharedOptions",
     "full_precision",
+    "rows_for_frames",
+    "some_frames",
     "undo_init",
+    "with_lead",
 ]
 
 # Shorter frames, in pixels, are not asked whether they were enlarged; half as many true samples are needed.
@@ -122,19 +136,17 @@ class Aligner(nn.Module, ABC):
         fill_value: float | None = None,
     ) -> None:
         super().__init__()
-        check_number("max_translation", max_translation, minimum=0, inclusive=False, maximum=1e6)
-        check_number("min_score", min_score, minimum=-1, maximum=1, optional=True)
-        check_option("interpolation", interpolation, Interpolation)
-        check_option("padding_mode", padding_mode, PaddingMode)
         check_channel(channel)
         check_fill("fill_value", fill_value)
         self.channel = channel
         self.rgb_bands = check_bands(rgb_bands)
         self.crop_center = check_crop(crop_center)
-        self.max_translation = float(max_translation)
-        self.min_score = None if min_score is None else float(min_score)
-        self.interpolation = interpolation
-        self.padding_mode = padding_mode
+        self.max_translation = check_number(
+            "max_translation", max_translation, minimum=0, inclusive=False, maximum=1e6
+        )
+        self.min_score = check_number("min_score", min_score, minimum=-1, maximum=1, optional=True)
+        self.interpolation = check_option("interpolation", interpolation, Interpolation)
+        self.padding_mode = check_option("padding_mode", padding_mode, PaddingMode)
         self.fill_value = fill_value
 
     def forward(
@@ -167,7 +179,7 @@ class Aligner(nn.Module, ABC):
             # a block that was just estimated is still in the cache
             return self._align_block(job.part(part), aligned[part]).estimate
 
-        return Alignment(aligned, _concatenate(self._map(align, blocks)))
+        return Alignment(aligned, combine(torch.cat, self._map(align, blocks)))
 
     def _align_block(self, job: Any, out: Tensor | None = None) -> Alignment:
         estimate, only_shifts, finite = self._estimate(job)
@@ -297,7 +309,7 @@ class Aligner(nn.Module, ABC):
     def _estimate_all(self, job: Any, blocks: list[slice]) -> Estimate:
         if len(blocks) == 1:
             return self._estimate(job)[0]
-        return _concatenate(self._map(lambda part: self._estimate(job.part(part))[0], blocks))
+        return combine(torch.cat, self._map(lambda part: self._estimate(job.part(part))[0], blocks))
 
     def _map(self, function: Callable[[slice], Estimate], blocks: list[slice]) -> list[Estimate]:
         """Run blocks in parallel, unless the channel is a user's callable, which may not be thread-safe."""
@@ -315,13 +327,12 @@ class Aligner(nn.Module, ABC):
 
     def _common_enlargement(self, job: Job, block: Block) -> Tensor:
         """(..., T), the factor by which a frame and its reference were enlarged; 1 where not both were, alike."""
-        if not self.expects_defects or min(block.moving.shape[-2:]) < _LEAST_ENLARGED:
+        if not self.expects_defects:
             return torch.ones_like(block.moving[..., 0, 0], dtype=torch.int64)
-        own = enlargement(block.moving, block.usable)
+        own = find_enlargement(block.moving, block.usable)
         if all_true(own == 1):
             return own
-        other = enlargement(job.reference, job.usable)
-        return torch.where(own == other, own, 1)
+        return torch.where(own == find_enlargement(job.reference, job.usable), own, 1)
 
     def _with_true_samples(self, estimate: Estimate, factor: Tensor, job: Job, block: Block) -> Estimate:
         """Frames that were enlarged as their reference was, estimated from every k-th pixel.
@@ -351,27 +362,15 @@ class Aligner(nn.Module, ABC):
     def _estimate_every(self, k: int, rows: Tensor, job: Job, block: Block) -> Estimate:
         """The estimate of some frames from every k-th pixel of the channel, in pixels of the whole frame."""
         coarse = self._at_scale(1 / k)
-
-        def thin(image: Tensor | None) -> Tensor | None:
-            if image is None:
-                return None
-            return (image if image.shape[0] == 1 else image[rows])[..., ::k, ::k].contiguous()
-
-        moving, reference = thin(block.moving), thin(job.reference)
-        assert moving is not None
-        assert reference is not None
+        pair = each_field(some_frames(block.pair(job), rows), lambda image: image[..., ::k, ::k].contiguous())
         init = block.init
-        if init is not None and block.nonfinite is not None:
-            init = torch.where(block.nonfinite[..., None, None], torch.nan, init)
-        init = None if init is None else _scaled(init[rows], 1 / k)
-        part = Job(moving.unsqueeze(-3), thin(block.usable), reference, thin(job.usable), None, init)
+        if init is not None and block.finite is not None:
+            init = torch.where(block.finite[..., None, None], init, torch.nan)
+        init = None if init is None else scaled(init[rows], 1 / k)
+        part = Job(pair.moving.unsqueeze(-3), pair.usable, pair.reference, pair.reference_usable, None, init)
         found = coarse._estimate(coarse._job_of(part)).estimate
-        warp = _scaled(found.warp, k)
-        if block.origin != (0, 0):
-            moved = change_origin(warp, (-block.origin[0], -block.origin[1]))
-            moved = moved / moved[..., 2:, 2:] if moved.shape[-2] == 3 else moved
-            warp = torch.where(found.valid[..., None, None], moved, warp)
-        return found._replace(warp=warp, sigma=k * found.sigma, covariance=k * k * found.covariance)
+        warp, covariance = scaled(found.warp, k), k * k * found.covariance
+        return block.of_whole_frame(found._replace(warp=warp, sigma=k * found.sigma, covariance=covariance))
 
     def _job_of(self, job: Job) -> Any:
         """The job of one channel, in the form that :meth:`_estimate` takes."""
@@ -395,18 +394,18 @@ class Aligner(nn.Module, ABC):
         """What a method is given of a block: the channel, cropped, and an init in its coordinates."""
         moving, usable = self._extract_channel(job.cube, job.mask)
         _, origin = center_crop(job.cube, self.crop_center)
-        init, nonfinite = (None, None) if job.init is None else _finite(job.init.to(moving.dtype))
+        init, finite = (None, None) if job.init is None else finite_warp(job.init.to(moving.dtype))
         if init is not None and origin != (0, 0):
             init = change_origin(init, origin)
         prepared = job.prepared or _Prepared(self.prepare_reference(job.reference, job.usable))
-        return Block(moving, usable, prepared.value, init, nonfinite, origin)
+        return Block(moving, usable, prepared.value, init, finite, origin)
 
     def _find_motion(self, job: Job, block: Block) -> Motion:
         """The method's motion; a frame whose init was not finite has not converged."""
         motion = self.estimate_motion(block.pair(job), block.prepared, block.init)
-        if block.nonfinite is None:
+        if block.finite is None:
             return motion
-        return motion._replace(status=torch.where(block.nonfinite, int(Status.NOT_CONVERGED), motion.status))
+        return motion._replace(status=torch.where(block.finite, motion.status, int(Status.NOT_CONVERGED)))
 
     def _judge(
         self, motions: Sequence[Motion], max_translations: Sequence[float], job: Job, block: Block
@@ -425,16 +424,7 @@ class Aligner(nn.Module, ABC):
         )
         if estimate.field is None and is_transformed(estimate.warp):
             estimate = estimate._replace(field=ShiftField.empty_like(estimate.warp))
-        if block.origin == (0, 0):
-            return estimate
-        back = change_origin(estimate.warp, (-block.origin[0], -block.origin[1]))
-        if back.shape[-2] == 3:
-            back = back / back[..., 2:, 2:]
-        # the conjugate of an identity is one but for rounding; a rejected frame's must be exact
-        estimate = estimate._replace(warp=torch.where(estimate.valid[..., None, None], back, estimate.warp))
-        if estimate.field is None:
-            return estimate
-        return estimate._replace(field=move_origin(estimate.field, (-block.origin[0], -block.origin[1])))
+        return block.of_whole_frame(estimate)
 
     def _resampling(self) -> dict[str, Any]:
         return {
@@ -512,18 +502,7 @@ class Job(NamedTuple):
 
     def part(self, rows: slice) -> Job:
         """The job of some of the frames."""
-
-        def shared_or_part(tensor: Tensor) -> Tensor:
-            return tensor if tensor.shape[0] == 1 else tensor[rows]
-
-        return Job(
-            self.cube[rows],
-            None if self.mask is None else self.mask[rows],
-            shared_or_part(self.reference),
-            None if self.usable is None else shared_or_part(self.usable),
-            self.prepared,
-            None if self.init is None else self.init[rows],
-        )
+        return some_frames(self._replace(prepared=None), rows)._replace(prepared=self.prepared)
 
 
 class Block(NamedTuple):
@@ -533,7 +512,7 @@ class Block(NamedTuple):
     usable: Tensor | None
     prepared: Any
     init: Tensor | None  # in the coordinates of the crop
-    nonfinite: Tensor | None  # (..., T), where an init was not finite
+    finite: Tensor | None  # (..., T) bool, where an init was; ``None`` without one
     origin: tuple[int, int]  # (x, y) of the crop
 
     def pair(self, job: Job) -> Pair:
@@ -544,32 +523,29 @@ class Block(NamedTuple):
         """Whether both are the same crop."""
         return self.origin == other.origin and self.moving.shape[-2:] == other.moving.shape[-2:]
 
+    def of_whole_frame(self, estimate: Estimate) -> Estimate:
+        """An estimate over the crop in the coordinates of the whole frame."""
+        if self.origin == (0, 0):
+            return estimate
+        corner = (-self.origin[0], -self.origin[1])
+        back = unit_corner(change_origin(estimate.warp, corner))
+        # the conjugate of an identity is one but for rounding; a rejected frame's must be exact
+        warp = torch.where(estimate.valid[..., None, None], back, estimate.warp)
+        field = None if estimate.field is None else move_origin(estimate.field, corner)
+        return estimate._replace(warp=warp, field=field)
 
-def _finite(init: Tensor) -> tuple[Tensor, Tensor]:
-    """The identity instead of warps that are not finite; and where those are (..., T)."""
-    nonfinite = ~init.isfinite().flatten(-2).all(-1)
-    identity = identity_warp(homography=init.shape[-2] == 3, device=init.device, dtype=init.dtype)
-    return torch.where(nonfinite[..., None, None], identity, init), nonfinite
 
-
-def _scaled(warp: Tensor, scale: float) -> Tensor:
-    """The same motion, or shift (..., 2), in pixels ``1 / scale`` times as long, the first of which lie alike."""
-    if warp.shape[-1] == 2:
-        return warp * scale
-    upper = torch.cat((warp[..., :2, :2], warp[..., :2, 2:] * scale), -1)
-    if warp.shape[-2] == 2:
-        return upper
-    return torch.cat((upper, torch.cat((warp[..., 2:, :2] / scale, warp[..., 2:, 2:]), -1)), -2)
+def find_enlargement(image: Tensor, usable: Tensor | None) -> Tensor:
+    """(..., T) int64, by which frames (..., T, H, W) were enlarged; 1 if they are too small to tell."""
+    if min(image.shape[-2:]) < _LEAST_ENLARGED:
+        return torch.ones_like(image[..., 0, 0], dtype=torch.int64)
+    return enlargement(image, usable)
 
 
 def flagged(estimate: Estimate, ambiguous: Tensor) -> Estimate:
     """Reset accepted frames that turn out to be ambiguous to the identity."""
     status = torch.where(ambiguous & estimate.valid, int(Status.AMBIGUOUS), estimate.status)
     return rejected(estimate._replace(status=status))
-
-
-def _concatenate(parts: list[Estimate]) -> Estimate:
-    return combine(torch.cat, parts)
 
 
 def undo_init(
@@ -594,9 +570,30 @@ def undo_init(
     return undone.values.squeeze(-3).nan_to_num(), undone.validity, start, about_centre
 
 
-def full_precision(tensor: Tensor) -> torch.autocast:
-    """FFTs and sampling positions need float32, also within a network of another dtype."""
-    return torch.autocast(tensor.device.type, enabled=False)
+def rows_for_frames(parts: Fields, have: Sequence[int], lead: Sequence[int]) -> Fields:
+    """Of references (..., 1 or T), flattened, what each of the frames (..., T), flattened, is compared with.
+
+    Args:
+        parts: a tuple of tensors, whose first axis is that of the references.
+        have: the shape that was flattened.
+        lead: that of the frames.
+    """
+
+    def expand(part: Tensor) -> Tensor:
+        rest = part.shape[1:]
+        return part.reshape(*have, *rest).expand(*lead, *rest).reshape(-1, *rest)
+
+    return each_field(parts, expand)
+
+
+def some_frames(parts: Fields, rows: slice | Tensor) -> Fields:
+    """Some rows of a tuple of tensors; what has one is for all frames and stays."""
+    return each_field(parts, lambda part: part if part.shape[0] == 1 else part[rows])
+
+
+def with_lead(parts: Fields, lead: Sequence[int]) -> Fields:
+    """A tuple of tensors (N, ...), of N flattened frames, as (*lead, ...)."""
+    return each_field(parts, lambda part: part.reshape(*lead, *part.shape[1:]))
 
 
 def _show_shared_options(kind: type[Aligner]) -> None:

@@ -10,12 +10,7 @@ from torch import Tensor, nn
 
 from torchalign._check import message
 from torchalign.aligner import Aligner, Block, Job, Judged, Pair, flagged
-from torchalign.functional.affine import (
-    change_origin,
-    identity_warp,
-    to_homogeneous,
-    translation_warp,
-)
+from torchalign.functional import affine
 from torchalign.functional.quality import centre_moves, parts_disagree
 from torchalign.functional.shift_field import move_origin
 from torchalign.functional.texture import Contrast
@@ -131,7 +126,7 @@ class Cascade(Aligner):
         for stage, job in zip(self._stages(), jobs.jobs, strict=True):
             block = stage._prepare_block(job)
             if init is not None:
-                block = block._replace(init=_change_origin(init, block.origin), nonfinite=None)
+                block = block._replace(init=_change_origin(init, block.origin), finite=None)
             motion = stage._find_motion(job, block)
             motion = _move_origin(motion, (-block.origin[0], -block.origin[1]))
             start = job.init.to(motion.warp.dtype) if init is None and job.init is not None else init
@@ -152,7 +147,7 @@ class Cascade(Aligner):
         seen = {(str(stage.channel), stage.rgb_bands) for stage in self._stages()}
         if len(seen) == 1 and first.is_over(block) and not callable(self._stages()[0].channel):
             estimate = self._with_true_samples(
-                estimate, factor, job, block._replace(init=first.init, nonfinite=first.nonfinite)
+                estimate, factor, job, block._replace(init=first.init, finite=first.finite)
             )
         else:
             estimate = flagged(estimate, factor > 1)
@@ -201,20 +196,18 @@ def _next_init(init: Tensor | None, motion: Motion, stage: Aligner, size: tuple[
     It stays (..., T, 2) while all results are translations, so that the next stage knows.
     """
     near = centre_moves(motion, size) <= stage.max_translation
-    trusted = (motion.status == 0) & near & motion.warp.isfinite().flatten(-2).all(-1)
+    trusted = (motion.status == 0) & near & affine.are_finite(motion.warp)
     if stage.motion == "translation" and motion.warp.shape[-2] == 2 and (init is None or init.shape[-1] == 2):
         shift = motion.warp[..., 2]
         return torch.where(trusted[..., None], shift, 0.0 if init is None else init)
     warp = motion.warp
     if init is None:
-        init = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
+        init = affine.identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
     elif init.shape[-1] == 2:
-        init = translation_warp(init)
+        init = affine.translation_warp(init)
     if init.shape[-2] != warp.shape[-2]:
-        init, warp = to_homogeneous(init), to_homogeneous(warp)
-    usable = init.isfinite().flatten(-2).all(-1)
-    identity = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
-    init = torch.where(usable[..., None, None], init, identity)
+        init, warp = affine.to_homogeneous(init), affine.to_homogeneous(warp)
+    init, _ = affine.finite_warp(init)
     return torch.where(trusted[..., None, None], warp, init)
 
 
@@ -222,7 +215,7 @@ def _last_trusted(first: Motion, second: Motion) -> Motion:
     """Frame by frame the second where it is trusted, else the first; inliers are the second's."""
     warps = first.warp, second.warp
     if warps[0].shape[-2] != warps[1].shape[-2]:
-        warps = to_homogeneous(warps[0]), to_homogeneous(warps[1])
+        warps = affine.to_homogeneous(warps[0]), affine.to_homogeneous(warps[1])
     trusted = second.status == 0
     covariances = [
         isotropic(one.sigma) if one.covariance is None else one.covariance for one in (first, second)
@@ -248,4 +241,4 @@ def _move_origin(motion: Motion, origin: tuple[int, int]) -> Motion:
 
 def _change_origin(warp: Tensor, origin: tuple[int, int]) -> Tensor:
     """:func:`change_origin`; a shift (..., T, 2) is the same everywhere."""
-    return warp if warp.shape[-1] == 2 or origin == (0, 0) else change_origin(warp, origin)
+    return warp if warp.shape[-1] == 2 or origin == (0, 0) else affine.change_origin(warp, origin)

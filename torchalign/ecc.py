@@ -113,41 +113,33 @@ class ECC(Aligner):
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(**shared)
-        check_option("motion", motion, MotionModel)
-        check_option("contrast", contrast, Contrast)
-        structure = contrast == "structure"
-        robust = ("none" if structure else "agreement") if robust is None else robust
-        check_option("robust", robust, Robust)
-        check_option("gradients", gradients, Gradients)
-        check_number("tolerance", tolerance, minimum=0, inclusive=False)
-        check_number("sigma_blur", sigma_blur, minimum=0, maximum=100, optional=True)
-        check_number("max_frequency", max_frequency, minimum=0, inclusive=False, maximum=0.5)
-        check_number("taper", taper, minimum=0, maximum=1)
-        check_number("max_sigma", max_sigma, minimum=0, inclusive=False, optional=True)
-        if gauss_kernel_size is not None and sigma_blur is not None:
-            raise ValueError(
-                message("sigma_blur", "None beside gauss_kernel_size", sigma_blur, "give one of the two")
-            )
-        self.motion = motion
+        self.motion = check_option("motion", motion, MotionModel)
+        self.contrast = check_option("contrast", contrast, Contrast)
+        self.gradients = check_option("gradients", gradients, Gradients)
+        self.tolerance = check_number("tolerance", tolerance, minimum=0, inclusive=False)
+        self.sigma_blur = check_number("sigma_blur", sigma_blur, minimum=0, maximum=100, optional=True)
+        self.max_frequency = check_number(
+            "max_frequency", max_frequency, minimum=0, inclusive=False, maximum=0.5
+        )
+        self.taper = check_number("taper", taper, minimum=0, maximum=1)
         self.levels = None if levels is None else check_whole("levels", levels, maximum=16)
+        self.gauss_kernel_size = None
+        if gauss_kernel_size is not None:
+            self.gauss_kernel_size = check_whole("gauss_kernel_size", gauss_kernel_size)
+            if self.gauss_kernel_size % 2 == 0:
+                cure = "add or take off one pixel"
+                raise ValueError(message("gauss_kernel_size", "an odd size", gauss_kernel_size, cure))
+            if sigma_blur is not None:
+                expected = "None beside gauss_kernel_size"
+                raise ValueError(message("sigma_blur", expected, sigma_blur, "give one of the two"))
+        structure = contrast == "structure"
         if max_iterations is None:
             max_iterations = 12 if structure else 4
         self.max_iterations = check_whole("max_iterations", max_iterations, maximum=10_000)
-        self.tolerance = float(tolerance)
-        self.gauss_kernel_size = (
-            None if gauss_kernel_size is None else check_whole("gauss_kernel_size", gauss_kernel_size)
-        )
-        if self.gauss_kernel_size is not None and self.gauss_kernel_size % 2 == 0:
-            raise ValueError(
-                message("gauss_kernel_size", "an odd size", gauss_kernel_size, "add or take off one pixel")
-            )
-        self.sigma_blur = None if sigma_blur is None else float(sigma_blur)
-        self.max_frequency = float(max_frequency)
-        self.contrast = contrast
-        self.taper = float(taper)
-        self.robust = robust
-        self.gradients = gradients
-        self.max_sigma = (1.0 if structure else 0.1) if max_sigma is None else float(max_sigma)
+        robust = ("none" if structure else "agreement") if robust is None else robust
+        self.robust = check_option("robust", robust, Robust)
+        max_sigma = (1.0 if structure else 0.1) if max_sigma is None else max_sigma
+        self.max_sigma = check_number("max_sigma", max_sigma, minimum=0, inclusive=False, optional=True)
 
     @property
     def score_contrast(self) -> Contrast:
@@ -179,9 +171,16 @@ class ECC(Aligner):
         status = status.masked_fill(found.converged & found.ambiguous, int(Status.AMBIGUOUS))
         status = status.masked_fill(found.flat, int(Status.NO_TEXTURE))
         shifts = only_shifts(self.motion, init)
-        motion = Motion(found.warp, found.sigma, status, found.inliers, shifts, found.covariance)
         searched = far_level(prepared, self.motion, self.max_translation, init) is not None
-        return motion._replace(searched=searched and self.motion != "translation")
+        return Motion(
+            found.warp,
+            found.sigma,
+            status,
+            found.inliers,
+            shifts,
+            found.covariance,
+            searched=searched and self.motion != "translation",
+        )
 
     def _seen_as(self) -> dict[str, Any]:
         """What of an image is registered."""

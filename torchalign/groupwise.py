@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -11,34 +11,17 @@ from torch import Tensor, nn
 
 from torchalign._check import check_cube, check_device, check_mask, check_option, check_whole, message
 from torchalign._host import is_on_host, map_on_host
-from torchalign.aligner import Aligner, full_precision
+from torchalign.aligner import Aligner, find_enlargement, full_precision
+from torchalign.functional import network
 from torchalign.functional.affine import translation_warp
-from torchalign.functional.defects import enlargement
-from torchalign.functional.network import (
-    Edges,
-    Positions,
-    SeasonTerm,
-    cell_contrast,
-    choose_edges,
-    consensus_scores,
-    frame_keys,
-    place_frames,
-    position_variance,
-    season_term,
-    shadow_direction,
-    similarity,
-    solve_positions,
-    spanning_tree,
-    sum_of_pairs,
-)
+from torchalign.functional.network import Edges, Positions, SeasonTerm, median_of, sum_of_pairs
 from torchalign.functional.phase import phase_correlation
-from torchalign.functional.smoothing import nanmedian
 from torchalign.functional.texture import Texture, extract_texture
 from torchalign.functional.uncertainty import isotropic, largest_sigma
 from torchalign.functional.warp import resample
 from torchalign.local import Local
 from torchalign.pcc import PCC
-from torchalign.types import Alignment, Estimate, Status, combine
+from torchalign.types import Alignment, Estimate, Fields, Status, combine, each_field
 
 __all__ = ["Frames", "Groupwise", "Season", "Solution"]
 
@@ -46,8 +29,7 @@ Season = Literal["report", "correct", "none"]
 
 # Pairs that agree less than this count only where nothing else ties a frame to the series.
 _LEAST_AGREEMENT = 0.4
-# Shorter frames, in pixels, are not asked whether they were enlarged.
-_LEAST_ENLARGED = 32
+
 # Of pairs that have nothing in common, in pixels: measured on simulated seasons, relief and change.
 _DISAGREEMENT = 0.3
 # Blocks a side that disagree about the sun's part, and the fewest pixels of one; their pairs may be less sure.
@@ -239,6 +221,9 @@ class Groupwise(nn.Module):
                 strict=True,
             )
         ]
+        if not series:  # the rows of one, of none
+            one = self.place(self.see(cube.new_zeros(cube.shape[-4:])))
+            return each_field(one, lambda rows: rows.new_empty((*batch[:-1], *rows.shape)))
         return _stack(series, batch[:-1])
 
     def see(self, cube: Tensor, mask: Tensor | None = None) -> Frames:
@@ -255,10 +240,8 @@ class Groupwise(nn.Module):
             seen, usable = self.aligner._extract_channel(cube, mask)
             size = (seen.shape[-2], seen.shape[-1])
             if self._by_textures() is not None:
-                factor = torch.ones_like(seen[:, 0, 0], dtype=torch.int64)
-                if min(size) >= _LEAST_ENLARGED:
-                    factor = enlargement(seen, usable)
-                return Frames(self.aligner.prepare_reference(seen, usable), size, factor)
+                texture = self.aligner.prepare_reference(seen, usable)
+                return Frames(texture, size, find_enlargement(seen, usable))
             factor = torch.ones_like(seen[:, 0, 0], dtype=torch.int64)  # the aligner looks itself
             return Frames(extract_texture(seen, usable), size, factor, cube, mask)
 
@@ -268,36 +251,19 @@ class Groupwise(nn.Module):
         if len(parts) == 1:
             return parts[0]
 
-        def joined(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor | None:
-            if all(tensor is None for tensor in tensors):
-                return None
-            ones = [
-                torch.ones_like(other) if one is None else one
-                for one, other in zip(tensors, like, strict=True)
-            ]
-            return torch.cat(ones)
+        def masked(part: Frames) -> Frames:
+            """As if there were a mask, of what is all usable."""
+            texture, mask = part.texture, part.mask
+            if texture.weights is None:
+                ones = torch.ones_like(texture.field)
+                texture = texture._replace(weights=ones, cover=ones)
+            if mask is None and part.cube is not None:
+                mask = torch.ones_like(part.cube[:, 0], dtype=torch.bool)
+            return part._replace(texture=texture, mask=mask)
 
-        textures = [part.texture for part in parts]
-        fields = [texture.field for texture in textures]
-        texture = textures[0]._replace(
-            field=torch.cat(fields),
-            weights=joined([texture.weights for texture in textures], fields),
-            flat=torch.cat([texture.flat for texture in textures]),
-            detail=joined([texture.detail for texture in textures], fields),
-            cover=joined([texture.cover for texture in textures], fields),
-        )
-        factor = torch.cat([part.factor for part in parts])
-        if parts[0].cube is None:
-            return Frames(texture, parts[0].size, factor)
-        cubes = [part.cube for part in parts if part.cube is not None]
-        masks = [part.mask for part in parts]
-        return Frames(
-            texture,
-            parts[0].size,
-            factor,
-            torch.cat(cubes),
-            joined(masks, [torch.ones_like(cube[:, 0], dtype=torch.bool) for cube in cubes]),
-        )
+        if any(part.texture.weights is not None or part.mask is not None for part in parts):
+            parts = [masked(part) for part in parts]
+        return combine(torch.cat, parts)
 
     def place(self, frames: Frames, sun: Tensor | None = None) -> Solution:
         """Place frames that have been seen.
@@ -312,9 +278,9 @@ class Groupwise(nn.Module):
         count = frames.texture.field.shape[0]
         edges, said = self._compare(frames)
         usable = said.usable
-        positions = solve_positions(said.shift, said.sigma, usable, edges, count)
-        variance = position_variance(positions, edges) + _own_variance(said, positions, edges, count)
-        direction = None if sun is None else shadow_direction(sun)
+        positions = network.solve_positions(said.shift, said.sigma, usable, edges, count)
+        variance = network.position_variance(positions, edges) + _own_variance(said, positions, edges, count)
+        direction = None if sun is None else network.shadow_direction(sun)
         term = self._find_season(frames, edges, positions, direction)
         pairs = torch.stack([edges.distinct, said.ambiguous & edges.distinct]).double()
         pairs, unclear = sum_of_pairs(edges, pairs, count)
@@ -349,10 +315,8 @@ class Groupwise(nn.Module):
         near = min(2 * self.neighbours, old)
         both = self.join([archive, new])
         with torch.no_grad():
-            likeness = similarity(
-                *cell_contrast(new.texture.field, new.texture.weights),
-                cell_contrast(archive.texture.field, archive.texture.weights),
-            )
+            cells = (network.cell_contrast(*part.texture[:2]) for part in (new, archive))
+            likeness = network.similarity(*next(cells), next(cells))
             reference = likeness.masked_fill(~accepted, -2.0).topk(near, -1).indices.flatten()
         moving = torch.arange(count, device=reference.device).repeat_interleave(near)
         edges = Edges(moving + old, reference, torch.ones_like(moving, dtype=torch.bool))
@@ -361,30 +325,19 @@ class Groupwise(nn.Module):
         sure = (agreement >= _LEAST_AGREEMENT).flatten()
         usable = (said.usable & accepted[reference] & sure).view(count, near)
         told = (said.shift + shift[reference].to(said.shift)).view(count, near, 2)
-        position, variance, closure, support = place_frames(told, said.sigma.view(count, near), usable)
+        sigmas = said.sigma.view(count, near)
+        position, variance, closure, support = network.place_frames(told, sigmas, usable)
         share = usable / usable.sum(-1, keepdim=True).clamp(min=1)
         known = torch.where(accepted, sigma, 0.0)[reference].view(count, near).square()
         variance = variance + (share * known).sum(-1)
         connected = support >= min(2.0, max(near, 1)) - 1e-6
         ambiguous = 2 * said.ambiguous.view(count, near).sum(-1) >= max(near, 1)
         status = self._status(position, connected, ambiguous, new.texture.flat)
+        known_places = torch.where(accepted[:, None], shift, 0.0), accepted
+        estimate = self._conclude(both, position, isotropic(variance.sqrt()), status, known_places)
         dtype = new.texture.field.dtype
-        place = torch.where((status == 0)[:, None], position, 0.0).to(dtype)
-        by_textures = self._by_textures()
-        after, before = consensus_scores(
-            both.texture,
-            torch.cat([torch.where(accepted[:, None], shift, 0.0).to(dtype), place]),
-            torch.cat([accepted, status == 0]),
-            size=new.size,
-            max_frequency=0.25 if by_textures is None else by_textures.max_frequency,
-            reach=self.aligner.max_translation,
-        )
-        found = torch.where(status == 0, variance.sqrt().to(dtype), torch.inf)
-        stage = torch.where(status == 0, 0, -1)
-        scores = after[old:], before[old:]
-        estimate = Estimate(translation_warp(place), *scores, found, isotropic(found), status, stage)
         residual = (told - position[:, None].to(told)).norm(dim=-1).flatten()
-        none = torch.zeros_like(place)
+        none = torch.zeros_like(position, dtype=dtype)
         rest = (closure.to(dtype), support.to(dtype), none[:, 0], none)
         return Solution(estimate, *rest, moving, reference, usable.flatten().to(dtype), residual)
 
@@ -424,15 +377,15 @@ class Groupwise(nn.Module):
         """The pairs to compare; where numbers may be read, those that need no comparing are left out."""
         field, weights, flat = frames.texture[:3]
         with torch.no_grad():
-            features, shown = cell_contrast(field, weights)
-            keys = frame_keys(features, shown, 1 + self.links)
-            likeness = similarity(features, shown).masked_fill(flat[:, None] | flat, -1.0)
-            edges = choose_edges(likeness, keys, neighbours=self.neighbours, empty=flat)
+            features, shown = network.cell_contrast(field, weights)
+            keys = network.frame_keys(features, shown, 1 + self.links)
+            likeness = network.similarity(features, shown).masked_fill(flat[:, None] | flat, -1.0)
+            edges = network.choose_edges(likeness, keys, neighbours=self.neighbours, empty=flat)
             distinct = edges.distinct & ~flat[edges.moving] & ~flat[edges.reference]
             if not is_on_host(field.detach()):
                 return edges._replace(distinct=distinct)
             kept = distinct.nonzero().squeeze(-1)
-            return Edges(edges.moving[kept], edges.reference[kept], distinct[kept])
+            return each_field(edges._replace(distinct=distinct), lambda end: end[kept])
 
     def _ask(self, frames: Frames, edges: Edges) -> _Said:
         """The aligner's result for every pair."""
@@ -441,7 +394,7 @@ class Groupwise(nn.Module):
 
             def ask(part: Edges) -> _Said:
                 ends = (part.moving, part.reference)
-                moving, reference = (_pick(frames.texture, end) for end in ends)
+                moving, reference = (_rows_of(frames.texture, end) for end in ends)
                 said = _correlate_pairs(moving, reference, frames.size, by_textures, by_textures.max_sigma)
                 # a pattern of the pixel grid that both show fits itself at no motion
                 own, other = (frames.factor[end] for end in ends)
@@ -469,11 +422,8 @@ class Groupwise(nn.Module):
         if not is_on_host(frames.texture.field) or count == 0:
             return ask(edges)
         step = max(1, _BATCH_PIXELS // (frames.size[0] * frames.size[1]))
-        batches = [
-            Edges(*(field[first : first + step] for field in edges)) for first in range(0, count, step)
-        ]
-        said = map_on_host(ask, batches)
-        return _Said(*(torch.cat(fields) for fields in zip(*said, strict=True)))
+        batches = [_rows_of(edges, slice(first, first + step)) for first in range(0, count, step)]
+        return combine(torch.cat, map_on_host(ask, batches))
 
     def _find_season(
         self, frames: Frames, edges: Edges, positions: Positions, direction: Tensor | None
@@ -497,16 +447,17 @@ class Groupwise(nn.Module):
 
         def ask(part: Edges) -> _Said:
             moving, reference = (
-                _in_blocks(_pick(texture, end), side) for end in (part.moving, part.reference)
+                _in_blocks(_rows_of(texture, end), side) for end in (part.moving, part.reference)
             )
             return _correlate_pairs(moving, reference, size, options, _BLOCK_SIGMA)
 
         with torch.no_grad():
             said = self._in_batches(ask, edges, frames)
-            said = _Said(*(field.transpose(0, 1) for field in said))  # (B, E)
-            blocks = solve_positions(said.shift, said.sigma, said.usable & edges.distinct, edges, count)
+            said = each_field(said, lambda field: field.transpose(0, 1))  # (B, E)
+            usable = said.usable & edges.distinct
+            blocks = network.solve_positions(said.shift, said.sigma, usable, edges, count)
             variance = _own_variance(said, blocks, edges, count)
-            return season_term(positions, blocks, variance, direction)
+            return network.season_term(positions, blocks, variance, direction)
 
     def _judge(
         self,
@@ -525,31 +476,48 @@ class Groupwise(nn.Module):
             widened = term.spread.square() / term.blocks.clamp(min=1)
         covariance = isotropic((variance + widened).sqrt())
         if term is not None and direction is not None:
-            along = direction - _middle(direction, connected)
+            along = direction - median_of(direction, connected)
             along = torch.where(along.isfinite(), along, 0.0)
             season = term.slope * along
             kept = torch.hypot(term.sigma, term.slope)
             if self.season == "correct":
                 position, kept = position - season, term.sigma
-                position = torch.where(connected[:, None], position - _middle(position, connected), 0.0)
+                gauge = median_of(position.detach(), connected)
+                position = torch.where(connected[:, None], position - gauge, 0.0)
             spread = (kept * along)[:, :, None]
             covariance = covariance + spread * spread.mT
             widened = widened + (kept * along).square().sum(-1)
 
         status = self._status(position, connected, ambiguous, frames.texture.flat)
+        estimate = self._conclude(frames, position, covariance, status)
         dtype = frames.texture.field.dtype
+        return estimate, widened.sqrt().to(dtype), season.to(dtype)
+
+    def _conclude(
+        self,
+        frames: Frames,
+        position: Tensor,
+        covariance: Tensor,
+        status: Tensor,
+        before_them: tuple[Tensor, Tensor] | None = None,
+    ) -> Estimate:
+        """The gate on the last N of the frames; those before them lie where they are, if they are accepted."""
+        count, dtype = len(status), frames.texture.field.dtype
         shift = torch.where((status == 0)[:, None], position, 0.0).to(dtype)
-        reach = self.aligner.max_translation
+        places, accepted = shift.detach(), status == 0
+        if before_them is not None:
+            places = torch.cat([before_them[0].to(dtype), places])
+            accepted = torch.cat([before_them[1], accepted])
         by_textures = self._by_textures()
-        frequency = 0.25 if by_textures is None else by_textures.max_frequency
-        after, before = consensus_scores(
+        scores = network.consensus_scores(
             frames.texture,
-            shift.detach(),
-            status == 0,
+            places,
+            accepted,
             size=frames.size,
-            max_frequency=frequency,
-            reach=reach,
+            max_frequency=0.25 if by_textures is None else by_textures.max_frequency,
+            reach=self.aligner.max_translation,
         )
+        after, before = (score[len(score) - count :] for score in scores)
         if self.aligner.min_score is not None:
             low = (status == 0) & (after < self.aligner.min_score)
             status = torch.where(low, int(Status.LOW_SCORE), status)
@@ -558,8 +526,7 @@ class Groupwise(nn.Module):
         sigma = torch.where(accepted, largest_sigma(covariance).to(dtype), torch.inf)
         covariance = torch.where(accepted[:, None, None], covariance.to(dtype), isotropic(sigma))
         stage = torch.where(accepted, 0, -1)
-        estimate = Estimate(translation_warp(shift), after, before, sigma, covariance, status, stage)
-        return estimate, widened.sqrt().to(dtype), season.to(dtype)
+        return Estimate(translation_warp(shift), after, before, sigma, covariance, status, stage)
 
     def _check_sun(self, sun: Tensor | None, cube: Tensor) -> Tensor | None:
         """(..., T, 2), or ``None``."""
@@ -583,11 +550,8 @@ class Groupwise(nn.Module):
         return f"neighbours={self.neighbours}, links={self.links}, season={self.season!r}"
 
 
-def _pick(texture: Texture, index: Tensor) -> Texture:
-    field, weights, flat, *others = (None if part is None else part[index] for part in texture)
-    assert field is not None
-    assert flat is not None
-    return Texture(field, weights, flat, *others)
+def _rows_of(parts: Fields, rows: Tensor | slice) -> Fields:
+    return each_field(parts, lambda part: part[rows])
 
 
 def _in_blocks(texture: Texture, side: int) -> Texture:
@@ -644,7 +608,7 @@ def _in_tree(said: _Said, usable: Tensor, edges: Edges, frames: int) -> Tensor:
     value = torch.where(usable, said.agreement.detach(), -2.0)
     table = torch.full((frames * frames,), -2.0, dtype=value.dtype, device=value.device)
     table = table.scatter_reduce(0, place, value, "amax").view(frames, frames)
-    parent = spanning_tree(torch.maximum(table, table.mT))
+    parent = network.spanning_tree(torch.maximum(table, table.mT))
     return (parent[edges.moving] == edges.reference) | (parent[edges.reference] == edges.moving)
 
 
@@ -656,22 +620,12 @@ def _own_variance(said: _Said, positions: Positions, edges: Edges, frames: int) 
     return 0.5 * (mean / total.clamp(min=1e-9)).exp()
 
 
-def _middle(vectors: Tensor, chosen: Tensor) -> Tensor:
-    """(T, 2) → (2,): the median of the chosen ones."""
-    values = vectors.detach().mT.masked_fill(~chosen, torch.nan)
-    return (0.5 * (nanmedian(values) - nanmedian(-values))).nan_to_num(0.0)
-
-
 def _stack(series: list[Solution], batch: tuple[int, ...]) -> Solution:
-    def stack(values: list[Tensor]) -> Tensor:
-        return torch.stack(_of_one_length(values)).unflatten(0, batch)  # type: ignore[no-untyped-call]
+    """One of all series, with the same number of pairs: pairs of weight 0 of the first frame with itself besides."""
 
-    estimate = combine(lambda fields: stack(list(fields)), [one.estimate for one in series])
-    rest = zip(*(one[1:] for one in series), strict=True)
-    return Solution(estimate, *(stack(list(fields)) for fields in rest))
+    def stack(values: tuple[Tensor, ...]) -> Tensor:
+        longest = max(map(len, values))
+        rows = [torch.cat([one, one.new_zeros(longest - len(one), *one.shape[1:])]) for one in values]
+        return torch.stack(rows).unflatten(0, batch)  # type: ignore[no-untyped-call]
 
-
-def _of_one_length(values: list[Tensor]) -> list[Tensor]:
-    """Pad every series to the same number of pairs, with pairs of weight 0 of the first frame with itself."""
-    longest = max(len(value) for value in values)
-    return [torch.cat([value, value.new_zeros(longest - len(value), *value.shape[1:])]) for value in values]
+    return combine(stack, series)

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchalign._check import check_bool, check_cube, check_option, check_whole, message
 from torchalign._host import is_on_host
-from torchalign.aligner import Aligner, Job, Pair, SharedOptions, full_precision, undo_init
-from torchalign.functional.affine import (
-    compose_warps,
-    identity_warp,
-    invert_warp,
-    transform_points,
-    translation_warp,
+from torchalign.aligner import (
+    Aligner,
+    Job,
+    Pair,
+    SharedOptions,
+    full_precision,
+    rows_for_frames,
+    some_frames,
+    undo_init,
+    with_lead,
 )
+from torchalign.functional import affine, matching
 from torchalign.functional.common_ground import agreement, fill_small_holes, shared_ground
 from torchalign.functional.fourier import rfft2
-from torchalign.functional.matching import (
-    INLIER_RADIUS,
-    Matches,
-    MotionFit,
-    consensus,
-    mutual_matches,
-    reweighted_fit,
-    significance,
-    window_ascent,
-)
+from torchalign.functional.matching import INLIER_RADIUS, Matches, MotionFit
 from torchalign.functional.motion import MotionModel, only_shifts
 from torchalign.functional.phase import phase_correlation
 from torchalign.functional.texture import Contrast, Texture, extract_texture
@@ -44,11 +38,10 @@ from torchalign.models.extractors import (
     Features,
     build_extractor,
     count_valid_rows,
-    each_field,
-    join_fields,
+    filled_rows,
 )
 from torchalign.models.weights import Weights
-from torchalign.types import Motion, Status
+from torchalign.types import Motion, Status, combine, each_field
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -173,7 +166,7 @@ class LGM(Aligner):
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(**shared)
-        check_option("motion", motion, MotionModel)
+        self.motion = check_option("motion", motion, MotionModel)
         max_num_keypoints = check_whole("max_num_keypoints", max_num_keypoints)
         if isinstance(feature_model, nn.Module):
             own = getattr(feature_model, "max_num_keypoints", None)
@@ -181,12 +174,12 @@ class LGM(Aligner):
                 expected = f"no other number than that of {type(feature_model).__name__}, which finds its own"
                 raise ValueError(message("max_num_keypoints", expected, max_num_keypoints, "leave it out"))
             max_num_keypoints = own if isinstance(own, int) else max_num_keypoints
-        if batch_size is not None:
-            batch_size = check_whole("batch_size", batch_size)
-        check_option("contrast", contrast, Seen)
+        self.max_num_keypoints = max_num_keypoints
+        self.batch_size = None if batch_size is None else check_whole("batch_size", batch_size)
+        self.contrast = check_option("contrast", contrast, Seen)
         structure = contrast == "structure"
-        refine = not structure if refine is None else refine
-        check_bool("refine", refine)
+        self.refine = not structure if refine is None else refine
+        check_bool("refine", self.refine)
         if structure and refine:
             cure = 'leave it out, and refine by ECC(contrast="structure") in a Cascade'
             raise ValueError(message("refine", 'False or None with contrast="structure"', refine, cure))
@@ -210,11 +203,6 @@ class LGM(Aligner):
                 raise ValueError(message(name, expected, _described(weights), "leave it out"))
         self.feature_model = feature_model if isinstance(feature_model, str) else type(feature_model).__name__
         self.matcher_model = matcher_model if isinstance(matcher_model, str) else type(matcher_model).__name__
-        self.max_num_keypoints = max_num_keypoints
-        self.motion = motion
-        self.refine = refine
-        self.contrast = contrast
-        self.batch_size = batch_size
         self.feature_weights = _described(feature_weights)
         self.matcher_weights = _described(matcher_weights)
         self.allow_download = allow_download
@@ -256,10 +244,12 @@ class LGM(Aligner):
         parts = [slice(None)]
         if rows is not None:
             parts = [slice(first, first + rows) for first in range(0, len(images), rows)]
-        features: Features = join_fields(
-            [self._extract(images[part], None if masks is None else masks[part]) for part in parts]
+        features = _trimmed(
+            combine(
+                torch.cat,
+                [self._extract(images[part], None if masks is None else masks[part]) for part in parts],
+            )
         )
-        features = _trimmed(features)
         texture = extract_texture(image, usable, max_frequency=_MAX_FREQUENCY) if self.refine else None
         return _Reference(features, texture, tuple(image.shape[:-2]))
 
@@ -269,28 +259,17 @@ class LGM(Aligner):
         lead = moving.shape[:-2]
         if prepared is None or _is_nothing(moving):
             homography = self.motion == "homography"
-            warp = identity_warp(*lead, homography=homography, device=moving.device, dtype=moving.dtype)
+            warp = affine.identity_warp(
+                *lead, homography=homography, device=moving.device, dtype=moving.dtype
+            )
             status = torch.full(lead, int(Status.NO_TEXTURE), device=moving.device)
             return Motion(warp, torch.full_like(warp[..., 0, 0], torch.inf), status)
         parts = [
             self._refined(part) if self.refine else self._fitted(part)
             for part in self._parts(pair, prepared, init)
         ]
-        found: Motion = join_fields(parts)
-        warp, sigma, status, inliers = found[:4]
-        if inliers is not None:
-            inliers = inliers.reshape(*lead, *inliers.shape[1:])
-        warp = warp.reshape(*lead, *warp.shape[1:])
-        covariance = None if found.covariance is None else found.covariance.reshape(*lead, 2, 2)
-        return Motion(
-            warp,
-            sigma.reshape(lead),
-            status.reshape(lead),
-            inliers,
-            only_shifts(self.motion, init),
-            covariance,
-            distorted=None if found.distorted is None else found.distorted.reshape(lead),
-        )
+        found = with_lead(combine(torch.cat, parts), lead)
+        return found._replace(only_shifts=only_shifts(self.motion, init))
 
     def matches(
         self,
@@ -310,8 +289,7 @@ class LGM(Aligner):
         check_cube(cube)
         with full_precision(cube):
             job = self._check(cube, reference, mask, reference_mask, init)
-            parts = [self._tie_points(job.part(rows)) for rows in self._blocks(job)]
-        return MatchedPoints(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            return combine(torch.cat, [self._tie_points(job.part(rows)) for rows in self._blocks(job)])
 
     def _block_pixels(self) -> int:
         return _BLOCK_PIXELS
@@ -331,33 +309,21 @@ class LGM(Aligner):
     def _parts(self, pair: Pair, prepared: _Reference, init: Tensor | None) -> list[_Part]:
         """The frames (N, H, W), in parts of ``batch_size``, each with what it needs of the reference."""
         moving, usable, reference, reference_usable = pair
-        lead, size = moving.shape[:-2], (moving.shape[-2], moving.shape[-1])
-
-        def each(tensor: Tensor) -> Tensor:
-            """(..., 1 or T, a, b), or the same flat, to (N, a, b)."""
-            tensor = tensor.reshape(*prepared.lead, *tensor.shape[tensor.ndim - 2 :])
-            return tensor.expand(*lead, *tensor.shape[-2:]).reshape(-1, *tensor.shape[-2:])
-
-        features, texture, _ = prepared
-        if math.prod(prepared.lead) != 1:  # one for all stays one
-            features = each_field(
-                features,
-                lambda field: each(field) if field.ndim == 3 else each(field.unsqueeze(-1)).squeeze(-1),
-            )
-        whole = _Part(
-            moving.reshape(-1, *size),
-            _flat(usable, moving),
-            features,
-            each(reference),
-            None if reference_usable is None else each(reference_usable),
-            None if texture is None else each(texture.field),
-            None if texture is None or texture.weights is None else each(texture.weights),
-            None if init is None else init.reshape(-1, *init.shape[len(lead) :]),
-        )
-        count = self._rows(whole.moving, max(self.max_num_keypoints, features.keypoints.shape[-2]))
-        if count is None or whole.moving.shape[0] <= count:
+        lead = moving.shape[:-2]
+        features, texture, have = prepared
+        if math.prod(have) != 1:  # one for all stays one
+            features = rows_for_frames(features, have, lead)
+        field, weights = (None, None) if texture is None else texture[:2]
+        images = (reference, reference_usable, field, weights)
+        images = each_field(images, lambda image: image.reshape(-1, *image.shape[-2:]))
+        start = None if init is None else init.reshape(-1, *init.shape[len(lead) :])
+        frames = moving.reshape(-1, *moving.shape[-2:])
+        references = rows_for_frames(images, have, lead)
+        whole = _Part(frames, _flat(usable, moving), features, *references, start)
+        count = self._rows(frames, max(self.max_num_keypoints, features.keypoints.shape[-2]))
+        if count is None or frames.shape[0] <= count:
             return [whole]
-        return [whole.rows(first, count) for first in range(0, whole.moving.shape[0], count)]
+        return [some_frames(whole, slice(first, first + count)) for first in range(0, frames.shape[0], count)]
 
     def _rows(self, frames: Tensor, keypoints: int) -> int | None:
         """How many of the frames are worked on at a time; ``None`` for all."""
@@ -384,9 +350,13 @@ class LGM(Aligner):
             targets = everyone.gather(-2, matches.index.clamp(min=0).unsqueeze(-1).expand(points.shape))
             weight = matches.weight * (matches.index >= 0)
             if warp is None:
-                warp = consensus(points, targets, weight, size, motion=motion)
-            found = reweighted_fit(warp, points, targets, weight, size, motion=motion)
-            return found, significance(found.inliers, found.matches, min(1.0, chance), motion=motion), targets
+                warp = matching.consensus(points, targets, weight, size, motion=motion)
+            found = matching.reweighted_fit(warp, points, targets, weight, size, motion=motion)
+            return (
+                found,
+                matching.significance(found.inliers, found.matches, min(1.0, chance), motion=motion),
+                targets,
+            )
 
         too_far = torch.zeros_like(features.valid[..., 0])
         if self.matcher is not None:
@@ -396,25 +366,28 @@ class LGM(Aligner):
             similarity = torch.matmul(features.descriptors, others.descriptors.mT)  # (N, K, L)
             valid = (features.valid, others.valid)
             limit = self.max_translation + _MARGIN
-            matches = mutual_matches(similarity, *valid)
+
+            def match(expected: Tensor | None = None, radius: float | None = None) -> Matches:
+                there = others.keypoints
+                return matching.mutual_matches(
+                    similarity, *valid, expected=expected, others=there, radius=radius
+                )
+
+            matches = match()
             if self.matcher_model == "mnn":
                 found, evidence, targets = fit(matches, everywhere)
             elif motion == "translation":
-                expected = points if start is None else points + start.unsqueeze(-2)
                 anywhere, far_evidence, _ = fit(matches, everywhere)
-                nearby = {"expected": expected, "others": others.keypoints}
-                matches = mutual_matches(similarity, *valid, **nearby, radius=limit)
+                matches = match(points if start is None else points + start.unsqueeze(-2), limit)
                 found, evidence, targets = fit(matches, (INLIER_RADIUS / limit) ** 2)
                 beyond = anywhere.warp[..., 2].norm(dim=-1) > self.max_translation
                 clearly = anywhere.inliers > _OUTSIDE_MARGIN * found.inliers
                 too_far = beyond & clearly & (far_evidence >= _LEAST_EVIDENCE)
             else:
                 if start is not None:
-                    nearby = {"expected": points + start.unsqueeze(-2), "others": others.keypoints}
-                    matches = mutual_matches(similarity, *valid, **nearby, radius=limit)
+                    matches = match(points + start.unsqueeze(-2), limit)
                 found, _, _ = fit(matches, everywhere)
-                nearby = {"expected": transform_points(found.warp, points), "others": others.keypoints}
-                matches = mutual_matches(similarity, *valid, **nearby, radius=_SECOND_RADIUS)
+                matches = match(affine.transform_points(found.warp, points), _SECOND_RADIUS)
                 found, evidence, targets = fit(matches, (INLIER_RADIUS / _SECOND_RADIUS) ** 2, found.warp)
 
         status = torch.zeros_like(features.valid[..., 0], dtype=torch.int64)
@@ -458,7 +431,7 @@ class LGM(Aligner):
         # by whole pixels, the rest in the spectral domain: nothing is interpolated
         whole = rough[..., 2].round()
         left = rough[..., 2] - whole
-        moved, usable = self._on_reference(part, found, translation_warp(whole))
+        moved, usable = self._on_reference(part, found, affine.translation_warp(whole))
         on_it, there = self._on_reference(part, found, rough)
         with torch.no_grad():
             field = extract_texture(moved, usable, max_frequency=_MAX_FREQUENCY).field
@@ -482,7 +455,7 @@ class LGM(Aligner):
         status = torch.where(
             (found.status == 0) & better & refined.ambiguous, int(Status.AMBIGUOUS), found.status
         )
-        warp, sigma = found.whole(translation_warp(shift)), largest_sigma(covariance)
+        warp, sigma = found.whole(affine.translation_warp(shift)), largest_sigma(covariance)
         known = sigma.square() - torch.where(better, refined.misfit, 0.0) <= _LARGEST_SIGMA**2
         status = torch.where((status == 0) & ~known, int(Status.NOT_CONVERGED), status)
         distorted = sigma > _LARGEST_SIGMA
@@ -502,7 +475,7 @@ class LGM(Aligner):
         field, reference_field = texture.field, part.texture * texture.weights
         if part.weights is not None:
             field = field * part.weights
-        refined = window_ascent(
+        refined = matching.window_ascent(
             field,
             reference_field,
             found.targets,
@@ -512,38 +485,38 @@ class LGM(Aligner):
             max_frequency=_MAX_FREQUENCY,
         )
         better = refined.converged
-        warp = torch.where(better[..., None, None], compose_warps(rough, refined.warp), rough)
+        warp = torch.where(better[..., None, None], affine.compose_warps(rough, refined.warp), rough)
         same = agreement(field.detach(), reference_field, fine=True)
         ground = shared_ground(moved.detach(), part.reference, same, usable)
         inliers = agreement(field, reference_field)
         covariance = torch.where(better[..., None, None], refined.covariance, covariance)
         return warp, covariance, inliers, ground
 
-    def _tie_points(self, job: Job) -> list[Tensor]:
-        """The fields of :class:`MatchedPoints` of a block."""
+    def _tie_points(self, job: Job) -> MatchedPoints:
+        """Those of a block."""
         block = self._prepare_block(job)
         lead = block.moving.shape[:-2]
         if block.prepared is None or _is_nothing(block.moving):
             nowhere = block.moving.new_zeros(*lead, self.max_num_keypoints, 2)
-            return [nowhere, nowhere, torch.zeros_like(nowhere[..., 0], dtype=torch.bool), nowhere[..., 0]]
+            none = torch.zeros_like(nowhere[..., 0], dtype=torch.bool)
+            return MatchedPoints(nowhere, nowhere, none, nowhere[..., 0])
         parts = self._parts(block.pair(job), block.prepared, block.init)
-        columns = zip(*(self._tie_points_of(part, block.origin) for part in parts), strict=True)
-        return [torch.cat(column).reshape(*lead, *column[0].shape[1:]) for column in columns]
+        return with_lead(
+            combine(torch.cat, [self._tie_points_of(part, block.origin) for part in parts]), lead
+        )
 
-    def _tie_points_of(self, part: _Part, origin: tuple[int, int]) -> list[Tensor]:
+    def _tie_points_of(self, part: _Part, origin: tuple[int, int]) -> MatchedPoints:
         found = self._correspond(part)
         points = found.points
         if found.about_centre is not None:
-            points = transform_points(invert_warp(found.about_centre), points)
+            points = affine.transform_points(affine.invert_warp(found.about_centre), points)
         points = points.nan_to_num(0.0, 0.0, 0.0)  # an init may be singular
         offset = torch.stack([points.new_full((), side) for side in origin])
         targets = torch.where(found.matched.unsqueeze(-1), found.targets, points)
         weight = found.fit.weight * (found.status == 0).unsqueeze(-1)
-        missing = found.rows - points.shape[-2]
-        return [
-            F.pad(field, (0, 0) * (field.ndim - 2) + (0, missing))
-            for field in (points + offset, targets + offset, found.matched, weight)
-        ]
+        return filled_rows(
+            MatchedPoints(points + offset, targets + offset, found.matched, weight), found.rows
+        )
 
 
 class _Reference(NamedTuple):
@@ -564,14 +537,6 @@ class _Part(NamedTuple):
     weights: Tensor | None  # (N, h, w)
     init: Tensor | None  # (N, 2|3, 3), or shifts (N, 2)
 
-    def rows(self, first: int, count: int) -> _Part:
-        def cut(field: Any) -> Any:
-            if isinstance(field, Features):
-                return field if field.keypoints.shape[0] == 1 else each_field(field, cut)
-            return field[first : first + count]
-
-        return each_field(self, cut)
-
 
 class _Found(NamedTuple):
     points: Tensor  # (N, K, 2), in the frame as it was extracted from
@@ -584,7 +549,7 @@ class _Found(NamedTuple):
 
     def whole(self, warp: Tensor) -> Tensor:
         """A warp of the points' frames as one of the frames that came."""
-        return warp if self.about_centre is None else compose_warps(self.about_centre, warp)
+        return warp if self.about_centre is None else affine.compose_warps(self.about_centre, warp)
 
 
 def _is_nothing(image: Tensor) -> bool:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from torchalign._check import check_number, check_whole, message
-from torchalign.aligner import Aligner, Job, Judged, Motion, Pair, SharedOptions, flagged, full_precision
+from torchalign.aligner import (
+    Aligner,
+    Job,
+    Judged,
+    Motion,
+    Pair,
+    SharedOptions,
+    flagged,
+    full_precision,
+    rows_for_frames,
+    with_lead,
+)
 from torchalign.functional.affine import translation_warp
 from torchalign.functional.local import (
     Ground,
@@ -109,17 +120,14 @@ class Local(Aligner):
     ) -> None:
         super().__init__(**shared)
         self.spacing = check_whole("spacing", spacing, minimum=8, maximum=4096)
-        if isinstance(smoothness, str):
-            if smoothness != "auto":
-                raise ValueError(
-                    message("smoothness", '"auto" or a number > 0', repr(smoothness), 'give "auto"')
-                )
-            self.smoothness: float | Literal["auto"] = smoothness
-        else:
+        if not isinstance(smoothness, str):
             check_number("smoothness", smoothness, minimum=0, inclusive=False, maximum=1e9)
-            self.smoothness = float(smoothness)
-        check_number("max_deviation", max_deviation, minimum=0, inclusive=False, maximum=1e6)
-        self.max_deviation = float(max_deviation)
+        elif smoothness != "auto":
+            raise ValueError(message("smoothness", '"auto" or a number > 0', repr(smoothness), 'give "auto"'))
+        self.smoothness = smoothness if isinstance(smoothness, str) else float(smoothness)
+        self.max_deviation = check_number(
+            "max_deviation", max_deviation, minimum=0, inclusive=False, maximum=1e6
+        )
         self.register_buffer("tie_points", None, persistent=False)
         if tie_points is not None:
             self.tie_points = _check_tie_points(tie_points)
@@ -204,28 +212,20 @@ class Local(Aligner):
         moving, usable, reference, _ = pair
         lead, size = moving.shape[:-2], moving.shape[-2:]
         warp = begun.warp[..., :2, 2] if begun.only_shifts else begun.warp
+        if math.prod(reference.shape[:-2]) != 1:  # one for all stays one
+            ground = rows_for_frames(ground, reference.shape[:-2], lead)
         found = estimate_shifts(
             moving.reshape(-1, *size),
-            _rows_of(ground, reference.shape[:-2], lead),
+            ground,
             warp.reshape(-1, *warp.shape[len(lead) :]),
             None if usable is None else usable.expand(moving.shape).reshape(-1, *size),
             **self._lattice_options(moving)._asdict(),
         )
         field, kept = self.field_of(found)
-        status = torch.where(
-            (begun.status == 0) & ~kept.reshape(lead), int(Status.NOT_CONVERGED), begun.status
-        )
-        field = ShiftField(*(part.reshape(*lead, *part.shape[1:]) for part in field))
-        covariance = found.covariance.reshape(*lead, 2, 2)
-        return Motion(
-            begun.warp,
-            largest_sigma(covariance),
-            status,
-            found.inliers.reshape(*lead, *found.inliers.shape[1:]),
-            begun.only_shifts,
-            covariance,
-            field,
-        )
+        field, kept, covariance, inliers = with_lead((field, kept, found.covariance, found.inliers), lead)
+        status = torch.where((begun.status == 0) & ~kept, int(Status.NOT_CONVERGED), begun.status)
+        sigma = largest_sigma(covariance)
+        return Motion(begun.warp, sigma, status, inliers, begun.only_shifts, covariance, field)
 
     def _estimate(self, job: Job) -> Judged:
         """The warp and the field are judged one after the other, as two stages; together they are one method."""
@@ -257,15 +257,3 @@ def _check_tie_points(points: Tensor) -> Tensor:
 class _PreparedLocal(NamedTuple):
     start: Any
     ground: Ground
-
-
-def _rows_of(ground: Ground, have: Sequence[int], lead: Sequence[int]) -> Ground:
-    """The rows of a reference (..., 1 or T) for frames (..., T), flattened; a single one stays one."""
-    if math.prod(have) == 1:
-        return ground
-
-    def expand(part: Tensor) -> Tensor:
-        part = part.reshape(*have, *part.shape[1:])
-        return part.expand(*lead, *part.shape[len(have) :]).reshape(-1, *part.shape[len(have) :])
-
-    return ground.map(expand)

@@ -87,25 +87,22 @@ class PCC(Aligner):
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(**shared)
-        check_number("max_frequency", max_frequency, minimum=0, inclusive=False, maximum=0.5)
-        if weighting is not None:
-            check_option("weighting", weighting, Weighting)
-        check_option("contrast", contrast, Contrast)
-        check_number("taper", taper, minimum=0, maximum=1)
-        check_number("max_sigma", max_sigma, minimum=0, inclusive=False, optional=True)
+        self.max_frequency = check_number(
+            "max_frequency", max_frequency, minimum=0, inclusive=False, maximum=0.5
+        )
+        self.contrast = check_option("contrast", contrast, Contrast)
+        self.taper = check_number("taper", taper, minimum=0, maximum=1)
         check_number("upsample_factor", upsample_factor, minimum=1, maximum=1000, optional=True)
         if upsample_factor is not None and int(upsample_factor) != upsample_factor:
             raise ValueError(message("upsample_factor", "a whole number", upsample_factor, "give an int"))
-        if robust is not None:
-            check_bool("robust", robust)
-        self.max_frequency = float(max_frequency)
-        structure = contrast == "structure"
-        self.weighting: Weighting = weighting or ("none" if structure else "ramp")
-        self.contrast = contrast
-        self.taper = float(taper)
-        self.robust = not structure if robust is None else robust
-        self.max_sigma = (1.0 if structure else 0.15) if max_sigma is None else float(max_sigma)
         self.upsample_factor = None if upsample_factor is None else int(upsample_factor)
+        structure = contrast == "structure"
+        weighting = ("none" if structure else "ramp") if weighting is None else weighting
+        self.weighting = check_option("weighting", weighting, Weighting)
+        self.robust = not structure if robust is None else robust
+        check_bool("robust", self.robust)
+        max_sigma = (1.0 if structure else 0.15) if max_sigma is None else max_sigma
+        self.max_sigma = check_number("max_sigma", max_sigma, minimum=0, inclusive=False, optional=True)
 
     def prepare_reference(self, image: Tensor, usable: Tensor | None) -> Texture:
         """The reference's texture, see :meth:`Aligner.prepare_reference`."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils.data._utils import collate
 
 __all__ = ["Alignment", "Estimate", "Motion", "ShiftField", "Status"]
+
+Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
 
 class Status(IntEnum):
@@ -102,20 +104,31 @@ class Estimate(NamedTuple):
         >>> estimate.map(lambda rows: rows[1:]).status
         tensor([3, 0])
         """
-        return combine(lambda tensors: function(tensors[0]), [self])
+        return each_field(self, function)
 
 
-def combine(function: Callable[[tuple[Tensor, ...]], Tensor], estimates: Sequence[Estimate]) -> Estimate:
-    """Field by field what ``function`` makes of the tensors of several estimates, e.g. ``torch.cat``.
+def combine(function: Callable[[tuple[Tensor, ...]], Any], several: Sequence[Fields]) -> Fields:
+    """One tuple of several of a kind: field by field what ``function`` makes of their tensors, e.g. ``torch.cat``.
 
-    Where some have a field of shifts and others none, there is none.
+    Tuples in a tuple are combined likewise. Where some have a field and others ``None``, there is none; what is no
+    tensor is the first one's.
     """
-    columns: Any = zip(*(estimate[:-1] for estimate in estimates), strict=True)
-    fields = [estimate.field for estimate in estimates if estimate.field is not None]
-    together = None
-    if len(fields) == len(estimates):
-        together = ShiftField(*(function(column) for column in zip(*fields, strict=True)))
-    return Estimate(*map(function, columns), field=together)  # type: ignore[misc, arg-type]  # seven of them
+
+    def together(column: tuple[Any, ...]) -> Any:
+        if any(field is None for field in column):
+            return None
+        if isinstance(column[0], Tensor):
+            return function(column)
+        return combine(function, column) if isinstance(column[0], tuple) else column[0]
+
+    kind: Any = type(several[0])
+    fields = [together(column) for column in zip(*several, strict=True)]
+    return kind(*fields) if hasattr(kind, "_fields") else kind(fields)
+
+
+def each_field(fields: Fields, change: Callable[[Tensor], Any]) -> Fields:
+    """A tuple of the same kind, every tensor of it put through ``change``."""
+    return combine(lambda tensors: change(tensors[0]), [fields])
 
 
 class Pair(NamedTuple):

@@ -210,10 +210,11 @@ class AlignFrames(Operation):
         """With the aligner there, whose calls may be recorded; a reference for all is looked at once."""
         there = replace(self, aligner=place_module(self.aligner, device))
         if fixed.keys() >= {0, 2}:
-            there = replace(there, spoilt=_may_have_defects(there.aligner, fixed[0], fixed[2], closely=True))
+            there = replace(there, spoilt=_has_defects(there.aligner, fixed[0], fixed[2]))
         if not self.graph or not may_record(there.aligner):
             return there
-        return replace(there, align=recorded(there._align, device, batches))
+        align = recorded(there._align_and_look, device, batches)
+        return there if align == there._align_and_look else replace(there, align=align)
 
     @property
     def _rows(self) -> int:
@@ -248,14 +249,14 @@ class AlignFrames(Operation):
         reference, usable, reference_usable, init = companions
         given = frames, reference, usable, reference_usable, None if init is None else init.to(frames)
         size = (raw.shape[-2], raw.shape[-1])
-        spoilt = self.spoilt
-        if spoilt is None:
-            spoilt = _may_have_defects(self.aligner, reference, reference_usable)
-        if spoilt or _may_have_defects(self.aligner, frames, usable):
+        if self.align is None or self.spoilt:  # the host sees what is suspect before it asks for more
+            suspect, result = self.spoilt or self._look(*given), None
+        else:  # all in one launch; what is then suspect, which is rare, is aligned once more
+            *result, suspect = self.align(*given)
+        if suspect:
             with waiting():
-                aligned, found, left = self._align(*given)
-        else:
-            aligned, found, left = (self.align or self._align)(*given)
+                result = self._align(*given)
+        aligned, found, left = result or self._align(*given)
         del frames, given  # what is large is given back before more of it is made
         if aligned is None:
             return raw, report_fields(found, None, size, self.metres)
@@ -285,6 +286,22 @@ class AlignFrames(Operation):
             left = _measure_again(self.aligner, aligned, usable, found, reference, reference_usable)
         return aligned, found, left
 
+    def _align_and_look(self, *given: Any) -> tuple[Any, ...]:
+        return *self._align(*given), self._look(*given)
+
+    def _look(
+        self,
+        frames: Tensor,
+        reference: Tensor | None,
+        usable: Tensor | None,
+        reference_usable: Tensor | None,
+        init: Tensor | None,
+    ) -> Tensor | None:
+        """bool: whether fills or hot pixels are likely in the frames, or in references of their own."""
+        suspect = _suspicion(self.aligner, frames, usable)
+        other = _suspicion(self.aligner, reference, reference_usable) if self.spoilt is None else None
+        return suspect if other is None else other if suspect is None else suspect | other
+
 
 def estimate_only(module: nn.Module, *frames: Tensor | None, **options: Any) -> Estimate:
     """Without resampling, where the module can."""
@@ -298,19 +315,32 @@ def _looks_itself(frames: Tensor) -> bool:
     return frames.device.type == "cpu"
 
 
-def _may_have_defects(
-    module: nn.Module, images: Tensor | None, known: Tensor | None, *, closely: bool = False
-) -> bool:
-    """Whether fills or hot pixels are likely, or looked at closely are there, which an aligner is to look for."""
+def _channel_to_look_at(
+    module: nn.Module, images: Tensor | None, known: Tensor | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """The channel, and what of it is usable, of what an aligner is told whether to look for defects in."""
     if images is None or _looks_itself(images) or not isinstance(module, Aligner):
-        return False
+        return None
     if not module.expects_defects:
+        return None
+    return module._extract_channel(images if images.ndim == 4 else images[None], known)
+
+
+def _suspicion(module: nn.Module, images: Tensor | None, known: Tensor | None) -> Tensor | None:
+    """bool: whether fills or hot pixels are likely, which an aligner is to look for; ``None`` if it needs no telling."""
+    channel = _channel_to_look_at(module, images, known)
+    suspect = None if channel is None else suspects(*channel)
+    return None if suspect is None else suspect.any()
+
+
+def _has_defects(module: nn.Module, images: Tensor | None, known: Tensor | None) -> bool:
+    """Whether, looked at closely, they are there."""
+    channel = _channel_to_look_at(module, images, known)
+    suspect = None if channel is None else suspects(*channel)
+    if channel is None or suspect is None or not bool(suspect.any()):
         return False
-    image, usable = module._extract_channel(images if images.ndim == 4 else images[None], known)
-    suspect = suspects(image, usable)
-    if suspect is None or not bool(suspect.any()):
-        return False
-    good = exclude_defects(image, usable) if closely else None
+    image, usable = channel
+    good = exclude_defects(image, usable)
     return good is None or not torch.equal(
         good, torch.ones_like(good) if usable is None else usable.expand_as(good)
     )

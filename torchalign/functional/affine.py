@@ -19,35 +19,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchalign._check import check_floating
+from torchalign._check import check_floating, message
 
 __all__ = [
     "adjugate",
+    "are_finite",
     "center_displacement",
     "change_origin",
     "compose_warps",
     "composed",
     "conjugated",
+    "finite_warp",
     "from_homogeneous",
     "identity_warp",
     "invert_warp",
     "mapped",
     "multiply",
     "rescale_warp",
+    "scaled",
     "split_at_center",
     "to_homogeneous",
     "transform_points",
     "translation_warp",
+    "unit_corner",
 ]
 
 
 def _check_warp(warp: Tensor, name: str = "warp") -> None:
     check_floating(name, warp, "(..., 2, 3) or (..., 3, 3)")
     if warp.ndim < 2 or tuple(warp.shape[-2:]) not in ((2, 3), (3, 3)):
-        raise ValueError(
-            f"{name}: expected shape (..., 2, 3) or (..., 3, 3), got {tuple(warp.shape)}; "
-            f"build one with translation_warp or identity_warp"
+        expected, cure = (
+            "shape (..., 2, 3) or (..., 3, 3)",
+            "build one with translation_warp or identity_warp",
         )
+        raise ValueError(message(name, expected, tuple(warp.shape), cure))
 
 
 def _check_pair(tensor: Tensor, name: str) -> None:
@@ -58,15 +63,11 @@ def _check_pair(tensor: Tensor, name: str) -> None:
 
 def _check_same_kind(first: Tensor, second: Tensor, first_name: str, second_name: str) -> None:
     if first.dtype != second.dtype:
-        raise TypeError(
-            f"{second_name}: expected the dtype of {first_name}, {first.dtype}, got {second.dtype}; "
-            f"convert one of them with .to(dtype)"
-        )
+        expected, cure = f"the dtype of {first_name}, {first.dtype}", "convert one of them with .to(dtype)"
+        raise TypeError(message(second_name, expected, second.dtype, cure))
     if first.device != second.device:
-        raise ValueError(
-            f"{second_name}: expected the device of {first_name}, {first.device}, got {second.device}; "
-            f"move one of them with .to(device)"
-        )
+        expected, cure = f"the device of {first_name}, {first.device}", "move one of them with .to(device)"
+        raise ValueError(message(second_name, expected, second.device, cure))
 
 
 def _as_pair(value: Tensor | float | Sequence[float], like: Tensor, name: str) -> Tensor:
@@ -193,6 +194,23 @@ def from_homogeneous(warp: Tensor) -> Tensor:
     """
     _check_warp(warp)
     return warp if warp.shape[-2] == 2 else warp[..., :2, :] / warp[..., 2:, 2:]
+
+
+def unit_corner(warp: Tensor) -> Tensor:
+    """A homography divided by its last entry, which does not change it; a (..., 2, 3) warp is returned as it is."""
+    return warp if warp.shape[-2] == 2 else warp / warp[..., 2:, 2:]
+
+
+def are_finite(matrices: Tensor) -> Tensor:
+    """(...,) bool: of (..., n, m), all of whose entries are finite."""
+    return torch.linalg.vector_norm(matrices.detach(), torch.inf, dim=(-2, -1)) < torch.inf
+
+
+def finite_warp(warp: Tensor) -> tuple[Tensor, Tensor]:
+    """The identity instead of warps (..., 2 or 3, 3) that are not finite; and which are, (...,) bool."""
+    finite = are_finite(warp)
+    identity = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
+    return torch.where(finite[..., None, None], warp, identity), finite
 
 
 def invert_warp(warp: Tensor) -> Tensor:
@@ -349,6 +367,16 @@ def conjugated(warp: Tensor, offset: Tensor) -> Tensor:
     return multiply(multiply(there, warp), back)
 
 
+def scaled(warp: Tensor, factor: float) -> Tensor:
+    """The same motion, or shift (..., 2), in units that are 1 / factor as long, about the same origin: S W S⁻¹."""
+    if warp.shape[-1] == 2:
+        return factor * warp
+    upper = torch.cat((warp[..., :2, :2], warp[..., :2, 2:] * factor), -1)
+    if warp.shape[-2] == 2:
+        return upper
+    return torch.cat((upper, torch.cat((warp[..., 2:, :2] / factor, warp[..., 2:, 2:]), -1)), -2)
+
+
 def rescale_warp(warp: Tensor, scale: Tensor | float | Sequence[float]) -> Tensor:
     r"""The same motion on another pixel size, corners of the frame kept in place.
 
@@ -425,9 +453,6 @@ def split_at_center(warp: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor
     translation = center_displacement(warp, size)
     centred = compose_warps(warp, translation_warp(-translation))
     # for a pure translation the two cancel to the last bit only if told so
-    eye = torch.eye(2, dtype=warp.dtype, device=warp.device)
-    plain = (warp[..., :2, :2] == eye).flatten(-2).all(-1)
-    if warp.shape[-2] == 3:
-        plain = plain & (warp[..., 2, :2] == 0).all(-1)
-    identity = identity_warp(homography=centred.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
+    identity = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
+    plain = (warp[..., :2] == identity[..., :2]).flatten(-2).all(-1)
     return translation, torch.where(plain[..., None, None], identity, centred)

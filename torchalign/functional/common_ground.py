@@ -13,8 +13,18 @@ from torch.nn import functional as F
 
 from torchalign.functional.smoothing import block_sums, enlarge, halve, nanmedian, triangle_mean
 
-__all__ = ["LEAST_WEIGHT", "agreement", "fill_holes", "fill_small_holes", "shared_ground"]
+__all__ = [
+    "BLOCK",
+    "LEAST_WEIGHT",
+    "agreement",
+    "agreement_of_blocks",
+    "fill_holes",
+    "fill_small_holes",
+    "shared_ground",
+]
 
+# Samples of a block a side, of which it is asked whether it shows the same ground.
+BLOCK = 4
 # A hole is filled from neighbours of at least this (triangular) weight in all; further in it fades to the mean.
 LEAST_WEIGHT = 0.05
 # A hole so much of whose surroundings is usable is as good as none, once it is filled.
@@ -46,7 +56,16 @@ def agreement(moving: Tensor, reference: Tensor, *, fine: bool = False, vector: 
     Returns:
         (..., H, W).
     """
-    size = (moving.shape[-2], moving.shape[-1])
+    share = _alike(moving, reference, fine=fine, vector=vector)
+    return share if fine else enlarge(share, BLOCK, (moving.shape[-2], moving.shape[-1]))
+
+
+def agreement_of_blocks(moving: Tensor, reference: Tensor, *, vector: bool = False) -> Tensor:
+    """:func:`agreement` at the middles of its blocks of 4 × 4, (..., ⌈H / 4⌉, ⌈W / 4⌉): between them it is linear."""
+    return _alike(moving, reference, fine=False, vector=vector)
+
+
+def _alike(moving: Tensor, reference: Tensor, *, fine: bool, vector: bool) -> Tensor:
     # pooled before they are stacked: it is small then, and the reference may be one for all frames
     products = (moving * reference, moving.square(), reference.square())
     if vector:
@@ -56,9 +75,7 @@ def agreement(moving: Tensor, reference: Tensor, *, fine: bool = False, vector: 
     common, own, other = triangle_mean(stacked, 2 if fine else 1).unbind()
     tiny = torch.finfo(moving.dtype).eps ** 2  # the fields are of order 1
     share = common.clamp(min=0).square() / (own * other + tiny)
-    if fine:
-        return share.square().clamp(max=1)
-    return enlarge(share.square(), 4, size).clamp(max=1)
+    return share.square().clamp(max=1)
 
 
 def shared_ground(moving: Tensor, reference: Tensor, weights: Tensor, usable: Tensor | None = None) -> Tensor:

@@ -218,36 +218,33 @@ def _every(image: Tensor, dim: int, stride: int) -> Tensor:
 def _profiles(lines: Tensor, known: Tensor | None) -> Tensor:
     """(..., 2, n): mean first differences and second ones: twice as large, pairs of columns are bent alike."""
     step = lines[..., 1:] - lines[..., :-1]
-    first, second = step[..., 1:], step[..., 1:] - step[..., :-1]
+    both = torch.stack((step[..., 1:], step[..., 1:] - step[..., :-1]), dim=-3).abs_()
     if known is None:
-        return torch.stack([part.abs().mean(-2) for part in (first, second)], dim=-2)
-    weight = (known[..., 1:-1] & known[..., :-2] & known[..., 2:]).to(step.dtype)
-    count = weight.sum(-2, keepdim=True).clamp(min=1)
-    return torch.stack([(part.abs() * weight).sum(-2) for part in (first, second)], dim=-2) / count
+        return both.mean(-2)
+    known = known[..., 1:-1] & known[..., :-2] & known[..., 2:]
+    return (both * known.unsqueeze(-3)).sum(-2) / known.sum(-2, keepdim=True).clamp(min=1)
 
 
 def _repeats(profiles: Tensor) -> Tensor:
     """(..., K): z of every factor from 2 on, of mean differences (..., 2, n)."""
     # the floor is what rounding leaves of a straight line
-    floor = 1e-3 * profiles.mean(-1, keepdim=True) + torch.finfo(profiles.dtype).tiny
-    level = (profiles + floor).log()
+    floored = torch.add(profiles, profiles.mean(-1, keepdim=True), alpha=1e-3)
+    level = floored.clamp(min=torch.finfo(profiles.dtype).tiny).log()
     # less what changes slowly
-    level = level[..., 1:-1] - 0.5 * (level[..., :-2] + level[..., 2:])
+    level = level[..., 1:-1] - torch.lerp(level[..., :-2], level[..., 2:], 0.5)
     level = level - level.mean(-1, keepdim=True)
-    count = level.shape[-1]
     spread = torch.linalg.vector_norm(level, dim=-1, keepdim=True)
-    turned = torch.matmul(level / torch.where(spread > 0, spread, 1.0), _turns(count, like=level))
-    real, imaginary = turned.chunk(2, -1)
-    return 2**0.5 * torch.hypot(real, imaginary).amax(-2)
+    real, imaginary = torch.matmul(level, _turns(level.shape[-1], like=level)).chunk(2, -1)
+    return (torch.hypot(real, imaginary) / spread.masked_fill(spread == 0, torch.inf)).amax(-2)
 
 
 @keeps_tables
 def _turns(count: int, *, like: Tensor) -> Tensor:
-    """(n, 2 K): cosine and sine of 2π j / k."""
+    """(n, 2 K): cosine and sine of 2π j / k, times √2."""
     position = torch.arange(count, device=like.device, dtype=like.dtype)
     factors = torch.arange(2, LARGEST_FACTOR + 1, device=like.device, dtype=like.dtype)
     angle = 2 * math.pi * position[:, None] / factors
-    return torch.cat((angle.cos(), angle.sin()), -1)
+    return 2**0.5 * torch.cat((angle.cos(), angle.sin()), -1)
 
 
 def suspicious(image: Tensor, usable: Tensor | None = None) -> Tensor:

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,10 +42,13 @@ from torch.nn import functional as F
 from torchalign._check import message
 from torchalign._host import all_true, carries_gradient, keeps_tables, kernels_for
 from torchalign.functional.affine import (
+    are_finite,
     composed,
+    finite_warp,
     from_homogeneous,
     invert_warp,
     to_homogeneous,
+    unit_corner,
 )
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2, shift_phase
@@ -77,6 +80,7 @@ from torchalign.functional.uncertainty import (
     weights_error,
 )
 from torchalign.functional.working_grid import Window, WorkingGrid, ramp_length, tukey, working_size
+from torchalign.types import each_field
 
 __all__ = [
     "EnhancedCorrelation",
@@ -92,7 +96,6 @@ __all__ = [
 
 Robust = Literal["agreement", "residual", "none"]
 Gradients = Literal["implicit", "unrolled"]
-Parts = TypeVar("Parts", bound=tuple[Any, ...])
 
 # The coarsest level still has this many samples along the frame's shorter side, and of frames whose finest has
 # enough this many; so few of a small frame lead astray.
@@ -281,62 +284,49 @@ def enhanced_correlation(
                  [ 0.0000,  1.0100, -0.6000]]])
     """
     frame = (moving.shape[-2], moving.shape[-1])
+    seen: dict[str, Any] = {"contrast": contrast, "sigma_blur": sigma_blur}
     if isinstance(reference, Tensor):
-        reference = prepare_levels(
-            reference,
-            reference_mask,
-            motion=motion,
-            max_frequency=max_frequency,
-            levels=levels,
-            contrast=contrast,
-            sigma_blur=sigma_blur,
-            taper=taper,
-        )
+        band: dict[str, Any] = {"max_frequency": max_frequency, "levels": levels}
+        reference = prepare_levels(reference, reference_mask, motion=motion, taper=taper, **band, **seen)
     grids = [level.grid for level in reference]
     if grids[0].frame != frame:
         expected, cure = f"levels of frames of {frame}", "prepare_levels of that size"
         raise ValueError(message("reference", expected, grids[0].frame, cure))
-    textures = _textures(moving, moving_mask, grids, contrast, sigma_blur, _FLOOR.get(motion, 0.0))
-    shape = _broadcast(moving.shape[:-2], reference[0].flat.shape)
+    textures = _textures(moving, moving_mask, grids, motion, **seen)
+    shape = torch.broadcast_shapes(moving.shape[:-2], reference[0].flat.shape)  # type: ignore[no-untyped-call]
     only_shifted = only_shifts(motion, init)
     # (a shift is (..., T, 2))
     homography = motion == "homography" or (init is not None and init.shape[-1] == init.shape[-2] == 3)
     start, finite = _finite_start(init, frame, shape, moving)
     pyramid: list[_Shifted | _Warped] = [
-        _Shifted.of(texture, level.grid, taper)
-        if only_shifted
-        else _Warped.of(texture, level.grid, taper, homography)
-        for texture, level in zip(textures, reference, strict=True)
+        _Shifted.of(texture, grid, taper) if only_shifted else _Warped.of(texture, grid, taper, homography)
+        for texture, grid in zip(textures, grids, strict=True)
     ]
 
     far = far_level(reference, motion, max_translation, init)
     search = _Search(motion, robust, max_iterations, tolerance, max_translation, far)
-    unroll = gradients == "unrolled"
     finest, frames = reference[0], pyramid[0]
-    if unroll:
+    if gradients == "unrolled":
         state = search.descend(start, reference, pyramid)
+        warp = state.warp
     else:
-        fixed = [_detach(level) for level in reference], [frames.detach() for frames in pyramid]
+        fixed = each_field((tuple(reference), tuple(pyramid)), Tensor.detach)
         state = search.descend(start.detach(), *fixed)
-    warp = state.warp
-    if not unroll and carries_gradient(finest.field, frames[0]):
-        warp = implicit_step(state, finest, frames, motion)
-    if not unroll and carries_gradient(start):
-        # the optimum does not move with where the search began: the derivative is exactly 0
-        warp = warp + 0.0 * (start - start.detach())
-    quality = _detach(_assess(state, _detach(finest), search))
+        warp = state.warp
+        if carries_gradient(finest.field, frames[0]):
+            warp = implicit_step(state, finest, frames, motion)
+        if carries_gradient(start):
+            # the optimum does not move with where the search began: the derivative is exactly 0
+            warp = warp + 0.0 * (start - start.detach())
+    found = each_field(_assess(state, each_field(finest, Tensor.detach), search), Tensor.detach)
     warp = _settle(warp)
     # a shift by itself is the same about any centre
-    found = _shifted_by(_shift_of(warp, finest.grid)) if only_shifted else denormalize(warp, frame)
-    return EnhancedCorrelation(
-        found if homography else from_homogeneous(found),
-        quality.sigma,
-        quality.covariance,
-        quality.significance,
-        (finest.flat | frames.flat).expand(shape),
-        quality.converged & finite,
-        quality.ambiguous,
-        state.inliers,
+    warp = _shifted_by(_shift_of(warp, finest.grid)) if only_shifted else denormalize(warp, frame)
+    return found._replace(
+        warp=warp if homography else from_homogeneous(warp),
+        flat=(finest.flat | frames.flat).expand(shape),
+        converged=found.converged & finite,
+        inliers=state.inliers,
     )
 
 
@@ -344,19 +334,12 @@ def _finite_start(
     init: Tensor | None, frame: tuple[int, int], shape: Sequence[int], like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Normalised (..., T, 3, 3), the identity where an init is no number; and where (..., T) it is one."""
-    identity = _eye(3, like=like)
     if init is None:
-        return identity.expand(*shape, 3, 3), torch.ones(*shape, dtype=torch.bool, device=like.device)
+        none = torch.ones(*shape, dtype=torch.bool, device=like.device)
+        return _eye(3, like=like).expand(*shape, 3, 3), none
     shifted = init.shape[-1] == 2
     start = _shifted_by(init / half_length(frame)) if shifted else normalize(to_homogeneous(init), frame)
-    start = start.expand(*shape, 3, 3)
-    finite = _are_finite(start)
-    return torch.where(finite[..., None, None], start, identity), finite
-
-
-def _are_finite(matrices: Tensor) -> Tensor:
-    """(...,) bool: of (..., n, m), all of whose entries are finite."""
-    return torch.linalg.vector_norm(matrices.detach(), torch.inf, dim=(-2, -1)) < torch.inf
+    return finite_warp(start.expand(*shape, 3, 3))
 
 
 def level_frequencies(
@@ -387,13 +370,7 @@ def far_level(
 ) -> int | None:
     """The level on which all translations are compared first; ``None`` where a climb alone reaches far enough.
 
-    Where a shift is sought and there is an init, it was.
-
-    Args:
-        levels: of the reference, see :func:`prepare_levels`.
-        motion: what is estimated.
-        max_translation: of the frame's centre, in pixels.
-        init: as in :func:`enhanced_correlation`.
+    Where a shift is sought and there is an init, it was. Arguments as in :func:`enhanced_correlation`.
     """
     near = max_translation <= _WITHIN_REACH / levels[-1].grid.max_frequency
     if near or (motion == "translation" and init is not None):
@@ -416,24 +393,13 @@ def prepare_levels(
     sigma_blur: float = 0.0,
     taper: float = 0.15,
 ) -> list[Level]:
-    """Every level of the reference, finest first; options as in :func:`enhanced_correlation`.
-
-    Args:
-        reference: (..., 1 or T, H, W), finite.
-        mask: bool, broadcastable, True = usable.
-        motion: what will be estimated.
-        max_frequency: of the finest level.
-        levels: how many.
-        contrast: ``"local"``, ``"none"`` or ``"structure"``.
-        sigma_blur: in pixels.
-        taper: share of each axis.
-    """
+    """Every level of the reference, finest first, for motions of a kind; arguments as in :func:`enhanced_correlation`."""
     frame = (reference.shape[-2], reference.shape[-1])
     frequencies = level_frequencies(frame, max_frequency, levels)
     grids = [
         WorkingGrid.of(frame, working_size(frame, highest), highest, reference) for highest in frequencies
     ]
-    textures = _textures(reference, mask, grids, contrast, sigma_blur, _FLOOR.get(motion, 0.0))
+    textures = _textures(reference, mask, grids, motion, contrast=contrast, sigma_blur=sigma_blur)
     return [
         prepare_level(texture, grid, motion, taper) for texture, grid in zip(textures, grids, strict=True)
     ]
@@ -443,18 +409,19 @@ def _textures(
     image: Tensor,
     mask: Tensor | None,
     grids: Sequence[WorkingGrid],
+    motion: MotionModel,
+    *,
     contrast: Contrast,
-    blur: float,
-    floor: float,
+    sigma_blur: float,
 ) -> list[Texture]:
     """:func:`~torchalign.functional.texture.extract_pyramid`, its fields not weighted yet: a hole's edge would pull.
 
     Samples beside a hole show what filled it: on the finest level they count nothing where enough are left.
     """
-    seen: dict[str, Any] = {"contrast": contrast, "blur": blur, "floor": floor}
+    options: dict[str, Any] = {"contrast": contrast, "blur": sigma_blur, "floor": _FLOOR.get(motion, 0.0)}
     finest, *coarser = (
         texture if texture.detail is None else texture._replace(field=texture.detail)
-        for texture in extract_pyramid(image, mask, grids=grids, cover=True, **seen)
+        for texture in extract_pyramid(image, mask, grids=grids, cover=True, **options)
     )
     if finest.weights is not None and finest.cover is not None:
         enough = torch.sub(finest.cover, finest.weights, alpha=_LEAST_COVER).mean((-2, -1)) >= 0
@@ -464,27 +431,14 @@ def _textures(
 
 
 def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, taper: float = 0.15) -> Level:
-    r"""The reference's derivatives by the parameters, :math:`\nabla r \cdot \partial W / \partial p`.
-
-    Args:
-        texture: of the reference.
-        grid: it is sampled on.
-        motion: what will be estimated.
-        taper: share of each axis over which the window falls off.
-    """
+    r"""The reference's derivatives by the parameters, :math:`\nabla r \cdot \partial W / \partial p`, on a grid."""
     vector = texture.is_vector
     band = grid.frame, grid.size, grid.max_frequency
     spectrum = rfft2(texture.field) * _response(*band, vector, like=grid.radius)
-    field = irfft2(spectrum, grid.size)
-    slope_x, slope_y = _differentiate(spectrum, grid)
+    field = _joined(irfft2(spectrum, grid.size), vector, dim=-2)
+    slope_x, slope_y = (_joined(slope, vector) for slope in _differentiate(spectrum, grid))
     x, y, basis_x, basis_y, corners = _coordinates(grid.frame, grid.size, motion, like=grid.radius)
-    if vector:
-        field, slope_x, slope_y = (
-            torch.cat((*field,), -2),
-            torch.cat((*slope_x,), -1),
-            torch.cat((*slope_y,), -1),
-        )
-        basis_x, basis_y = torch.cat((basis_x, basis_x), -1), torch.cat((basis_y, basis_y), -1)
+    basis_x, basis_y = (_for_parts(basis, vector) for basis in (basis_x, basis_y))
     derivatives = slope_x[..., None, :] * basis_x + slope_y[..., None, :] * basis_y  # (..., P, n)
     values = field.flatten(-2)[..., None, :]
     rows = torch.cat([torch.ones_like(values), values, derivatives], dim=-2)
@@ -512,15 +466,13 @@ class _Shifted(NamedTuple):
         response = _response(grid.frame, grid.size, grid.max_frequency, texture.is_vector, like=grid.radius)
         return cls(rfft2(texture.field) * response, weights, texture.flat, Window.of(grid, taper))
 
-    def detach(self) -> _Shifted:
-        return _detach(self)
-
-    def look(self, warp: Tensor, level: Level, *, precise: bool) -> tuple[Tensor, Tensor]:
+    def look(self, warp: Tensor, level: Level, *, precise: bool) -> _WarpedSamples:
         """:meth:`values` and :meth:`ground`."""
-        return self.values(warp, level, precise=precise), _for_parts(self.ground(warp, level), level)
+        ground = _for_parts(self.ground(warp, level), level.vector)
+        return _WarpedSamples(warp, self.values(warp, level, precise=precise), ground)
 
     def ascend(
-        self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
+        self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, precise: bool
     ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """All steps by one kernel, where there is one: warps, the last reach; if precise, the values before it."""
         kernels = None if level.vector else kernels_for(self.spectrum, start, system.weights, level.field)
@@ -538,15 +490,15 @@ class _Shifted(NamedTuple):
             grid.frequencies,
             level.corners,
             (grid.size[0] * grid.size[1], half_length(grid.frame), _LONGEST_STEP * grid.spacing()),
-            (search.max_iterations, steps.tolerance),
+            (search.max_iterations, search.tolerance),
         )
-        values = level.grid.move(self.spectrum, seen).flatten(-2) if steps.precise else None
+        values = level.grid.move(self.spectrum, seen).flatten(-2) if precise else None
         return _shifted_by(shift / half_length(grid.frame)), reach, values
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference, always precise."""
-        moved = level.grid.move(self.spectrum, _shift_of(warp, level.grid)).flatten(-2)
-        return torch.cat((*moved,), -1) if level.vector else moved
+        moved = level.grid.move(self.spectrum, _shift_of(warp, level.grid))
+        return _joined(moved.flatten(-2), level.vector)
 
     def ground(self, warp: Tensor, level: Level) -> Tensor:
         """(..., T, n) in [0, 1]: the windows, and what is usable, of both."""
@@ -565,9 +517,7 @@ class _Shifted(NamedTuple):
         grid = level.grid
         shifted = shift_phase(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
         found = irfft2(shifted, grid.size).flatten(-2), *_differentiate(shifted, grid)
-        if not level.vector:
-            return found
-        values, by_x, by_y = (torch.cat((*field,), -1) for field in found)
+        values, by_x, by_y = (_joined(field, level.vector) for field in found)
         return values, by_x, by_y
 
 
@@ -593,22 +543,18 @@ class _Warped(NamedTuple):
         weights = None if texture.weights is None else continue_border(texture.weights)
         return cls(continue_border(irfft2(coefficients, size)), weights, texture.flat, taper, projective)
 
-    def detach(self) -> _Warped:
-        return _detach(self)
-
-    def look(self, warp: Tensor, level: Level, *, precise: bool) -> tuple[Tensor, Tensor]:
+    def look(self, warp: Tensor, level: Level, *, precise: bool) -> _WarpedSamples:
         """:meth:`values` and :meth:`ground`."""
         kernels = None if level.vector else kernels_for(self.spline, self.weights, warp, level.weights)
         if kernels is None:
-            ground = _for_parts(self.ground(warp, level), level)
-            return self.values(warp, level, precise=precise), ground
+            ground = _for_parts(self.ground(warp, level), level.vector)
+            return _WarpedSamples(warp, self.values(warp, level, precise=precise), ground)
         ramps = [ramp_length(length, self.taper) for length in level.grid.frame] if self.taper > 0 else None
-        return kernels.look(
-            self.spline, self.weights, warp, level.weights, self._geometry(level), ramps, precise
-        )
+        given = (self.spline, self.weights, warp, level.weights, self._geometry(level))
+        return _WarpedSamples(warp, *kernels.look(*given, ramps, precise))
 
     def ascend(
-        self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, steps: _Steps
+        self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, precise: bool
     ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """All steps by one kernel, where there is one: warps, the last reach; if precise, the values before it."""
         kernels = None if level.vector else kernels_for(self.spline, start, system.weights, level.field)
@@ -624,9 +570,9 @@ class _Warped(NamedTuple):
             equations,
             self._geometry(level),
             search.motion,
-            (search.max_iterations, steps.tolerance, steps.precise),
+            (search.max_iterations, search.tolerance, precise),
         )
-        return warp, reach, self.look(seen, level, precise=True)[0] if steps.precise else None
+        return warp, reach, self.look(seen, level, precise=True).values if precise else None
 
     def _geometry(self, level: Level) -> tuple[Any, ...]:
         """As :class:`torchalign.kernels.ascend.Geometry` has it."""
@@ -640,7 +586,7 @@ class _Warped(NamedTuple):
         if not level.vector:
             return sample(self.spline, column, row)
         parts = torch.stack([sample(part, column, row) for part in self.spline])
-        return torch.cat((*turn_orientations(parts, warp),), -1)
+        return _joined(turn_orientations(parts, warp), vector=True)
 
     def ground(self, warp: Tensor, level: Level) -> Tensor:
         """(..., T, n) in [0, 1]: the windows, and what is usable, of both."""
@@ -655,8 +601,7 @@ class _Warped(NamedTuple):
 
     def stepped(self, warp: Tensor, increment: Tensor, motion: MotionModel) -> Tensor:
         """The step composed to the warp."""
-        stepped = composed(warp, warp_of(increment, motion))
-        return stepped / stepped[..., 2:, 2:]
+        return unit_corner(composed(warp, warp_of(increment, motion)))
 
     def slopes(self, warp: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
         """The values, and their derivatives by x and y of the reference."""
@@ -666,14 +611,14 @@ class _Warped(NamedTuple):
             # (what turns with the warp is held fixed)
             parts = zip(*(spline_with_slopes(part, column, row) for part in self.spline), strict=True)
             values, by_column, by_row = (
-                torch.cat((*turn_orientations(torch.stack(both), warp),), -1) for both in parts
+                _joined(turn_orientations(torch.stack(both), warp), vector=True) for both in parts
             )
         else:
             values, by_column, by_row = spline_with_slopes(self.spline, column, row)
         (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-2) for row in invert_warp(warp)[..., None].unbind(-3))
         depth = g * level.x + h * level.y + i
         x, y = (a * level.x + b * level.y + c) / depth, (d * level.x + e * level.y + f) / depth
-        depth, x, y = (_for_parts(position, level) for position in (depth, x, y))
+        depth, x, y = (_for_parts(position, level.vector) for position in (depth, x, y))
         height, width = level.grid.frame
         slope_x, slope_y = (
             slope * (half_length(level.grid.frame) * samples / length)
@@ -730,13 +675,6 @@ class _State(NamedTuple):
     inliers: Tensor | None  # (..., T, h, w)
 
 
-class _Steps(NamedTuple):
-    """When steps end, and what samples they are of."""
-
-    tolerance: float  # in pixels
-    precise: bool
-
-
 class _Search(NamedTuple):
     """The options of the search."""
 
@@ -751,10 +689,11 @@ class _Search(NamedTuple):
         self, start: Tensor, levels: Sequence[Level], pyramid: Sequence[_Shifted | _Warped]
     ) -> _State:
         """From the coarsest level to the finest; there once more, with weights and samples from nearby."""
-        warp: Tensor | None = None
         if self.far is not None:
             level, frames = levels[self.far], pyramid[self.far]
-            start = _better_of(start, self.look_far(start, level, frames), level, frames).warp
+            found = frames.look(self.look_far(start, level, frames), level, precise=False)
+            start = _better_of(start, found, level, frames).warp
+        warp = start
         for number in reversed(range(len(levels))):
             level = rough = levels[number]
             frames, near = pyramid[number], _NEAR * level.grid.spacing()
@@ -763,17 +702,13 @@ class _Search(NamedTuple):
                 if isinstance(frames, _Warped):
                     # samples are what costs, and every fourth will do to come near
                     rough = _every_second(level)
-            if warp is None:
-                samples = _WarpedSamples.at(start, rough, frames, precise=False)
-            else:
-                samples = _better_of(start, warp, rough, frames)
-            warp = self.climb(samples, rough, frames, near, precise=False).warp
-            for _ in range(_MORE_WEIGHTS if self.motion == "homography" else 0):
-                samples = _WarpedSamples.at(warp, rough, frames, precise=False)
-                warp = self.climb(samples, rough, frames, near, precise=False).warp
-        assert warp is not None  # there is at least one level
-        samples = _WarpedSamples.at(warp, level, frames, precise=True)
-        return self.climb(samples, level, frames, self.tolerance, precise=True)
+            for time in range(1 + (_MORE_WEIGHTS if self.motion == "homography" else 0)):
+                samples = frames.look(warp, rough, precise=False)
+                if time == 0 and number < len(levels) - 1:
+                    samples = _better_of(start, samples, rough, frames)
+                warp = self._replace(tolerance=near).climb(samples, rough, frames, precise=False).warp
+        samples = frames.look(warp, level, precise=True)
+        return self.climb(samples, level, frames, precise=True)
 
     def least_of_blocks(self) -> float:
         """What chance reaches rises with the places and turns that are compared, as the maximum of so many does."""
@@ -797,7 +732,7 @@ class _Search(NamedTuple):
         limits: dict[str, Any] = {"spacings": level.grid.spacings(), "reach": self.max_translation}
         found = []
         for turn in turns:
-            values, ground = moving.look(turn, alone, precise=False)
+            _, values, ground = moving.look(turn, alone, precise=False)
             ground = _unflatten(ground[..., : level.x.shape[0]], -1, size)  # that of both parts
             found.append(best_shift(fields(values), ground, *reference, **limits))
         shifts, heights = (torch.stack(each) for each in zip(*found, strict=True))
@@ -807,25 +742,19 @@ class _Search(NamedTuple):
         return composed(turn, _shifted_by(shift / half_length(level.grid.frame)))
 
     def climb(
-        self,
-        samples: _WarpedSamples,
-        level: Level,
-        moving: _Shifted | _Warped,
-        tolerance: float,
-        *,
-        precise: bool,
+        self, samples: _WarpedSamples, level: Level, moving: _Shifted | _Warped, *, precise: bool
     ) -> _State:
-        """Weights, then steps, until none moves a point of a frame by more than ``tolerance`` pixels.
+        """Weights, then steps, until none moves a point of a frame by more than the tolerance.
 
         A frame that has converged stays as it is while others go on. Where it may be read that all have, the
         steps end.
         """
         warp, values, common = samples
         inliers = self._inliers(values, common, level)
-        weights = common if inliers is None else common * _for_parts(inliers.flatten(-2), level)
+        weights = common if inliers is None else common * _for_parts(inliers.flatten(-2), level.vector)
         system = _weighted_system(weights.square(), level)
         moves = (level.flat | moving.flat).logical_not()
-        ascended = moving.ascend(warp, moves, system, level, self, _Steps(tolerance, precise))
+        ascended = moving.ascend(warp, moves, system, level, self, precise)
         if ascended is not None:
             warp, reach, found = ascended  # of steps that are not precise only the warp is wanted
             return _State(warp, reach, values if found is None else found, common, system, inliers)
@@ -839,7 +768,7 @@ class _Search(NamedTuple):
             stepped = moving.stepped(warp, increment, self.motion)
             warp = torch.where(moves[..., None, None], stepped, warp)
             reach = torch.where(moves, last, reach)
-            moves = moves & (last > tolerance)
+            moves = moves & (last > self.tolerance)
             if all_true(~moves):
                 break
         return _State(warp, reach, values, common, system, inliers)
@@ -870,14 +799,12 @@ class _WarpedSamples(NamedTuple):
     values: Tensor  # (..., T, n)
     common: Tensor  # (..., T, n) in [0, 1], the ground that both have
 
-    @classmethod
-    def at(cls, warp: Tensor, level: Level, moving: _Shifted | _Warped, *, precise: bool) -> _WarpedSamples:
-        return cls(warp, *moving.look(warp, level, precise=precise))
 
-
-def _better_of(start: Tensor, warp: Tensor, level: Level, moving: _Shifted | _Warped) -> _WarpedSamples:
+def _better_of(
+    start: Tensor, found: _WarpedSamples, level: Level, moving: _Shifted | _Warped
+) -> _WarpedSamples:
     """The start, where a coarser level lowered the correlation (its clouds have more contrast than the ground)."""
-    both = [_WarpedSamples.at(candidate, level, moving, precise=False) for candidate in (warp, start)]
+    both = found, moving.look(start, level, precise=False)
     scores = []
     for _, values, common in both:
         weighted = common * values
@@ -905,16 +832,13 @@ def _every_second(level: Level) -> Level:
     def thin(values: Tensor, size: tuple[int, int] = (rows, columns)) -> Tensor:
         return _unflatten(values, -1, size)[..., ::2, ::2].flatten(-2)
 
-    return Level(
-        WorkingGrid.of(grid.frame, (rows // 2, columns // 2), grid.max_frequency, level.field),
-        level.field[..., ::2, ::2],
-        thin(level.products, level.size),
-        thin(level.weights),
-        level.flat,
-        thin(level.x),
-        thin(level.y),
-        level.corners,
-        level.vector,
+    return level._replace(
+        grid=WorkingGrid.of(grid.frame, (rows // 2, columns // 2), grid.max_frequency, level.field),
+        field=level.field[..., ::2, ::2],
+        products=thin(level.products, level.size),
+        weights=thin(level.weights),
+        x=thin(level.x),
+        y=thin(level.y),
     )
 
 
@@ -941,7 +865,7 @@ def _weighted_system(weights: Tensor, level: Level) -> _System:
     inverse = torch.linalg.inv_ex(torch.addcmul(hessian, ridge[..., None, None], eye)).inverse
     # in a direction in which nothing changes the ridge is all there is
     spread = inverse.diagonal(dim1=-2, dim2=-1) * ridge[..., None]
-    sound = _are_finite(inverse) & ((spread > 0) & (spread < _BLIND)).all(-1)
+    sound = are_finite(inverse) & ((spread > 0) & (spread < _BLIND)).all(-1)
     inverse = inverse.masked_fill(~sound[..., None, None], 0.0)
     solved = (inverse * against[..., None, 1:]).sum(-1)
     rest = against[..., 0] - (against[..., 1:] * solved).sum(-1)
@@ -985,15 +909,7 @@ def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
     return increment * shorter[..., None], reach * shorter
 
 
-class _Quality(NamedTuple):
-    sigma: Tensor  # (..., T)
-    covariance: Tensor  # (..., T, 2, 2)
-    significance: Tensor  # (..., T)
-    converged: Tensor  # (..., T) bool
-    ambiguous: Tensor  # (..., T) bool
-
-
-def _assess(state: _State, level: Level, search: _Search) -> _Quality:
+def _assess(state: _State, level: Level, search: _Search) -> EnhancedCorrelation:
     r"""How far the optimum can be trusted.
 
     σ is the sandwich estimate: at the optimum every sample pulls, by :math:`w\,(\alpha \bar m - \bar r)\,\bar G`,
@@ -1047,7 +963,7 @@ def _assess(state: _State, level: Level, search: _Search) -> _Quality:
     common = _moments(values, level, ground)
     significance = common.correlation * samples.sqrt()
 
-    sound = system.sound & (sigma < torch.inf) & _are_finite(state.warp)
+    sound = system.sound & (sigma < torch.inf) & are_finite(state.warp)
     least = _MIN_SIGNIFICANCE_OF_VECTORS if level.vector else _MIN_SIGNIFICANCE
     told = significance >= (least if search.far is None else least + _OF_MANY)
     if search.far is not None and not level.vector:
@@ -1056,7 +972,8 @@ def _assess(state: _State, level: Level, search: _Search) -> _Quality:
     unknown = isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
     sigma = sigma.masked_fill(~sound, torch.inf)
-    return _Quality(sigma, covariance, significance, converged, share < _LEAST_SHARE)
+    ambiguous, found = share < _LEAST_SHARE, (state.warp, sigma, covariance, significance)
+    return EnhancedCorrelation(*found, level.flat, converged, ambiguous, state.inliers)
 
 
 def _significance_of_blocks(values: Tensor, level: Level, ground: Tensor, seen: _Moments) -> Tensor:
@@ -1133,10 +1050,10 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
     increment = gain[..., None] * direction - system.solved
 
     # the matrix of the theorem has no derivative of its own
-    system, gain, along, direction = _detach(system), gain.detach(), along.detach(), direction.detach()
-    level, by_x, by_y = _detach(level), by_x.detach(), by_y.detach()
+    given = (system, level, gain, along, direction, by_x, by_y)
+    system, level, gain, along, direction, by_x, by_y = each_field(given, Tensor.detach)
     # a small increment k composed to the warp shifts the frame on the reference by −(its displacement)
-    basis_x, basis_y = (_for_parts(basis, level) for basis in jacobian(motion, level.x, level.y))
+    basis_x, basis_y = (_for_parts(basis, level.vector) for basis in jacobian(motion, level.x, level.y))
     moved = -(by_x[..., None, :] * basis_x + by_y[..., None, :] * basis_y)  # (..., T, P, n)
     change = torch.matmul(system.weights[..., None, :] * moved, level.regressors.mT)  # (..., T, P, 2 + P)
     change = change - change[..., :1] * system.mean[..., None, :]
@@ -1149,8 +1066,7 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
         system.inverse @ change[..., 2:].mT
     )
     inverse = torch.linalg.inv_ex(matrix).inverse
-    sound = inverse.isfinite().flatten(-2).all(-1)
-    inverse = torch.where(sound[..., None, None], inverse, 0.0)
+    inverse = torch.where(are_finite(inverse)[..., None, None], inverse, 0.0)
     step = -(inverse * increment[..., None, :]).sum(-1)
     return composed(warp, warp_of(step - step.detach(), motion))
 
@@ -1177,8 +1093,7 @@ def _coordinates(
 def _settle(warp: Tensor) -> Tensor:
     """Set warps within rounding of the identity to the identity; gradients are kept."""
     identity = _eye(3, like=warp)
-    fixed = warp.detach()
-    fixed = torch.where(fixed.isfinite().flatten(-2).all(-1)[..., None, None], fixed, identity)
+    fixed, _ = finite_warp(warp.detach())
     none = (fixed - identity).abs().flatten(-2).amax(-1) < 64 * torch.finfo(warp.dtype).eps
     settled = torch.where(none[..., None, None], identity, fixed)
     return settled + (warp - warp.detach()).nan_to_num(0.0)
@@ -1219,9 +1134,14 @@ def _response(
     return band.to(share.dtype) if vector else share.sqrt() * band
 
 
-def _for_parts(values: Tensor, level: Level) -> Tensor:
+def _for_parts(values: Tensor, vector: bool) -> Tensor:
     """(..., n) from (..., h · w): the same for both parts of a vector."""
-    return torch.cat((values, values), -1) if level.vector else values
+    return torch.cat((values, values), -1) if vector else values
+
+
+def _joined(parts: Tensor, vector: bool, *, dim: int = -1) -> Tensor:
+    """(..., n) from a vector's (2, ..., h · w): its parts one after the other; a scalar field as it is."""
+    return torch.cat((*parts,), dim) if vector else parts
 
 
 @keeps_tables
@@ -1274,12 +1194,8 @@ def _samples_of(continued: Tensor) -> tuple[int, int]:
     return continued.shape[-2] - 6, continued.shape[-1] - 6
 
 
-def _broadcast(*shapes: Sequence[int]) -> torch.Size:
-    return torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]  # torch has no types for it
-
-
 def _unflatten(values: Tensor, dim: int, size: tuple[int, ...]) -> Tensor:
-    return values.unflatten(dim, size)  # type: ignore[no-untyped-call]  # nor for this
+    return values.unflatten(dim, size)  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 def _inner(weighted: Tensor, rows: Tensor) -> Tensor:
@@ -1288,9 +1204,3 @@ def _inner(weighted: Tensor, rows: Tensor) -> Tensor:
         return torch.matmul(weighted, rows.squeeze(-3).mT)
     # frame by frame: its sums do not depend, not even in the last bit, on how many others there are
     return torch.matmul(weighted.unsqueeze(-2), rows.mT).squeeze(-2)
-
-
-def _detach(parts: Parts) -> Parts:
-    """A NamedTuple of tensors and other things, its tensors detached."""
-    kind = cast(Any, type(parts))
-    return kind(*(part.detach() if isinstance(part, Tensor) else part for part in parts))

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchalign._host import kernels_for
+from torchalign._host import keeps_tables, kernels_for, launches_kernels
 
-__all__ = ["fft", "irfft2", "rfft", "rfft2", "shift_phase", "wave"]
+__all__ = ["by_columns", "fft", "irfft2", "rfft", "rfft2", "shift_phase", "unit_circle", "wave", "waves"]
 
 
 def fft(signal: Tensor, dim: int = -1) -> Tensor:
@@ -29,8 +29,13 @@ def rfft(signal: Tensor) -> Tensor:
 
 
 def rfft2(image: Tensor) -> Tensor:
-    """:func:`torch.fft.rfft2`: (..., H, W) → (..., H, W//2+1), of empty batches too."""
-    return _or_empty(torch.fft.rfft2, image)
+    """:func:`torch.fft.rfft2`: (..., H, W) → (..., H, W//2+1), of empty batches too.
+
+    On the CPU the columns of the result lie one after the other, as the inverse transform reads them.
+    """
+    if launches_kernels(image):
+        return _or_empty(torch.fft.rfft2, image)
+    return _or_empty(lambda values: torch.fft.fft(torch.fft.rfft(values), dim=-2), image)
 
 
 def irfft2(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
@@ -41,6 +46,11 @@ def irfft2(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
     if spectrum.shape[-1] < size[1] // 2 + 1:
         return _or_empty(lambda values: torch.fft.irfft(torch.fft.ifft(values, dim=-2), n=size[1]), spectrum)
     return _or_empty(lambda values: torch.fft.irfft2(values, s=size), spectrum)
+
+
+def by_columns(table: Tensor) -> Tensor:
+    """The same, its columns one after the other, as spectra of the CPU lie."""
+    return table if launches_kernels(table) else table.mT.contiguous().mT
 
 
 def shift_phase(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> Tensor:
@@ -57,14 +67,32 @@ def shift_phase(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Ten
     kernels = kernels_for(spectrum, shift)
     if kernels is not None:
         return kernels.turn(spectrum, frequencies, shift)
-    wave_y, wave_x = (wave(frequency, shift[..., 1 - axis]) for axis, frequency in enumerate(frequencies))
+    wave_y, wave_x = waves(frequencies, shift)
     return spectrum * wave_y[..., :, None] * wave_x[..., None, :]
+
+
+def waves(frequencies: tuple[Tensor, Tensor], shift: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., H) and (..., W//2+1): e^{iω·t} along y and x; arguments as in :func:`shift_phase`."""
+    y, x = frequencies
+    turn = 2 * math.pi * shift
+    angle = torch.cat((turn[..., 1:] * y, turn[..., :1] * x), -1)
+    both, rows = unit_circle(angle), y.shape[-1]
+    return both[..., :rows], both[..., rows:]
+
+
+def unit_circle(angle: Tensor) -> Tensor:
+    """e^{iφ}, in one operation."""
+    return torch.polar(_one(like=angle).expand_as(angle), angle)
+
+
+@keeps_tables
+def _one(*, like: Tensor) -> Tensor:
+    return torch.ones((), device=like.device, dtype=like.dtype)
 
 
 def wave(frequency: Tensor, shift: Tensor) -> Tensor:
     """(..., N): e^{iωt}, ω = 2πf in radians per pixel."""
-    angle = shift[..., None] * (2 * math.pi * frequency)
-    return torch.complex(angle.cos(), angle.sin())
+    return unit_circle(shift[..., None] * (2 * math.pi * frequency))
 
 
 def _or_empty(transform: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:

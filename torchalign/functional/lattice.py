@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -144,15 +145,13 @@ def lattice_prior(nodes: tuple[int, int], *, like: Tensor) -> Prior:
 
     def blocks(shift: int) -> Tensor:
         """(count − shift, s, s): of block rows b and b + shift."""
-        total: Tensor | None = None
+        parts = []
         for down, along, weight in terms:
             y = energy(rows, down).reshape(count, block, count, block)
             y = y.diagonal(shift, 0, 2).permute(2, 0, 1)  # (blocks, b, b)
-            part = weight * torch.einsum("brs,jk->brjsk", y, energy(columns, along))
-            total = part if total is None else total + part
-        assert total is not None
+            parts.append(weight * torch.einsum("brs,jk->brjsk", y, energy(columns, along)))
         both = torch.eye(2, device=like.device, dtype=like.dtype)
-        total = torch.einsum("ac,brjsk->barjcsk", both, total)
+        total = torch.einsum("ac,brjsk->barjcsk", both, functools.reduce(torch.add, parts))
         side = 2 * block * columns
         return total.reshape(1, count - shift, side, side)
 

@@ -30,28 +30,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._host import keeps_tables, kernels_for, launches_kernels
+from torchalign.functional import lattice
 from torchalign.functional.affine import change_origin
 from torchalign.functional.common_ground import agreement
 from torchalign.functional.fourier import irfft2, rfft2
-from torchalign.functional.lattice import (
-    ROWS,
-    Blocks,
-    Factor,
-    ProductTables,
-    arrange,
-    evidence_of,
-    factorize,
-    lattice_prior,
-    likeliest_smoothness,
-    normal_matrix,
-    posterior,
-    product_tables,
-    solve_blocks,
-    spline_products,
-    with_prior,
-)
+from torchalign.functional.lattice import ROWS, Blocks, Factor, ProductTables
 from torchalign.functional.low_pass import band_response
-from torchalign.functional.sampling import spline_response, spline_weights
+from torchalign.functional.sampling import Taps, spline_response, spline_weights, weighted_sum
 from torchalign.functional.shift_field import spline_basis, spline_slope
 from torchalign.functional.smoothing import triangle_mean
 from torchalign.functional.texture import centre, local_contrast, usable_share
@@ -112,17 +97,6 @@ class Ground(NamedTuple):
 
     tiles: tuple[_TileGround, ...]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Ground:
-        """The same with every tensor put through ``function``."""
-        return Ground(
-            tuple(
-                _TileGround(
-                    tuple(map(function, tile.fields)), tuple(map(function, tile.weights)), function(tile.flat)
-                )
-                for tile in self.tiles
-            )
-        )
-
 
 class LocalShifts(NamedTuple):
     """What :func:`estimate_shifts` finds, one row a frame.
@@ -179,6 +153,7 @@ class _Level(NamedTuple):
     edge: Tensor  # (h, w), what a sample of the reference counts: less at the border
     down: Tensor  # (h, n)
     along: Tensor  # (w, m)
+    tables: ProductTables
     gain: Tensor  # (H + 2P, (W + 2P) // 2 + 1), from the padded frame's spectrum to that of B-spline coefficients
     spacing: int
 
@@ -199,7 +174,8 @@ def _level(frame: tuple[int, int], band: float, spacing: int, *, like: Tensor) -
     whole = WorkingGrid.of(padded, padded, band, like)
     by_y, by_x = (spline_response(frequency) for frequency in whole.frequencies)
     gain = band_response(whole.radius, band) / (by_y[:, None] * by_x)
-    return _Level(grid, y, x, at, size, edge, down, along, gain, spacing)
+    tables = lattice.product_tables(down, along)
+    return _Level(grid, y, x, at, size, edge, down, along, tables, gain, spacing)
 
 
 def _edge(position: Tensor, length: int) -> Tensor:
@@ -207,11 +183,11 @@ def _edge(position: Tensor, length: int) -> Tensor:
     return ((from_border + 1) / _EDGE).clamp(0, 1)
 
 
-def _backward(warp: Tensor, level: _Level) -> Tensor:
-    """The displacement W⁻¹ q − q, broadcastable to (N, 2, h, w); ``warp`` may be a shift (N, 2)."""
-    if warp.shape[-1] == 2:
-        return -warp[..., None, None]
-    return torch.stack(backward_displacement(warp, level.x[None, :], level.y[:, None]), 1)
+def _backward(warp: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The displacement W⁻¹ q − q, broadcastable to (N, 2, h, w), of q = (x, y); ``warp`` may be a shift (N, 2)."""
+    return (
+        -warp[..., None, None] if warp.shape[-1] == 2 else torch.stack(backward_displacement(warp, x, y), 1)
+    )
 
 
 class _Frames(NamedTuple):
@@ -262,11 +238,9 @@ def prepare_ground(image: Tensor, mask: Tensor | None = None, *, spacing: int = 
     """
     tiles = _Tiles.of((image.shape[-2], image.shape[-1]), spacing)
     parts = []
-    for top, left in tiles.corners():
-        rows, columns = slice(top, top + tiles.size[0]), slice(left, left + tiles.size[1])
-        parts.append(
-            _tile_ground(image[:, rows, columns], None if mask is None else mask[:, rows, columns], spacing)
-        )
+    for rows, columns in tiles.windows():
+        usable = None if mask is None else mask[:, rows, columns]
+        parts.append(_tile_ground(image[:, rows, columns], usable, spacing))
     return Ground(tuple(parts))
 
 
@@ -321,28 +295,17 @@ def _sum_taps(flat: Tensor, first: Tensor, line: int, fraction: Tensor) -> Tenso
     """(N, h, w): 4 × 4 coefficients from ``first`` (N, h·w) on, weighted for their fractions (N, 2, h, w)."""
     shape = (flat.shape[0], *fraction.shape[-2:])
     if launches_kernels(flat):  # all at once
-        tap = torch.arange(4, device=flat.device)
-        places = first[:, None] + (tap[:, None] * line + tap).flatten()[:, None]
+        steps = torch.arange(4, device=flat.device)
+        places = first[:, None] + (steps[:, None] * line + steps).flatten()[:, None]
         taps = flat.gather(1, places.flatten(1)).reshape(shape[0], 4, 4, *shape[1:])
         one, linear, square, cube = _cubics(like=flat)
         power = fraction[:, None]  # against (4, 1, 1, 1)
         wide = torch.addcmul(one, torch.addcmul(linear, torch.addcmul(square, cube, power), power), power)
         along, down = wide.unbind(2)  # (N, 4, h, w)
         return ((taps * along[:, None]).sum(2) * down).sum(1)
-    weights = spline_weights(fraction)
-    length = flat.shape[1] - 3 * (line + 1)
-    value: Tensor | None = None
-    for j in range(4):
-        sums: Tensor | None = None
-        for i in range(4):  # from the cache
-            tap = flat.narrow(1, j * line + i, length).gather(1, first).reshape(shape)
-            along = weights[i][:, 0]
-            sums = along * tap if sums is None else torch.addcmul(sums, along, tap)
-        assert sums is not None
-        down = weights[j][:, 1]
-        value = down * sums if value is None else torch.addcmul(value, down, sums)
-    assert value is not None
-    return value
+    tap = Taps(flat, line, first).at  # one by one, from the cache
+    across, lines = (spline_weights(part) for part in fraction.unbind(1))
+    return weighted_sum(lambda i, j: tap(i, j).reshape(shape), across, lines)
 
 
 def _slopes(image: Tensor, level: _Level) -> tuple[Tensor, Tensor]:
@@ -356,12 +319,6 @@ def _slopes(image: Tensor, level: _Level) -> tuple[Tensor, Tensor]:
         return torch.sub(near, far - two, alpha=samples_per_pixel / 12)
 
     return slope(padded[..., 2:-2, :], -1, columns / width), slope(padded[..., 2:-2], -2, rows / height)
-
-
-@keeps_tables
-def _tables(frame: tuple[int, int], band: float, spacing: int, *, like: Tensor) -> ProductTables:
-    level = _level(frame, band, spacing, like=like)
-    return product_tables(level.down, level.along)
 
 
 # ------------------------------------------------------------------------------------------------- the estimate
@@ -380,7 +337,6 @@ class _Round(NamedTuple):
 
     frames: _Frames
     level: _Level
-    tables: ProductTables
     field: Tensor  # (1 or N, h, w), the reference's local contrast
     weights: Tensor  # (1 or N, h, w)
     start: Tensor  # (N, 2, h, w), W⁻¹ q
@@ -394,7 +350,7 @@ def _linearize(given: _Round, offset: Tensor) -> _Equations:
     own = local_contrast(own, usable)
     similarity, weighted = _weigh(own, given.field, inside, usable, given.weights)
     products, pull = _products_and_pull(own, given.field, weighted, local, level)
-    matrix = normal_matrix(products, given.tables)
+    matrix = lattice.normal_matrix(products, level.tables)
     right = torch.matmul(torch.matmul(level.down.mT, pull), level.along)
     return _Equations(matrix, right, similarity)
 
@@ -439,23 +395,19 @@ def _products_and_pull(
     return products, torch.stack((pull_x, pull_y), 1)
 
 
-def _point_equations(points: Tensor, warp: Tensor, tables: ProductTables, level: _Level) -> _Equations:
+def _point_equations(points: Tensor, warp: Tensor, level: _Level) -> _Equations:
     """What tie points (K, 5) add in every round, see :func:`estimate_shifts`."""
-    nodes = (level.down.shape[-1], level.along.shape[-1])
+    x, y = points[None, :, 0], points[None, :, 1]
     at, seen, precision = points[:, :2], points[:, 2:4], points[:, 4].reciprocal().square()
-    if warp.shape[-1] == 2:
-        begun = at - warp[:, None]
-    else:
-        begun = at + torch.stack(backward_displacement(warp, at[:, 0], at[:, 1]), -1).reshape(-1, *at.shape)
-    down, along = (
-        spline_basis(at[:, axis] / level.spacing + 1, count)
-        for axis, count in zip((1, 0), nodes, strict=True)
+    down = spline_basis(y[0] / level.spacing + 1, level.down.shape[-1])
+    along = spline_basis(x[0] / level.spacing + 1, level.along.shape[-1])
+    sums = torch.matmul(
+        (lattice.spline_products(down) * precision[:, None]).mT, lattice.spline_products(along)
     )
-    sums = torch.matmul((spline_products(down) * precision[:, None]).mT, spline_products(along))
     alone = torch.stack((sums, torch.zeros_like(sums), sums))[None]
-    pull = (precision[:, None] * (seen - begun)).mT  # (N, 2, K)
-    right = torch.matmul(down.mT * pull[:, :, None, :], along)
-    return _Equations(arrange(alone, tables), right, right.new_zeros(()))
+    pull = precision * ((seen - at).mT[:, None] - _backward(warp, x, y))  # (N, 2, 1, K)
+    right = torch.matmul(down.mT * pull, along)
+    return _Equations(lattice.arrange(alone, level.tables), right, right.new_zeros(()))
 
 
 class _Fitted(NamedTuple):
@@ -465,8 +417,6 @@ class _Fitted(NamedTuple):
     variance: Tensor  # (N, 3, n, m), xx, xy, yy at the nodes
     evidence: Tensor  # (N,)
     flat: Tensor  # (N,)
-    similarity: Tensor  # (N, h, w)
-    level: _Level
 
 
 class LatticeOptions(NamedTuple):
@@ -522,16 +472,16 @@ def estimate_shifts(
         :class:`LocalShifts`.
     """
     frame = (moving.shape[-2], moving.shape[-1])
-    tiles = _Tiles.of(frame, spacing)
-    if tiles.number == 1:
-        found = _fit(moving, ground.tiles[0], warp, mask, LatticeOptions(spacing, smoothness, points))
-        known = _known(found.variance)
-        known = torch.matmul(torch.matmul(found.level.down, known), found.level.along.mT)
-        inliers = found.similarity * known.clamp(0, 1)
-        return _conclude(
-            found.coefficients, found.variance, found.evidence, found.flat, inliers, frame, spacing
-        )
-    return _fit_tiles(moving, ground, warp, mask, LatticeOptions(spacing, smoothness, points))
+    options = LatticeOptions(spacing, smoothness, points)
+    mosaic = Mosaic(frame, spacing)
+    if mosaic.tiles.number == 1:
+        found, similarity, level = _fit(moving, ground.tiles[0], warp, mask, options)
+        known = torch.matmul(torch.matmul(level.down, _known(found.variance)), level.along.mT)
+        return _conclude(found, similarity * known.clamp(0, 1), frame, spacing)
+    for index, (rows, columns) in enumerate(mosaic.windows()):
+        usable = None if mask is None else mask[:, rows, columns]
+        mosaic.add(index, moving[:, rows, columns], ground.tiles[index], warp, usable, options)
+    return mosaic.conclude()
 
 
 def acceptable(shifts: LocalShifts, max_deviation: float) -> Tensor:
@@ -546,17 +496,6 @@ def acceptable(shifts: LocalShifts, max_deviation: float) -> Tensor:
     )
 
 
-def _fit_tiles(
-    moving: Tensor, ground: Ground, warp: Tensor, mask: Tensor | None, options: LatticeOptions
-) -> LocalShifts:
-    """Tile by tile."""
-    mosaic = Mosaic((moving.shape[-2], moving.shape[-1]), options.spacing)
-    for index, (rows, columns) in enumerate(mosaic.windows()):
-        usable = None if mask is None else mask[:, rows, columns]
-        mosaic.add(index, moving[:, rows, columns], ground.tiles[index], warp, usable, options)
-    return mosaic.conclude()
-
-
 class Mosaic:
     """The fields of the tiles of a large frame, blended at the nodes of one lattice: there is no seam.
 
@@ -568,14 +507,12 @@ class Mosaic:
     def __init__(self, frame: tuple[int, int], spacing: int) -> None:
         self.tiles = _Tiles.of(frame, spacing)
         self._nodes = lattice_size(frame, spacing)
-        self._sums: Tensor | None = None
-        self._evidence: Tensor | float = 0.0
-        self._flat: Tensor | bool = True
+        self._sums: tuple[Tensor, Tensor] | None = None  # what is blended, and the evidence
+        self._flat: list[Tensor] = []
 
     def windows(self) -> list[tuple[slice, slice]]:
         """Rows and columns of every tile."""
-        height, width = self.tiles.size
-        return [(slice(top, top + height), slice(left, left + width)) for top, left in self.tiles.corners()]
+        return self.tiles.windows()
 
     def add(
         self,
@@ -589,39 +526,36 @@ class Mosaic:
         """What one tile (N, h, w) says; the warp and the tie points are those of the whole frame."""
         tiles, (top, left) = self.tiles, self.tiles.corners()[index]
         there = warp if warp.shape[-1] == 2 else change_origin(warp, (left, top))
-        found = _fit(moving, ground, there, mask, options.seen_from(left, top))
-        level = found.level
+        found, similarity, level = _fit(moving, ground, there, mask, options.seen_from(left, top))
         # the similarity at the nodes
         weight = level.down.sum(0)[:, None] * level.along.sum(0) + 1e-6
-        near = torch.matmul(torch.matmul(level.down.mT, found.similarity), level.along) / weight
-        stack = torch.cat(
-            (found.coefficients, found.variance, near[:, None], torch.ones_like(near)[:, None]), 1
-        )
-        stack = stack * tiles.blend(level, top, left)
+        near = torch.matmul(torch.matmul(level.down.mT, similarity), level.along) / weight
+        last = torch.stack((near, torch.ones_like(near)), 1)
+        stack = torch.cat((found.coefficients, found.variance, last), 1) * tiles.blend(level, top, left)
         first = (top // tiles.spacing, left // tiles.spacing)
         count = stack.shape[-2:]
         beyond = (self._nodes[0] - first[0] - count[0], self._nodes[1] - first[1] - count[1])
         # (the last tile's lattice can have more rows than the frame's, far outside: cut)
         stack = F.pad(stack, (first[1], beyond[1], first[0], beyond[0]))
-        self._sums = stack if self._sums is None else self._sums + stack
         # a flat tile says nothing for a field, nor against it
-        self._evidence = self._evidence + torch.where(found.flat, 0.0, found.evidence) * tiles.share
-        self._flat = found.flat & self._flat
+        evidence = torch.where(found.flat, 0.0, found.evidence) * tiles.share
+        before = self._sums
+        self._sums = (stack, evidence) if before is None else (before[0] + stack, before[1] + evidence)
+        self._flat.append(found.flat)
 
     def conclude(self) -> LocalShifts:
         """Of all tiles together."""
         assert self._sums is not None
-        assert isinstance(self._evidence, Tensor)
-        assert isinstance(self._flat, Tensor)
+        (sums, evidence), flat = self._sums, torch.stack(self._flat).all(0)
         frame, spacing = self.tiles.frame, self.tiles.spacing
-        blended = self._sums[:, :-1] / self._sums[:, -1:].clamp(min=1e-12)
+        blended = sums[:, :-1] / sums[:, -1:].clamp(min=1e-12)
         coefficients, variance, near = blended[:, :2], blended[:, 2:5].detach(), blended[:, 5].detach()
         y, x = (
             torch.arange(0, length, 8, device=near.device, dtype=near.dtype) / spacing + 1 for length in frame
         )
         down, along = spline_basis(y, self._nodes[0]), spline_basis(x, self._nodes[1])
         inliers = torch.matmul(torch.matmul(down, (near * _known(variance)).clamp(0, 1)), along.mT)
-        return _conclude(coefficients, variance, self._evidence, self._flat, inliers, frame, spacing)
+        return _conclude(_Fitted(coefficients, variance, evidence, flat), inliers, frame, spacing)
 
 
 class _Tiles(NamedTuple):
@@ -648,6 +582,10 @@ class _Tiles(NamedTuple):
 
     def corners(self) -> list[tuple[int, int]]:
         return [(top, left) for top in self.starts[0] for left in self.starts[1]]
+
+    def windows(self) -> list[tuple[slice, slice]]:
+        height, width = self.size
+        return [(slice(top, top + height), slice(left, left + width)) for top, left in self.corners()]
 
     def blend(self, level: _Level, top: int, left: int) -> Tensor:
         """(n, m): how much each node of a tile counts, less towards its borders, but for the frame's."""
@@ -677,20 +615,18 @@ def _tile_starts(length: int, spacing: int) -> tuple[int, list[int]]:
 
 def _fit(
     moving: Tensor, ground: _TileGround, warp: Tensor, mask: Tensor | None, options: LatticeOptions
-) -> _Fitted:
-    """The rounds."""
+) -> tuple[_Fitted, Tensor, _Level]:
+    """The rounds; and the similarity (N, h, w) in the last one, on what level."""
     frame = (moving.shape[-2], moving.shape[-1])
     spacing, smoothness, points = options
     nodes = lattice_size(frame, spacing)
     levels = [_level(frame, band, spacing, like=moving) for band in _BANDS]
-    tables = [_tables(frame, band, spacing, like=moving) for band in _BANDS]
     frames, flat = _prepare_frames(moving, mask, levels)
-    starts = [level.at + _backward(warp, level) for level in levels]
+    starts = [level.at + _backward(warp, level.x[None, :], level.y[:, None]) for level in levels]
     rounds = [
-        _Round(*parts)
-        for parts in zip(frames, levels, tables, ground.fields, ground.weights, starts, strict=True)
+        _Round(*parts) for parts in zip(frames, levels, ground.fields, ground.weights, starts, strict=True)
     ]
-    told = None if points is None else _point_equations(points, warp, tables[0], levels[0])
+    told = None if points is None else _point_equations(points, warp, levels[0])
 
     def equations(offset: Tensor, level: int) -> _Equations:
         found = _linearize(rounds[level], offset)
@@ -700,12 +636,12 @@ def _fit(
         return found._replace(matrix=matrix, right=found.right + told.right)
 
     offset, chosen, found, factor = _go_rounds(equations, moving, nodes, smoothness)
-    prior = lattice_prior(nodes, like=moving)
+    prior = lattice.lattice_prior(nodes, like=moving)
     with torch.no_grad():
-        evidence = evidence_of(factor, prior, chosen)
-        looser = factorize(with_prior(found.matrix, prior, _SIGMA_SMOOTHNESS * chosen))
-        variance = _SIGMA_CALIBRATION**2 * posterior(looser, nodes)
-    return _Fitted(offset, variance, evidence, flat | ground.flat, found.similarity, levels[-1])
+        evidence = lattice.evidence_of(factor, prior, chosen)
+        looser = lattice.factorize(lattice.with_prior(found.matrix, prior, _SIGMA_SMOOTHNESS * chosen))
+        variance = _SIGMA_CALIBRATION**2 * lattice.posterior(looser, nodes)
+    return _Fitted(offset, variance, evidence, flat | ground.flat), found.similarity, levels[-1]
 
 
 def _go_rounds(
@@ -716,7 +652,7 @@ def _go_rounds(
 ) -> tuple[Tensor, Tensor, _Equations, Factor]:
     """The coefficients, their smoothness, and the last round's equations."""
     schedule = [level for level, count in enumerate(_ROUNDS) for _ in range(count)]
-    prior = lattice_prior(nodes, like=like)
+    prior = lattice.lattice_prior(nodes, like=like)
     offset = like.new_zeros(like.shape[0], 2, *nodes)
     chosen = torch.full_like(offset[:, 0, 0, 0], _FIRST_SMOOTHNESS if smoothness is None else smoothness)
     without = len(schedule) - _WITH_GRADIENT
@@ -724,12 +660,12 @@ def _go_rounds(
     with torch.no_grad():
         for level in schedule[:without]:
             found = equations(offset, level)
-            offset = _step_towards(offset, solve_blocks(found.matrix, found.right, prior, chosen)[0])
+            offset = _step_towards(offset, lattice.solve_blocks(found.matrix, found.right, prior, chosen)[0])
     for step, level in enumerate(schedule[without:], without):
         found = equations(offset, level)
         if smoothness is None and step == len(schedule) - _ROUNDS[-1]:
-            chosen = likeliest_smoothness(found.matrix, found.right, prior)
-        solution, factor = solve_blocks(found.matrix, found.right, prior, chosen)
+            chosen = lattice.likeliest_smoothness(found.matrix, found.right, prior)
+        solution, factor = lattice.solve_blocks(found.matrix, found.right, prior, chosen)
         offset = _step_towards(offset, solution)
     return offset, chosen, found, factor
 
@@ -760,16 +696,9 @@ def _extremes(length: int, spacing: int, count: int, *, like: Tensor) -> _Axis:
     return _Axis(spline_basis(middle, count), spline_basis(at, count), spline_slope(at, count) / spacing)
 
 
-def _conclude(
-    coefficients: Tensor,
-    variance: Tensor,
-    evidence: Tensor,
-    flat: Tensor,
-    inliers: Tensor,
-    frame: tuple[int, int],
-    spacing: int,
-) -> LocalShifts:
+def _conclude(found: _Fitted, inliers: Tensor, frame: tuple[int, int], spacing: int) -> LocalShifts:
     """What was found, and what there is to say about it."""
+    coefficients, variance, evidence, flat = found
     nodes = (coefficients.shape[-2], coefficients.shape[-1])
     with torch.no_grad():
         sigma = (0.5 * (variance[:, 0] + variance[:, 2])).clamp(min=0).sqrt()

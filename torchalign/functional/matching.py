@@ -35,16 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign.functional.affine import (
-    adjugate,
-    change_origin,
-    composed,
-    identity_warp,
-    mapped,
-    multiply,
-    to_homogeneous,
-    translation_warp,
-)
+from torchalign.functional import affine
 from torchalign.functional.fourier import rfft2
 from torchalign.functional.motion import (
     PARAMETERS,
@@ -263,7 +254,7 @@ def consensus(
         score = ((1 - square / _MODE_RADIUS**2).clamp(min=0) * weight.unsqueeze(-2)).sum(-1)
         best = score.argmax(-1)[..., None, None].expand(*score.shape[:-1], 1, 2)
         shift = shifts.gather(-2, best).squeeze(-2)
-        return translation_warp(torch.where(count > 0, shift, 0.0))
+        return affine.translation_warp(torch.where(count > 0, shift, 0.0))
 
     # (made where it is used: a copy from the host would wait for the device)
     centre = torch.stack([points.new_full((), (side - 1) / 2) for side in (size[1], size[0])])
@@ -275,11 +266,11 @@ def consensus(
         own, other = drawn(_MINIMAL[kind])
         warp, sound = _minimal(own - centre, other - centre, kind, longest)
         if homography and warp.shape[-2] == 2:
-            warp = to_homogeneous(warp)
+            warp = affine.to_homogeneous(warp)
         warps.append(warp)
         fine.append(sound & (count >= _MINIMAL[kind]))
-    warp, sound = change_origin(torch.cat(warps, -3), -centre), torch.cat(fine, -1)  # (..., N, 2|3, 3)
-    identity = identity_warp(homography=homography, device=warp.device, dtype=warp.dtype)
+    warp, sound = affine.change_origin(torch.cat(warps, -3), -centre), torch.cat(fine, -1)  # (..., N, 2|3, 3)
+    identity = affine.identity_warp(homography=homography, device=warp.device, dtype=warp.dtype)
     warp = torch.where(sound[..., None, None], warp, identity)
 
     def support(warp: Tensor) -> Tensor:
@@ -351,7 +342,7 @@ def reweighted_fit(
     covariance = _invert(normal)
     freedom = inner.sum(-1) - 0.5 * PARAMETERS[motion]
     spread = 0.5 * (inner * square).sum(-1) / freedom.clamp(min=0.5) / _TUKEY_VARIANCE
-    determined = (freedom > 0) & covariance.isfinite().flatten(-2).all(-1)
+    determined = (freedom > 0) & affine.are_finite(covariance)
     centre = torch.where(determined[..., None, None], covariance[..., :2, :2], 0.0)
     centre = spread[..., None, None] * centre
     sigma = torch.where(determined, largest_sigma(centre), torch.inf)
@@ -484,8 +475,9 @@ def window_ascent(
     freedom = used - 0.5 * PARAMETERS[motion]
     inflated = _SIGMA_CALIBRATION**2 * used / freedom.clamp(min=0.5)
     centre = inflated[..., None, None] * covariance[..., :2, :2]
-    known = centre.isfinite().flatten(-2).all(-1)
-    centre = torch.where(known[..., None, None], centre, isotropic(torch.full_like(used, torch.inf)))
+    centre = torch.where(
+        affine.are_finite(centre)[..., None, None], centre, isotropic(torch.full_like(used, torch.inf))
+    )
     sigma = largest_sigma(centre)
     converged = definite & (freedom >= 1) & (step.detach().abs().amax(-1) < _ASCENT_TOLERANCE)
     return WindowFit(_warp_of_increment(delta, size, motion), sigma, converged & sigma.isfinite(), centre)
@@ -549,7 +541,7 @@ def _warp_of_increment(delta: Tensor, size: tuple[int, int], motion: MotionModel
 
 def _residuals(warp: Tensor, points: Tensor, targets: Tensor) -> Tensor:
     """(..., K, 2): targets less mapped points; large where a point is at infinity."""
-    return (targets - mapped(warp, points)).nan_to_num(1e6, 1e6, 1e6)
+    return (targets - affine.mapped(warp, points)).nan_to_num(1e6, 1e6, 1e6)
 
 
 def _biweight(square: Tensor, radius: Tensor | float) -> Tensor:
@@ -591,10 +583,8 @@ def _step(
         delta = (inner.unsqueeze(-1) * residual).sum(-2) / total
         return warp + F.pad(delta.unsqueeze(-1), (2, 0)), (inner, square)
     delta, _ = _solve_definite(*_normal_equations(warp, points, targets, inner, size, motion))
-    warp = composed(warp, _warp_of_increment(delta, size, motion))
-    if motion == "homography":
-        warp = warp / warp[..., 2:, 2:]
-    return warp, (inner, square)
+    warp = affine.composed(warp, _warp_of_increment(delta, size, motion))
+    return affine.unit_corner(warp), (inner, square)
 
 
 def _regular(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -606,7 +596,7 @@ def _regular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     matrix = matrix + (4 * torch.finfo(matrix.dtype).eps * trace.abs() + torch.finfo(matrix.dtype).tiny) * eye
     factor, failed = torch.linalg.cholesky_ex(matrix.detach())
-    definite = (failed == 0) & (trace.squeeze((-2, -1)) > 0) & factor.isfinite().flatten(-2).all(-1)
+    definite = (failed == 0) & (trace.squeeze((-2, -1)) > 0) & affine.are_finite(factor)
     return torch.where(definite[..., None, None], matrix, eye), definite
 
 
@@ -664,23 +654,23 @@ def _minimal(points: Tensor, targets: Tensor, motion: MotionModel, longest: int)
         return torch.cat((linear, offset.unsqueeze(-1)), -1), sound
     # columns (x, y, 1); with the first three, barycentric coordinates
     source, image = (torch.cat((side, torch.ones_like(side[..., :1])), -1).mT for side in (points, targets))
-    inverse, area = adjugate(source[..., :3])
+    inverse, area = affine.adjugate(source[..., :3])
     safe = torch.where(area == 0, 1.0, area)[..., None, None]
-    _, image_area = adjugate(image[..., :3])
+    _, image_area = affine.adjugate(image[..., :3])
     zoom = image_area.abs() / torch.where(area == 0, 1.0, area).abs()
     sound = (area.abs() >= least**2) & (zoom <= _LARGEST_ZOOM**2) & (zoom >= _LARGEST_ZOOM**-2)
     # a picture is not mirrored
     sound = sound & (area * image_area > 0)
     if motion == "affine":
-        return multiply(image, inverse / safe)[..., :2, :], sound
+        return affine.multiply(image, inverse / safe)[..., :2, :], sound
     # a projective basis: the three points scaled so that their sum is the fourth
-    own = multiply(inverse / safe, source[..., 3:])  # (..., 3, 1)
-    image_inverse, _ = adjugate(image[..., :3])
+    own = affine.multiply(inverse / safe, source[..., 3:])  # (..., 3, 1)
+    image_inverse, _ = affine.adjugate(image[..., :3])
     image_safe = torch.where(image_area == 0, 1.0, image_area)[..., None, None]
-    other = multiply(image_inverse / image_safe, image[..., 3:])
+    other = affine.multiply(image_inverse / image_safe, image[..., 3:])
     # no three in line, and the same side of the horizon
     sound = sound & (own.abs().amin((-2, -1)) > 0.1) & (own * other > 0).all(-1).all(-1)
     ratio = other / torch.where(own == 0, 1.0, own)
-    warp = multiply(image[..., :3] * ratio.mT, inverse / safe)
+    warp = affine.multiply(image[..., :3] * ratio.mT, inverse / safe)
     corner = warp[..., 2:, 2:]
     return warp / torch.where(corner == 0, 1.0, corner), sound & (corner.squeeze((-2, -1)) > 0)

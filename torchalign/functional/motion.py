@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchalign.functional.affine import conjugated
+from torchalign.functional.affine import conjugated, scaled, unit_corner
 
 __all__ = [
     "PARAMETERS",
@@ -121,23 +121,12 @@ def half_length(size: tuple[int, int]) -> float:
 def normalize(warp: Tensor, size: tuple[int, int]) -> Tensor:
     """A warp (..., 2 or 3, 3) of frames (H, W): in pixels → in normalised coordinates, the last entry 1."""
     centred = conjugated(warp, _frame_centre(size, warp))
-    return _in_other_units(centred, 1 / half_length(size))
+    return unit_corner(scaled(centred, 1 / half_length(size)))
 
 
 def denormalize(warp: Tensor, size: tuple[int, int]) -> Tensor:
     """The way back."""
-    scaled = _in_other_units(warp, half_length(size))
-    moved = conjugated(scaled, -_frame_centre(size, warp))
-    return moved if moved.shape[-2] == 2 else moved / moved[..., 2:, 2:]
-
-
-def _in_other_units(warp: Tensor, factor: float) -> Tensor:
-    """The same motion in units that are 1 / factor as long: S W S⁻¹; and the last entry 1."""
-    scaled = torch.cat([warp[..., :2, :2], warp[..., :2, 2:] * factor], dim=-1)
-    if warp.shape[-2] == 2:
-        return scaled
-    down = torch.cat([warp[..., 2:, :2] / factor, warp[..., 2:, 2:]], dim=-1)
-    return torch.cat([scaled, down], dim=-2) / warp[..., 2:, 2:]
+    return unit_corner(conjugated(scaled(warp, half_length(size)), -_frame_centre(size, warp)))
 
 
 def _frame_centre(size: tuple[int, int], like: Tensor) -> Tensor:

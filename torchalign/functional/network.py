@@ -51,6 +51,7 @@ __all__ = [
     "consensus_scores",
     "fit_slope",
     "frame_keys",
+    "median_of",
     "place_frames",
     "position_variance",
     "season_term",
@@ -363,7 +364,7 @@ def solve_positions(
     roots = (component == torch.arange(frames, device=component.device)) & (degree > 0)
     count = pairs.sum(-1).clamp(min=1)
     freedom = (count - (degree > 0).sum(-1) + roots.sum(-1)).clamp(min=1) / count
-    typical = _median(variance.masked_fill(~usable, torch.nan))
+    typical = _median(variance, usable)
 
     weight, excess = pairs, torch.full_like(count, _FLOOR**2)
     fixed = shift.detach()
@@ -372,7 +373,7 @@ def solve_positions(
     for _ in range(steps):
         position = _solve_pairs(weight / (variance + excess[..., None]), fixed, edges, component, position)
         residual = _residual(fixed, position, edges).norm(dim=-1)
-        middle = _median(residual.masked_fill(~usable, torch.nan)) / _RAYLEIGH
+        middle = _median(residual, usable) / _RAYLEIGH
         excess = (middle.square() / freedom - typical).nan_to_num(0.0).clamp(min=_FLOOR**2)
         deviation = residual / (variance + excess[..., None]).sqrt()
         weight = pairs * (_HUBER / deviation.clamp(min=_HUBER))
@@ -388,7 +389,7 @@ def solve_positions(
     size = _over_component(component, 1 + 0.5 * support / (2 * count + 1)[..., None])
     main = component.gather(-1, size.argmax(-1, keepdim=True)) if frames else component
     connected = (component == main) & (support >= min(_SUPPORT, max(frames - 1, 1)) - 1e-6)
-    gauge = _median(position.mT.masked_fill(~connected[..., None, :], torch.nan)).nan_to_num(0.0)
+    gauge = median_of(position, connected)
     position = torch.where(connected[..., None], position - gauge[..., None, :], 0.0)
     return Positions(position, weight, precision, residual, closure, support, component, connected)
 
@@ -463,11 +464,11 @@ def place_frames(
     known = usable.double()
     tiny = torch.finfo(variance.dtype).tiny
     # from the median: a mean of few is pulled away by one
-    position = _median(shift.mT.masked_fill(~usable[..., None, :], torch.nan)).nan_to_num(0.0)
+    position = median_of(shift, usable)
     weight, residual = known, torch.zeros_like(variance)
     for step in range(steps + 1):
         residual = (shift - position[..., None, :]).norm(dim=-1)
-        excess = _median(residual.masked_fill(~usable, torch.nan)).nan_to_num(0.0).square() / _RAYLEIGH**2
+        excess = _median(residual, usable).nan_to_num(0.0).square() / _RAYLEIGH**2
         total = torch.maximum(variance, excess[..., None].expand_as(variance))
         weight = known * (_HUBER / (residual / total.sqrt()).clamp(min=_HUBER))
         precision = weight / total
@@ -585,11 +586,17 @@ def sum_of_pairs(edges: Edges, values: Tensor, frames: int, *, sign: float = 1.0
     return total.scatter_add(-1, one, values).scatter_add(-1, other, sign * values)
 
 
-def _median(values: Tensor) -> Tensor:
-    """Along the last dimension, NaN left out; of an even number the mean of the two in the middle."""
+def _median(values: Tensor, usable: Tensor) -> Tensor:
+    """Along the last dimension, of what is usable; of an even number the mean of the two in the middle; NaN of none."""
     if values.shape[-1] == 0:
         return values.new_full(values.shape[:-1], torch.nan)
+    values = values.masked_fill(~usable, torch.nan)
     return 0.5 * (nanmedian(values) - nanmedian(-values))
+
+
+def median_of(vectors: Tensor, usable: Tensor) -> Tensor:
+    """(..., T, 2) → (..., 2): the median of those that are usable, (..., T), along each axis; 0 if none is."""
+    return _median(vectors.mT, usable[..., None, :]).nan_to_num(0.0)
 
 
 def consensus_scores(
@@ -625,40 +632,32 @@ def consensus_scores(
     )
     known = accepted.to(field.dtype)[:, None, None]
 
-    def inner(values: Tensor) -> Tensor:
-        return values[..., rows, columns]
-
-    def look(part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def look(part: slice) -> tuple[Tensor, ...]:
         """The fields and their weights, aligned, and as they came."""
-        now, weights = field[part], texture.weights
-        moved = inner(grid.move(rfft2(now), shift[part]))
-        if weights is None:
-            return moved, torch.ones_like(moved), inner(now), torch.ones_like(moved)
-        own = weights.expand_as(field)[part]
-        return moved, inner(grid.move(rfft2(own), shift[part])).clamp(0, 1), inner(now), inner(own)
+        now = field[part]
+        moved = grid.move(rfft2(now), shift[part])
+        weight = own = torch.ones_like(now)
+        if texture.weights is not None:
+            own = texture.weights.expand_as(field)[part]
+            weight = grid.move(rfft2(own), shift[part]).clamp(0, 1)
+        return tuple(values[..., rows, columns] for values in (moved, weight, now, own))
 
     step = max(1, _SCORE_SAMPLES // max(1, field.shape[-2] * field.shape[-1]))
     parts = [slice(first, first + step) for first in range(0, field.shape[0], step)]
-    total = inner(field[:1]).sum(0) * 0
-    share = total
+    total = share = torch.zeros_like(field[:1, rows, columns]).sum(0)
     for part in parts:
         moved, weight, _, _ = look(part)
         total = total + (known[part] * moved).sum(0)
         share = share + (known[part] * weight).sum(0)
-    scores = []
+    scores = [field.new_zeros(2, 0)]
     for part in parts:
         moved, weight, now, own = look(part)
         others = total - known[part] * moved
         others = others / (share - known[part] * weight).clamp(min=0.5)
-        scores.append(
-            torch.stack(
-                [
-                    normalized_cross_correlation(image, others, seen > 0.5)
-                    for image, seen in ((moved, weight), (now, own))
-                ]
-            )
-        )
-    after, before = torch.cat(scores, -1) if scores else field.new_zeros(2, 0)
+        aligned = normalized_cross_correlation(moved, others, weight > 0.5)
+        as_it_came = normalized_cross_correlation(now, others, own > 0.5)
+        scores.append(torch.stack((aligned, as_it_came)))
+    after, before = torch.cat(scores, -1)
     return torch.where(accepted, after, before), before
 
 
@@ -710,7 +709,7 @@ def fit_slope(
         energy = (weight[..., None] * along.square()).sum((-2, -1)) + tiny
         slope = (weight[..., None] * along * centred).sum((-2, -1)) / energy
         residual = (centred - slope[..., None, None] * along).norm(dim=-1)
-        middle = _median(residual.masked_fill(~usable, torch.nan)).nan_to_num(0.0) / _RAYLEIGH
+        middle = _median(residual, usable).nan_to_num(0.0) / _RAYLEIGH
         freedom = (2 * known.sum(-1) - 3).clamp(min=1)
         variance = (weight * residual.square()).sum(-1) / freedom / energy
         weight = known / (residual / (2 * middle[..., None] + 1e-9)).clamp(min=1)
@@ -745,8 +744,7 @@ def season_term(
     enough = usable.sum(-1) >= _FEWEST_FRAMES  # (B,)
     usable = usable & enough[:, None]
     apart = (blocks.position - positions.position).detach()
-    middle = _median(apart.mT.masked_fill(~usable[:, None], torch.nan)).nan_to_num(0.0)
-    apart = torch.where(usable[..., None], apart - middle[:, None], 0.0)
+    apart = torch.where(usable[..., None], apart - median_of(apart, usable)[:, None], 0.0)
 
     count = usable.sum(0)
     excess = torch.where(usable, 0.5 * apart.square().sum(-1) - block_variance, 0.0).sum(0)

@@ -23,17 +23,20 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torchalign._check import message
 from torchalign._host import all_true, keeps_tables, kernels_for
-from torchalign.functional.common_ground import agreement
-from torchalign.functional.fourier import irfft2, rfft2, shift_phase, wave
+from torchalign.functional.common_ground import BLOCK, agreement_of_blocks
+from torchalign.functional.fourier import irfft2, rfft2, shift_phase, unit_circle, wave, waves
 from torchalign.functional.masked_correlation import OUTSIDE_MARGIN
 from torchalign.functional.sizes import lags_within, square_root
+from torchalign.functional.smoothing import between_blocks, block_means, enlarge
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid, extract_texture
 from torchalign.functional.uncertainty import (
     CALIBRATION,
@@ -66,7 +69,9 @@ _MIN_SIGNIFICANCE = 5.0
 # Or the maximum of the second correlation must rise so many above what chance may reach: of unrelated scenes it stays
 # more than half a deviation below. It tells ground under clouds better, as it is that of ground in common.
 _SURE = 2.5
-_NEWTON_STEPS = 3
+_NEWTON_STEPS = 2
+# Terms of the series along each axis that they climb.
+_TERMS = 10
 # The last Newton step of an estimate that has converged is shorter than this, in pixels (float32 stalls at 1e-5).
 _NEWTON_TOLERANCE = 1e-2
 # Holes that pull so far, in pixels, may pull on.
@@ -190,9 +195,11 @@ def phase_correlation(
 
     inliers, effective, holes = None, window, None
     if robust:
-        same = agreement(grid.move(spectrum, shift), reference.field * window, vector=vector)
-        windows = pair.tapering.common(-shift), pair.tapering.common(shift)
-        inliers, own, effective = pair.weights_at(shift, same, windows)
+        same = agreement_of_blocks(grid.move(spectrum, shift), reference.field * window, vector=vector)
+        own_window, other_window = pair.tapering.common(torch.stack((-shift, shift))).unbind()
+        windows = own_window, other_window
+        back = pair.moved_back(shift)
+        inliers, own, effective = pair.weights_at(shift, same, windows, back)
         spectrum, still, power = pair.correlate(own, effective)
         if not vector and upsample_factor is None:
             holes = pair.holes()
@@ -209,7 +216,7 @@ def phase_correlation(
         quality, misfit = found.quality.with_misfit(pulls, share)
         found = found._replace(quality=quality)
     if holes is not None:
-        divided, step, curved = _refine_divided(pair, found.shift.detach(), shift, same, windows)
+        divided, step, curved = _refine_divided(pair, found.shift.detach(), same, windows, back)
         found = found._replace(
             shift=torch.where(holes[..., None], divided, found.shift),
             step=torch.where(holes, step, found.step),
@@ -245,9 +252,9 @@ def _told_from_chance(
 
 def _find_peak(power: Tensor, grid: WorkingGrid, max_translation: float, start: Tensor | None) -> _Peak:
     """The coarse peak, or the start where the correlation is higher there."""
-    rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
     # without the two lines on which a detector's stripes lie, which fit at no shift
-    ground = power * ((1 - rows) * (1 - columns))
+    *_, off_lines = _lines(grid.frame, grid.size, like=grid.radius)
+    ground = power * off_lines
     peak = coarse_peak(irfft2(ground, grid.size), grid.frame, max_translation)
     if start is None:
         return peak
@@ -299,13 +306,26 @@ def cross_power(
     """
     band = radius < max_frequency
     if weighting in ("ramp", "none"):  # the reference may be one for all frames
-        return moving.conj() * (reference * (radius * band if weighting == "ramp" else band))
+        weight = radius * band if weighting == "ramp" else band.to(radius)
+        kernels = kernels_for(moving, reference)
+        if kernels is not None:
+            return kernels.cross(moving, reference, weight)
+        return moving.conj() * (reference * weight)
     power = moving.conj() * reference
     # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype resolves, stands in
     squared = power.real.square() + power.imag.square()
     floor = torch.finfo(squared.dtype).eps ** 2 * squared.amax((-2, -1), keepdim=True).detach()
     magnitude = (squared + floor + torch.finfo(squared.dtype).tiny).sqrt()
     return power * (band / (magnitude if weighting == "phase" else magnitude.sqrt()))
+
+
+@keeps_tables
+def _ramp(
+    frame: tuple[int, int], size: tuple[int, int], max_frequency: float, weighting: Weighting, *, like: Tensor
+) -> Tensor:
+    """(h, w//2+1): what a linear weighting multiplies a spectrum by, see :func:`cross_power`."""
+    radius = WorkingGrid.of(frame, size, max_frequency, like).radius
+    return cross_power(torch.ones_like(radius), torch.ones_like(radius), radius, max_frequency, weighting)
 
 
 class _Peak(NamedTuple):
@@ -340,30 +360,40 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
         found = kernels.peak(surface, (step_y, step_x), reach, OUTSIDE_MARGIN, _MIN_SIGNIFICANCE)
         if found is not None:
             return _Peak(*found)
-    near_y = lags_within(rows, reach / step_y, surface)
-    near_x = lags_within(columns, reach / step_x, surface)
-    values = surface.detach()
-    near = values.index_select(-2, near_y % rows).index_select(-1, near_x % columns)
-    within = torch.hypot(near_x * step_x, near_y[:, None] * step_y) <= reach
-    inside, index = near.masked_fill(~within, -torch.inf).flatten(-2).max(-1)
-    samples = rows * columns
-    power = torch.linalg.vector_norm(values, dim=(-2, -1)).square() / samples
-    spread = (power - values.mean((-2, -1)).square()).clamp(min=0).sqrt()
-    significance = inside.clamp(min=0) / (spread + torch.finfo(surface.dtype).tiny)
-    highest = values.amax((-2, -1))
-    outside = (highest > OUTSIDE_MARGIN * inside.clamp(min=0)) & (highest >= _MIN_SIGNIFICANCE * spread)
-
-    row, column = near_y[index // near_x.shape[0]], near_x[index % near_x.shape[0]]
+    lags, around, excluded = _near((rows, columns), (step_y, step_x), reach, like=surface)
     flat = surface.flatten(-2)
-    # the highest sample, its neighbours left and right, above and below: one gather
-    place = torch.arange(5, device=surface.device)  # made there: a list would be copied from the host
-    dx = (place == 2).to(torch.int64) - (place == 1).to(torch.int64)
-    dy = (place == 4).to(torch.int64) - (place == 3).to(torch.int64)
-    at = (row[..., None] + dy) % rows * columns + (column[..., None] + dx) % columns
-    centre, left, right, above, below = flat.gather(-1, at).unbind(-1)
-    delta_x, delta_y = _parabola(left, centre, right), _parabola(above, centre, below)
+    values = flat.detach()
+    inside, index = (values.index_select(-1, around[:, 2]) + excluded).max(-1)
+    power = torch.linalg.vector_norm(values, dim=-1).square() / values.shape[-1]
+    spread = (power - values.mean(-1).square()).clamp(min=0).sqrt()
+    significance = inside.clamp(min=0) / (spread + torch.finfo(surface.dtype).tiny)
+    highest = values.amax(-1)
+    outside = (highest > OUTSIDE_MARGIN * inside.clamp(min=0)) & (highest >= _MIN_SIGNIFICANCE * spread)
+    neighbours = flat.gather(-1, around[index])
+    before, centre, after = neighbours[..., :2], neighbours[..., 2:3], neighbours[..., 3:]
+    delta_x, delta_y = _parabola(before, centre, after).unbind(-1)
+    column, row = lags[index].unbind(-1)
     shift = torch.stack([step_x * (column + delta_x), step_y * (row + delta_y)], dim=-1)
     return _Peak(shift, significance, outside, inside, spread)
+
+
+@keeps_tables
+def _near(
+    size: tuple[int, int], steps: tuple[float, float], reach: float, *, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The lags (n, 2) within a reach; where they and their neighbours lie in a surface, flattened (n, 5); −inf beyond.
+
+    Neighbours in the order left, above, itself, right, below.
+    """
+    rows, columns = size
+    y, x = (lags_within(samples, reach / step, like) for samples, step in zip(size, steps, strict=True))
+    excluded = torch.where(torch.hypot(x * steps[1], y[:, None] * steps[0]) <= reach, 0.0, -torch.inf)
+    lags = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+    place = torch.arange(5, device=like.device)  # made there: a list would be copied from the host
+    dx = (place == 3).to(torch.int64) - (place == 0).to(torch.int64)
+    dy = (place == 4).to(torch.int64) - (place == 1).to(torch.int64)
+    around = (lags[:, 1:] + dy) % rows * columns + (lags[:, :1] + dx) % columns
+    return lags, around, excluded.flatten().to(like.dtype)
 
 
 def _higher_of(
@@ -390,7 +420,7 @@ def refine_peak(
     start: Tensor,
     orders: tuple[Tensor, Tensor] | None = None,
     *,
-    steps: int = _NEWTON_STEPS,
+    steps: int = 3,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Newton's ascent on the correlation as a function of a continuous shift.
 
@@ -404,7 +434,7 @@ def refine_peak(
         power: (..., H, W//2+1), half of a Hermitian cross-power spectrum.
         frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
         start: (..., 2), (x, y) in pixels, within the peak's basin.
-        orders: :func:`wave_orders` of the frequencies, if they are at hand.
+        orders: ten :func:`wave_orders` of the frequencies, if they are at hand.
         steps: number of steps, at most half a pixel per axis each.
 
     Returns:
@@ -415,29 +445,81 @@ def refine_peak(
         climbed = kernels.climb(power, frequencies, start, steps + 1)
         if climbed is not None:
             return climbed
-    shift = start.detach()
-    fixed = power.detach()
-    orders = wave_orders(frequencies) if orders is None else orders
+    orders = wave_orders(frequencies, _TERMS) if orders is None else orders
+    shift = _ascended(power, frequencies, start, orders, steps, _plain_step)
+    last, curved = _plain_step(derivatives_at(power, frequencies, shift, _first(orders)))
+    return _settled(shift + last), last.detach(), curved
+
+
+def _ascended(
+    power: Tensor,
+    frequencies: tuple[Tensor, Tensor],
+    start: Tensor,
+    orders: tuple[Tensor, Tensor],
+    steps: int,
+    newton_step: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
+    r"""(..., 2): some of Newton's steps from a start, on the polynomial of Taylor's series there. No gradient.
+
+    .. math:: C(t_0 + d) = \sum_{j, k} \frac{d_y^j d_x^k}{j!\, k!}\, \partial_y^j \partial_x^k C(t_0)
+
+    Up to the tenth order each the spectrum is summed once for all of the steps. What is left out is 1e-6 of the
+    highest frequency that a grid holds half a sample from the start; the step that follows them is of the whole.
+    """
+    start = start.detach()
+    exponents, factors = _monomials(like=start)
+    series = derivatives_at(power.detach(), frequencies, start, orders)
+    way = torch.zeros_like(start)
     for _ in range(steps):
-        step, _ = _newton_step(fixed, frequencies, shift, orders)
-        shift = shift + step
-    last, curved = _newton_step(power, frequencies, shift, orders)
-    shift = shift + last
-    return _settled(shift), last.detach(), curved
+        by_y, by_x = (way[..., axis, None, None] ** exponents * factors for axis in (1, 0))
+        way = way + newton_step(torch.matmul(torch.matmul(by_y, series), by_x.mT))[0]
+    return start + way
 
 
-def _newton_step(
-    power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, orders: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    # (..., 3, 3): [order in y, order in x]
-    _, gx, hxx, gy, hxy, _, hyy, *_ = derivatives_at(power, frequencies, shift, orders).flatten(-2).unbind(-1)
-    product = hxx * hyy
-    determinant = torch.addcmul(product, hxy, hxy, value=-1)
+@keeps_tables
+def _monomials(*, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(3, n) each: the derivatives of order 0, 1, 2 of d^j / j! are these factors times d to these exponents."""
+    order = torch.arange(_TERMS, device=like.device, dtype=like.dtype)
+    exponents = order - order[:3, None]
+    factors = torch.where(exponents >= 0, torch.exp(-torch.lgamma(exponents.clamp(min=0) + 1)), 0.0)
+    return exponents.clamp(min=0), factors
+
+
+def _first(orders: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of the tables of :func:`wave_orders` those of value, slope and curvature."""
+    return orders[0][:3], orders[1][:3]
+
+
+def _plain_step(derivatives: Tensor) -> tuple[Tensor, Tensor]:
+    """Newton's step on a sum itself, by its derivatives (..., 3, 3)."""
+    return _newton_step(_rows_of(derivatives), 0.5)
+
+
+def _newton_step(rows: Tensor, longest: float) -> tuple[Tensor, Tensor]:
+    """The step (..., 2) to a maximum by the rows (∇C, H), (..., 2, 3), along x and y; and whether it is one.
+
+    H · step = −∇C by Cramer's rule, whose determinants are the cross product of the two rows.
+    """
+    first, second = rows.unbind(-2)
+    determinant, *ascent = torch.linalg.cross(first, second).unbind(-1)
+    hxx, hyy = first[..., 1], second[..., 2]
     # negative definite
-    curved = (hxx < 0) & (determinant > torch.finfo(hxx.dtype).eps * product)
-    ascent = torch.stack((hxy * gy - hyy * gx, hxy * gx - hxx * gy), dim=-1)
-    step = ascent / torch.where(curved, determinant, 1.0)[..., None]
-    return torch.where(curved[..., None], step, 0.0).clamp(-0.5, 0.5), curved
+    curved = (hxx < 0) & (determinant > torch.finfo(hxx.dtype).eps * hxx * hyy)
+    step = torch.stack(ascent, -1) / torch.where(curved, determinant, 1.0)[..., None]
+    return torch.where(curved[..., None], step, 0.0).clamp(-longest, longest), curved
+
+
+def _rows_of(derivatives: Tensor) -> Tensor:
+    """(..., 2, 3): the slope along x, and how it changes along x and y; and the same of the slope along y."""
+    flat = derivatives.flatten(-2)
+    return flat.index_select(-1, _places(like=flat)).reshape(*flat.shape[:-1], 2, 3)
+
+
+@keeps_tables
+def _places(*, like: Tensor) -> Tensor:
+    """Of orders in y and x, one after the other: 01, 02, 11; 10, 11, 20."""
+    row = torch.arange(3, device=like.device)
+    return torch.cat((1 + row + row // 2, 3 + row + row // 2))
 
 
 def derivatives_at(
@@ -452,12 +534,12 @@ def derivatives_at(
         orders: :func:`wave_orders` of the frequencies.
 
     Returns:
-        (..., 3, 3), of order 0, 1, 2 in y (rows) and in x (columns).
+        (..., count, count), of order 0, 1, 2, … in y (rows) and in x (columns).
     """
-    waves_y = wave(frequencies[0], shift[..., 1])[..., None, :] * orders[0]  # (..., 3, H)
-    waves_x = wave(frequencies[1], shift[..., 0])[..., None, :] * orders[1]  # (..., 3, W//2+1)
+    waves_y, waves_x = waves(frequencies, shift)
     # (10-bit mantissas, as in TF32, would move the peak by less than 1e-4 px)
-    return torch.matmul(torch.matmul(waves_y, power), waves_x.mT).real
+    along_y = torch.matmul(waves_y[..., None, :] * orders[0], power)
+    return torch.matmul(along_y, (waves_x[..., None, :] * orders[1]).mT).real
 
 
 def multiplicity(frequency: Tensor) -> Tensor:
@@ -465,26 +547,26 @@ def multiplicity(frequency: Tensor) -> Tensor:
     return 1 + (frequency > 0).to(frequency.dtype)
 
 
-def wave_orders(frequencies: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """What the derivatives of order 0, 1, 2 of e^{iωt} multiply it by, 1, iω, −ω²: (3, H) and (3, W//2+1).
+def wave_orders(frequencies: tuple[Tensor, Tensor], count: int = 3) -> tuple[Tensor, Tensor]:
+    """What the derivatives of order 0, 1, 2, … of e^{iωt} multiply it by, (iω)^n: (count, H) and (count, W//2+1).
 
     Those along x count each column as often as it stands in the whole spectrum.
     """
-    y, x = (2 * math.pi * frequency for frequency in frequencies)
+    order = torch.arange(count, device=frequencies[0].device)[:, None]
+    odd, sign = order % 2, 1 - order // 2 % 2 * 2
     along_y, along_x = (
-        torch.complex(
-            torch.stack([torch.ones_like(omega), torch.zeros_like(omega), -omega.square()]),
-            torch.stack([torch.zeros_like(omega), omega, torch.zeros_like(omega)]),
-        )
-        for omega in (y, x)
+        torch.complex(power * ((1 - odd) * sign), power * (odd * sign))
+        for power in ((2 * math.pi * frequency) ** order for frequency in frequencies)
     )
     return along_y, along_x * multiplicity(frequencies[1])
 
 
 @keeps_tables
-def _orders(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
+def _orders(
+    frame: tuple[int, int], size: tuple[int, int], count: int = 3, *, like: Tensor
+) -> tuple[Tensor, Tensor]:
     """:func:`wave_orders` of a working grid."""
-    return wave_orders(WorkingGrid.of(frame, size, 0.5, like).frequencies)
+    return wave_orders(WorkingGrid.of(frame, size, 0.5, like).frequencies, count)
 
 
 def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, factor: int) -> Tensor:
@@ -516,52 +598,65 @@ def _without_stripes(
 
     of the line: 0 for the ground, 1 for a pattern of the detector.
     """
-    shift = shift.detach()
-    rows, columns = _lines(grid.frame, grid.size, like=grid.radius)
-    omega_x, omega_y, parts = _line_parts(grid.frame, grid.size, like=grid.radius)
-    fixed = power.detach()
-    columns_line = torch.matmul(rows.mT.to(fixed.dtype), fixed).squeeze(-2)
-    rows_line = torch.matmul(fixed, columns.mT.to(fixed.dtype)).squeeze(-1)
-    line = torch.cat((columns_line, rows_line), -1)
+    way, fixed = shift.detach(), power.detach()
+    rows, columns, _ = _lines(grid.frame, grid.size, like=grid.radius)
+    near_rows, near_columns, axis, omega, parts = _line_parts(grid.frame, grid.size, like=grid.radius)
 
     def turned(way: Tensor) -> Tensor:
-        return torch.cat((way[..., :1] * omega_x, way[..., 1:] * omega_y), -1)
+        return unit_circle(way.index_select(-1, axis) * omega)
 
-    angle = turned(shift)
-    across = torch.addcmul(line.imag * angle.cos(), line.real, angle.sin())
-    way = (angle if fixed_at is None else turned(shift - fixed_at.detach())).sin()
-    pull, size = way * across, line.abs()
+    columns_line = (_lowest(fixed) * near_rows).sum(-2)
+    rows_line = (fixed[..., : _LINE + 1] * near_columns).sum(-1)
+    line = torch.cat((columns_line, rows_line), -1)
+    turn = turned(way)
+    across = (line * turn).imag
+    sine = (turn if fixed_at is None else turned(way - fixed_at.detach())).imag
+    pull, size = sine * across, line.abs()
     sums = torch.matmul(
-        torch.stack((pull, pull.square(), way.square() * size, size), -2), parts
+        torch.stack((pull, pull.square(), sine.square() * size, size), -2), parts
     )  # (..., 4, 2)
     pulled, square, whole, all_of_it = sums.unbind(-2)
-    static = (pulled > _STATIC * whole) & (pulled > _STATIC_SIGMAS * square.sqrt())
-    static = static & (whole > _LEAST_WAY * all_of_it)  # where nothing moves both are the same
+    # (where nothing moves both are the same)
+    least = torch.maximum(_STATIC * whole, _STATIC_SIGMAS * square.sqrt())
+    static = (pulled > least) & (whole > _LEAST_WAY * all_of_it)
     if all_true(~static):
         return power, still
     kept = (1 - static[..., :1, None] * rows) * (1 - static[..., 1:, None] * columns)
     return power * kept, still * kept
 
 
+def _lowest(spectrum: Tensor) -> Tensor:
+    """The rows (dim −2) of the lowest frequencies of either sign, each once."""
+    first = _LINE + 1
+    return torch.cat((spectrum[..., :first, :], spectrum[..., first:, :][..., -_LINE:, :]), -2)
+
+
 @keeps_tables
-def _line_parts(
-    frame: tuple[int, int], size: tuple[int, int], *, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ω along x and along y, and (n, 2): which of the two a sample of both is of."""
+def _line_parts(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, ...]:
+    """Of the samples of the line along x, and that along y: which part of a shift turns them, their ω, whose they are.
+
+    Before them the lowest rows, and columns, of :func:`_lines`.
+    """
+    rows, columns, _ = _lines(frame, size, like=like)
     y, x = WorkingGrid.of(frame, size, 0.5, like).frequencies
     first = torch.cat((torch.ones_like(x), torch.zeros_like(y)))
-    return 2 * math.pi * x, 2 * math.pi * y, torch.stack((first, 1 - first), -1)
+    omega, parts = 2 * math.pi * torch.cat((x, y)), torch.stack((first, 1 - first), -1)
+    return _lowest(rows), columns[..., : _LINE + 1], (first == 0).to(torch.int64), omega, parts
 
 
 @keeps_tables
-def _lines(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(h, 1) and (1, w//2+1): 1 at the frequencies of what is constant along y, or x, as far as windows spread it."""
+def _lines(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, 1), (1, w//2+1): 1 at the frequencies of what is constant along y, or x, as far as windows spread it.
+
+    And (h, w//2+1): 1 off both.
+    """
     grid = WorkingGrid.of(frame, size, 0.5, like)
     y, x = (
-        frequency.abs() * length < torch.sym_min(float(_LINE), samples / 32) + 0.5
+        (frequency.abs() * length < torch.sym_min(float(_LINE), samples / 32) + 0.5).to(like.dtype)
         for frequency, length, samples in zip(grid.frequencies, frame, size, strict=True)
     )
-    return y[:, None].to(like.dtype), x[None].to(like.dtype)
+    rows, columns = y[:, None], x[None]
+    return rows, columns, (1 - rows) * (1 - columns)
 
 
 class _Pair(NamedTuple):
@@ -577,29 +672,48 @@ class _Pair(NamedTuple):
         """The spectra of both under weights (..., h, w), and the cross-power: (..., h, w//2+1)."""
         spectrum = rfft2(self.moving.field * own)
         reference = rfft2(self.reference.field * other)
-        power = cross_power(spectrum, reference, self.grid.radius, self.grid.max_frequency, self.weighting)
+        power = self._cross_power(spectrum, reference)
         return spectrum, reference, power.sum(0) if self.moving.is_vector else power
 
-    def weights_at(
-        self, shift: Tensor, same: Tensor, windows: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Where both show the same ground, over the reference; and the weights of the two that lie on it."""
+    def _cross_power(self, spectrum: Tensor, reference: Tensor) -> Tensor:
         grid = self.grid
-        inliers = same
+        if self.weighting not in ("ramp", "none"):
+            return cross_power(spectrum, reference, grid.radius, grid.max_frequency, self.weighting)
+        weights = _ramp(grid.frame, grid.size, grid.max_frequency, self.weighting, like=grid.radius)
+        return spectrum.conj() * (reference * weights)
+
+    def moved_back(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """What brings blocks of the reference over the frame, see :func:`between_blocks`."""
+        return between_blocks(shift, BLOCK, self.grid.size, self.grid.spacings())
+
+    def weights_at(
+        self, shift: Tensor, same: Tensor, windows: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Where both show the same ground, over the reference; and the weights of the two that lie on it.
+
+        Args:
+            shift: (..., 2), at which ``same`` was told.
+            same: (..., n, m), of blocks of the reference.
+            windows: (..., h, w) each, of the ground in common, over the frame and over the reference.
+            back: see :meth:`moved_back`.
+        """
         # holes too must lie on the same ground in both, else their pattern is correlated
         if self.reference.weights is not None:
-            inliers = inliers * self.reference.weights
+            same = same * block_means(self.reference.weights, BLOCK)
         if self.moving.weights is not None:
-            inliers = inliers * grid.move(rfft2(self.moving.weights), shift).clamp(0, 1)
+            y, x = (-BLOCK * spacing for spacing in self.grid.spacings())
+            over = between_blocks(shift, 1, (same.shape[-2], same.shape[-1]), (y, x))
+            same = same * _between(block_means(self.moving.weights, BLOCK), over)
+        inliers = enlarge(same, BLOCK, self.grid.size)
         # each frame gets the window, and the weights, of the ground that both see
-        return inliers, windows[0] * grid.move(rfft2(inliers), -shift), windows[1] * inliers
+        return inliers, windows[0] * _between(same, back), windows[1] * inliers
 
     def share_of(self, same: Tensor) -> Tensor:
-        """(...,) in (0, 1]: how much of what both could show they show alike."""
-        # both are smooth: every fourth sample tells
-        share = same.detach()[..., ::4, ::4].mean((-2, -1))
+        """(...,) in (0, 1]: how much of what both could show they show alike, of blocks (..., n, m)."""
+        share = same.detach().mean((-2, -1))
         weights = [one.weights for one in (self.moving, self.reference) if one.weights is not None]
         if weights:
+            # they are smooth: every fourth sample tells
             usable = [one[..., ::4, ::4].mean((-2, -1)) for one in weights]
             whole = usable[0] if len(usable) == 1 else usable[0] * usable[1]
             share = share / whole.clamp(min=_LEAST_SHARE)
@@ -620,6 +734,11 @@ class _Pair(NamedTuple):
             found = some if found is None else found | some
             enough = left if enough is None else enough & left
         return None if found is None or enough is None else found & enough
+
+
+def _between(blocks: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+    """(..., h, w): samples of blocks, see :func:`between_blocks`."""
+    return torch.matmul(torch.matmul(matrices[0], blocks), matrices[1].mT)
 
 
 class _Refined(NamedTuple):
@@ -645,8 +764,8 @@ def _refine_plain(
     the second order in the way from there, its curvature is taken off, ``left`` times which is error.
     """
     if upsample_factor is None:
-        orders = _orders(grid.frame, grid.size, like=grid.radius)
-        shift, step, curved = refine_peak(power, grid.frequencies, start, orders)
+        orders = _orders(grid.frame, grid.size, _TERMS, like=grid.radius)
+        shift, step, curved = refine_peak(power, grid.frequencies, start, orders, steps=_NEWTON_STEPS)
     else:
         shift = _upsampled_peak(power, grid.frequencies, start, upsample_factor)
         step, curved = torch.zeros_like(shift), torch.ones_like(shift[..., 0], dtype=torch.bool)
@@ -658,13 +777,9 @@ def _refine_plain(
         if known is not None:
             return _Refined(known[0], step, curved, PeakQuality(*known[1]), shift.detach())
     found = shift
-    derivatives = derivatives_at(
-        power, grid.frequencies, found, _orders(grid.frame, grid.size, like=grid.radius)
-    )
-    overlap = overlap_curvature(weights, grid)
-    turned = shift_phase(power.detach(), grid.frequencies, found.detach())
     bins = _correlated_bins(weights.detach().square())
-    quality, correction = assess_peak(turned, grid.frequencies, derivatives, overlap, bins)
+    turned = shift_phase(power, grid.frequencies, found)
+    quality, correction = assess_peak(turned, grid, overlap_curvature(weights, grid), bins)
     if upsample_factor is None:
         away = (found - together).clamp(-_LONGEST_WAY, _LONGEST_WAY)
         extra = (correction * away[..., None, :]).sum(-1)
@@ -682,7 +797,7 @@ def _settled(shift: Tensor) -> Tensor:
 
 
 def _refine_divided(
-    pair: _Pair, start: Tensor, together: Tensor, same: Tensor, windows: tuple[Tensor, Tensor]
+    pair: _Pair, start: Tensor, same: Tensor, windows: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The peak of the correlation divided by the overlap of the weights: even regular holes do not bias it.
 
@@ -695,32 +810,32 @@ def _refine_divided(
     Args:
         pair: what is correlated.
         start: (..., 2), near the peak.
-        together: (..., 2), the shift at which ``same`` was told.
-        same: (..., h, w), weights over the reference.
+        same: (..., n, m), weights of blocks of the reference.
         windows: (..., h, w) each, of the ground in common, over the frame and over the reference.
+        back: see :meth:`_Pair.moved_back`, of the shift at which ``same`` was told.
 
     Returns:
         The shift (..., 2); the length of the last step; and whether the curvature there is that of a maximum.
     """
     grid = pair.grid
-    spectra = rfft2(_divided_fields(pair, together, same, windows))  # (2, 3, ..., h, w//2+1)
+    spectra = rfft2(_divided_fields(pair, same, windows, back))  # (2, 3, ..., h, w//2+1)
     kernels = kernels_for(spectra, start)
     if kernels is not None:
-        climbed = kernels.climb_divided(spectra, grid.frequencies, start, _NEWTON_STEPS + 2)
+        climbed = kernels.climb_divided(spectra, grid.frequencies, start, _NEWTON_STEPS + 1)
         if climbed is not None:
             return climbed
-    powers, orders = spectra[0].conj() * spectra[1], _orders(grid.frame, grid.size, like=grid.radius)
-    shift, fixed = start.detach(), powers.detach()
-    for _ in range(_NEWTON_STEPS + 1):
-        shift = shift + _divided_step(derivatives_at(fixed, grid.frequencies, shift, orders))[0]
-    step, curved = _divided_step(derivatives_at(powers, grid.frequencies, shift, orders))
+    powers, orders = spectra[0].conj() * spectra[1], _orders(grid.frame, grid.size, _TERMS, like=grid.radius)
+    shift = _ascended(powers, grid.frequencies, start, orders, _NEWTON_STEPS, _divided_step)
+    step, curved = _divided_step(derivatives_at(powers, grid.frequencies, shift, _first(orders)))
     return _settled(shift + step), step.detach().norm(dim=-1), curved
 
 
-def _divided_fields(pair: _Pair, together: Tensor, same: Tensor, windows: tuple[Tensor, Tensor]) -> Tensor:
+def _divided_fields(
+    pair: _Pair, same: Tensor, windows: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor]
+) -> Tensor:
     """(2, 3, ..., h, w): of the moving frame and of the reference what each of the three sums correlates."""
-    inliers = same.clamp(min=torch.finfo(same.dtype).tiny).sqrt()
-    moved = pair.grid.move(rfft2(inliers), -together)
+    root = same.clamp(min=torch.finfo(same.dtype).tiny).sqrt()
+    inliers, moved = enlarge(root, BLOCK, pair.grid.size), _between(root, back)
     covers = pair.moving.cover, pair.reference.cover
     first, second = (
         texture.field if texture.detail is None else texture.detail
@@ -729,7 +844,7 @@ def _divided_fields(pair: _Pair, together: Tensor, same: Tensor, windows: tuple[
     kernels = kernels_for(moved, *windows, *covers, first, second)
     if kernels is not None:
         return kernels.overlaps(windows, moved, inliers, covers, first, second)
-    own, other = windows[0] * moved.clamp(0, 1), windows[1] * inliers
+    own, other = windows[0] * moved, windows[1] * inliers
     if covers[0] is not None:
         own = own * covers[0]
     if covers[1] is not None:
@@ -742,18 +857,14 @@ def _divided_fields(pair: _Pair, together: Tensor, same: Tensor, windows: tuple[
 def _divided_step(sums: Tensor) -> tuple[Tensor, Tensor]:
     """Newton's step (..., 2) on log S, by the derivatives (3, ..., 3, 3) of its sums; and whether to a maximum."""
     value = sums[..., 0, 0]
-    positive = (value > 0).all(0)
-    relative = sums / torch.where(value > 0, value, 1.0)[..., None, None]
-    gx, gy = relative[..., 0, 1], relative[..., 1, 0]
-    seconds = torch.stack((relative[..., 0, 2], relative[..., 2, 0], relative[..., 1, 1]))
-    seconds = torch.addcmul(seconds, torch.stack((gx, gy, gx)), torch.stack((gx, gy, gy)), value=-1)
-    each = torch.cat((torch.stack((gx, gy)), seconds))  # (5, 3, ...)
-    gx, gy, hxx, hyy, hxy = torch.sub(each[:, 0], each[:, 1] + each[:, 2], alpha=0.5)
-    determinant = hxx * hyy - hxy.square()
-    curved = positive & (hxx < 0) & (determinant > 0)
-    safe = torch.where(curved, determinant, 1.0)
-    step = torch.stack([hxy * gy - hyy * gx, hxy * gx - hxx * gy], dim=-1) / safe[..., None]
-    return torch.where(curved[..., None], step, 0.0).clamp(-0.3, 0.3), curved
+    positive = value > 0
+    rows = _rows_of(sums) / torch.where(positive, value, 1.0)[..., None, None]
+    # of a logarithm the curvatures lose the product of the slopes
+    slopes = rows[..., 0]
+    rows = torch.addcmul(rows, slopes[..., None], F.pad(slopes, (1, 0))[..., None, :], value=-1)
+    step, curved = _newton_step(torch.sub(rows[0], rows[1] + rows[2], alpha=0.5), 0.3)
+    curved = curved & positive.all(0)
+    return torch.where(curved[..., None], step, 0.0), curved
 
 
 def _doubt(way: Tensor, holes: Tensor) -> Tensor:

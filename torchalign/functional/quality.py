@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import kernels_for
+from torchalign._host import in_pieces, keeps_tables, kernels_for
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
 from torchalign.functional.shift_field import is_zero, lattice_shifts
 from torchalign.functional.sizes import stride_for
@@ -67,39 +67,32 @@ def normalized_cross_correlation(first: Tensor, second: Tensor, usable: Tensor |
         first, second = torch.where(usable, first, 0.0), torch.where(usable, second, 0.0)
     first, second = torch.broadcast_tensors(first, second)  # type: ignore[no-untyped-call]  # torch has no types for it
     weight = torch.ones_like(first) if usable is None else usable.to(first.dtype).expand(first.shape)
-    return _correlate(second, weight, first)[0]
+    return _correlate(second, first, weight.flatten(-2))[..., 0]
 
 
-def _correlate(reference: Tensor, weight: Tensor, *images: Tensor) -> Sequence[Tensor]:
-    """The same for finite images and weights ≥ 0, of one shape but for the reference's: inner products of rows."""
-    rows = torch.stack([reference.expand(weight.shape), *images]).flatten(-2)  # (1 + K, ..., N)
-    weight = weight.flatten(-2)
-    count = weight.sum(-1) + torch.finfo(weight.dtype).tiny
-    centred = _standardize(rows, weight, count)
-    weighted = centred * weight
-    total = weighted.sum(-1)
-    products = torch.linalg.vecdot(weighted[1:], centred[:1]) - total[1:] * total[0] / count
-    norm, flat = _spread(torch.linalg.vecdot(weighted, centred), total.square() / count)
-    correlations = torch.where(flat[1:] | flat[0], 0.0, products / (norm[1:] * norm[0]))
-    return correlations.clamp(-1, 1).unbind()
+def _correlate(reference: Tensor, *images_and_weight: Tensor) -> Tensor:
+    """The same (..., K) for K finite images (..., H, W) and weights ≥ 0 (..., H · W): inner products of rows.
 
-
-def _standardize(images: Tensor, weight: Tensor, count: Tensor) -> Tensor:
-    """Subtract the weighted mean and divide by the largest value, so that sums of squares neither cancel nor overflow.
-
-    The correlation does not depend on either, so they carry no gradient.
+    It does not depend on means and scales, so those that keep sums of squares from cancelling and from overflow carry
+    no gradient.
     """
-    centred = images - (torch.linalg.vecdot(images.detach(), weight) / count)[..., None]
-    # what has no weight may be of any size
-    largest = (centred.detach() * weight).abs().amax(-1)
-    return centred / torch.where(largest > 0, largest, 1.0)[..., None]
-
-
-def _spread(square: Tensor, square_of_mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The root of the difference, 1 where it is no more than rounding; and where that is."""
-    variance = square - square_of_mean
-    flat = variance <= 16 * torch.finfo(square.dtype).eps * square
-    return torch.where(flat, 1.0, variance).sqrt(), flat
+    *images, weight = images_and_weight
+    rows = torch.stack([reference.expand(images[0].shape), *images]).flatten(-2)  # (1 + K, ..., N)
+    count = weight.sum(-1) + torch.finfo(weight.dtype).tiny
+    centred = rows - (torch.linalg.vecdot(rows.detach(), weight) / count)[..., None]
+    weighted = centred * weight
+    # what has no weight may be of any size; the rest sums to 0, so that what is below is not much larger
+    largest = weighted.detach().amax(-1)
+    scale = torch.where(largest > 0, largest, 1.0).reciprocal()
+    weighted = weighted * scale[..., None]
+    total = weighted.sum(-1)
+    products = torch.linalg.vecdot(weighted[1:], centred[:1]) * scale[0] - total[1:] * total[0] / count
+    square = torch.linalg.vecdot(weighted, centred) * scale
+    variance = square - total.square() / count
+    flat = variance <= 16 * torch.finfo(square.dtype).eps * square  # no more than rounding
+    norm = torch.where(flat, 1.0, variance).sqrt()
+    correlations = torch.where(flat[1:] | flat[0], 0.0, products / (norm[1:] * norm[0]))
+    return correlations.clamp(-1, 1).movedim(0, -1)
 
 
 def gate(
@@ -191,7 +184,7 @@ def gate_stages(
     homography = any(stage.warp.shape[-2] == 3 for stage in stages)
     if homography:
         stages = [stage._replace(warp=to_homogeneous(stage.warp)) for stage in stages]
-    identity = identity_warp(homography=homography, device=moving.device, dtype=stages[0].warp.dtype)
+    identity, _ = _nothing_known(homography, like=stages[0].warp)
 
     weight: Tensor | None = None
     motions, displacements = [], []
@@ -212,9 +205,8 @@ def gate_stages(
     result: Estimate | None = None
     distorted = torch.zeros_like(motions[0].status, dtype=torch.bool)
     for number, row in enumerate(zip(motions, displacements, scores, strict=True)):
-        judged = _judge(*row, score_before, identity)
+        judged = _judge(number, *row, score_before, identity)
         apart = parts_disagree(motions[number])
-        judged = judged._replace(stage=torch.where(judged.valid, number, -1))
         if result is None:
             result, distorted = judged, apart
             kept = motions[number]._replace(status=result.status)  # what the result stands for
@@ -239,9 +231,9 @@ def gate_stages(
             result, lost = _widened(result, extra)
             distorted = distorted | lost
     assert result is not None
-    status = torch.where(result.valid & distorted, int(Status.AMBIGUOUS), result.status)
+    status = result.status.masked_fill(result.valid & distorted, int(Status.AMBIGUOUS))
     if min_score is not None:
-        status = torch.where((status == 0) & (result.score < min_score), int(Status.LOW_SCORE), status)
+        status = status.masked_fill((status == 0) & (result.score < min_score), int(Status.LOW_SCORE))
     return rejected(result._replace(status=status))
 
 
@@ -275,6 +267,8 @@ def _scores(
         # bilinear interpolation smooths, which a score would take for misregistration
         path = motion.warp[..., :2, 2] if motion.only_shifts else motion.warp
         options: dict[str, Any] = {"mask": usable[0], "step": step, "field": motion.field, "finite": True}
+        if usable[0] is not None:  # what is not usable has no weight
+            options["fill_value"] = 0.0
         aligned, inside = resample(moving.unsqueeze(-3), path, interpolation="bicubic", **options)
         inside = inside[0] if vector else inside
         overlap = inside if overlap is None else overlap & inside
@@ -288,7 +282,7 @@ def _scores(
     if vector:
         ground, *compared = torch.cat((ground, ground), -2), *(torch.cat((*parts,), -2) for parts in compared)
     first, *others = compared
-    return _correlate(first, ground, *others)
+    return in_pieces(_correlate, first.expand(ground.shape), *others, ground.flatten(-2)).unbind(-1)
 
 
 def centre_moves(motion: Motion, size: tuple[int, int]) -> Tensor:
@@ -299,44 +293,38 @@ def centre_moves(motion: Motion, size: tuple[int, int]) -> Tensor:
 
 def _screened(motion: Motion, limit: float, size: tuple[int, int], identity: Tensor) -> tuple[Motion, Tensor]:
     """The motion after the verdicts that need no score, without a warp where there is one; and how far it moves."""
-    displacement = centre_moves(motion, size)
-    finite = motion.warp.isfinite().flatten(-2).all(-1) & motion.sigma.isfinite()
-    status = torch.where((motion.status == 0) & ~finite, int(Status.NOT_CONVERGED), motion.status)
-    status = torch.where((status == 0) & ~(displacement <= limit), int(Status.TOO_FAR), status)
-    warp = torch.where((status == 0)[..., None, None], motion.warp, identity)
-    return motion._replace(
-        warp=warp, status=status, field=kept_field(motion.field, status == 0)
-    ), displacement
+    displacement, trusted = centre_moves(motion, size), motion.status == 0
+    known = motion.warp.flatten(-2).sum(-1) + motion.sigma  # no number where one of them is none, or infinite
+    status = motion.status.masked_fill(trusted > (displacement <= limit), int(Status.TOO_FAR))
+    status = status.masked_fill(trusted > (known - known == 0), int(Status.NOT_CONVERGED))
+    kept = status == 0
+    warp = torch.where(kept[..., None, None], motion.warp, identity)
+    return motion._replace(warp=warp, status=status, field=kept_field(motion.field, kept)), displacement
 
 
 def _judge(
-    motion: Motion, displacement: Tensor, score: Tensor, score_before: Tensor, identity: Tensor
+    number: int, motion: Motion, displacement: Tensor, score: Tensor, score_before: Tensor, identity: Tensor
 ) -> Estimate:
-    """One motion against none, see :func:`gate`."""
+    """One motion against none, see :func:`gate`; what is rejected is not reset yet."""
     sigma, status = motion.sigma, motion.status
     covariance = isotropic(sigma) if motion.covariance is None else motion.covariance
     # without a positive correlation there is no common ground to be better on
     gained = (score >= score_before) & (score > 0)
-    in_place = (
-        ~gained
-        & (score_before > 0)
-        & (displacement <= (_IN_PLACE_SIGMAS * sigma).clamp(min=_IN_PLACE_PIXELS))
-    )
-    status = torch.where((status == 0) & ~gained & ~in_place, int(Status.NOT_BETTER), status)
-    moved = (status == 0) & ~in_place
+    near = (score_before > 0) & (displacement <= (_IN_PLACE_SIGMAS * sigma).clamp(min=_IN_PLACE_PIXELS))
+    status = status.masked_fill((status == 0) > (gained | near), int(Status.NOT_BETTER))
+    moved = gained & (status == 0)
     # a move that was not made is part of the error, in all directions: only its length is known
-    left = torch.where(in_place, 0.5 * displacement.square(), 0.0)
-    estimate = Estimate(
+    left = (0.5 * displacement.square()).masked_fill(~(near > gained), 0.0)
+    return Estimate(
         torch.where(moved[..., None, None], motion.warp, identity),
         torch.where(moved, score, score_before),
         score_before,
         (sigma.square() + left).sqrt(),
-        covariance + isotropic(left.sqrt()),
+        torch.addcmul(covariance, left[..., None, None], identity[:2, :2]),
         status,
-        torch.zeros_like(status),
+        torch.full_like(status, number),
         kept_field(motion.field, moved),
     )
-    return rejected(estimate)
 
 
 def parts_disagree(motion: Motion) -> Tensor:
@@ -391,19 +379,24 @@ def _widened(estimate: Estimate, extra: Tensor) -> tuple[Estimate, Tensor]:
 
 def rejected(estimate: Estimate) -> Estimate:
     """The estimate, its rejected frames set to the identity and the scores of that."""
-    warp = estimate.warp
-    identity = identity_warp(homography=warp.shape[-2] == 3, device=warp.device, dtype=warp.dtype)
+    identity, unknown = _nothing_known(estimate.warp.shape[-2] == 3, like=estimate.warp)
     valid = estimate.valid
-    sigma = torch.where(valid, estimate.sigma, torch.inf)
-    rows = valid[..., None, None]
+    rows, lost = valid[..., None, None], ~valid
     return estimate._replace(
         warp=torch.where(rows, estimate.warp, identity),
         score=torch.where(valid, estimate.score, estimate.score_before),
-        sigma=sigma,
-        covariance=torch.where(rows, estimate.covariance, isotropic(sigma)),
-        stage=torch.where(valid, estimate.stage, -1),
+        sigma=estimate.sigma.masked_fill(lost, torch.inf),
+        covariance=torch.where(rows, estimate.covariance, unknown),
+        stage=estimate.stage.masked_fill(lost, -1),
         field=kept_field(estimate.field, valid),
     )
+
+
+@keeps_tables
+def _nothing_known(homography: bool, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The identity, and the covariance of what may be anything."""
+    identity = identity_warp(homography=homography, device=like.device, dtype=like.dtype)
+    return identity, torch.full_like(identity[0, :2], torch.inf).diag()
 
 
 def kept_field(field: ShiftField | None, kept: Tensor) -> ShiftField | None:

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import in_pieces, launches_kernels
+from torchalign._host import in_pieces, keeps_tables, launches_kernels
 
 __all__ = [
     "Gather",
@@ -55,6 +55,13 @@ Tap = Callable[[int, int], Tensor]
 # scene, but misplaces long waves by up to 0.047 px (Lanczos-3, cut to six taps: 0.019 px), against 0.0006 px
 # here: more than the registration's own error. Measured by benchmarks/interpolation.py.
 _CUBIC_A = -0.5
+# Its weights of the taps −1, 0, 1, 2 by the third, second, first and zeroth power of the fraction.
+_CUBIC = (
+    (_CUBIC_A, _CUBIC_A + 2, -_CUBIC_A - 2, -_CUBIC_A),
+    (-2 * _CUBIC_A, -_CUBIC_A - 3, 2 * _CUBIC_A + 3, _CUBIC_A),
+    (_CUBIC_A, 0.0, -_CUBIC_A, 0.0),
+    (0.0, 1.0, 0.0, 0.0),
+)
 # Fields are continued by so many samples: all taps of a position further out lie on the border.
 _MARGIN = 3
 
@@ -81,16 +88,26 @@ def weighted_sum(tap: Tap, across: Sequence[Tensor], down: Sequence[Tensor]) -> 
     return total
 
 
-def cubic_weights(fraction: Scalar, *, magnitudes: bool = False) -> tuple[Scalar, ...]:
-    """Keys' weights of the taps −1, 0, 1, 2, or their magnitudes; (0, 1, 0, 0) at fraction 0."""
-    a, rest = _CUBIC_A, 1 - fraction
-    weights = (
-        ((a * fraction - 2 * a) * fraction + a) * fraction,
-        ((a + 2) * fraction - (a + 3)) * fraction * fraction + 1,
-        ((a + 2) * rest - (a + 3)) * rest * rest + 1,
-        ((a * rest - 2 * a) * rest + a) * rest,
+def cubic_weights(fraction: Scalar) -> tuple[Scalar, ...]:
+    """Keys' weights of the taps −1, 0, 1, 2; (0, 1, 0, 0) at fraction 0."""
+    if isinstance(fraction, Tensor):
+        table = _cubic_table(like=fraction)
+        third, second, first, constant = table.reshape(4, 4, *[1] * fraction.ndim)
+        weights = torch.addcmul(second, third, fraction)
+        weights = torch.addcmul(constant, torch.addcmul(first, weights, fraction), fraction)
+        return weights.unbind()
+    return tuple(
+        ((c * fraction + b) * fraction + a) * fraction + d for c, b, a, d in zip(*_CUBIC, strict=True)
     )
-    return tuple(abs(weight) for weight in weights) if magnitudes else weights
+
+
+@keeps_tables
+def _cubic_table(*, like: Tensor) -> Tensor:
+    # filled, not copied: a copy from the host waits for the device
+    numbers = [
+        torch.full((), number, dtype=like.dtype, device=like.device) for row in _CUBIC for number in row
+    ]
+    return torch.stack(numbers).reshape(4, 4)
 
 
 def spline_weights(fraction: Tensor) -> tuple[Tensor, ...]:
@@ -251,31 +268,27 @@ class SourcePositions(NamedTuple):
     x: Tensor  # 0 … 1, x − ⌊x⌋
     y: Tensor
 
-    def nearest(self) -> tuple[Tensor, Tensor]:
-        """Column and row of the nearest source pixel, int64; a tie goes right and down."""
-        return self.column + (self.x >= 0.5), self.row + (self.y >= 0.5)
-
-    def inside(self, size: tuple[int, int]) -> Tensor:
-        """(..., T, h, w) bool: where the nearest source pixel is one of the frame's."""
-        column, row = self.nearest()
-        # axis by axis: of translations these are lines
-        return ((row >= 0) & (row < size[0])) & ((column >= 0) & (column < size[1]))
-
 
 class Sampler(Protocol):
     """Reads planes (..., T, C, H, W) at the output's source positions; outside is padded."""
 
     def inside(self) -> Tensor:
-        """(..., T, h, w) bool: where the nearest source pixel is one of the frame's."""
+        """(..., T, h, w) bool: where the nearest source pixel is one of the frame's; a tie goes right and down."""
 
     def nearest(self, planes: Tensor) -> Tensor:
         """(..., T, C, h, w), of any dtype: values are only moved."""
 
-    def bilinear(self, planes: Tensor) -> Tensor:
-        """(..., T, C, h, w)."""
+    def around(self, planes: Tensor, dtype: torch.dtype) -> Any:
+        """What lies at the taps of all positions, read once for all kernels."""
 
-    def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
-        """(..., T, C, h, w)."""
+    def bilinear(self, taps: Any) -> Tensor:
+        """(..., T, C, h, w), of what lies around."""
+
+    def bicubic(self, taps: Any) -> Tensor:
+        """(..., T, C, h, w), of what lies around."""
+
+    def all_usable(self, taps: Any) -> Tensor:
+        """(..., T, C, h, w) bool: all that a bicubic kernel meets is 1, not 0."""
 
 
 def _padded(index: Tensor, length: int, padding_mode: PaddingMode) -> Tensor:
@@ -290,15 +303,18 @@ class _Positioned:
     """What :class:`Gather` and :class:`Lines` are made of."""
 
     def __init__(self, positions: SourcePositions, size: tuple[int, int], padding_mode: PaddingMode) -> None:
-        self.positions = positions
+        self.column, self.row, x, y = positions
+        self.near = self.column + (x >= 0.5), self.row + (y >= 0.5)
         self.size = size
         self.padding_mode: PaddingMode = padding_mode
         # a band dimension for the weights: (..., T, 1, h, w), or (..., T, 1, 1, 1) of shifts
-        self.x, self.y = positions.x.unsqueeze(-3), positions.y.unsqueeze(-3)
+        self.x, self.y = x.unsqueeze(-3), y.unsqueeze(-3)
 
     def inside(self) -> Tensor:
         """See :class:`Sampler`."""
-        return self.positions.inside(self.size)
+        column, row = self.near
+        # axis by axis: of translations these are lines
+        return ((row >= 0) & (row < self.size[0])) & ((column >= 0) & (column < self.size[1]))
 
 
 class Gather(_Positioned):
@@ -306,28 +322,11 @@ class Gather(_Positioned):
 
     def nearest(self, planes: Tensor) -> Tensor:
         """See :class:`Sampler`."""
-        return self._take(planes, *self.positions.nearest())
+        return self._take(planes, *self.near)
 
-    def bilinear(self, planes: Tensor) -> Tensor:
+    def around(self, planes: Tensor, dtype: torch.dtype) -> Tap:
         """See :class:`Sampler`."""
-        return bilinear(self._taps(planes), self.x, self.y)
-
-    def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
-        """See :class:`Sampler`."""
-        across, down = (cubic_weights(fraction, magnitudes=magnitudes) for fraction in (self.x, self.y))
-        return weighted_sum(self._taps(planes), across, down)
-
-    def _take(self, planes: Tensor, column: Tensor, row: Tensor) -> Tensor:
-        """Pixels at any (column, row): (..., T, C, H, W) → (..., T, C, h, w)."""
-        (height, width), mode = self.size, self.padding_mode
-        index = _padded(row, height, mode) * width + _padded(column, width, mode)  # (..., T, h, w)
-        flat = planes.flatten(-2)  # (..., T, C, H·W)
-        flat_index = index.flatten(-2).unsqueeze(-2)  # (..., T, 1, h·w)
-        taken = flat.gather(-1, flat_index.expand(*flat.shape[:-1], flat_index.shape[-1]))
-        return taken.reshape(*taken.shape[:-1], *index.shape[-2:])
-
-    def _taps(self, planes: Tensor) -> Tap:
-        column, row = self.positions[:2]
+        planes, column, row = planes.to(dtype), self.column, self.row
         if self.padding_mode == "reflection":
             return lambda right, down: self._take(planes, column + right, row + down)
         shape = torch.broadcast_shapes(column.shape[-2:], row.shape[-2:])  # type: ignore[no-untyped-call]
@@ -341,12 +340,80 @@ class Gather(_Positioned):
 
         return tap
 
+    def bilinear(self, taps: Tap) -> Tensor:
+        """See :class:`Sampler`."""
+        return bilinear(taps, self.x, self.y)
 
-class Lines(_Positioned):
+    def bicubic(self, taps: Tap) -> Tensor:
+        """See :class:`Sampler`."""
+        return weighted_sum(taps, cubic_weights(self.x), cubic_weights(self.y))
+
+    def all_usable(self, taps: Tap) -> Tensor:
+        """See :class:`Sampler`."""
+        lines = [_all_usable([taps(right, down) for right in range(-1, 3)], self.x) for down in range(-1, 3)]
+        return _all_usable(lines, self.y) > 0
+
+    def _take(self, planes: Tensor, column: Tensor, row: Tensor) -> Tensor:
+        """Pixels at any (column, row): (..., T, C, H, W) → (..., T, C, h, w)."""
+        (height, width), mode = self.size, self.padding_mode
+        index = _padded(row, height, mode) * width + _padded(column, width, mode)  # (..., T, h, w)
+        flat = planes.flatten(-2)  # (..., T, C, H·W)
+        flat_index = index.flatten(-2).unsqueeze(-2)  # (..., T, 1, h·w)
+        taken = flat.gather(-1, flat_index.expand(*flat.shape[:-1], flat_index.shape[-1]))
+        return taken.reshape(*taken.shape[:-1], *index.shape[-2:])
+
+
+class _Shifted:
+    """Kernels over windows: all pixels from the tap −1 of the first position to the tap 2 of the last.
+
+    Positions lie ``step`` pixels apart, so that each tap along an axis is a slice of the window.
+    """
+
+    step: int
+    x: Any  # a number, or (..., T, 1, 1, 1)
+    y: Any
+
+    def bilinear(self, taps: Tensor) -> Tensor:
+        """See :class:`Sampler`."""
+        _, above, below, _ = self._along(taps, rows=True)
+        _, left, right, _ = self._along(torch.lerp(above, below, self.y), rows=False)
+        return torch.lerp(left, right, self.x)
+
+    def bicubic(self, taps: Tensor) -> Tensor:
+        """See :class:`Sampler`."""
+        lines = _sum_of_lines(cubic_weights(self.y), self._along(taps, rows=True))
+        return _sum_of_lines(cubic_weights(self.x), self._along(lines, rows=False))
+
+    def all_usable(self, taps: Tensor) -> Tensor:
+        """See :class:`Sampler`."""
+        lines = _all_usable(self._along(taps, rows=True), self.y)
+        return _all_usable(self._along(lines, rows=False), self.x) > 0
+
+    def _along(self, window: Tensor, *, rows: bool) -> list[Tensor]:
+        span = window.shape[-2 if rows else -1] - 3
+        places = [slice(tap, tap + span, self.step) for tap in range(4)]
+        return [window[..., place, :] if rows else window[..., place] for place in places]
+
+
+def _sum_of_lines(weights: Sequence[Any], taps: Sequence[Tensor]) -> Tensor:
+    total = taps[0] * weights[0]
+    for weight, tap in zip(weights[1:], taps[1:], strict=True):
+        total = (
+            torch.addcmul(total, weight, tap) if isinstance(weight, Tensor) else total.add_(tap, alpha=weight)
+        )
+    return total
+
+
+def _all_usable(taps: Sequence[Tensor], fraction: Any) -> Tensor:
+    """Not 0 where none of four taps is 0, or, at fraction 0, where only the second weighs, that one is not."""
+    before, own, after, last = taps
+    return own * (before * after * last + (fraction == 0))
+
+
+class Lines(_Positioned, _Shifted):
     """Frames that are shifted: rows are taken whole, then columns, by one line of indices a frame and axis.
 
-    Of columns (..., T, 1, w) and rows (..., T, h, 1), each ``step`` pixels from the next: what lies at all taps of an
-    axis is taken once, and its taps are slices of that.
+    Of columns (..., T, 1, w) and rows (..., T, h, 1), each ``step`` pixels from the next.
     """
 
     def __init__(
@@ -357,69 +424,38 @@ class Lines(_Positioned):
 
     def nearest(self, planes: Tensor) -> Tensor:
         """See :class:`Sampler`."""
-        column, row = self.positions.nearest()
-        (lines,) = self._rows(planes, row, range(1))
-        return self._columns(lines, column, range(1))[0]
+        column, row = self.near
+        return self._read(planes, column.squeeze(-2), row.squeeze(-1))
 
-    def bilinear(self, planes: Tensor) -> Tensor:
+    def around(self, planes: Tensor, dtype: torch.dtype) -> Tensor:
         """See :class:`Sampler`."""
-        column, row = self.positions[:2]
-        above, below = self._rows(planes, row, range(2))
-        left, right = self._columns(torch.lerp(above, below, self.y), column, range(2))
-        return torch.lerp(left, right, self.x)
+        column, row = (
+            first + torch.arange(-1, (count - 1) * self.step + 3, device=first.device)
+            for first, count in (
+                (self.column[..., 0], self.column.shape[-1]),
+                (self.row[..., 0, :], self.row.shape[-2]),
+            )
+        )
+        return self._read(planes, column, row).to(dtype)
 
-    def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
-        """See :class:`Sampler`."""
-        column, row = self.positions[:2]
-        weights = cubic_weights(torch.stack((self.x, self.y)), magnitudes=magnitudes)
-        across, down = zip(*(weight.unbind() for weight in weights), strict=True)
-        lines = _sum_of_lines(down, self._rows(planes, row, range(-1, 3)))
-        return _sum_of_lines(across, self._columns(lines, column, range(-1, 3)))
-
-    def _rows(self, planes: Tensor, row: Tensor, taps: range) -> list[Tensor]:
-        """(..., T, C, H, W) → for each tap (..., T, C, h, W), the rows (..., T, h, 1), so far down."""
+    def _read(self, planes: Tensor, column: Tensor, row: Tensor) -> Tensor:
+        """Rows (..., T, n) and columns (..., T, m): (..., T, C, H, W) → (..., T, C, n, m)."""
         (height, width), lead = self.size, planes.shape[:-2]
-        index = self._indices(row[..., 0, :], row.shape[-2], height, taps)  # (..., T, step · n)
         first = torch.arange(math.prod(lead), device=planes.device).reshape(lead) * height
-        index = first[..., None] + index.unsqueeze(-2)  # (..., T, C, step · n)
-        taken = planes.reshape(-1, width).index_select(0, index.flatten())
-        phases = taken.reshape(*lead, self.step, -1, width)
-        return [phases[..., phase, slice_, :] for phase, slice_ in self._slices(row.shape[-2], taps)]
-
-    def _columns(self, lines: Tensor, column: Tensor, taps: range) -> list[Tensor]:
-        """(..., T, C, h, W) → for each tap (..., T, C, h, w), the columns (..., T, 1, w), so far right."""
-        index = self._indices(column[..., 0], column.shape[-1], self.size[1], taps)[..., None, None, :]
-        taken = lines.gather(-1, index.expand(*lines.shape[:-1], index.shape[-1]))
-        phases = taken.reshape(*lines.shape[:-1], self.step, -1)
-        return [phases[..., phase, slice_] for phase, slice_ in self._slices(column.shape[-1], taps)]
-
-    def _indices(self, first: Tensor, count: int, length: int, taps: range) -> Tensor:
-        """(..., T, step · n): of all taps of ``count`` lines from the first (..., T, 1) on, phase after phase."""
-        each = count + (len(taps) - 1) // self.step
-        along = torch.arange(each * self.step, device=first.device).reshape(each, self.step).mT.flatten()
-        return _padded(first + (along + taps.start), length, self.padding_mode)
-
-    def _slices(self, count: int, taps: range) -> list[tuple[int, slice]]:
-        """For each tap its phase, and where its lines are in that."""
-        places = [divmod(tap, self.step) for tap in range(len(taps))]
-        return [(phase, slice(begin, begin + count)) for begin, phase in places]
+        index = first[..., None] + _padded(row, height, self.padding_mode).unsqueeze(-2)
+        lines = planes.reshape(-1, width).index_select(0, index.flatten()).reshape(*index.shape, width)
+        index = _padded(column, width, self.padding_mode)[..., None, None, :]
+        return lines.gather(-1, index.expand(*lines.shape[:-1], index.shape[-1]))
 
 
-def _sum_of_lines(weights: Sequence[Tensor], taps: Sequence[Tensor]) -> Tensor:
-    total = weights[0] * taps[0]
-    for weight, tap in zip(weights[1:], taps[1:], strict=True):
-        total = torch.addcmul(total, weight, tap)
-    return total
-
-
-class Slices:
+class Slices(_Shifted):
     """One shift (x, y), known on the host: whole pixels are slices, fractions one pass along each axis.
 
     The fast path of the eager CPU: it takes a quarter of the time of gathering four taps.
     """
 
-    def __init__(self, shift: tuple[float, float], size: tuple[int, int]) -> None:
-        self.size = size
+    def __init__(self, shift: tuple[float, float], size: tuple[int, int], step: int = 1) -> None:
+        self.size, self.step = size, step
         (self.column, self.x), (self.row, self.y) = (
             (math.floor(-component), -component - math.floor(-component)) for component in shift
         )
@@ -427,28 +463,30 @@ class Slices:
     def _nearest(self) -> tuple[int, int]:
         return self.column + (self.x >= 0.5), self.row + (self.y >= 0.5)
 
-    def overlap(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The first row and column whose nearest source pixel is one of the frame's, and the last + 1."""
-        column, row = self._nearest()
-        return _overlap(row, self.size[0], 1), _overlap(column, self.size[1], 1)
-
     def inside(self) -> Tensor:
         """See :class:`Sampler`."""
-        (top, bottom), (left, right) = self.overlap()
-        inside = torch.zeros(self.size, dtype=torch.bool, device="cpu")
+        column, row = self._nearest()
+        height, width = (-(-length // self.step) for length in self.size)
+        # the first and the last + 1 of the lattice
+        (top, bottom), (left, right) = (
+            [-(-place // self.step) for place in _overlap(offset, length, 1)]
+            for offset, length in zip((row, column), self.size, strict=True)
+        )
+        inside = torch.zeros((height, width), dtype=torch.bool, device="cpu")
         inside[top:bottom, left:right] = True
         return inside
 
     def nearest(self, planes: Tensor) -> Tensor:
         """See :class:`Sampler`."""
         column, row = self._nearest()
-        return _shift_line(_shift_line(planes, -1, column), -2, row)
+        moved = _shift_line(_shift_line(planes, -1, column), -2, row)
+        return moved if self.step == 1 else moved[..., :: self.step, :: self.step]
 
-    def bilinear(self, planes: Tensor, out: Tensor | None = None) -> Tensor:
-        """See :class:`Sampler`."""
-        return _shift_line(_shift_line(planes, -1, self.column, self.x), -2, self.row, self.y, out=out)
+    def shift(self, planes: Tensor, out: Tensor) -> None:
+        """All pixels, bilinear, in two runs through memory."""
+        _shift_line(_shift_line(planes, -1, self.column, self.x), -2, self.row, self.y, out=out)
 
-    def bicubic(self, planes: Tensor, *, magnitudes: bool = False) -> Tensor:
+    def around(self, planes: Tensor, dtype: torch.dtype) -> Tensor:
         """See :class:`Sampler`."""
         height, width = self.size
         # beyond the border lies the border, so no offset need be larger
@@ -457,16 +495,15 @@ class Slices:
             for offset, length in zip((self.row, self.column), self.size, strict=True)
         )
         margins = (max(0, 1 - column), max(0, column + 2), max(0, 1 - row), max(0, row + 2))
-        padded = F.pad(planes.reshape(-1, 1, height, width), margins, mode="replicate")
+        padded = F.pad(planes.to(dtype).reshape(-1, 1, height, width), margins, mode="replicate")
         top, left = max(0, row - 1), max(0, column - 1)
-        padded = padded[..., top : top + height + 3, left : left + width + 3]
-        for dim, length, fraction in ((-2, height, self.y), (-1, width, self.x)):
-            weights = cubic_weights(fraction, magnitudes=magnitudes)
-            total = padded.narrow(dim, 0, length) * weights[0]
-            for tap in (1, 2, 3):
-                total.add_(padded.narrow(dim, tap, length), alpha=weights[tap])
-            padded = total
-        return padded.reshape(planes.shape)
+        # as far as the last position's taps
+        bottom, right = (
+            top + height + 3 - (height - 1) % self.step,
+            left + width + 3 - (width - 1) % self.step,
+        )
+        window = padded[..., top:bottom, left:right]
+        return window.reshape(*planes.shape[:-2], *window.shape[-2:])
 
 
 def _overlap(offset: int, length: int, taps: int) -> tuple[int, int]:

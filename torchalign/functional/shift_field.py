@@ -63,7 +63,10 @@ def spline_slope(position: Tensor, nodes: int) -> Tensor:
 
 
 def _bases(field: ShiftField, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., T, h, n) and (..., T, w, m): the splines of the nodes at rows y (h,) and columns x (w,), in pixels."""
+    """The splines of the nodes at rows y (h,) and columns x (w,), in pixels, (..., T, h, n) and (..., T, w, m).
+
+    Or at those of points, both (..., T, K).
+    """
     bases = []
     for axis, at in ((1, y), (0, x)):
         nodes = field.coefficients.shape[-1 - axis]
@@ -125,13 +128,8 @@ def field_at_points(field: ShiftField, points: Tensor) -> Tensor:
     Returns:
         (..., T, K, 2), in pixels.
     """
-    bases = []
-    for axis in (1, 0):
-        nodes = field.coefficients.shape[-1 - axis]
-        at = (points[..., axis] - field.origin[..., axis, None]) / field.spacing[..., axis, None]
-        bases.append(spline_basis(at.clamp(1, nodes - 2), nodes))  # (..., T, K, n)
-    lines = torch.matmul(bases[0].unsqueeze(-3), field.coefficients)  # (..., T, 2, K, m)
-    return (lines * bases[1].unsqueeze(-3)).sum(-1).mT
+    down, along = (basis.unsqueeze(-3) for basis in _bases(field, *points.unbind(-1)))  # (..., T, 1, K, n)
+    return (torch.matmul(down, field.coefficients) * along).sum(-1).mT
 
 
 def field_lengths(field: ShiftField, size: tuple[int, int], step: int = 8) -> Tensor:

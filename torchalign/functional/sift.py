@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._host import keeps_tables, kernels_for
-from torchalign.functional.keypoints import erode, highest
+from torchalign.functional.keypoints import erode, highest, running_largest
 from torchalign.functional.sampling import bilinear
 
 __all__ = [
@@ -396,10 +396,9 @@ def _extrema(levels: Tensor, allowed: Tensor | None, min_contrast: float) -> tup
         return nothing, torch.zeros_like(nothing, dtype=torch.int64)
     levels = levels[..., _BORDER - 1 : height - _BORDER + 1, _BORDER - 1 : width - _BORDER + 1]
     size = (levels[:, 1:] - levels[:, :-1]).abs_()
-    pair = torch.maximum(size[:, :-1], size[:, 1:])
-    around = torch.maximum(pair[:, :-1], pair[:, 1:])
-    around = torch.maximum(torch.maximum(around[..., :-2], around[..., 1:-1]), around[..., 2:])
-    around = torch.maximum(torch.maximum(around[..., :-2, :], around[..., 1:-1, :]), around[..., 2:, :])
+    around = size
+    for dim in (1, -1, -2):
+        around = running_largest(around, 3, dim)
     centre = size[:, 1:-1, 1:-1, 1:-1]
     # the quadratic adds a little to the contrast
     is_extremum = (centre >= around) & (centre > 0.8 * min_contrast)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import launches_kernels
+from torchalign._host import keeps_tables, launches_kernels
 
-__all__ = ["block_sums", "enlarge", "halve", "nanmedian", "triangle_mean"]
+__all__ = ["block_means", "block_sums", "enlarge", "halve", "nanmedian", "triangle_mean"]
 
 
 def triangle_mean(image: Tensor, order: int) -> Tensor:
@@ -48,11 +48,19 @@ def block_sums(image: Tensor, times: int) -> Tensor:
         flat = image.reshape(-1, 1, *image.shape[-2:])
         sums = F.avg_pool2d(flat, block, divisor_override=1)
         return sums.reshape(*image.shape[:-2], *sums.shape[-2:])
-    # halving by slices: much faster than a pooling on the CPU
+    # rows are summed, columns halved by slices: much faster than a pooling on the CPU
+    rows = image.shape[-2] // block
+    image = image.reshape(*image.shape[:-2], rows, block, image.shape[-1]).sum(-2)
     for _ in range(times):
-        image = image[..., ::2, :] + image[..., 1::2, :]
         image = image[..., ::2] + image[..., 1::2]
     return image
+
+
+def block_means(image: Tensor, length: int) -> Tensor:
+    """Means over blocks of so many samples a side, of what there is of the last ones: (..., ⌈H / n⌉, ⌈W / n⌉)."""
+    flat = image.reshape(-1, 1, *image.shape[-2:])
+    means = F.avg_pool2d(flat, length, ceil_mode=True, count_include_pad=False)
+    return means.reshape(*image.shape[:-2], *means.shape[-2:])
 
 
 def halve(image: Tensor) -> Tensor:
@@ -103,3 +111,52 @@ def enlarge(image: Tensor, times: int, size: tuple[int, int]) -> Tensor:
     flat = image.reshape(-1, 1, *image.shape[-2:])
     large = F.interpolate(flat, scale_factor=float(times), mode="bilinear", align_corners=False)
     return large[..., : size[0], : size[1]].reshape(*image.shape[:-2], *size)
+
+
+def between_blocks(
+    shift: Tensor, times: int, size: tuple[int, int], spacings: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """What samples blocks as :func:`enlarge` does, at samples that are moved: the matrices Y and X of Y · image · Xᵀ.
+
+    Args:
+        shift: (..., 2), (x, y) in pixels, from each sample to where it is read; beyond the middle of the outermost
+            blocks is what is there.
+        times: samples of a block a side, the last ones of which may lie beyond the border.
+        size: (H, W), samples.
+        spacings: along y and x, of the samples, in pixels; of the other sign to read against the shift.
+
+    Returns:
+        (..., H, ⌈H / times⌉) and (..., W, ⌈W / times⌉).
+
+    >>> y, x = between_blocks(torch.tensor([1.0, 0.0]), 1, (2, 3), (2.0, 2.0))
+    >>> y @ torch.tensor([[0.0, 1.0, 2.0], [0.0, 2.0, 4.0]]) @ x.mT
+    tensor([[0.5000, 1.5000, 2.0000],
+            [1.0000, 3.0000, 4.0000]])
+    """
+    sample, axis, scale, first, last, middle = _middles(times, size, spacings, like=shift)
+    place = torch.addcmul(sample, shift.index_select(-1, axis), scale).clamp(first, last)
+    hats = F.relu(1 - (place[..., None] - middle).abs())
+    rows, columns = ((length + times - 1) // times for length in size)
+    return hats[..., : size[0], :rows], hats[..., size[0] :, :columns]
+
+
+@keeps_tables
+def _middles(
+    times: int, size: tuple[int, int], spacings: tuple[float, float], *, like: Tensor
+) -> tuple[Tensor, ...]:
+    """Of the samples of both axes (H + W,): place, which part of a shift moves it, how far; the first and last block.
+
+    And (n,), the middles of the blocks. All in blocks, from the middle of the first one.
+    """
+    y, x = (torch.arange(length, device=like.device, dtype=like.dtype) for length in size)
+    first = torch.zeros_like(torch.cat((y, x)))
+    axis, last, scale = (
+        torch.cat((torch.full_like(y, along_y), torch.full_like(x, along_x)))
+        for along_y, along_x in (
+            (1, 0),
+            [(length - 1) // times for length in size],
+            [1 / (times * spacing) for spacing in spacings],
+        )
+    )
+    middle = torch.arange((torch.sym_max(*size) + times - 1) // times, device=like.device, dtype=like.dtype)
+    return (torch.cat((y, x)) + 0.5) / times - 0.5, axis.to(torch.int64), scale, first, last, middle

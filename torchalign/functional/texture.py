@@ -138,11 +138,10 @@ def extract_pyramid(
     bands = [(grid.size, grid.max_frequency) for grid in grids]
     textures: list[Texture] = []
     for grid, limited in zip(grids, low_pass(seen, bands, blur=blur), strict=True):
-        coverage = None if mask is None else _coverage(mask, grid)
-        weights = None if coverage is None else _weights(coverage)
-        texture = _standardized(limited, weights, noise, empty, contrast, floor)
-        if cover and coverage is not None and not textures:
-            texture = texture._replace(cover=_cover(coverage))
+        weights = own = None
+        if mask is not None:
+            weights, own = _shares(_coverage(mask, grid), cover=cover and not textures)
+        texture = _standardized(limited, weights, noise, empty, contrast, floor)._replace(cover=own)
         textures.append(texture)
     return textures
 
@@ -189,9 +188,10 @@ def _local_contrast(image: Tensor, weights: Tensor | None, floor: float = 0.0) -
     """The same before it is multiplied by the weights."""
     detail = image - triangle_mean(image, 2)
     variance = triangle_mean(detail.square(), 2)
-    total = variance + _typical(variance, weights, floor).nan_to_num(0.0)[..., None, None]
-    flat = total <= torch.finfo(image.dtype).tiny ** 0.5  # below it the derivative of the root overflows
-    return (detail * torch.rsqrt(total.masked_fill(flat, 1.0))).masked_fill(flat, 0.0)
+    # below this the derivative of the root overflows
+    least = torch.finfo(image.dtype).tiny ** 0.5
+    typical = _typical(variance, weights, floor).nan_to_num(0.0) + least
+    return detail * torch.rsqrt(variance + typical[..., None, None])
 
 
 def _typical(variance: Tensor, weights: Tensor | None, floor: float = 0.0) -> Tensor:
@@ -264,22 +264,24 @@ def _coverage(mask: Tensor, grid: WorkingGrid) -> Tensor:
     return F.interpolate(share, size=(height, width), mode="area").reshape(*shape, height, width)
 
 
-def _cover(coverage: Tensor) -> Tensor:
-    """(..., h, w) in [0, 1]: 0 where a neighbour has a hole, with a ramp of a sample."""
-    kernels = kernels_for(coverage)
-    if kernels is not None:
-        return kernels.opened(coverage)
-    flat = coverage.reshape(-1, 1, *coverage.shape[-2:])
-    least = -F.max_pool2d(-flat, 3, 1, 1).reshape(coverage.shape)
-    return (2 * triangle_mean(least, 1) - 1).clamp(0, 1)
-
-
 def usable_share(mask: Tensor, grid: WorkingGrid) -> Tensor:
     """(..., h, w) in [0, 1]: how much of what lies around a sample is usable."""
-    return _weights(_coverage(mask, grid))
+    return _shares(_coverage(mask, grid))[0]
 
 
-def _weights(coverage: Tensor) -> Tensor:
-    """The same from the share of each sample itself."""
+def _shares(coverage: Tensor, *, cover: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Of the share of each sample what is usable around it; and if asked 0 where a neighbour has a hole, with a ramp.
+
+    (..., h, w) each, in [0, 1].
+    """
     lowest, highest = _COVERAGE
-    return ((triangle_mean(coverage, 3) - lowest) / (highest - lowest)).clamp(0, 1)
+    mean = triangle_mean(coverage, 3)
+    kernels = kernels_for(coverage) if cover else None
+    if kernels is not None:
+        return kernels.shares(coverage, mean, lowest, highest)
+    weights = ((mean - lowest) / (highest - lowest)).clamp(0, 1)
+    if not cover:
+        return weights, None
+    flat = coverage.reshape(-1, 1, *coverage.shape[-2:])
+    least = -F.max_pool2d(-flat, 3, 1, 1).reshape(coverage.shape)
+    return weights, (2 * triangle_mean(least, 1) - 1).clamp(0, 1)

@@ -264,11 +264,7 @@ def overlap_curvature(weights: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tenso
 
 
 def assess_peak(
-    turned: Tensor,
-    frequencies: tuple[Tensor, Tensor],
-    derivatives: Tensor,
-    overlap: tuple[Tensor, Tensor, Tensor],
-    bins: Tensor,
+    turned: Tensor, grid: WorkingGrid, overlap: tuple[Tensor, Tensor, Tensor], bins: Tensor
 ) -> tuple[PeakQuality, Tensor]:
     r"""The sandwich :math:`H^{-1} G H^{-1}` of a maximum, G the scatter of the gradient; and whether it is one.
 
@@ -282,60 +278,97 @@ def assess_peak(
 
     Args:
         turned: (..., H, W//2+1), the cross-power at the optimum, :math:`P e^{i\omega t}`.
-        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
-        derivatives: (..., 3, 3), of order 0, 1, 2 in y and in x, of the correlation there.
+        grid: of the frames.
         overlap: K, see :func:`overlap_curvature`.
         bins: (...,), how many bins the window correlates.
 
     Returns:
         :class:`PeakQuality`; and (..., 2, 2), what to add to the way from where the weights were brought together,
-        which alone carries a gradient, by ``derivatives`` and ``overlap``.
+        which alone carries a gradient, by ``turned`` and ``overlap``.
     """
-    omega_y, omega_x = (2 * math.pi * frequency for frequency in frequencies)
-    orders = torch.arange(5, device=omega_x.device)
-    # a bin and its conjugate pull alike: together (2 · pull)², hence 4 where two are counted
-    twice = (1 + (omega_x > 0).to(omega_x.dtype)).square()
-    along_x = omega_x[:, None] ** orders * twice[:, None]  # (W//2+1, 5)
-    along_y = omega_y ** orders[:, None]  # (5, H)
-    pull = turned.imag.square()
-    both = torch.stack((pull, pull + turned.real.square()), dim=-3)
-    scatter, power = torch.matmul(torch.matmul(along_y, both), along_x).unbind(-3)  # (..., 5, 5)
+    table = _moment_tables(grid.frame, grid.size, like=grid.radius)
+    parts = torch.view_as_real(turned.resolve_conj().mT)  # (..., W//2+1, H, 2)
+    sums = (_moments(parts, table.along_x, table.along_y) * table.signs).sum(-2).flatten(-2)
+    scatter = _moments(parts.detach().square(), table.twice_along_x, table.twice_along_y)
 
-    value, _, xx, _, xy, _, yy, *_ = derivatives.flatten(-2).unbind(-1)
-    whole = -xx, -yy, -xy
-    xx, yy, xy = (
-        torch.addcmul(one, value, other, value=-1) for one, other in zip(whole, overlap, strict=True)
-    )
-    inverse, regular = _inverted(xx, yy, xy)
+    value = sums[..., 0, None, None]
+    whole = -sums.index_select(-1, table.curvatures).reshape(*sums.shape[:-1], 2, 2)
+    weights = value * _symmetric(*overlap)
+    ground = whole - weights
+    inverse, regular = _inverted(ground)
     # by which the weights shorten the way from where they fit
-    correction = _times(inverse, _symmetric(*overlap) * value[..., None, None])
-    value, whole = value.detach(), (whole[0].detach(), whole[1].detach(), whole[2].detach())
-    inverse, ground, share = inverse.detach(), (xx.detach(), yy.detach(), xy.detach()), correction.detach()
-    moments = scatter.flatten(-2).unbind(-1)
-    spread = _symmetric(moments[2], moments[10], moments[6]) * (CALIBRATION[0] * bins)[..., None, None]
-    covariance = _times(_times(inverse, spread), inverse)
+    correction = _times(inverse, weights)
+    curvatures, inverse, share = torch.stack((ground, whole)).detach(), inverse.detach(), correction.detach()
+    spread = scatter[..., 1, :].flatten(-2).index_select(-1, table.squares).reshape(whole.shape)
+    covariance = _times(_times(inverse, spread * (CALIBRATION[0] * bins)[..., None, None]), inverse)
     # what the weights do to higher orders, in small and smooth frames
     covariance = covariance + CALIBRATION[1] * _times(share, share.mT)
     covariance = 0.5 * (covariance + covariance.mT)  # symmetric to the last bit
-    unknown = torch.diag_embed(torch.full_like(covariance[..., 0], torch.inf))
-    covariance = torch.where(regular[..., None, None], covariance, unknown)
+    covariance = torch.where(regular[..., None, None], covariance, table.unknown)
 
     tiny = torch.finfo(bins.dtype).tiny
-    powers = (power * (0.5 * bins)[..., None, None] + tiny).flatten(-2).unbind(-1)
-    height = value * torch.rsqrt(powers[0])
+    powers = (
+        scatter.sum(-2).flatten(-2).index_select(-1, table.fourths)
+    )  # of ω_x⁴, ω_x³ω_y, …, ω_y⁴, and of 1
+    powers = powers * (0.5 * bins)[..., None] + tiny
+    height = value.detach()[..., 0, 0] * torch.rsqrt(powers[..., 5])
     # along the larger axis
-    x, y = largest_direction(covariance)
-    by_x, by_y, mixed = x * x, y * y, x * y
-
-    def along(matrix: tuple[Tensor, ...]) -> Tensor:
-        return by_x * matrix[0] + by_y * matrix[1] + 2 * mixed * matrix[2]
-
-    fourth = by_x * (by_x * powers[4] + 4 * mixed * powers[8] + 6 * by_y * powers[12])
-    fourth = fourth + by_y * (4 * mixed * powers[16] + by_y * powers[20])
-    bend, entire = along(ground), along(whole)
+    axis = torch.stack(largest_direction(covariance), -1)
+    square = axis[..., None] * axis[..., None, :]
+    bend, entire = (curvatures * square).sum((-2, -1)).unbind()
+    first, second = square.flatten(-2).index_select(-1, table.pairs).chunk(2, -1)
+    fourth = (first * second * table.binomial * powers[..., :5]).sum(-1)
     curvature = bend * torch.rsqrt(fourth + tiny)
     fixed = torch.where(entire > 0, bend / torch.where(entire > 0, entire, 1.0), 0.0)
     return PeakQuality(covariance, height, curvature, fixed, inverse), correction
+
+
+def _moments(parts: Tensor, along_x: Tensor, along_y: Tensor) -> Tensor:
+    """(..., n, 2, n): sums of the parts (..., W//2+1, H, 2) of a spectrum, by order in x, part, and order in y."""
+    rows = torch.matmul(along_x, parts.flatten(-2))
+    return torch.matmul(rows.reshape(*rows.shape[:-1], *parts.shape[-2:]).mT, along_y)
+
+
+class _MomentTables(NamedTuple):
+    along_x: Tensor  # (3, w//2+1), powers of ω, as often as a column stands in the whole spectrum
+    along_y: Tensor  # (h, 3)
+    twice_along_x: (
+        Tensor  # (5, w//2+1), the square of how often: a bin and its conjugate pull alike, twice as far
+    )
+    twice_along_y: Tensor  # (h, 5)
+    signs: Tensor  # (3, 2, 3), of real and imaginary part in Re (iω_x)^j (iω_y)^k P
+    curvatures: Tensor  # xx, xy, xy, yy among orders of (3, 3)
+    squares: Tensor  # and ω_x², ω_x ω_y, ω_x ω_y, ω_y² among those of (5, 5)
+    fourths: Tensor
+    pairs: Tensor  # of xx, xy, xy, yy, whose products are x⁴, x³y, …, y⁴
+    binomial: Tensor  # (5,)
+    unknown: Tensor  # (2, 2)
+
+
+@keeps_tables
+def _moment_tables(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> _MomentTables:
+    omega_y, omega_x = (2 * math.pi * part for part in WorkingGrid.of(frame, size, 0.5, like).frequencies)
+    orders, often = torch.arange(5, device=like.device), 1 + (omega_x > 0).to(like.dtype)
+    along_x, along_y = omega_x ** orders[:, None], omega_y[:, None] ** orders
+    order = orders[:3, None] + orders[:3]
+    sign = 1 - order // 2 % 2 * 2
+    signs = torch.stack((sign * (1 - order % 2), -sign * (order % 2)), 1).to(like.dtype)
+    matrix = order[:2, :2].flatten()  # of xx, xy, xy, yy the order in y
+    pairs = torch.cat(((orders - 2).clamp(min=0), orders.clamp(max=2)))
+    factorials = torch.lgamma(1 + orders.to(like.dtype))
+    return _MomentTables(
+        along_x[:3] * often,
+        along_y[:, :3],
+        along_x * often.square(),
+        along_y,
+        signs,
+        6 - 2 * matrix,
+        10 - 4 * matrix,
+        20 - 4 * torch.arange(6, device=like.device),
+        pairs + pairs // 2,
+        torch.exp(factorials[4] - factorials - factorials.flip(0)).round(),
+        torch.diag_embed(torch.full_like(omega_x[:1].expand(2), torch.inf)),
+    )
 
 
 def _symmetric(xx: Tensor, yy: Tensor, xy: Tensor) -> Tensor:
@@ -343,12 +376,14 @@ def _symmetric(xx: Tensor, yy: Tensor, xy: Tensor) -> Tensor:
     return torch.stack((xx, xy, xy, yy), -1).reshape(*xx.shape, 2, 2)
 
 
-def _inverted(xx: Tensor, yy: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
+def _inverted(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(..., 2, 2), of symmetric matrices, 0 where one has no positive determinant; and where it has."""
+    (xx, xy), (_, yy) = (row.unbind(-1) for row in matrix.unbind(-2))
     determinant = xx * yy - xy.square()
-    regular = determinant > 0
-    turned = _symmetric(yy, xx, -xy) / torch.where(regular, determinant, 1.0)[..., None, None]
-    return torch.where(regular[..., None, None], turned, 0.0), regular
+    regular = (determinant > 0)[..., None, None]
+    adjugate = _symmetric(yy, xx, -xy)
+    inverse = torch.where(regular, adjugate / torch.where(regular, determinant[..., None, None], 1.0), 0.0)
+    return inverse, regular[..., 0, 0]
 
 
 def _times(one: Tensor, other: Tensor) -> Tensor:

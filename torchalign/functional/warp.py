@@ -408,16 +408,21 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _prepare(frames: Tensor, mask: Tensor | None, options: _Options) -> _Planes:
-    usable = mask
-    if frames.dtype.is_floating_point and not options.finite and not all_finite(frames):
-        usable = frames.isfinite() if mask is None else frames.isfinite() & mask
-    if usable is not None and all_true(usable):
-        usable = None
+    floating = frames.dtype.is_floating_point and not options.finite and not all_finite(frames)
+    if not floating and (mask is None or all_true(mask)):
+        mask = None
     if options.interpolation == "nearest":
-        return _Planes(frames, usable, frames)
-    source = frames.to(_compute_dtype(frames.dtype))
+        return _Planes(frames, _and(frames.isfinite(), mask) if floating else mask, frames)
+    source, usable = frames.to(_compute_dtype(frames.dtype)), mask
+    if floating:
+        given, source = source, source.nan_to_num(0.0, 0.0, 0.0)
+        usable = _and(source == given, mask)
     # where, not a product: 0 · NaN is NaN, in the gradient too
-    return _Planes(frames, usable, source if usable is None else torch.where(usable, source, 0.0))
+    return _Planes(frames, usable, source if mask is None else torch.where(mask, source, 0.0))
+
+
+def _and(condition: Tensor, other: Tensor | None) -> Tensor:
+    return condition if other is None else condition & other
 
 
 def _combine(planes: _Planes, sampler: Sampler, options: _Options) -> Resampled:
@@ -428,7 +433,7 @@ def _combine(planes: _Planes, sampler: Sampler, options: _Options) -> Resampled:
     if options.interpolation == "nearest":
         values = _as_signed(sampler.nearest, planes.frames)
     else:
-        values = _interpolate(planes, near_usable, sampler, options.interpolation)
+        values = _interpolate(planes, near_usable, sampler, options)
     within = inside.unsqueeze(-3)
     if options.fill_value is not None:
         good = within if near_usable is None else within & near_usable
@@ -438,20 +443,20 @@ def _combine(planes: _Planes, sampler: Sampler, options: _Options) -> Resampled:
     return Resampled(values, validity)
 
 
-def _interpolate(
-    planes: _Planes, near_usable: Tensor | None, sampler: Sampler, interpolation: Interpolation
-) -> Tensor:
+def _interpolate(planes: _Planes, near_usable: Tensor | None, sampler: Sampler, options: _Options) -> Tensor:
     frames, usable, source = planes
+    bicubic = options.interpolation == "bicubic"
+    taps = sampler.around(source, source.dtype)
     if usable is None or near_usable is None:
-        values = sampler.bicubic(source) if interpolation == "bicubic" else sampler.bilinear(source)
-        return _restore(values, frames, sampler)
-    weight = usable.to(source.dtype)
-    # The nearest pixel weighs 1/4 or more, so near_usable guards the division.
-    values = sampler.bilinear(source) / torch.where(near_usable, sampler.bilinear(weight), 1.0)
-    if interpolation == "bicubic":
-        met_unusable = sampler.bicubic(1 - weight, magnitudes=True) > 0
-        values = torch.where(met_unusable, values, sampler.bicubic(source))
+        return _restore(sampler.bicubic(taps) if bicubic else sampler.bilinear(taps), frames, sampler)
+    weights = sampler.around(usable, source.dtype)
+    # The nearest pixel weighs 1/4 or more where it is usable; elsewhere it guards the division.
+    values = sampler.bilinear(taps) / sampler.bilinear(weights).clamp(min=0.25)
+    if bicubic:
+        values = torch.where(sampler.all_usable(weights), sampler.bicubic(taps), values)
     values = _restore(values, frames, sampler)
+    if options.fill_value is not None:  # it stands where nothing near is usable
+        return values
     return torch.where(near_usable, values, _as_signed(sampler.nearest, frames))
 
 
@@ -504,8 +509,11 @@ def _resample_in_blocks(
     values = empty_on_host(shape, cube.dtype) if out is None else out.view(shape)
     validity = torch.zeros((count, *shape[-2:]), dtype=torch.bool, device="cpu")
 
-    sliced = options.padding_mode != "reflection" and step == 1 and bands * height * width >= _SMALLEST_SLICED
+    sliced = options.padding_mode != "reflection" and bands * height * width >= _SMALLEST_SLICED
     shifts = _shifts(motion) if sliced else {}
+    bicubic = options.interpolation == "bicubic"
+    plain = options.padding_mode == "border" and options.fill_value is None
+    plain = plain and (bicubic or (options.interpolation == "bilinear" and step == 1))
     moved = [False] * count
     if field is not None:
         field = ShiftField(*(part.reshape(count, *part.shape[len(lead) :]) for part in field))
@@ -513,16 +521,19 @@ def _resample_in_blocks(
         shifts = {index: shift for index, shift in shifts.items() if not moved[index]}
     for index, shift in shifts.items():
         planes = _prepare(frames[index], None if masks is None else masks[index], options)
-        sampler = Slices(shift, size)
-        if options[:4] == _PLAIN and planes.usable is None and planes.source is planes.frames:
-            together = max(1, _BLOCK_SAMPLES // (height * width))  # bands
-            for first in range(0, bands, together):  # the hot case: no mask, and nothing is copied
-                part = slice(first, first + together)
-                sampler.bilinear(planes.source[part], out=values[index, part])
-            (top, bottom), (left, right) = sampler.overlap()
-            validity[index, top:bottom, left:right] = True
-        else:
+        sampler = Slices(shift, size, step)
+        if not plain or planes.usable is not None or planes.source is not planes.frames:
             values[index], validity[index] = _combine(planes, sampler, options)
+            continue
+        # the hot case: no mask, and nothing is copied
+        validity[index] = sampler.inside()
+        if bicubic:
+            values[index] = sampler.bicubic(sampler.around(planes.source, planes.source.dtype))
+            continue
+        together = max(1, _BLOCK_SAMPLES // (height * width))  # bands
+        for first in range(0, bands, together):
+            part = slice(first, first + together)
+            sampler.shift(planes.source[part], values[index, part])
 
     rest = [index for index in range(count) if index not in shifts]
     parts = [[index for index in rest if moved[index] is local] for local in (False, True)]
@@ -567,5 +578,4 @@ def _shifts(motion: Tensor) -> dict[int, tuple[float, float]]:
     return shifts
 
 
-_PLAIN = ("bilinear", "border", None, 1)
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}

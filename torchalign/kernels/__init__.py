@@ -11,12 +11,18 @@ Importing this package imports Triton, which comes with torch's CUDA wheels; ``i
 
 from __future__ import annotations
 
+import functools
+import warnings
+
+import torch
+import triton
+
 from torchalign.kernels.ascend import Geometry, ascend_shifted, ascend_warped, look
 from torchalign.kernels.assess import assess
 from torchalign.kernels.blur import blur
 from torchalign.kernels.channel import see
 from torchalign.kernels.climb import climb
-from torchalign.kernels.contrast import contrast, opened, units
+from torchalign.kernels.contrast import contrast, shares, units
 from torchalign.kernels.defects import repeated
 from torchalign.kernels.divide import climb_divided, overlaps
 from torchalign.kernels.local import differentiate, read_splines, weigh
@@ -24,7 +30,7 @@ from torchalign.kernels.peak import peak
 from torchalign.kernels.resample import resample
 from torchalign.kernels.score import score
 from torchalign.kernels.texture import coverage, fill
-from torchalign.kernels.turn import common_window, pulls, turn
+from torchalign.kernels.turn import common_window, cross, pulls, turn
 
 __all__ = [
     "Geometry",
@@ -37,10 +43,10 @@ __all__ = [
     "common_window",
     "contrast",
     "coverage",
+    "cross",
     "differentiate",
     "fill",
     "look",
-    "opened",
     "overlaps",
     "peak",
     "pulls",
@@ -49,7 +55,35 @@ __all__ = [
     "resample",
     "score",
     "see",
+    "shares",
     "turn",
     "units",
     "weigh",
+    "work_on",
 ]
+
+# The oldest that knows all that the kernels are written in; torch 2.7 brings it.
+_OLDEST = (3, 3)
+
+
+@functools.cache
+def work_on(index: int) -> bool:
+    """Whether a kernel compiles and is launched on a GPU. Where not, a warning says why, once for each.
+
+    Triton wants a compiler of C at its first launch, which slim images lack.
+    """
+    try:
+        if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST:
+            raise ImportError(f"Triton {triton.__version__}, which is too old")
+        with torch.no_grad():
+            ones = torch.ones(1, 1, device=torch.device("cuda", index))
+            blur(ones, ones[0])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever Triton, the compilers it calls or the driver complain of
+        expected = f"a Triton of {'.'.join(map(str, _OLDEST))} or later that compiles for this GPU"
+        got = f"{type(error).__name__}: {error}".splitlines()[0]
+        cure = "all runs without it, and takes several times as long; TORCHALIGN_KERNELS=0 does so without this warning"
+        warnings.warn(f"kernels: expected {expected}, got {got}; {cure}", RuntimeWarning, stacklevel=2)
+        return False
+    return True

@@ -8,7 +8,6 @@ Convention:
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -18,27 +17,19 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     block_of,
+    by_group,
     divide,
-    kernel_dtype,
+    frames_of,
+    kernel,
     launch,
     lerp,
+    load_complex,
     operator,
     spline_weight,
     wave_of,
 )
 from torchalign.kernels.turn import tukey
 
-__all__ = [
-    "Geometry",
-    "ascend_shifted",
-    "ascend_warped",
-    "look",
-    "look_frames",
-    "step_shifted",
-    "step_warped",
-]
-
-_BLOCK = 256
 _MOTIONS = ("translation", "euclidean", "similarity", "affine", "homography")
 # a point farther out than this, in samples, is nowhere
 _NOWHERE = tl.constexpr(1e7)
@@ -150,7 +141,7 @@ def _sample_at(field, rows, columns, column, row, wide, high, live, SPLINE: tl.c
     return _sample(field, rows, columns, x, y, live, SPLINE)
 
 
-@triton.jit
+@kernel
 def look_frames(
     spline,  # (N, h + 6, w + 6)
     usable,  # (N, h' + 6, w' + 6)
@@ -175,7 +166,7 @@ def look_frames(
     PROJECTIVE: tl.constexpr,
     SPLINE: tl.constexpr,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 256,
 ):
     """One program: a block of samples of one frame."""
     frame, place, live = block_of(samples, BLOCK)
@@ -323,7 +314,7 @@ def _composed(step, places, nothing, a, b, c, d, e, f, g, h, i, MOTION: tl.const
     return na, nb, nc, nd, ne, nf, ng, nh, divide(last, last)
 
 
-@triton.jit
+@kernel
 def step_warped(
     spline,  # (N, h + 6, w + 6)
     start,  # (N, 9)
@@ -356,7 +347,7 @@ def step_warped(
     PROJECTIVE: tl.constexpr,
     SPLINE: tl.constexpr,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 256,
 ):
     """One program: one frame."""
     frame = tl.program_id(0).to(tl.int64)
@@ -407,11 +398,11 @@ def step_warped(
 @triton.jit
 def _product(spectra, LINE: tl.constexpr, bins, place, live, real, imaginary):
     """Real part of the conjugate of a weighted regressor's spectrum times a moving frame's."""
-    own = spectra + (LINE * bins + place) * 2
-    return tl.load(own, mask=live, other=0) * real + tl.load(own + 1, mask=live, other=0) * imaginary
+    own_real, own_imaginary = load_complex(spectra + LINE * bins * 2, place, live)
+    return own_real * real + own_imaginary * imaginary
 
 
-@triton.jit
+@kernel
 def step_shifted(
     spectrum,  # (N, h, w//2+1, 2)
     weighted,  # (N, 4, h, w//2+1, 2), spectra of the weighted regressors
@@ -435,7 +426,7 @@ def step_shifted(
     longest: tl.float64,
     tolerance: tl.float64,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 256,
 ):
     """One program: one frame. Inner products of fields are those of their spectra (Parseval)."""
     frame = tl.program_id(0).to(tl.int64)
@@ -469,8 +460,7 @@ def step_shifted(
                 _y, x, cosine, sine = wave_of(place, live, columns, fy, fx, x_shift, y_shift)
                 # how often a column stands in the whole spectrum
                 often = tl.where(x > 0, 2.0, 1.0)
-                given = tl.load(own + 2 * place, mask=live, other=0)
-                other = tl.load(own + 2 * place + 1, mask=live, other=0)
+                given, other = load_complex(own, place, live)
                 real = (given * cosine + other * sine) * often
                 imaginary = (other * cosine - given * sine) * often
                 m0 += _product(spectra, 0, bins, place, live, real, imaginary)
@@ -555,35 +545,27 @@ def _look(
     projective: bool,
     precise: bool,
 ) -> tuple[Tensor, Tensor]:
-    frames, samples = math.prod(warp.shape[:-2]), level_x.shape[0]
     values, common = _looked_like(warp, level_x)
-    if values.numel() == 0:
-        return values, common
-    mask = spline if usable is None else usable.expand(*warp.shape[:-2], *usable.shape[-2:])
-    weights, group = _by_group(level_weights, warp, 1)
+    mask = None if usable is None else usable.expand(*warp.shape[:-2], *usable.shape[-2:])
+    weights, group = by_group(warp.shape[:-2], 1, level_weights)
+    samples = level_x.shape[0]
     launch(
         look_frames,
-        frames * triton.cdiv(samples, _BLOCK),
-        spline,
-        mask,
-        warp,
-        level_x,
-        level_y,
-        weights,
-        values,
-        common,
-        samples,
-        group,
-        *(length - 6 for length in spline.shape[-2:]),
-        *(length - 6 for length in mask.shape[-2:]),
-        *map(float, frame),
-        *(ramps or (1.0, 1.0)),
-        MASKED=usable is not None,
+        frames_of(warp),
+        (spline, mask, warp, level_x, level_y, weights, values, common),
+        (
+            samples,
+            group,
+            *(length - 6 for length in spline.shape[-2:]),
+            *(length - 6 for length in (spline if mask is None else mask).shape[-2:]),
+            *map(float, frame),
+            *(ramps or (1.0, 1.0)),
+        ),
+        samples=samples,
+        MASKED=mask is not None,
         TAPERED=bool(ramps),
         PROJECTIVE=projective,
         SPLINE=precise,
-        COMPUTE=kernel_dtype(warp),
-        BLOCK=_BLOCK,
     )
     return values, common
 
@@ -663,43 +645,25 @@ def _ascend_warped(
     precise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     warp, reach, seen = _ascended_like(start, moves)
-    if warp.numel() == 0:
-        return warp, reach, seen
-    lines, group = _by_group(regressors, start, 2)
+    lines, group = by_group(start.shape[:-2], 2, regressors)
     parameters = corners.shape[-1]
+    equations = mean, inverse, solved, rest
     launch(
         step_warped,
-        math.prod(start.shape[:-2]),
-        spline,
-        start,
-        moves,
-        weights,
-        lines,
-        mean,
-        inverse,
-        solved,
-        rest,
-        level_x,
-        level_y,
-        corners,
-        warp,
-        reach,
-        seen,
-        level_x.shape[0],
-        group,
-        regressors.shape[-2],
-        *(length - 6 for length in spline.shape[-2:]),
-        iterations,
-        *map(float, frame),
-        longest,
-        tolerance,
+        frames_of(start),
+        (spline, start, moves, weights, lines, *equations, level_x, level_y, corners, warp, reach, seen),
+        (
+            *(level_x.shape[0], group, regressors.shape[-2]),
+            *(length - 6 for length in spline.shape[-2:]),
+            iterations,
+            *map(float, frame),
+            *(longest, tolerance),
+        ),
         PARAMETERS=parameters,
         PADDED=triton.next_power_of_2(2 + parameters),
         MOTION=_MOTIONS.index(motion),
         PROJECTIVE=projective,
         SPLINE=precise,
-        COMPUTE=kernel_dtype(start),
-        BLOCK=_BLOCK,
     )
     return warp, reach, seen
 
@@ -768,42 +732,12 @@ def _ascend_shifted(
     tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shift, reach, seen = _ascended_like(start, moves)
-    if shift.numel() == 0:
-        return shift, reach, seen
     rows, columns = spectrum.shape[-3:-1]
+    equations = mean, inverse, solved, rest
     launch(
         step_shifted,
-        math.prod(start.shape[:-1]),
-        spectrum,
-        weighted,
-        start,
-        moves,
-        mean,
-        inverse,
-        solved,
-        rest,
-        fy,
-        fx,
-        corners,
-        shift,
-        reach,
-        seen,
-        rows * columns,
-        columns,
-        iterations,
-        float(samples),
-        half,
-        longest,
-        tolerance,
-        COMPUTE=kernel_dtype(start),
-        BLOCK=_BLOCK,
+        frames_of(start, 1),
+        (spectrum, weighted, start, moves, *equations, fy, fx, corners, shift, reach, seen),
+        (rows * columns, columns, iterations, float(samples), half, longest, tolerance),
     )
     return shift, reach, seen
-
-
-def _by_group(shared: Tensor, warp: Tensor, own: int) -> tuple[Tensor, int]:
-    """Rows of a reference (..., 1 or T, ..., n), and how many frames share each."""
-    lead = warp.shape[:-2]
-    group = lead[-1] if shared.shape[-own - 1] == 1 else 1
-    shape = (*lead[:-1], *shared.shape[-own - 1 :])
-    return shared.expand(shape).contiguous(), group

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.climb import MOST_BINS, settled, unturned, with_bins
-from torchalign.kernels.sampling import divide, kernel_dtype, launch, operator
-
-__all__ = ["assess", "assess_frames"]
-
-_BLOCK = 512
+from torchalign.kernels.sampling import divide, frames_of, kernel, launch, operator
 
 
 @triton.jit
@@ -110,7 +104,7 @@ def _fourth_moment(x, y, p40, p31, p22, p13, p04):
     return total + (4 * x * y * y * y * tl.sum(p13, 0) + y * y * y * y * tl.sum(p04, 0))
 
 
-@triton.jit
+@kernel
 def assess_frames(
     power,  # (N, h, w//2+1, 2)
     fy,  # (h,), cycles per pixel
@@ -131,7 +125,7 @@ def assess_frames(
     COMPUTE: tl.constexpr,
     TINY: tl.constexpr,
     EPSILON: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 512,
 ):
     """One program: one frame. See functional.uncertainty.assess_peak, and functional.phase for what follows it."""
     frame = tl.program_id(0).to(tl.int64)
@@ -254,17 +248,16 @@ def assess(
     Returns:
         The shift (..., 2) less the weights' pull; and its covariance (..., 2, 2), the height, the curvature along
         its larger axis, and the share of it that is not the weights', (...,) each, and the inverse of the Hessian
-        (..., 2, 2). ``None`` where the spectrum is
-        too large for one program.
+        (..., 2, 2). ``None`` where the spectrum is too large for one program.
     """
     if power.shape[-2] * power.shape[-1] > MOST_BINS:
         return None
     parts = torch.view_as_real(power.resolve_conj())
     lead = power.shape[:-2]
-    places = torch.stack(torch.broadcast_tensors(shift, together)).to(parts.dtype)
-    found = _launch_assess(
-        parts, *frequencies, places, weights.expand(*lead, *weights.shape[-2:]), list(spacing), list(limits)
-    )
+    shift, together = (part.expand(*lead, 2).to(parts.dtype) for part in (shift, together))
+    numbers = [0.5 / spacing[0], 0.5 / spacing[1], *limits]
+    weights = weights.expand(*lead, *weights.shape[-2:])
+    found = _launch_assess(parts, *frequencies, shift, together, weights, numbers)
     covariance, inverse = (found[..., first : first + 4].unflatten(-1, (2, 2)) for first in (2, 9))
     return found[..., :2], (covariance, found[..., 6], found[..., 7], found[..., 8], inverse)
 
@@ -274,32 +267,12 @@ def _launch_assess(
     power: Tensor,
     fy: Tensor,
     fx: Tensor,
-    places: Tensor,
+    shift: Tensor,
+    together: Tensor,
     weights: Tensor,
-    spacing: list[float],
-    limits: list[float],
+    numbers: list[float],
 ) -> Tensor:
     found = power.new_empty((*power.shape[:-3], 13))
-    if found.numel() == 0:
-        return found
-    start, together = places.contiguous().unbind(0)
-    launch(
-        assess_frames,
-        math.prod(power.shape[:-3]),
-        power,
-        fy,
-        fx,
-        start,
-        together,
-        weights,
-        found,
-        *weights.shape[-2:],
-        0.5 / spacing[0],
-        0.5 / spacing[1],
-        *limits,
-        COMPUTE=kernel_dtype(power),
-        TINY=torch.finfo(power.dtype).tiny,
-        EPSILON=torch.finfo(power.dtype).eps,
-        BLOCK=_BLOCK,
-    )
+    tensors = power, fy, fx, shift, together, weights, found
+    launch(assess_frames, frames_of(power, 3), tensors, (*weights.shape[-2:], *numbers))
     return found

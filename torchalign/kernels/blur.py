@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import block_of, kernel_dtype, launch, operator
-
-__all__ = ["blur", "blur_frames"]
-
-_BLOCK = 1024
+from torchalign.kernels.sampling import cell_of, frames_of, kernel, launch, operator
 
 
-@triton.jit
+@kernel
 def blur_frames(
     image,  # (N, H, W)
     weights,  # (radius + 1,)
@@ -26,14 +19,11 @@ def blur_frames(
     DOWN: tl.constexpr,  # along y, else along x
     MIRRORED: tl.constexpr,  # beyond the edge the image mirrored at it, else the edge repeated
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of pixels of one frame."""
-    pixels = height * width
-    frame, place, live = block_of(pixels, BLOCK)
-    plane = frame * pixels
-    x = place % width
-    y = place // width
+    frame, place, live, x, y = cell_of(height, width, BLOCK)
+    plane = frame * height * width
     if DOWN:
         position = y
         length = height
@@ -74,21 +64,13 @@ def blur(image: Tensor, weights: Tensor) -> Tensor:
 @operator("blur", lambda image: image.new_empty(image.shape))
 def _blur_axis(image: Tensor, weights: Tensor, down: bool, mirrored: bool) -> Tensor:
     blurred = image.new_empty(image.shape)
-    if image.numel() == 0:
-        return blurred
-    height, width = image.shape[-2:]
     launch(
         blur_frames,
-        math.prod(image.shape[:-2]) * triton.cdiv(height * width, _BLOCK),
-        image,
-        weights,
-        blurred,
-        height,
-        width,
-        weights.shape[0] - 1,
+        frames_of(image),
+        (image, weights, blurred),
+        (*image.shape[-2:], weights.shape[0] - 1),
+        samples=image.shape[-2] * image.shape[-1],
         DOWN=down,
         MIRRORED=mirrored,
-        COMPUTE=kernel_dtype(image),
-        BLOCK=_BLOCK,
     )
     return blurred

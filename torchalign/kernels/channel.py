@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import block_of, divide, is_finite, kernel_dtype, operator
+from torchalign.kernels.sampling import cell_of, divide, frames_of, is_finite, kernel, launch, operator
 
-__all__ = ["channel_frames", "see"]
-
-_BLOCK = 1024
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@triton.jit
+@kernel
 def channel_frames(
     frames,  # (N, C, H, W), by its strides
     mask,  # (N, H, W), 0 and 1, by its strides
@@ -39,12 +33,12 @@ def channel_frames(
     MODE: tl.constexpr,  # 0: the first band; 1: the mean of all; 2: the mean of the three; 3: their luminance
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of pixels of one frame."""
-    frame, place, live = block_of(height * width, BLOCK)
-    x = (place % width).to(tl.int64)
-    y = (place // width).to(tl.int64)
+    frame, place, live, x, y = cell_of(height, width, BLOCK)
+    x = x.to(tl.int64)
+    y = y.to(tl.int64)
     pixels = frames + frame * stride_frame + y * stride_row + x * stride_column
     if MODE == 1:
         total = tl.load(pixels, mask=live).to(COMPUTE)
@@ -100,29 +94,22 @@ def _seen_like(cube: Tensor) -> tuple[Tensor, Tensor]:
 @operator("see", _seen_like)
 def _see(cube: Tensor, mask: Tensor | None, channel: str, bands: list[int]) -> tuple[Tensor, Tensor]:
     seen, usable = _seen_like(cube)
-    if seen.numel() == 0:
-        return seen, usable
-    count, (number, height, width) = math.prod(cube.shape[:-3]), cube.shape[-3:]
+    count, (number, height, width) = frames_of(cube, 3), cube.shape[-3:]
     frames = cube.reshape(count, number, height, width)
-    masks = frames if mask is None else mask.reshape(count, height, width).view(torch.uint8)
-    first, second, third = (*bands, 0, 0, 0)[:3]
-    channel_frames[(count * triton.cdiv(height * width, _BLOCK),)](
-        frames,
-        masks,
-        seen,
-        usable.view(torch.uint8),
-        first,
-        second,
-        third,
-        number,
-        height,
-        width,
-        *frames.stride(),
-        *((0, 0, 0) if mask is None else masks.stride()),
+    masks = None if mask is None else mask.reshape(count, height, width)
+    launch(
+        channel_frames,
+        count,
+        (frames, masks, seen, usable),
+        (
+            *(*bands, 0, 0, 0)[:3],
+            *(number, height, width),
+            *frames.stride(),
+            *((0, 0, 0) if masks is None else masks.stride()),
+        ),
+        samples=height * width,
+        strided=True,
         MODE=("band", "mean", "rgb_mean", "luminance").index(channel),
-        MASKED=mask is not None,
-        COMPUTE=kernel_dtype(seen),
-        BLOCK=_BLOCK,
-        enable_fp_fusion=False,
+        MASKED=masks is not None,
     )
     return seen, usable

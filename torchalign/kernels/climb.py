@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, kernel_dtype, launch, operator, wave_of
+from torchalign.kernels.sampling import divide, frames_of, kernel, launch, load_complex, operator, wave_of
 
-__all__ = [
-    "MOST_BINS",
-    "climb",
-    "climb_frames",
-    "derivatives",
-    "newton_step",
-    "settled",
-    "unturned",
-    "with_bins",
-]
-
-_BLOCK = 512
 # One program walks the spectrum of a frame, once a step: of larger ones the matrix products of torch are faster.
 MOST_BINS = 2**18
 
@@ -39,11 +25,9 @@ def unturned(
     live = place < bins
     y, x, cosine, sine = wave_of(place, live, columns, fy, fx, shift_x, shift_y)
     often = tl.where(live, 1.0, 0.0).to(COMPUTE) + tl.where(x > 0, 1.0, 0.0).to(COMPUTE)
-    real = tl.load(spectrum + 2 * place, mask=live, other=0)
-    imaginary = tl.load(spectrum + 2 * place + 1, mask=live, other=0)
+    real, imaginary = load_complex(spectrum, place, live)
     if CROSSED:
-        c = tl.load(other + 2 * place, mask=live, other=0)
-        d = tl.load(other + 2 * place + 1, mask=live, other=0)
+        c, d = load_complex(other, place, live)
         product = real * c + imaginary * d
         imaginary = real * d - imaginary * c
         real = product
@@ -96,7 +80,7 @@ def settled(shift, EPSILON: tl.constexpr):
     return tl.where(tl.abs(shift) < 64 * EPSILON, 0.0, shift)
 
 
-@triton.jit
+@kernel
 def climb_frames(
     power,  # (N, h, w//2+1, 2)
     fy,  # (h,), cycles per pixel
@@ -110,7 +94,7 @@ def climb_frames(
     steps,
     COMPUTE: tl.constexpr,
     EPSILON: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 512,
 ):
     """One program: one frame."""
     frame = tl.program_id(0).to(tl.int64)
@@ -121,7 +105,7 @@ def climb_frames(
     step_y = tl.zeros_like(shift_y)
     curved = shift_x != shift_x
     for _ in range(steps):
-        _, gx, gy, hxx, hyy, hxy = derivatives(
+        _value, gx, gy, hxx, hyy, hxy = derivatives(
             spectrum, spectrum, bins, columns, fy, fx, shift_x, shift_y, False, COMPUTE, BLOCK
         )
         product = hxx * hyy
@@ -167,24 +151,7 @@ def _climbed_like(power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @operator("climb", _climbed_like)
 def _climb(power: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     found, last, peaks = _climbed_like(power)
-    if found.numel() == 0:
-        return found, last, peaks
     rows, columns = power.shape[-3:-1]
-    launch(
-        climb_frames,
-        math.prod(power.shape[:-3]),
-        power,
-        fy,
-        fx,
-        start,
-        found,
-        last,
-        peaks,
-        rows * columns,
-        columns,
-        steps,
-        COMPUTE=kernel_dtype(power),
-        EPSILON=torch.finfo(power.dtype).eps,
-        BLOCK=_BLOCK,
-    )
+    tensors = power, fy, fx, start, found, last, peaks
+    launch(climb_frames, frames_of(power, 3), tensors, (rows * columns, columns, steps))
     return found, last, peaks

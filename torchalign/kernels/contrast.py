@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.sampling import (
     block_of,
+    cell_of,
     divide,
-    kernel_dtype,
+    frames_of,
+    kernel,
     launch,
     neighbour,
     operator,
@@ -21,14 +21,11 @@ from torchalign.kernels.sampling import (
     triangle,
 )
 
-__all__ = ["contrast", "contrast_frames", "open_frames", "opened", "smooth_frames", "unit_frames", "units"]
-
-_BLOCK = 1024
 # One program walks the samples of a frame.
 MOST_SAMPLES = 2**20
 
 
-@triton.jit
+@kernel
 def unit_frames(
     field,  # (N, h, w)
     noise,  # (N,)
@@ -37,7 +34,7 @@ def unit_frames(
     flat,  # (N,), 0 and 1
     samples,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: one frame; the root of the mean square, 1 where there is nothing to see."""
     frame = tl.program_id(0).to(tl.int64)
@@ -52,7 +49,7 @@ def unit_frames(
     tl.store(flat + frame, (~known).to(tl.uint8))
 
 
-@triton.jit
+@kernel
 def smooth_frames(
     field,  # (N, h, w)
     unit,  # (N,)
@@ -61,13 +58,11 @@ def smooth_frames(
     columns,
     SQUARED: tl.constexpr,  # the mean of squares; else the field, in its unit, less its mean
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame. Means over 7 × 7 samples, triangular, the border continued."""
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
     samples = rows * columns
-    frame, place, live = block_of(samples, BLOCK)
-    x = place % columns
-    y = place // columns
     plane = field + frame * samples
     scale = tl.zeros((BLOCK,), COMPUTE) + tl.load(unit + frame)
     total = tl.zeros((BLOCK,), COMPUTE)
@@ -84,7 +79,7 @@ def smooth_frames(
     tl.store(result + frame * samples + place, total, mask=live)
 
 
-@triton.jit
+@kernel
 def contrast_frames(
     detail,  # (N, h, w)
     variance,  # (N, h, w)
@@ -95,7 +90,7 @@ def contrast_frames(
     samples,
     WEIGHTED: tl.constexpr,
     LEAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame."""
     frame, place, live = block_of(samples, BLOCK)
@@ -110,20 +105,22 @@ def contrast_frames(
         tl.store(weighted + at, value * tl.load(weights + at, mask=live, other=0), mask=live)
 
 
-@triton.jit
-def open_frames(
+@kernel
+def share_frames(
     coverage,  # (N, h, w)
-    found,  # (N, h, w)
+    mean,  # (N, h, w), of what is around
+    weights,  # (N, h, w)
+    cover,  # (N, h, w)
     rows,
     columns,
+    lowest: tl.float64,
+    highest: tl.float64,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
-    """One program: a block of samples of one frame; see functional.texture._cover."""
+    """One program: a block of samples of one frame; see functional.texture._shares."""
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
     samples = rows * columns
-    frame, place, live = block_of(samples, BLOCK)
-    x = place % columns
-    y = place // columns
     plane = coverage + frame * samples
     total = tl.zeros((BLOCK,), COMPUTE)
     for j in range(-1, 2):
@@ -136,8 +133,11 @@ def open_frames(
                     at = neighbour(column, row, m, n, rows, columns)
                     least = tl.minimum(least, tl.load(plane + at, mask=live, other=1))
             total += least * triangle(i, j, 1)
-    opened_share = tl.minimum(tl.maximum(2 * total - 1, 0.0), 1.0)
-    tl.store(found + frame * samples + place, opened_share, mask=live)
+    out = frame * samples + place
+    tl.store(cover + out, tl.minimum(tl.maximum(2 * total - 1, 0.0), 1.0), mask=live)
+    low = total * 0 + tl.cast(lowest, COMPUTE)
+    share = divide(tl.load(mean + out, mask=live, other=0) - low, tl.cast(highest, COMPUTE) - low)
+    tl.store(weights + out, tl.minimum(tl.maximum(share, 0.0), 1.0), mask=live)
 
 
 def units(field: Tensor, noise: Tensor, empty: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -159,19 +159,8 @@ def units(field: Tensor, noise: Tensor, empty: Tensor) -> tuple[Tensor, Tensor] 
 @operator("units", lambda field, noise, empty: (field.new_empty(noise.shape), empty.new_empty(noise.shape)))
 def _units(field: Tensor, noise: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
     unit, flat = field.new_empty(noise.shape), empty.new_empty(noise.shape)
-    if field.numel() > 0:
-        launch(
-            unit_frames,
-            unit.numel(),
-            field,
-            noise,
-            empty,
-            unit,
-            flat,
-            field.shape[-2] * field.shape[-1],
-            COMPUTE=kernel_dtype(field),
-            BLOCK=_BLOCK,
-        )
+    tensors = field, noise, empty, unit, flat
+    launch(unit_frames, frames_of(field), tensors, (field.shape[-2] * field.shape[-1],))
     return unit, flat
 
 
@@ -199,19 +188,9 @@ def contrast(
 @operator("smooth", lambda field, unit, squared: field.new_empty(field.shape))
 def _smooth(field: Tensor, unit: Tensor, squared: bool) -> Tensor:
     result = field.new_empty(field.shape)
-    if field.numel() > 0:
-        samples = field.shape[-2] * field.shape[-1]
-        launch(
-            smooth_frames,
-            math.prod(field.shape[:-2]) * triton.cdiv(samples, _BLOCK),
-            field,
-            unit,
-            result,
-            *field.shape[-2:],
-            SQUARED=squared,
-            COMPUTE=kernel_dtype(field),
-            BLOCK=_BLOCK,
-        )
+    size = field.shape[-2:]
+    tensors = field, unit, result
+    launch(smooth_frames, frames_of(field), tensors, size, samples=size[0] * size[1], SQUARED=squared)
     return result
 
 
@@ -226,39 +205,25 @@ def _contrast(
     detail: Tensor, variance: Tensor, typical: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     plain, weighted = _contrast_like(detail, variance, typical, weights)
-    if detail.numel() > 0:
-        samples = detail.shape[-2] * detail.shape[-1]
-        launch(
-            contrast_frames,
-            math.prod(detail.shape[:-2]) * triton.cdiv(samples, _BLOCK),
-            detail,
-            variance,
-            typical,
-            detail if weights is None else weights,
-            plain,
-            weighted,
-            samples,
-            WEIGHTED=weights is not None,
-            # below it the derivative of the root overflows
-            LEAST=torch.finfo(detail.dtype).tiny ** 0.5,
-            BLOCK=_BLOCK,
-        )
+    samples = detail.shape[-2] * detail.shape[-1]
+    launch(
+        contrast_frames,
+        frames_of(detail),
+        (detail, variance, typical, weights, plain, weighted),
+        (samples,),
+        samples=samples,
+        WEIGHTED=weights is not None,
+        # below it the derivative of the root overflows
+        LEAST=torch.finfo(detail.dtype).tiny ** 0.5,
+    )
     return plain, weighted
 
 
-@operator("opened", lambda coverage: coverage.new_empty(coverage.shape))
-def opened(coverage: Tensor) -> Tensor:
-    """(..., h, w): of the shares of samples that are usable what :func:`functional.texture._cover` makes."""
-    found = coverage.new_empty(coverage.shape)
-    if coverage.numel() > 0:
-        samples = coverage.shape[-2] * coverage.shape[-1]
-        launch(
-            open_frames,
-            math.prod(coverage.shape[:-2]) * triton.cdiv(samples, _BLOCK),
-            coverage,
-            found,
-            *coverage.shape[-2:],
-            COMPUTE=kernel_dtype(coverage),
-            BLOCK=_BLOCK,
-        )
-    return found
+@operator("shares", lambda coverage: (coverage.new_empty(coverage.shape), coverage.new_empty(coverage.shape)))
+def shares(coverage: Tensor, mean: Tensor, lowest: float, highest: float) -> tuple[Tensor, Tensor]:
+    """(..., h, w) twice: of the shares of samples that are usable what :func:`functional.texture._shares` makes."""
+    weights, cover = coverage.new_empty(coverage.shape), coverage.new_empty(coverage.shape)
+    size = coverage.shape[-2:]
+    tensors, numbers = (coverage, mean, weights, cover), (*size, lowest, highest)
+    launch(share_frames, frames_of(coverage), tensors, numbers, samples=size[0] * size[1])
+    return weights, cover

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, kernel_dtype, launch, operator
+from torchalign.kernels.sampling import block_length, divide, frames_of, kernel, launch, operator
 
-__all__ = ["profile_frames", "repeat_frames", "repeated"]
-
-_BLOCK = 256
 _FACTORS = 8
 
 
-@triton.jit
+@kernel
 def profile_frames(
     image,  # (N, H, W)
     usable,  # (N, H, W), 0 and 1
     profile,  # (N, 2 (W − 2) + 2 (H − 2))
     height,
     width,
-    stride_y,  # every which row tells the columns
-    stride_x,
+    every_row,  # which tells the columns
+    every_column,
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 256,
 ):
     """One program: a block of columns, or rows, of one frame; mean first and second differences."""
     wide = tl.cdiv(width - 2, BLOCK)
@@ -37,9 +32,9 @@ def profile_frames(
     block = tl.program_id(0) % blocks
     down = block >= wide
     count = tl.where(down, height, width) - 2
-    lines = tl.where(down, tl.cdiv(width, stride_x), tl.cdiv(height, stride_y))
+    lines = tl.where(down, tl.cdiv(width, every_column), tl.cdiv(height, every_row))
     along = tl.where(down, width, 1)
-    across = tl.where(down, stride_x, stride_y * width)
+    across = tl.where(down, every_column, every_row * width)
     place = tl.where(down, block - wide, block) * BLOCK + tl.arange(0, BLOCK)
     live = place < count
     first = tl.zeros((BLOCK,), COMPUTE)
@@ -79,7 +74,7 @@ def _detail(profile, place, live, floor):
     return tl.where(live, level - 0.5 * around, 0.0)
 
 
-@triton.jit
+@kernel
 def repeat_frames(
     profile,  # (N, 2 (W − 2) + 2 (H − 2))
     factor,  # (N,)
@@ -88,19 +83,19 @@ def repeat_frames(
     least: tl.float64,
     COMPUTE: tl.constexpr,
     TINY: tl.constexpr,
-    BLOCK: tl.constexpr,
     FACTORS: tl.constexpr,
+    BLOCK: tl.constexpr = 64,
 ):
     """One program: one frame. See functional.defects.enlargement."""
     frame = tl.program_id(0).to(tl.int64)
     base = profile + frame * 2 * (height + width - 4)
     factors = tl.arange(0, FACTORS) + 1
     repeats = tl.full((FACTORS,), float("inf"), COMPUTE)
-    for axis in tl.static_range(2):
+    for axis in range(2):
         own = tl.full((FACTORS,), -1.0, COMPUTE)
-        whole = (height if axis else width) - 2
+        whole = tl.where(axis == 1, height, width) - 2
         count = whole - 2
-        for kind in tl.static_range(2):
+        for kind in range(2):
             line = base + axis * 2 * (width - 2) + kind * whole
             total = tl.zeros((BLOCK,), COMPUTE)
             for first in range(0, whole, BLOCK):
@@ -146,7 +141,7 @@ def repeated(image: Tensor, usable: Tensor | None, strides: tuple[int, int], lea
     Returns:
         (...,) int64, 1 to 8.
     """
-    profile = _sharpness(image, usable, list(strides))
+    profile = _sharpness(image, None if usable is None else usable.expand(image.shape), list(strides))
     return _repeat(profile, list(image.shape[-2:]), least)
 
 
@@ -157,42 +152,16 @@ def _sharpness_like(image: Tensor) -> Tensor:
 @operator("profile", _sharpness_like)
 def _sharpness(image: Tensor, usable: Tensor | None, strides: list[int]) -> Tensor:
     profile = _sharpness_like(image)
-    if profile.numel() == 0:
-        return profile
     height, width = image.shape[-2:]
-    image = image.contiguous()
-    blocks = triton.cdiv(height - 2, _BLOCK) + triton.cdiv(width - 2, _BLOCK)
-    launch(
-        profile_frames,
-        math.prod(image.shape[:-2]) * blocks,
-        image,
-        image if usable is None else usable.expand(image.shape),
-        profile,
-        height,
-        width,
-        *strides,
-        MASKED=usable is not None,
-        COMPUTE=kernel_dtype(image),
-        BLOCK=_BLOCK,
-    )
+    length = block_length(profile_frames)
+    blocks = triton.cdiv(height - 2, length) + triton.cdiv(width - 2, length)
+    tensors, numbers = (image, usable, profile), (height, width, *strides)
+    launch(profile_frames, frames_of(image) * blocks, tensors, numbers, MASKED=usable is not None)
     return profile
 
 
 @operator("repeat", lambda profile: profile.new_empty(profile.shape[:-1], dtype=torch.int64))
 def _repeat(profile: Tensor, size: list[int], least: float) -> Tensor:
     factor = profile.new_empty(profile.shape[:-1], dtype=torch.int64)
-    if factor.numel() == 0:
-        return factor
-    launch(
-        repeat_frames,
-        factor.numel(),
-        profile,
-        factor,
-        *size,
-        least,
-        COMPUTE=kernel_dtype(profile),
-        TINY=torch.finfo(profile.dtype).tiny,
-        BLOCK=_BLOCK,
-        FACTORS=_FACTORS,
-    )
+    launch(repeat_frames, factor.numel(), (profile, factor), (*size, least), FACTORS=_FACTORS)
     return factor

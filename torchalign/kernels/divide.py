@@ -5,19 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.climb import MOST_BINS, derivatives, newton_step, settled
-from torchalign.kernels.sampling import block_of, divide, kernel_dtype, launch, operator
-
-__all__ = ["climb_divided", "divided_frames", "overlap_frames", "overlaps"]
-
-_BLOCK = 512
+from torchalign.kernels.sampling import block_of, by_group, divide, kernel, launch, operator
 
 
-@triton.jit
+@kernel
 def overlap_frames(
     own,  # (N, h, w), the window of the ground in common, over the moving frame
     other,  # (N, h, w), over the reference
@@ -28,12 +23,12 @@ def overlap_frames(
     moving,  # (N, h, w)
     reference,  # (N or 1 a group, h, w)
     fields,  # (2, 3, N, h, w)
-    frames,
+    stack,  # frames in all
     group,
     samples,
     COVERED: tl.constexpr,
     OTHER_COVERED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame."""
     frame, place, live = block_of(samples, BLOCK)
@@ -45,7 +40,7 @@ def overlap_frames(
     if COVERED:
         weight *= tl.load(cover + here, mask=live, other=0)
     value = tl.load(moving + here, mask=live, other=0)
-    step = tl.cast(frames, tl.int64) * samples
+    step = tl.cast(stack, tl.int64) * samples
     tl.store(fields + here, weight * value, mask=live)
     tl.store(fields + step + here, weight * value * value, mask=live)
     tl.store(fields + 2 * step + here, weight, mask=live)
@@ -58,20 +53,20 @@ def overlap_frames(
     tl.store(fields + 5 * step + here, weight * value * value, mask=live)
 
 
-@triton.jit
+@kernel
 def divided_frames(
     spectra,  # (2, 3, N, h, w//2+1, 2)
     fy,  # (h,), cycles per pixel
     fx,  # (w//2+1,)
     start,  # (N, 2)
     found,  # (N, 4)
-    frames,
+    stack,  # frames in all
     bins,
     columns,
     steps,
     COMPUTE: tl.constexpr,
     EPSILON: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 512,
 ):
     """One program: one frame. See functional.phase._divided_step."""
     frame = tl.program_id(0).to(tl.int64)
@@ -88,8 +83,8 @@ def divided_frames(
         hxy = tl.zeros_like(shift_x)
         peak = shift_x == shift_x
         for which in range(3):
-            own = spectra + (which * frames + frame) * bins * 2
-            other = own + tl.cast(frames, tl.int64) * bins * 6
+            own = spectra + (which * stack + frame) * bins * 2
+            other = own + tl.cast(stack, tl.int64) * bins * 6
             value, x1, y1, xx, yy, xy = derivatives(
                 own, other, bins, columns, fy, fx, shift_x, shift_y, True, COMPUTE, BLOCK
             )
@@ -151,38 +146,20 @@ def _overlaps(
     reference: Tensor,
 ) -> Tensor:
     fields = moved.new_empty((2, 3, *moved.shape))
-    if fields.numel() == 0:
-        return fields
     lead, size = moved.shape[:-2], moved.shape[-2:]
-    theirs = [part for part in (reference, other_cover) if part is not None]
-    shared = all(part.ndim == moved.ndim and part.shape[-3] == 1 for part in theirs) and len(lead) > 0
-    kept = (*lead[:-1], 1) if shared else lead
-    reference, other_cover = (
-        moved if part is None else part.expand(*kept, *size).contiguous() for part in (reference, other_cover)
+    reference, other_cover, group = by_group(lead, 2, reference, other_cover)
+    own, other, moved, weights, moving = (
+        part.expand(*lead, *size) for part in (own, other, moved, weights, moving)
     )
-    own, other, moved, weights, cover, moving = (
-        fields if part is None else part.expand(*lead, *size).contiguous()
-        for part in (own, other, moved, weights, cover, moving)
-    )
-    frames, samples = math.prod(lead), size[0] * size[1]
+    cover = None if cover is None else cover.expand(*lead, *size)
     launch(
         overlap_frames,
-        frames * triton.cdiv(samples, _BLOCK),
-        own,
-        other,
-        moved,
-        weights,
-        cover,
-        other_cover,
-        moving,
-        reference,
-        fields,
-        frames,
-        lead[-1] if shared else 1,
-        samples,
-        COVERED=cover is not fields,
-        OTHER_COVERED=len(theirs) > 1,
-        BLOCK=_BLOCK,
+        math.prod(lead),
+        (own, other, moved, weights, cover, other_cover, moving, reference, fields),
+        (math.prod(lead), group, size[0] * size[1]),
+        samples=size[0] * size[1],
+        COVERED=cover is not None,
+        OTHER_COVERED=other_cover is not None,
     )
     return fields
 
@@ -212,24 +189,7 @@ def climb_divided(
 @operator("climb_divided", lambda spectra: spectra.new_empty((*spectra.shape[2:-3], 4)))
 def _climb_divided(spectra: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> Tensor:
     found = spectra.new_empty((*spectra.shape[2:-3], 4))
-    if found.numel() == 0:
-        return found
     rows, columns = spectra.shape[-3:-1]
     frames = math.prod(spectra.shape[2:-3])
-    launch(
-        divided_frames,
-        frames,
-        spectra,
-        fy,
-        fx,
-        start,
-        found,
-        frames,
-        rows * columns,
-        columns,
-        steps,
-        COMPUTE=kernel_dtype(spectra),
-        EPSILON=torch.finfo(spectra.dtype).eps,
-        BLOCK=_BLOCK,
-    )
+    launch(divided_frames, frames, (spectra, fy, fx, start, found), (frames, rows * columns, columns, steps))
     return found

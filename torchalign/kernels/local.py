@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     block_of,
+    cell_of,
     divide,
-    kernel_dtype,
+    kernel,
     launch,
     lerp,
     neighbour,
@@ -21,10 +21,6 @@ from torchalign.kernels.sampling import (
     spline_weight,
     triangle,
 )
-
-__all__ = ["differentiate", "differentiate_frames", "read_frames", "read_splines", "weigh", "weigh_frames"]
-
-_BLOCK = 512
 
 
 @triton.jit
@@ -43,7 +39,7 @@ def _near(whole, samples, length):
     return tl.minimum(tl.maximum((whole + 0.5) * scale + 0.5, 0).to(tl.int32), samples - 1)
 
 
-@triton.jit
+@kernel
 def read_frames(
     coefficients,  # (N, H + 2P, W + 2P)
     weights,  # (N, h, w)
@@ -59,7 +55,7 @@ def read_frames(
     each,  # 1 where every frame has its own positions, else 0
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame."""
     samples = rows * columns
@@ -87,7 +83,7 @@ def read_frames(
         tl.store(usable + out, tl.load(weights + frame * samples + near, mask=live, other=0), mask=live)
 
 
-@triton.jit
+@kernel
 def weigh_frames(
     own,  # (N, h, w)
     field,  # (1 or N, h, w)
@@ -96,7 +92,7 @@ def weigh_frames(
     weights,  # (1 or N, h, w)
     similarity,  # (N, h, w)
     weighted,  # (2, N, h, w)
-    frames,
+    stack,  # frames in all
     rows,
     columns,
     each_field,  # 1 where every frame has its own, else 0
@@ -104,13 +100,11 @@ def weigh_frames(
     MASKED: tl.constexpr,
     TINY: tl.constexpr,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame; means over 7 × 7 samples, triangular, the border continued."""
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
     samples = rows * columns
-    frame, place, live = block_of(samples, BLOCK)
-    x = place % columns
-    y = place // columns
     plane = own + frame * samples
     other = field + frame * each_field * samples
     both = tl.zeros((BLOCK,), COMPUTE)
@@ -137,7 +131,7 @@ def weigh_frames(
     weight = weight * counts
     residual = tl.load(other + place, mask=live, other=0) - tl.load(plane + place, mask=live, other=0)
     tl.store(weighted + out, weight * (residual * residual), mask=live)
-    tl.store(weighted + tl.cast(frames, tl.int64) * samples + out, weight, mask=live)
+    tl.store(weighted + tl.cast(stack, tl.int64) * samples + out, weight, mask=live)
 
 
 @triton.jit
@@ -146,7 +140,7 @@ def _mean_at(plane, other, at, live):
     return lerp(tl.load(plane + at, mask=live, other=0), tl.load(other + at, mask=live, other=0), 0.5)
 
 
-@triton.jit
+@kernel
 def differentiate_frames(
     own,  # (N, h, w)
     field,  # (1 or N, h, w)
@@ -156,7 +150,7 @@ def differentiate_frames(
     local,  # (N, 2, h, w)
     products,  # (N, 3, h, w)
     pull,  # (N, 2, h, w)
-    frames,
+    stack,  # frames in all
     rows,
     columns,
     each_field,  # 1 where every frame has its own, else 0
@@ -165,13 +159,11 @@ def differentiate_frames(
     least: tl.float64,  # variance of a sample, of the frame's
     redundancy: tl.float64,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame; central differences of fourth order."""
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
     samples = rows * columns
-    frame, place, live = block_of(samples, BLOCK)
-    x = place % columns
-    y = place // columns
     plane = own + frame * samples
     other = field + frame * each_field * samples
     gx = tl.zeros((BLOCK,), COMPUTE)
@@ -188,11 +180,11 @@ def differentiate_frames(
     gy = gy * tl.cast(down, COMPUTE)
     nothing = tl.zeros((BLOCK,), COMPUTE)
     typical = divide(
-        tl.load(whole + frame) + nothing, tl.maximum(tl.load(whole + frames + frame) + nothing, 1e-6)
+        tl.load(whole + frame) + nothing, tl.maximum(tl.load(whole + stack + frame) + nothing, 1e-6)
     )
     out = frame * samples + place
     square = tl.load(around + out, mask=live, other=0)
-    count = tl.load(around + tl.cast(frames, tl.int64) * samples + out, mask=live, other=0)
+    count = tl.load(around + tl.cast(stack, tl.int64) * samples + out, mask=live, other=0)
     variance = tl.maximum(divide(square, count + 1e-3), typical * tl.cast(least, COMPUTE)) + 1e-6
     precision = divide(tl.load(weight + out, mask=live, other=0), variance * tl.cast(redundancy, COMPUTE))
     px = precision * gx
@@ -205,10 +197,6 @@ def differentiate_frames(
     tl.store(products + (frame * 3 + 2) * samples + place, py * gy, mask=live)
     tl.store(pull + frame * 2 * samples + place, px * (residual + gx * ux + gy * uy), mask=live)
     tl.store(pull + (frame * 2 + 1) * samples + place, py * (residual + gx * ux + gy * uy), mask=live)
-
-
-def _programs(frames: Tensor) -> int:
-    return math.prod(frames.shape[:-2]) * triton.cdiv(frames.shape[-2] * frames.shape[-1], _BLOCK)
 
 
 def read_splines(
@@ -240,24 +228,16 @@ def _read_splines(
     coefficients: Tensor, weights: Tensor | None, at: Tensor, size: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     value, inside, usable = _read_like(coefficients, weights, at)
-    if value.numel() > 0:
-        launch(
-            read_frames,
-            _programs(value),
-            coefficients,
-            coefficients if weights is None else weights,
-            at,
-            value,
-            inside,
-            usable,
-            *size,
-            *at.shape[-2:],
-            (coefficients.shape[-1] - size[1]) // 2,
-            int(at.shape[0] > 1),
-            MASKED=weights is not None,
-            COMPUTE=kernel_dtype(value),
-            BLOCK=_BLOCK,
-        )
+    rows, columns = at.shape[-2:]
+    pad = (coefficients.shape[-1] - size[1]) // 2
+    launch(
+        read_frames,
+        len(value),
+        (coefficients, weights, at, value, inside, usable),
+        (*size, rows, columns, pad, int(at.shape[0] > 1)),
+        samples=rows * columns,
+        MASKED=weights is not None,
+    )
     return value, inside, usable
 
 
@@ -271,26 +251,16 @@ def weigh(
 ) -> tuple[Tensor, Tensor]:
     """See functional.local._weigh: (N, h, w), but for a single reference's ``field`` and ``weights``."""
     similarity, weighted = _weighed_like(own)
-    if own.numel() > 0:
-        launch(
-            weigh_frames,
-            _programs(own),
-            own,
-            field,
-            inside,
-            own if usable is None else usable,
-            weights,
-            similarity,
-            weighted,
-            own.shape[0],
-            *own.shape[-2:],
-            int(field.shape[0] > 1),
-            int(weights.shape[0] > 1),
-            MASKED=usable is not None,
-            TINY=torch.finfo(own.dtype).eps ** 2,
-            COMPUTE=kernel_dtype(own),
-            BLOCK=_BLOCK,
-        )
+    count, rows, columns = own.shape
+    launch(
+        weigh_frames,
+        count,
+        (own, field, inside, usable, weights, similarity, weighted),
+        (count, rows, columns, int(field.shape[0] > 1), int(weights.shape[0] > 1)),
+        samples=rows * columns,
+        MASKED=usable is not None,
+        TINY=torch.finfo(own.dtype).eps ** 2,
+    )
     return similarity, weighted
 
 
@@ -335,23 +305,12 @@ def _differentiate(
     numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
     products, pull = _differentiated_like(own)
-    if own.numel() > 0:
-        launch(
-            differentiate_frames,
-            _programs(own),
-            own,
-            field,
-            weight,
-            around,
-            whole,
-            local,
-            products,
-            pull,
-            own.shape[0],
-            *own.shape[-2:],
-            int(field.shape[0] > 1),
-            *numbers,
-            COMPUTE=kernel_dtype(own),
-            BLOCK=_BLOCK,
-        )
+    count, rows, columns = own.shape
+    launch(
+        differentiate_frames,
+        count,
+        (own, field, weight, around, whole, local, products, pull),
+        (count, rows, columns, int(field.shape[0] > 1), *numbers),
+        samples=rows * columns,
+    )
     return products, pull

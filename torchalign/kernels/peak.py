@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, kernel_dtype, launch, operator
+from torchalign.kernels.sampling import divide, frames_of, kernel, launch, operator
 
-__all__ = ["MOST_SAMPLES", "peak", "peak_frames"]
-
-_BLOCK = 1024
 # One program walks the surface of a frame.
 MOST_SAMPLES = 2**19
 
@@ -26,7 +20,7 @@ def _vertex(before, centre, after):
     return tl.minimum(tl.maximum(tl.where(curvature < 0, vertex, 0.0), -0.5), 0.5)
 
 
-@triton.jit
+@kernel
 def peak_frames(
     surface,  # (N, h, w)
     found,  # (N, 6)
@@ -39,7 +33,7 @@ def peak_frames(
     least: tl.float64,
     TINY: tl.constexpr,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: one frame."""
     frame = tl.program_id(0).to(tl.int64)
@@ -123,20 +117,6 @@ def peak(
 @operator("peak", lambda surface: surface.new_empty((*surface.shape[:-2], 6)))
 def _peak(surface: Tensor, steps: list[float], reach: float, margin: float, least: float) -> Tensor:
     found = surface.new_empty((*surface.shape[:-2], 6))
-    if found.numel() == 0:
-        return found
-    launch(
-        peak_frames,
-        math.prod(surface.shape[:-2]),
-        surface,
-        found,
-        *surface.shape[-2:],
-        *steps,
-        reach,
-        margin,
-        least,
-        TINY=torch.finfo(surface.dtype).tiny,
-        COMPUTE=kernel_dtype(surface),
-        BLOCK=_BLOCK,
-    )
+    numbers = *surface.shape[-2:], *steps, reach, margin, least
+    launch(peak_frames, frames_of(surface), (surface, found), numbers)
     return found

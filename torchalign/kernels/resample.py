@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -11,32 +9,33 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     KINDS,
-    block_of,
+    cell_of,
     divide,
+    frames_of,
     interpolate,
     is_finite,
+    kernel,
+    launch,
     operator,
     padded,
     source_of,
 )
 
-__all__ = ["resample", "resample_frames"]
-
-_BLOCK = 512
 _INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
 _PADDINGS = {"border": 0, "zeros": 1, "reflection": 2}
 # dtypes of cubes: what is computed in, and the range of integers (others are left to the functions of torch)
 _COMPUTE = {
-    torch.float16: tl.float32,
-    torch.bfloat16: tl.float32,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.uint8: tl.float32,
-    torch.int8: tl.float32,
-    torch.uint16: tl.float32,
-    torch.int16: tl.float32,
-    torch.int32: tl.float64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.uint8: torch.float32,
+    torch.int8: torch.float32,
+    torch.uint16: torch.float32,
+    torch.int16: torch.float32,
+    torch.int32: torch.float64,
 }
+_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @triton.jit
@@ -82,7 +81,7 @@ def _chosen(
     return result
 
 
-@triton.jit
+@kernel
 def resample_frames(
     frames,  # (N, C, H, W), by its strides
     motion,  # (N, 2 | 6 | 9)
@@ -114,14 +113,14 @@ def resample_frames(
     COMPUTE: tl.constexpr,
     POSITION: tl.constexpr,
     INDEX: tl.constexpr,  # int64 for planes whose pixels lie further apart than 2³¹
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 256,
 ):
     """One program: a block of output pixels of one frame, all of its bands."""
     rows = (height + step - 1) // step
     columns = (width + step - 1) // step
-    frame, place, live = block_of(rows * columns, BLOCK)
-    x = (place % columns) * step
-    y = (place // columns) * step
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
+    x = x * step
+    y = y * step
 
     LENGTH: tl.constexpr = 2 if KIND == 0 else (6 if KIND == 1 else 9)
     column, row, fx, fy, near_column, near_row, inside = source_of(
@@ -220,48 +219,42 @@ def _resample(
     step: int,
     local: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    lead, (bands, height, width) = cube.shape[:-3], cube.shape[-3:]
-    count = math.prod(lead)
+    count, (bands, height, width) = frames_of(cube, 3), cube.shape[-3:]
     values, validity = _resampled_like(cube, step)
     if values.numel() == 0:
         return values, validity.fill_(True)
     frames = cube.reshape(count, bands, height, width)
+    masks = None if mask is None else mask.reshape(count, height, width)
     motion = motion.reshape(count, motion.shape[-1]).contiguous()
-    masks = frames if mask is None else mask.reshape(count, height, width).view(torch.uint8)
-    mask_strides = (0, 0, 0) if mask is None else masks.stride()
-    rows, columns = values.shape[-2:]
     compute = _COMPUTE[cube.dtype]
-    doubled = tl.float64 in (compute, _COMPUTE[motion.dtype])
-    limits = (0, 0) if cube.dtype.is_floating_point else _range(cube.dtype)
-    block = _BLOCK // 2 if interpolation == "bicubic" else _BLOCK  # as many pixels as registers hold
-    resample_frames[(count * triton.cdiv(rows * columns, block),)](
-        frames,
-        motion,
-        masks,
-        motion if local is None else local.contiguous(),
-        values,
-        validity.view(torch.uint8),
-        0.0 if fill_value is None else fill_value,
-        bands,
-        height,
-        width,
-        *frames.stride(),
-        *mask_strides,
-        step,
+    doubled = torch.float64 in (compute, motion.dtype)
+    lowest, highest = (0, 0) if cube.dtype.is_floating_point else _range(cube.dtype)
+    far = max(_extent(part) for part in (frames, masks) if part is not None) >= 2**31
+    launch(
+        resample_frames,
+        count,
+        (frames, motion, masks, None if local is None else local.contiguous(), values, validity),
+        (
+            0.0 if fill_value is None else fill_value,
+            *(bands, height, width),
+            *frames.stride(),
+            *((0, 0, 0) if masks is None else masks.stride()),
+            step,
+        ),
+        samples=values.shape[-2] * values.shape[-1],
+        strided=True,
         KIND=KINDS[motion.shape[-1]],
         INTERPOLATION=_INTERPOLATIONS[interpolation],
         PADDING=_PADDINGS[padding_mode],
         FLOATING=cube.dtype.is_floating_point,
-        MASKED=mask is not None,
+        MASKED=masks is not None,
         FILLED=fill_value is not None,
         LOCAL=local is not None,
-        LOWEST=limits[0],
-        HIGHEST=limits[1],
-        COMPUTE=compute,
-        POSITION=tl.float64 if doubled else tl.float32,
-        INDEX=tl.int64 if max(_extent(frames), _extent(masks)) >= 2**31 else tl.int32,
-        BLOCK=block,
-        enable_fp_fusion=False,
+        LOWEST=lowest,
+        HIGHEST=highest,
+        COMPUTE=_DTYPES[compute],
+        POSITION=_DTYPES[torch.float64 if doubled else torch.float32],
+        INDEX=tl.int64 if far else tl.int32,
     )
     return values, validity
 

@@ -8,8 +8,10 @@ Convention:
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,33 +19,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = [
-    "KINDS",
-    "block_of",
-    "bounded",
-    "cubic_weight",
-    "displacement",
-    "divide",
-    "interpolate",
-    "is_finite",
-    "kernel_dtype",
-    "launch",
-    "lerp",
-    "neighbour",
-    "operator",
-    "padded",
-    "read",
-    "source_of",
-    "spline_weight",
-    "triangle",
-    "wave_of",
-]
-
 # entries of a motion: a shift (x, y), an affine warp, a homography
 KINDS = {2: 0, 6: 1, 9: 2}
 
 # beyond this many pixels a displacement is cut, as in functional.warp
 _FARTHEST = tl.constexpr(2.0**22)
+
+# Numbers that say how many or which. Triton compiles a kernel anew for a number that is 1, and for one that 16 divides,
+# which lets it load several values at a time; of these it gains nothing.
+_COUNTS = (  # noqa: SIM905
+    "stack group repeat steps iterations lines bands first_band second_band third_band radius pad each each_field "
+    "each_weight height rows usable_rows tall wide every_row every_column"
+).split()
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """``triton.jit`` of a function that is launched: for one size of frames it is compiled once."""
+    return triton.jit(function, do_not_specialize=_COUNTS)
 
 
 @triton.jit
@@ -53,6 +45,27 @@ def block_of(count, BLOCK: tl.constexpr):
     frame = (tl.program_id(0) // blocks).to(tl.int64)
     place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     return frame, place, place < count
+
+
+@triton.jit
+def cell_of(rows, columns, BLOCK: tl.constexpr):
+    """The same of a frame of rows × columns, and column and row of each place."""
+    frame, place, live = block_of(rows * columns, BLOCK)
+    return frame, place, live, place % columns, place // columns
+
+
+@triton.jit
+def load_complex(spectrum, place, live):
+    """Real and imaginary parts of some of a spectrum's bins."""
+    real = tl.load(spectrum + 2 * place, mask=live, other=0)
+    return real, tl.load(spectrum + 2 * place + 1, mask=live, other=0)
+
+
+@triton.jit
+def store_complex(spectrum, place, live, real, imaginary):
+    """The same, written."""
+    tl.store(spectrum + 2 * place, real, mask=live)
+    tl.store(spectrum + 2 * place + 1, imaginary, mask=live)
 
 
 @triton.jit
@@ -286,21 +299,79 @@ def operator(name: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any
     return register
 
 
-def kernel_dtype(tensor: Tensor) -> tl.dtype:
-    """What a kernel computes in."""
-    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+@functools.cache
+def block_length(kernel: Any) -> int:
+    """How many places of a frame a kernel takes at a time."""
+    return int(inspect.signature(kernel.fn).parameters["BLOCK"].default)
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Run a kernel over contiguous tensors; bool ones are seen as bytes, 0 and 1."""
+def launch(
+    kernel: Any,
+    frames: int,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[float] = (),
+    *,
+    samples: int | None = None,
+    strided: bool = False,
+    **constants: Any,
+) -> None:
+    """Run a kernel where its tensors lie.
 
-    def given(argument: Any) -> Any:
-        if not isinstance(argument, Tensor):
-            return argument
-        argument = argument.contiguous()
-        return argument.view(torch.uint8) if argument.dtype == torch.bool else argument
+    Args:
+        kernel: its arguments are the tensors, then the numbers.
+        frames: nothing runs where there are none.
+        tensors: bool ones are seen as bytes, 0 and 1; ``None`` is one that the kernel does not read. The first
+            floating one says in what the kernel computes.
+        numbers: integers, or for arguments that are annotated so floats.
+        samples: of a frame, for a program that takes a block of them. By default one takes a whole frame.
+        strided: the kernel knows how they lie; else contiguous ones are made of them.
+        constants: beside those that follow from the others.
+    """
+    block = block_length(kernel)
+    programs = frames if samples is None else frames * triton.cdiv(samples, block)
+    if programs == 0:
+        return
+    first = next(tensor for tensor in tensors if tensor is not None)
+    floating = next(tensor for tensor in tensors if tensor is not None and tensor.is_floating_point())
+    limits = torch.finfo(floating.dtype)
 
-    kernel[(programs,)](*map(given, arguments), enable_fp_fusion=False, **constants)
+    def given(tensor: Tensor | None) -> Tensor:
+        tensor = first if tensor is None else tensor
+        tensor = tensor if strided else tensor.contiguous()
+        return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+    compute = tl.float64 if floating.dtype == torch.float64 else tl.float32
+    known = {"COMPUTE": compute, "TINY": limits.tiny, "EPSILON": limits.eps, "BLOCK": block, **constants}
+    wanted = {name: value for name, value in known.items() if name in kernel.arg_names}
+    # Triton launches on the device that is the current one; the tensors may lie on another
+    index = first.device.index if first.device.type == "cuda" else -1
+    with torch.cuda.device(index):
+        kernel[(programs,)](*map(given, tensors), *numbers, enable_fp_fusion=False, **wanted)
+
+
+def by_group(lead: Sequence[int], own: int, *parts: Tensor | None) -> tuple[Any, ...]:
+    """What is given once for all frames (..., T), or for each: (..., 1 or T, ...), and how many frames share it.
+
+    Args:
+        lead: (..., T).
+        own: how many dimensions a part has of its own.
+        parts: of which ``None`` stays so. All are shared, or none is.
+
+    Returns:
+        The parts, with these leading dimensions, and the number.
+    """
+    alone = [part is None or part.ndim == own or part.shape[-own - 1] == 1 for part in parts]
+    shared = all(alone) and len(lead) > 0
+    kept = (*lead[:-1], 1) if shared else lead
+    expanded = (
+        None if part is None else part.expand(*kept, *part.shape[part.ndim - own :]) for part in parts
+    )
+    return *expanded, lead[-1] if shared else 1
+
+
+def frames_of(image: Tensor, own: int = 2) -> int:
+    """The number of frames of (..., H, W), or of what has more dimensions of its ``own``."""
+    return math.prod(image.shape[:-own])
 
 
 @triton.jit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,18 +11,16 @@ from torch import Tensor
 
 from torchalign.kernels.sampling import (
     KINDS,
+    by_group,
     divide,
+    frames_of,
     interpolate,
-    kernel_dtype,
+    kernel,
     launch,
     operator,
     padded,
     source_of,
 )
-
-__all__ = ["score", "score_frames"]
-
-_BLOCK = 256
 
 
 @triton.jit
@@ -55,7 +52,7 @@ def _bicubic(
     return total
 
 
-@triton.jit
+@kernel
 def score_frames(
     moving,  # (N, H, W)
     reference,  # (N or 1 a group, H, W)
@@ -65,7 +62,7 @@ def score_frames(
     weight,  # (N, h, w)
     local,  # (N, 2, h, w), added to the last motion
     scores,  # (N, S + 1)
-    frames,
+    stack,  # frames in all
     group,  # frames that share a reference
     height,
     width,
@@ -77,7 +74,7 @@ def score_frames(
     WEIGHTED: tl.constexpr,
     LOCAL: tl.constexpr,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 256,
 ):
     """One program: one frame under one of its motions, or (the last) under none.
 
@@ -115,7 +112,7 @@ def score_frames(
         value = tl.load(plane + here, mask=live, other=0).to(COMPUTE)
         shifts = local + frame * 2 * rows * columns + place
         for stage in tl.static_range(STAGES):
-            motion = motions + (stage * frames + frame) * LENGTH
+            motion = motions + (stage * stack + frame) * LENGTH
             column, row, fx, fy, near, inside = _nearest(
                 motion, shifts, rows * columns, x, y, height, width, live,
                 LOCAL and stage == STAGES - 1, KIND, COMPUTE,
@@ -204,48 +201,28 @@ def _score(
     local: Tensor | None,
 ) -> Tensor:
     scores = _scores_like(moving, motions)
-    if scores.numel() == 0:
-        return scores
     height, width = moving.shape[-2:]
-    frames = math.prod(moving.shape[:-2])
-    shared = reference.shape[-3] == 1
-    lead = moving.shape[:-3]
-
-    def plane(image: Tensor | None) -> Tensor:
-        if image is None:
-            return moving
-        if image.dtype == torch.bool:
-            image = image.contiguous().view(torch.uint8)
-        return image.expand(*lead, *image.shape[-3:]).contiguous()
-
-    if reference_usable is not None and (reference_usable.shape[-3] == 1) != shared:
-        reference, reference_usable = (
-            image.expand(*lead, moving.shape[-3], height, width) for image in (reference, reference_usable)
-        )
-        shared = False
+    frames = frames_of(moving)
+    reference, reference_usable, group = by_group(moving.shape[:-2], 2, reference, reference_usable)
     launch(
         score_frames,
         frames * (motions.shape[0] + 1),
-        moving,
-        plane(reference),
-        motions,
-        plane(moving_usable),
-        plane(reference_usable),
-        moving if weight is None else weight,
-        moving if local is None else local,
-        scores,
-        frames,
-        moving.shape[-3] if shared else 1,
-        height,
-        width,
-        step,
+        (
+            moving,
+            reference,
+            motions,
+            None if moving_usable is None else moving_usable.expand(moving.shape),
+            reference_usable,
+            weight,
+            local,
+            scores,
+        ),
+        (frames, group, height, width, step),
         STAGES=motions.shape[0],
         KIND=KINDS[motions.shape[-1]],
         MASKED=moving_usable is not None,
         REFERENCE_MASKED=reference_usable is not None,
         WEIGHTED=weight is not None,
         LOCAL=local is not None,
-        COMPUTE=kernel_dtype(moving),
-        BLOCK=_BLOCK,
     )
     return scores

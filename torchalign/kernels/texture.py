@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.sampling import (
-    block_of,
+    cell_of,
     divide,
-    kernel_dtype,
+    frames_of,
+    kernel,
     launch,
     neighbour,
     operator,
     triangle,
 )
 
-__all__ = ["MOST_PIXELS", "cover_frames", "coverage", "fill", "fill_frames", "mean_frames"]
-
-_BLOCK = 1024
 # One program takes the mean of a frame.
 MOST_PIXELS = 2**22
 
 
-@triton.jit
+@kernel
 def mean_frames(
     image,  # (N, H, W)
     usable,  # (N, H, W), 0 and 1
     means,  # (N, 2): the mean of what is usable, and its share
     pixels,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: one frame."""
     frame = tl.program_id(0).to(tl.int64)
@@ -50,7 +45,7 @@ def mean_frames(
     tl.store(means + 2 * frame + 1, divide(whole, tl.cast(pixels, COMPUTE)))
 
 
-@triton.jit
+@kernel
 def fill_frames(
     image,  # (N, H, W)
     usable,  # (N, H, W), 0 and 1
@@ -60,19 +55,17 @@ def fill_frames(
     width,
     least: tl.float64,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of pixels of one frame; where all are usable, it reads each once."""
+    frame, place, live, x, y = cell_of(height, width, BLOCK)
     pixels = height * width
-    frame, place, live = block_of(pixels, BLOCK)
     plane = image + frame * pixels
     mask = usable + frame * pixels
     mean = tl.load(means + 2 * frame)
     good = tl.load(mask + place, mask=live, other=1) != 0
     centred = tl.load(plane + place, mask=live, other=0) - mean
     if tl.min(good.to(tl.int32), 0) == 0:
-        x = place % width
-        y = place // width
         total = tl.zeros((BLOCK,), COMPUTE)
         weight = tl.zeros((BLOCK,), COMPUTE)
         # 7 × 7 pixels, triangular, the border continued
@@ -89,7 +82,7 @@ def fill_frames(
     tl.store(filled + frame * pixels + place, centred, mask=live)
 
 
-@triton.jit
+@kernel
 def cover_frames(
     usable,  # (N, H, W), 0 and 1
     share,  # (N, h, w)
@@ -100,12 +93,10 @@ def cover_frames(
     tall,  # the most pixels of a sample's window
     wide,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame; windows as in ``F.interpolate(mode="area")``."""
-    frame, place, live = block_of(rows * columns, BLOCK)
-    y = place // columns
-    x = place % columns
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
     top = (y * height) // rows
     left = (x * width) // columns
     bottom = ((y + 1) * height + rows - 1) // rows
@@ -142,40 +133,16 @@ def fill(image: Tensor, usable: Tensor, least: float) -> tuple[Tensor, Tensor] |
 @operator("mean", lambda image: image.new_empty((*image.shape[:-2], 2)))
 def _usable_mean(image: Tensor, usable: Tensor) -> Tensor:
     means = image.new_empty((*image.shape[:-2], 2))
-    if image.numel() == 0:
-        return means
-    launch(
-        mean_frames,
-        math.prod(image.shape[:-2]),
-        image,
-        usable,
-        means,
-        image.shape[-2] * image.shape[-1],
-        COMPUTE=kernel_dtype(image),
-        BLOCK=_BLOCK,
-    )
+    launch(mean_frames, frames_of(image), (image, usable, means), (image.shape[-2] * image.shape[-1],))
     return means
 
 
 @operator("fill", lambda image: image.new_empty(image.shape))
 def _fill_with(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Tensor:
     filled = image.new_empty(image.shape)
-    if image.numel() == 0:
-        return filled
-    height, width = image.shape[-2:]
-    launch(
-        fill_frames,
-        math.prod(image.shape[:-2]) * triton.cdiv(height * width, _BLOCK),
-        image,
-        usable,
-        means,
-        filled,
-        height,
-        width,
-        least,
-        COMPUTE=kernel_dtype(image),
-        BLOCK=_BLOCK,
-    )
+    size = image.shape[-2:]
+    tensors = image, usable, means, filled
+    launch(fill_frames, frames_of(image), tensors, (*size, least), samples=size[0] * size[1])
     return filled
 
 
@@ -196,22 +163,8 @@ def coverage(usable: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tenso
 @operator("coverage", lambda usable, size, dtype: usable.new_empty((*usable.shape[:-2], *size), dtype=dtype))
 def _launch_coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     share = usable.new_empty((*usable.shape[:-2], *size), dtype=dtype)
-    if share.numel() == 0:
-        return share
-    height, width = usable.shape[-2:]
-    launch(
-        cover_frames,
-        math.prod(usable.shape[:-2]) * triton.cdiv(size[0] * size[1], _BLOCK),
-        usable,
-        share,
-        height,
-        width,
-        *size,
-        *(
-            -(-length // samples) + (1 if length % samples else 0)
-            for length, samples in zip((height, width), size, strict=True)
-        ),
-        COMPUTE=kernel_dtype(share),
-        BLOCK=_BLOCK,
-    )
+    sizes = zip(usable.shape[-2:], size, strict=True)
+    most = (-(-length // samples) + (length % samples > 0) for length, samples in sizes)
+    numbers = *usable.shape[-2:], *size, *most
+    launch(cover_frames, frames_of(usable), (usable, share), numbers, samples=size[0] * size[1])
     return share

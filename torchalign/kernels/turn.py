@@ -1,4 +1,4 @@
-"""A spectrum turned by a shift of its content, and the window of common ground, a kernel each."""
+"""Spectra turned by a shift of their content, and multiplied; and the window of common ground: a kernel each."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import block_of, kernel_dtype, launch, operator, wave_of
+from torchalign.kernels.sampling import (
+    block_of,
+    by_group,
+    cell_of,
+    frames_of,
+    kernel,
+    launch,
+    load_complex,
+    operator,
+    store_complex,
+    wave_of,
+)
 
-__all__ = ["common_window", "pull_frames", "pulls", "tukey", "turn", "turn_frames", "window_frames"]
 
-_BLOCK = 1024
-
-
-@triton.jit
+@kernel
 def turn_frames(
     spectrum,  # (N, h, w//2+1, 2)
     fy,  # (h,), cycles per pixel
@@ -26,22 +33,19 @@ def turn_frames(
     bins,
     columns,
     repeat,  # frames that share a spectrum
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of bins of one frame."""
     frame, place, live = block_of(bins, BLOCK)
     shift_x = tl.load(shift + 2 * frame)
     shift_y = tl.load(shift + 2 * frame + 1)
     _, _, cosine, sine = wave_of(place, live, columns, fy, fx, shift_x, shift_y)
-    source = spectrum + (frame // repeat) * bins * 2 + 2 * place
-    real = tl.load(source, mask=live, other=0)
-    imaginary = tl.load(source + 1, mask=live, other=0)
-    target = turned + frame * bins * 2 + 2 * place
-    tl.store(target, real * cosine - imaginary * sine, mask=live)
-    tl.store(target + 1, real * sine + imaginary * cosine, mask=live)
+    real, imaginary = load_complex(spectrum + (frame // repeat) * bins * 2, place, live)
+    along, across = real * cosine - imaginary * sine, real * sine + imaginary * cosine
+    store_complex(turned + frame * bins * 2, place, live, along, across)
 
 
-@triton.jit
+@kernel
 def pull_frames(
     moving,  # (N, h, w//2+1, 2)
     reference,  # (N or 1 a group, h, w//2+1, 2)
@@ -55,30 +59,44 @@ def pull_frames(
     group,
     samples: tl.float64,  # π times their number
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of bins of one frame. See functional.uncertainty.block_pulls."""
     frame, place, live = block_of(bins, BLOCK)
     shift_x = tl.load(shift + 2 * frame)
     shift_y = tl.load(shift + 2 * frame + 1)
     y, x, cosine, sine = wave_of(place, live, columns, fy, fx, shift_x, shift_y)
-    a = tl.load(moving + frame * bins * 2 + 2 * place, mask=live, other=0)
-    b = tl.load(moving + frame * bins * 2 + 2 * place + 1, mask=live, other=0)
+    a, b = load_complex(moving + frame * bins * 2, place, live)
     real = a * cosine - b * sine
     imaginary = a * sine + b * cosine
-    there = reference + (frame // group) * bins * 2 + 2 * place
-    c = tl.load(there, mask=live, other=0)
-    d = tl.load(there + 1, mask=live, other=0)
+    c, d = load_complex(reference + (frame // group) * bins * 2, place, live)
     share = tl.load(root + place, mask=live, other=0)
     unit = share * tl.cast(samples, COMPUTE)
-    target = spectra + frame * bins * 6 + 2 * place
-    tl.store(target, (real - c) * share, mask=live)
-    tl.store(target + 1, (imaginary - d) * share, mask=live)
+    target = spectra + frame * bins * 6
+    store_complex(target, place, live, (real - c) * share, (imaginary - d) * share)
     # times iω
-    tl.store(target + 2 * bins, -(imaginary + d) * unit * x, mask=live)
-    tl.store(target + 2 * bins + 1, (real + c) * unit * x, mask=live)
-    tl.store(target + 4 * bins, -(imaginary + d) * unit * y, mask=live)
-    tl.store(target + 4 * bins + 1, (real + c) * unit * y, mask=live)
+    store_complex(target + 2 * bins, place, live, -(imaginary + d) * unit * x, (real + c) * unit * x)
+    store_complex(target + 4 * bins, place, live, -(imaginary + d) * unit * y, (real + c) * unit * y)
+
+
+@kernel
+def cross_frames(
+    moving,  # (N, h, w//2+1, 2)
+    reference,  # (N or 1 a group, h, w//2+1, 2)
+    weight,  # (h, w//2+1)
+    power,  # (N, h, w//2+1, 2)
+    bins,
+    group,
+    BLOCK: tl.constexpr = 1024,
+):
+    """One program: a block of bins of one frame."""
+    frame, place, live = block_of(bins, BLOCK)
+    a, b = load_complex(moving + frame * bins * 2, place, live)
+    c, d = load_complex(reference + (frame // group) * bins * 2, place, live)
+    share = tl.load(weight + place, mask=live, other=0)
+    c *= share
+    d *= share
+    store_complex(power + frame * bins * 2, place, live, a * c + b * d, a * d - b * c)
 
 
 @triton.jit
@@ -90,7 +108,7 @@ def tukey(position, length, ramp):
     return sine * sine
 
 
-@triton.jit
+@kernel
 def window_frames(
     shift,  # (N, 2)
     window,  # (N, h, w)
@@ -101,15 +119,15 @@ def window_frames(
     ramp_y: tl.float64,
     ramp_x: tl.float64,
     COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr = 1024,
 ):
     """One program: a block of samples of one frame."""
-    frame, place, live = block_of(rows * columns, BLOCK)
+    frame, place, live, column, row = cell_of(rows, columns, BLOCK)
     zero = tl.zeros((BLOCK,), COMPUTE)
     high = zero + tl.cast(height, COMPUTE)
     wide = zero + tl.cast(width, COMPUTE)
-    y = (place // columns).to(COMPUTE) * high / rows
-    x = (place % columns).to(COMPUTE) * wide / columns
+    y = row.to(COMPUTE) * high / rows
+    x = column.to(COMPUTE) * wide / columns
     along_y = zero + tl.cast(ramp_y, COMPUTE)
     along_x = zero + tl.cast(ramp_x, COMPUTE)
     own = tl.minimum(tukey(y, high, along_y), tukey(y - tl.load(shift + 2 * frame + 1), high, along_y))
@@ -143,23 +161,10 @@ def _turned_like(spectrum: Tensor, shift: Tensor) -> Tensor:
 @operator("turn", _turned_like)
 def _turn(spectrum: Tensor, fy: Tensor, fx: Tensor, shift: Tensor) -> Tensor:
     turned = _turned_like(spectrum, shift)
-    if turned.numel() == 0:
-        return turned
     rows, columns = spectrum.shape[-3:-1]
-    frames, given = math.prod(shift.shape[:-1]), math.prod(spectrum.shape[:-3])
-    launch(
-        turn_frames,
-        frames * triton.cdiv(rows * columns, _BLOCK),
-        spectrum,
-        fy,
-        fx,
-        shift,
-        turned,
-        rows * columns,
-        columns,
-        frames // given,
-        BLOCK=_BLOCK,
-    )
+    frames, bins = frames_of(shift, 1), rows * columns
+    repeat = frames // max(frames_of(spectrum, 3), 1)
+    launch(turn_frames, frames, (spectrum, fy, fx, shift, turned), (bins, columns, repeat), samples=bins)
     return turned
 
 
@@ -183,20 +188,8 @@ def common_window(
 @operator("common_window", lambda shift, size: shift.new_empty((*shift.shape[:-1], *size)))
 def _common_window(shift: Tensor, size: list[int], frame: list[int], ramps: list[float]) -> Tensor:
     window = shift.new_empty((*shift.shape[:-1], *size))
-    if window.numel() == 0:
-        return window
-    frames = math.prod(shift.shape[:-1])
-    launch(
-        window_frames,
-        frames * triton.cdiv(size[0] * size[1], _BLOCK),
-        shift,
-        window,
-        *size,
-        *map(float, frame),
-        *ramps,
-        COMPUTE=kernel_dtype(shift),
-        BLOCK=_BLOCK,
-    )
+    numbers = *size, *map(float, frame), *ramps
+    launch(window_frames, frames_of(shift, 1), (shift, window), numbers, samples=size[0] * size[1])
     return window
 
 
@@ -230,26 +223,36 @@ def _pulls(
     moving: Tensor, reference: Tensor, fy: Tensor, fx: Tensor, shift: Tensor, root: Tensor, samples: int
 ) -> Tensor:
     spectra = moving.new_empty((*moving.shape[:-3], 3, *moving.shape[-3:]))
-    if spectra.numel() == 0:
-        return spectra
     lead, (rows, columns) = moving.shape[:-3], moving.shape[-3:-1]
-    shared = len(lead) > 0 and reference.ndim == moving.ndim and reference.shape[-4] == 1
-    kept = (*lead[:-1], 1) if shared else lead
+    reference, group = by_group(lead, 3, reference)
+    bins = rows * columns
+    tensors = moving, reference, fy, fx, shift.expand(*lead, 2), root, spectra
     launch(
-        pull_frames,
-        math.prod(lead) * triton.cdiv(rows * columns, _BLOCK),
-        moving,
-        reference.expand(*kept, *reference.shape[-3:]),
-        fy,
-        fx,
-        shift.expand(*lead, 2),
-        root,
-        spectra,
-        rows * columns,
-        columns,
-        lead[-1] if shared else 1,
-        math.pi * samples,
-        COMPUTE=kernel_dtype(moving),
-        BLOCK=_BLOCK,
+        pull_frames, frames_of(moving, 3), tensors, (bins, columns, group, math.pi * samples), samples=bins
     )
     return spectra
+
+
+def cross(moving: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
+    """See :func:`torchalign.functional.phase.cross_power`.
+
+    Args:
+        moving: (..., T, h, w//2+1), an ``rfft2``.
+        reference: (..., 1 or T, h, w//2+1).
+        weight: (h, w//2+1), what the product is multiplied by.
+
+    Returns:
+        (..., T, h, w//2+1).
+    """
+    lead = torch.broadcast_shapes(moving.shape[:-2], reference.shape[:-2])
+    parts, still = (torch.view_as_real(part.resolve_conj()) for part in (moving, reference))
+    return torch.view_as_complex(_cross(parts.expand(*lead, *parts.shape[-3:]), still, weight))
+
+
+@operator("cross", lambda moving: moving.new_empty(moving.shape))
+def _cross(moving: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
+    power = moving.new_empty(moving.shape)
+    reference, group = by_group(moving.shape[:-3], 3, reference)
+    tensors, bins = (moving, reference, weight, power), weight.numel()
+    launch(cross_frames, frames_of(moving, 3), tensors, (bins, group), samples=bins)
+    return power

@@ -13,8 +13,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,7 @@ from torch.nn import functional as F
 
 from torchalign._check import check_floating, check_mask, check_option, check_whole, message
 from torchalign._host import all_true, is_on_host, map_on_host
-from torchalign.functional.keypoints import (
-    erode,
-    highest,
-    inside,
-    pixel_of,
-    quadratic_offset,
-    stretch_contrast,
-    strict_maxima,
-)
+from torchalign.functional import keypoints
 from torchalign.functional.sift import (
     Blobs,
     ScaleSpace,
@@ -42,6 +34,7 @@ from torchalign.functional.sift import (
 )
 from torchalign.models.superpoint import CELL, SuperPointNet
 from torchalign.models.weights import Weights, check_placed, load_into, load_weights
+from torchalign.types import Fields, combine, each_field
 
 __all__ = [
     "ALIKED",
@@ -56,8 +49,7 @@ __all__ = [
     "XFeat",
     "build_extractor",
     "count_valid_rows",
-    "each_field",
-    "join_fields",
+    "filled_rows",
 ]
 
 # Smaller frames are continued, by what is not usable.
@@ -99,22 +91,12 @@ class Features(NamedTuple):
     orientations: Tensor | None = None
 
 
-Fields = TypeVar("Fields", bound=tuple[Any, ...])
-
-
-def each_field(fields: Fields, change: Callable[[Any], Any]) -> Fields:
-    """A named tuple of the same kind, with every field changed that is not ``None``."""
-    kind: Callable[..., Fields] = type(fields)
-    return kind(*(None if field is None else change(field) for field in fields))
-
-
-def join_fields(parts: Sequence[Fields]) -> Fields:
-    """Named tuples of one kind, as one; fields that are no tensors are the first one's."""
-    if len(parts) == 1:
-        return parts[0]
-    kind: Callable[..., Fields] = type(parts[0])
-    columns: Any = zip(*parts, strict=True)
-    return kind(*(torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns))
+def filled_rows(fields: Fields, count: int) -> Fields:
+    """Tuples of tensors (B, K, ...) with ``count`` rows: what is missing is 0."""
+    missing = count - fields[0].shape[1]
+    if not missing:
+        return fields
+    return each_field(fields, lambda field: F.pad(field, (0, 0) * (field.ndim - 2) + (0, missing)))
 
 
 def count_valid_rows(valid: Tensor) -> int:
@@ -173,7 +155,7 @@ class Extractor(nn.Module, ABC):
             parts = map_on_host(
                 lambda rows: self._extract(image[rows], None if usable is None else usable[rows]), blocks
             )
-            return join_fields(parts)
+            return combine(torch.cat, parts)
 
     def _extract(self, image: Tensor, usable: Tensor | None) -> Features:
         """The keypoints of frames of any size and in any units."""
@@ -182,15 +164,8 @@ class Extractor(nn.Module, ABC):
             missing = (0, max(0, _LEAST_SIDE - width), 0, max(0, _LEAST_SIDE - height))
             usable = torch.ones_like(image, dtype=torch.bool) if usable is None else usable
             image, usable = F.pad(image, missing), F.pad(usable, missing)
-        stretched, usable, empty = stretch_contrast(image, usable)
+        stretched, usable, empty = keypoints.stretch_contrast(image, usable)
         return self.extract(stretched, None if all_true(usable) else usable, empty)
-
-    def _filled(self, features: Features) -> Features:
-        """As many rows as there have to be."""
-        missing = self.max_num_keypoints - features.valid.shape[-1]
-        if not missing:
-            return features
-        return each_field(features, lambda field: F.pad(field, (0, 0) * (field.ndim - 2) + (0, missing)))
 
     def train(self, mode: bool = True) -> Extractor:
         """Stays in evaluation mode, whatever the module around does: batch statistics are not to be touched."""
@@ -236,7 +211,7 @@ class SIFT(Extractor):
         if orientation is None:
             orientation = torch.zeros_like(blobs.sigma)
         features = Features(blobs.points, blobs.response, descriptors, blobs.valid, blobs.sigma, orientation)
-        return self._filled(features)
+        return filled_rows(features, self.max_num_keypoints)
 
     def _describe(self, image: Tensor, space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Tensor:
         """Unit descriptors (B, K, D) of keypoints, without an orientation upright."""
@@ -319,18 +294,21 @@ class DenseExtractor(Extractor):
         height, width = image.shape[-2:]
         peaks, scores, features = self.maps(self._padded(image.to(next(self.network.parameters()).dtype)))
         peaks, scores = peaks[..., :height, :width], scores[..., :height, :width]
-        allowed = strict_maxima(peaks, self.radius) & inside(height, width, self.radius, peaks)
+        allowed = keypoints.strict_maxima(peaks, self.radius) & keypoints.inside(
+            height, width, self.radius, peaks
+        )
         allowed = allowed & ~empty.view(-1, 1, 1)
         if usable is not None:
-            allowed = allowed & erode(usable, _MASK_REACH)
-        value, index = highest(scores.flatten(1), allowed.flatten(1), self.max_num_keypoints)
+            allowed = allowed & keypoints.erode(usable, _MASK_REACH)
+        value, index = keypoints.highest(scores.flatten(1), allowed.flatten(1), self.max_num_keypoints)
         valid = value > self.threshold
         rows = count_valid_rows(valid)
         value, index, valid = value[:, :rows], index[:, :rows], valid[:, :rows]
-        points = pixel_of(index, width) + quadratic_offset(peaks, index)
+        points = keypoints.pixel_of(index, width) + keypoints.quadratic_offset(peaks, index)
         descriptors = self.describe(features, points) * valid.unsqueeze(-1)
-        value = torch.where(valid, value, 0.0)
-        return self._filled(Features(points.to(dtype), value.to(dtype), descriptors.to(dtype), valid))
+        found = (points, torch.where(valid, value, 0.0), descriptors)
+        found = each_field(found, lambda field: field.to(dtype))
+        return filled_rows(Features(*found, valid), self.max_num_keypoints)
 
     def _padded(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]

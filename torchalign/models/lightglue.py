@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,8 +30,9 @@ from torch.nn import functional as F
 from torchalign._check import message
 from torchalign._host import is_on_host, map_on_host
 from torchalign.functional.matching import Matches
-from torchalign.models.extractors import Features, each_field
+from torchalign.models.extractors import Features
 from torchalign.models.weights import Weights, check_placed, load_into, load_weights
+from torchalign.types import combine, each_field
 
 __all__ = ["LightGlue", "build_matcher"]
 
@@ -105,12 +107,9 @@ class LightGlue(nn.Module):
             if is_on_host(features0.descriptors) and is_on_host(features1.descriptors):
                 return self._one_by_one(features0, features1, size)
             tokens0, tokens1 = self._tokens(features0, size), self._tokens(features1, size)
-            if batch1 != batch:
-                tokens1 = _Tokens(
-                    tokens1.states.expand(batch, -1, -1),
-                    tokens1.positions.expand(-1, batch, -1, -1, -1),
-                    None if tokens1.valid is None else tokens1.valid.expand(batch, -1),
-                )
+            states, positions, valid = tokens1
+            states, positions = states.expand(batch, -1, -1), positions.expand(-1, batch, -1, -1, -1)
+            tokens1 = _Tokens(states, positions, None if valid is None else valid.expand(batch, -1))
             return self._match(tokens0, tokens1, stop=False)
 
     def _one_by_one(self, features0: Features, features1: Features, size: Sequence[int]) -> Matches:
@@ -119,7 +118,7 @@ class LightGlue(nn.Module):
         references = [_valid_of_frame(features1, row) for row in range(len(features1.keypoints))]
         prepared = [(self._tokens(reference, size, padded=False), places) for reference, places in references]
 
-        def pair(row: int) -> tuple[Tensor, Tensor]:
+        def pair(row: int) -> Matches:
             index = torch.full((count,), -1, dtype=torch.int64, device=features0.keypoints.device)
             weight = features0.descriptors.new_zeros(count)
             features, places0 = _valid_of_frame(features0, row)
@@ -129,13 +128,13 @@ class LightGlue(nn.Module):
                 matched = found.index[0] >= 0
                 index[places0] = torch.where(matched, places1[found.index[0].clamp(min=0)], -1)
                 weight[places0] = found.weight[0].to(weight)
-            return index, weight
+            return Matches(index, weight)
 
         rows = map_on_host(pair, range(len(features0.keypoints)))
         if not rows:
             empty = torch.zeros_like(features0.scores)
             return Matches(empty.long(), empty)
-        return Matches(*(torch.stack(field) for field in zip(*rows, strict=True)))
+        return combine(torch.stack, rows)
 
     def _tokens(self, features: Features, size: Sequence[int], *, padded: bool = True) -> _Tokens:
         """Projected descriptors and positions, after the first self-attention, which is within one side."""
@@ -183,17 +182,15 @@ class LightGlue(nn.Module):
         last = len(self.network.transformers) - 1
         done = tokens0.states.new_zeros(len(tokens0.states), dtype=torch.bool)
         projected: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        stops = self.depth_confidence > 0
         for layer in range(last + 1):
             ahead0, ahead1 = tokens0, tokens1
             if layer > 0:  # else done already
                 ahead0, ahead1 = self._attend_within(layer, ahead0), self._attend_within(layer, ahead1)
             ahead0, ahead1 = self._attend_across(layer, ahead0, ahead1)
-            if self.depth_confidence <= 0:
+            if stop or not stops:
                 tokens0, tokens1 = ahead0, ahead1
-                continue
-            if stop:
-                tokens0, tokens1 = ahead0, ahead1
-                if layer < last and bool(self._is_sure(layer, tokens0, tokens1).all()):
+                if stops and layer < last and bool(self._is_sure(layer, tokens0, tokens1).all()):
                     last = layer
                     break
                 continue
@@ -203,8 +200,7 @@ class LightGlue(nn.Module):
             tokens1 = tokens1._replace(states=torch.where(stays, tokens1.states, ahead1.states))
             now = self._project(layer, tokens0.states, tokens1.states)
             if projected is not None:
-                kept = [torch.where(stays, old, new) for old, new in zip(projected, now, strict=True)]
-                now = (kept[0], kept[1], kept[2], kept[3])
+                now = combine(functools.partial(_choose, stays), [projected, now])
             projected = now
             if layer < last:
                 done = done | self._is_sure(layer, tokens0, tokens1)
@@ -304,6 +300,10 @@ def _current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not name.startswith("extractor.") and not re.fullmatch(r"log_assignment\.\d+\.r", name):
             renamed[name] = tensor
     return renamed
+
+
+def _choose(condition: Tensor, pair: tuple[Tensor, ...]) -> Tensor:
+    return torch.where(condition, pair[0], pair[1])
 
 
 def _key_mask(valid: Tensor | None) -> Tensor | None:
