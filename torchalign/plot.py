@@ -13,7 +13,7 @@ DataArray; ``ValueError`` where a report lacks a field, or ``true_shift`` is of 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +26,7 @@ from torchalign.cube.displacements import field_of
 from torchalign.cube.labels import Array, find_dims, find_frame, time_labels
 from torchalign.cube.solution import report_labels
 from torchalign.functional.shift_field import field_at
-from torchalign.pictures import animation, columns, frames, series, style
+from torchalign.pictures import animation, columns, frames, style
 from torchalign.pictures.frames import Comparison, Label, Statistic, Zoom
 from torchalign.types import ShiftField, Status
 
@@ -743,7 +743,31 @@ def network(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure
         TypeError: the report is no Dataset.
         ValueError: it is of another reference.
     """
-    return _draw_series(series.draw_network, report, ax, (9.0, 4.0))
+    from matplotlib.collections import LineCollection
+    from matplotlib.dates import date2num
+
+    report = columns.check_series(report)
+    figure, ax = style.one_axes(ax, (9.0, 4.0))
+    time, is_date = columns.time_of(report)
+    along = np.asarray(date2num(time) if is_date else time, float)  # type: ignore[no-untyped-call]
+    days = columns.day_of_year(report)
+    height = report["support"].values if days is None else days
+    moving, reference, weight, _ = columns.pairs_of(report)
+    ends = np.stack([np.stack([along[end], height[end]], -1) for end in (moving, reference)], 1)
+    colours = np.zeros((len(weight), 4))
+    colours[:, 3] = 0.08 + 0.5 * np.clip(weight, 0, 1)
+    ax.add_collection(LineCollection(list(ends), colors=colours, linewidths=0.7, zorder=1))
+    ok = report["status"].values == Status.OK
+    ax.scatter(along[ok], height[ok], s=24, color=style.BLUE, zorder=3, label=f"connected ({ok.sum()})")
+    if (~ok).any():
+        label = f"not ({(~ok).sum()})"
+        ax.scatter(along[~ok], height[~ok], s=30, marker="x", color=style.VERMILLION, label=label)
+    if is_date:
+        ax.xaxis_date()
+    ylabel = "support" if days is None else "day of year"
+    ax.set(xlabel="" if is_date else "frame", ylabel=ylabel, title="The pairs that hold the series together")
+    style.finish_axes(ax)
+    return figure
 
 
 def pair_residuals(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
@@ -752,9 +776,25 @@ def pair_residuals(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | Su
     Dark squares agree; a bright row is a frame that its pairs disagree about, a bright block two seasons that
     do. White pairs were not compared, or count nothing. Arguments, result and errors are those of :func:`network`.
     """
-    report = series.check_series(report)
+    report = columns.check_series(report)
     figure, ax = style.one_axes(ax, (6.0, 5.2))
-    figure.colorbar(series.draw_pair_residuals(report, ax), ax=ax, shrink=0.8)
+    days, count = columns.day_of_year(report), report["status"].size
+    order = np.arange(count) if days is None else np.argsort(days, kind="stable")
+    place = np.empty(count, int)
+    place[order] = np.arange(count)
+    moving, reference, _, residual = columns.pairs_of(report)
+    matrix = np.full((count, count), np.nan)
+    matrix[place[moving], place[reference]] = matrix[place[reference], place[moving]] = residual
+    top = float(np.nanquantile(residual, 0.95)) if len(residual) else 1.0
+    drawn = ax.imshow(matrix, cmap="viridis", vmin=0, vmax=max(top, 1e-3), interpolation="nearest")
+    figure.colorbar(drawn, ax=ax, shrink=0.8)
+    if days is not None and count:
+        ticks = np.unique(np.linspace(0, count - 1, min(count, 7)).round().astype(int))
+        names = [str(days[order[tick]]) for tick in ticks]
+        ax.set(xticks=ticks, xticklabels=names, yticks=ticks, yticklabels=names)
+    words = "frame" if days is None else "day of year"
+    ax.set(xlabel=words, ylabel=words, title="What pairs say less what the positions say (pixels)")
+    ax.title.set(fontsize=11, color=style.INK)
     return figure
 
 
@@ -766,10 +806,29 @@ def sun_shift(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigu
     Raises:
         ValueError: the report does not know where the sun stood, either.
     """
-    if not series.sun_known(series.check_series(report)):
+    report = columns.check_series(report)
+    if not columns.sun_known(report):
         cure = "align a cube with dates and a CRS, or pass sun="
         raise ValueError(message("report", "one that knows where the sun stood", "no sun_elevation", cure))
-    return _draw_series(series.draw_sun_shift, report, ax, (5.6, 4.4))
+    figure, ax = style.one_axes(ax, (5.6, 4.4))
+    elevation, azimuth = (np.deg2rad(report[f"sun_{name}"].values) for name in ("elevation", "azimuth"))
+    ok = (report["status"].values == Status.OK) & np.isfinite(elevation) & (elevation > 0)
+    along = np.stack([-np.sin(azimuth), np.cos(azimuth)], -1)
+    length, shift = 1 / np.tan(elevation), columns.shift_of(report)
+    season = np.stack([report["season_shift_x"].values, report["season_shift_y"].values], -1)
+    corrected = report.attrs.get("season") == "correct"
+    measured = ((shift + season if corrected else shift) * along).sum(-1)
+    drawn: dict[str, Any] = {"label": "frames ± σ", "yerr": report["sigma"].values[ok]}
+    style.draw_points(ax, (length[ok], measured[ok]), color=style.BLUE, ecolor=style.BLUE, **drawn)
+    order = np.flatnonzero(ok)[np.argsort(length[ok])]
+    if len(order) and (season != 0).any():
+        fit = (season * along).sum(-1)
+        fit = fit + np.median((measured - fit)[ok])
+        ax.plot(length[order], fit[order], color=style.ORANGE, label="season term")
+    words = "cot(elevation of the sun)"
+    ax.set(xlabel=words, ylabel="shift along the shadow (pixels)", title="What follows the sun")
+    style.finish_axes(ax)
+    return figure
 
 
 def closure(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
@@ -777,21 +836,18 @@ def closure(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure
 
     Arguments, result and errors are those of :func:`network`.
     """
-
-    def draw(report: xr.Dataset, ax: Axes) -> None:
-        series.draw_closure(report, ax)
-        if columns.time_of(report)[1] and report["status"].size:
-            style.date_axis(ax)
-
-    return _draw_series(draw, report, ax, (9.0, 3.0))
-
-
-def _draw_series(
-    draw: Callable[[xr.Dataset, Axes], Any], report: xr.Dataset, ax: Axes | None, size: tuple[float, float]
-) -> Figure | SubFigure:
-    report = series.check_series(report)
-    figure, ax = style.one_axes(ax, size)
-    draw(report, ax)
+    report = columns.check_series(report)
+    figure, ax = style.one_axes(ax, (9.0, 3.0))
+    time, is_date = columns.time_of(report)
+    ok = report["status"].values == Status.OK
+    time, values = np.asarray(time)[ok], report["closure"].values[ok]
+    ax.vlines(time, 0, values, color=style.GREY, linewidth=0.8)
+    ax.scatter(time, values, s=18, color=style.BLUE, zorder=3)
+    title = "How well each frame's pairs agree: no accuracy, what all share closes"
+    ax.set(xlabel="" if is_date else "frame", ylabel="closure (pixels)", title=title)
+    ax.set_ylim(bottom=0)
+    if is_date and report["status"].size:
+        style.date_axis(ax)
     style.finish_axes(ax)
     return figure
 
