@@ -22,7 +22,7 @@ import torch
 import xarray as xr
 
 from torchalign._check import check_number, check_option, check_whole, message
-from torchalign.cube.displacements import field_of
+from torchalign.cube.displacements import known_field
 from torchalign.cube.labels import Array, find_dims, find_frame, time_labels
 from torchalign.cube.solution import report_labels
 from torchalign.functional.shift_field import field_at
@@ -240,10 +240,7 @@ def local_shifts(
         ValueError: it has no field; an unknown frame; another number of axes.
     """
     report = columns.check_pictured(report)
-    field = field_of(report)
-    if field is None:
-        cure = "align with torchalign.Cascade(torchalign.PCC(), torchalign.Local())"
-        raise ValueError(message("report", "the field of an aligner with Local", "none", cure))
+    field = known_field(report)
     time = report["status"].dims[0]
     labels = time_labels(report["status"], time)
     strongest = int(np.argmax(report["local_shift_p95"].values))
