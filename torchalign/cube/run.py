@@ -453,6 +453,12 @@ class WarpFrames(Operation):
         return copied.cpu().numpy().view(native.dtype).astype(raw.dtype)
 
 
+def resampling_of(module: object) -> dict[str, Any]:
+    """How a module resamples, as :class:`WarpFrames` takes it; a module of another kind as :func:`torchalign.apply`."""
+    usual = {"interpolation": "bilinear", "padding_mode": "border", "fill_value": None}
+    return {name: getattr(module, name, value) for name, value in usual.items()}
+
+
 # --- with what, where, and how many at a time ---
 
 # What `aligner=` knows by name.
