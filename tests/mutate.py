@@ -934,7 +934,7 @@ MUTATIONS = [
     ),
     Mutation(
         "report-ce90", "cube/solution.py",
-        "percentile(residual, 90),", "percentile(residual, 50),",
+        'percentile("residual", 90),', 'percentile("residual", 40),',
         "tests/test_series.py -k summary_in_numbers",
     ),
     Mutation(
