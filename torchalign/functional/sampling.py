@@ -488,8 +488,8 @@ class Slices(_Shifted):
         return moved if self.step == 1 else moved[..., :: self.step, :: self.step]
 
     def shift(self, planes: Tensor, out: Tensor) -> None:
-        """All pixels, bilinear, in two runs through memory."""
-        _shift_line(_shift_line(planes, -1, self.column, self.x), -2, self.row, self.y, out=out)
+        """All pixels, :meth:`bilinear` to the last bit, in two runs through memory: rows first, as there."""
+        _shift_line(_shift_line(planes, -2, self.row, self.y), -1, self.column, self.x, out=out)
 
     def around(self, planes: Tensor) -> Tensor:
         """See :class:`Sampler`."""
