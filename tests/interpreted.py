@@ -14,6 +14,7 @@ import torch
 import torchalign as ta
 from torchalign import _host, kernels
 from torchalign.functional import (
+    common_ground,
     defects,
     ecc,
     fourier,
@@ -354,7 +355,7 @@ def test_local_shifts_round_by_round(dtype, masked, by_torch):
     grid = level.grid.size
     coefficients = torch.randn(2, 68, 65, generator=draw, dtype=dtype)
     weights = torch.rand(2, *grid, generator=draw, dtype=dtype) if masked else None
-    frames = local._Frames(coefficients, weights, size)
+    frames = local._Frames(coefficients, weights)
     shifts = 3 * torch.randn(2, 2, *grid, generator=draw, dtype=dtype)
     shifts[0, 0, 3, 4] = torch.nan
     shifts[0, 1, 5, 6] = 1e9
@@ -621,6 +622,8 @@ def test_any_size(size, dtype, by_torch):
     both(fourier.shift_phase, spectrum, grid.frequencies, shift)
     still = torch.fft.rfft2(image[:1])
     both(uncertainty.block_pulls, spectrum, still, shift, grid)
+    both(common_ground.agreement_of_blocks, field + 0.5 * image, field[0])
+    both(common_ground.agreement, field + 0.5 * image, image, fine=True)
     for other, weighting in ((still, "ramp"), (torch.fft.rfft2(image), "none"), (still[0], "ramp")):
         both(phase.cross_power, spectrum, other, grid.radius, 0.25, weighting)
     both(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchalign._host import kernels_for
 from torchalign.functional.smoothing import block_sums, enlarge, halve, nanmedian, triangle_mean
 
 __all__ = [
@@ -65,6 +66,9 @@ def agreement_of_blocks(
     moving: Tensor, reference: Tensor, *, length: int = BLOCK, vector: bool = False
 ) -> Tensor:
     """:func:`agreement` at the middles of its blocks, (..., ⌈H / 4⌉, ⌈W / 4⌉): between them it is linear."""
+    kernels = None if vector else kernels_for(moving, reference)
+    if kernels is not None:
+        return kernels.alike(moving, reference, length)
     # pooled before they are stacked: it is small then, and the reference may be one for all frames
     products = (moving * reference, moving.square(), reference.square())
     if vector:

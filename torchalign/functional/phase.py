@@ -303,12 +303,12 @@ def cross_power(
         (..., H, W//2+1), complex.
     """
     band = radius < max_frequency
-    if weighting in ("ramp", "none"):  # the reference may be one for all frames
+    if weighting in ("ramp", "none"):
         weight = radius * band if weighting == "ramp" else band.to(radius)
         kernels = kernels_for(moving, reference)
         if kernels is not None:
             return kernels.cross(moving, reference, weight)
-        return moving.conj() * (reference * weight)
+        return moving.conj() * (reference * weight)  # the reference may be one for all frames
     power = moving.conj() * reference
     # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype resolves, stands in
     squared = power.real.square() + power.imag.square()
