@@ -561,7 +561,7 @@ MUTATIONS = [
     ),
     Mutation(
         "trust-pulls", "functional/uncertainty.py",
-        "(own - reference) * root", "own * root",
+        "(own - reference).mul_(root)", "own * root",
         "tests/test_trust.py -k pulls_of_blocks",
     ),
     Mutation(

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="needs a buil
 # of 256 frames of 4 × 256²: launches, gigabytes, and the peak beside the cube in cubes (PCC is to move 4.5 GB: parts of
 # a frame are asked whether they disagree, which moves 0.3)
 BUDGETS = {
-    "PCC()": (450, 4.75, 3.5),
+    "PCC()": (390, 4.25, 3.5),
     "ECC()": (1300, 9.0, 3.5),
     'ECC(motion="affine")': (1600, 16.0, 3.5),
     "Cascade(PCC(), ECC())": (1700, 12.0, 3.5),
