@@ -14,6 +14,7 @@ import torch
 import torchalign as ta
 from torchalign import _host, kernels
 from torchalign.functional import (
+    common_ground,
     defects,
     ecc,
     fourier,
@@ -393,9 +394,7 @@ def test_climb(dtype, size, by_torch):
     )
     spectrum = torch.fft.rfft2(torch.randn(4, height, width, generator=draw, dtype=torch.float64))
     truth = torch.tensor([[1.3, -2.2], [0.0, 0.0], [0.7, 3.0], [0.4, 0.1]], dtype=torch.float64)
-    moved = (
-        spectrum * phase.wave(exact[0], truth[:, 1])[:, :, None] * phase.wave(exact[1], truth[:, 0])[:, None]
-    )
+    moved = by_torch(fourier.shift_phase, spectrum, exact, truth)
     power = moved.conj() * spectrum
     power[3] = 0  # nothing to climb
     start = truth + torch.tensor([0.2, -0.15], dtype=torch.float64)
@@ -623,6 +622,8 @@ def test_any_size(size, dtype, by_torch):
     both(fourier.shift_phase, spectrum, grid.frequencies, shift)
     still = torch.fft.rfft2(image[:1])
     both(uncertainty.block_pulls, spectrum, still, shift, grid)
+    both(common_ground.agreement_of_blocks, field + 0.5 * image, field[0])
+    both(common_ground.agreement, field + 0.5 * image, image, fine=True)
     for other, weighting in ((still, "ramp"), (torch.fft.rfft2(image), "none"), (still[0], "ramp")):
         both(phase.cross_power, spectrum, other, grid.radius, 0.25, weighting)
     both(

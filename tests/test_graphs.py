@@ -194,6 +194,10 @@ def test_modes_that_change_in_between_are_kept_apart():
     with torch.no_grad():
         graphs(frames(2))
     assert double.recorded == 1
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cuda", dtype=dtype):
+            graphs(frames(2))
+    assert double.recorded == 1
 
 
 def test_what_cannot_be_recorded_runs_as_it_is_called_and_says_so():

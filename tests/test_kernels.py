@@ -60,6 +60,7 @@ KERNELS = {
     "peak_frames": ("peak", {}, {"TINY": 1e-38, "COMPUTE": "float32"}),
     "turn_frames": ("turn", {}, {}),
     "cross_frames": ("turn", {}, {}),
+    "alike_frames": ("alike", {}, {"STEP": 4, "REACH": 1, "TINY": 1e-14, "COMPUTE": "float32"}),
     "pull_frames": ("turn", {}, {"COMPUTE": "float32"}),
     "window_frames": ("turn", {}, {"COMPUTE": "float32"}),
     "mean_frames": ("texture", {"usable": "*u8"}, {"COMPUTE": "float32"}),
@@ -286,3 +287,65 @@ def test_where_triton_does_not_work_it_is_said_once(monkeypatch, version, reason
         assert not kernels.work_on(0)
     finally:
         kernels.work_on.cache_clear()
+
+
+class Driver:
+    """Of a GPU that is not there: kernels are compiled for it."""
+
+    @staticmethod
+    def get_current_target():
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    @staticmethod
+    def get_current_device():
+        return 0
+
+    @staticmethod
+    def get_current_stream(device):
+        return 0
+
+
+@pytest.mark.slow
+def test_calls_compile_what_they_launch_once_for_a_size(monkeypatch):
+    """What is given to kernels is what they take; and a stack of any length, of any size, is not compiled anew."""
+    import torch
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    import torchalign as ta
+    from torchalign import _host
+
+    made = set()
+
+    def compiles(kernel, grid):
+        def launch(*arguments, **options):
+            found = kernel.warmup(*arguments, grid=grid, **options)
+            made.add((kernel.fn.__name__, found.hash))
+
+        return launch
+
+    monkeypatch.setattr(JITFunction, "__getitem__", compiles)
+    monkeypatch.setattr(_host, "_KERNELS_ON", "cpu")
+    # (nothing is computed: all is 1)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda own, *shape, **kind: own.new_ones(*shape, **kind))
+    driver.set_active(Driver())
+
+    def new(aligner, *shape):
+        before = len(made)
+        cube = torch.rand(shape)
+        with torch.no_grad():
+            aligner(cube, cube[0])
+        return len(made) - before
+
+    try:
+        assert 20 < new(ta.PCC(), 3, 4, 96, 80) < 30
+        assert new(ta.PCC(), 7, 4, 96, 80) == 0
+        assert new(ta.PCC(), 7, 2, 96, 80) == 0
+        assert new(ta.PCC(), 2, 4, 101, 97) < 20  # sizes that 16 does not divide
+        assert new(ta.PCC(), 5, 4, 67, 105) == 0
+        assert new(ta.ECC(motion="affine"), 3, 4, 96, 80) > 1
+        assert new(ta.Local(), 3, 4, 96, 80) > 2
+    finally:
+        driver.set_active(None)  # the next one who asks looks for a real one

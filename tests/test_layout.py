@@ -16,7 +16,7 @@ ROOT = Path(torchalign.__file__).parent
 
 # what may import what: a layer sees the layers below its own
 LAYERS = [
-    {"kernels", "kernels.ascend", "kernels.assess", "kernels.blur", "kernels.channel", "kernels.climb",
+    {"kernels", "kernels.alike", "kernels.ascend", "kernels.assess", "kernels.blur", "kernels.channel", "kernels.climb",
      "kernels.contrast", "kernels.defects", "kernels.divide", "kernels.local", "kernels.peak",
      "kernels.resample", "kernels.sampling", "kernels.score", "kernels.texture", "kernels.turn"},
     {"types", "_check", "_host"},
@@ -47,7 +47,7 @@ LAYERS = [
     {"cube.writing"},
     {"cube.tiles"},
     {"datasets", "io", "xr"},
-    {"pictures", "pictures.animation", "pictures.columns", "pictures.frames", "pictures.series", "pictures.style"},
+    {"pictures", "pictures.animation", "pictures.columns", "pictures.frames", "pictures.style"},
     {"plot"},
     {"html"},
     {"report"},

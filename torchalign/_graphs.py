@@ -234,5 +234,6 @@ def _copied(found: Any) -> Any:
 
 def _key(given: Sequence[Tensor | None]) -> Any:
     """What a recording is of: shapes and dtypes, and the modes that a caller may change in between."""
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cuda")
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
     return modes, *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in given)

@@ -455,10 +455,10 @@ class Aligner(nn.Module, ABC):
             image = image.float()
         usable = None
         if mask is not None or not all_finite(image):
-            usable = image.isfinite()
+            given, image = image, image.nan_to_num(0.0, 0.0, 0.0)
+            usable = image == given
             if mask is not None:
-                usable = usable & mask
-            image = torch.where(usable, image, 0.0)
+                usable, image = usable & mask, torch.where(mask, image, 0.0)
         return image, usable
 
     def extra_repr(self) -> str:

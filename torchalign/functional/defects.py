@@ -255,25 +255,37 @@ def suspicious(image: Tensor, usable: Tensor | None = None) -> Tensor:
     or a strip between them is not seen.
     """
     stride = min(2 * _THINNED, stride_for((image.shape[-2],) * 2, 2 * _LEAST_LINES))
-    above, lines, below = (image.detach()[..., start : start - 2 or None : stride, :] for start in (0, 1, 2))
+
+    def thirds(plane: Tensor) -> list[Tensor]:
+        return [plane[..., start : start - 2 or None : stride, :] for start in (0, 1, 2)]
+
+    above, lines, below = thirds(image.detach())
     step = lines[..., 1:] - lines[..., :-1]
-    up, down = lines - above, below - lines
     length = step.abs()
-    if usable is None:
+    masks = None if usable is None else thirds(usable.expand(image.shape))
+    if masks is None:
         typical = length.mean((-2, -1))
     else:
-        over, within, under = (
-            usable.expand(image.shape)[..., start : start - 2 or None : stride, :] for start in (0, 1, 2)
-        )
-        known = within[..., 1:] & within[..., :-1]
+        known = masks[1][..., 1:] & masks[1][..., :-1]
         typical = _mean_where(known, length)
         step, length = torch.where(known, step, 0.0), torch.where(known, length, torch.inf)
-        up, down = torch.where(over & within, up, 0.0), torch.where(under & within, down, 0.0)
-    # four steps of nothing in a row
-    longer = torch.maximum(length[..., 1:], length[..., :-1])
-    alike = torch.maximum(longer[..., 2:], longer[..., :-2]).amin((-2, -1)) == 0
-    off = torch.minimum(_twice_off(step[..., :-1], step[..., 1:]), _twice_off(up, down)[..., 1:-1])
-    return alike | (off.amax((-2, -1)) > 2 * _HOT * typical)
+    # of most images no step is 0, and no pixel is off its neighbours along the rows
+    alike = length.amin((-2, -1)) == 0
+    if not all_true(~alike):  # four steps of nothing in a row
+        longer = torch.maximum(length[..., 1:], length[..., :-1])
+        alike = torch.maximum(longer[..., 2:], longer[..., :-2]).amin((-2, -1)) == 0
+    off = _twice_off(step[..., :-1], step[..., 1:])
+    hot = off.amax((-2, -1)) > 2 * _HOT * typical
+    if not all_true(~hot):
+        up, down = lines - above, below - lines
+        if masks is not None:
+            up, down = (
+                torch.where(masks[1] & beside, part, 0.0)
+                for beside, part in zip(masks[::2], (up, down), strict=True)
+            )
+        off = torch.minimum(off, _twice_off(up, down)[..., 1:-1])
+        hot = off.amax((-2, -1)) > 2 * _HOT * typical
+    return alike | hot
 
 
 def _twice_off(before: Tensor, after: Tensor) -> Tensor:

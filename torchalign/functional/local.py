@@ -259,7 +259,10 @@ def _read_frames(frames: _Frames, level: _Level, at: Tensor) -> tuple[Tensor, Te
     """The frames at (1 or N, 2, h, w), (x, y); 1 inside, 0 outside; and how usable it is there; all (N, h, w)."""
     kernels = kernels_for(frames.coefficients, frames.weights, at)
     if kernels is not None:
-        return kernels.read_splines(frames.coefficients, frames.weights, at, level.grid.frame)
+        values, within, weights = kernels.read_splines(
+            frames.coefficients, frames.weights, at, level.grid.frame
+        )
+        return values, within, None if frames.weights is None else weights
     (height, width), pad = level.grid.frame, _PAD
     count, (h, w) = frames.coefficients.shape[0], level.grid.size
     inside = ((at > -0.5) & (at < level.size - 0.5)).all(1)
@@ -377,8 +380,8 @@ def _products_and_pull(
     kernels = kernels_for(own, field, weighted, local)
     if kernels is not None:
         samples = [n / length for n, length in zip(level.grid.size, level.grid.frame, strict=True)]
-        limits = (_LEAST_VARIANCE, _REDUNDANCY)
-        return kernels.differentiate(own, field, weighted[1], around, whole, local, samples, limits)
+        numbers = [*samples, _LEAST_VARIANCE, _REDUNDANCY]
+        return kernels.differentiate(own, field, weighted[1], around, whole, local, numbers)
     square, count = whole[..., None, None].unbind()
     typical = square / count.clamp(min=1e-6)
     square, count = around.unbind()

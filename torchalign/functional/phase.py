@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torchalign._check import message
 from torchalign._host import all_true, keeps_tables, kernels_for
 from torchalign.functional.common_ground import BLOCK, agreement_of_blocks
-from torchalign.functional.fourier import irfft2, rfft2, shift_phase, unit_circle, wave, waves
+from torchalign.functional.fourier import irfft2, rfft2, shift_phase, unit_circle, waves
 from torchalign.functional.masked_correlation import OUTSIDE_MARGIN
 from torchalign.functional.sizes import lags_within, square_root
 from torchalign.functional.smoothing import between_blocks, block_means, enlarge
@@ -305,27 +305,18 @@ def cross_power(
         (..., H, W//2+1), complex.
     """
     band = radius < max_frequency
-    if weighting in ("ramp", "none"):  # the reference may be one for all frames
+    if weighting in ("ramp", "none"):
         weight = radius * band if weighting == "ramp" else band.to(radius)
         kernels = kernels_for(moving, reference)
         if kernels is not None:
             return kernels.cross(moving, reference, weight)
-        return moving.conj() * (reference * weight)
+        return moving.conj() * (reference * weight)  # the reference may be one for all frames
     power = moving.conj() * reference
     # |z| has no derivative at 0: a floor, relative to nothing smaller than the dtype resolves, stands in
     squared = power.real.square() + power.imag.square()
     floor = torch.finfo(squared.dtype).eps ** 2 * squared.amax((-2, -1), keepdim=True).detach()
     magnitude = (squared + floor + torch.finfo(squared.dtype).tiny).sqrt()
     return power * (band / (magnitude if weighting == "phase" else magnitude.sqrt()))
-
-
-@keeps_tables
-def _ramp(
-    frame: tuple[int, int], size: tuple[int, int], max_frequency: float, weighting: Weighting, *, like: Tensor
-) -> Tensor:
-    """(h, w//2+1): what a linear weighting multiplies a spectrum by, see :func:`cross_power`."""
-    radius = WorkingGrid.of(frame, size, max_frequency, like).radius
-    return cross_power(torch.ones_like(radius), torch.ones_like(radius), radius, max_frequency, weighting)
 
 
 class _Peak(NamedTuple):
@@ -360,7 +351,7 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
         found = kernels.peak(surface, (step_y, step_x), reach, OUTSIDE_MARGIN, _MIN_SIGNIFICANCE)
         if found is not None:
             return _Peak(*found)
-    lags, around, excluded = _near((rows, columns), (step_y, step_x), reach, like=surface)
+    lags, around, excluded = _lags_near((rows, columns), (step_y, step_x), reach, like=surface)
     flat = surface.flatten(-2)
     values = flat.detach()
     inside, index = (values.index_select(-1, around[:, 2]) + excluded).max(-1)
@@ -378,7 +369,7 @@ def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) 
 
 
 @keeps_tables
-def _near(
+def _lags_near(
     size: tuple[int, int], steps: tuple[float, float], reach: float, *, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The lags (n, 2) within a reach; where they and their neighbours lie in a surface, flattened (n, 5); −inf beyond.
@@ -447,7 +438,7 @@ def refine_peak(
             return climbed
     orders = wave_orders(frequencies, _TERMS) if orders is None else orders
     shift = _ascended(power, frequencies, start, orders, steps, _plain_step)
-    last, curved = _plain_step(derivatives_at(power, frequencies, shift, _first(orders)))
+    last, curved = _plain_step(derivatives_at(power, frequencies, shift, _lowest_orders(orders)))
     return _settled(shift + last), last.detach(), curved
 
 
@@ -469,9 +460,9 @@ def _ascended(
     start = start.detach()
     exponents, factors = _monomials(like=start)
     series = derivatives_at(power.detach(), frequencies, start, orders)
-    way = torch.zeros_like(start)
-    for _ in range(steps):
-        by_y, by_x = (way[..., axis, None, None] ** exponents * factors for axis in (1, 0))
+    way, _ = newton_step(series[..., :3, :3])
+    for _ in range(steps - 1):
+        by_x, by_y = (way[..., None, None] ** exponents * factors).unbind(-3)
         way = way + newton_step(torch.matmul(torch.matmul(by_y, series), by_x.mT))[0]
     return start + way
 
@@ -485,14 +476,14 @@ def _monomials(*, like: Tensor) -> tuple[Tensor, Tensor]:
     return exponents.clamp(min=0), factors
 
 
-def _first(orders: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _lowest_orders(orders: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Of the tables of :func:`wave_orders` those of value, slope and curvature."""
     return orders[0][:3], orders[1][:3]
 
 
 def _plain_step(derivatives: Tensor) -> tuple[Tensor, Tensor]:
     """Newton's step on a sum itself, by its derivatives (..., 3, 3)."""
-    return _newton_step(_rows_of(derivatives), 0.5)
+    return _newton_step(_newton_rows(derivatives), 0.5)
 
 
 def _newton_step(rows: Tensor, longest: float) -> tuple[Tensor, Tensor]:
@@ -501,22 +492,24 @@ def _newton_step(rows: Tensor, longest: float) -> tuple[Tensor, Tensor]:
     H · step = −∇C by Cramer's rule, whose determinants are the cross product of the two rows.
     """
     first, second = rows.unbind(-2)
-    determinant, *ascent = torch.linalg.cross(first, second).unbind(-1)
-    hxx, hyy = first[..., 1], second[..., 2]
+    cross = torch.linalg.cross(first, second)
+    hxx, hyy, determinant = first[..., 1], second[..., 2], cross[..., 0]
     # negative definite
-    curved = (hxx < 0) & (determinant > torch.finfo(hxx.dtype).eps * hxx * hyy)
-    step = torch.stack(ascent, -1) / torch.where(curved, determinant, 1.0)[..., None]
-    return torch.where(curved[..., None], step, 0.0).clamp(-longest, longest), curved
+    left = torch.addcmul(determinant, hxx, hyy, value=-torch.finfo(hxx.dtype).eps)
+    curved = torch.minimum(-hxx, left) > 0
+    flat = ~curved[..., None]
+    step = cross[..., 1:] / determinant[..., None].masked_fill(flat, 1.0)
+    return step.masked_fill(flat, 0.0).clamp(-longest, longest), curved
 
 
-def _rows_of(derivatives: Tensor) -> Tensor:
+def _newton_rows(derivatives: Tensor) -> Tensor:
     """(..., 2, 3): the slope along x, and how it changes along x and y; and the same of the slope along y."""
     flat = derivatives.flatten(-2)
-    return flat.index_select(-1, _places(like=flat)).reshape(*flat.shape[:-1], 2, 3)
+    return flat.index_select(-1, _row_places(like=flat)).reshape(*flat.shape[:-1], 2, 3)
 
 
 @keeps_tables
-def _places(*, like: Tensor) -> Tensor:
+def _row_places(*, like: Tensor) -> Tensor:
     """Of orders in y and x, one after the other: 01, 02, 11; 10, 11, 20."""
     row = torch.arange(3, device=like.device)
     return torch.cat((1 + row + row // 2, 3 + row + row // 2))
@@ -574,10 +567,10 @@ def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Te
     half = math.ceil(0.75 * factor)
     centre = (start.detach() * factor).round()
     offsets = torch.arange(-half, half + 1, device=start.device, dtype=start.dtype)
-    candidates = (centre[..., None] + offsets) / factor  # (..., 2, n), x then y
-    waves_y = wave(frequencies[0], candidates[..., 1, :])  # (..., n, H)
-    waves_x = wave(frequencies[1], candidates[..., 0, :]) * multiplicity(frequencies[1])
-    values = torch.matmul(torch.matmul(waves_y, power.detach()), waves_x.mT).real  # (..., n, n)
+    candidates = (centre[..., None, :] + offsets[:, None]) / factor  # (..., n, 2)
+    waves_y, waves_x = waves(frequencies, candidates)  # (..., n, H) and (..., n, W//2+1)
+    along_x = (waves_x * multiplicity(frequencies[1])).mT
+    values = torch.matmul(torch.matmul(waves_y, power.detach()), along_x).real  # (..., n, n)
     best = values.flatten(-2).argmax(-1)
     count = offsets.shape[0]
     return (
@@ -672,15 +665,8 @@ class _Pair(NamedTuple):
         """The spectra of both under weights (..., h, w), and the cross-power: (..., h, w//2+1)."""
         spectrum = rfft2(self.moving.field * own)
         reference = rfft2(self.reference.field * other)
-        power = self._cross_power(spectrum, reference)
+        power = cross_power(spectrum, reference, self.grid.radius, self.grid.max_frequency, self.weighting)
         return spectrum, reference, power.sum(0) if self.moving.is_vector else power
-
-    def _cross_power(self, spectrum: Tensor, reference: Tensor) -> Tensor:
-        grid = self.grid
-        if self.weighting not in ("ramp", "none"):
-            return cross_power(spectrum, reference, grid.radius, grid.max_frequency, self.weighting)
-        weights = _ramp(grid.frame, grid.size, grid.max_frequency, self.weighting, like=grid.radius)
-        return spectrum.conj() * (reference * weights)
 
     def moved_back(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         """What brings blocks of the reference over the frame, see :func:`between_blocks`."""
@@ -703,10 +689,10 @@ class _Pair(NamedTuple):
         if self.moving.weights is not None:
             y, x = (-BLOCK * spacing for spacing in self.grid.spacings())
             over = between_blocks(shift, 1, (same.shape[-2], same.shape[-1]), (y, x))
-            same = same * _between(block_means(self.moving.weights, BLOCK), over)
+            same = same * _sampled_blocks(block_means(self.moving.weights, BLOCK), over)
         inliers = enlarge(same, BLOCK, self.grid.size)
         # each frame gets the window, and the weights, of the ground that both see
-        return inliers, windows[0] * _between(same, back), windows[1] * inliers
+        return inliers, windows[0] * _sampled_blocks(same, back), windows[1] * inliers
 
     def share_of(self, same: Tensor) -> Tensor:
         """(...,) in (0, 1]: how much of what both could show they show alike, of blocks (..., n, m)."""
@@ -736,7 +722,7 @@ class _Pair(NamedTuple):
         return None if found is None or enough is None else found & enough
 
 
-def _between(blocks: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+def _sampled_blocks(blocks: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
     """(..., h, w): samples of blocks, see :func:`between_blocks`."""
     return torch.matmul(torch.matmul(matrices[0], blocks), matrices[1].mT)
 
@@ -826,7 +812,7 @@ def _refine_divided(
             return climbed
     powers, orders = spectra[0].conj() * spectra[1], _orders(grid.frame, grid.size, _TERMS, like=grid.radius)
     shift = _ascended(powers, grid.frequencies, start, orders, _NEWTON_STEPS, _divided_step)
-    step, curved = _divided_step(derivatives_at(powers, grid.frequencies, shift, _first(orders)))
+    step, curved = _divided_step(derivatives_at(powers, grid.frequencies, shift, _lowest_orders(orders)))
     return _settled(shift + step), step.detach().norm(dim=-1), curved
 
 
@@ -835,7 +821,7 @@ def _divided_fields(
 ) -> Tensor:
     """(2, 3, ..., h, w): of the moving frame and of the reference what each of the three sums correlates."""
     root = same.clamp(min=torch.finfo(same.dtype).tiny).sqrt()
-    inliers, moved = enlarge(root, BLOCK, pair.grid.size), _between(root, back)
+    inliers, moved = enlarge(root, BLOCK, pair.grid.size), _sampled_blocks(root, back)
     covers = pair.moving.cover, pair.reference.cover
     first, second = (
         texture.field if texture.detail is None else texture.detail
@@ -858,7 +844,7 @@ def _divided_step(sums: Tensor) -> tuple[Tensor, Tensor]:
     """Newton's step (..., 2) on log S, by the derivatives (3, ..., 3, 3) of its sums; and whether to a maximum."""
     value = sums[..., 0, 0]
     positive = value > 0
-    rows = _rows_of(sums) / torch.where(positive, value, 1.0)[..., None, None]
+    rows = _newton_rows(sums) / torch.where(positive, value, 1.0)[..., None, None]
     # of a logarithm the curvatures lose the product of the slopes
     slopes = rows[..., 0]
     rows = torch.addcmul(rows, slopes[..., None], F.pad(slopes, (1, 0))[..., None, :], value=-1)
@@ -883,6 +869,8 @@ def _correlated_bins(effective: Tensor) -> Tensor:
 
 def _parabola(before: Tensor, centre: Tensor, after: Tensor) -> Tensor:
     """Where the parabola through three equidistant samples, the middle one highest, has its vertex."""
-    curvature = before - 2 * centre + after
-    safe = torch.where(curvature < 0, curvature, -1.0)
-    return torch.where(curvature < 0, 0.5 * (before - after) / safe, 0.0).clamp(-0.5, 0.5)
+    curvature = torch.sub(before + after, centre, alpha=2)
+    flat = curvature >= 0
+    return (
+        (0.5 * (before - after) / curvature.masked_fill(flat, -1.0)).masked_fill(flat, 0.0).clamp(-0.5, 0.5)
+    )

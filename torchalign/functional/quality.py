@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import in_pieces, keeps_tables, kernels_for
+from torchalign._host import all_true, in_pieces, keeps_tables, kernels_for
 from torchalign.functional.affine import center_displacement, identity_warp, to_homogeneous
 from torchalign.functional.shift_field import is_zero, lattice_shifts
 from torchalign.functional.sizes import stride_for
@@ -71,28 +71,35 @@ def normalized_cross_correlation(first: Tensor, second: Tensor, usable: Tensor |
 
 
 def _correlate(reference: Tensor, *images_and_weight: Tensor) -> Tensor:
-    """The same (..., K) for K finite images (..., H, W) and weights ≥ 0 (..., H · W): inner products of rows.
-
-    It does not depend on means and scales, so those that keep sums of squares from cancelling and from overflow carry
-    no gradient.
-    """
+    """The same (..., K) for K finite images (..., H, W) and weights ≥ 0 (..., H · W)."""
     *images, weight = images_and_weight
-    rows = torch.stack([reference.expand(images[0].shape), *images]).flatten(-2)  # (1 + K, ..., N)
     count = weight.sum(-1) + torch.finfo(weight.dtype).tiny
+    sums = in_pieces(_sums, reference.expand(images[0].shape), *images, count, weight)
+    product, square, total = sums.unbind(-1)  # (..., 1 + K)
+    count = count[..., None]
+    variance = square - total.square() / count
+    flat = variance <= 16 * torch.finfo(square.dtype).eps * square  # no more than rounding
+    norm = variance.masked_fill(flat, 1.0).sqrt()
+    found = (product - total * (total[..., :1] / count)) / (norm * norm[..., :1])
+    return found.masked_fill(flat | flat[..., :1], 0.0).clamp(-1, 1)[..., 1:]
+
+
+def _sums(*images_count_and_weight: Tensor) -> Tensor:
+    """(..., K, 3): of centred and scaled images the weighted products with the first, squares, and sums.
+
+    Correlations do not depend on means and scales, so those that keep sums of squares from cancelling and from overflow
+    carry no gradient.
+    """
+    *images, count, weight = images_count_and_weight
+    rows = torch.stack(images).flatten(-2)  # (K, ..., N)
     centred = rows - (torch.linalg.vecdot(rows.detach(), weight) / count)[..., None]
     weighted = centred * weight
     # what has no weight may be of any size; the rest sums to 0, so that what is below is not much larger
     largest = weighted.detach().amax(-1)
     scale = torch.where(largest > 0, largest, 1.0).reciprocal()
     weighted = weighted * scale[..., None]
-    total = weighted.sum(-1)
-    products = torch.linalg.vecdot(weighted[1:], centred[:1]) * scale[0] - total[1:] * total[0] / count
-    square = torch.linalg.vecdot(weighted, centred) * scale
-    variance = square - total.square() / count
-    flat = variance <= 16 * torch.finfo(square.dtype).eps * square  # no more than rounding
-    norm = torch.where(flat, 1.0, variance).sqrt()
-    correlations = torch.where(flat[1:] | flat[0], 0.0, products / (norm[1:] * norm[0]))
-    return correlations.clamp(-1, 1).movedim(0, -1)
+    product, square = (torch.linalg.vecdot(weighted, other) for other in (centred[:1], centred))
+    return torch.stack((product * scale[:1], square * scale, weighted.sum(-1)), -1).movedim(0, -2)
 
 
 def gate(
@@ -195,8 +202,10 @@ def gate_stages(
             root = stage.inliers.detach().nan_to_num(0.0).sqrt()
             found = _resize(root, (-(-size[0] // step), -(-size[1] // step)))
             # what a stage that is not trusted took for common ground judges no other
-            trusted = (motion.status == 0)[..., None, None]
-            weight = torch.where(trusted, found, 1.0 if weight is None else weight)
+            trusted = motion.status == 0
+            if not all_true(trusted):
+                found = torch.where(trusted[..., None, None], found, 1.0 if weight is None else weight)
+            weight = found
         motions.append(motion)
         displacements.append(displacement)
     usable = moving_usable, reference_usable
@@ -275,14 +284,12 @@ def _scores(
         aligned = aligned.squeeze(-3)
         images.append(turn_orientations(aligned, path) if vector and not motion.only_shifts else aligned)
     assert overlap is not None  # there is at least one stage
-    ground = overlap.to(moving.dtype)
-    if weight is not None:
-        ground = ground * weight
+    ground = overlap.to(moving.dtype) if weight is None else weight * overlap
     compared = [_thin(reference, step), *images, _thin(moving, step)]
     if vector:
         ground, *compared = torch.cat((ground, ground), -2), *(torch.cat((*parts,), -2) for parts in compared)
     first, *others = compared
-    return in_pieces(_correlate, first.expand(ground.shape), *others, ground.flatten(-2)).unbind(-1)
+    return _correlate(first, *others, ground.flatten(-2)).unbind(-1)
 
 
 def centre_moves(motion: Motion, size: tuple[int, int]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchalign._host import is_known
 
-__all__ = ["lags_within", "larger", "square_root", "stride_for", "working_length"]
+__all__ = ["lags_within", "larger", "no_less", "square_root", "stride_for", "working_length"]
 
 
 def larger(first: float, second: float) -> float:
@@ -24,6 +24,15 @@ def larger(first: float, second: float) -> float:
     4.5
     """
     return torch.sym_max(first, second)  # type: ignore[return-value, unused-ignore]
+
+
+def no_less(first: int, second: int) -> int:
+    """The larger of two lengths, or of symbols, one of which would have to be chosen, their sum.
+
+    >>> no_less(3, 4)
+    4
+    """
+    return max(first, second) if is_known(first) and is_known(second) else first + second
 
 
 def square_root(number: float) -> float:

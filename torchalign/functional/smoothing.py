@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._host import keeps_tables, launches_kernels
+from torchalign.functional.sizes import no_less
 
 __all__ = ["block_means", "block_sums", "enlarge", "halve", "nanmedian", "triangle_mean"]
 
@@ -158,5 +159,5 @@ def _middles(
             [1 / (times * spacing) for spacing in spacings],
         )
     )
-    middle = torch.arange((torch.sym_max(*size) + times - 1) // times, device=like.device, dtype=like.dtype)
+    middle = torch.arange((no_less(*size) + times - 1) // times, device=like.device, dtype=like.dtype)
     return (torch.cat((y, x)) + 0.5) / times - 0.5, axis.to(torch.int64), scale, first, last, middle

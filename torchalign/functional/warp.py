@@ -446,10 +446,10 @@ def _combine(planes: _Planes, sampler: Sampler, options: _Options) -> Resampled:
 def _interpolate(planes: _Planes, near_usable: Tensor | None, sampler: Sampler, options: _Options) -> Tensor:
     frames, usable, source = planes
     bicubic = options.interpolation == "bicubic"
-    taps = sampler.around(source, source.dtype)
+    taps = sampler.around(source)
     if usable is None or near_usable is None:
         return _restore(sampler.bicubic(taps) if bicubic else sampler.bilinear(taps), frames, sampler)
-    weights = sampler.around(usable, source.dtype)
+    weights = sampler.around(usable)
     # The nearest pixel weighs 1/4 or more where it is usable; elsewhere it guards the division.
     values = sampler.bilinear(taps) / sampler.bilinear(weights).clamp(min=0.25)
     if bicubic:
@@ -521,14 +521,14 @@ def _resample_in_blocks(
         shifts = {index: shift for index, shift in shifts.items() if not moved[index]}
     for index, shift in shifts.items():
         planes = _prepare(frames[index], None if masks is None else masks[index], options)
-        sampler = Slices(shift, size, step)
+        sampler = Slices(shift, size, _compute_dtype(cube.dtype), step)
         if not plain or planes.usable is not None or planes.source is not planes.frames:
             values[index], validity[index] = _combine(planes, sampler, options)
             continue
         # the hot case: no mask, and nothing is copied
-        validity[index] = sampler.inside()
+        validity[(index, *sampler.overlap())] = True
         if bicubic:
-            values[index] = sampler.bicubic(sampler.around(planes.source, planes.source.dtype))
+            values[index] = sampler.bicubic(sampler.around(planes.source))
             continue
         together = max(1, _BLOCK_SAMPLES // (height * width))  # bands
         for first in range(0, bands, together):

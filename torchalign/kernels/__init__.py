@@ -17,6 +17,7 @@ import warnings
 import torch
 import triton
 
+from torchalign.kernels.alike import alike
 from torchalign.kernels.ascend import Geometry, ascend_shifted, ascend_warped, look
 from torchalign.kernels.assess import assess
 from torchalign.kernels.blur import blur
@@ -34,6 +35,7 @@ from torchalign.kernels.turn import common_window, cross, pulls, turn
 
 __all__ = [
     "Geometry",
+    "alike",
     "ascend_shifted",
     "ascend_warped",
     "assess",

@@ -24,6 +24,7 @@ from torchalign.kernels.sampling import (
     launch,
     lerp,
     load_complex,
+    load_matrix,
     operator,
     spline_weight,
     wave_of,
@@ -63,8 +64,9 @@ def _finite_or_far(value):
 
 
 @triton.jit
-def _inverse(a, b, c, d, e, f, g, h, i):
+def _inverse(warp):
     """Of a 3 × 3 matrix, by its adjugate."""
+    a, b, c, d, e, f, g, h, i = warp
     p = e * i - f * h
     q = f * g - d * i
     r = d * h - e * g
@@ -174,8 +176,7 @@ def look_frames(
     high = zero + tl.cast(height, COMPUTE)
     wide = zero + tl.cast(width, COMPUTE)
     half = tl.maximum(high, wide) * 0.5
-    a, b, c, d, e, f, g, h, i = _load_entries(warp + 9 * frame)
-    inverse = _inverse(a, b, c, d, e, f, g, h, i)
+    inverse = _inverse(load_matrix(warp + 9 * frame, COMPUTE))
     x = tl.load(level_x + place, mask=live, other=0)
     y = tl.load(level_y + place, mask=live, other=0)
     column, row = _points(inverse, x, y, half, high, wide, PROJECTIVE)
@@ -199,32 +200,9 @@ def look_frames(
 
 
 @triton.jit
-def _load_entries(warp):
-    """The nine entries of a matrix."""
-    return (
-        tl.load(warp),
-        tl.load(warp + 1),
-        tl.load(warp + 2),
-        tl.load(warp + 3),
-        tl.load(warp + 4),
-        tl.load(warp + 5),
-        tl.load(warp + 6),
-        tl.load(warp + 7),
-        tl.load(warp + 8),
-    )
-
-
-@triton.jit
-def _store_entries(out, a, b, c, d, e, f, g, h, i):
-    tl.store(out, a)
-    tl.store(out + 1, b)
-    tl.store(out + 2, c)
-    tl.store(out + 3, d)
-    tl.store(out + 4, e)
-    tl.store(out + 5, f)
-    tl.store(out + 6, g)
-    tl.store(out + 7, h)
-    tl.store(out + 8, i)
+def _store_matrix(out, entries):
+    for place in tl.static_range(9):
+        tl.store(out + place, entries[place])
 
 
 @triton.jit
@@ -273,8 +251,9 @@ def _entry(vector, places, PLACE: tl.constexpr):
 
 
 @triton.jit
-def _composed(step, places, nothing, a, b, c, d, e, f, g, h, i, MOTION: tl.constexpr):
-    """The increment's warp, composed on the left of one of these entries; the last entry 1."""
+def _composed(step, places, nothing, warp, MOTION: tl.constexpr):
+    """The increment's warp, composed on the left of a warp; the last entry is 1."""
+    a, b, c, d, e, f, g, h, i = warp
     tx = _entry(step, places, 2)
     ty = _entry(step, places, 3)
     aa = nothing + 1
@@ -303,15 +282,17 @@ def _composed(step, places, nothing, a, b, c, d, e, f, g, h, i, MOTION: tl.const
         gg = _entry(step, places, 8)
         hh = _entry(step, places, 9)
     last = gg * c + hh * f + i
-    na = divide(aa * a + bb * d + tx * g, last)
-    nb = divide(aa * b + bb * e + tx * h, last)
-    nc = divide(aa * c + bb * f + tx * i, last)
-    nd = divide(cc * a + dd * d + ty * g, last)
-    ne = divide(cc * b + dd * e + ty * h, last)
-    nf = divide(cc * c + dd * f + ty * i, last)
-    ng = divide(gg * a + hh * d + g, last)
-    nh = divide(gg * b + hh * e + h, last)
-    return na, nb, nc, nd, ne, nf, ng, nh, divide(last, last)
+    return (
+        divide(aa * a + bb * d + tx * g, last),
+        divide(aa * b + bb * e + tx * h, last),
+        divide(aa * c + bb * f + tx * i, last),
+        divide(cc * a + dd * d + ty * g, last),
+        divide(cc * b + dd * e + ty * h, last),
+        divide(cc * c + dd * f + ty * i, last),
+        divide(gg * a + hh * d + g, last),
+        divide(gg * b + hh * e + h, last),
+        divide(last, last),
+    )
 
 
 @kernel
@@ -364,14 +345,14 @@ def step_warped(
     field = spline + frame * (rows + 6) * (columns + 6)
     rows_of = regressors + (frame // group) * lines * samples
 
-    a, b, c, d, e, f, g, h, i = _load_entries(start + 9 * frame)
+    own = load_matrix(start + 9 * frame, COMPUTE)
     going = tl.load(moves + frame) != 0
     reach = nothing
-    _store_entries(seen + 9 * frame, a, b, c, d, e, f, g, h, i)
+    _store_matrix(seen + 9 * frame, own)
     for _ in range(iterations):
         if going:
-            _store_entries(seen + 9 * frame, a, b, c, d, e, f, g, h, i)
-            back = _inverse(a, b, c, d, e, f, g, h, i)
+            _store_matrix(seen + 9 * frame, own)
+            back = _inverse(own)
             total = tl.zeros((PADDED, BLOCK), COMPUTE)
             for first in range(0, samples, BLOCK):
                 place = first + tl.arange(0, BLOCK)
@@ -389,9 +370,9 @@ def step_warped(
                 total += tile * value[None, :]
             step = _best_step(tl.sum(total, 1), mean, inverse, solved, rest, places)
             step, reach = _bounded_step(step, corners_x, corners_y, limit)
-            a, b, c, d, e, f, g, h, i = _composed(step, places, nothing, a, b, c, d, e, f, g, h, i, MOTION)
+            own = _composed(step, places, nothing, own, MOTION)
             going = reach > tl.cast(tolerance, COMPUTE)
-    _store_entries(warps + 9 * frame, a, b, c, d, e, f, g, h, i)
+    _store_matrix(warps + 9 * frame, own)
     tl.store(reaches + frame, reach)
 
 

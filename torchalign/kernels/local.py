@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchalign.kernels.alike import alike_at
 from torchalign.kernels.sampling import (
     block_of,
     cell_of,
@@ -19,7 +18,6 @@ from torchalign.kernels.sampling import (
     neighbour,
     operator,
     spline_weight,
-    triangle,
 )
 
 
@@ -102,26 +100,12 @@ def weigh_frames(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr = 512,
 ):
-    """One program: a block of samples of one frame; means over 7 × 7 samples, triangular, the border continued."""
+    """One program: a block of samples of one frame."""
     frame, place, live, x, y = cell_of(rows, columns, BLOCK)
     samples = rows * columns
     plane = own + frame * samples
     other = field + frame * each_field * samples
-    both = tl.zeros((BLOCK,), COMPUTE)
-    square = tl.zeros((BLOCK,), COMPUTE)
-    other_square = tl.zeros((BLOCK,), COMPUTE)
-    for j in range(-3, 4):
-        for i in range(-3, 4):
-            near = neighbour(x, y, i, j, rows, columns)
-            share = triangle(i, j, 3)
-            a = tl.load(plane + near, mask=live, other=0)
-            b = tl.load(other + near, mask=live, other=0)
-            both += a * b * share
-            square += a * a * share
-            other_square += b * b * share
-    both = tl.maximum(both, 0.0)
-    found = divide(both * both, square * other_square + TINY)
-    found = tl.minimum(found * found, 1.0)
+    found = alike_at(plane, other, x, y, rows, columns, live, 1, 3, TINY, COMPUTE)
     out = frame * samples + place
     tl.store(similarity + out, found, mask=live)
     weight = found * tl.load(inside + out, mask=live, other=0)
@@ -199,24 +183,6 @@ def differentiate_frames(
     tl.store(pull + (frame * 2 + 1) * samples + place, py * (residual + gx * ux + gy * uy), mask=live)
 
 
-def read_splines(
-    coefficients: Tensor, weights: Tensor | None, at: Tensor, size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See functional.local._read_frames.
-
-    Args:
-        coefficients: (N, H + 2P, W + 2P).
-        weights: (N, h, w) or ``None``.
-        at: (1 or N, 2, h, w).
-        size: (H, W).
-
-    Returns:
-        Values, 1 inside, and the nearest weight if there are weights; (N, h, w).
-    """
-    value, inside, usable = _read_splines(coefficients, weights, at, list(size))
-    return value, inside, None if weights is None else usable
-
-
 def _read_like(coefficients: Tensor, weights: Tensor | None, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shape = (coefficients.shape[0], *at.shape[-2:])
     usable = at.new_empty(0 if weights is None else shape)
@@ -224,9 +190,17 @@ def _read_like(coefficients: Tensor, weights: Tensor | None, at: Tensor) -> tupl
 
 
 @operator("read_splines", _read_like)
-def _read_splines(
+def read_splines(
     coefficients: Tensor, weights: Tensor | None, at: Tensor, size: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """See functional.local._read_frames: values, 1 inside, and the nearest weight if there are weights; (N, h, w).
+
+    Args:
+        coefficients: (N, H + 2P, W + 2P).
+        weights: (N, h, w) or ``None``.
+        at: (1 or N, 2, h, w).
+        size: (H, W).
+    """
     value, inside, usable = _read_like(coefficients, weights, at)
     rows, columns = at.shape[-2:]
     pad = (coefficients.shape[-1] - size[1]) // 2
@@ -264,6 +238,12 @@ def weigh(
     return similarity, weighted
 
 
+def _differentiated_like(own: Tensor) -> tuple[Tensor, Tensor]:
+    count, *size = own.shape
+    return own.new_empty((count, 3, *size)), own.new_empty((count, 2, *size))
+
+
+@operator("differentiate", _differentiated_like)
 def differentiate(
     own: Tensor,
     field: Tensor,
@@ -271,8 +251,7 @@ def differentiate(
     around: Tensor,
     whole: Tensor,
     local: Tensor,
-    samples: Sequence[float],
-    limits: Sequence[float],
+    numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
     """See functional.local._products_and_pull: (N, 3, h, w) and (N, 2, h, w).
 
@@ -283,27 +262,9 @@ def differentiate(
         around: (2, N, h, w), weighted squares and weights, averaged around.
         whole: (2, N), their sums.
         local: (N, 2, h, w), the field.
-        samples: a pixel, (down, along).
-        limits: the least variance of a sample as a share of the frame's, and how many samples say as much as one.
+        numbers: samples a pixel (down, along); the least variance of a sample as a share of the frame's; and how many
+            samples say as much as one.
     """
-    return tuple(_differentiate(own, field, weight, around, whole, local, [*samples, *limits]))
-
-
-def _differentiated_like(own: Tensor) -> tuple[Tensor, Tensor]:
-    count, *size = own.shape
-    return own.new_empty((count, 3, *size)), own.new_empty((count, 2, *size))
-
-
-@operator("differentiate", _differentiated_like)
-def _differentiate(
-    own: Tensor,
-    field: Tensor,
-    weight: Tensor,
-    around: Tensor,
-    whole: Tensor,
-    local: Tensor,
-    numbers: list[float],
-) -> tuple[Tensor, Tensor]:
     products, pull = _differentiated_like(own)
     count, rows, columns = own.shape
     launch(

@@ -69,6 +69,21 @@ def store_complex(spectrum, place, live, real, imaginary):
 
 
 @triton.jit
+def load_row(row, COMPUTE: tl.constexpr):
+    """Three entries of a matrix."""
+    return tl.load(row).to(COMPUTE), tl.load(row + 1).to(COMPUTE), tl.load(row + 2).to(COMPUTE)
+
+
+@triton.jit
+def load_matrix(warp, COMPUTE: tl.constexpr):
+    """All nine, row by row."""
+    a, b, c = load_row(warp, COMPUTE)
+    d, e, f = load_row(warp + 3, COMPUTE)
+    g, h, i = load_row(warp + 6, COMPUTE)
+    return a, b, c, d, e, f, g, h, i
+
+
+@triton.jit
 def wave_of(place, live, columns, fy, fx, shift_x, shift_y):
     """The frequencies (y, x) of a block of bins, and cosine and sine of the phase of a shift there."""
     y = tl.load(fy + place // columns, mask=live, other=0)
@@ -122,12 +137,8 @@ def displacement(motion, x, y, KIND: tl.constexpr, COMPUTE: tl.constexpr):
         dx = bounded(-tl.load(motion).to(COMPUTE)) + tl.zeros_like(x)
         dy = bounded(-tl.load(motion + 1).to(COMPUTE)) + tl.zeros_like(y)
     else:
-        a = tl.load(motion).to(COMPUTE)
-        b = tl.load(motion + 1).to(COMPUTE)
-        c = tl.load(motion + 2).to(COMPUTE)
-        d = tl.load(motion + 3).to(COMPUTE)
-        e = tl.load(motion + 4).to(COMPUTE)
-        f = tl.load(motion + 5).to(COMPUTE)
+        a, b, c = load_row(motion, COMPUTE)
+        d, e, f = load_row(motion + 3, COMPUTE)
         if KIND == 1:
             determinant = a * e - b * d + tl.zeros_like(x)
             dx = _near_or_nowhere(
@@ -137,9 +148,7 @@ def displacement(motion, x, y, KIND: tl.constexpr, COMPUTE: tl.constexpr):
                 (b * d - a * (e - 1)) * y, determinant
             )
         else:
-            g = tl.load(motion + 6).to(COMPUTE)
-            h = tl.load(motion + 7).to(COMPUTE)
-            i = tl.load(motion + 8).to(COMPUTE)
+            g, h, i = load_row(motion + 6, COMPUTE)
             depth = (d * h - e * g) * x + (b * g - a * h) * y + (a * e - b * d)
             perspective = (d * h - e * g) * x + (b * g - a * h) * y
             across = (e * (i - a) - f * h + b * d - perspective) * x + (c * h - b * i) * y + (b * f - c * e)

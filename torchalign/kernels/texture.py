@@ -146,22 +146,9 @@ def _fill_with(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Te
     return filled
 
 
-def coverage(usable: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The share of usable pixels around each sample of a coarser grid.
-
-    Args:
-        usable: bool, (..., H, W).
-        size: (h, w).
-        dtype: of the result.
-
-    Returns:
-        (..., h, w).
-    """
-    return _launch_coverage(usable, list(size), dtype)
-
-
 @operator("coverage", lambda usable, size, dtype: usable.new_empty((*usable.shape[:-2], *size), dtype=dtype))
-def _launch_coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
+def coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
+    """(..., h, w): the share of pixels (..., H, W) that is usable around each sample of a coarser grid."""
     share = usable.new_empty((*usable.shape[:-2], *size), dtype=dtype)
     sizes = zip(usable.shape[-2:], size, strict=True)
     most = (-(-length // samples) + (length % samples > 0) for length, samples in sizes)

@@ -168,25 +168,16 @@ def _turn(spectrum: Tensor, fy: Tensor, fx: Tensor, shift: Tensor) -> Tensor:
     return turned
 
 
-def common_window(
-    shift: Tensor, size: tuple[int, int], frame: tuple[int, int], ramps: tuple[float, float]
-) -> Tensor:
-    """The Tukey window of the ground that a frame shifted by ``shift`` has in common with the one in place.
+@operator("common_window", lambda shift, size: shift.new_empty((*shift.shape[:-1], *size)))
+def common_window(shift: Tensor, size: list[int], frame: list[int], ramps: list[float]) -> Tensor:
+    """(..., h, w): the Tukey window of the ground that a frame shifted by (..., 2) has in common with the one in place.
 
     Args:
-        shift: (..., 2), (x, y) in pixels.
+        shift: (x, y) in pixels.
         size: (h, w) samples.
         frame: (H, W) in pixels.
         ramps: how long the window falls off along y and x, in pixels.
-
-    Returns:
-        (..., h, w).
     """
-    return _common_window(shift, list(size), list(frame), list(ramps))
-
-
-@operator("common_window", lambda shift, size: shift.new_empty((*shift.shape[:-1], *size)))
-def _common_window(shift: Tensor, size: list[int], frame: list[int], ramps: list[float]) -> Tensor:
     window = shift.new_empty((*shift.shape[:-1], *size))
     numbers = *size, *map(float, frame), *ramps
     launch(window_frames, frames_of(shift, 1), (shift, window), numbers, samples=size[0] * size[1])

@@ -1,0 +1,111 @@
+"""How alike two fields are around each sample, or each block of them, as one kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchalign.kernels.sampling import (
+    by_group,
+    cell_of,
+    divide,
+    frames_of,
+    kernel,
+    launch,
+    operator,
+    padded,
+    triangle,
+)
+
+
+@triton.jit
+def alike_at(
+    own, other, x, y, rows, columns, live,
+    STEP: tl.constexpr, REACH: tl.constexpr, TINY: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The squared correlation coefficient of two planes, squared again, at blocks (x, y) of ``STEP`` × ``STEP`` samples.
+
+    Means are triangular, over 2 ``REACH`` + 1 blocks a side, the border continued; what is missing of a block is 0.
+    """
+    both = tl.zeros(x.shape, COMPUTE)
+    square = tl.zeros(x.shape, COMPUTE)
+    other_square = tl.zeros(x.shape, COMPUTE)
+    place = tl.arange(0, STEP * STEP)[None, :]
+    for j in range(-REACH, REACH + 1):
+        row = (padded(y + j, (rows + STEP - 1) // STEP, False) * STEP)[:, None] + place // STEP
+        for i in range(-REACH, REACH + 1):
+            column = (padded(x + i, (columns + STEP - 1) // STEP, False) * STEP)[:, None] + place % STEP
+            there = live[:, None] & (row < rows) & (column < columns)
+            a = tl.load(own + row * columns + column, mask=there, other=0)
+            b = tl.load(other + row * columns + column, mask=there, other=0)
+            share = triangle(i, j, REACH)
+            both += tl.sum(a * b, 1) * share
+            square += tl.sum(a * a, 1) * share
+            other_square += tl.sum(b * b, 1) * share
+    both = tl.maximum(both, 0.0)
+    found = divide(both * both, square * other_square + TINY)
+    return tl.minimum(found * found, 1.0)
+
+
+@kernel
+def alike_frames(
+    own,  # (N, h, w)
+    field,  # (N or 1 a group, h, w)
+    similarity,  # (N, ⌈h / STEP⌉, ⌈w / STEP⌉)
+    rows,
+    columns,
+    group,
+    STEP: tl.constexpr,
+    REACH: tl.constexpr,
+    TINY: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr = 64,
+):
+    """One program: a block of places of one frame."""
+    high = (rows + STEP - 1) // STEP
+    wide = (columns + STEP - 1) // STEP
+    frame, place, live, x, y = cell_of(high, wide, BLOCK)
+    plane = own + frame * rows * columns
+    other = field + (frame // group) * rows * columns
+    found = alike_at(plane, other, x, y, rows, columns, live, STEP, REACH, TINY, COMPUTE)
+    tl.store(similarity + frame * high * wide + place, found, mask=live)
+
+
+def alike(moving: Tensor, reference: Tensor, step: int) -> Tensor:
+    """See :func:`torchalign.functional.common_ground.agreement`.
+
+    Args:
+        moving: (..., H, W), over the reference.
+        reference: (..., H, W), broadcastable.
+        step: 1 for every sample and 7 × 7 around it; 4 for blocks of 4 × 4, and 3 × 3 of them.
+
+    Returns:
+        (..., ⌈H / step⌉, ⌈W / step⌉).
+    """
+    lead = torch.broadcast_shapes(moving.shape[:-2], reference.shape[:-2])
+    return _launch_alike(moving.expand(*lead, *moving.shape[-2:]), reference, step)
+
+
+def _alike_like(moving: Tensor, step: int) -> Tensor:
+    rows, columns = ((length + step - 1) // step for length in moving.shape[-2:])
+    return moving.new_empty((*moving.shape[:-2], rows, columns))
+
+
+@operator("alike", _alike_like)
+def _launch_alike(moving: Tensor, reference: Tensor, step: int) -> Tensor:
+    similarity = _alike_like(moving, step)
+    reference, group = by_group(moving.shape[:-2], 2, reference)
+    launch(
+        alike_frames,
+        frames_of(moving),
+        (moving, reference, similarity),
+        (*moving.shape[-2:], group),
+        samples=similarity.shape[-2] * similarity.shape[-1],
+        STEP=step,
+        REACH=3 if step == 1 else 1,
+        # the fields are of order 1
+        TINY=torch.finfo(moving.dtype).eps ** 2,
+    )
+    return similarity
