@@ -647,7 +647,7 @@ MUTATIONS = [
     # --- the aligners ---
     Mutation(
         "aligner-mask-and-nan", "aligner.py",
-        "usable = usable & mask", "usable = mask",
+        "usable, image = usable & mask,", "usable, image = mask,",
         f"{_CONTRACT} -k 'missing_pixels and PCC and not once and not grid'",
     ),
     Mutation(
