@@ -57,26 +57,25 @@ def agreement(moving: Tensor, reference: Tensor, *, fine: bool = False, vector: 
     Returns:
         (..., H, W).
     """
-    share = _alike(moving, reference, fine=fine, vector=vector)
-    return share if fine else enlarge(share, BLOCK, (moving.shape[-2], moving.shape[-1]))
+    size = (moving.shape[-2], moving.shape[-1])
+    share = agreement_of_blocks(moving, reference, length=1 if fine else BLOCK, vector=vector)
+    return share if fine else enlarge(share, BLOCK, size)
 
 
-def agreement_of_blocks(moving: Tensor, reference: Tensor, *, vector: bool = False) -> Tensor:
-    """:func:`agreement` at the middles of its blocks of 4 × 4, (..., ⌈H / 4⌉, ⌈W / 4⌉): between them it is linear."""
-    return _alike(moving, reference, fine=False, vector=vector)
-
-
-def _alike(moving: Tensor, reference: Tensor, *, fine: bool, vector: bool) -> Tensor:
+def agreement_of_blocks(
+    moving: Tensor, reference: Tensor, *, length: int = BLOCK, vector: bool = False
+) -> Tensor:
+    """:func:`agreement` at the middles of its blocks, (..., ⌈H / 4⌉, ⌈W / 4⌉): between them it is linear."""
     kernels = None if vector else kernels_for(moving, reference)
     if kernels is not None:
-        return kernels.alike(moving, reference, 1 if fine else BLOCK)
+        return kernels.alike(moving, reference, length)
     # pooled before they are stacked: it is small then, and the reference may be one for all frames
     products = (moving * reference, moving.square(), reference.square())
     if vector:
         products = products[0].sum(0), products[1].sum(0), products[2].sum(0)
-    sums = products if fine else [block_sums(product, 2) for product in products]
+    sums = products if length == 1 else [block_sums(product, 2) for product in products]
     stacked = torch.stack(torch.broadcast_tensors(*sums))  # type: ignore[no-untyped-call]
-    common, own, other = triangle_mean(stacked, 2 if fine else 1).unbind()
+    common, own, other = triangle_mean(stacked, 2 if length == 1 else 1).unbind()
     tiny = torch.finfo(moving.dtype).eps ** 2  # the fields are of order 1
     share = common.clamp(min=0).square() / (own * other + tiny)
     return share.square().clamp(max=1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchalign._host import keeps_tables, kernels_for, launches_kernels
 
-__all__ = ["by_columns", "fft", "irfft2", "rfft", "rfft2", "shift_phase", "unit_circle", "wave", "waves"]
+__all__ = ["by_columns", "fft", "irfft2", "rfft", "rfft2", "shift_phase", "unit_circle", "waves"]
 
 
 def fft(signal: Tensor, dim: int = -1) -> Tensor:
@@ -88,11 +88,6 @@ def unit_circle(angle: Tensor) -> Tensor:
 @keeps_tables
 def _one(*, like: Tensor) -> Tensor:
     return torch.ones((), device=like.device, dtype=like.dtype)
-
-
-def wave(frequency: Tensor, shift: Tensor) -> Tensor:
-    """(..., N): e^{iωt}, ω = 2πf in radians per pixel."""
-    return unit_circle(shift[..., None] * (2 * math.pi * frequency))
 
 
 def _or_empty(transform: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torchalign._check import message
 from torchalign._host import all_true, keeps_tables, kernels_for
 from torchalign.functional.common_ground import BLOCK, agreement_of_blocks
-from torchalign.functional.fourier import irfft2, rfft2, shift_phase, unit_circle, wave, waves
+from torchalign.functional.fourier import irfft2, rfft2, shift_phase, unit_circle, waves
 from torchalign.functional.masked_correlation import OUTSIDE_MARGIN
 from torchalign.functional.sizes import lags_within, square_root
 from torchalign.functional.smoothing import between_blocks, block_means, enlarge
@@ -460,9 +460,9 @@ def _ascended(
     start = start.detach()
     exponents, factors = _monomials(like=start)
     series = derivatives_at(power.detach(), frequencies, start, orders)
-    way = torch.zeros_like(start)
-    for _ in range(steps):
-        by_y, by_x = (way[..., axis, None, None] ** exponents * factors for axis in (1, 0))
+    way, _ = newton_step(series[..., :3, :3])
+    for _ in range(steps - 1):
+        by_x, by_y = (way[..., None, None] ** exponents * factors).unbind(-3)
         way = way + newton_step(torch.matmul(torch.matmul(by_y, series), by_x.mT))[0]
     return start + way
 
@@ -492,12 +492,14 @@ def _newton_step(rows: Tensor, longest: float) -> tuple[Tensor, Tensor]:
     H · step = −∇C by Cramer's rule, whose determinants are the cross product of the two rows.
     """
     first, second = rows.unbind(-2)
-    determinant, *ascent = torch.linalg.cross(first, second).unbind(-1)
-    hxx, hyy = first[..., 1], second[..., 2]
+    cross = torch.linalg.cross(first, second)
+    hxx, hyy, determinant = first[..., 1], second[..., 2], cross[..., 0]
     # negative definite
-    curved = (hxx < 0) & (determinant > torch.finfo(hxx.dtype).eps * hxx * hyy)
-    step = torch.stack(ascent, -1) / torch.where(curved, determinant, 1.0)[..., None]
-    return torch.where(curved[..., None], step, 0.0).clamp(-longest, longest), curved
+    left = torch.addcmul(determinant, hxx, hyy, value=-torch.finfo(hxx.dtype).eps)
+    curved = torch.minimum(-hxx, left) > 0
+    flat = ~curved[..., None]
+    step = cross[..., 1:] / determinant[..., None].masked_fill(flat, 1.0)
+    return step.masked_fill(flat, 0.0).clamp(-longest, longest), curved
 
 
 def _newton_rows(derivatives: Tensor) -> Tensor:
@@ -565,10 +567,10 @@ def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Te
     half = math.ceil(0.75 * factor)
     centre = (start.detach() * factor).round()
     offsets = torch.arange(-half, half + 1, device=start.device, dtype=start.dtype)
-    candidates = (centre[..., None] + offsets) / factor  # (..., 2, n), x then y
-    waves_y = wave(frequencies[0], candidates[..., 1, :])  # (..., n, H)
-    waves_x = wave(frequencies[1], candidates[..., 0, :]) * multiplicity(frequencies[1])
-    values = torch.matmul(torch.matmul(waves_y, power.detach()), waves_x.mT).real  # (..., n, n)
+    candidates = (centre[..., None, :] + offsets[:, None]) / factor  # (..., n, 2)
+    waves_y, waves_x = waves(frequencies, candidates)  # (..., n, H) and (..., n, W//2+1)
+    along_x = (waves_x * multiplicity(frequencies[1])).mT
+    values = torch.matmul(torch.matmul(waves_y, power.detach()), along_x).real  # (..., n, n)
     best = values.flatten(-2).argmax(-1)
     count = offsets.shape[0]
     return (
@@ -867,6 +869,8 @@ def _correlated_bins(effective: Tensor) -> Tensor:
 
 def _parabola(before: Tensor, centre: Tensor, after: Tensor) -> Tensor:
     """Where the parabola through three equidistant samples, the middle one highest, has its vertex."""
-    curvature = before - 2 * centre + after
-    safe = torch.where(curvature < 0, curvature, -1.0)
-    return torch.where(curvature < 0, 0.5 * (before - after) / safe, 0.0).clamp(-0.5, 0.5)
+    curvature = torch.sub(before + after, centre, alpha=2)
+    flat = curvature >= 0
+    return (
+        (0.5 * (before - after) / curvature.masked_fill(flat, -1.0)).masked_fill(flat, 0.0).clamp(-0.5, 0.5)
+    )

@@ -466,17 +466,19 @@ class Slices(_Shifted):
     def _nearest(self) -> tuple[int, int]:
         return self.column + (self.x >= 0.5), self.row + (self.y >= 0.5)
 
+    def overlap(self) -> tuple[slice, slice]:
+        """The rows and columns of the lattice whose nearest source pixel is one of the frame's."""
+        column, row = self._nearest()
+        rows, columns = _overlap(row, self.size[0], 1), _overlap(column, self.size[1], 1)
+        # the first of the lattice at or after a pixel
+        top, bottom, left, right = (-(-place // self.step) for place in (*rows, *columns))
+        return slice(top, bottom), slice(left, right)
+
     def inside(self) -> Tensor:
         """See :class:`Sampler`."""
-        column, row = self._nearest()
         height, width = (-(-length // self.step) for length in self.size)
-        # the first and the last + 1 of the lattice
-        (top, bottom), (left, right) = (
-            [-(-place // self.step) for place in _overlap(offset, length, 1)]
-            for offset, length in zip((row, column), self.size, strict=True)
-        )
         inside = torch.zeros((height, width), dtype=torch.bool, device="cpu")
-        inside[top:bottom, left:right] = True
+        inside[self.overlap()] = True
         return inside
 
     def nearest(self, planes: Tensor) -> Tensor:

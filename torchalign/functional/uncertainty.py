@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchalign._host import keeps_tables, kernels_for
-from torchalign.functional.fourier import irfft2, shift_phase
+from torchalign.functional.fourier import by_columns, irfft2, shift_phase
 from torchalign.functional.smoothing import block_sums
 from torchalign.functional.working_grid import WorkingGrid
 
@@ -169,11 +169,12 @@ def block_pulls(moving: Tensor, reference: Tensor, shift: Tensor, grid: WorkingG
             moving, reference, grid.frequencies, -shift, root, grid.size[0] * grid.size[1]
         )
         fields = torch.split(irfft2(spectra, grid.size), [1, 2], -3)
-    else:
-        own = shift_phase(moving, grid.frequencies, -shift)
-        apart, sloped = (own - reference) * root, (own + reference).unsqueeze(-3) * slopes
-        fields = irfft2(apart, grid.size).unsqueeze(-3), irfft2(sloped, grid.size)
-    return parts_of(fields[0] * fields[1]).flatten(-2)
+        return parts_of(fields[0] * fields[1]).flatten(-2)
+    own = shift_phase(moving, grid.frequencies, -shift)
+    apart, both = irfft2((own - reference).mul_(root), grid.size), own + reference
+    # one axis after the other, which the cache of a CPU holds
+    pulls = [parts_of(irfft2(both * slope, grid.size).mul_(apart)) for slope in slopes]
+    return torch.stack(pulls, -3).flatten(-2)
 
 
 @keeps_tables
@@ -185,7 +186,8 @@ def _rooted_slopes(
     root = grid.radius.sqrt() * (grid.radius < max_frequency)
     y, x = (math.pi * size[0] * size[1] * frequency for frequency in grid.frequencies)
     none = torch.zeros_like(root)
-    return root, torch.stack((torch.complex(none, root * x), torch.complex(none, root * y[:, None])))
+    slopes = torch.stack((torch.complex(none, root * x), torch.complex(none, root * y[:, None])))
+    return root, by_columns(slopes)
 
 
 def trace(matrix: Tensor) -> Tensor:

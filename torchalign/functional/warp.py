@@ -526,7 +526,7 @@ def _resample_in_blocks(
             values[index], validity[index] = _combine(planes, sampler, options)
             continue
         # the hot case: no mask, and nothing is copied
-        validity[index] = sampler.inside()
+        validity[(index, *sampler.overlap())] = True
         if bicubic:
             values[index] = sampler.bicubic(sampler.around(planes.source))
             continue
