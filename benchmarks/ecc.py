@@ -456,17 +456,20 @@ def watched() -> Iterator[tuple[dict[str, float], dict[tuple[int, int], int]]]:
         (aligner_module, "extract_channel", "channel"),
         (ecc, "extract_pyramid", "textures"),
         (ecc, "prepare_level", "textures"),
-        (ecc._Shifted, "of", "textures"),
-        (ecc._Warped, "of", "textures"),
+        (ecc._ShiftedFrames, "of", "textures"),
+        (ecc._WarpedFrames, "of", "textures"),
         (ecc._Search, "climb", "search"),
         (ecc, "_better_of", "search"),
-        (ecc._WarpedSamples, "at", "search"),
+        (ecc._ShiftedFrames, "look", "search"),
+        (ecc._WarpedFrames, "look", "search"),
         (ecc, "_assess", "assess"),
         (aligner_module, "gate_stages", "gate"),
         (aligner_module, "resample", "warp"),
     ]
     before = [(owner, name, owner.__dict__[name]) for owner, name, _ in places]
-    before += [(owner, "values", owner.__dict__["values"]) for owner in (ecc._Shifted, ecc._Warped)]
+    before += [
+        (owner, "values", owner.__dict__["values"]) for owner in (ecc._ShiftedFrames, ecc._WarpedFrames)
+    ]
 
     inside = dict.fromkeys(
         STAGES, 0
@@ -495,8 +498,8 @@ def watched() -> Iterator[tuple[dict[str, float], dict[tuple[int, int], int]]]:
     try:
         for owner, name, stage in places:
             called = watch(getattr(owner, name), stage)
-            setattr(owner, name, staticmethod(called) if name in ("of", "at") else called)
-        for owner in (ecc._Shifted, ecc._Warped):
+            setattr(owner, name, staticmethod(called) if name == "of" else called)
+        for owner in (ecc._ShiftedFrames, ecc._WarpedFrames):
             owner.values = count(owner.values)
         yield spent, samplings
     finally:

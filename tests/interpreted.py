@@ -355,7 +355,7 @@ def test_local_shifts_round_by_round(dtype, masked, by_torch):
     grid = level.grid.size
     coefficients = torch.randn(2, 68, 65, generator=draw, dtype=dtype)
     weights = torch.rand(2, *grid, generator=draw, dtype=dtype) if masked else None
-    frames = local._Frames(coefficients, weights, size)
+    frames = local._Frames(coefficients, weights)
     shifts = 3 * torch.randn(2, 2, *grid, generator=draw, dtype=dtype)
     shifts[0, 0, 3, 4] = torch.nan
     shifts[0, 1, 5, 6] = 1e9

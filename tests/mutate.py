@@ -59,8 +59,8 @@ MUTATIONS = [
     # --- functional/affine, motion ---
     Mutation(
         "affine-compose-order", "functional/affine.py",
-        "return multiply(_three_rows(second), _three_rows(first))",
-        "return multiply(_three_rows(first), _three_rows(second))",
+        "return multiply(to_homogeneous(second), to_homogeneous(first))",
+        "return multiply(to_homogeneous(first), to_homogeneous(second))",
         f"{_F}/test_affine.py -k compose",
     ),
     Mutation(
@@ -934,7 +934,7 @@ MUTATIONS = [
     ),
     Mutation(
         "report-ce90", "cube/solution.py",
-        "percentile(residual, 90),", "percentile(residual, 50),",
+        'percentile("residual", 90),', 'percentile("residual", 40),',
         "tests/test_series.py -k summary_in_numbers",
     ),
     Mutation(

@@ -649,3 +649,13 @@ def test_a_dtype_that_geotiff_has_not(tmp_path):
         write_stack(cube, tmp_path / "out")
     with pytest.raises(TypeError, match="expected a dtype that GeoTIFF has, got float"):
         write_stack(cube.real.astype("longdouble"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_nodata_of_64_bits_is_kept(dtype, tmp_path):
+    values = np.arange(32, dtype=dtype).reshape(2, 4, 4)
+    cube = xr.DataArray(
+        values, {"time": np.array(["2020-01-01", "2020-01-02"], "M8[ns]")}, ("time", "y", "x")
+    )
+    write_stack(cube.assign_attrs(_FillValue=7), tmp_path)
+    assert open_stack(tmp_path).attrs["_FillValue"] == 7

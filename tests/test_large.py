@@ -315,7 +315,7 @@ def test_strips_are_read_once_and_counted(tmp_path, monkeypatch):
         told.append(steps)
         yield lambda steps: told.append(-steps)
 
-    monkeypatch.setattr(ta.io, "count_progress", progress)
+    monkeypatch.setattr(ta.io, "progress_bar", progress)
     monkeypatch.setattr(Reading, "pixels", lambda self, rows: reads.append(rows) or read(self, rows))
     ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", ta.Local(spacing=8))
     down, across = map(len, local._Tiles.of((230, 210), 8).starts)

@@ -47,7 +47,7 @@ LAYERS = [
     {"cube.writing"},
     {"cube.tiles"},
     {"datasets", "io", "xr"},
-    {"pictures", "pictures.animation", "pictures.columns", "pictures.frames", "pictures.series", "pictures.style"},
+    {"pictures", "pictures.animation", "pictures.columns", "pictures.frames", "pictures.style"},
     {"plot"},
     {"html"},
     {"report"},

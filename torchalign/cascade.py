@@ -106,18 +106,9 @@ class Cascade(Aligner):
     def _stages(self) -> list[Aligner]:
         return list(self.stages)  # type: ignore[arg-type]  # a ModuleList of aligners
 
-    def _check(
-        self,
-        cube: Tensor,
-        reference: Tensor,
-        mask: Tensor | None,
-        reference_mask: Tensor | None,
-        init: Tensor | None,
-    ) -> _Jobs:
+    def _check(self, *given: Any, **named: Any) -> _Jobs:
         """One job a stage, for each has its own channel and crop."""
-        return _Jobs(
-            tuple(stage._check(cube, reference, mask, reference_mask, init) for stage in self._stages())
-        )
+        return _Jobs(tuple(stage._check(*given, **named) for stage in self._stages()))
 
     def _estimate(self, jobs: _Jobs) -> Judged:
         whole = (jobs.cube.shape[-2], jobs.cube.shape[-1])

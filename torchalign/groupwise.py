@@ -15,7 +15,6 @@ from torchalign.aligner import Aligner, find_enlargement, full_precision
 from torchalign.functional import network
 from torchalign.functional.affine import translation_warp
 from torchalign.functional.network import Edges, Positions, SeasonTerm, median_of, sum_of_pairs
-from torchalign.functional.phase import phase_correlation
 from torchalign.functional.texture import Texture, extract_texture
 from torchalign.functional.uncertainty import isotropic, largest_sigma
 from torchalign.functional.warp import resample
@@ -394,7 +393,7 @@ class Groupwise(nn.Module):
 
             def ask(part: Edges) -> _Said:
                 ends = (part.moving, part.reference)
-                moving, reference = (_rows_of(frames.texture, end) for end in ends)
+                moving, reference = (_taken(frames.texture, end) for end in ends)
                 said = _correlate_pairs(moving, reference, frames.size, by_textures, by_textures.max_sigma)
                 # a pattern of the pixel grid that both show fits itself at no motion
                 own, other = (frames.factor[end] for end in ends)
@@ -422,7 +421,7 @@ class Groupwise(nn.Module):
         if not is_on_host(frames.texture.field) or count == 0:
             return ask(edges)
         step = max(1, _BATCH_PIXELS // (frames.size[0] * frames.size[1]))
-        batches = [_rows_of(edges, slice(first, first + step)) for first in range(0, count, step)]
+        batches = [_taken(edges, slice(first, first + step)) for first in range(0, count, step)]
         return combine(torch.cat, map_on_host(ask, batches))
 
     def _find_season(
@@ -447,7 +446,7 @@ class Groupwise(nn.Module):
 
         def ask(part: Edges) -> _Said:
             moving, reference = (
-                _in_blocks(_rows_of(texture, end), side) for end in (part.moving, part.reference)
+                _in_blocks(_taken(texture, end), side) for end in (part.moving, part.reference)
             )
             return _correlate_pairs(moving, reference, size, options, _BLOCK_SIGMA)
 
@@ -550,7 +549,7 @@ class Groupwise(nn.Module):
         return f"neighbours={self.neighbours}, links={self.links}, season={self.season!r}"
 
 
-def _rows_of(parts: Fields, rows: Tensor | slice) -> Fields:
+def _taken(parts: Fields, rows: Tensor | slice) -> Fields:
     return each_field(parts, lambda part: part[rows])
 
 
@@ -573,17 +572,7 @@ def _in_blocks(texture: Texture, side: int) -> Texture:
 def _correlate_pairs(
     moving: Texture, reference: Texture, size: tuple[int, int], options: PCC, max_sigma: float
 ) -> _Said:
-    found = phase_correlation(
-        moving,
-        reference,
-        size=size,
-        max_translation=options.max_translation,
-        max_frequency=options.max_frequency,
-        weighting=options.weighting,
-        taper=options.taper,
-        robust=options.robust,
-        upsample_factor=options.upsample_factor,
-    )
+    found = options.correlate(moving, reference, size=size)
     usable = found.converged & ~found.outside & ~found.flat
     usable = usable & (found.shift.detach().norm(dim=-1) <= options.max_translation)
     ambiguous = usable & found.ambiguous

@@ -24,9 +24,17 @@ from torchalign.cube.labels import find_dims, time_labels
 from torchalign.cube.solution import summarize
 from torchalign.cube.tables import write_csv
 from torchalign.pictures import frames
-from torchalign.pictures.columns import Array, by_status, check_pictured, kept_frames, shift_of, status_of
+from torchalign.pictures.columns import (
+    Array,
+    by_status,
+    check_pictured,
+    is_series,
+    kept_frames,
+    shift_of,
+    status_of,
+    sun_known,
+)
 from torchalign.pictures.frames import Label
-from torchalign.pictures.series import is_series, sun_known
 from torchalign.pictures.style import STATUS_COLOUR, STATUS_TEXT_COLOUR
 from torchalign.types import Status
 

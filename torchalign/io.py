@@ -27,7 +27,7 @@ from torchalign.cube.finding import parse_time
 from torchalign.cube.gridding import GridWord, Resampling
 from torchalign.cube.labels import Cube
 from torchalign.cube.rasters import OnError, StackOptions, plan_stack, read_stack
-from torchalign.cube.run import count_progress, find_aligner, find_device, place_module
+from torchalign.cube.run import find_aligner, find_device, place_module, progress_bar
 from torchalign.cube.solution import check_report
 from torchalign.cube.stores import write_store
 from torchalign.cube.tiles import LargeReference, LargeStack, align_large, count_steps
@@ -184,7 +184,8 @@ def write_stack(
             ``{file}``, the name it was read from, without its ending; for example ``"{file}_aligned.tif"``.
             Default: the names in the coordinate ``file``, else ``{time:%Y%m%d}.tif``, with the time of day where
             days repeat; without dates ``{number:04d}.tif``.
-        driver: ``"COG"``, a GeoTIFF in tiles with overviews, or plain ``"GTiff"``.
+        driver: ``"COG"``, a GeoTIFF in tiles with overviews, or plain ``"GTiff"``; so are 64-bit integers with nodata,
+            which GDAL loses in a COG.
         compression: lossless, all of them.
         overwrite: replace files that are there.
         report: of the same :func:`torchalign.align`, to be computed in the same pass.
@@ -293,7 +294,7 @@ def align_scenes(  # noqa: D417  # options of open_stack and write_stack stand i
     stack = LargeStack.of(array, own, mask, where)
     onto = LargeReference.of(reference, reference_mask, stack)
     steps = count_steps(stack, module, onto)
-    with count_progress(progress, steps, "align", "block") as advance:
+    with progress_bar(progress, steps, "align", "block") as advance:
         return align_large(stack, place_module(module, where), onto, target, write, advance)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from torchalign._check import check_bool, check_number, check_option, message
 from torchalign.aligner import Aligner, Motion, Pair, SharedOptions, undo_init
 from torchalign.functional.affine import compose_warps, translation_warp
-from torchalign.functional.phase import Weighting, phase_correlation
+from torchalign.functional.phase import PhaseShift, Weighting, phase_correlation
 from torchalign.functional.texture import Contrast, Texture, extract_texture
 from torchalign.types import Status
 
@@ -119,16 +119,13 @@ class PCC(Aligner):
         pixels = super()._block_pixels()
         return pixels // 4 if self.contrast == "structure" else pixels  # two parts, at every pixel
 
-    def estimate_motion(self, pair: Pair, prepared: Texture, init: Tensor | None) -> Motion:
-        """See :meth:`Aligner.estimate_motion`.
-
-        An ``init`` is split into what it does about the frame's centre, which is undone by resampling (exactly
-        nothing for a translation), and its translation, from which the peak is refined.
-        """
-        moving, usable, start, about_centre = undo_init(init, pair.moving, pair.usable)
-        found = phase_correlation(
+    def correlate(
+        self, moving: Tensor | Texture, reference: Texture, usable: Tensor | None = None, **known: Any
+    ) -> PhaseShift:
+        """:func:`~torchalign.functional.phase.phase_correlation` with the options of this method."""
+        return phase_correlation(
             moving,
-            prepared,
+            reference,
             usable,
             max_translation=self.max_translation,
             max_frequency=self.max_frequency,
@@ -137,8 +134,17 @@ class PCC(Aligner):
             taper=self.taper,
             robust=self.robust,
             upsample_factor=self.upsample_factor,
-            start=start,
+            **known,
         )
+
+    def estimate_motion(self, pair: Pair, prepared: Texture, init: Tensor | None) -> Motion:
+        """See :meth:`Aligner.estimate_motion`.
+
+        An ``init`` is split into what it does about the frame's centre, which is undone by resampling (exactly
+        nothing for a translation), and its translation, from which the peak is refined.
+        """
+        moving, usable, start, about_centre = undo_init(init, pair.moving, pair.usable)
+        found = self.correlate(moving, prepared, usable, start=start)
         warp = translation_warp(found.shift)
         if about_centre is not None:
             warp = compose_warps(about_centre, warp)

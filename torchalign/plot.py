@@ -13,7 +13,7 @@ DataArray; ``ValueError`` where a report lacks a field, or ``true_shift`` is of 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,11 +22,11 @@ import torch
 import xarray as xr
 
 from torchalign._check import check_number, check_option, check_whole, message
-from torchalign.cube.displacements import field_of
+from torchalign.cube.displacements import known_field
 from torchalign.cube.labels import Array, find_dims, find_frame, time_labels
 from torchalign.cube.solution import report_labels
 from torchalign.functional.shift_field import field_at
-from torchalign.pictures import animation, columns, frames, series, style
+from torchalign.pictures import animation, columns, frames, style
 from torchalign.pictures.frames import Comparison, Label, Statistic, Zoom
 from torchalign.types import ShiftField, Status
 
@@ -123,9 +123,7 @@ def shift_scatter(
         style.draw_truth(ax, truth[:, 0], truth[:, 1], label="truth")
     for code, chosen in columns.by_status(status):
         if code != Status.OK:
-            label = columns.status_label(code, chosen)
-            drawn_as = {**style.marker_style(code, size), "s": 60 * size**2, "label": label}
-            ax.scatter(placed[chosen, 0], placed[chosen, 1], zorder=4, **drawn_as)
+            ax.scatter(*placed[chosen].T, zorder=4, **style.marker_style(code, chosen, 60, size))
             continue
         for (words, members), group in zip(groups, _GROUPS, strict=False):
             drawn = chosen & members
@@ -169,7 +167,7 @@ def shift_error(report: xr.Dataset, true_shift: Any, *, ax: Axes | None = None) 
     style.draw_ellipses(ax, error[accepted], covariance[accepted], style.SKY, size)
     for code, chosen in columns.by_status(status):
         if code != Status.OK:
-            ax.scatter([], [], **style.marker_style(code), s=50, label=columns.status_label(code, chosen))
+            ax.scatter([], [], **style.marker_style(code, chosen, 50))
     ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")
     median = f": median {np.median(radius):.4f} px" if len(radius) else ""
     ax.set(xlabel="error x (pixels)", ylabel="error y (pixels)", title=f"Error{median}")
@@ -212,12 +210,7 @@ def shifts_over_time(
         if code != Status.OK:
             line: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "lw": 0.8, "alpha": 0.6 * size**2}
             ax.vlines(time[chosen], 0, 1, style.STATUS_COLOUR[code], "dotted", **line)
-            drawn_as = {
-                **style.marker_style(code, size),
-                "s": 50 * size**2,
-                "label": columns.status_label(code, chosen),
-            }
-            ax.scatter(time[chosen], np.zeros(chosen.sum()), **drawn_as)
+            ax.scatter(time[chosen], np.zeros(chosen.sum()), **style.marker_style(code, chosen, 50, size))
     if is_date and len(time):
         style.date_axis(ax)
     ax.set(xlabel="" if is_date else "frame", ylabel="shift (pixels)", title="Shifts over time")
@@ -247,10 +240,7 @@ def local_shifts(
         ValueError: it has no field; an unknown frame; another number of axes.
     """
     report = columns.check_pictured(report)
-    field = field_of(report)
-    if field is None:
-        cure = "align with torchalign.Cascade(torchalign.PCC(), torchalign.Local())"
-        raise ValueError(message("report", "the field of an aligner with Local", "none", cure))
+    field = known_field(report)
     time = report["status"].dims[0]
     labels = time_labels(report["status"], time)
     strongest = int(np.argmax(report["local_shift_p95"].values))
@@ -314,14 +304,9 @@ def score_gain(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFig
     for code, chosen in columns.by_status(status):
         colour = style.STATUS_COLOUR[code]
         open_marker: dict[str, Any] = {"facecolors": "white", "edgecolors": colour, "linewidths": size}
-        drawn_as = {
-            **style.marker_style(code, size),
-            "s": 26 * size**2,
-            "label": columns.status_label(code, chosen),
-        }
         ax.hlines(rank[chosen], before[chosen], after[chosen], colour, linewidth=1.2 * size, alpha=0.6)
         ax.scatter(before[chosen], rank[chosen], s=22 * size**2, zorder=3, **open_marker)
-        ax.scatter(after[chosen], rank[chosen], zorder=4, **drawn_as)
+        ax.scatter(after[chosen], rank[chosen], zorder=4, **style.marker_style(code, chosen, 26, size))
     ax.set(xlabel="correlation, before (open) → after (filled)")
     ax.set(ylabel="frames, ordered by score", yticks=[], title="Score of each frame")
     style.finish_axes(ax)
@@ -755,7 +740,31 @@ def network(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure
         TypeError: the report is no Dataset.
         ValueError: it is of another reference.
     """
-    return _draw_series(series.draw_network, report, ax, (9.0, 4.0))
+    from matplotlib.collections import LineCollection
+    from matplotlib.dates import date2num
+
+    report = columns.check_series(report)
+    figure, ax = style.one_axes(ax, (9.0, 4.0))
+    time, is_date = columns.time_of(report)
+    along = np.asarray(date2num(time) if is_date else time, float)  # type: ignore[no-untyped-call]
+    days = columns.day_of_year(report)
+    height = report["support"].values if days is None else days
+    moving, reference, weight, _ = columns.pairs_of(report)
+    ends = np.stack([np.stack([along[end], height[end]], -1) for end in (moving, reference)], 1)
+    colours = np.zeros((len(weight), 4))
+    colours[:, 3] = 0.08 + 0.5 * np.clip(weight, 0, 1)
+    ax.add_collection(LineCollection(list(ends), colors=colours, linewidths=0.7, zorder=1))
+    ok = report["status"].values == Status.OK
+    ax.scatter(along[ok], height[ok], s=24, color=style.BLUE, zorder=3, label=f"connected ({ok.sum()})")
+    if (~ok).any():
+        label = f"not ({(~ok).sum()})"
+        ax.scatter(along[~ok], height[~ok], s=30, marker="x", color=style.VERMILLION, label=label)
+    if is_date:
+        ax.xaxis_date()
+    ylabel = "support" if days is None else "day of year"
+    ax.set(xlabel="" if is_date else "frame", ylabel=ylabel, title="The pairs that hold the series together")
+    style.finish_axes(ax)
+    return figure
 
 
 def pair_residuals(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
@@ -764,9 +773,25 @@ def pair_residuals(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | Su
     Dark squares agree; a bright row is a frame that its pairs disagree about, a bright block two seasons that
     do. White pairs were not compared, or count nothing. Arguments, result and errors are those of :func:`network`.
     """
-    report = series.check_series(report)
+    report = columns.check_series(report)
     figure, ax = style.one_axes(ax, (6.0, 5.2))
-    figure.colorbar(series.draw_pair_residuals(report, ax), ax=ax, shrink=0.8)
+    days, count = columns.day_of_year(report), report["status"].size
+    order = np.arange(count) if days is None else np.argsort(days, kind="stable")
+    place = np.empty(count, int)
+    place[order] = np.arange(count)
+    moving, reference, _, residual = columns.pairs_of(report)
+    matrix = np.full((count, count), np.nan)
+    matrix[place[moving], place[reference]] = matrix[place[reference], place[moving]] = residual
+    top = float(np.nanquantile(residual, 0.95)) if len(residual) else 1.0
+    drawn = ax.imshow(matrix, cmap="viridis", vmin=0, vmax=max(top, 1e-3), interpolation="nearest")
+    figure.colorbar(drawn, ax=ax, shrink=0.8)
+    if days is not None and count:
+        ticks = np.unique(np.linspace(0, count - 1, min(count, 7)).round().astype(int))
+        names = [str(days[order[tick]]) for tick in ticks]
+        ax.set(xticks=ticks, xticklabels=names, yticks=ticks, yticklabels=names)
+    words = "frame" if days is None else "day of year"
+    ax.set(xlabel=words, ylabel=words, title="What pairs say less what the positions say (pixels)")
+    ax.title.set(fontsize=11, color=style.INK)
     return figure
 
 
@@ -778,10 +803,29 @@ def sun_shift(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigu
     Raises:
         ValueError: the report does not know where the sun stood, either.
     """
-    if not series.sun_known(series.check_series(report)):
+    report = columns.check_series(report)
+    if not columns.sun_known(report):
         cure = "align a cube with dates and a CRS, or pass sun="
         raise ValueError(message("report", "one that knows where the sun stood", "no sun_elevation", cure))
-    return _draw_series(series.draw_sun_shift, report, ax, (5.6, 4.4))
+    figure, ax = style.one_axes(ax, (5.6, 4.4))
+    elevation, azimuth = (np.deg2rad(report[f"sun_{name}"].values) for name in ("elevation", "azimuth"))
+    ok = (report["status"].values == Status.OK) & np.isfinite(elevation) & (elevation > 0)
+    along = np.stack([-np.sin(azimuth), np.cos(azimuth)], -1)
+    length, shift = 1 / np.tan(elevation), columns.shift_of(report)
+    season = np.stack([report["season_shift_x"].values, report["season_shift_y"].values], -1)
+    corrected = report.attrs.get("season") == "correct"
+    measured = ((shift + season if corrected else shift) * along).sum(-1)
+    drawn: dict[str, Any] = {"label": "frames ± σ", "yerr": report["sigma"].values[ok]}
+    style.draw_points(ax, (length[ok], measured[ok]), color=style.BLUE, ecolor=style.BLUE, **drawn)
+    order = np.flatnonzero(ok)[np.argsort(length[ok])]
+    if len(order) and (season != 0).any():
+        fit = (season * along).sum(-1)
+        fit = fit + np.median((measured - fit)[ok])
+        ax.plot(length[order], fit[order], color=style.ORANGE, label="season term")
+    words = "cot(elevation of the sun)"
+    ax.set(xlabel=words, ylabel="shift along the shadow (pixels)", title="What follows the sun")
+    style.finish_axes(ax)
+    return figure
 
 
 def closure(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
@@ -789,21 +833,18 @@ def closure(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure
 
     Arguments, result and errors are those of :func:`network`.
     """
-
-    def draw(report: xr.Dataset, ax: Axes) -> None:
-        series.draw_closure(report, ax)
-        if columns.time_of(report)[1] and report["status"].size:
-            style.date_axis(ax)
-
-    return _draw_series(draw, report, ax, (9.0, 3.0))
-
-
-def _draw_series(
-    draw: Callable[[xr.Dataset, Axes], Any], report: xr.Dataset, ax: Axes | None, size: tuple[float, float]
-) -> Figure | SubFigure:
-    report = series.check_series(report)
-    figure, ax = style.one_axes(ax, size)
-    draw(report, ax)
+    report = columns.check_series(report)
+    figure, ax = style.one_axes(ax, (9.0, 3.0))
+    time, is_date = columns.time_of(report)
+    ok = report["status"].values == Status.OK
+    time, values = np.asarray(time)[ok], report["closure"].values[ok]
+    ax.vlines(time, 0, values, color=style.GREY, linewidth=0.8)
+    ax.scatter(time, values, s=18, color=style.BLUE, zorder=3)
+    title = "How well each frame's pairs agree: no accuracy, what all share closes"
+    ax.set(xlabel="" if is_date else "frame", ylabel="closure (pixels)", title=title)
+    ax.set_ylim(bottom=0)
+    if is_date and report["status"].size:
+        style.date_axis(ax)
     style.finish_axes(ax)
     return figure
 

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import xarray as xr
 
-from torchalign._check import check_bool, check_path, require
+from torchalign._check import check_bool, check_path
 from torchalign.cube.displacements import write_footprints
 from torchalign.cube.files import check_free
 from torchalign.cube.solution import ReportSummary, as_report, check_report, summarize
-from torchalign.cube.tables import check_suffix, read_report, to_table, write_report
+from torchalign.cube.tables import PAGES, PICTURED, check_suffix, read_report, to_table, write_report
 from torchalign.types import Estimate
 
 __all__ = ["ReportSummary", "as_report", "load_report", "save_report", "summarize", "to_table"]
-
-_PICTURED = (".html", ".htm", ".geojson")  # which are not read back
 
 
 def __dir__() -> list[str]:
@@ -58,21 +56,17 @@ def save_report(
     path = check_path("path", path)
     check_bool("overwrite", overwrite)
     suffix = path.suffix.lower()
-    if suffix not in _PICTURED:
-        check_suffix(path, _PICTURED)
+    check_suffix(path, PICTURED)
     given = as_report(report, like) if isinstance(report, Estimate) else report
     check_report(given)
     check_free(path, overwrite)
     made = given.compute()
-    if suffix == ".geojson":
-        write_footprints(made, path)
-        return path
-    if suffix in _PICTURED:
-        require("an HTML report", "plot", "matplotlib", "jinja2")
+    made = made.assign_attrs(summarize(made).attrs())
+    if suffix in PAGES:
         from torchalign.html import save_html
 
-        return save_html(made.assign_attrs(summarize(made).attrs()), path, overwrite=overwrite)
-    write_report(made.assign_attrs(summarize(made).attrs()), path)
+        return save_html(made, path, overwrite=overwrite)
+    (write_footprints if suffix == ".geojson" else write_report)(made, path)
     return path
 
 

@@ -30,7 +30,7 @@ class Status(IntEnum):
     NOT_BETTER = 5  # the score did not improve on the identity
     LOW_SCORE = 6  # the score stayed below `min_score`
     AMBIGUOUS = (
-        7  # more than one place fits: a second peak, a blind direction, a grid's pattern, parts that disagree
+        7  # more than one place fits: a second peak, a blind direction, a pattern, parts that disagree
     )
     NOT_CONNECTED = 8  # groupwise: no consistent chain of pairs ties the frame to the others
 

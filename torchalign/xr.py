@@ -311,9 +311,7 @@ def _move_variables(
 ) -> xr.Dataset:
     """All variables of frames: those that were stacked for the estimate are aligned already."""
     aligned, slices = stacked
-    module = module.aligner if isinstance(module, Groupwise) else module
-    names = ("interpolation", "padding_mode", "fill_value")
-    resampling = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    resampling = loop.resampling_of(module.aligner if isinstance(module, Groupwise) else module)
     moved = {}
     for name in (*variables.seen, *variables.moved, *variables.classes):
         array = variables.dataset[name]
@@ -432,14 +430,8 @@ def _move_frames(
 ) -> Any:
     """Pixels in the order of the cube's own dims, resampled as the aligner would."""
     cube = reader.cube
-    operation = loop.WarpFrames(
-        reader.pixels,
-        running.device if is_lazy(cube.array) else reader.device,
-        running.batch_size,
-        getattr(aligner, "interpolation", "bilinear"),
-        getattr(aligner, "padding_mode", "border"),
-        getattr(aligner, "fill_value", None),
-    )
+    device = running.device if is_lazy(cube.array) else reader.device
+    operation = loop.WarpFrames(reader.pixels, device, running.batch_size, **loop.resampling_of(aligner))
     warps = find_warps(estimate, "estimate", cube)
     return loop.run(operation, cube, (warps, loop.mask_companion(reader.usable)), advance)[0]
 

@@ -26,7 +26,7 @@ from torchalign.cube.labels import Cube, band_labels, find_dims, label_text, tim
 from torchalign.cube.pixels import find_nodata
 from torchalign.cube.reference import ReferenceName
 from torchalign.cube.run import ALIGNERS
-from torchalign.cube.tables import REPORT_SUFFIXES
+from torchalign.cube.tables import PAGES, REPORT_SUFFIXES
 from torchalign.cube.variables import Variables, take_apart
 from torchalign.functional.channels import ChannelName
 from torchalign.local import Local
@@ -294,7 +294,7 @@ def align_files(given: AlignOptions) -> int:
         )
         report = given.write(aligned, opened, report)
         for path in reports:
-            if path.suffix.lower() in outputs.PAGES:
+            if path.suffix.lower() in PAGES:
                 how: dict[str, Any] = {"classes": given.class_names, "overwrite": given.overwrite}
                 outputs.write_page(report, path, (cube, aligned), given.out, **how)
             else:

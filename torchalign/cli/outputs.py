@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchalign._check import message, require
 from torchalign.cube.files import is_store
-from torchalign.cube.tables import REPORT_SUFFIXES
+from torchalign.cube.tables import PICTURED, check_suffix
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torchalign.cli.sources import Source
 
 CUBES = (".nc", ".nc4", ".zarr")  # names of outputs that are one cube
-PAGES = (".html", ".htm")
 
 # --- before the work ---
 
@@ -48,16 +47,7 @@ def check_cube_output(path: Path, template: str | None, overwrite: bool) -> None
 
 def check_report_output(path: Path, overwrite: bool) -> None:
     """A table or a page."""
-    suffix = path.suffix.lower()
-    names = (*REPORT_SUFFIXES, *PAGES, ".geojson")
-    if suffix not in names:
-        raise ValueError(message("--report", f"a name ending in {', '.join(names)}", path.name, "rename it"))
-    if suffix in PAGES:
-        require("a page", "plot", "matplotlib", "PIL")
-    elif suffix == ".geojson":
-        require("a GeoJSON", "io", "rasterio")
-    elif suffix not in (".csv", ".json"):
-        require("a report in netCDF", "io", "h5netcdf", "h5py")
+    check_suffix(path, PICTURED, "--report")
     check_output(path, overwrite)
 
 

@@ -44,6 +44,15 @@ def field_of(report: xr.Dataset) -> ShiftField | None:
     return unpack_field(coefficients, lattice)._replace(sigma=sigma)
 
 
+def known_field(report: xr.Dataset) -> ShiftField:
+    """The field of local shifts, or an error."""
+    field = field_of(report)
+    if field is None:
+        cure = "align with torchalign.Cascade(torchalign.PCC(), torchalign.Local())"
+        raise ValueError(message("report", "the field of an aligner with Local", "none", cure))
+    return field
+
+
 def _known_grid(report: xr.Dataset, cure: str = "", *, needs_crs: bool = True) -> Georeference:
     """Where the frames lie on the map, or an error."""
     grid = report_georeference(report)
@@ -89,10 +98,7 @@ def tie_points(report: xr.Dataset) -> pd.DataFrame:
         TypeError: no Dataset.
         ValueError: no report, or one without a field.
     """
-    field = field_of(report)
-    if field is None:
-        cure = "align with torchalign.Cascade(torchalign.PCC(), torchalign.Local())"
-        raise ValueError(message("report", "the field of an aligner with Local", "none", cure))
+    field = known_field(report)
     warp = torch.from_numpy(np.array(report["warp"].values, np.float64))
     n, m = field.coefficients.shape[-2:]
     rows, columns = np.divmod(np.arange(n * m), m)
@@ -327,7 +333,6 @@ def write_footprints(report: xr.Dataset, path: Path) -> None:
         ImportError: rasterio is not installed.
     """
     grid = _known_grid(report, "write a .csv")
-    require("a GeoJSON", "io", "rasterio")
     height, width = grid.size
     # a pixel's centre has whole numbers
     corners = torch.tensor([(0, 0), (0, height), (width, height), (width, 0), (0, 0)], dtype=torch.float64)

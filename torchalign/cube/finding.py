@@ -113,14 +113,9 @@ def _list(source: Any, pattern: str, recursive: bool) -> list[Source]:
             cure = "give a path, a glob, a URL or a list of them"
             raise TypeError(message("source", "a folder or files", type(source).__name__, cure))
         if not given:
-            raise FileNotFoundError(
-                message("source", "a folder or files", "an empty list", "check the paths")
-            )
-        return sorted((path for one in given for path in _list_one(one, pattern, recursive, False)), key=str)
-    return _list_one(source, pattern, recursive, True)
-
-
-def _list_one(source: str | os.PathLike[str], pattern: str, recursive: bool, alone: bool) -> list[Source]:
+            got, cure = "an empty list", "check the paths"
+            raise FileNotFoundError(message("source", "a folder or files", got, cure))
+        return sorted((path for one in given for path in _list(one, pattern, recursive)), key=str)
     text = os.fspath(source)
     if is_remote(text):
         return [Remote(text)]
@@ -131,7 +126,7 @@ def _list_one(source: str | os.PathLike[str], pattern: str, recursive: bool, alo
         matches = [Path(name) for name in sorted(glob.glob(str(folder), recursive=True))]
         files: list[Source] = [path for path in matches if path.is_file() and not path.name.startswith(".")]
         for path in matches:
-            files += _list_one(path, pattern, recursive, alone) if path.is_dir() else []
+            files += _list(path, pattern, recursive) if path.is_dir() else []
         if not files:
             got = f"{folder}, {'like which there is nothing' if glob.has_magic(text) else 'not there'}"
             raise FileNotFoundError(message("source", "a folder or files", got, "check the path"))
@@ -198,8 +193,8 @@ def _read_manifest(path: Path) -> FoundFiles:
         if named and not row.get("band"):
             got = f"none in line {number}"
             raise ValueError(message("source", "a band in every line, or in none", got, "fill it in"))
-        [one] = _list_one(row["path"] if is_remote(row["path"]) else path.parent / Path(row["path"]).expanduser(),
-                          "*", False, True)[:1]  # fmt: skip
+        remote = is_remote(row["path"])
+        [one] = _list(row["path"] if remote else path.parent / Path(row["path"]).expanduser(), "*", False)[:1]
         bands.setdefault(row.get("band") or None, []).append(one)
         if row.get("time"):
             times[one] = row["time"]

@@ -64,10 +64,10 @@ class Georeference(NamedTuple):
         return " ".join(repr(float(value)) for value in (c, a, b, f, d, e))
 
     @classmethod
-    def from_gdal(cls, text: str, size: tuple[int, int], crs: str = "") -> Georeference:
+    def from_gdal(cls, text: str, size: tuple[int, int]) -> Georeference:
         """The inverse of :meth:`to_gdal`."""
         c, a, b, f, d, e = map(float, text.split())
-        return cls((a, b, c, d, e, f), size, crs)
+        return cls((a, b, c, d, e, f), size)
 
     @classmethod
     def of_raster(cls, file: Any) -> Georeference:

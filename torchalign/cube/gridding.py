@@ -11,14 +11,9 @@ import numpy as np
 import xarray as xr
 
 from torchalign._check import message
+from torchalign.cube import georeference
 from torchalign.cube.finding import Source
-from torchalign.cube.georeference import (
-    Georeference,
-    crs_name,
-    find_georeference,
-    gdal_errors,
-    is_same_grid,
-)
+from torchalign.cube.georeference import Georeference
 from torchalign.cube.headers import CLOSE, Header, quiet
 from torchalign.cube.labels import Array, Cube, role_of
 
@@ -86,7 +81,7 @@ class Reading(NamedTuple):
                 if self.offset is None:
                     return self._warp(file, bands, (first, last), dtype, resampling or self.resampling)
                 return self._copy(file, bands, (first, last), dtype, fill)
-        except gdal_errors() as error:
+        except georeference.gdal_errors() as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             cure = 'fetch it again, or leave it out (errors="skip" without chunks does)'
             raise OSError(message(str(self.path), "pixels that can be read", reason, cure)) from error
@@ -190,9 +185,9 @@ def plan_reading(
 ) -> Reading:
     """By whole pixels where the file lies on the grid to 0.01 px, else by GDAL's warper."""
     offset: tuple[int, int] | None = None
-    if not header.gcps and is_same_grid(grid, header.grid, CLOSE):
+    if not header.gcps and georeference.is_same_grid(grid, header.grid, CLOSE):
         offset = (0, 0)
-    elif not header.gcps and is_same_grid(grid, header.grid, CLOSE, extent=False):
+    elif not header.gcps and georeference.is_same_grid(grid, header.grid, CLOSE, extent=False):
         column, row = np.rint(
             (np.linalg.inv(header.grid.matrix) @ grid.matrix @ np.array([0.0, 0.0, 1.0]))[:2]
         )
@@ -230,7 +225,7 @@ def find_grid(grid: Any, headers: Mapping[Source, Header]) -> Georeference:
     if not isinstance(grid, str) or grid not in get_args(GridWord):
         return _grid_of_file(grid)
     first = own[0]
-    if grid == "first" or all(is_same_grid(first, other, CLOSE) for other in own):
+    if grid == "first" or all(georeference.is_same_grid(first, other, CLOSE) for other in own):
         return first
     back = np.linalg.inv(first.matrix)
     boxes = []
@@ -272,7 +267,7 @@ def _grid_of_header(path: Source, header: Header) -> Georeference:
     points = control_points(header.gcps)
     try:
         transform, across, down = calculate_default_transform(crs, crs, width, height, gcps=points)
-    except gdal_errors() as error:
+    except georeference.gdal_errors() as error:
         got, cure = f"{path.name} ({error})", "give it a grid with gdalwarp first"
         raise ValueError(message("grid", "control points that tell of a place", got, cure)) from error
     return Georeference(tuple(map(float, transform[:6])), (int(down), int(across)), crs.to_wkt())
@@ -300,10 +295,10 @@ def _outline(grid: Georeference, crs: str) -> tuple[Array, Array]:
     cause: Exception | None = None
     try:
         moved = transform(CRS.from_wkt(grid.crs), CRS.from_wkt(crs), x.tolist(), y.tolist())
-    except gdal_errors() as error:
+    except georeference.gdal_errors() as error:
         cause = error
     if cause is not None or not np.isfinite(moved).all():  # infinite where a projection does not reach
-        got = f"{crs_name(grid.crs)} and {crs_name(crs)} ({cause or 'files outside its area'})"
+        got = f"{georeference.crs_name(grid.crs)} and {georeference.crs_name(crs)} ({cause or 'files outside its area'})"
         cure = "reproject the files, or leave out those that lie elsewhere"
         raise ValueError(message("grid", "CRS that can be brought together", got, cure)) from cause
     return np.array(moved[0]), np.array(moved[1])
@@ -316,7 +311,7 @@ def _grid_of_labels(given: xr.DataArray | xr.Dataset) -> Georeference:
         array = images[0] if images else xr.DataArray()
     assert isinstance(array, xr.DataArray)
     dims = {role: dim for dim in array.dims if (role := role_of(dim)) is not None}
-    found = find_georeference(Cube(array, dims)) if {"y", "x"} <= set(dims) else None
+    found = georeference.find_georeference(Cube(array, dims)) if {"y", "x"} <= set(dims) else None
     if found is None:
         cure = "give one with coordinates along y and x, or with .rio.write_transform"
         raise ValueError(message("grid", "a DataArray on a regular grid", f"dims {array.dims}", cure))
@@ -333,5 +328,5 @@ def _grid_of_file(given: Any) -> Georeference:
     try:
         with quiet(), rasterio.open(name) as file:
             return Georeference.of_raster(file)
-    except gdal_errors() as error:
+    except georeference.gdal_errors() as error:
         raise ValueError(message("grid", expected, repr(str(given)), "give one of these")) from error

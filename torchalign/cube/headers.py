@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -158,12 +159,10 @@ def drop_strangers(headers: Mapping[Source, Header], skipped: dict[Source, str],
             grid = place.grid
             where = {"transform": grid.transform, "size": grid.size, "CRS": grid.crs}
             kinds[path] = where | {"ground control points": place.gcps} | kinds[path]
-    counts: dict[tuple[Any, ...], int] = {}
-    for kind in kinds.values():
-        counts[tuple(kind.values())] = counts.get(tuple(kind.values()), 0) + 1
+    counts = Counter(tuple(kind.values()) for kind in kinds.values())
     if len(counts) < 2:
         return
-    usual = max(counts, key=lambda kind: counts[kind])
+    [(usual, _)] = counts.most_common(1)
     for path, kind in kinds.items():
         differing = [
             (name, own, most) for (name, own), most in zip(kind.items(), usual, strict=True) if own != most

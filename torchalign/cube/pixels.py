@@ -194,6 +194,15 @@ def find_nodata(array: xr.DataArray) -> tuple[Any, ...]:
     return tuple(found)
 
 
+def as_floats(array: xr.DataArray) -> xr.DataArray:
+    """NaN for nodata; in float64 what float32 does not hold."""
+    dtype = np.float64 if array.dtype.itemsize > (4 if array.dtype.kind == "f" else 2) else np.float32
+    floats = array.astype(dtype)
+    for value in find_nodata(array):
+        floats = floats.where(array != value)
+    return floats.astype(dtype)
+
+
 def _find_compute_dtype(cube: Cube, nodata: tuple[Any, ...]) -> torch.dtype:
     """The float that holds the pixels; for 32- and 64-bit integers all of them are read."""
     dtype = cube.array.dtype

@@ -94,10 +94,12 @@ def plan_stack(source: Any, options: StackOptions) -> tuple[Any, dict[str | None
 
 
 def _nothing_left(skipped: Mapping[Source, str], total: int) -> ValueError:
-    reasons = "; ".join(f"{path.name}: {reason}" for path, reason in list(skipped.items())[:3])
-    return ValueError(
-        message("source", "at least one usable file", f"none of {total} ({reasons})", "see errors=")
-    )
+    got = f"none of {total} ({_first_reasons(skipped)})"
+    return ValueError(message("source", "at least one usable file", got, "see errors="))
+
+
+def _first_reasons(skipped: Mapping[Source, str]) -> str:
+    return "; ".join(f"{path.name}: {reason}" for path, reason in list(skipped.items())[:3])
 
 
 def _drop_duplicates(
@@ -130,9 +132,8 @@ def _common_dates(layers: Sequence[_BandFiles], skipped: dict[Source, str]) -> l
 def _complain(skipped: Mapping[Source, str], options: StackOptions, total: int) -> None:
     if options.errors == "skip" or not skipped:
         return
-    listed = "; ".join(f"{path.name}: {reason}" for path, reason in list(skipped.items())[:3])
     more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-    got = f"{len(skipped)} of {total} that are not: {listed}{more}"
+    got = f"{len(skipped)} of {total} that are not: {_first_reasons(skipped)}{more}"
     cure = 'pass errors="skip" to leave them out, pattern= or a list to choose others, or time= to tell dates'
     places = ("transform", "size", "CRS", "ground control")
     if any(reason.startswith(places) for reason in skipped.values()):

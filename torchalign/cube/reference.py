@@ -14,18 +14,9 @@ from torch import Tensor
 
 from torchalign._check import message
 from torchalign._host import give_back_memory
+from torchalign.cube import labels
 from torchalign.cube.chunks import is_lazy
-from torchalign.cube.labels import (
-    CUBE,
-    MASK,
-    Array,
-    Cube,
-    find_frame,
-    label_axes,
-    label_text,
-    load,
-    match,
-)
+from torchalign.cube.labels import CUBE, MASK, Array, Cube
 from torchalign.cube.pixels import Pixels, find_nodata
 from torchalign.cube.regrid import onto_grid
 from torchalign.functional.affine import (
@@ -92,11 +83,13 @@ class FrameReader:
 
     def frame(self, number: int) -> Tensor:
         """(C, H, W); all NaN where there is no such frame."""
-        one = slice(number, number + 1)
-        raw = load(self.cube.variable, CUBE, time=one)
-        seen = None if self.usable is None else load(self.usable, MASK, time=one)
-        values = self.decode(raw, seen)
+        values = self.read(slice(number, number + 1))
         return values[0] if len(values) else values.new_full(values.shape[1:], torch.nan)
+
+    def read(self, frames: slice) -> Tensor:
+        """(t, C, H, W)."""
+        raw = labels.load(self.cube.variable, CUBE, time=frames)
+        return self.decode(raw, None if self.usable is None else labels.load(self.usable, MASK, time=frames))
 
     def decode(self, raw: Array, seen: Array | None) -> Tensor:
         """(t, C, h, w) from pixels of that shape, and what of them is usable, (t or 1, h or 1, w or 1)."""
@@ -134,12 +127,12 @@ def find_reference(
 
 def given_pixels(reference: Any, cube: Cube, pixels: Pixels) -> ReferenceSource:
     """A DataArray, an array or a tensor as the reference of a cube; without nodata of its own it has the cube's."""
-    labelled = label_axes(reference, "reference", cube, CUBE)
+    labelled = labels.label_axes(reference, "reference", cube, CUBE)
     if labelled.dtype.kind not in "iuf":
         cure = "convert it with .astype"
         raise TypeError(message("reference", "an integer or floating dtype", labelled.dtype, cure))
     labelled, done = onto_grid(labelled, cube)
-    variable = match(labelled, "reference", cube, CUBE)
+    variable = labels.match(labelled, "reference", cube, CUBE)
     own = Pixels(labelled.dtype, pixels.compute, find_nodata(labelled) or pixels.nodata)
     name = type(reference).__name__
     return ReferenceSource(f"{name}, {done}" if done else name, variable, own)
@@ -156,14 +149,16 @@ def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, prefers
         if not rounds:
             return reader.source("median (iterative did not fit the frames' pairs better)", values)
         return reader.source(f"iterative (median of the aligned stack, {rounds} rounds)", values)
-    number, labels = 0, cube.coordinate("time")
+    number, dates = 0, cube.coordinate("time")
     if name == "clearest":
         number = _clearest(reader)
     elif name != "first":
         words = get_args(ReferenceName)
-        number = find_frame(cube.array, cube.dims["time"], word, "reference", words=words, positions=False)
-    if name != "first" and labels is not None and reader.frames:
-        label = label_text(labels.values[number])
+        number = labels.find_frame(
+            cube.array, cube.dims["time"], word, "reference", words=words, positions=False
+        )
+    if name != "first" and dates is not None and reader.frames:
+        label = labels.label_text(dates.values[number])
         name = f"clearest ({label})" if name == "clearest" else label
     return reader.source(name, reader.frame(number))
 
@@ -251,14 +246,14 @@ def _fill(
 def _load_rows(source: xr.Variable, roles: Sequence[str], rows: slice) -> Array:
     """``load(source, roles, y=rows)``; a lazy one part by part along time, into memory that is there already."""
     if not is_lazy(source) or "time" not in source.dims:
-        return load(source, roles, y=rows)
+        return labels.load(source, roles, y=rows)
     part = source.isel(y=rows) if "y" in source.dims else source
     shape = tuple(part.sizes.get(role, 1) for role in roles)
     values = np.empty(shape, source.dtype)
     step = max(1, _LOAD_BYTES * shape[0] // max(1, values.nbytes))
     for first in range(0, shape[0], step):
         frames = slice(first, first + step)
-        values[frames] = load(part, roles, time=frames)
+        values[frames] = labels.load(part, roles, time=frames)
     return values
 
 

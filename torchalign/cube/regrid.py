@@ -10,7 +10,7 @@ import xarray as xr
 from torchalign._check import message, require
 from torchalign.cube.georeference import Georeference, crs_name, find_georeference, gdal_errors, is_same_grid
 from torchalign.cube.labels import Cube, spatial_dims
-from torchalign.cube.pixels import find_nodata
+from torchalign.cube.pixels import as_floats
 
 # A reference whose pixels are this much smaller than the cube's is averaged, a coarser one interpolated.
 _FINER = 1.5
@@ -38,9 +38,7 @@ def onto_grid(other: xr.DataArray, cube: Cube) -> tuple[xr.DataArray, str]:
     dims = spatial_dims(other, cube)
     if "band" in dims and _shares_no_band(other, dims["band"], cube):
         done.append(f"the mean of its {other.sizes[dims['band']]} bands")
-        nodata = find_nodata(other)
-        values = other.where(~other.isin(nodata)) if nodata else other
-        other = values.mean([dims.pop("band")], skipna=True, keep_attrs=True)
+        other = as_floats(other).mean([dims.pop("band")], skipna=True, keep_attrs=True)
         other.attrs.pop("_FillValue", None)
     if {"y", "x"} <= set(dims) and other.ndim <= 3:
         there, here = find_georeference(Cube(other, dims)), find_georeference(cube)
@@ -65,8 +63,7 @@ def _reproject(
     from rasterio.transform import Affine
     from rasterio.warp import Resampling, reproject
 
-    nodata = find_nodata(other)
-    values = (other.where(~other.isin(nodata)) if nodata else other).astype(np.float32)
+    values = as_floats(other).astype(np.float32)
     values = values.transpose(..., dims["y"], dims["x"])
     steps = [abs(np.linalg.det(grid.linear)) ** 0.5 for grid in (there, here)]
     averaged = there.crs == here.crs and steps[1] > _FINER * steps[0]

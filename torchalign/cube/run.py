@@ -453,6 +453,12 @@ class WarpFrames(Operation):
         return copied.cpu().numpy().view(native.dtype).astype(raw.dtype)
 
 
+def resampling_of(module: object) -> dict[str, Any]:
+    """How a module resamples, as :class:`WarpFrames` takes it; a module of another kind as :func:`torchalign.apply`."""
+    usual = {"interpolation": "bilinear", "padding_mode": "border", "fill_value": None}
+    return {name: getattr(module, name, value) for name, value in usual.items()}
+
+
 # --- with what, where, and how many at a time ---
 
 # What `aligner=` knows by name.
@@ -509,37 +515,27 @@ def check_batch(size: int | None) -> int | None:
 
 
 @contextmanager
-def progress_bar(progress: bool | None, cube: Cube, word: str) -> Iterator[Callable[[int], object]]:
-    """A function to call with the number of frames done.
-
-    Raises:
-        ImportError: a bar is asked for, and there is no tqdm.
-    """
-    lazy = is_lazy(cube.array)  # dask has bars of its own
-    with count_progress(progress, 0 if lazy else cube.sizes["time"], word, "frame") as advance:
-        yield advance
-
-
-@contextmanager
-def count_progress(
-    progress: bool | None, total: int, word: str, unit: str
+def progress_bar(
+    progress: bool | None, work: Cube | int, word: str, unit: str = "frame"
 ) -> Iterator[Callable[[int], object]]:
-    """A function to call with the number of units done; no bar for a total of 0.
+    """A function to call with the number of units done, of a cube its frames; no bar of nothing or of a lazy cube.
 
     Raises:
         ImportError: a bar is asked for, and there is no tqdm.
     """
     check_kind("progress", progress, bool, "True or False", "give a bool")
+    if isinstance(work, Cube):
+        work = 0 if is_lazy(work.array) else work.sizes["time"]  # dask has bars of its own
     try:
         from tqdm import tqdm
     except ImportError:
         if progress:
             raise ImportError(message("progress", "tqdm", "no such package", "pip install tqdm")) from None
         progress = False
-    if progress is False or not total:
+    if progress is False or not work:
         yield lambda done: None
         return
     # delay: seconds until it shows; disable=None: only on a terminal or in a notebook
     options: dict[str, Any] = {} if progress else {"delay": 2.0, "disable": None}
-    with tqdm(total=total, desc=word, unit=unit, **options) as bar:
+    with tqdm(total=work, desc=word, unit=unit, **options) as bar:
         yield bar.update

@@ -14,7 +14,7 @@ from torchalign._check import message
 from torchalign._host import give_back_memory
 from torchalign.cube.chunks import chunk_sizes, is_lazy
 from torchalign.cube.georeference import find_georeference, in_degrees
-from torchalign.cube.labels import CUBE, MASK, Array, Cube, load
+from torchalign.cube.labels import Array, Cube
 from torchalign.cube.reference import Found, FrameReader
 from torchalign.cube.solution import report_fields
 from torchalign.cube.sun import sun_position
@@ -56,10 +56,7 @@ def _batches(reader: FrameReader) -> Iterator[Tensor]:
         steps = tuple(min(step, reader.frames - first) for first in range(0, reader.frames, step)) or (0,)
     first = 0
     for step in steps:
-        batch = slice(first, first + step)
-        raw = load(cube.variable, CUBE, time=batch)
-        seen = None if reader.usable is None else load(reader.usable, MASK, time=batch)
-        yield reader.decode(raw, seen)
+        yield reader.read(slice(first, first + step))
         first += step
 
 

@@ -13,14 +13,9 @@ from torch import Tensor
 
 from torchalign import __version__
 from torchalign._check import message
+from torchalign.cube import georeference
 from torchalign.cube.chunks import Companion, is_lazy
-from torchalign.cube.georeference import (
-    Georeference,
-    find_georeference,
-    metres_per_pixel,
-    regrid_field,
-    regrid_warp,
-)
+from torchalign.cube.georeference import Georeference
 from torchalign.cube.labels import Array, Cube, label_text, labels_in_words, with_plain_dates
 from torchalign.functional.affine import center_displacement
 from torchalign.functional.shift_field import field_lengths
@@ -182,20 +177,15 @@ def summarize(report: xr.Dataset) -> ReportSummary:
     counts = {code.name: int((status == code).sum()) for code in Status}
     aligned = status == Status.OK
 
-    def length(x: str, y: str) -> Array:
+    def percentile(name: str, rank: float, unit: str = "") -> float:
+        """Of the length of a displacement of the aligned frames."""
+        x, y = (f"{name}_{axis}{unit}" for axis in "xy")
         if x not in known or y not in known:
-            return np.empty(0)
-        values: Array = np.hypot(known[x].values[aligned], known[y].values[aligned])
-        return values[np.isfinite(values)]
-
-    def percentile(values: Array, rank: float) -> float:
+            return float("nan")
+        values = np.hypot(known[x].values[aligned], known[y].values[aligned])
+        values = values[np.isfinite(values)]
         return float(np.percentile(values, rank)) if len(values) else float("nan")
 
-    shift, metres = length("shift_x", "shift_y"), length("shift_x_metres", "shift_y_metres")
-    residual, residual_metres = (
-        length("residual_x", "residual_y"),
-        length("residual_x_metres", "residual_y_metres"),
-    )
     distorted = float("nan")
     if "misfit" in known:
         misfit, sigma = known["misfit"].values, known["sigma"].values
@@ -206,13 +196,13 @@ def summarize(report: xr.Dataset) -> ReportSummary:
     return ReportSummary(
         len(status),
         {name: count for name, count in counts.items() if count},
-        percentile(shift, 50),
-        percentile(shift, 95),
-        percentile(metres, 50),
-        percentile(metres, 95),
-        percentile(residual, 50),
-        percentile(residual, 90),
-        percentile(residual_metres, 90),
+        percentile("shift", 50),
+        percentile("shift", 95),
+        percentile("shift", 50, "_metres"),
+        percentile("shift", 95, "_metres"),
+        percentile("residual", 50),
+        percentile("residual", 90),
+        percentile("residual", 90, "_metres"),
         distorted,
     )
 
@@ -292,7 +282,7 @@ def build_report(
     variables = {name: _variable(name, fields[name], time) for name in _FIELDS if name in fields}
     report = name_statuses(xr.Dataset(variables, _time_coords(cube, variables, time), _ATTRS | dict(attrs)))
     if cube is not None:
-        grid = find_georeference(cube)
+        grid = georeference.find_georeference(cube)
         if grid is not None:
             report.attrs["grid_transform"] = list(grid.transform)
             report.attrs |= {"grid_crs": grid.crs} if grid.crs else {}
@@ -328,7 +318,7 @@ def as_report(estimate: Estimate, like: xr.DataArray | None = None) -> xr.Datase
     if cube is not None and cube.sizes["time"] != len(estimate.warp):
         got = f"{len(estimate.warp)} frames for a cube of {cube.sizes['time']}"
         raise ValueError(message("estimate", "one warp for each frame", got, "give the cube it was made on"))
-    size, metres = ((1, 1), {}) if cube is None else (cube.size, metres_per_pixel(cube))
+    size, metres = ((1, 1), {}) if cube is None else (cube.size, georeference.metres_per_pixel(cube))
     fields = report_fields(estimate, None, size, metres)
     return build_report(fields, cube, {"aligner": "unknown", "reference": "unknown"})
 
@@ -399,7 +389,7 @@ def find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = No
     """
     if given is None:
         return None
-    own, size = find_georeference(cube), cube.size
+    own, size = georeference.find_georeference(cube), cube.size
     if isinstance(given, xr.Dataset):
         if grid is not None:
             cure = "leave grid= out: a report knows its grid"
@@ -425,7 +415,7 @@ def _grid_of(
         size = given.attrs.get("grid_size", cube.size)
         return report_georeference(given), tuple(int(length) for length in size)
     other = cube if grid is None else Cube.of(grid)
-    return find_georeference(other), other.size
+    return georeference.find_georeference(other), other.size
 
 
 def find_field(
@@ -447,7 +437,7 @@ def find_field(
             cure = "save the report as .nc or .json: a .csv does not hold fields"
             raise ValueError(message(name, "the field of frames with local shifts", "none", cure))
         return None, None
-    own = find_georeference(cube)
+    own = georeference.find_georeference(cube)
     source = _grid_of(given, cube, grid)[0]
     grids = (own if source is None else source, own)
     decoders = (partial(_decode_field, part, *grids) for part in ("field", "field_lattice"))
@@ -476,7 +466,7 @@ def _decode_field(
         return tensor
     coefficients = tensor.new_zeros(len(tensor), 2, 4, 4) if is_lattice else tensor
     lattice = tensor if is_lattice else tensor.new_ones(len(tensor), 4)
-    field = regrid_field(unpack_field(coefficients, lattice), source, target)
+    field = georeference.regrid_field(unpack_field(coefficients, lattice), source, target)
     return torch.cat((field.origin, field.spacing), -1) if is_lattice else field.coefficients
 
 
@@ -485,7 +475,7 @@ def _decode_warps(
 ) -> Tensor:
     """Warps of one grid in pixels of another; on the host, where a user of them reads what they are."""
     tensor = torch.from_numpy(np.array(warps))
-    return tensor if source is None or target is None else regrid_warp(tensor, source, target)
+    return tensor if source is None or target is None else georeference.regrid_warp(tensor, source, target)
 
 
 def _plain_warps(given: Any, name: str, cube: Cube) -> xr.Variable:

@@ -19,23 +19,26 @@ from torchalign.cube.solution import build_report, check_report, name_statuses, 
 from torchalign.types import Status
 
 REPORT_SUFFIXES = (".csv", ".json", *NETCDF)
+PAGES = (".html", ".htm")
+PICTURED = (*PAGES, ".geojson")  # which are not read back
 _MATRICES = {"warp": 3, "covariance": 2}  # of each frame, with its number of columns
 _GRID_COLUMNS = ("grid_height", "grid_width", *(f"grid_transform_{letter}" for letter in "abcdef"))
 _CRS_COLUMN, _LABEL_COLUMN = "grid_crs", "label_dtype"
 _CURE = "give a file that save_report wrote"
 
 
-def check_suffix(path: Path, others: Sequence[str] = ()) -> None:
-    """A name whose ending says which format; ``others`` are those that the caller knows, too."""
+def check_suffix(path: Path, others: Sequence[str] = (), name: str = "path") -> None:
+    """A name whose ending says which format, and what writes it; ``others`` are those that the caller knows, too."""
     suffix = path.suffix.lower()
-    if suffix not in REPORT_SUFFIXES:
-        raise ValueError(
-            message(
-                "path", f"a name ending in {', '.join((*REPORT_SUFFIXES, *others))}", path.name, "rename it"
-            )
-        )
+    if suffix not in (*REPORT_SUFFIXES, *others):
+        expected = f"a name ending in {', '.join((*REPORT_SUFFIXES, *others))}"
+        raise ValueError(message(name, expected, path.name, "rename it"))
     if suffix in NETCDF:
-        require("a report in netCDF", "io", "h5netcdf")
+        require("a report in netCDF", "io", "h5netcdf", "h5py")
+    elif suffix in PAGES:
+        require("a page", "plot", "matplotlib", "PIL", "jinja2")
+    elif suffix == ".geojson":
+        require("a GeoJSON", "io", "rasterio")
 
 
 def write_report(report: xr.Dataset, path: Path) -> None:
@@ -106,7 +109,7 @@ def to_table(report: xr.Dataset) -> pd.DataFrame:
 
 def _read_netcdf(path: Path) -> xr.Dataset:
     with xr.open_dataset(path, engine="h5netcdf") as file:
-        return file.load()
+        return name_statuses(file.load())  # whose text is no wider than what it holds
 
 
 def write_csv(report: xr.Dataset, target: Path | TextIO) -> None:

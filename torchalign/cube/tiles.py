@@ -37,7 +37,7 @@ from torchalign.cube.reference import (
     given_pixels,
     reduce_over_time,
 )
-from torchalign.cube.run import WarpFrames, estimate_only
+from torchalign.cube.run import WarpFrames, estimate_only, resampling_of
 from torchalign.cube.solution import build_report, report_fields
 from torchalign.cube.writing import WriteOptions, Writer, open_writer, plan_files
 from torchalign.functional.affine import (
@@ -200,9 +200,7 @@ def align_large(
         "tiles": sum(len(columns) for _, columns in _grid(stack.cube.size)),
     }
     report = build_report(fields, stack.cube, attrs)
-    how: dict[str, Any] = {name: getattr(module, name, default) for name, default in
-           (("interpolation", "bilinear"), ("padding_mode", "border"), ("fill_value", None))}  # fmt: skip
-    operation = WarpFrames(stack.pixels, stack.device, None, **how)
+    operation = WarpFrames(stack.pixels, stack.device, None, **resampling_of(module))
     for frame, file in enumerate(files):
         own = found.map(partial(torch.narrow, dim=0, start=frame, length=1))
         with open_writer(file) as write:

@@ -10,12 +10,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
 from torchalign._check import check_kind, message
 from torchalign.cube.labels import CUBE, MASK, Cube, as_list, band_labels, find_bands, find_dims, role_of
-from torchalign.cube.pixels import find_nodata, find_packing
+from torchalign.cube.pixels import as_floats, find_nodata, find_packing
 
 # what the quality and scene classifications of Sentinel-2, Landsat, HLS, MODIS, Planet and eo-learn are called
 _CLASS_NAMES = re.compile(
@@ -160,7 +159,7 @@ def stack_variables(variables: Variables) -> tuple[xr.DataArray, dict[Hashable, 
         )
         slices[name] = slice(count, count + number)
         count += number
-        variable: Any = one.variable if alike else Cube(_as_floats(one.array), one.dims).variable
+        variable: Any = one.variable if alike else Cube(as_floats(one.array), one.dims).variable
         variable = variable if "band" in one.dims else variable.expand_dims("band")
         parts.append(xr.Variable(CUBE, variable.transpose(*CUBE).data))
     concat: Any = xr.Variable.concat  # which has no types
@@ -189,7 +188,7 @@ def stack_reference(reference: xr.Dataset, variables: Variables) -> xr.DataArray
     variables.check_known(reference, "reference")
     parts = []
     for name in variables.seen:
-        floats = _as_floats(reference[name])
+        floats = as_floats(reference[name])
         own = variables.cube(name).dims.get("band")
         if own in floats.dims:
             floats = floats.rename({own: "band"}).drop_vars("band", errors="ignore")
@@ -209,15 +208,6 @@ def stack_archive(archive: Any, variables: Variables, dims: Mapping[str, Hashabl
     variables.check_known(archive, "archive")
     own = {role: dims.get(role) for role in MASK}
     return stack_variables(Variables.of(archive[list(variables.seen)], list(variables.seen), None, own))[0]
-
-
-def _as_floats(array: xr.DataArray) -> xr.DataArray:
-    """NaN for nodata; in float64 what float32 does not hold."""
-    dtype = np.float64 if array.dtype.itemsize > (4 if array.dtype.kind == "f" else 2) else np.float32
-    floats = array.astype(dtype)
-    for value in find_nodata(array):
-        floats = floats.where(array != value)
-    return floats.astype(dtype)
 
 
 # --- a DataArray of bands that are not of one kind ---

@@ -159,18 +159,18 @@ def _file_names(cube: Cube, template: str | None, suffix: str) -> list[str]:
     own = cube.coordinate("time")
     labels = [None] * count if own is None else list(own.values)
     dates = [_as_datetime(label) for label in labels]
-    if template is None:
-        if all(stems):
-            names = [
-                stem if stem.lower().endswith(_ENDINGS) else Path(stem).with_suffix(".tif").name
-                for stem in stems
+    if template is None and all(stems):
+        names = [
+            stem if stem.lower().endswith(_ENDINGS) else Path(stem).with_suffix(".tif").name for stem in stems
+        ]
+    elif template is None:
+        days = [f"{date:%Y%m%d}" for date in dates if date is not None]
+        if len(days) == count:
+            clock = [
+                "" if days.count(day) == 1 else f"{date:T%H%M%S}"
+                for day, date in zip(days, dates, strict=True)
             ]
-        elif all(dates):
-            days = [f"{date:%Y%m%d}" for date in dates]
-            names = [
-                f"{day}{'' if days.count(day) == 1 else f'{date:T%H%M%S}'}{suffix}.tif"
-                for date, day in zip(dates, days, strict=True)
-            ]
+            names = [f"{day}{time_of_day}{suffix}.tif" for day, time_of_day in zip(days, clock, strict=True)]
         else:
             names = [f"{number:04d}{suffix}.tif" for number in range(count)]
     else:
@@ -186,9 +186,8 @@ def _file_names(cube: Cube, template: str | None, suffix: str) -> list[str]:
                 names.append(template.format(**fields))
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 cure = f"use {{time:%Y%m%d}}, {{number}}, {{name}}{', {file}' if stem else ''}"
-                raise ValueError(
-                    message("template", "a name with fields", f"{template!r} ({error!r})", cure)
-                ) from error
+                got = f"{template!r} ({error!r})"
+                raise ValueError(message("template", "a name with fields", got, cure)) from error
         names = [name if name.lower().endswith(_ENDINGS) else f"{name}.tif" for name in names]
     twice = [name for name, often in Counter(names).items() if often > 1]
     if twice or any(os.sep in name for name in names):
@@ -218,6 +217,8 @@ def _raster_profile(cube: Cube, driver: str, compression: Compression) -> dict[s
     if not check_dtype(array.dtype.newbyteorder("=").name):
         cure = 'convert it with .astype("float32")'
         raise TypeError(message("cube", "a dtype that GeoTIFF has", array.dtype, cure))
+    if driver == "COG" and declared is not None and array.dtype.itemsize == 8 and array.dtype.kind != "f":
+        driver = "GTiff"  # in a COG GDAL loses the nodata of 64-bit integers
     height, width = cube.size
     profile: dict[str, Any] = {
         "driver": driver,

@@ -164,11 +164,6 @@ def to_homogeneous(warp: Tensor) -> Tensor:
                 [ 0.0000,  0.0000,  1.0000]])
     """
     _check_warp(warp)
-    return _three_rows(warp)
-
-
-def _three_rows(warp: Tensor) -> Tensor:
-    """:func:`to_homogeneous`."""
     if warp.shape[-2] == 3:
         return warp
     last_row = torch.eye(3, device=warp.device, dtype=warp.dtype)[2:]  # (1, 3)
@@ -283,7 +278,7 @@ def composed(first: Tensor, second: Tensor) -> Tensor:
     if first.shape[-2] == 2 and second.shape[-2] == 2:
         linear = multiply(second[..., :2], first[..., :2])
         return _assemble(linear, _apply_linear(second, first[..., 2]) + second[..., 2])
-    return multiply(_three_rows(second), _three_rows(first))
+    return multiply(to_homogeneous(second), to_homogeneous(first))
 
 
 def _apply_linear(warp: Tensor, vector: Tensor) -> Tensor:
@@ -363,7 +358,7 @@ def conjugated(warp: Tensor, offset: Tensor) -> Tensor:
         identity = torch.eye(2, device=warp.device, dtype=warp.dtype)
         moved = ((warp[..., :2] - identity) * offset.unsqueeze(-2)).sum(-1)
         return _assemble(warp[..., :2], warp[..., 2] + moved)
-    there, back = (_three_rows(translation_warp(move)) for move in (-offset, offset))
+    there, back = (to_homogeneous(translation_warp(move)) for move in (-offset, offset))
     return multiply(multiply(there, warp), back)
 
 

@@ -41,6 +41,7 @@ from torch.nn import functional as F
 
 from torchalign._check import message
 from torchalign._host import all_true, carries_gradient, keeps_tables, kernels_for
+from torchalign.functional import sampling, uncertainty
 from torchalign.functional.affine import (
     are_finite,
     composed,
@@ -62,23 +63,9 @@ from torchalign.functional.motion import (
     only_shifts,
     warp_of,
 )
-from torchalign.functional.sampling import (
-    bilinear_at,
-    continue_border,
-    spline_at,
-    spline_response,
-    spline_with_slopes,
-)
 from torchalign.functional.smoothing import block_sums, nanmedian
 from torchalign.functional.structure import turn_orientations
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid
-from torchalign.functional.uncertainty import (
-    isotropic,
-    largest_direction,
-    largest_sigma,
-    shared_slope,
-    weights_error,
-)
 from torchalign.functional.working_grid import Window, WorkingGrid, ramp_length, tukey, working_size
 from torchalign.types import each_field
 
@@ -298,8 +285,10 @@ def enhanced_correlation(
     # (a shift is (..., T, 2))
     homography = motion == "homography" or (init is not None and init.shape[-1] == init.shape[-2] == 3)
     start, finite = _finite_start(init, frame, shape, moving)
-    pyramid: list[_Shifted | _Warped] = [
-        _Shifted.of(texture, grid, taper) if only_shifted else _Warped.of(texture, grid, taper, homography)
+    pyramid: list[_ShiftedFrames | _WarpedFrames] = [
+        _ShiftedFrames.of(texture, grid, taper)
+        if only_shifted
+        else _WarpedFrames.of(texture, grid, taper, homography)
         for texture, grid in zip(textures, grids, strict=True)
     ]
 
@@ -436,7 +425,7 @@ def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, tape
     band = grid.frame, grid.size, grid.max_frequency
     spectrum = rfft2(texture.field) * _response(*band, vector, like=grid.radius)
     field = _joined(irfft2(spectrum, grid.size), vector, dim=-2)
-    slope_x, slope_y = (_joined(slope, vector) for slope in _differentiate(spectrum, grid))
+    slope_x, slope_y = (_joined(slope, vector) for slope in _derivatives_of(spectrum, grid))
     x, y, basis_x, basis_y, corners = _coordinates(grid.frame, grid.size, motion, like=grid.radius)
     basis_x, basis_y = (_for_parts(basis, vector) for basis in (basis_x, basis_y))
     derivatives = slope_x[..., None, :] * basis_x + slope_y[..., None, :] * basis_y  # (..., P, n)
@@ -452,7 +441,7 @@ def prepare_level(texture: Texture, grid: WorkingGrid, motion: MotionModel, tape
     return Level(grid, field, products, weights, texture.flat, x, y, corners, vector)
 
 
-class _Shifted(NamedTuple):
+class _ShiftedFrames(NamedTuple):
     """Moving frames that are only shifted: a phase in the spectral domain, without kernel or bias; borders wrap."""
 
     spectrum: Tensor  # (..., T, h, w//2+1)
@@ -461,7 +450,7 @@ class _Shifted(NamedTuple):
     window: Window
 
     @classmethod
-    def of(cls, texture: Texture, grid: WorkingGrid, taper: float) -> _Shifted:
+    def of(cls, texture: Texture, grid: WorkingGrid, taper: float) -> _ShiftedFrames:
         weights = None if texture.weights is None else rfft2(texture.weights)
         response = _response(grid.frame, grid.size, grid.max_frequency, texture.is_vector, like=grid.radius)
         return cls(rfft2(texture.field) * response, weights, texture.flat, Window.of(grid, taper))
@@ -516,12 +505,12 @@ class _Shifted(NamedTuple):
         """The values, and their derivatives by x and y of the reference."""
         grid = level.grid
         shifted = shift_phase(self.spectrum, grid.frequencies, -_shift_of(warp, grid))
-        found = irfft2(shifted, grid.size).flatten(-2), *_differentiate(shifted, grid)
+        found = irfft2(shifted, grid.size).flatten(-2), *_derivatives_of(shifted, grid)
         values, by_x, by_y = (_joined(field, level.vector) for field in found)
         return values, by_x, by_y
 
 
-class _Warped(NamedTuple):
+class _WarpedFrames(NamedTuple):
     """Moving frames under any warp: a cubic B-spline through twice as many samples as the band needs."""
 
     spline: Tensor  # (..., T, 2h, 2w), its coefficients, continued beyond the border
@@ -531,7 +520,7 @@ class _Warped(NamedTuple):
     projective: bool
 
     @classmethod
-    def of(cls, texture: Texture, grid: WorkingGrid, taper: float, projective: bool) -> _Warped:
+    def of(cls, texture: Texture, grid: WorkingGrid, taper: float, projective: bool) -> _WarpedFrames:
         rows, columns = grid.size
         size = (_OVERSAMPLING * rows, _OVERSAMPLING * columns)
         band = grid.frame, grid.size, grid.max_frequency
@@ -540,8 +529,10 @@ class _Warped(NamedTuple):
         positive = rows - rows // 2
         middle = spectrum.new_zeros((*spectrum.shape[:-2], size[0] - rows, spectrum.shape[-1]))
         coefficients = torch.cat([spectrum[..., :positive, :], middle, spectrum[..., positive:, :]], dim=-2)
-        weights = None if texture.weights is None else continue_border(texture.weights)
-        return cls(continue_border(irfft2(coefficients, size)), weights, texture.flat, taper, projective)
+        weights = None if texture.weights is None else sampling.continue_border(texture.weights)
+        return cls(
+            sampling.continue_border(irfft2(coefficients, size)), weights, texture.flat, taper, projective
+        )
 
     def look(self, warp: Tensor, level: Level, *, precise: bool) -> _WarpedSamples:
         """:meth:`values` and :meth:`ground`."""
@@ -582,7 +573,7 @@ class _Warped(NamedTuple):
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference; bilinear, at a fifth of the cost, unless ``precise``."""
         column, row = self._sources(warp, level, _samples_of(self.spline))
-        sample = spline_at if precise else bilinear_at
+        sample = sampling.spline_at if precise else sampling.bilinear_at
         if not level.vector:
             return sample(self.spline, column, row)
         parts = torch.stack([sample(part, column, row) for part in self.spline])
@@ -594,7 +585,9 @@ class _Warped(NamedTuple):
         x, y = self._sources(warp, level, (height, width))
         own = tukey(x, width, self.taper) * tukey(y, height, self.taper)
         if self.weights is not None:
-            usable = bilinear_at(self.weights, *self._sources(warp, level, _samples_of(self.weights)))
+            usable = sampling.bilinear_at(
+                self.weights, *self._sources(warp, level, _samples_of(self.weights))
+            )
             # between two ones lies a one, but for rounding
             own = own * torch.where(usable > 1 - 1e-5, 1.0, usable)
         return torch.minimum(level.weights, own)
@@ -609,12 +602,14 @@ class _Warped(NamedTuple):
         column, row = self._sources(warp, level, size)
         if level.vector:
             # (what turns with the warp is held fixed)
-            parts = zip(*(spline_with_slopes(part, column, row) for part in self.spline), strict=True)
+            parts = zip(
+                *(sampling.spline_with_slopes(part, column, row) for part in self.spline), strict=True
+            )
             values, by_column, by_row = (
                 _joined(turn_orientations(torch.stack(both), warp), vector=True) for both in parts
             )
         else:
-            values, by_column, by_row = spline_with_slopes(self.spline, column, row)
+            values, by_column, by_row = sampling.spline_with_slopes(self.spline, column, row)
         (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-2) for row in invert_warp(warp)[..., None].unbind(-3))
         depth = g * level.x + h * level.y + i
         x, y = (a * level.x + b * level.y + c) / depth, (d * level.x + e * level.y + f) / depth
@@ -686,7 +681,7 @@ class _Search(NamedTuple):
     far: int | None
 
     def descend(
-        self, start: Tensor, levels: Sequence[Level], pyramid: Sequence[_Shifted | _Warped]
+        self, start: Tensor, levels: Sequence[Level], pyramid: Sequence[_ShiftedFrames | _WarpedFrames]
     ) -> _State:
         """From the coarsest level to the finest; there once more, with weights and samples from nearby."""
         if self.far is not None:
@@ -699,7 +694,7 @@ class _Search(NamedTuple):
             frames, near = pyramid[number], _NEAR * level.grid.spacing()
             if number == 0:
                 near = max(_NEAR, self.tolerance)
-                if isinstance(frames, _Warped):
+                if isinstance(frames, _WarpedFrames):
                     # samples are what costs, and every fourth will do to come near
                     rough = _every_second(level)
             for time in range(1 + (_MORE_WEIGHTS if self.motion == "homography" else 0)):
@@ -716,7 +711,7 @@ class _Search(NamedTuple):
         places = max(self.max_translation / 5, 1.0) ** 2 * turns
         return math.sqrt(_LEAST_OF_BLOCKS**2 + 2 * math.log(places))
 
-    def look_far(self, start: Tensor, level: Level, moving: _Shifted | _Warped) -> Tensor:
+    def look_far(self, start: Tensor, level: Level, moving: _ShiftedFrames | _WarpedFrames) -> Tensor:
         """(..., T, 3, 3): of all translations, under what else the start does and a few turns, what fits best."""
         still = composed(start.detach(), _shifted_by(-start[..., :2, 2].detach()))
         turns = [still]
@@ -742,7 +737,7 @@ class _Search(NamedTuple):
         return composed(turn, _shifted_by(shift / half_length(level.grid.frame)))
 
     def climb(
-        self, samples: _WarpedSamples, level: Level, moving: _Shifted | _Warped, *, precise: bool
+        self, samples: _WarpedSamples, level: Level, moving: _ShiftedFrames | _WarpedFrames, *, precise: bool
     ) -> _State:
         """Weights, then steps, until none moves a point of a frame by more than the tolerance.
 
@@ -764,7 +759,7 @@ class _Search(NamedTuple):
                 # what is said of a frame must not depend on how long the others take
                 found = moving.values(warp, level, precise=precise)
                 values = _choose_frames(moves[..., None], found, values)
-            increment, last = _shorten(_best_increment(values, level, system), level)
+            increment, last = _shorten(_Increment.of(values, level, system).step, level)
             stepped = moving.stepped(warp, increment, self.motion)
             warp = torch.where(moves[..., None, None], stepped, warp)
             reach = torch.where(moves, last, reach)
@@ -801,7 +796,7 @@ class _WarpedSamples(NamedTuple):
 
 
 def _better_of(
-    start: Tensor, found: _WarpedSamples, level: Level, moving: _Shifted | _Warped
+    start: Tensor, found: _WarpedSamples, level: Level, moving: _ShiftedFrames | _WarpedFrames
 ) -> _WarpedSamples:
     """The start, where a coarser level lowered the correlation (its clouds have more contrast than the ground)."""
     both = found, moving.look(start, level, precise=False)
@@ -855,7 +850,7 @@ def _weights_of_difference(values: Tensor, common: Tensor, level: Level) -> Tens
 def _weighted_system(weights: Tensor, level: Level) -> _System:
     """The normal equations of these weights."""
     parameters = level.corners.shape[-1]
-    gram = _inner(weights, level.products)[..., _places(2 + parameters, like=weights)]
+    gram = _inner(weights, level.products)[..., _triangle(2 + parameters, like=weights)]
     mean = gram[..., 0, :] / gram[..., 0, :1].clamp(min=torch.finfo(weights.dtype).tiny)
     centred = torch.addcmul(gram[..., 1:, 1:], gram[..., 1:, :1], mean[..., None, 1:], value=-1)
     against, hessian = centred[..., 0, :], centred[..., 1:, 1:]  # of (..., T, 1 + P, 1 + P)
@@ -872,8 +867,8 @@ def _weighted_system(weights: Tensor, level: Level) -> _System:
     return _System(weights, mean, inverse, solved, rest, sound)
 
 
-def _best_increment(values: Tensor, level: Level, system: _System) -> Tensor:
-    r"""The step, (..., T, P), that maximises the coefficient of the linearised reference.
+class _Increment(NamedTuple):
+    r"""The step that maximises the coefficient of the linearised reference.
 
     .. math:: \Delta = H^{-1} G^T (\lambda \bar m - \bar r), \qquad
               \lambda = \frac{\|\bar r\|^2 - \bar r^T P_G \bar r}{\bar m^T \bar r - \bar m^T P_G \bar r}
@@ -881,23 +876,22 @@ def _best_increment(values: Tensor, level: Level, system: _System) -> Tensor:
     with :math:`P_G` the projection on the derivatives (Evangelidis & Psarakis 2008, theorem 1). Where the
     denominator is not positive, the two are far from each other, and λ = 1 makes it a least-squares step.
     """
-    moments = _centred(system.weights * values, level, system)
-    gain, _ = _gain(moments, system)
-    return gain[..., None] * (system.inverse * moments[..., None, 2:]).sum(-1) - system.solved
 
+    step: Tensor  # (..., T, P), Δ
+    gain: Tensor  # (..., T), λ
+    along: Tensor  # (..., T), its denominator, infinity where it is not positive
+    direction: Tensor  # (..., T, P), H⁻¹ Gᵀ m̄
 
-def _centred(weighted: Tensor, level: Level, system: _System) -> Tensor:
-    """(..., T, 2 + P): inner products with the regressors less their means."""
-    moments = _inner(weighted, level.regressors)
-    return torch.addcmul(moments, moments[..., :1], system.mean, value=-1)
-
-
-def _gain(moments: Tensor, system: _System) -> tuple[Tensor, Tensor]:
-    """λ of the theorem, and its denominator; 1 and infinity where they are not positive."""
-    along = moments[..., 1] - (moments[..., 2:] * system.solved).sum(-1)
-    good = (along > 0) & (system.rest > 0)
-    along = torch.where(good, along, torch.inf)
-    return torch.where(good, system.rest / along, 1.0), along
+    @classmethod
+    def of(cls, values: Tensor, level: Level, system: _System) -> _Increment:
+        moments = _inner(system.weights * values, level.regressors)
+        moments = torch.addcmul(moments, moments[..., :1], system.mean, value=-1)  # less the means
+        along = moments[..., 1] - (moments[..., 2:] * system.solved).sum(-1)
+        good = (along > 0) & (system.rest > 0)
+        along = torch.where(good, along, torch.inf)
+        gain = torch.where(good, system.rest / along, 1.0)
+        direction = (system.inverse * moments[..., None, 2:]).sum(-1)
+        return cls(gain[..., None] * direction - system.solved, gain, along, direction)
 
 
 def _shorten(increment: Tensor, level: Level) -> tuple[Tensor, Tensor]:
@@ -924,7 +918,7 @@ def _assess(state: _State, level: Level, search: _Search) -> EnhancedCorrelation
     unrelated scenes.
     """
     system, values = state.system, state.values
-    seen = _moments(values, level, system.weights)
+    seen = _weighted_moments(values, level, system.weights)
     # α m̄ − r̄, α by least squares
     slope = seen.covariance / seen.variance
     offset = seen.other_mean - slope * seen.mean
@@ -950,17 +944,21 @@ def _assess(state: _State, level: Level, search: _Search) -> EnhancedCorrelation
     scale = calibration * half_length(level.grid.frame) / certainty
     covariance = scale.square()[..., None, None] * _scatter_of_blocks(sums, system)
     if level.vector:
-        covariance = covariance + isotropic(_STRUCTURE_ERROR * (1 - seen.correlation))
+        covariance = covariance + uncertainty.isotropic(_STRUCTURE_ERROR * (1 - seen.correlation))
     root = _unflatten(system.weights, -1, size).sqrt()
-    covariance = covariance + isotropic(_WEIGHTS_SHARE * weights_error(level.field, root, level.grid))
-    sigma = largest_sigma(covariance)
+    covariance = covariance + uncertainty.isotropic(
+        _WEIGHTS_SHARE * uncertainty.weights_error(level.field, root, level.grid)
+    )
+    sigma = uncertainty.largest_sigma(covariance)
     residual, weights = (_unflatten(field, -1, size) for field in (residual, system.weights))
-    share = shared_slope(residual, level.field, weights, largest_direction(covariance))
+    share = uncertainty.shared_slope(
+        residual, level.field, weights, uncertainty.largest_direction(covariance)
+    )
 
     ground = state.common.square()
     tiny = torch.finfo(values.dtype).tiny
     samples = _INDEPENDENT * ground.sum(-1).square() / torch.linalg.vecdot(ground, ground).clamp(min=tiny)
-    common = _moments(values, level, ground)
+    common = _weighted_moments(values, level, ground)
     significance = common.correlation * samples.sqrt()
 
     sound = system.sound & (sigma < torch.inf) & are_finite(state.warp)
@@ -969,7 +967,7 @@ def _assess(state: _State, level: Level, search: _Search) -> EnhancedCorrelation
     if search.far is not None and not level.vector:
         told = told & (_significance_of_blocks(values, level, ground, common) >= search.least_of_blocks())
     converged = sound & (state.reach <= search.tolerance) & told
-    unknown = isotropic(torch.full_like(sigma, torch.inf))
+    unknown = uncertainty.isotropic(torch.full_like(sigma, torch.inf))
     covariance = torch.where(sound[..., None, None], covariance, unknown)
     sigma = sigma.masked_fill(~sound, torch.inf)
     ambiguous, found = share < _LEAST_SHARE, (state.warp, sigma, covariance, significance)
@@ -1011,7 +1009,7 @@ class _Moments(NamedTuple):
     correlation: Tensor
 
 
-def _moments(values: Tensor, level: Level, weights: Tensor) -> _Moments:
+def _weighted_moments(values: Tensor, level: Level, weights: Tensor) -> _Moments:
     """Of (..., T, n) and the reference's texture; (..., T)."""
     two = level.regressors[..., :2, :]  # 1 and the texture
     total, other = _inner(weights, two).unbind(-1)
@@ -1031,7 +1029,9 @@ def _moments(values: Tensor, level: Level, weights: Tensor) -> _Moments:
     )
 
 
-def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motion: MotionModel) -> Tensor:
+def implicit_step(
+    state: _State, level: Level, moving: _ShiftedFrames | _WarpedFrames, motion: MotionModel
+) -> Tensor:
     r"""The warp of a search, (..., T, 3, 3), with the derivative of the implicit function theorem.
 
     At the optimum the increment vanishes, :math:`\Delta(p^*, \theta) = 0` for images θ, hence
@@ -1044,10 +1044,7 @@ def implicit_step(state: _State, level: Level, moving: _Shifted | _Warped, motio
     warp = state.warp.detach()
     system = _weighted_system(state.system.weights.detach(), level)
     values, by_x, by_y = moving.slopes(warp, level)
-    moments = _centred(system.weights * values, level, system)
-    gain, along = _gain(moments, system)
-    direction = (system.inverse * moments[..., None, 2:]).sum(-1)
-    increment = gain[..., None] * direction - system.solved
+    increment, gain, along, direction = _Increment.of(values, level, system)
 
     # the matrix of the theorem has no derivative of its own
     given = (system, level, gain, along, direction, by_x, by_y)
@@ -1108,13 +1105,13 @@ def _eye(length: int, *, like: Tensor) -> Tensor:
 @keeps_tables
 def _rotation(degrees: float, *, like: Tensor) -> Tensor:
     """(3, 3), about the frame's centre."""
-    cosine, sine = (like.new_full((), function(math.radians(degrees))) for function in (math.cos, math.sin))
-    none, one = torch.zeros_like(sine), torch.ones_like(sine)
-    return torch.stack([cosine, -sine, none, sine, cosine, none, none, none, one]).reshape(3, 3)
+    angle = like.new_full((), math.radians(degrees))
+    none = torch.zeros_like(angle)
+    return to_homogeneous(warp_of(torch.stack([none, none, angle]), "euclidean"))
 
 
 @keeps_tables
-def _places(parameters: int, *, like: Tensor) -> Tensor:
+def _triangle(parameters: int, *, like: Tensor) -> Tensor:
     """(P, P): where in the packed upper triangle of a symmetric matrix its entries are."""
     index = torch.arange(parameters, device=like.device)
     low, high = torch.minimum(index[:, None], index), torch.maximum(index[:, None], index)
@@ -1154,11 +1151,11 @@ def _spline_gain(
     y, x = torch.fft.fftfreq(rows, **kind), torch.fft.rfftfreq(columns, **kind)[: size[1] // 2 + 1]
     positive = size[0] - size[0] // 2
     y = torch.cat([y[:positive], y[rows - size[0] // 2 :]])
-    gain = _OVERSAMPLING**2 / (spline_response(y)[:, None] * spline_response(x))
+    gain = _OVERSAMPLING**2 / (sampling.spline_response(y)[:, None] * sampling.spline_response(x))
     return gain * _response(frame, size, max_frequency, vector, like=like)
 
 
-def _differentiate(spectrum: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tensor]:
+def _derivatives_of(spectrum: Tensor, grid: WorkingGrid) -> tuple[Tensor, Tensor]:
     """(..., n) twice, the derivatives of a field by x and y, per half of the frame."""
     by_x, by_y = (
         irfft2(spectrum * slope, grid.size).flatten(-2)
@@ -1174,9 +1171,7 @@ def _derivatives_along(
     """(w//2+1,) and (h, 1): iω, per half of the frame."""
     y, x = WorkingGrid.of(frame, size, 0.5, like).frequencies
     omega_x, omega_y = (2 * math.pi * half_length(frame) * frequency for frequency in (x, y[:, None]))
-    return torch.complex(torch.zeros_like(omega_x), omega_x), torch.complex(
-        torch.zeros_like(omega_y), omega_y
-    )
+    return 1j * omega_x, 1j * omega_y
 
 
 def _shifted_by(shift: Tensor) -> Tensor:

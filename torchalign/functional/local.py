@@ -195,14 +195,12 @@ class _Frames(NamedTuple):
 
     coefficients: Tensor  # (N, H + 2P, W + 2P), of cubic B-splines
     weights: Tensor | None  # (N, h, w) in [0, 1]
-    frame: tuple[int, int]
 
 
 def _prepare_frames(image: Tensor, mask: Tensor | None, levels: list[_Level]) -> tuple[list[_Frames], Tensor]:
     """The spline coefficients of (N, H, W) in every band, in units of their deviation; and what is flat."""
-    frame = (image.shape[-2], image.shape[-1])
     mean, centred, empty = centre(image, mask)
-    size = (frame[0] + 2 * _PAD, frame[1] + 2 * _PAD)
+    size = (image.shape[-2] + 2 * _PAD, image.shape[-1] + 2 * _PAD)
     spectrum = rfft2(_continue(centred))
     noise = 32 * torch.finfo(image.dtype).eps * mean[..., 0, 0].abs()
     frames, flat = [], empty
@@ -212,7 +210,7 @@ def _prepare_frames(image: Tensor, mask: Tensor | None, levels: list[_Level]) ->
         blank = (scale <= noise) | ~torch.isfinite(scale)
         coefficients = coefficients / torch.where(blank, 1.0, scale)[..., None, None]
         weights = None if mask is None else usable_share(mask, level.grid)
-        frames.append(_Frames(coefficients, weights, frame))
+        frames.append(_Frames(coefficients, weights))
         flat = flat | blank
     return frames, flat
 
@@ -261,9 +259,11 @@ def _read_frames(frames: _Frames, level: _Level, at: Tensor) -> tuple[Tensor, Te
     """The frames at (1 or N, 2, h, w), (x, y); 1 inside, 0 outside; and how usable it is there; all (N, h, w)."""
     kernels = kernels_for(frames.coefficients, frames.weights, at)
     if kernels is not None:
-        values, within, weights = kernels.read_splines(frames.coefficients, frames.weights, at, frames.frame)
+        values, within, weights = kernels.read_splines(
+            frames.coefficients, frames.weights, at, level.grid.frame
+        )
         return values, within, None if frames.weights is None else weights
-    (height, width), pad = frames.frame, _PAD
+    (height, width), pad = level.grid.frame, _PAD
     count, (h, w) = frames.coefficients.shape[0], level.grid.size
     inside = ((at > -0.5) & (at < level.size - 0.5)).all(1)
     at = torch.minimum(at.nan_to_num(-pad).clamp(min=2 - pad), level.size + (pad - 3))

@@ -587,23 +587,20 @@ def _step(
     return affine.unit_corner(warp), (inner, square)
 
 
-def _regular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A symmetric matrix (..., P, P) and a ridge of rounding's size; the unit matrix, and False, where it is not
-    positive definite.
-    """
+def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky's factor of (..., P, P) and a ridge of rounding's size; 1, and False, where it is not definite."""
     count = matrix.shape[-1]
     eye = torch.eye(count, device=matrix.device, dtype=matrix.dtype)
     trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     matrix = matrix + (4 * torch.finfo(matrix.dtype).eps * trace.abs() + torch.finfo(matrix.dtype).tiny) * eye
     factor, failed = torch.linalg.cholesky_ex(matrix.detach())
     definite = (failed == 0) & (trace.squeeze((-2, -1)) > 0) & affine.are_finite(factor)
-    return torch.where(definite[..., None, None], matrix, eye), definite
+    return torch.linalg.cholesky_ex(torch.where(definite[..., None, None], matrix, eye)).L, definite
 
 
 def _solve_definite(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """matrix⁻¹ · right, 0 where the matrix is not positive definite; and whether it is."""
-    matrix, definite = _regular(matrix)
-    factor, _ = torch.linalg.cholesky_ex(matrix)
+    factor, definite = _factor(matrix)
     # on CUDA torch.cholesky_solve and torch.cholesky_inverse wait for the device, two triangles do not
     half = torch.linalg.solve_triangular(factor, right.unsqueeze(-1), upper=False)
     solution = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
@@ -612,8 +609,7 @@ def _solve_definite(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def _invert(matrix: Tensor) -> Tensor:
     """The inverse; infinite where the matrix is not positive definite."""
-    matrix, definite = _regular(matrix)
-    factor, _ = torch.linalg.cholesky_ex(matrix)
+    factor, definite = _factor(matrix)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     half = torch.linalg.solve_triangular(factor, eye, upper=False)
     return torch.where(definite[..., None, None], torch.matmul(half.mT, half), torch.inf)

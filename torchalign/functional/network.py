@@ -428,12 +428,10 @@ def _probed_variance(precision: Tensor, edges: Edges, positions: Positions) -> T
     rank = torch.argsort(place, dim=-1, stable=True).argsort(-1) + 1
     noise = (torch.sin(12.9898 * rank[..., None, :] + 78.233 * draw) * 43758.5453).remainder(1)
     signs = torch.where(noise < 0.5, -1.0, 1.0).double()
-    ones = torch.ones_like(positions.support)
-    size = _over_component(component, ones)[..., None, :]
-    right = signs - _over_component(component[..., None, :].expand(signs.shape), signs) / size
+    right = _without_mean(component, signs)
     steps = _LAST_STEPS * component.shape[-1]
     found = _conjugate_gradients(precision, right, torch.zeros_like(right), edges, steps)
-    found = found - _over_component(component[..., None, :].expand(signs.shape), found) / size
+    found = _without_mean(component, found)
     # no less than if all other frames were known
     degree = sum_of_pairs(edges, precision, component.shape[-1])
     own = torch.where(degree > 0, 1 / degree.clamp(min=1e-12), 0.0)
@@ -514,10 +512,8 @@ class _LongSolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_position: Tensor) -> tuple[Tensor | None, ...]:
         precision, component = ctx.saved_tensors
-        place = component[..., None, :].expand(by_position.shape)
         # L is singular along a shift of a whole component
-        mean = _over_component(place, by_position) / _over_component(place, torch.ones_like(by_position))
-        right = by_position - mean
+        right = _without_mean(component, by_position)
         found = _conjugate_gradients(precision, right, torch.zeros_like(right), ctx.edges, ctx.steps)
         return found, None, None, None, None, None
 
@@ -573,6 +569,12 @@ def _laplacian(precision: Tensor, edges: Edges, component: Tensor) -> tuple[Tens
 def _over_component(component: Tensor, values: Tensor) -> Tensor:
     """(..., T): the sum of values over each frame's component."""
     return torch.zeros_like(values).scatter_add(-1, component, values).gather(-1, component)
+
+
+def _without_mean(component: Tensor, values: Tensor) -> Tensor:
+    """(..., K, T) less the mean over each frame's component (..., T)."""
+    place = component[..., None, :].expand(values.shape)
+    return values - _over_component(place, values) / _over_component(place, torch.ones_like(values))
 
 
 def _residual(shift: Tensor, position: Tensor, edges: Edges) -> Tensor:

@@ -327,7 +327,12 @@ def patches_at(
         (points[..., axis].unsqueeze(-1) + sigma * rotated + 0.5) / pixel - 0.5
         for axis, rotated in enumerate((cosine * x - sine * y, sine * x + cosine * y))
     )
-    patches = _bilinear(flat, start, height, width, x, y)
+    # the nearest edge beyond it; the last row and column are read from the pixels before them
+    x, y = (place.clamp(min=0).minimum((length - 1.001).to(x)) for place, length in ((x, width), (y, height)))
+    left, top = x.long(), y.long()
+    corner = (start + top * width + left).flatten(1)
+    row = width.expand_as(left).flatten(1)
+    patches = bilinear(lambda i, j: flat.gather(1, corner + i + j * row).view(x.shape), x - left, y - top)
     return patches.view(*patches.shape[:-1], side, side)
 
 
@@ -505,17 +510,6 @@ def _gradients_at(
         bilinear(lambda i, j: samples[i + 1, j] - samples[i - 1, j], *fractions),
         bilinear(lambda i, j: samples[i, j + 1] - samples[i, j - 1], *fractions),
     )
-
-
-def _bilinear(flat: Tensor, start: Tensor, height: Tensor, width: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Read images in (B, N) at points (B, K, S) of the one that starts there, the nearest edge beyond it."""
-    # (the last row and column are read from the pixels before them)
-    x = x.clamp(min=0).minimum((width - 1.001).to(x))
-    y = y.clamp(min=0).minimum((height - 1.001).to(y))
-    left, top = x.long(), y.long()
-    corner = (start + top * width + left).flatten(1)
-    row = width.expand_as(left).flatten(1)
-    return bilinear(lambda i, j: flat.gather(1, corner + i + j * row).view(x.shape), x - left, y - top)
 
 
 def _norm(x: Tensor, y: Tensor) -> Tensor:

@@ -22,16 +22,7 @@ from torch.nn import functional as F
 
 from torchalign._check import check_floating, check_mask, check_option, check_whole, message
 from torchalign._host import all_true, is_on_host, map_on_host
-from torchalign.functional import keypoints
-from torchalign.functional.sift import (
-    Blobs,
-    ScaleSpace,
-    describe,
-    detect_blobs,
-    dominant_orientation,
-    patches_at,
-    scale_space,
-)
+from torchalign.functional import keypoints, sift
 from torchalign.models.superpoint import CELL, SuperPointNet
 from torchalign.models.weights import Weights, check_placed, load_into, load_weights
 from torchalign.types import Fields, combine, each_field
@@ -202,20 +193,24 @@ class SIFT(Extractor):
 
     def extract(self, image: Tensor, usable: Tensor | None, empty: Tensor) -> Features:
         """See :meth:`Extractor.extract`."""
-        space = scale_space(image)
-        blobs = detect_blobs(space, usable, self.max_num_keypoints)
+        space = sift.scale_space(image)
+        blobs = sift.detect_blobs(space, usable, self.max_num_keypoints)
         count = count_valid_rows(blobs.valid)
         blobs = each_field(blobs, lambda field: field[:, :count])
-        orientation = None if self.upright else dominant_orientation(space, blobs, unsigned=self.unsigned)
+        orientation = (
+            None if self.upright else sift.dominant_orientation(space, blobs, unsigned=self.unsigned)
+        )
         descriptors = self._describe(image, space, blobs, orientation)
         if orientation is None:
             orientation = torch.zeros_like(blobs.sigma)
         features = Features(blobs.points, blobs.response, descriptors, blobs.valid, blobs.sigma, orientation)
         return filled_rows(features, self.max_num_keypoints)
 
-    def _describe(self, image: Tensor, space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Tensor:
+    def _describe(
+        self, image: Tensor, space: sift.ScaleSpace, blobs: sift.Blobs, orientation: Tensor | None
+    ) -> Tensor:
         """Unit descriptors (B, K, D) of keypoints, without an orientation upright."""
-        return describe(space, blobs, orientation, unsigned=self.unsigned)
+        return sift.describe(space, blobs, orientation, unsigned=self.unsigned)
 
     def extra_repr(self) -> str:
         """The options."""
@@ -235,9 +230,11 @@ class DoGHardNet(SIFT):
         self.network: Any = network.requires_grad_(False)  # kornia's, without types
         self.train(False)
 
-    def _describe(self, image: Tensor, space: ScaleSpace, blobs: Blobs, orientation: Tensor | None) -> Tensor:
+    def _describe(
+        self, image: Tensor, space: sift.ScaleSpace, blobs: sift.Blobs, orientation: Tensor | None
+    ) -> Tensor:
         assert orientation is not None  # never upright
-        patches = patches_at(image, blobs.points, blobs.sigma, orientation, side=self.network.patch_size)
+        patches = sift.patches_at(image, blobs.points, blobs.sigma, orientation, side=self.network.patch_size)
         dtype = next(self.network.parameters()).dtype
         described = self.network(patches.flatten(0, 1).unsqueeze(1).to(dtype)).unflatten(0, patches.shape[:2])
         return F.normalize(described.to(image.dtype), dim=-1) * blobs.valid.unsqueeze(-1)

@@ -70,7 +70,7 @@ class WeightFile(NamedTuple):
         url: the official address.
         sha256: of the official file; ``None`` where it could not be established.
         package: (name, path within it) of an installed package that carries the file.
-        commercial: whether the licence allows commercial use.
+
     """
 
     network: str
@@ -79,7 +79,6 @@ class WeightFile(NamedTuple):
     url: str
     sha256: str | None = None
     package: tuple[str, str] | None = None
-    commercial: bool = True
 
 
 def _lightglue(feature: str, sha256: str, *, packaged: bool = False) -> WeightFile:
@@ -106,7 +105,6 @@ WEIGHTS: dict[str, WeightFile] = {
         "Magic Leap, academic or non-profit, non-commercial research use only",
         f"{_RELEASES}/superpoint_v1.pth",
         "52b6708629640ca883673b5d5c097c4ddad37d8048b33f09c8ca0d69db12c40e",
-        commercial=False,
     ),
     "superpoint-open": WeightFile(
         "SuperPoint, open re-implementation (no LightGlue for it)",
@@ -169,11 +167,6 @@ WEIGHTS: dict[str, WeightFile] = {
 }
 
 
-class _Candidate(NamedTuple):
-    path: Path | None  # None: there is no such place
-    words: str
-
-
 def find_weights(name: str) -> Path | None:
     """Where the weights of that name lie on this machine, or ``None``.
 
@@ -185,9 +178,7 @@ def find_weights(name: str) -> Path | None:
         >>> path is None or path.suffix
         '.pth'
     """
-    return next(
-        (place.path for place in _candidates(_weight_file(name)) if place.path and place.path.is_file()), None
-    )
+    return next((path for path, _ in _candidates(_weight_file(name)) if path and path.is_file()), None)
 
 
 def load_weights(
@@ -288,23 +279,23 @@ def _cache() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def _candidates(entry: WeightFile) -> list[_Candidate]:
-    places = []
+def _candidates(entry: WeightFile) -> list[tuple[Path | None, str]]:
+    """Where the file may lie, and that in words; ``None`` where there is no such place."""
+    places: list[tuple[Path | None, str]] = []
     folder = _folder()
     if folder is None:
-        unset = f"the folder of the environment variable {_FOLDER_VARIABLE}, which is not set"
-        places.append(_Candidate(None, unset))
+        places.append((None, f"the folder of the environment variable {_FOLDER_VARIABLE}, which is not set"))
     else:
-        places += [_Candidate(folder / file, f"{folder / file} ({_FOLDER_VARIABLE})") for file in entry.files]
-    places += [_Candidate(_cache() / file, f"{_cache() / file} (torch's cache)") for file in entry.files]
+        places += [(folder / file, f"{folder / file} ({_FOLDER_VARIABLE})") for file in entry.files]
+    places += [(_cache() / file, f"{_cache() / file} (torch's cache)") for file in entry.files]
     if entry.package is not None:
         package, inside = entry.package
         spec = importlib.util.find_spec(package)  # of a top-level package: nothing is imported
         roots = list(spec.submodule_search_locations or ()) if spec is not None else []
-        places += [_Candidate(Path(root) / inside, f"{Path(root) / inside} (package)") for root in roots]
+        places += [(Path(root) / inside, f"{Path(root) / inside} (package)") for root in roots]
         if not roots:
             pip = package.replace("_", "-")
-            places.append(_Candidate(None, f"the package {pip}, which is not installed (pip install {pip})"))
+            places.append((None, f"the package {pip}, which is not installed (pip install {pip})"))
     return places
 
 
@@ -312,7 +303,7 @@ def _missing(name: str, entry: WeightFile) -> str:
     expected = f"a file {entry.files[0]} ({entry.network}; licence: {entry.licence})"
     cure = "put it at one of them, give its path, or allow the download"
     complaint = message(f"weights for {name}", expected, "none at any of these places", cure)
-    places = "".join(f"\n  - {place.words}" for place in _candidates(entry))
+    places = "".join(f"\n  - {words}" for _, words in _candidates(entry))
     return f"{complaint}{places}\n  - {entry.url} (only with allow_download=True)"
 
 

@@ -84,6 +84,41 @@ def by_status(status: Array) -> list[tuple[Status, Array]]:
     return [(code, status == code) for code in Status if (status == code).any()]
 
 
-def status_label(code: Status, chosen: Array) -> str:
-    """A status and how many frames have it."""
-    return f"{code.name} ({int(chosen.sum())})"
+# --- of a series without a reference ---
+
+
+def check_series(report: object) -> xr.Dataset:
+    """A report of ``reference="groupwise"``, with its pairs.
+
+    Raises:
+        TypeError: no Dataset.
+        ValueError: a report of another kind.
+    """
+    checked = check_pictured(report)
+    if not is_series(checked):
+        cure = 'give the report of ta.align(cube, "groupwise")'
+        raise ValueError(message("report", "one with closure and pairs", sorted(map(str, checked)), cure))
+    return checked
+
+
+def is_series(report: xr.Dataset) -> bool:
+    """Whether a report is one of ``reference="groupwise"``, with its pairs."""
+    return "closure" in report and "pair_moving" in report.attrs
+
+
+def sun_known(report: xr.Dataset) -> bool:
+    """Whether the report says where the sun stood."""
+    return "sun_elevation" in report and bool(np.isfinite(report["sun_elevation"].values).any())
+
+
+def pairs_of(report: xr.Dataset) -> tuple[Array, Array, Array, Array]:
+    """The frames of each pair, moving and reference, its weight and its residual."""
+    names = ("pair_moving", "pair_reference", "pair_weight", "pair_residual")
+    moving, reference, weight, residual = (np.atleast_1d(report.attrs[name]) for name in names)
+    return moving.astype(int), reference.astype(int), weight, residual
+
+
+def day_of_year(report: xr.Dataset) -> Array | None:
+    """(T,), or ``None`` where there are no dates."""
+    labels = xr.DataArray(report_labels(report))
+    return np.asarray(labels.dt.dayofyear) if labels.dtype.kind == "M" else None

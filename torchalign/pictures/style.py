@@ -89,14 +89,11 @@ def marker_size(report: xr.Dataset) -> float:
     return float(np.clip(np.sqrt(150 / max(report["status"].size, 1)), 0.45, 1.0))
 
 
-def marker_style(code: Status, size: float = 1.0) -> dict[str, Any]:
-    """Of a status, as ``Axes.scatter`` takes it."""
-    return {
-        "marker": STATUS_MARKER[code],
-        "color": STATUS_COLOUR[code],
-        "edgecolors": INK,
-        "linewidths": 0.5 * size**2,
-    }
+def marker_style(code: Status, chosen: Array, area: float, size: float = 1.0) -> dict[str, Any]:
+    """Of a status and the frames that have it, as ``Axes.scatter`` takes it, with how many they are."""
+    outline: dict[str, Any] = {"edgecolors": INK, "linewidths": 0.5 * size**2, "s": area * size**2}
+    label = f"{code.name} ({int(chosen.sum())})"
+    return {"marker": STATUS_MARKER[code], "color": STATUS_COLOUR[code], "label": label, **outline}
 
 
 def draw_points(ax: Axes, points: Any, label: str, *, size: float = 1.0, **drawn: Any) -> None:

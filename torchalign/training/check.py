@@ -55,13 +55,6 @@ class Step(NamedTuple):
     cure: str = ""
 
 
-class _Probed(NamedTuple):
-    """What a probe measured, and how an image was resized, if that is known and usually a slip."""
-
-    measured: Measured
-    resizing: probing.Resizing | None
-
-
 def _probe_aligner() -> PCC:
     aligner = PCC(max_translation=8.0)
     aligner.expects_defects = (
@@ -470,7 +463,8 @@ class AlignmentCheck(nn.Module):
         matrix: probing.Claim | None,
         *,
         optional: bool = False,
-    ) -> _Probed | None:
+    ) -> tuple[Measured, probing.Resizing | None] | None:
+        """What a probe measured, and how an image was resized, if that is known and usually a slip."""
         with torch.no_grad(), probing.isolated_randomness(sample, named):
             try:
                 pairs = probing.probe(augment, sample, named, matrix, samples=self.samples)
@@ -502,7 +496,7 @@ class AlignmentCheck(nn.Module):
             for value in (residual, excess)
         )
         resizing = next((pair.resizing for pair in pairs if pair.resizing is not None), None)
-        return _Probed(Measured(residual, excess, seeing), resizing)
+        return Measured(residual, excess, seeing), resizing
 
     def _trace(
         self, pipeline: Callable[..., Any], sample: tuple[Any, ...], named: dict[str, Any]
