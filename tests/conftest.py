@@ -32,7 +32,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: tracing that takes a minute; runs with --slow alone")
-    # cuBLAS reads it once; without it torch up to 2.8 refuses matrix products that are to be deterministic
+    # read once, when cuBLAS starts; without it torch up to 2.8 refuses deterministic matrix products
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # small images gain nothing from threads, which wait for each other where cores are shared
     torch.set_num_threads(1)

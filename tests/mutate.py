@@ -351,7 +351,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gate-untrusted-inliers", "functional/quality.py",
-        "weight = torch.where(trusted, found, 1.0 if weight is None else weight)", "weight = found",
+        "if not all_true(trusted):", "if False:",
         f"{_F}/test_quality.py -k not_trusted",
     ),
     Mutation(
@@ -561,7 +561,7 @@ MUTATIONS = [
     ),
     Mutation(
         "trust-pulls", "functional/uncertainty.py",
-        "(own - reference) * root", "own * root",
+        "(own - reference).mul_(root)", "own * root",
         "tests/test_trust.py -k pulls_of_blocks",
     ),
     Mutation(
@@ -647,7 +647,7 @@ MUTATIONS = [
     # --- the aligners ---
     Mutation(
         "aligner-mask-and-nan", "aligner.py",
-        "usable = usable & mask", "usable = mask",
+        "usable, image = usable & mask, torch", "usable, image = mask, torch",
         f"{_CONTRACT} -k 'missing_pixels and PCC and not once and not grid'",
     ),
     Mutation(

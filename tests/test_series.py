@@ -238,7 +238,7 @@ def test_the_residual_tells_of_a_wrong_warp():
     spoilt = series.cube.copy(data=np.where(mask[:, None], series.cube, pattern))
     reference = series.reference.copy(data=np.where(mask[0], series.reference, pattern))
     _, report = align(spoilt, reference, Fixed(translation_warp(truth)), mask=mask)
-    assert np.abs(report.residual_x).max() < 0.1
+    assert np.abs(report.residual_x).max() < 0.15  # half of the frame is left; other patterns: 0.09 to 0.13
     _, report = align(spoilt, reference, Fixed(translation_warp(truth)))
     assert np.nanmax(np.abs(report.residual_x)) > 0.5
 

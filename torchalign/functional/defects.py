@@ -279,10 +279,8 @@ def suspicious(image: Tensor, usable: Tensor | None = None) -> Tensor:
     if not all_true(~hot):
         up, down = lines - above, below - lines
         if masks is not None:
-            up, down = (
-                torch.where(masks[1] & beside, part, 0.0)
-                for beside, part in zip(masks[::2], (up, down), strict=True)
-            )
+            over, within, under = masks
+            up, down = torch.where(over & within, up, 0.0), torch.where(within & under, down, 0.0)
         off = torch.minimum(off, _twice_off(up, down)[..., 1:-1])
         hot = off.amax((-2, -1)) > 2 * _HOT * typical
     return alike | hot

@@ -6,8 +6,8 @@ The chain, each link a function that works alone:
 2. :func:`cross_power`, :func:`coarse_peak`: the weighted cross-power spectrum and the peak of its inverse.
 3. :func:`~torchalign.functional.common_ground.agreement`: where do the two frames, brought together, show the same
    ground? Both are weighted by it, in the same place of the ground, and correlated again.
-4. :func:`refine_peak`: Newton's ascent on the trigonometric polynomial that the correlation is: no grid, no
-   interpolation, differentiable by the implicit function theorem.
+4. :func:`refine_peak`: Newton's ascent on the trigonometric polynomial that the correlation is, by its Taylor series:
+   no grid, no interpolation, differentiable by the implicit function theorem.
 
 Convention:
     shift (x, y) in pixels moves the content of the moving frame onto the reference,
@@ -241,9 +241,7 @@ def _told_from_chance(
 ) -> tuple[Tensor, Tensor]:
     """(...,) bool each: whether chance has no such maximum, and whether it may have, or a direction is not fixed."""
     significant = peak.significance >= _MIN_SIGNIFICANCE
-    if (
-        vector
-    ):  # most of whose power is in a few low frequencies: the surface's peak separates ground from chance
+    if vector:  # its power is in a few low frequencies: the surface's peak separates ground from chance
         return significant, quality._replace(height=torch.full_like(quality.height, torch.inf)).ambiguous
     # among more places chance rises higher: as rarely as to the least height within 5 pixels
     least = math.sqrt(LEAST_HEIGHT**2 + 4 * math.log(max(max_translation / 5, 1.0)))
@@ -417,8 +415,9 @@ def refine_peak(
 
     .. math:: C(t) = \sum_f \mathrm{Re}\, P(f)\, e^{2\pi i f \cdot t}
 
-    Value, gradient and Hessian come from two small matrix products a step. The steps carry no gradient; one
-    last step from the optimum does, :math:`t = t^* - H^{-1} \nabla C`, whose derivative is that of the implicit
+    The steps are made on the polynomial of Taylor's series about the start, whose terms two matrix products give for
+    all of them, and carry no gradient. One last step, of the whole sum at the optimum, does,
+    :math:`t = t^* - H^{-1} \nabla C`, whose derivative is that of the implicit
     function theorem, at the cost of one step of memory.
 
     Args:
@@ -426,7 +425,7 @@ def refine_peak(
         frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
         start: (..., 2), (x, y) in pixels, within the peak's basin.
         orders: ten :func:`wave_orders` of the frequencies, if they are at hand.
-        steps: number of steps, at most half a pixel per axis each.
+        steps: number of steps, one or more, at most half a pixel per axis each.
 
     Returns:
         shift (..., 2); the last step (..., 2); and whether the Hessian is negative definite there (...,).
@@ -438,7 +437,7 @@ def refine_peak(
             return climbed
     orders = wave_orders(frequencies, _TERMS) if orders is None else orders
     shift = _ascended(power, frequencies, start, orders, steps, _plain_step)
-    last, curved = _plain_step(derivatives_at(power, frequencies, shift, _lowest_orders(orders)))
+    last, curved = _plain_step(derivatives_at(power, frequencies, shift, orders, 3))
     return _settled(shift + last), last.detach(), curved
 
 
@@ -476,11 +475,6 @@ def _monomials(*, like: Tensor) -> tuple[Tensor, Tensor]:
     return exponents.clamp(min=0), factors
 
 
-def _lowest_orders(orders: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Of the tables of :func:`wave_orders` those of value, slope and curvature."""
-    return orders[0][:3], orders[1][:3]
-
-
 def _plain_step(derivatives: Tensor) -> tuple[Tensor, Tensor]:
     """Newton's step on a sum itself, by its derivatives (..., 3, 3)."""
     return _newton_step(_newton_rows(derivatives), 0.5)
@@ -516,7 +510,11 @@ def _row_places(*, like: Tensor) -> Tensor:
 
 
 def derivatives_at(
-    power: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor, orders: tuple[Tensor, Tensor]
+    power: Tensor,
+    frequencies: tuple[Tensor, Tensor],
+    shift: Tensor,
+    orders: tuple[Tensor, Tensor],
+    count: int | None = None,
 ) -> Tensor:
     """The correlation's derivatives at a shift.
 
@@ -525,14 +523,15 @@ def derivatives_at(
         frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
         shift: (..., 2), (x, y) in pixels.
         orders: :func:`wave_orders` of the frequencies.
+        count: how many of them; ``None`` for all.
 
     Returns:
         (..., count, count), of order 0, 1, 2, … in y (rows) and in x (columns).
     """
     waves_y, waves_x = waves(frequencies, shift)
     # (10-bit mantissas, as in TF32, would move the peak by less than 1e-4 px)
-    along_y = torch.matmul(waves_y[..., None, :] * orders[0], power)
-    return torch.matmul(along_y, (waves_x[..., None, :] * orders[1]).mT).real
+    along_y = torch.matmul(waves_y[..., None, :] * orders[0][:count], power)
+    return torch.matmul(along_y, (waves_x[..., None, :] * orders[1][:count]).mT).real
 
 
 def multiplicity(frequency: Tensor) -> Tensor:
@@ -812,7 +811,7 @@ def _refine_divided(
             return climbed
     powers, orders = spectra[0].conj() * spectra[1], _orders(grid.frame, grid.size, _TERMS, like=grid.radius)
     shift = _ascended(powers, grid.frequencies, start, orders, _NEWTON_STEPS, _divided_step)
-    step, curved = _divided_step(derivatives_at(powers, grid.frequencies, shift, _lowest_orders(orders)))
+    step, curved = _divided_step(derivatives_at(powers, grid.frequencies, shift, orders, 3))
     return _settled(shift + step), step.detach().norm(dim=-1), curved
 
 

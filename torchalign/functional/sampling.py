@@ -32,7 +32,6 @@ __all__ = [
     "PaddingMode",
     "Sampler",
     "Slices",
-    "SourcePositions",
     "Taps",
     "bilinear",
     "bilinear_at",
@@ -260,15 +259,6 @@ def _neighbours(position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # --------------------------------------------------------------------------------------- frames, for every pixel
 
 
-class SourcePositions(NamedTuple):
-    """Source positions of output pixels, whole and fractional part, broadcastable to (..., T, h, w)."""
-
-    column: Tensor  # int64, ⌊x⌋
-    row: Tensor  # int64, ⌊y⌋
-    x: Tensor  # 0 … 1, x − ⌊x⌋
-    y: Tensor
-
-
 class Sampler(Protocol):
     """Reads planes (..., T, C, H, W) at the output's source positions; outside is padded."""
 
@@ -300,9 +290,9 @@ def _padded(index: Tensor, length: int, padding_mode: PaddingMode) -> Tensor:
 
 
 class _Positioned:
-    """What :class:`Gather` and :class:`Lines` are made of."""
+    """Source positions of output pixels: ⌊x⌋ and ⌊y⌋, int64, x − ⌊x⌋ and y − ⌊y⌋, that broadcast to (..., T, h, w)."""
 
-    def __init__(self, positions: SourcePositions, size: tuple[int, int], padding_mode: PaddingMode) -> None:
+    def __init__(self, positions: Sequence[Tensor], size: tuple[int, int], padding_mode: PaddingMode) -> None:
         self.column, self.row, x, y = positions
         self.near = self.column + (x >= 0.5), self.row + (y >= 0.5)
         self.size = size
@@ -363,7 +353,7 @@ class Gather(_Positioned):
         return taken.reshape(*taken.shape[:-1], *index.shape[-2:])
 
 
-class _Shifted:
+class _Windows:
     """Kernels over windows: all pixels from the tap −1 of the first position to the tap 2 of the last.
 
     Positions lie ``step`` pixels apart, so that each tap along an axis is a slice of the window.
@@ -411,14 +401,14 @@ def _all_usable(taps: Sequence[Tensor], fraction: Any) -> Tensor:
     return own * (before * after * last + (fraction == 0))
 
 
-class Lines(_Positioned, _Shifted):
+class Lines(_Positioned, _Windows):
     """Frames that are shifted: rows are taken whole, then columns, by one line of indices a frame and axis.
 
     Of columns (..., T, 1, w) and rows (..., T, h, 1), each ``step`` pixels from the next.
     """
 
     def __init__(
-        self, positions: SourcePositions, size: tuple[int, int], padding_mode: PaddingMode, step: int = 1
+        self, positions: Sequence[Tensor], size: tuple[int, int], padding_mode: PaddingMode, step: int = 1
     ) -> None:
         super().__init__(positions, size, padding_mode)
         self.step = step
@@ -449,7 +439,7 @@ class Lines(_Positioned, _Shifted):
         return lines.gather(-1, index.expand(*lines.shape[:-1], index.shape[-1]))
 
 
-class Slices(_Shifted):
+class Slices(_Windows):
     """One shift (x, y), known on the host: whole pixels are slices, fractions one pass along each axis.
 
     The fast path of the eager CPU: it takes a quarter of the time of gathering four taps.
@@ -488,8 +478,8 @@ class Slices(_Shifted):
         return moved if self.step == 1 else moved[..., :: self.step, :: self.step]
 
     def shift(self, planes: Tensor, out: Tensor) -> None:
-        """All pixels, bilinear, in two runs through memory."""
-        _shift_line(_shift_line(planes, -1, self.column, self.x), -2, self.row, self.y, out=out)
+        """All pixels, :meth:`bilinear` to the last bit, in two runs through memory: rows first, as there."""
+        _shift_line(_shift_line(planes, -2, self.row, self.y), -1, self.column, self.x, out=out)
 
     def around(self, planes: Tensor) -> Tensor:
         """See :class:`Sampler`."""

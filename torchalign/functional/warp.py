@@ -27,7 +27,7 @@ from torch import Tensor
 
 from torchalign._check import check_fill, check_floating, check_option, message
 from torchalign._host import all_finite, all_true, empty_on_host, kernels_for, may_read
-from torchalign.functional.sampling import Gather, Lines, PaddingMode, Sampler, Slices, SourcePositions
+from torchalign.functional.sampling import Gather, Lines, PaddingMode, Sampler, Slices
 from torchalign.functional.shift_field import field_at, is_zero, lattice_shifts
 from torchalign.types import ShiftField
 
@@ -145,20 +145,11 @@ def resample(
     if may_read(cube, warp, mask, *(field or ())):
         return _resample_in_blocks(cube, warp, mask, options, out, field)
     planes = _prepare(cube, mask, options)
-    result = _combine(planes, _sampler(warp, size, (0, size[0]), cube.dtype, options, field), options)
+    where = warp, size, (0, size[0]), cube.dtype, options
+    result = _combine(planes, _sampler(*where, field), options)
     if field is not None:
         # where nothing is moved, the result is bit for bit that without a field
-        usable = None if mask is None else mask.squeeze(-3)
-        plain = resample(
-            cube,
-            warp,
-            interpolation=interpolation,
-            padding_mode=padding_mode,
-            fill_value=fill_value,
-            mask=usable,
-            step=step,
-        )
-        unmoved = is_zero(field)[..., None, None]
+        plain, unmoved = _combine(planes, _sampler(*where), options), is_zero(field)[..., None, None]
         values = torch.where(unmoved.unsqueeze(-1), plain.values, result.values)
         result = Resampled(values, torch.where(unmoved, plain.validity, result.validity))
     return result if out is None else Resampled(out.copy_(result.values), result.validity)
@@ -333,7 +324,7 @@ def _sampler(
             _bounded(y_displacement + y_shift),
         )
     x_whole, y_whole = x_displacement.floor(), y_displacement.floor()
-    positions = SourcePositions(
+    positions = (
         column + x_whole.to(torch.int64),
         row + y_whole.to(torch.int64),
         (x_displacement - x_whole).to(dtype),
@@ -411,18 +402,16 @@ def _prepare(frames: Tensor, mask: Tensor | None, options: _Options) -> _Planes:
     floating = frames.dtype.is_floating_point and not options.finite and not all_finite(frames)
     if not floating and (mask is None or all_true(mask)):
         mask = None
-    if options.interpolation == "nearest":
-        return _Planes(frames, _and(frames.isfinite(), mask) if floating else mask, frames)
-    source, usable = frames.to(_compute_dtype(frames.dtype)), mask
+    nearest = options.interpolation == "nearest"
+    given = source = frames if nearest else frames.to(_compute_dtype(frames.dtype))
+    usable = mask
     if floating:
-        given, source = source, source.nan_to_num(0.0, 0.0, 0.0)
-        usable = _and(source == given, mask)
+        source = given.nan_to_num(0.0, 0.0, 0.0)
+        usable = source == given if mask is None else (source == given) & mask
+    if nearest:
+        return _Planes(frames, usable, frames)
     # where, not a product: 0 · NaN is NaN, in the gradient too
     return _Planes(frames, usable, source if mask is None else torch.where(mask, source, 0.0))
-
-
-def _and(condition: Tensor, other: Tensor | None) -> Tensor:
-    return condition if other is None else condition & other
 
 
 def _combine(planes: _Planes, sampler: Sampler, options: _Options) -> Resampled:
@@ -511,9 +500,8 @@ def _resample_in_blocks(
 
     sliced = options.padding_mode != "reflection" and bands * height * width >= _SMALLEST_SLICED
     shifts = _shifts(motion) if sliced else {}
-    bicubic = options.interpolation == "bicubic"
-    plain = options.padding_mode == "border" and options.fill_value is None
-    plain = plain and (bicubic or (options.interpolation == "bilinear" and step == 1))
+    bicubic = options[:3] == ("bicubic", "border", None)
+    plain = bicubic or options[:4] == ("bilinear", "border", None, 1)
     moved = [False] * count
     if field is not None:
         field = ShiftField(*(part.reshape(count, *part.shape[len(lead) :]) for part in field))
@@ -526,7 +514,7 @@ def _resample_in_blocks(
             values[index], validity[index] = _combine(planes, sampler, options)
             continue
         # the hot case: no mask, and nothing is copied
-        validity[(index, *sampler.overlap())] = True
+        validity[index][sampler.overlap()] = True
         if bicubic:
             values[index] = sampler.bicubic(sampler.around(planes.source))
             continue
