@@ -183,7 +183,7 @@ def test_shapes_dtypes_and_what_is_missing_are_kept_apart():
     assert double.recorded == 3
 
 
-def test_modes_that_change_in_between_are_kept_apart():
+def test_modes_that_change_in_between_are_kept_apart(monkeypatch):
     double = Double()
     graphs = Graphs(twice, double)
     with torch.inference_mode():
@@ -194,10 +194,13 @@ def test_modes_that_change_in_between_are_kept_apart():
     with torch.no_grad():
         graphs(frames(2))
     assert double.recorded == 1
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
     for dtype in (torch.float16, torch.bfloat16):
-        with torch.autocast("cuda", dtype=dtype):
-            graphs(frames(2))
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind, dtype=dtype: dtype)
+        graphs(frames(2))
     assert double.recorded == 1
+    graphs(frames(2))
+    assert double.recorded == 2
 
 
 def test_what_cannot_be_recorded_runs_as_it_is_called_and_says_so():
