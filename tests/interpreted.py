@@ -223,8 +223,18 @@ def test_nothing_is_given_for_nothing():
     )
 
 
-@pytest.mark.parametrize("kind", ["shift", "affine", "homography"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "masked"),
+    [
+        ("shift", True),
+        ("affine", False),
+        ("homography", True),
+        *(
+            pytest.param(*others, marks=pytest.mark.slow)
+            for others in (("shift", False), ("affine", True), ("homography", False))
+        ),
+    ],
+)
 def test_score(kind, masked, by_torch):
     draw = generator(11 + masked)
     size, step = ((41, 37), 2) if masked else ((5, 7), 1)
@@ -299,8 +309,15 @@ def local_shifts(draw):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-@pytest.mark.parametrize("kind", ["shift", "affine"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("shift", torch.uint8),
+        ("affine", torch.float32),
+        pytest.param("shift", torch.float32, marks=pytest.mark.slow),
+        pytest.param("affine", torch.uint8, marks=pytest.mark.slow),
+    ],
+)
 def test_resample_by_local_shifts(kind, dtype, by_torch):
     draw = generator(14)
     values = torch.rand(3, 2, 37, 41, generator=draw) * 200
@@ -346,8 +363,15 @@ def test_score_of_local_shifts(masked, by_torch):
     assert (found[0, 0] - found[1, 0]).abs() > 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "masked"),
+    [
+        (torch.float32, True),
+        (torch.float64, False),
+        pytest.param(torch.float32, False, marks=pytest.mark.slow),
+        pytest.param(torch.float64, True, marks=pytest.mark.slow),
+    ],
+)
 def test_local_shifts_round_by_round(dtype, masked, by_torch):
     draw = generator(19)
     size = (36, 33)
@@ -534,7 +558,7 @@ def test_a_peak_assessed_and_divided(dtype, shared, by_torch):
         torch.testing.assert_close(own, theirs, rtol=100 * tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_enlargement(dtype, by_torch):
     draw = generator(43)
     frames = torch.rand(6, 150, 170, generator=draw)[:, :60, :70]

@@ -28,6 +28,7 @@ def run(monkeypatch, capsys):
     return of
 
 
+@pytest.mark.slow
 def test_runs_on_a_device(run, device):
     before = set((BENCHMARKS / "results").glob("*"))
     printed = run("--quick", "--device", device.type)

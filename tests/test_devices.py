@@ -247,7 +247,13 @@ def test_fake_cuda_takes_every_kind_of_argument(fake, proof):
         check(*aligner(given, reference.float()), given)
 
 
-@each_aligner
+@pytest.mark.parametrize(
+    "proof",
+    [
+        pytest.param(proof, id=name, marks=[pytest.mark.slow] * (name in ("LGM", "Local", "LGM affine")))
+        for name, proof in ALIGNERS.items()
+    ],
+)
 def test_fake_cuda_gradients(fake, proof):
     aligner = on_gpu(proof.make())
     cube, reference = on_cuda(4, 4, *proof.size), on_cuda(4, *proof.size)

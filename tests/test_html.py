@@ -290,6 +290,7 @@ def browse(chromium, path, tmp_path, *options) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_rendered(chromium, page, tmp_path):
     path, shot = tmp_path / "report.html", tmp_path / "report.png"
     path.write_text(page, encoding="utf-8")

@@ -380,7 +380,7 @@ def test_missing_weights_say_where_they_were_looked_for(monkeypatch, tmp_path):
     "options",
     [
         {"feature_model": Blobs(32), "motion": "homography"},
-        {"max_num_keypoints": 32, "batch_size": 2, "refine": False},
+        pytest.param({"max_num_keypoints": 32, "batch_size": 2, "refine": False}, marks=pytest.mark.slow),
     ],
     ids=["module, homography", "in parts"],
 )
