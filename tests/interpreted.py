@@ -728,14 +728,30 @@ def test_aligners(make, by_torch):
     torch.testing.assert_close(own.aligned, other.aligned, rtol=1e-4, atol=2e-5, equal_nan=True)
 
 
-def test_a_gradient_takes_the_functions_of_torch(by_torch):
+def test_a_gradient_takes_the_functions_of_torch(by_torch, monkeypatch):
     cube, reference, _ = series()
     cube, reference = cube.nan_to_num(0.5, 0.5, 0.5).requires_grad_(), reference.clone().requires_grad_()
-    own = ta.PCC().estimate(cube, reference).warp
-    # (what has no gradient of its own, such as the first maximum, may still be a kernel's: equal to rounding)
-    torch.testing.assert_close(own, by_torch(ta.PCC().estimate, cube, reference).warp, rtol=0, atol=1e-6)
-    own.sum().backward()
-    assert cube.grad.isfinite().all()
+    expected = by_torch(ta.PCC().estimate, cube, reference).warp
+    launched = []
+
+    def watched(operator):
+        def call(*given):
+            leaves = torch.utils._pytree.tree_leaves(given)
+            launched.append(any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves))
+            return operator(*given)
+
+        return call
+
+    for name in set(kernels.__all__) - {"Geometry", "work_on"}:
+        monkeypatch.setattr(kernels, name, watched(getattr(kernels, name)))
+    found = ta.PCC().estimate(cube, reference).warp
+    # what no gradient flows through, such as the share of usable pixels, is still a kernel's, equal to rounding
+    assert launched
+    assert not any(launched)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    gradients = [torch.autograd.grad(warp.sum(), cube)[0] for warp in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert gradients[0].abs().max() > 0.01
     mapped = torch.func.vmap(lambda frames: ta.warp(frames, torch.zeros(1, 2)))(cube.detach()[:, None])
     assert torch.equal(mapped[:, 0], cube.detach())
 

@@ -502,6 +502,26 @@ def test_batches_with_defects_are_looked_at_as_on_the_host(double, monkeypatch):
     xr.testing.assert_allclose(blind.drop_isel(time=4), expected.drop_isel(time=4), atol=1e-6)
 
 
+@pytest.mark.parametrize(("hot", "played"), [("xxxxxx", 2), ("xx.xx.", 5), ("...xxx", 5)])
+def test_batches_are_not_played_in_vain_for_ever(double, monkeypatch, hot, played):
+    """Of a series that is spoilt throughout no batch but the first three pays twice."""
+    spoilt = cube(18).copy()
+    for number, kind in enumerate(hot):
+        if kind == "x":
+            spoilt[3 * number + 1, :, 10, 11] = 40.0
+    given = {"aligner": "pcc", "batch_size": 3, "device": "cpu", "progress": False}
+    expected, known = ta.align(spoilt, "median", graph=False, **given)
+    own = _host.may_look
+    monkeypatch.setattr("torchalign.aligner.may_look", lambda image: _host._WAITING.get() and own(image))
+    monkeypatch.setattr(cube_run, "_looks_itself", lambda frames: False)
+    monkeypatch.setattr("torchalign.functional.defects.all_true", lambda tensor: False)
+    for number in (1, 2):  # a call starts anew
+        found, report = ta.align(spoilt, "median", **given)
+        xr.testing.assert_allclose(report, known, atol=1e-5)
+        xr.testing.assert_allclose(found, expected, atol=1e-6)
+        assert [(recorder.recorded, recorder.played) for recorder in double] == [(1, played)] * number
+
+
 @pytest.mark.parametrize("kind", ["good", "hot", "masked", "constant"])
 def test_a_reference_is_looked_at_once(double, monkeypatch, kind):
     values, looks, masks = cube(9), [], {}

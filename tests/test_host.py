@@ -332,6 +332,14 @@ def some_products():
 
 
 ON_A_GPU = SimpleNamespace(device=torch.device("cuda"))
+BY_BACKEND = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch 2.9 and later
+
+
+def use_tf32():
+    """Whether cuBLAS does."""
+    if BY_BACKEND:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def test_matrix_products_are_exact_until_the_last_thread_is_out(some_products):
@@ -341,34 +349,115 @@ def test_matrix_products_are_exact_until_the_last_thread_is_out(some_products):
         with _host.full_precision(ON_A_GPU):
             inside.set()
             done.wait(10)
-            seen.append(torch.get_float32_matmul_precision())
+            seen.append(use_tf32())
 
     thread = threading.Thread(target=other)
     with _host.full_precision(ON_A_GPU), torch.autocast("cpu"):
         thread.start()
         assert inside.wait(10)
         with _host.full_precision(ON_A_GPU):
-            assert torch.get_float32_matmul_precision() == "highest"
+            assert not use_tf32()
     done.set()
     thread.join()
-    assert seen == ["highest"]
-    assert torch.get_float32_matmul_precision() == "high"
+    assert seen == [False]
+    assert use_tf32()
     with pytest.raises(ZeroDivisionError), _host.full_precision(ON_A_GPU):
         raise ZeroDivisionError
-    assert torch.get_float32_matmul_precision() == "high"
+    assert use_tf32()
     with _host.full_precision(torch.ones(1)):  # the CPU has its own ways
-        assert torch.get_float32_matmul_precision() == "high"
+        assert use_tf32()
+    with _host.full_precision(ON_A_GPU):  # what is chosen meanwhile stands
+        torch.set_float32_matmul_precision("medium")
+    assert torch.get_float32_matmul_precision() == "medium"
 
 
-def test_matrix_products_are_exact_where_they_are_set_by_backend(some_products):
-    backend = torch.backends.cuda.matmul
-    if not hasattr(backend, "fp32_precision"):
-        pytest.skip("torch 2.9 and later")
-    torch.set_float32_matmul_precision("highest")
-    backend.fp32_precision = "tf32"
+matmul = torch.backends.cuda.matmul
+CHOICES = {
+    "nothing": lambda: None,
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allowed": lambda: setattr(matmul, "allow_tf32", True),
+    "by backend": lambda: setattr(matmul, "fp32_precision", "tf32"),
+    "everywhere": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "of the CPU": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+}
+
+
+def state_of_products():
+    def told(function):
+        try:
+            return function()
+        except RuntimeError as error:  # ways that are mixed
+            return str(error)
+
+    backends = torch.backends
+    parts = (backends, matmul, backends.mkldnn, backends.mkldnn.matmul, backends.cudnn, backends.cudnn.conv)
+    legacy = told(torch.get_float32_matmul_precision), told(lambda: matmul.allow_tf32)
+    return [*legacy, *(part.fp32_precision for part in parts)]
+
+
+@pytest.fixture
+def nothing_chosen():
+    def reset():
+        torch.set_float32_matmul_precision("highest")
+        for part in (torch.backends, matmul, torch.backends.mkldnn.matmul):
+            part.fp32_precision = "none"
+
+    reset()
+    yield
+    reset()
+
+
+@pytest.mark.skipif(not BY_BACKEND, reason="torch 2.9 and later")
+@pytest.mark.filterwarnings("ignore:Please use the new API:UserWarning")  # the user's way is the older one
+@pytest.mark.parametrize("choice", [*CHOICES, "high, but not here", "high, and here"])
+def test_whatever_is_chosen_for_matrix_products_comes_back(nothing_chosen, choice):
+    CHOICES[choice.split(",")[0]]()
+    if "," in choice:  # the two ways are mixed
+        matmul.fp32_precision = "ieee" if "not" in choice else "tf32"
+    before = state_of_products()
     with _host.full_precision(ON_A_GPU):
-        assert backend.fp32_precision == "ieee"
-    assert backend.fp32_precision == "tf32"
+        assert not use_tf32()
+    assert state_of_products() == before
+    if choice == "everywhere":  # and is followed as before
+        torch.backends.fp32_precision = "ieee"
+        assert not use_tf32()
+
+
+def test_what_cannot_turn_tf32_off_does_not_keep_it_on(some_products, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(_host, "_turn_off_tf32", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError), _host.full_precision(ON_A_GPU):
+            raise AssertionError("not reached")
+    with _host.full_precision(ON_A_GPU):
+        assert not use_tf32()
+    assert use_tf32()
+
+
+TRANSFORMS = {
+    "grad": lambda function, frame: torch.func.grad(lambda own: function(own).sum())(frame),
+    "jvp": lambda function, frame: torch.func.jvp(function, (frame,), (torch.ones_like(frame),)),
+    "vmap": lambda function, frame: torch.func.vmap(function)(frame[None]),
+    "functionalize": lambda function, frame: torch.func.functionalize(function)(frame),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script:Warning"
+)  # of torch's own, at its first derivative forwards
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_tables_of_a_transform_are_not_kept(stack, transform, monkeypatch):
+    monkeypatch.setattr(_host, "_TABLES", {})
+    frames, reference = stack[0][:1], stack[1]
+    transform(lambda own: ta.PCC()(own, reference).aligned, frames)
+    found = ta.PCC()(frames, reference)
+    assert found.estimate.status.tolist() == [0]
+    kept = torch.utils._pytree.tree_leaves(list(_host._TABLES.values()))
+    tables = [table for table in kept if isinstance(table, torch.Tensor)]
+    assert len(tables) > 10
+    for table in tables:
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(table)
+        assert not torch._is_functional_tensor(table)
 
 
 def test_tables_are_shared_once_they_are_made(monkeypatch):

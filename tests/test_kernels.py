@@ -264,29 +264,109 @@ def test_kernels_run_where_their_tensors_lie(monkeypatch):
     assert constants == {"WIDE": True, "COMPUTE": computes, "BLOCK": 64, "enable_fp_fusion": False}
 
 
-@pytest.mark.parametrize(
-    ("version", "reason"), [("3.2.1", "Triton 3.2.1, which is too old"), (None, "no cc")]
-)
-def test_where_triton_does_not_work_it_is_said_once(monkeypatch, version, reason):
+@pytest.fixture
+def trials(monkeypatch):
+    """What becomes of each try to launch a kernel on a GPU: an error, or nothing."""
     import torch
 
     from torchalign import kernels
 
-    def fails(*arguments, **options):
-        raise RuntimeError("no cc\nis here")
+    outcomes, clock = [], [100.0]
 
-    monkeypatch.setattr(triton, "__version__", version or triton.__version__)
-    monkeypatch.setattr(kernels, "blur", fails)
+    def blur(*arguments):
+        error = outcomes.pop(0)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(kernels, "blur", blur)
+    monkeypatch.setattr(kernels, "_working", set())
+    monkeypatch.setattr(kernels, "_again", {})
+    monkeypatch.setattr(kernels.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.empty(shape))
-    kernels.work_on.cache_clear()
-    try:
-        with pytest.warns(
-            RuntimeWarning, match=f"^kernels: expected a Triton .* got .*: {reason}; all runs without it"
-        ):
-            assert not kernels.work_on(0)
+    return outcomes, clock
+
+
+@pytest.mark.parametrize(
+    ("version", "error", "reason"),
+    [
+        ("3.2.1", None, "ImportError: Triton 3.2.1, which is too old"),
+        (
+            None,
+            RuntimeError("Failed to find C compiler.\nand more"),
+            "RuntimeError: Failed to find C compiler.",
+        ),
+    ],
+)
+def test_where_triton_does_not_work_it_is_said_once(monkeypatch, trials, version, error, reason):
+    from torchalign import kernels
+
+    outcomes, clock = trials
+    monkeypatch.setattr(triton, "__version__", version or triton.__version__)
+    outcomes.append(error)
+    with pytest.warns(RuntimeWarning) as told:
         assert not kernels.work_on(0)
-    finally:
-        kernels.work_on.cache_clear()
+    text = f"kernels: expected a Triton of 3.3 or later that compiles for this GPU, got {reason}; all runs without"
+    assert [str(warning.message).startswith(text) for warning in told] == [True]
+    assert told[0].filename == __file__
+    clock[0] += 1e9
+    assert not kernels.work_on(0)
+    assert not kernels.work_on(0, tries=False)
+
+
+def test_what_may_pass_is_tried_again(trials):
+    import torch
+
+    from torchalign import kernels
+
+    outcomes, clock = trials
+    assert kernels.work_on(0, tries=False)  # nothing is known against it
+    outcomes += [torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space left on device"), None]
+    with pytest.warns(RuntimeWarning, match="got OutOfMemoryError: CUDA out of memory; all runs without it"):
+        assert not kernels.work_on(0)
+    assert not kernels.work_on(0)  # not dozens of times in one call of an aligner
+    assert not kernels.work_on(0, tries=False)
+    assert len(outcomes) == 2
+    clock[0] += 60
+    assert not kernels.work_on(0)  # and it is said once
+    clock[0] += 60
+    assert kernels.work_on(0)
+    assert outcomes == []
+    assert kernels.work_on(0)
+    assert kernels.work_on(0, tries=False)
+    outcomes.append(None)
+    assert kernels.work_on(1)  # each GPU on its own
+
+
+def test_a_recording_tries_nothing_and_goes_by_what_is_known(monkeypatch, trials):
+    import torch
+
+    from torchalign import _host, kernels
+
+    known = {"is_available": True, "is_current_stream_capturing": True, "get_device_capability": (9, 0)}
+    for name, answer in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *index, answer=answer: answer)
+    assert _host._runs_triton(0)
+    kernels._again[0] = 0.0
+    assert not _host._runs_triton(0)
+    kernels._working.add(0)
+    assert _host._runs_triton(0)
+
+
+def test_threads_try_a_gpu_once(trials, monkeypatch):
+    import threading
+    import time
+
+    from torchalign import kernels
+
+    tried, found = [], []
+    monkeypatch.setattr(kernels, "blur", lambda *arguments: tried.append(time.sleep(0.05)))
+    threads = [threading.Thread(target=lambda: found.append(kernels.work_on(0))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 4
+    assert len(tried) == 1
 
 
 class Driver:

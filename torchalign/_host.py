@@ -292,13 +292,12 @@ def _runs_triton(index: int | None) -> bool:
         return True
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (7, 0):
         return False
-    if (
-        torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing()
-    ):  # nothing is launched there
+    if torch._C._len_torch_dispatch_stack():  # nothing is launched there
         return True
     from torchalign import kernels
 
-    return kernels.work_on(torch.cuda.current_device() if index is None else index)
+    index = torch.cuda.current_device() if index is None else index
+    return kernels.work_on(index, tries=not torch.cuda.is_current_stream_capturing())
 
 
 _lock = threading.Lock()
@@ -321,9 +320,9 @@ def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _exact_products(autocast: torch.autocast) -> Iterator[None]:
     with _lock:
-        _products["within"] += 1
-        if _products["within"] == 1:
+        if _products["within"] == 0:
             _products["give back"] = _turn_off_tf32()
+        _products["within"] += 1
     try:
         with autocast:
             yield
@@ -335,18 +334,32 @@ def _exact_products(autocast: torch.autocast) -> Iterator[None]:
 
 
 def _turn_off_tf32() -> Callable[[], object]:
-    """Turns it off where it is on; and what turns it on again, in the one of torch's two ways that was used."""
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch 2.9 and later, where it was set by backend
-        backend = torch.backends.cuda.matmul
-        chosen = backend.fp32_precision
-        backend.fp32_precision = "ieee"
-        return functools.partial(setattr, backend, "fp32_precision", chosen)
-    if before == "highest":
+    """Turns it off where it is on; and what turns it on again, unless somebody has chosen anew meanwhile.
+
+    From torch 2.9 on one attribute says what cuBLAS does. The older way sets more than that, and where a user has mixed
+    the two, it tells something else or refuses to.
+    """
+    backend = torch.backends.cuda.matmul
+    if hasattr(backend, "fp32_precision"):
+        read: Callable[[], str] = functools.partial(getattr, backend, "fp32_precision")
+        write: Callable[[str], object] = functools.partial(setattr, backend, "fp32_precision")
+        off, choices = "ieee", ["none"]  # which is off, or as torch.backends.fp32_precision says and will say
+    else:
+        read, write = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+        off, choices = "highest", []
+    chosen = read()
+    if chosen in (off, *choices):
         return bool
-    torch.set_float32_matmul_precision("highest")
-    return functools.partial(torch.set_float32_matmul_precision, before)
+    write(off)
+
+    def give_back() -> None:
+        if read() != off:
+            return
+        for choice in (*choices, chosen):
+            if read() != chosen:
+                write(choice)
+
+    return give_back
 
 
 # Tables by what they are of, see keeps_tables; those that a stream may still be making; how many numbers they may hold.
@@ -402,8 +415,13 @@ def settle_tables() -> None:
 
 
 def may_keep(like: Tensor) -> bool:
-    """Whether tensors of its kind are plain ones that outlive the call: nobody traces, maps or fakes them."""
+    """Whether tensors of its kind are plain ones that outlive the call: nobody traces, maps or fakes them.
+
+    What is made within a transform of torch.func belongs to it, also where ``like`` does not, and its type is Tensor.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._is_functional_tensor(like):
         return False
     return type(like) in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,7 @@ from torchalign.types import Estimate, ShiftField, Status
 
 _CPU_BATCH_BYTES, _CUDA_BATCH_BYTES = 2**26, 2**30
 _MARGIN_SHARE = 0.05  # of a frame's side, which may be left out when it is measured again
+_IN_VAIN = 3  # so many batches in a row that are played and then aligned all the same: no more are played
 _TASK_BATCH_BYTES = 2**24  # of each of dask's tasks on the CPU, several of which run side by side
 
 
@@ -201,6 +203,8 @@ class AlignFrames(Operation):
     graph: bool = True  # where there is CUDA, and it pays
     align: Callable[..., Any] | None = None  # of a batch, where it is recorded
     spoilt: bool | None = None  # whether the reference has defects; None where each batch has its own
+    # whether the last batches that were recorded were suspect, and aligned twice
+    lately: deque[bool] = field(init=False, default_factory=lambda: deque(maxlen=_IN_VAIN))
 
     def find_device(self) -> torch.device:
         """Where the aligner is, if nobody says otherwise."""
@@ -249,10 +253,12 @@ class AlignFrames(Operation):
         reference, usable, reference_usable, init = companions
         given = frames, reference, usable, reference_usable, None if init is None else init.to(frames)
         size = (raw.shape[-2], raw.shape[-1])
-        if self.align is None or self.spoilt:  # the host sees what is suspect before it asks for more
+        if self.align is None or self.spoilt or sum(self.lately) == _IN_VAIN:
+            # the host sees what is suspect before it asks for more
             suspect, result = self.spoilt or self._look(*given), None
         else:  # all in one launch; what is then suspect, which is rare, is aligned once more
             *result, suspect = self.align(*given)
+            self.lately.append(bool(suspect))
         if suspect:
             with waiting():
                 result = self._align(*given)

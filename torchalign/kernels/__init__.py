@@ -1,7 +1,7 @@
 """What a GPU does in one launch: Triton kernels, each equal to a chain of functions of ``functional`` to rounding.
 
-Those functions define what a kernel must give, and do the work wherever a derivative may be asked for or Triton is
-missing; :func:`torchalign._host.kernels_for` chooses. A kernel is an operator of ``torch.ops.torchalign``, so that
+Those functions define what a kernel must give, and do the work wherever a derivative may flow or Triton is missing;
+:func:`torchalign._host.kernels_for` chooses. A kernel is an operator of ``torch.ops.torchalign``, so that
 ``torch.compile`` and ``torch.export`` keep it as one, and fake tensors know the shape of what it gives.
 
 No GPU is needed to prove them: with ``TRITON_INTERPRET=1`` in the environment they run on CPU tensors.
@@ -11,12 +11,15 @@ Importing this package imports Triton, which comes with torch's CUDA wheels; ``i
 
 from __future__ import annotations
 
-import functools
+import math
+import threading
+import time
 import warnings
 
 import torch
 import triton
 
+from torchalign._check import level_of_the_caller, message
 from torchalign.kernels.alike import alike
 from torchalign.kernels.ascend import Geometry, ascend_shifted, ascend_warped, look
 from torchalign.kernels.assess import assess
@@ -68,24 +71,42 @@ __all__ = [
 _OLDEST = (3, 3)
 
 
-@functools.cache
-def work_on(index: int) -> bool:
+# Of the GPUs: where a kernel has run; when to try again where none did (infinity: never).
+_working: set[int] = set()
+_again: dict[int, float] = {}
+_PAUSE = 5.0  # seconds: an aligner asks some 30 times a call, and a try may compile
+_trying = threading.Lock()
+
+
+def work_on(index: int, *, tries: bool = True) -> bool:
     """Whether a kernel compiles and is launched on a GPU. Where not, a warning says why, once for each.
 
-    Triton wants a compiler of C at its first launch, which slim images lack.
+    Triton wants a compiler of C at its first launch, which slim images lack: that stays so. Memory or a disk that is
+    full, and other troubles, may pass: seconds later it is tried again. Without ``tries`` nothing is launched: whether
+    nothing is known against it.
     """
-    try:
-        if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST:
-            raise ImportError(f"Triton {triton.__version__}, which is too old")
-        with torch.no_grad():
-            ones = torch.ones(1, 1, device=torch.device("cuda", index))
-            blur(ones, ones[0])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever Triton, the compilers it calls or the driver complain of
+    if index in _working or not tries:
+        return index in _working or index not in _again
+    with _trying:
+        said = index in _again
+        if index in _working or time.monotonic() < _again.get(index, 0.0):
+            return index in _working
+        try:
+            if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST:
+                raise ImportError(f"Triton {triton.__version__}, which is too old")
+            with torch.no_grad():
+                ones = torch.ones(1, 1, device=torch.device("cuda", index))
+                blur(ones, ones[0])
+            _working.add(index)
+            return True
+        except Exception as error:  # whatever Triton, the compilers it calls or the driver complain of
+            stays = isinstance(error, (ImportError, triton.CompilationError)) or "C compiler" in str(error)
+            _again[index] = math.inf if stays else time.monotonic() + _PAUSE
+            got = f"{type(error).__name__}: {error}".splitlines()[0]
+    if not said:
         expected = f"a Triton of {'.'.join(map(str, _OLDEST))} or later that compiles for this GPU"
-        got = f"{type(error).__name__}: {error}".splitlines()[0]
         cure = "all runs without it, and takes several times as long; TORCHALIGN_KERNELS=0 does so without this warning"
-        warnings.warn(f"kernels: expected {expected}, got {got}; {cure}", RuntimeWarning, stacklevel=2)
-        return False
-    return True
+        warnings.warn(
+            message("kernels", expected, got, cure), RuntimeWarning, stacklevel=level_of_the_caller()
+        )
+    return False
