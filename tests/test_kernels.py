@@ -279,8 +279,7 @@ def trials(monkeypatch):
             raise error
 
     monkeypatch.setattr(kernels, "blur", blur)
-    monkeypatch.setattr(kernels, "_working", set())
-    monkeypatch.setattr(kernels, "_again", {})
+    monkeypatch.setattr(kernels, "_known", {})
     monkeypatch.setattr(kernels.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.empty(shape))
     return outcomes, clock
@@ -346,9 +345,9 @@ def test_a_recording_tries_nothing_and_goes_by_what_is_known(monkeypatch, trials
     for name, answer in known.items():
         monkeypatch.setattr(torch.cuda, name, lambda *index, answer=answer: answer)
     assert _host._runs_triton(0)
-    kernels._again[0] = 0.0
+    kernels._known[0] = False, 0.0
     assert not _host._runs_triton(0)
-    kernels._working.add(0)
+    kernels._known[0] = True, float("inf")
     assert _host._runs_triton(0)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numbers
 import operator
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,6 @@ from torch import Tensor
 Option = TypeVar("Option")
 Number = TypeVar("Number", bound=float | None)
 
-_INNER = tuple(str(Path(inner).parent) + os.sep for inner in (__file__, str(torch.__file__)))
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -32,14 +30,6 @@ def message(name: str, expected: str, got: object, cure: str) -> str:
     'max_translation: expected a number > 0, got -1; give pixels'
     """
     return f"{name}: expected {expected}, got {got}; {cure}"
-
-
-def level_of_the_caller() -> int:
-    """The ``stacklevel`` with which a warning points at the call of the user, who is neither here nor in torch."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def require(what: str, extra: str, *packages: str) -> None:

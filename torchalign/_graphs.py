@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torchalign._check import level_of_the_caller, message
+from torchalign._check import message
 from torchalign._host import carries_gradient, settle_tables
 from torchalign.aligner import Aligner
 
@@ -178,7 +178,7 @@ class Graphs:
         self._give_up()
         cure = "all runs as it is called; graph=False does so without this warning"
         text = message("graph", "what a CUDA graph can record", reason, cure)
-        warnings.warn(text, RuntimeWarning, stacklevel=level_of_the_caller())
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
         return self._function(*given)
 
     def _run(self, recorder: Recorder, given: Sequence[Tensor | None]) -> Any:

@@ -343,21 +343,20 @@ def _turn_off_tf32() -> Callable[[], object]:
     if hasattr(backend, "fp32_precision"):
         read: Callable[[], str] = functools.partial(getattr, backend, "fp32_precision")
         write: Callable[[str], object] = functools.partial(setattr, backend, "fp32_precision")
-        off, choices = "ieee", ["none"]  # which is off, or as torch.backends.fp32_precision says and will say
+        off, rest = "ieee", "none"  # off too, or as torch.backends.fp32_precision says and will say
     else:
         read, write = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
-        off, choices = "highest", []
+        off, rest = "highest", "highest"
     chosen = read()
-    if chosen in (off, *choices):
+    if chosen in (off, rest):
         return bool
     write(off)
 
     def give_back() -> None:
-        if read() != off:
-            return
-        for choice in (*choices, chosen):
+        if read() == off:
+            write(rest)
             if read() != chosen:
-                write(choice)
+                write(chosen)
 
     return give_back
 
@@ -415,12 +414,10 @@ def settle_tables() -> None:
 
 
 def may_keep(like: Tensor) -> bool:
-    """Whether tensors of its kind are plain ones that outlive the call: nobody traces, maps or fakes them.
-
-    What is made within a transform of torch.func belongs to it, also where ``like`` does not, and its type is Tensor.
-    """
+    """Whether tensors of its kind are plain ones that outlive the call: nobody traces, maps or fakes them."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
+    # what is made within a transform of torch.func belongs to it, also where ``like`` does not; its type is Tensor
     if torch._C._functorch.peek_interpreter_stack() is not None or torch._is_functional_tensor(like):
         return False
     return type(like) in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()

@@ -203,7 +203,7 @@ class AlignFrames(Operation):
     graph: bool = True  # where there is CUDA, and it pays
     align: Callable[..., Any] | None = None  # of a batch, where it is recorded
     spoilt: bool | None = None  # whether the reference has defects; None where each batch has its own
-    # whether the last batches that were recorded were suspect, and aligned twice
+    # of the last batches that were played: whether they were suspect, and aligned twice
     lately: deque[bool] = field(init=False, default_factory=lambda: deque(maxlen=_IN_VAIN))
 
     def find_device(self) -> torch.device:
@@ -253,8 +253,8 @@ class AlignFrames(Operation):
         reference, usable, reference_usable, init = companions
         given = frames, reference, usable, reference_usable, None if init is None else init.to(frames)
         size = (raw.shape[-2], raw.shape[-1])
+        # what is suspect the host sees before it asks for more
         if self.align is None or self.spoilt or sum(self.lately) == _IN_VAIN:
-            # the host sees what is suspect before it asks for more
             suspect, result = self.spoilt or self._look(*given), None
         else:  # all in one launch; what is then suspect, which is rare, is aligned once more
             *result, suspect = self.align(*given)

@@ -12,14 +12,16 @@ Importing this package imports Triton, which comes with torch's CUDA wheels; ``i
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
+import traceback
 import warnings
+from pathlib import Path
 
 import torch
 import triton
 
-from torchalign._check import level_of_the_caller, message
 from torchalign.kernels.alike import alike
 from torchalign.kernels.ascend import Geometry, ascend_shifted, ascend_warped, look
 from torchalign.kernels.assess import assess
@@ -71,42 +73,39 @@ __all__ = [
 _OLDEST = (3, 3)
 
 
-# Of the GPUs: where a kernel has run; when to try again where none did (infinity: never).
-_working: set[int] = set()
-_again: dict[int, float] = {}
+# Of the GPUs: whether a kernel has run, and until when that stands.
+_known: dict[int, tuple[bool, float]] = {}
 _PAUSE = 5.0  # seconds: an aligner asks some 30 times a call, and a try may compile
 _trying = threading.Lock()
+_INNER = f"{Path(__file__).parents[1]}{os.sep}", f"{Path(str(torch.__file__)).parent}{os.sep}"
 
 
 def work_on(index: int, *, tries: bool = True) -> bool:
     """Whether a kernel compiles and is launched on a GPU. Where not, a warning says why, once for each.
 
     Triton wants a compiler of C at its first launch, which slim images lack: that stays so. Memory or a disk that is
-    full, and other troubles, may pass: seconds later it is tried again. Without ``tries`` nothing is launched: whether
-    nothing is known against it.
+    full, and other troubles, may pass: seconds later it is tried again. Without ``tries`` what is known is told.
     """
-    if index in _working or not tries:
-        return index in _working or index not in _again
     with _trying:
-        said = index in _again
-        if index in _working or time.monotonic() < _again.get(index, 0.0):
-            return index in _working
+        works, stands = _known.get(index, (True, 0.0))
+        if not tries or time.monotonic() < stands:
+            return works
         try:
             if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST:
                 raise ImportError(f"Triton {triton.__version__}, which is too old")
             with torch.no_grad():
                 ones = torch.ones(1, 1, device=torch.device("cuda", index))
                 blur(ones, ones[0])
-            _working.add(index)
+            _known[index] = True, math.inf
             return True
         except Exception as error:  # whatever Triton, the compilers it calls or the driver complain of
             stays = isinstance(error, (ImportError, triton.CompilationError)) or "C compiler" in str(error)
-            _again[index] = math.inf if stays else time.monotonic() + _PAUSE
+            _known[index] = False, math.inf if stays else time.monotonic() + _PAUSE
             got = f"{type(error).__name__}: {error}".splitlines()[0]
-    if not said:
+    if works:  # nothing was known against it
         expected = f"a Triton of {'.'.join(map(str, _OLDEST))} or later that compiles for this GPU"
         cure = "all runs without it, and takes several times as long; TORCHALIGN_KERNELS=0 does so without this warning"
-        warnings.warn(
-            message("kernels", expected, got, cure), RuntimeWarning, stacklevel=level_of_the_caller()
-        )
+        files = [frame.filename for frame in reversed(traceback.extract_stack())]
+        level = next((number for number, file in enumerate(files, 1) if not file.startswith(_INNER)), 1)
+        warnings.warn(f"kernels: expected {expected}, got {got}; {cure}", RuntimeWarning, stacklevel=level)
     return False
