@@ -366,9 +366,6 @@ def test_matrix_products_are_exact_until_the_last_thread_is_out(some_products):
     assert use_tf32()
     with _host.full_precision(torch.ones(1)):  # the CPU has its own ways
         assert use_tf32()
-    with _host.full_precision(ON_A_GPU):  # what is chosen meanwhile stands
-        torch.set_float32_matmul_precision("medium")
-    assert torch.get_float32_matmul_precision() == "medium"
 
 
 matmul = torch.backends.cuda.matmul
@@ -422,6 +419,14 @@ def test_whatever_is_chosen_for_matrix_products_comes_back(nothing_chosen, choic
     if choice == "everywhere":  # and is followed as before
         torch.backends.fp32_precision = "ieee"
         assert not use_tf32()
+
+
+@pytest.mark.skipif(not BY_BACKEND, reason="torch 2.9 and later")
+def test_what_is_chosen_meanwhile_stands(nothing_chosen):
+    matmul.fp32_precision = "tf32"
+    with _host.full_precision(ON_A_GPU):
+        matmul.fp32_precision = "none"
+    assert matmul.fp32_precision == "none"
 
 
 def test_what_cannot_turn_tf32_off_does_not_keep_it_on(some_products, monkeypatch):

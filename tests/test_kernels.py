@@ -282,6 +282,9 @@ def trials(monkeypatch):
     monkeypatch.setattr(kernels, "_known", {})
     monkeypatch.setattr(kernels.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.empty(shape))
+    known = {"is_available": True, "is_current_stream_capturing": False, "get_device_capability": (9, 0)}
+    for name, answer in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *index, answer=answer: answer)
     return outcomes, clock
 
 
@@ -297,19 +300,20 @@ def trials(monkeypatch):
     ],
 )
 def test_where_triton_does_not_work_it_is_said_once(monkeypatch, trials, version, error, reason):
-    from torchalign import kernels
+    from torchalign import _host, kernels
 
     outcomes, clock = trials
-    monkeypatch.setattr(triton, "__version__", version or triton.__version__)
-    outcomes.append(error)
-    with pytest.warns(RuntimeWarning) as told:
-        assert not kernels.work_on(0)
+    outcomes += [None] if error is None else [error, None]
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning) as told:
+        patch.setattr(triton, "__version__", version or triton.__version__)
+        assert not _host._runs_triton(0)
     text = f"kernels: expected a Triton of 3.3 or later that compiles for this GPU, got {reason}; all runs without"
     assert [str(warning.message).startswith(text) for warning in told] == [True]
-    assert told[0].filename == __file__
+    assert told[0].filename == __file__  # which is the user's, and neither ours nor torch's
     clock[0] += 1e9
     assert not kernels.work_on(0)
     assert not kernels.work_on(0, tries=False)
+    assert outcomes == [None]  # it was not tried again
 
 
 def test_what_may_pass_is_tried_again(trials):
@@ -341,9 +345,7 @@ def test_a_recording_tries_nothing_and_goes_by_what_is_known(monkeypatch, trials
 
     from torchalign import _host, kernels
 
-    known = {"is_available": True, "is_current_stream_capturing": True, "get_device_capability": (9, 0)}
-    for name, answer in known.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *index, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert _host._runs_triton(0)
     kernels._known[0] = False, 0.0
     assert not _host._runs_triton(0)
