@@ -301,7 +301,7 @@ def write_displacements(report: xr.Dataset, folder: str | Path, *, overwrite: bo
 
     grid, time, folder = _known_grid(report, needs_crs=False), report["status"].dims[0], Path(folder)
     names = [
-        label_text(label).replace(":", "") for label in report_labels(report)
+        label_text(label).replace(":", "") for label in report_labels(report, local=True)
     ]  # no colon in a file's name
     paths = [folder / f"displacement_{name}.tif" for name in names]
     for path in paths:
