@@ -202,8 +202,13 @@ MUTATIONS = [
     # --- functional/phase, texture, common_ground, structure ---
     Mutation(
         "phase-conjugate", "functional/phase.py",
-        "power = moving.conj() * reference", "power = moving * reference.conj()",
+        "return moving.conj() * (reference * weight)", "return moving * (reference * weight).conj()",
         f"{_F}/test_phase.py -k sign_axes",
+    ),
+    Mutation(
+        "phase-conjugate-of-a-quotient", "functional/phase.py",
+        "power = moving.conj() * reference", "power = moving * reference.conj()",
+        f"{_F}/test_phase.py -k cross_power",
     ),
     Mutation(
         "phase-weighting", "functional/phase.py",

@@ -313,14 +313,20 @@ class Shifted(ta.PCC):
         )
 
 
-def test_a_stage_with_a_crop_starts_where_the_last_one_arrived():
+def test_a_stage_with_a_crop_starts_where_the_last_one_arrived(monkeypatch):
     angle = math.radians(30)
     turn = torch.tensor([[math.cos(angle), -math.sin(angle), 0.7], [math.sin(angle), math.cos(angle), -0.6]])
     truth = change_origin(turn, (-63.5, -59.5))[None]
     data = pairs(truth, (120, 128), longest=24.0, seed=3)
     rough = truth.clone()
     rough[..., 2] += 0.4
-    # about the crop's corner the turn is another warp: ECC would start 13 px from the truth
+    starts, estimate_motion = [], ta.ECC.estimate_motion
+
+    def watched(self, pair, prepared, init):
+        starts.append(init)
+        return estimate_motion(self, pair, prepared, init)
+
+    monkeypatch.setattr(ta.ECC, "estimate_motion", watched)
     cascade = ta.Cascade(Told(rough), ta.ECC(motion="affine", crop_center=72))
     estimate = cascade.estimate(data.cube, data.reference)
     assert estimate.stage.tolist() == [1]
@@ -328,6 +334,14 @@ def test_a_stage_with_a_crop_starts_where_the_last_one_arrived():
     alone = ta.ECC(motion="affine", crop_center=72).estimate(data.cube, data.reference, init=rough)
     assert alone.valid.all()
     assert centre_errors(alone.warp, truth, (120, 128)).max() < 0.05
+    # in pixels of the crop, whose corner is at (28, 24): about that the turn is another warp, 13 px from the truth
+    corner = torch.tensor([28.0, 24.0])
+    places = torch.tensor([[0.0, 0.0], [71.0, 0.0], [30.0, 60.0]])
+    expected = (places + corner) @ rough[0, :, :2].mT + rough[0, :, 2] - corner
+    assert len(starts) == 2
+    for start in starts:
+        found = places @ start[0, :2, :2].mT + start[0, :2, 2]
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
 def test_inliers_of_another_crop_judge_no_score():

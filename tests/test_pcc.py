@@ -325,3 +325,16 @@ def test_one_road_north():
     estimate = ta.PCC(channel="gradients").estimate(frame[None], reference)
     assert estimate.valid.all()
     assert (shifts_of(estimate)[0] - torch.tensor([1.5, 0.5])).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("size", "seeds"), [((5, 7), (16, 28)), ((6, 6), (20, 33, 35, 58)), ((8, 8), (0, 1, 2))], ids=str
+)
+def test_gradients_of_tiny_frames_are_finite(size, seeds):
+    """Of noise that fits by chance: sums of a divided correlation, or a determinant, are as good as 0 there."""
+    for seed in seeds:
+        draw = torch.Generator().manual_seed(seed)
+        cube = torch.rand(2, 1, *size, generator=draw).requires_grad_()
+        estimate = ta.PCC().estimate(cube, torch.rand(1, *size, generator=draw))
+        (slope,) = torch.autograd.grad(estimate.warp.sum(), cube)
+        assert slope.isfinite().all()

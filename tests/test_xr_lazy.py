@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -307,6 +308,15 @@ def test_tasks_compute_with_one_thread_and_leave_the_number_as_it_was():
 
 
 # --- a cluster ---
+
+
+def test_tasks_can_be_pickled(series):
+    """To workers in other processes tasks are sent so; the slow case below sends them."""
+    cloudpickle = pytest.importorskip("cloudpickle", reason='pip install "torchalign[dask]"')
+    lazy = align(series.cube.chunk({"time": 2}), "first", mask=series.clear)
+    sent = pickle.loads(cloudpickle.dumps(lazy))
+    for one, other in zip(dask.compute(*sent), dask.compute(*lazy), strict=True):
+        xr.testing.assert_identical(one, other)
 
 
 # two workers that exchange what they have; and one in a process of its own, to which all is pickled

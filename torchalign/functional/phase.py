@@ -46,6 +46,7 @@ from torchalign.functional.uncertainty import (
     block_pulls,
     largest_sigma,
     overlap_curvature,
+    with_finite_slope,
 )
 from torchalign.functional.working_grid import Window, WorkingGrid, working_size
 
@@ -843,7 +844,7 @@ def _divided_step(sums: Tensor) -> tuple[Tensor, Tensor]:
     """Newton's step (..., 2) on log S, by the derivatives (3, ..., 3, 3) of its sums; and whether to a maximum."""
     value = sums[..., 0, 0]
     positive = value > 0
-    rows = _newton_rows(sums) / torch.where(positive, value, 1.0)[..., None, None]
+    rows = _newton_rows(sums) / with_finite_slope(torch.where(positive, value, 1.0))[..., None, None]
     # of a logarithm the curvatures lose the product of the slopes
     slopes = rows[..., 0]
     rows = torch.addcmul(rows, slopes[..., None], F.pad(slopes, (1, 0))[..., None, :], value=-1)

@@ -28,6 +28,7 @@ __all__ = [
     "shared_slope",
     "trace",
     "weights_error",
+    "with_finite_slope",
 ]
 
 # Errors on simulated frames of all kinds exceed what the sandwich predicts by this factor (benchmarks/accuracy.py).
@@ -188,6 +189,12 @@ def _rooted_slopes(
     none = torch.zeros_like(root)
     slopes = torch.stack((torch.complex(none, root * x), torch.complex(none, root * y[:, None])))
     return root, by_columns(slopes)
+
+
+def with_finite_slope(divisor: Tensor) -> Tensor:
+    """A divisor that hands no gradient back where it is so small that 1 / divisor² is no number."""
+    small = divisor.abs() < torch.finfo(divisor.dtype).tiny ** 0.4
+    return torch.where(small, divisor.detach(), divisor)
 
 
 def trace(matrix: Tensor) -> Tensor:
@@ -383,8 +390,8 @@ def _inverted(matrix: Tensor) -> tuple[Tensor, Tensor]:
     (xx, xy), (_, yy) = (row.unbind(-1) for row in matrix.unbind(-2))
     determinant = xx * yy - xy.square()
     regular = (determinant > 0)[..., None, None]
-    adjugate = _symmetric(yy, xx, -xy)
-    inverse = torch.where(regular, adjugate / torch.where(regular, determinant[..., None, None], 1.0), 0.0)
+    divisor = with_finite_slope(torch.where(regular, determinant[..., None, None], 1.0))
+    inverse = torch.where(regular, _symmetric(yy, xx, -xy) / divisor, 0.0)
     return inverse, regular[..., 0, 0]
 
 
