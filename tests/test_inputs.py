@@ -344,6 +344,17 @@ def test_dates_of_python(tmp_path):
         assert day in to_html(report)
 
 
+@pytest.mark.parametrize(
+    ("first", "frequency", "start"), [("2020-02", "M", "2020-02-01"), ("1500", "Y", "1500-01-01")]
+)
+def test_a_period_is_written_as_its_start(first, frequency, start, tmp_path):
+    cube = xr.DataArray(np.ones((2, 4, 4), "uint8"), dims=("time", "y", "x"))
+    cube["time"] = pd.PeriodIndex([first, pd.NaT], freq=frequency)
+    with xr.open_zarr(ta.io.write_cube(cube, tmp_path / "cube.zarr"), decode_times=False) as stored:
+        assert start in stored.time.attrs["units"]
+    assert ta.write_stack(cube[:1], tmp_path / "files")[0].stem == start.replace("-", "")
+
+
 def test_dates_of_cftime(tmp_path):
     cftime = pytest.importorskip("cftime")
     cubes = xr.DataArray(frames()[:, 0], {**times(), **axes()}, ("time", "y", "x"))

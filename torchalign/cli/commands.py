@@ -88,8 +88,7 @@ def command(name: str, options: type, epilog: str | None = None) -> Callable[[An
 
         if unlike and sys.flags.optimize < 2:  # with -OO there are no docstrings, and options have no text
             cure = "write `name: text` in the docstring of its class"
-            expected = "a text for each field, and no other"
-            raise TypeError(message(options.__name__, expected, sorted(unlike), cure))
+            raise TypeError(message(options.__name__, "a text for each field", sorted(unlike), cure))
 
         def run(**typed: Any) -> int:
             return function(options(**typed))

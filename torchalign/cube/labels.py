@@ -29,9 +29,8 @@ _NAMES = {
 }
 CUBE = ("time", "band", "y", "x")  # (T, C, H, W)
 MASK = ("time", "y", "x")  # (T, H, W)
-USABLE = (
-    "usable"  # the coordinate over time, y and x of what an alpha band or a file's mask says: 0 = not usable
-)
+# the coordinate over time, y and x of what an alpha band or a file's mask says: 0 = not usable
+USABLE = "usable"
 SAME_GRID = 1e-3  # pixels; coordinates that agree to this are the same grid
 
 Array = NDArray[Any]
@@ -166,7 +165,8 @@ def with_plain_dates(array: Labelled, dim: Hashable, *, local: bool = False) -> 
     if index is None or not len(index):
         return array
     if isinstance(index, pd.PeriodIndex):
-        dates = pd.DatetimeIndex(index.strftime("%Y-%m-%dT%H:%M:%S").to_numpy("datetime64[us]"))
+        starts = index.asfreq("s", "start").strftime("%Y-%m-%dT%H:%M:%S").fillna("NaT")
+        dates = pd.DatetimeIndex(starts.to_numpy("datetime64[us]"))
     elif isinstance(index, pd.DatetimeIndex) and index.tz is not None:
         dates = index.tz_localize(None) if local else index.tz_convert(None)
     elif index.dtype == object and all(isinstance(label, datetime.date) for label in index):
@@ -186,7 +186,7 @@ def _without_zone(label: Any, local: bool) -> Any:
 
 
 def plain_labels(array: xr.DataArray, dim: Hashable, *, local: bool = False) -> xr.DataArray:
-    """The coordinate ``dim`` of :func:`with_plain_dates`."""
+    """The coordinate ``dim`` of :func:`with_plain_dates`; the positions where there is none."""
     return with_plain_dates(array[dim], dim, local=local)[dim]
 
 
@@ -197,8 +197,6 @@ def label_text(label: Hashable | np.generic) -> str:
 
 def time_labels(array: xr.DataArray, dim: Hashable) -> list[str]:
     """Days in ISO 8601, or whatever the time coordinate holds, or the positions."""
-    if dim not in array.coords:
-        return [str(number) for number in range(array.sizes[dim])]
     values = plain_labels(array, dim, local=True).values
     if values.dtype.kind == "M":
         days = np.datetime_as_string(values, unit="D").tolist()

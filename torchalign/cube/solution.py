@@ -339,9 +339,8 @@ def _time_coords(cube: Cube | None, fields: Mapping[str, Any], time: Hashable) -
     if cube is None:
         return {}
     along = cube.array[time]
-    taken = {"row", "col", "tags", "status_name", *fields} - {
-        time
-    }  # names that the report itself uses, and what is of files
+    # names that the report itself uses, and what is of files
+    taken = {"row", "col", "tags", "status_name", *fields} - {time}
     others = [name for name, coord in along.coords.items() if coord.dims != (time,) or name in taken]
     return along.drop_vars(others).compute().coords
 
@@ -358,8 +357,6 @@ def report_georeference(report: xr.Dataset) -> Georeference | None:
 def report_labels(report: xr.Dataset, *, local: bool = False) -> Array:
     """Of the frames, dates as :func:`~torchalign.cube.labels.with_plain_dates` has them; else their numbers."""
     time = report["status"].dims[0]
-    if time not in report.coords:
-        return np.arange(report.sizes[time])
     labels: Array = plain_labels(report["status"], time, local=local).values
     return labels
 

@@ -214,10 +214,12 @@ def _raster_profile(cube: Cube, driver: str, compression: Compression) -> dict[s
         declared = nodata[0]
         if array.dtype.kind != "f" and (int(float(declared)) != int(declared) or abs(int(declared)) > 10**15):
             # rasterio hands it on as a float's text, which GDAL reads as another number
-            expected = "an integer that a GeoTIFF holds, up to 10**15"
+            expected, got = (
+                "an integer up to 10**15 in a GeoTIFF",
+                f"{declared}, which is written as pixels alone",
+            )
             cure = "declare another, or keep it with torchalign.io.write_cube"
-            text = message("nodata", expected, f"{declared}, which is written as pixels alone", cure)
-            warnings.warn(text, UserWarning, stacklevel=5)
+            warnings.warn(message("nodata", expected, got, cure), UserWarning, stacklevel=5)
             declared = None
     elif declared is not None and array.dtype.kind == "f":
         declared = np.nan  # what is encoded is of the integers that another file packs these floats into
