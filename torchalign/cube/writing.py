@@ -214,10 +214,7 @@ def _raster_profile(cube: Cube, driver: str, compression: Compression) -> dict[s
         declared = nodata[0]
         if array.dtype.kind != "f" and (int(float(declared)) != int(declared) or abs(int(declared)) > 10**15):
             # rasterio hands it on as a float's text, which GDAL reads as another number
-            expected, got = (
-                "an integer up to 10**15 in a GeoTIFF",
-                f"{declared}, which is written as pixels alone",
-            )
+            expected, got = "an integer up to 10**15 in a GeoTIFF", f"{declared}, which no file will declare"
             cure = "declare another, or keep it with torchalign.io.write_cube"
             warnings.warn(message("nodata", expected, got, cure), UserWarning, stacklevel=5)
             declared = None
