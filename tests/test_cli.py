@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import os
 import runpy
@@ -1098,6 +1099,38 @@ def test_progress_bars(series, tmp_path, capfd):
     pytest.importorskip("dask")
     assert align(frames, "-o", tmp_path / "c", "--progress", "--lazy") == 0
     assert "100% Completed" in capfd.readouterr().err
+
+
+def test_every_option_has_a_text():
+    import typer.main
+
+    from torchalign.cli.commands import app, command
+
+    for name, one in typer.main.get_command(app).commands.items():
+        for option in one.params:
+            assert option.help, f"{name} {option.name}"
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Options of a command.
+
+        sise: A typing error.
+        """
+
+        size: int = 1
+
+    with pytest.raises(TypeError, match=r"Options: expected a text for each field.*'sise', 'size'"):
+        command("wrong", Options)(lambda options: 0)
+
+
+def test_without_docstrings():
+    done = subprocess.run(
+        [sys.executable, "-OO", "-m", "torchalign", "align", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--max-translation" in done.stdout
 
 
 def test_help_teaches(capsys):

@@ -18,6 +18,7 @@ import xarray as xr
 from scipy.ndimage import gaussian_filter
 
 import torchalign as ta
+from torchalign.html import to_html
 
 rasterio = pytest.importorskip("rasterio", reason='pip install "torchalign[io]"')
 pytest.importorskip("dask", reason='pip install "torchalign[dask]"')
@@ -298,24 +299,60 @@ def test_dates_of_python(tmp_path):
     cubes = xr.DataArray(frames()[:, 0], {**times(), **axes()}, ("time", "y", "x"))
     count = cubes.sizes["time"]
     days = [datetime.date(2024, 1, 1 + number) for number in range(count)]
+    zone = datetime.timezone(datetime.timedelta(hours=1))
     kinds = {
         "date": np.array(days, object),
         "zone": pd.date_range("2024-01-01", periods=count, tz="Europe/Berlin"),
+        "aware": np.array([datetime.datetime(2024, 1, day, tzinfo=zone) for day in (1, 2, 3)], object),
+        "period": pd.period_range("2024-01-01", periods=count, freq="D"),
     }
+    if hasattr(xr, "coders"):  # xarray that reads dates beyond nanoseconds
+        kinds["old"] = np.array([datetime.date(1500, 1, 1 + number) for number in range(count)], object)
     for name, labels in kinds.items():
         cube = cubes.assign_coords(time=labels)
-        aligned, report = ta.align(cube, days[1] if name == "date" else labels[1], verify=False)
-        assert report.attrs["reference"].startswith("2024-01-0")
-        assert report.time.dtype.kind == "M"
+        day, hours = "1500-01-02" if name == "old" else "2024-01-02", int(name in ("zone", "aware"))
+        plain = np.array(day, "M8[us]") + (np.arange(count) - 1) * np.timedelta64(1, "D")
+        stored = plain - np.timedelta64(hours, "h")  # in UTC
+        for reference in (day, labels[1], datetime.date.fromisoformat(day), cube.time[1], stored[1]):
+            aligned, report = ta.align(cube, reference, verify=False)
+            assert report.attrs["reference"] == day
         assert aligned.indexes["time"].equals(cube.indexes["time"])
+        assert report.indexes["time"].equals(cube.indexes["time"])
+        assert aligned.where(report.status == 0).sizes == aligned.sizes
         for suffix in ("nc", "json", "csv"):
             known = ta.load_report(ta.save_report(report, tmp_path / f"{name}.{suffix}"))
+            assert np.array_equal(known.time.values, stored)
             assert ta.apply(cube, known).identical(aligned)
+        assert ta.apply(cubes.assign_coords(time=stored), report).values.shape == aligned.shape
+        past, known = ta.align(cube[:2], "groupwise")
+        for report_of_past in (known, ta.load_report(ta.save_report(known, tmp_path / f"{name}_past.nc"))):
+            longer = ta.extend(cube[2:], report_of_past, archive=past)[1]
+            assert ta.apply(cube, longer).sizes == cube.sizes
+        usable = xr.ones_like(cube, bool)
+        for one, other in ((cube, stored), (cubes.assign_coords(time=stored), labels)):
+            masked = ta.align(
+                one, day if one is cube else "first", mask=usable.assign_coords(time=other), verify=False
+            )
+            assert masked[1].sizes == report.sizes
         paths = ta.write_stack(aligned, tmp_path / name)
-        first = "20240101" if name == "date" else "20231231"  # in UTC
-        assert paths[0].name.startswith(first)
-        written = xr.open_dataset(ta.io.write_cube(aligned, tmp_path / f"{name}_cube.nc"))
-        assert np.array_equal(written.time.values, report.time.values)
+        assert [path.stem for path in paths] == [str(label)[:10].replace("-", "") for label in plain]
+        assert ta.io.write_cube(aligned, tmp_path / f"{name}_cube.zarr").exists()
+        path = ta.io.write_cube(aligned, tmp_path / f"{name}_cube.nc")
+        if name != "old":
+            with xr.open_dataset(path) as written:
+                assert np.array_equal(written.time.values, stored)
+        assert day in to_html(report)
+
+
+@pytest.mark.parametrize(
+    ("first", "frequency", "start"), [("2020-02", "M", "2020-02-01"), ("1500", "Y", "1500-01-01")]
+)
+def test_a_period_is_written_as_its_start(first, frequency, start, tmp_path):
+    cube = xr.DataArray(np.ones((2, 4, 4), "uint8"), dims=("time", "y", "x"))
+    cube["time"] = pd.PeriodIndex([first, pd.NaT], freq=frequency)
+    with xr.open_zarr(ta.io.write_cube(cube, tmp_path / "cube.zarr"), decode_times=False) as stored:
+        assert start in stored.time.attrs["units"]
+    assert ta.write_stack(cube[:1], tmp_path / "files")[0].stem == start.replace("-", "")
 
 
 def test_dates_of_cftime(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import signal
@@ -659,3 +660,36 @@ def test_nodata_of_64_bits_is_kept(dtype, tmp_path):
     )
     write_stack(cube.assign_attrs(_FillValue=7), tmp_path)
     assert open_stack(tmp_path).attrs["_FillValue"] == 7
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nodata", "kept"),
+    [
+        ("int64", -(10**15), True),
+        ("int64", 2**53 + 1, False),
+        ("int64", -(10**17), False),
+        ("int64", -(2**63), False),
+        ("int64", 2**63 - 1, False),
+        ("uint64", 2**64 - 1, False),
+    ],
+)
+def test_nodata_that_a_geotiff_cannot_hold_is_none_and_told(dtype, nodata, kept, tmp_path):
+    """It was written as another, plausible number: -2**63 as -9."""
+    times = {"time": np.array(["2020-01-01"], "M8[ns]")}
+    cube = xr.DataArray(np.full((1, 4, 4), 7, dtype), times, ("time", "y", "x"))
+    cube[0, 0] = nodata
+    cube.attrs["_FillValue"] = np.dtype(dtype).type(nodata)
+    with (
+        contextlib.nullcontext()
+        if kept
+        else pytest.warns(UserWarning, match="nodata: expected an integer .*io.write_cube")
+    ) as told:
+        write_stack(cube, tmp_path / "files")
+    assert kept or told[0].filename == __file__
+    known = open_stack(tmp_path / "files")
+    assert known.attrs.get("_FillValue") == (nodata if kept else None)
+    np.testing.assert_array_equal(known.values.ravel(), cube.values.ravel())
+    for suffix, engine in ((".nc", "h5netcdf"), (".zarr", "zarr")):
+        path = ta.io.write_cube(cube, tmp_path / f"cube{suffix}")
+        with xr.open_dataset(path, engine=engine, mask_and_scale=False) as stored:
+            assert int(stored.cube.attrs["_FillValue"]) == nodata

@@ -185,7 +185,7 @@ def write_stack(
             Default: the names in the coordinate ``file``, else ``{time:%Y%m%d}.tif``, with the time of day where
             days repeat; without dates ``{number:04d}.tif``.
         driver: ``"COG"``, a GeoTIFF in tiles with overviews, or plain ``"GTiff"``; so are 64-bit integers with nodata,
-            which GDAL loses in a COG.
+            which GDAL loses in a COG; beyond 10**15 in every GeoTIFF, with a warning.
         compression: lossless, all of them.
         overwrite: replace files that are there.
         report: of the same :func:`torchalign.align`, to be computed in the same pass.

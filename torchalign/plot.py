@@ -673,7 +673,7 @@ def _groups(report: xr.Dataset, split: Any) -> list[tuple[str, Array]]:
     if split is None:
         return [("OK", np.ones(count, bool))]
     dim = report["status"].dims[0]
-    times = report_labels(report)
+    times = report_labels(report, local=True)
     try:
         if times.dtype.kind == "M":
             moment: Any = np.datetime64(split)

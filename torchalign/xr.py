@@ -548,8 +548,12 @@ def _longer_report(report: xr.Dataset, rows: xr.Dataset) -> xr.Dataset:
     time = report["status"].dims[0]
     rows = rows.rename({rows["status"].dims[0]: time})
     both = [name for name in report.data_vars if name in rows]
+    parts = [report[both], rows[both].astype({name: report[name].dtype for name in both})]
+    if len({str(part.indexes[time].dtype) for part in parts if time in part.indexes}) > 1:
+        # a report that was stored has dates in UTC, whatever the cube has
+        parts = [labels.with_plain_dates(part, time) for part in parts]
     longer = xr.concat(
-        [report[both], rows[both].astype({name: report[name].dtype for name in both})],
+        parts,
         dim=time,
         join="override",
         combine_attrs="override",

@@ -63,6 +63,7 @@ def command(name: str, options: type, epilog: str | None = None) -> Callable[[An
         own, told = inspect.get_annotations(options), _help_of(options)
         # those of the command itself before those that it shares
         ordered = sorted(fields(options), key=lambda field: field.name not in own)
+        unlike = told.keys() - {field.name for field in ordered}
         parameters = []
         for field in ordered:
             default = inspect.Parameter.empty if field.default is MISSING else field.default
@@ -76,6 +77,7 @@ def command(name: str, options: type, epilog: str | None = None) -> Callable[[An
             }
             for extra in (word for word in more if isinstance(word, dict)):
                 how |= extra
+            unlike |= set() if how["help"] else {field.name}
             make: Any = Argument if field.name == "source" else Option
             annotation = Annotated[kind, make(*names, **how)]  # type: ignore[valid-type]  # made here
             parameters.append(
@@ -83,6 +85,10 @@ def command(name: str, options: type, epilog: str | None = None) -> Callable[[An
                     field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
                 )
             )
+
+        if unlike and sys.flags.optimize < 2:  # with -OO there are no docstrings, and options have no text
+            cure = "write `name: text` in the docstring of its class"
+            raise TypeError(message(options.__name__, "a text for each field", sorted(unlike), cure))
 
         def run(**typed: Any) -> int:
             return function(options(**typed))

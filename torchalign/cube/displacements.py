@@ -300,9 +300,8 @@ def write_displacements(report: xr.Dataset, folder: str | Path, *, overwrite: bo
     import rasterio
 
     grid, time, folder = _known_grid(report, needs_crs=False), report["status"].dims[0], Path(folder)
-    names = [
-        label_text(label).replace(":", "") for label in report_labels(report)
-    ]  # no colon in a file's name
+    # no colon in a file's name
+    names = [label_text(label).replace(":", "") for label in report_labels(report, local=True)]
     paths = [folder / f"displacement_{name}.tif" for name in names]
     for path in paths:
         check_free(path, overwrite)

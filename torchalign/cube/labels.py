@@ -29,9 +29,8 @@ _NAMES = {
 }
 CUBE = ("time", "band", "y", "x")  # (T, C, H, W)
 MASK = ("time", "y", "x")  # (T, H, W)
-USABLE = (
-    "usable"  # the coordinate over time, y and x of what an alpha band or a file's mask says: 0 = not usable
-)
+# the coordinate over time, y and x of what an alpha band or a file's mask says: 0 = not usable
+USABLE = "usable"
 SAME_GRID = 1e-3  # pixels; coordinates that agree to this are the same grid
 
 Array = NDArray[Any]
@@ -72,10 +71,10 @@ class Cube:
         """With the roles as dims."""
         return rename_dims(self.array, {dim: role for role, dim in self.dims.items()})
 
-    def coordinate(self, role: str) -> xr.DataArray | None:
-        """The labels along a role; ``None`` where there are none."""
+    def coordinate(self, role: str, *, local: bool = False) -> xr.DataArray | None:
+        """The labels along a role, of :func:`with_plain_dates`; ``None`` where there are none."""
         dim = self.dims.get(role)
-        return with_plain_dates(self.array[dim], dim)[dim] if dim in self.array.coords else None
+        return plain_labels(self.array, dim, local=local) if dim in self.array.coords else None
 
     def view(self, values: Array) -> Array:
         """(T, C, H, W) of values that lie in the order of the array's own dims."""
@@ -157,17 +156,38 @@ def load(source: xr.Variable, roles: Sequence[str], **parts: slice) -> Array:
 # --- labels ---
 
 
-def with_plain_dates(array: Labelled, dim: Hashable) -> Labelled:
-    """With ``datetime64``, in UTC, for labels along ``dim`` that are dates of Python, or have a time zone."""
+def with_plain_dates(array: Labelled, dim: Hashable, *, local: bool = False) -> Labelled:
+    """With ``datetime64`` for labels along ``dim`` that are dates of Python, periods, or have a time zone.
+
+    Of a period its start; in UTC, as what is stored, or with ``local`` as the labels themselves read.
+    """
     index = array.indexes.get(dim)
     if index is None or not len(index):
         return array
-    of_python = index.dtype == object and all(isinstance(label, datetime.date) for label in index)
-    if of_python or getattr(index, "tz", None) is not None:
-        with suppress(ValueError, TypeError):  # of years that nanoseconds do not reach
-            dates = pd.to_datetime(index, utc=True).tz_localize(None)
-            return array.assign_coords({dim: (dim, dates, array[dim].attrs)})
-    return array
+    if isinstance(index, pd.PeriodIndex):
+        starts = index.asfreq("s", "start").strftime("%Y-%m-%dT%H:%M:%S").fillna("NaT")
+        dates = pd.DatetimeIndex(starts.to_numpy("datetime64[us]"))
+    elif isinstance(index, pd.DatetimeIndex) and index.tz is not None:
+        dates = index.tz_localize(None) if local else index.tz_convert(None)
+    elif index.dtype == object and all(isinstance(label, datetime.date) for label in index):
+        naive = [None if pd.isna(label) else _without_zone(label, local) for label in index]
+        dates = pd.DatetimeIndex(np.array(naive, "datetime64[us]"))
+    else:
+        return array
+    with suppress(pd.errors.OutOfBoundsDatetime):  # of years that nanoseconds do not reach
+        dates = dates.as_unit("ns")
+    return array.assign_coords({dim: (dim, dates, array[dim].attrs)})
+
+
+def _without_zone(label: Any, local: bool) -> Any:
+    if getattr(label, "tzinfo", None) is None:
+        return label
+    return (label if local else label.astimezone(datetime.timezone.utc)).replace(tzinfo=None)
+
+
+def plain_labels(array: xr.DataArray, dim: Hashable, *, local: bool = False) -> xr.DataArray:
+    """The coordinate ``dim`` of :func:`with_plain_dates`; the positions where there is none."""
+    return with_plain_dates(array[dim], dim, local=local)[dim]
 
 
 def label_text(label: Hashable | np.generic) -> str:
@@ -177,9 +197,7 @@ def label_text(label: Hashable | np.generic) -> str:
 
 def time_labels(array: xr.DataArray, dim: Hashable) -> list[str]:
     """Days in ISO 8601, or whatever the time coordinate holds, or the positions."""
-    if dim not in array.coords:
-        return [str(number) for number in range(array.sizes[dim])]
-    values = with_plain_dates(array[dim], dim)[dim].values
+    values = plain_labels(array, dim, local=True).values
     if values.dtype.kind == "M":
         days = np.datetime_as_string(values, unit="D").tolist()
         # two frames of one day are told apart by the hour
@@ -191,7 +209,7 @@ def labels_in_words(array: xr.DataArray, dim: Hashable) -> str:
     """How many labels there are along a dim, and some of them."""
     if dim not in array.coords:
         return f"{array.sizes[dim]} without labels"
-    values = array[dim].values
+    values = plain_labels(array, dim, local=True).values
     ends = [label_text(value) for value in (values if len(values) < 5 else values[[0, 1, -1]])]
     shown = ", ".join(ends if len(values) < 5 else (*ends[:2], "…", ends[2]))
     return f"{len(values)} labels ({shown})"
@@ -253,19 +271,19 @@ def find_frame(
     Args:
         array: the cube.
         dim: its time dim.
-        label: nothing is near enough.
+        label: nothing is near enough; without a time zone it is in that of the cube's labels, but datetime64 in UTC.
         name: of the argument.
         words: what else the user may say.
         positions: whether a whole number that is no label is a position.
     """
     count = array.sizes[dim]
-    if isinstance(label, np.datetime64) or type(label) is datetime.date:
+    local = getattr(label, "tzinfo", None) is None and not isinstance(label, np.datetime64)
+    if isinstance(label, (np.datetime64, pd.Period)) or type(label) is datetime.date:
         label = str(label)  # its unit is its resolution
-    if getattr(label, "tzinfo", None) is not None:
-        label = label.astimezone(datetime.timezone.utc).replace(tzinfo=None)
+    label = _without_zone(label, local)
     matches: list[int] = []
     if dim in array.coords:
-        numbers = with_plain_dates(xr.DataArray(np.arange(count), {dim: array[dim]}, [dim]), dim)
+        numbers = xr.DataArray(np.arange(count), {dim: plain_labels(array, dim, local=local)}, [dim])
         with suppress(KeyError, TypeError, ValueError, IndexError, InvalidIndexError):
             matches = numbers.sel({dim: label}).values.ravel().tolist()
     is_number = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
@@ -389,7 +407,7 @@ def _same_coordinate(first: xr.DataArray, dim: Hashable, second: xr.DataArray, o
         return False
     if dim not in first.coords or other_dim not in second.coords:
         return True
-    a, b = first[dim].values, second[other_dim].values
+    a, b = plain_labels(first, dim).values, plain_labels(second, other_dim).values
     if len(a) < 2 or a.dtype.kind not in "iuf" or b.dtype.kind not in "iuf":
         return bool(np.array_equal(a, b))
     pixel = abs(float(a[-1]) - float(a[0])) / (len(a) - 1)

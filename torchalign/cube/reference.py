@@ -118,8 +118,8 @@ def find_reference(
     """
     if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim == 0:
         reference = getattr(reference, "values", reference)[()]  # a label, `cube.time[3]`
-    # dates of cftime are those of no common class
-    is_label = isinstance(reference, (str, np.generic, int, float)) or hasattr(reference, "timetuple")
+    # dates of cftime, and periods, are those of no common class
+    is_label = isinstance(reference, (str, np.generic, int, float)) or hasattr(reference, "strftime")
     if is_label and not isinstance(reference, bool):
         return _make_reference(reference, reader, estimate, prefers)
     return given_pixels(reference, reader.cube, reader.pixels)
@@ -149,7 +149,7 @@ def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, prefers
         if not rounds:
             return reader.source("median (iterative did not fit the frames' pairs better)", values)
         return reader.source(f"iterative (median of the aligned stack, {rounds} rounds)", values)
-    number, dates = 0, cube.coordinate("time")
+    number, dates = 0, cube.coordinate("time", local=True)
     if name == "clearest":
         number = _clearest(reader)
     elif name != "first":

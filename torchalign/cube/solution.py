@@ -16,7 +16,7 @@ from torchalign._check import message
 from torchalign.cube import georeference
 from torchalign.cube.chunks import Companion, is_lazy
 from torchalign.cube.georeference import Georeference
-from torchalign.cube.labels import Array, Cube, label_text, labels_in_words, with_plain_dates
+from torchalign.cube.labels import Array, Cube, label_text, labels_in_words, plain_labels
 from torchalign.functional.affine import center_displacement
 from torchalign.functional.shift_field import field_lengths
 from torchalign.types import Estimate, ShiftField, Status
@@ -338,10 +338,9 @@ def _variable(name: str, values: Any, time: Hashable) -> xr.Variable:
 def _time_coords(cube: Cube | None, fields: Mapping[str, Any], time: Hashable) -> Any:
     if cube is None:
         return {}
-    along = with_plain_dates(cube.array[time], time)
-    taken = {"row", "col", "tags", "status_name", *fields} - {
-        time
-    }  # names that the report itself uses, and what is of files
+    along = cube.array[time]
+    # names that the report itself uses, and what is of files
+    taken = {"row", "col", "tags", "status_name", *fields} - {time}
     others = [name for name, coord in along.coords.items() if coord.dims != (time,) or name in taken]
     return along.drop_vars(others).compute().coords
 
@@ -355,10 +354,10 @@ def report_georeference(report: xr.Dataset) -> Georeference | None:
     return Georeference(tuple(map(float, transform)), (int(size[0]), int(size[1])), crs)
 
 
-def report_labels(report: xr.Dataset) -> Array:
-    """Of the frames; their numbers where they have none."""
+def report_labels(report: xr.Dataset, *, local: bool = False) -> Array:
+    """Of the frames, dates as :func:`~torchalign.cube.labels.with_plain_dates` has them; else their numbers."""
     time = report["status"].dims[0]
-    labels: Array = report[time].values if time in report.coords else np.arange(report.sizes[time])
+    labels: Array = plain_labels(report["status"], time, local=local).values
     return labels
 
 
@@ -497,7 +496,7 @@ def _match_frames(report: xr.Dataset, name: str, cube: Cube, told: str = "warp")
     there, here = report["status"].dims[0], cube.coordinate("time")
     warp, frames = report[told].transpose(there, ...), cube.sizes["time"]
     if there in report.coords and here is not None:
-        labels = [label_text(label) for label in report[there].values]
+        labels = [label_text(label) for label in report_labels(report)]
         wanted = [label_text(label) for label in here.values]
         if labels != wanted:
             missing = [label for label in wanted if label not in set(labels)]

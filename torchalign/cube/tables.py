@@ -14,7 +14,7 @@ import xarray as xr
 
 from torchalign._check import message, require
 from torchalign.cube.files import NETCDF, atomic
-from torchalign.cube.labels import Array
+from torchalign.cube.labels import Array, with_plain_dates
 from torchalign.cube.solution import build_report, check_report, name_statuses, report_labels, summarize
 from torchalign.types import Status
 
@@ -50,7 +50,7 @@ def write_report(report: xr.Dataset, path: Path) -> None:
         elif suffix == ".json":
             partial.write_text(_to_json(report), encoding="utf-8")
         else:
-            report.to_netcdf(partial, engine="h5netcdf")
+            with_plain_dates(report, report["status"].dims[0]).to_netcdf(partial, engine="h5netcdf")
 
 
 def read_report(path: Path) -> xr.Dataset:
@@ -108,7 +108,9 @@ def to_table(report: xr.Dataset) -> pd.DataFrame:
 
 
 def _read_netcdf(path: Path) -> xr.Dataset:
-    with xr.open_dataset(path, engine="h5netcdf") as file:
+    # dates that nanoseconds do not reach
+    decoder: Any = xr.coders.CFDatetimeCoder(time_unit="us") if hasattr(xr, "coders") else True
+    with xr.open_dataset(path, engine="h5netcdf", decode_times=decoder) as file:
         return name_statuses(file.load())  # whose text is no wider than what it holds
 
 
@@ -224,7 +226,7 @@ def _plain_labels(report: xr.Dataset) -> tuple[list[Any], str | None]:
     time = report["status"].dims[0]
     if time not in report.coords:
         return list(range(report.sizes[time])), None
-    labels = report[time].values
+    labels = report_labels(report)
     if labels.dtype.kind == "M":
         return np.datetime_as_string(labels).tolist(), str(labels.dtype)
     if labels.dtype.kind in "bm":

@@ -143,7 +143,7 @@ class LargeReference(NamedTuple):
         frame = 0 if isinstance(reference, str) and reference == "first" else find_frame(
             cube.array, cube.dims["time"], reference, "reference", words=words
         )  # fmt: skip
-        time = cube.coordinate("time")
+        time = cube.coordinate("time", local=True)
         return cls(str(frame) if time is None else label_text(time.values[frame]), stack, frame, None, known)
 
     def tiles(self, rows: slice, columns: Sequence[slice]) -> Tensor:

@@ -156,7 +156,7 @@ def _file_names(cube: Cube, template: str | None, suffix: str) -> list[str]:
     stems: list[str] = [""] * count
     if FILE in cube.array.coords and cube.array[FILE].dims == (time,):
         stems = [str(name) for name in cube.array[FILE].values]
-    own = cube.coordinate("time")
+    own = cube.coordinate("time", local=True)
     labels = [None] * count if own is None else list(own.values)
     dates = [_as_datetime(label) for label in labels]
     if template is None and all(stems):
@@ -212,6 +212,12 @@ def _raster_profile(cube: Cube, driver: str, compression: Compression) -> dict[s
     declared = array.attrs.get("_FillValue", array.encoding.get("_FillValue"))
     if nodata:
         declared = nodata[0]
+        if array.dtype.kind != "f" and (int(float(declared)) != int(declared) or abs(int(declared)) > 10**15):
+            # rasterio hands it on as a float's text, which GDAL reads as another number
+            expected, got = "an integer up to 10**15 in a GeoTIFF", f"{declared}, which no file will declare"
+            cure = "declare another, or keep it with torchalign.io.write_cube"
+            warnings.warn(message("nodata", expected, got, cure), UserWarning, stacklevel=5)
+            declared = None
     elif declared is not None and array.dtype.kind == "f":
         declared = np.nan  # what is encoded is of the integers that another file packs these floats into
     if not check_dtype(array.dtype.newbyteorder("=").name):

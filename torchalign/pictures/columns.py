@@ -73,7 +73,7 @@ def covariance_of(report: xr.Dataset) -> Array:
 
 def time_of(report: xr.Dataset) -> tuple[Array, bool]:
     """Positions along a time axis, and whether they are dates."""
-    values = report_labels(report)
+    values = report_labels(report, local=True)
     if values.dtype.kind == "M":
         return values.astype("datetime64[ms]").astype(object), True
     return (values if values.dtype.kind in "iuf" else np.arange(len(values))), False
