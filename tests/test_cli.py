@@ -503,6 +503,7 @@ def test_python_m(monkeypatch, capsys):
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_killed_while_writing(source, tmp_path):
     # the process is killed after the bytes are out and before the name is given
@@ -662,6 +663,7 @@ def series():
     return values, stack.shift.numpy()
 
 
+@pytest.mark.slow
 def test_a_folder_of_60_geotiffs(series, tmp_path, capsys):
     rasterio = pytest.importorskip("rasterio")
     pytest.importorskip("matplotlib")

@@ -247,10 +247,14 @@ def test_fake_cuda_takes_every_kind_of_argument(fake, proof):
         check(*aligner(given, reference.float()), given)
 
 
+# Those that take longest; what they add is in others too, or in test_fake_cuda.
+_SLOW = ("structure, module", "ECC structure", "ECC affine", "LGM", "LGM affine", "Local", "Cascade with LGM")
+
+
 @pytest.mark.parametrize(
     "proof",
     [
-        pytest.param(proof, id=name, marks=[pytest.mark.slow] * (name in ("LGM", "Local", "LGM affine")))
+        pytest.param(proof, id=name, marks=[pytest.mark.slow] * (name in _SLOW))
         for name, proof in ALIGNERS.items()
     ],
 )

@@ -255,6 +255,7 @@ def _faults(*asked: str) -> tuple[int, bool]:
     return int(count), kept == "True"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_host._find_in_libc("mallopt") is None, reason="needs glibc")
 def test_worker_threads_keep_the_memory_of_their_blocks_if_asked():
     count, kept = _faults("ask")

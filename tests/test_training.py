@@ -308,6 +308,7 @@ def warps_of(dataset, context, epochs=1, seed=5):
     return [torch.cat([warp for _, warp in loader]).flatten(0, 1) for _ in range(epochs)]
 
 
+@pytest.mark.slow
 def test_forked_workers():
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system cannot fork")

@@ -372,10 +372,10 @@ print(cube.nbytes / 2**20, peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory as Linux does")
-def test_memory_is_that_of_a_few_chunks(tmp_path):
-    """64 MB of Zarr; `TORCHALIGN_TEST_MEGABYTES=400` makes it 400; 8 GB: `benchmarks/out_of_core.py`."""
+@pytest.mark.parametrize("megabytes", [64, pytest.param(400, marks=pytest.mark.slow)])
+def test_memory_is_that_of_a_few_chunks(tmp_path, megabytes):
+    """Of Zarr; 8 GB: `benchmarks/out_of_core.py`."""
     pytest.importorskip("zarr")
-    megabytes = int(os.environ.get("TORCHALIGN_TEST_MEGABYTES", "64"))
     frame = make_series(1, 256, bands=1).cube[0].values
     frame = np.tile(frame, (1, 2, 2))  # 0.5 MiB
     data = da.from_array(frame[None]).map_blocks(
