@@ -255,7 +255,7 @@ class AlignFrames(Operation):
         size = (raw.shape[-2], raw.shape[-1])
         # what is suspect the host sees before it asks for more
         if self.align is None or self.spoilt or sum(self.lately) == _IN_VAIN:
-            suspect, result = self.spoilt or self._look(*given), None
+            suspect, result = self.spoilt or self._look(*given[:-1]), None
         else:  # all in one launch; what is then suspect, which is rare, is aligned once more
             *result, suspect = self.align(*given)
             self.lately.append(bool(suspect))
@@ -293,7 +293,7 @@ class AlignFrames(Operation):
         return aligned, found, left
 
     def _align_and_look(self, *given: Any) -> tuple[Any, ...]:
-        return *self._align(*given), self._look(*given)
+        return *self._align(*given), self._look(*given[:-1])
 
     def _look(
         self,
@@ -301,7 +301,6 @@ class AlignFrames(Operation):
         reference: Tensor | None,
         usable: Tensor | None,
         reference_usable: Tensor | None,
-        init: Tensor | None,
     ) -> Tensor | None:
         """bool: whether fills or hot pixels are likely in the frames, or in references of their own."""
         suspect = _suspicion(self.aligner, frames, usable)
