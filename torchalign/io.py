@@ -26,11 +26,11 @@ from torchalign.cube.displacements import (
 from torchalign.cube.finding import parse_time
 from torchalign.cube.gridding import GridWord, Resampling
 from torchalign.cube.labels import Cube
-from torchalign.cube.rasters import OnError, StackOptions, plan_stack, read_stack
+from torchalign.cube.rasters import OnError, StackOptions, read_stack
 from torchalign.cube.run import find_aligner, find_device, place_module, progress_bar
 from torchalign.cube.solution import check_report
 from torchalign.cube.stores import write_store
-from torchalign.cube.tiles import LargeReference, LargeStack, align_large, count_steps
+from torchalign.cube.tiles import LargeReference, align_large, count_steps, large_reader
 from torchalign.cube.writing import Compression, WriteOptions, write_rasters, write_variables
 
 __all__ = [
@@ -285,13 +285,11 @@ def align_scenes(  # noqa: D417  # options of open_stack and write_stack stand i
         raise TypeError(message("bands", "names or numbers of the bands in a file", "a mapping", cure))
     module = find_aligner(aligner)
     where = find_device(device, module)
-    array, readings = plan_stack(source, options)
-    if None not in readings:
-        raise ValueError(
-            message("source", "a manifest without bands", "one with bands", "leave the column out")
-        )
-    own = readings[None]
-    stack = LargeStack.of(array, own, mask, where)
+    array = read_stack(source, options)
+    if isinstance(array, xr.Dataset):
+        cure = "leave the column out"
+        raise ValueError(message("source", "a manifest without bands", "one with bands", cure))
+    stack = large_reader(array, mask, where)
     onto = LargeReference.of(reference, reference_mask, stack)
     steps = count_steps(stack, module, onto)
     with progress_bar(progress, steps, "align", "block") as advance:

@@ -146,7 +146,7 @@ def axes_of(variable: xr.Variable, roles: Sequence[str]) -> tuple[str, ...]:
     return tuple(roles if "time" in variable.dims else roles[1:])
 
 
-def load(source: xr.Variable, roles: Sequence[str], **parts: slice) -> Array:
+def load(source: xr.Variable, roles: Sequence[str], **parts: slice | Array) -> Array:
     """A part of source in memory, one axis for each role, of size 1 where source lacks it."""
     part = source.isel({role: rows for role, rows in parts.items() if role in source.dims}).load()
     values: Array = part.transpose(*(role for role in roles if role in part.dims)).to_numpy()
@@ -307,6 +307,8 @@ def own_codes(cube: Cube) -> xr.Variable | None:
     if own is None or not {*own.dims} <= {cube.dims[role] for role in MASK} or own.ndim < 2:
         return None
     codes: Any = rename_dims(own, {dim: role for role, dim in cube.dims.items()})
+    if codes.dims == MASK:  # nothing is read
+        return codes
     return codes.set_dims({role: cube.sizes[role] for role in MASK})
 
 

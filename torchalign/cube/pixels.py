@@ -94,11 +94,16 @@ class Pixels:
     packing: _Packing | None = None  # of floats
 
     @classmethod
-    def of(cls, cube: Cube, fill_value: float | None = None, name: str = "fill_value") -> Pixels:
-        """How the pixels of a cube are computed; ``fill_value``, ``name`` to the user, must fit their dtype."""
+    def of(
+        cls, cube: Cube, fill_value: float | None = None, name: str = "fill_value", *, look: bool = True
+    ) -> Pixels:
+        """How the pixels of a cube are computed; ``fill_value``, ``name`` to the user, must fit their dtype.
+
+        With ``look``, large integers are read, so that float32 is taken where it holds them.
+        """
         nodata = find_nodata(cube.array)
         packing = _Packing.of(cube.array)
-        pixels = cls(cube.array.dtype, _find_compute_dtype(cube, nodata), nodata, packing)
+        pixels = cls(cube.array.dtype, _find_compute_dtype(cube, nodata, look), nodata, packing)
         if fill_value is not None and packing is not None and not packing.holds(fill_value):
             expected = f"what the packed {packing.dtype} holds, {packing.low} … {packing.high}, or NaN"
             cure = "choose such a value, or pass datacube.drop_encoding()"
@@ -203,12 +208,12 @@ def as_floats(array: xr.DataArray) -> xr.DataArray:
     return floats.astype(dtype)
 
 
-def _find_compute_dtype(cube: Cube, nodata: tuple[Any, ...]) -> torch.dtype:
+def _find_compute_dtype(cube: Cube, nodata: tuple[Any, ...], look: bool) -> torch.dtype:
     """The float that holds the pixels; for 32- and 64-bit integers all of them are read."""
     dtype = cube.array.dtype
     if dtype.kind == "f" or dtype.itemsize <= 2:
         return torch.float64 if dtype.itemsize > 4 else torch.float32
-    if cube.array.chunks is not None:  # dask computes when it is told to, not before
+    if not look or cube.array.chunks is not None:  # dask computes when it is told to, not before
         return torch.float64
     for time in range(cube.sizes["time"]):
         raw = load(cube.variable, CUBE, time=slice(time, time + 1))

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core import indexing
 
 from torchalign._check import message
 from torchalign.cube.finding import Source, find_sources, read_times, short_names
@@ -43,7 +45,7 @@ class StackOptions:
     recursive: bool
     grid: Any
     resampling: str
-    without_pixels: bool = False  # what the files say, and zeros that take no memory
+    on_demand: bool = False  # pixels stay in the files, and whoever takes some of them reads these
 
 
 class _BandFiles(NamedTuple):
@@ -56,11 +58,6 @@ class _BandFiles(NamedTuple):
 
 def read_stack(source: Any, options: StackOptions) -> Any:
     """See :func:`torchalign.open_stack`."""
-    return plan_stack(source, options)[0]
-
-
-def plan_stack(source: Any, options: StackOptions) -> tuple[Any, dict[str | None, list[Reading]]]:
-    """A stack, and of every band of a Dataset (``None`` of a cube) how its files are read, in the order of time."""
     mapping = options.bands if isinstance(options.bands, Mapping) else None
     found = find_sources(source, options.pattern, mapping, options.recursive)
     skipped: dict[Source, str] = {}
@@ -82,15 +79,12 @@ def plan_stack(source: Any, options: StackOptions) -> tuple[Any, dict[str | None
     if not layers[0].headers:
         raise _nothing_left(skipped, found.total)
     grid = _common_grid(layers, options.grid)
-    cubes, readings = {}, {}
-    for layer in layers:
-        name = layer.name
-        cubes[name], readings[name] = _read_layer(layer, grid, options, skipped, found.total)
+    cubes = {layer.name: _read_layer(layer, grid, options, skipped, found.total) for layer in layers}
     result: Any = cubes[None] if None in cubes else _as_dataset(cubes)  # type: ignore[arg-type]  # names, all of them
     if skipped:
         listed = sorted(skipped.items(), key=lambda item: str(item[0]))
         result.attrs["skipped_files"] = [f"{path.name}: {reason}" for path, reason in listed]
-    return result, readings
+    return result
 
 
 def _nothing_left(skipped: Mapping[Source, str], total: int) -> ValueError:
@@ -164,7 +158,7 @@ def _grid_in_words(grid: Georeference) -> str:
 
 def _read_layer(
     layer: _BandFiles, grid: Georeference, options: StackOptions, skipped: dict[Source, str], total: int
-) -> tuple[xr.DataArray, list[Reading]]:
+) -> xr.DataArray:
     paths, times, first = list(layer.headers), layer.times, next(iter(layer.headers.values()))
     count = len(first.numbers)
     whole = layer.name is not None or options.bands is None
@@ -181,19 +175,13 @@ def _read_layer(
         for path, header in layer.headers.items()
     ]
     masked = any(one.leaves_gaps or one.header.alpha or one.header.has_mask for one in readings)
-    usable: Any = None
-    values: Any
-    if options.without_pixels:
-        shape = (len(readings), len(numbers), *grid.size)
-        values = np.broadcast_to(np.zeros((), dtype), shape)
-        usable = (
-            np.broadcast_to(np.zeros((), _mask_dtype(readings[0])), (shape[0], *grid.size))
-            if masked
-            else None
-        )
-    elif options.chunks is not None:
-        values, usable = _read_lazily(readings, options.chunks, masked)
-    else:
+    values: Any = indexing.LazilyIndexedArray(_Files(readings))
+    usable: Any = indexing.LazilyIndexedArray(_Files(readings, masks=True)) if masked else None
+    if options.chunks is not None:
+        chunks = _frames_of_chunks(options.chunks, values)
+        values = xr.Variable(CUBE, values).chunk(chunks).data
+        usable = xr.Variable(MASK, usable).chunk(time=chunks["time"]).data if masked else None
+    elif not options.on_demand:
         values, usable = _read_all(readings, options.keep_empty, masked, skipped)
         _complain(skipped, options, total)
         kept = [number for number, path in enumerate(paths) if path not in skipped]
@@ -207,7 +195,40 @@ def _read_layer(
         kind = "alpha" if first.alpha else "mask"
         attrs = {"kind": kind, "long_name": "0 where a pixel is not usable"}
         cube = cube.assign_coords({USABLE: (MASK, usable, attrs)})
-    return cube, readings
+    return cube
+
+
+class _Files(BackendArray):
+    """Pixels of files, (T, C, H, W), or what of them is usable, (T, H, W); those that are taken are read, by rows."""
+
+    def __init__(self, readings: Sequence[Reading], *, masks: bool = False) -> None:
+        one = readings[0]
+        bands = () if masks else (len(one.numbers),)
+        self.readings, self.masks = readings, masks
+        self.shape = (len(readings), *bands, *one.grid.size)
+        self.dtype = np.dtype(_mask_dtype(one) if masks else one.dtype)
+
+    def __getitem__(self, key: Any) -> Array:
+        found: Array = indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.BASIC, self._read
+        )
+        return found
+
+    def _read(self, key: tuple[Any, ...]) -> Array:
+        """Of a key of numbers and slices."""
+        frames, *bands, rows, columns = key
+        chosen, lines = (
+            np.arange(n)[own] for n, own in ((len(self.readings), frames), (self.shape[-2], rows))
+        )
+        first, last = (int(lines.min()), int(lines.max()) + 1) if lines.size else (0, 0)
+        values = np.empty((chosen.size, *self.shape[1:-2], last - first, self.shape[-1]), self.dtype)
+        for place, number in zip(values, np.ravel(chosen), strict=True):
+            one, span = self.readings[number], slice(first, last)
+            if first < last:
+                place[:] = one.usable(span) if self.masks else one.pixels(span)
+        within = lines - first if np.ndim(lines) == 0 else slice(None, None, getattr(rows, "step", None))
+        where = (0 if np.ndim(chosen) == 0 else slice(None), *bands, within, columns)
+        return values[where]
 
 
 def _read_all(
@@ -237,41 +258,16 @@ def _mask_dtype(reading: Reading) -> str:
     return reading.dtype if reading.header.alpha else "uint8"
 
 
-def _read_lazily(readings: Sequence[Reading], chunks: Any, masked: bool) -> tuple[Any, Any]:
-    import dask.array
-    from dask.delayed import delayed
-
-    da: Any = dask.array  # which has no types
-    size = chunks if isinstance(chunks, (int, np.integer)) and not isinstance(chunks, bool) else None
-    automatic = isinstance(chunks, str) and chunks == "auto"
-    if not (automatic or isinstance(chunks, Mapping) or (size is not None and size > 0)):
+def _frames_of_chunks(chunks: Any, array: Any) -> dict[Any, Any]:
+    """Dask's sizes of chunks, frame by frame where nothing is said of time."""
+    if isinstance(chunks, Mapping):
+        return {"time": 1} | {CUBE[key] if isinstance(key, int) else key: own for key, own in chunks.items()}
+    if isinstance(chunks, str) and chunks == "auto":
+        return {"time": max(1, _CHUNK_BYTES // max(1, int(np.prod(array.shape[1:])) * array.dtype.itemsize))}
+    if not isinstance(chunks, (int, np.integer)) or isinstance(chunks, bool) or chunks < 1:
         expected = 'a positive number of frames, a mapping, "auto" or None'
         raise ValueError(message("chunks", expected, repr(chunks), "give a number of frames"))
-    one = readings[0]
-    shape = (len(one.numbers), *one.grid.size)
-    if automatic:
-        size = max(1, _CHUNK_BYTES // max(1, int(np.prod(shape)) * np.dtype(one.dtype).itemsize))
-    if isinstance(chunks, Mapping) and isinstance(chunks.get("time"), int) and chunks["time"] > 0:
-        size = chunks["time"]
-    step = size or 1
-    groups = [list(readings[start : start + step]) for start in range(0, len(readings), step)]
-
-    read = delayed(_read_some, pure=True)
-
-    def together(masks: bool, of_one: tuple[int, ...], dtype: str) -> Any:
-        parts = [da.from_delayed(read(group, masks), (len(group), *of_one), dtype=dtype) for group in groups]
-        return da.concatenate(parts)
-
-    whole = together(False, shape, one.dtype)
-    usable = together(True, shape[1:], _mask_dtype(one)) if masked else None
-    if isinstance(chunks, Mapping):
-        axes = {role: axis for axis, role in enumerate(CUBE)}
-        whole = whole.rechunk({axes.get(key, key): value for key, value in chunks.items()})
-    return whole, usable
-
-
-def _read_some(readings: Sequence[Reading], masks: bool) -> Array:
-    return np.stack([reading.usable() if masks else reading.pixels() for reading in readings])
+    return {"time": int(chunks)}
 
 
 # --- labels ---

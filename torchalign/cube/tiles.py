@@ -26,11 +26,11 @@ from torchalign._host import give_back_memory
 from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
 from torchalign.cube.georeference import metres_per_pixel
-from torchalign.cube.gridding import Reading
-from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, find_frame, find_mask, label_text, load
+from torchalign.cube.labels import CUBE, MASK, Array, Cube, find_frame, find_mask, label_text, load, own_codes
 from torchalign.cube.pixels import Pixels
 from torchalign.cube.reference import (
     Found,
+    FrameReader,
     Margins,
     ReferenceName,
     ReferenceSource,
@@ -63,56 +63,34 @@ _OUTLIER = 0.5  # pixels from the others, from where on a tile does not agree
 _AGREE = 0.5  # of the tiles, which must
 _ROUNDS = 20
 _ROW_BYTES = 2**26  # of computed pixels of a block of rows
+_SERIES_BYTES = 2**27  # of those of all frames, of which a median or a mean is made
 
 
-class LargeStack(NamedTuple):
-    """A stack whose pixels stay in the files."""
+def large_reader(array: xr.DataArray, mask: Any, device: torch.device) -> FrameReader:
+    """Of a stack whose pixels stay in the files; ``mask`` as :func:`torchalign.align` takes it."""
+    cube = Cube.of(array)
+    return FrameReader(
+        cube, Pixels.of(cube, look=False), find_mask(mask, "mask", cube), device, own_codes(cube)
+    )
 
-    cube: Cube  # with all labels, and no pixels
-    readings: Sequence[Reading]
-    masked: bool
-    pixels: Pixels
-    device: torch.device
-    mask: xr.Variable | None  # bool over some of time, y and x, beside those of the files
 
-    @classmethod
-    def of(
-        cls, array: xr.DataArray, readings: Sequence[Reading], mask: Any, device: torch.device
-    ) -> LargeStack:
-        """Of what :func:`~torchalign.cube.rasters.plan_stack` found; ``mask`` as :func:`torchalign.align` takes it."""
-        cube = Cube.of(array)
-        pixels = Pixels.of(cube)
-        if pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 2:  # nobody has looked how large they are
-            pixels = replace(pixels, compute=torch.float64)
-        return cls(cube, readings, USABLE in array.coords, pixels, device, find_mask(mask, "mask", cube))
+def _read_tiles(stack: FrameReader, frame: int, rows: slice, columns: Sequence[slice]) -> Tensor:
+    """(n, C, h, w) floats, NaN wherever a pixel is not to be used."""
+    one = slice(frame, frame + 1)
+    seen = stack.seen(one, rows)
+    return stack.decode(_cut(stack.load(one, rows), columns), None if seen is None else _cut(seen, columns))
 
-    def tiles(self, frame: int, rows: slice, columns: Sequence[slice]) -> Tensor:
-        """(n, C, h, w) floats, NaN wherever a pixel is not to be used."""
-        reading = self.readings[frame]
-        raw = reading.pixels(rows)
-        values = self.pixels.decode(np.stack([raw[:, :, part] for part in columns]), self.device)
-        usable = self.usable(frame, rows, reading.usable(rows) if self.masked else None)
-        if usable is not None:
-            seen = np.stack([usable[None, :, part] for part in columns])
-            values.masked_fill_(~torch.from_numpy(seen).to(self.device), torch.nan)
-        return values
 
-    def usable(self, frame: int, rows: slice, codes: Array | None) -> Array | None:
-        """(h, W) bool, of the mask and of the codes of the file; ``None`` if all is."""
-        own = None if codes is None else codes != 0
-        if self.mask is None:
-            return own
-        given = load(self.mask, MASK, time=slice(frame, frame + 1), y=rows)[0]
-        return np.broadcast_to(
-            given if own is None else given & own, (rows.stop - rows.start, self.cube.size[1])
-        )
+def _cut(values: Array, columns: Sequence[slice]) -> Array:
+    """(n, …, w), the columns one by one, of (1, …, W)."""
+    return np.concatenate([values[..., part] for part in columns])
 
 
 class LargeReference(NamedTuple):
     """What the frames are brought onto, tile by tile."""
 
     name: str
-    stack: LargeStack
+    stack: FrameReader
     frame: int | None  # one of the stack's own
     source: ReferenceSource | None  # or pixels
     mask: xr.Variable | None
@@ -122,7 +100,7 @@ class LargeReference(NamedTuple):
         return frame == self.frame and self.mask is None
 
     @classmethod
-    def of(cls, reference: Any, mask: Any, stack: LargeStack) -> LargeReference:
+    def of(cls, reference: Any, mask: Any, stack: FrameReader) -> LargeReference:
         """A word, the label of a frame, or pixels on the stack's grid."""
         cube, frame, source = stack.cube, None, None
         known = find_mask(mask, "reference_mask", cube)
@@ -150,25 +128,34 @@ class LargeReference(NamedTuple):
         """(n, C, h, w), or of a reference for each frame (n, T, C, h, w); NaN where nothing is to be used."""
         stack = self.stack
         if self.frame is not None:
-            values = stack.tiles(self.frame, rows, columns)
+            values = _read_tiles(stack, self.frame, rows, columns)
         elif self.source is not None:
             raw = load(self.source.variable, CUBE[1:], y=rows)
             raw = np.broadcast_to(raw, (stack.cube.sizes["band"], *raw.shape[1:]))
-            values = self.source.pixels.decode(np.stack([raw[:, :, part] for part in columns]), stack.device)
+            values = self.source.pixels.decode(_cut(raw[None], columns), stack.device)
         else:
-            frames = range(len(stack.readings))
-            series = (torch.cat([stack.tiles(frame, rows, [part]) for frame in frames]) for part in columns)
-            values = torch.stack([reduce_over_time(self.name, one).to(one.dtype) for one in series])
+            values = self._over_time(rows, columns)
         if self.mask is not None:
             size = (rows.stop - rows.start, stack.cube.size[1])
             seen = np.broadcast_to(load(self.mask, MASK[1:], y=rows), size)
-            parts = torch.from_numpy(np.stack([seen[None, :, part] for part in columns]))
+            parts = torch.from_numpy(_cut(seen[None, None], columns))
             values = values.masked_fill(~parts.to(values.device), torch.nan)
         return values
 
+    def _over_time(self, rows: slice, columns: Sequence[slice]) -> Tensor:
+        """(n, C, h, w), of all frames, as many rows at a time as memory is meant to hold; each is read once."""
+        stack, made = self.stack, []
+        row = stack.frames * stack.cube.sizes["band"] * sum(part.stop - part.start for part in columns)
+        step = max(1, _SERIES_BYTES // (row * stack.pixels.compute.itemsize))
+        for first in range(rows.start, rows.stop, step):
+            some = slice(first, min(first + step, rows.stop))
+            series = torch.stack([_read_tiles(stack, frame, some, columns) for frame in range(stack.frames)])
+            made.append(reduce_over_time(self.name, series).to(series.dtype))
+        return torch.cat(made, 2)
+
 
 def align_large(
-    stack: LargeStack,
+    stack: FrameReader,
     module: nn.Module,
     reference: LargeReference,
     folder: Path,
@@ -208,9 +195,9 @@ def align_large(
     return [file.path for file in files], report
 
 
-def count_steps(stack: LargeStack, module: nn.Module, reference: LargeReference) -> int:
+def count_steps(stack: FrameReader, module: nn.Module, reference: LargeReference) -> int:
     """How often :func:`align_large` tells that it goes on."""
-    size, frames = stack.cube.size, len(stack.readings)
+    size, frames = stack.cube.size, stack.frames
     rows, blocks = len(_grid(size)), len(_row_blocks(size, stack.cube.sizes["band"]))
     steps, local = frames * (rows + blocks), _split(module)[1]
     if local is not None:
@@ -237,7 +224,7 @@ def _grid(size: tuple[int, int]) -> list[tuple[slice, list[slice]]]:
 
 
 def _estimate_frames(
-    stack: LargeStack,
+    stack: FrameReader,
     module: nn.Module,
     reference: LargeReference,
     motion: str,
@@ -245,15 +232,15 @@ def _estimate_frames(
     start: nn.Module | None,
 ) -> tuple[Estimate, Estimate]:
     """(T,) rows; and those where local shifts start, of which ``start`` finds what the module does not trust."""
-    found: list[list[Estimate]] = [[] for _ in stack.readings]
-    begun: list[list[Estimate]] = [[] for _ in stack.readings]
+    found: list[list[Estimate]] = [[] for _ in range(stack.frames)]
+    begun: list[list[Estimate]] = [[] for _ in range(stack.frames)]
     origins: list[tuple[int, int]] = []
     with torch.no_grad():
         for rows, columns in _grid(stack.cube.size):
             still = reference.tiles(rows, columns)
             origins += [(part.start, rows.start) for part in columns]
-            for frame in range(len(stack.readings)):
-                moving = still if reference.is_of(frame) else stack.tiles(frame, rows, columns)
+            for frame in range(stack.frames):
+                moving = still if reference.is_of(frame) else _read_tiles(stack, frame, rows, columns)
                 known = estimate_only(module, moving, still)
                 found[frame].append(known)
                 if start is not None and not bool(known.valid.all()):
@@ -421,7 +408,7 @@ def _rows_of_windows(mosaic: Mosaic) -> Iterator[tuple[slice, list[int], list[sl
 
 
 def _add_shifts(
-    stack: LargeStack,
+    stack: FrameReader,
     local: Local,
     reference: LargeReference,
     begun: Estimate,
@@ -431,15 +418,13 @@ def _add_shifts(
 
     It is where its own σ and length allow it, and the score of the tiles is no lower for it.
     """
-    mosaics = {
-        frame: Mosaic(stack.cube.size, local.spacing) for frame in _to_shift(len(stack.readings), reference)
-    }
+    mosaics = {frame: Mosaic(stack.cube.size, local.spacing) for frame in _to_shift(stack.frames, reference)}
     kept = torch.zeros_like(begun.valid)
     with torch.no_grad():
         for rows, numbers, columns in _rows_of_windows(next(iter(mosaics.values()))):
             still = reference.tiles(rows, columns)
             for frame, mosaic in mosaics.items():
-                moving, warp = stack.tiles(frame, rows, columns), begun.warp[frame : frame + 1]
+                moving, warp = _read_tiles(stack, frame, rows, columns), begun.warp[frame : frame + 1]
                 for i, index in enumerate(numbers):
                     local.add_tile(mosaic, index, moving[i : i + 1], _own(still[i : i + 1], frame), warp)
                 advance(1)
@@ -449,7 +434,7 @@ def _add_shifts(
         for rows, columns in _grid(stack.cube.size):
             still = reference.tiles(rows, columns)
             for frame, field, told in zip(mosaics, fields, scores, strict=True):
-                moving = stack.tiles(frame, rows, columns)
+                moving = _read_tiles(stack, frame, rows, columns)
                 for i, part in enumerate(columns):
                     corner = (float(part.start), float(rows.start))
                     warp = change_origin(begun.warp[frame : frame + 1], corner).to(moving)
@@ -474,14 +459,14 @@ def _own(still: Tensor, frame: int) -> Tensor:
 
 
 def _write_frame(
-    stack: LargeStack,
+    stack: FrameReader,
     frame: int,
     found: Estimate,
     operation: WarpFrames,
     write: Writer,
     advance: Callable[[int], object],
 ) -> None:
-    reading = stack.readings[frame]
+    one = slice(frame, frame + 1)
     warp, field = found.warp, found.field
     margins = Margins(Found(warp, torch.ones(1, dtype=torch.bool), field), stack.cube.size)
     nearest = replace(operation, pixels=replace(stack.pixels, nodata=()), interpolation="nearest",
@@ -495,16 +480,15 @@ def _write_frame(
             there = move_origin(field, start)
             lattice = [there.coefficients, torch.cat((there.origin, there.spacing), -1)]
         cut = slice(rows.start - source.start, rows.stop - source.start)
-        raw = reading.pixels(source)
-        codes = reading.usable(source) if stack.masked else None
-        seen = stack.usable(frame, source, codes)
-        usable = None if seen is None else torch.from_numpy(np.array(seen))[None].to(stack.device)
+        raw, seen = stack.load(one, source), stack.seen(one, source)
+        codes = None if stack.codes is None else load(stack.codes, MASK, time=one, y=source)
+        usable = None if seen is None else torch.from_numpy(np.array(seen)).to(stack.device)
         with torch.no_grad():
-            values, _ = operation.run(raw[None], stack.device, moves, usable, *lattice)
+            values, _ = operation.run(raw, stack.device, moves, usable, *lattice)
             moved: Array | None = None
             if codes is not None:
                 own = replace(nearest, pixels=replace(nearest.pixels, dtype=codes.dtype))
-                moved = own.run(codes[None, None], stack.device, moves, None, *lattice)[0][0, 0, cut]
+                moved = own.run(codes[:, None], stack.device, moves, None, *lattice)[0][0, 0, cut]
         write(values[0][:, cut], moved, rows)
         del raw, values
         give_back_memory()
