@@ -6,7 +6,6 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -131,41 +130,7 @@ def _before_any_command(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """What is read.
-
-    source: A folder of GeoTIFFs, one a date; or GeoTIFFs; or a table of them, NAME.csv with the columns path, time
-        and band; or a netCDF file; or a Zarr store.
-    variable: Variable of a netCDF file or Zarr store; several, as red,nir,SCL, go together, '*' is all. Default: the
-        only one with time, y, x (and band).
-    bands: Only these bands, as B04,B03,B02: names, or else numbers; in GeoTIFFs from 1, else from 0. Or, where there
-        is a file a band and date, once for each band, as red='*_B4.TIF'.
-    pattern: Names of the GeoTIFFs in a folder.
-    skip_bad: Leave out GeoTIFFs that are unreadable, undated, of another grid, or (in memory) empty.
-    recursive: Look for GeoTIFFs in subfolders, too.
-    grid: Bring GeoTIFFs of other extents, pixel sizes or CRS onto one grid: first, union, intersection, or that of a
-        file.
-    overwrite: Replace files that exist.
-    """
-
-    source: Annotated[list[Path], {"metavar": "SRC"}]
-    variable: str | None = None
-    bands: Annotated[list[str] | None, {"metavar": "NAMES | NAME=PATTERN"}] = None
-    pattern: str = "*.tif*"
-    skip_bad: bool = False
-    recursive: bool = False
-    grid: str | None = None
-    overwrite: bool = False
-
-    def opened(self, **more: Any) -> AbstractContextManager[sources.Source]:
-        """The source, opened as the options say."""
-        names = ("variable", "bands", "pattern", "skip_bad", "lazy", "recursive", "grid")
-        given = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        return sources.open_source(self.source, **(given | more))
-
-
-@dataclass(frozen=True, kw_only=True)
-class CubeOptions(SourceOptions):
+class CubeOptions(sources.SourceOptions):
     """What is read, how it is computed, and where the result goes.
 
     out: Where the result goes: a folder for GeoTIFFs, NAME.zarr or NAME.nc.
@@ -283,7 +248,7 @@ def align_files(given: AlignOptions) -> int:
     if given.invert_mask and given.mask is None:
         raise ValueError(message("--invert-mask", "a mask to invert", "none", "add --mask"))
     # of frames that do not fit into memory the lazy cube tells the dates and bands, and no pixels are read of it
-    with given.opened(skip=given.mask, **({"lazy": True} if given.large else {})) as opened:
+    with given.opened(skip=given.mask, lazy=given.large or given.lazy) as opened:
         cube = opened.cube
         module = _choose_aligner(given, cube)
         usable = None
@@ -325,12 +290,8 @@ def _align_large(given: AlignOptions, module: Any, reference: Any, usable: Any) 
     if given.init is not None:
         raise ValueError(message("--init", "no report with --large", given.init, "leave one of them out"))
     with sources.translated():
-        names = ("pattern", "recursive", "grid", "template", "overwrite", "device", "progress")
-        options: dict[str, Any] = {name: getattr(given, name) for name in names}
-        options |= {
-            "bands": sources.choose_bands(given.bands),
-            "errors": "skip" if given.skip_bad else "raise",
-        }
+        names = ("template", "overwrite", "device", "progress")
+        options: dict[str, Any] = {name: getattr(given, name) for name in names} | given.stack_options()
         source = sources.raster_source(given.source)
         _, report = torchalign.io.align_scenes(source, given.out, reference, module, mask=usable, **options)
     return report
@@ -437,7 +398,7 @@ def apply_to_files(given: ApplyOptions) -> int:
         cure = "name a folder, or use --mode resample"
         raise ValueError(message("--out", "a folder of GeoTIFFs for shift-coords", given.out.name, cure))
     solution = torchalign.load_report(given.report)
-    with given.opened(masks=True) as opened:
+    with given.opened(masks=True, lazy=given.lazy) as opened:
         cube = opened.cube
         if given.skip_bad and all(map(sources.is_raster, given.source)) and isinstance(cube, xr.DataArray):
             cube = _without_unknown_empty(cube, solution)
@@ -478,7 +439,7 @@ def _without_unknown_empty(cube: xr.DataArray, solution: xr.Dataset) -> xr.DataA
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoOptions(SourceOptions):
+class InfoOptions(sources.SourceOptions):
     """Options of ``torchalign info``.
 
     source: What align takes, or a report: .csv, .json or .nc.

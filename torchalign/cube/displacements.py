@@ -65,12 +65,7 @@ def _known_grid(report: xr.Dataset, cure: str = "", *, needs_crs: bool = True) -
 
 
 def displacement_of(report: xr.Dataset, size: tuple[int, int]) -> Array:
-    """(T, 2, H, W): how far the ground that lies at a pixel of the reference was moved to come there, (x, y) in px.
-
-    Args:
-        report: of :func:`torchalign.align`.
-        size: (H, W).
-    """
+    """(T, 2, H, W): how far the ground that lies at a pixel of the reference was moved to come there, (x, y) in px."""
     warp = torch.from_numpy(np.array(report["warp"].values, np.float64))
     y, x = (torch.arange(length, dtype=torch.float64) for length in size)
     dx, dy = backward_displacement(warp, x, y[:, None])

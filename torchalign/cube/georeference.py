@@ -31,16 +31,13 @@ _UNITS_IN_METRES = dict.fromkeys(("m", "metre", "metres", "meter", "meters"), 1.
 class Georeference(NamedTuple):
     """A raster's georeference.
 
-    Attributes:
-        transform: (a, b, c, d, e, f), in the order of rasterio's ``Affine``; the corner (column, row) of a pixel,
-            counted from the raster's outer corner, lies at ``(a·column + b·row + c, d·column + e·row + f)``.
-        size: (H, W).
-        crs: as WKT, ``""`` where it is not known.
+    The transform is in the order of rasterio's ``Affine``; the corner (column, row) of a pixel, counted from the raster's
+    outer corner, lies at ``(a·column + b·row + c, d·column + e·row + f)``.
     """
 
-    transform: tuple[float, ...]
-    size: tuple[int, int]
-    crs: str = ""
+    transform: tuple[float, ...]  # (a, b, c, d, e, f)
+    size: tuple[int, int]  # (H, W)
+    crs: str = ""  # as WKT; none where it is not known
 
     @property
     def linear(self) -> np.ndarray:
@@ -87,11 +84,7 @@ class Georeference(NamedTuple):
 
 
 def find_georeference(cube: Cube) -> Georeference | None:
-    """The grid of a cube: from its coordinates, to the last bit from its ``GeoTransform`` where that agrees.
-
-    Returns:
-        ``None`` where there is neither, or the coordinates are not regular.
-    """
+    """The grid of a cube, from its coordinates, to the last bit from its ``GeoTransform`` where it agrees."""
     array, size = cube.array, cube.size
     attrs = _mapping_attrs(array)
     exact = None
@@ -300,27 +293,10 @@ def in_degrees(crs: str, x: Any, y: Any) -> tuple[list[float], list[float]]:
 
 
 def regrid_warp(warp: Tensor, source: Georeference, target: Georeference) -> Tensor:
-    """The same motion of the ground, from pixels of one grid to pixels of another.
+    """The same motion of the ground, moving → reference, from pixels of one grid to pixels of another.
 
     Pixel sizes may differ, and so may origins, extents and the direction of the axes; both grids must be of one
     CRS and not rotated against each other. An identity stays an exact identity.
-
-    Args:
-        warp: (..., 2, 3) or (..., 3, 3), moving → reference, in pixels of ``source``.
-        source: the grid it was estimated on.
-        target: the grid it is wanted on.
-
-    Returns:
-        In the shape, dtype and device of ``warp``.
-
-    Example:
-        >>> import torch
-        >>> from torchalign.functional.affine import translation_warp
-        >>> ten = Georeference((10.0, 0.0, 0.0, 0.0, -10.0, 0.0), (100, 100))
-        >>> twenty = Georeference((20.0, 0.0, 200.0, 0.0, -20.0, -300.0), (20, 30))
-        >>> regrid_warp(translation_warp(torch.tensor([1.0, -2.0])), ten, twenty)
-        tensor([[ 1.0000,  0.0000,  0.5000],
-                [ 0.0000,  1.0000, -1.0000]])
     """
     moved = _between(source, target)
     if moved is None:
@@ -362,14 +338,7 @@ def _between(
 
 
 def georeference_frames(cube: Cube, warp: Tensor) -> xr.Variable:
-    """Of every frame, the six numbers of GDAL that put its pixels where the warp would have.
-
-    With the grid that they correct in the attributes, so that they can be carried over to a part of it.
-
-    Args:
-        cube: the frames.
-        warp: (T, 2, 3) or (T, 3, 3), in pixels of the cube.
-    """
+    """Of every frame GDAL's six numbers that put its pixels where the warp would have; and the grid that they correct."""
     grid = find_georeference(cube)
     if grid is None:
         got = f"{cube.array.dims} without a regular grid"

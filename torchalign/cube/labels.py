@@ -89,13 +89,7 @@ class Cube:
 def find_dims(
     array: object, name: str = "datacube", given: Mapping[str, Hashable | None] | None = None
 ) -> dict[str, Hashable]:
-    """Role → name of the dim; "band" is left out where there is none.
-
-    Args:
-        array: the cube, ``name`` to the user.
-        name: of the argument.
-        given: role → name of its dim, where the user says it.
-    """
+    """Role → name of the dim, found by name but for those ``given``; "band" is left out where there is none."""
     if not isinstance(array, xr.DataArray):
         cure = "align tensors with aligner(cube, reference), or give the array dims with xarray.DataArray"
         if isinstance(array, xr.Dataset):
@@ -226,14 +220,9 @@ def band_labels(cube: xr.DataArray, dims: Mapping[str, Hashable] | None = None) 
 def find_bands(
     wanted: Any, labels: Sequence[Hashable | None], count: int, *, first: int = 0, name: str = "bands"
 ) -> list[int]:
-    """Positions of bands, from 0.
+    """Positions, from 0, of bands that are wanted by label or by number, of which ``first`` is the least.
 
-    Args:
-        wanted: one or several labels or numbers; a label goes before a number, and text may hold a number.
-        labels: of the bands; none, or ``None`` for those without.
-        count: of the bands.
-        first: the number of the first band to the user; 1 for GDAL.
-        name: of the argument.
+    A label goes before a number, and text may hold a number.
     """
     found = []
     for band in as_list(wanted):
@@ -266,15 +255,10 @@ def find_frame(
     words: Sequence[str] = (),
     positions: bool = True,
 ) -> int:
-    """The position of the one frame of that label; a date is that of all frames of the day.
+    """The position of the one frame of that label, or with ``positions`` of that number, if it is no label.
 
-    Args:
-        array: the cube.
-        dim: its time dim.
-        label: nothing is near enough; without a time zone it is in that of the cube's labels, but datetime64 in UTC.
-        name: of the argument.
-        words: what else the user may say.
-        positions: whether a whole number that is no label is a position.
+    A date is that of all frames of the day. Without a time zone a label is in that of the cube's labels, but datetime64
+    in UTC; nothing is near enough. ``words`` are what else the user may say.
     """
     count = array.sizes[dim]
     local = getattr(label, "tzinfo", None) is None and not isinstance(label, np.datetime64)

@@ -126,14 +126,7 @@ class FrameReader:
 def find_reference(
     reference: Any, reader: FrameReader, estimate: Estimator, prefers: Judge
 ) -> ReferenceSource:
-    """What the argument ``reference`` of :func:`torchalign.align` stands for.
-
-    Args:
-        reference: a word, a label of time, or pixels.
-        reader: of the frames.
-        estimate: estimates all frames against a reference, for ``"iterative"``.
-        prefers: whether the second of two solutions is clearly better, for ``"iterative"``.
-    """
+    """What ``reference`` of :func:`torchalign.align` stands for; ``estimate`` and ``prefers`` are for ``"iterative"``."""
     if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim == 0:
         reference = getattr(reference, "values", reference)[()]  # a label, `cube.time[3]`
     # dates of cftime, and periods, are those of no common class
@@ -187,10 +180,7 @@ def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, prefers
 def over_time(word: str, reader: FrameReader, found: Found | None = None) -> Tensor:
     """(C, H, W), "median" or "mean" of the usable pixels, by blocks of rows; NaN where there are none.
 
-    Args:
-        word: ``"median"`` or ``"mean"``.
-        reader: of the frames.
-        found: warps to align the frames with; only valid ones are taken. ``None``: all frames, as they are.
+    With ``found``, of the frames that are valid, aligned.
     """
     frames, bands, height, width = (reader.cube.sizes[role] for role in CUBE)
     compute = reader.pixels.compute

@@ -39,12 +39,7 @@ class Variables:
     def of(
         cls, dataset: xr.Dataset, bands: Any, classes: Any, dims: Mapping[str, Hashable | None]
     ) -> Variables:
-        """Sort them; those without time, y or x stay as they are.
-
-        Raises:
-            TypeError: variables that are neither numbers, nor classes.
-            ValueError: no variable over time, y and x; a name that is not there; dims that cannot be told.
-        """
+        """Sort them; those without time, y or x stay as they are."""
         frames = [name for name in dataset.data_vars if _has_frames(dataset, name, dims)]
         if not frames:
             got = f"{_sizes_in_words(dataset)}"
@@ -90,11 +85,7 @@ class Variables:
 
 
 def _has_frames(dataset: xr.Dataset, name: Hashable, given: Mapping[str, Hashable | None]) -> bool:
-    """Whether a variable lies over time, y and x.
-
-    Raises:
-        ValueError: it is a series of images whose y and x cannot be told.
-    """
+    """Whether a variable lies over time, y and x; an error if it is a series of images whose y and x cannot be told."""
     dims = dataset[name].dims
     roles = {role_of(dim) for dim in dims} | {role for role, dim in given.items() if dim in dims}
     if {*MASK} <= roles:
@@ -136,11 +127,7 @@ def is_class_name(name: str) -> bool:
 def stack_variables(variables: Variables) -> tuple[xr.DataArray, dict[Hashable, slice]]:
     """What the estimate sees, as one cube (time, band, y, x), and which of its bands are those of each variable.
 
-    Returns:
-        No slices where the variables are not of one kind: their pixels are floats there, with NaN for nodata.
-
-    Raises:
-        ValueError: there is nothing to see.
+    No slices where the variables are not of one kind: their pixels are floats there, with NaN for nodata.
     """
     if not variables.seen:
         cure = "name the variables that the estimate is to see: bands=[…]"
@@ -180,11 +167,7 @@ def stack_variables(variables: Variables) -> tuple[xr.DataArray, dict[Hashable, 
 
 
 def stack_reference(reference: xr.Dataset, variables: Variables) -> xr.DataArray:
-    """The bands that the estimate sees of a Dataset that is the reference, as one DataArray of floats.
-
-    Raises:
-        ValueError: a variable that is not there.
-    """
+    """The bands that the estimate sees of a Dataset that is the reference, as one DataArray of floats."""
     variables.check_known(reference, "reference")
     parts = []
     for name in variables.seen:
@@ -197,11 +180,7 @@ def stack_reference(reference: xr.Dataset, variables: Variables) -> xr.DataArray
 
 
 def stack_archive(archive: Any, variables: Variables, dims: Mapping[str, Hashable | None]) -> xr.DataArray:
-    """The bands of an archive that are compared with those of new frames.
-
-    Raises:
-        ValueError: a band that is not there.
-    """
+    """The bands of an archive that are compared with those of new frames."""
     if isinstance(archive, xr.DataArray):
         dims = find_dims(archive, "archive", dims)
         archive, _, _ = _split_bands(archive, dims, None, None)
@@ -256,11 +235,7 @@ def _nodata_of_bands(array: xr.DataArray, dims: Mapping[str, Hashable]) -> list[
 def _split_bands(
     array: xr.DataArray, dims: Mapping[str, Hashable], bands: Any, classes: Any
 ) -> tuple[xr.Dataset, Any, Any]:
-    """A Dataset with one variable a band, called by its label; and bands and classes by these names.
-
-    Raises:
-        ValueError: bands without labels that tell them apart; a band that is not there.
-    """
+    """A Dataset with one variable a band, called by its label; and bands and classes by these names."""
     band = dims.get("band")
     if band is None:
         cure = 'give it a band dim with .expand_dims("band"), or leave bands= and classes= out'

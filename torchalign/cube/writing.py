@@ -120,12 +120,7 @@ class FilePlan(NamedTuple):
 
 
 def plan_files(cube: Cube, folder: Path, options: WriteOptions) -> tuple[FilePlan, ...]:
-    """What is written of every frame, beside its pixels; the folder is made.
-
-    Raises:
-        FileExistsError: a file is there.
-        ValueError: names that are not unique.
-    """
+    """What is written of every frame, beside its pixels; the folder is made."""
     paths = [folder / name for name in _file_names(cube, options.template, options.suffix)]
     for path in paths:
         check_free(path, options.overwrite)
