@@ -325,7 +325,7 @@ def _move_variables(
             continue
         is_class = name in variables.classes
         how: dict[str, Any] = (
-            {"interpolation": "nearest"} if is_class else {**resampling, "mask": options.mask}
+            {"interpolation": "nearest"} if is_class else resampling | {"mask": options.mask}
         )
         how |= {f"{role}_dim": dim for role, dim in variables.given(name).items()}
         moved[name] = apply(
@@ -411,9 +411,8 @@ def _align_series(cube: Cube, word: str, options: _Request) -> tuple[xr.DataArra
     with torch.no_grad(), loop.progress_bar(options.progress, cube, "align") as advance:
         if isinstance(module, Groupwise):
             angles = series.find_sun(options.sun, cube) if module.season != "none" else None
-            solution = module.place(
-                series.see_frames(module, reader), series.sun_tensor(angles, reader.device)
-            )
+            sun = series.sun_tensor(angles, reader.device)
+            solution = module.place(series.see_frames(module, reader), sun)
             estimate, fields = solution.estimate, series.series_fields(solution, cube.size, metres, angles)
             attrs["reference"] = "groupwise (the median of all positions is 0)"
             attrs |= {"season": module.season, **series.pair_attrs(solution)}
@@ -506,9 +505,8 @@ def extend(  # noqa: D417  # options that are those of align stand in one line
     options = _Request(module, False, archive_mask, sun, **running)
     variables, join = take_apart(datacube, bands, classes, dims)
     if variables is None:
-        aligned, rows = _extend_cube(
-            Cube.of(datacube, dims), Cube.of(archive, dims, "archive"), report, options
-        )
+        cube, old = Cube.of(datacube, dims), Cube.of(archive, dims, "archive")
+        aligned, rows = _extend_cube(cube, old, report, options)
         return aligned, _longer_report(report, rows)  # type: ignore[return-value]  # as it came
     stacked, slices = stack_variables(variables)
     old = Cube.of(stack_archive(archive, variables, dims), None, "archive")
@@ -523,9 +521,8 @@ def _extend_cube(
     """The new frames, and their rows of the report."""
     if cube.size != old.size:
         cure = "bring them onto the archive's grid first"
-        raise ValueError(
-            message("datacube", f"frames of {old.size} pixels, as the archive's", cube.size, cure)
-        )
+        expected = f"frames of {old.size} pixels, as the archive's"
+        raise ValueError(message("datacube", expected, cube.size, cure))
     if report["status"].size != old.sizes["time"]:
         got = f"{old.sizes['time']} for a report of {report['status'].size}"
         raise ValueError(message("archive", "the frames of the report", got, "pass the cube it was made on"))

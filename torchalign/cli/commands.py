@@ -163,9 +163,8 @@ class CubeOptions(sources.SourceOptions):
 
     def write(self, cube: Any, source: sources.Source, report: xr.Dataset | None = None) -> Any:
         """Write the result; returns its report, computed."""
-        options: dict[str, Any] = {
-            name: getattr(self, name) for name in ("template", "overwrite", "progress")
-        }
+        names = ("template", "overwrite", "progress")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
         return outputs.write_result(cube, self.out, source, report, **options)
 
 
@@ -466,33 +465,23 @@ def show_info(given: InfoOptions) -> int:
     if given.html is not None:
         got = ", ".join(map(str, given.source))
         raise ValueError(message("--html", "a report to show", got, "give a report"))
-    if all(sources.is_raster(path) for path in given.source):
-        return _show_rasters(given)
-    with given.opened(lazy=find_spec("dask") is not None) as opened:
-        for line in _cube_lines(opened.cube):
-            print(line)
-        if opened.others:
-            print("beside it: " + ", ".join(f"{name} {array.dims}" for name, array in opened.others.items()))
-    return 0
-
-
-def _show_rasters(given: InfoOptions) -> int:
-    """The cube that they are; or, of any files, a table of their kinds and what keeps them from being one."""
     try:
         with given.opened(lazy=find_spec("dask") is not None) as opened:
             for line in _cube_lines(opened.cube):
                 print(line)
-        return 0
+            if opened.others:
+                listed = ", ".join(f"{name} {array.dims}" for name, array in opened.others.items())
+                print(f"beside it: {listed}")
     except (ValueError, FileNotFoundError) as error:
+        if not all(map(sources.is_raster, given.source)):
+            raise
         folders = [path for path in given.source if path.is_dir()]
         everything = folders[0] if len(folders) == len(given.source) == 1 else list(given.source)
-        try:
+        try:  # of any files a table of their kinds, and what keeps them from being one cube
             lines = describe_files(everything, given.pattern, given.recursive)
         except (ValueError, FileNotFoundError):
             raise error from None
-        for line in lines:
-            print(line)
-        print(f"no cube yet: {error}")
+        print(*lines, f"no cube yet: {error}", sep="\n")
     return 0
 
 
@@ -551,10 +540,8 @@ def _cube_lines(source: xr.DataArray | xr.Dataset) -> Iterator[str]:
     place = ""
     if grid is not None:
         a, b, _, d, e, _ = grid.transform
-        place = f" of {abs(a):g} × {abs(e):g} map units, " + (
-            "north up" if e < 0 and not (b or d) else "not north up"
-        )
-        place += f", {crs_name(grid.crs) or 'no CRS'}"
+        way = "north up" if e < 0 and not (b or d) else "not north up"
+        place = f" of {abs(a):g} × {abs(e):g} map units, {way}, {crs_name(grid.crs) or 'no CRS'}"
     yield f"{cube.sizes[dims['y']]} rows × {cube.sizes[dims['x']]} columns{place}"
     for array in every:
         missing = "NaN" if array.dtype.kind == "f" else "none"

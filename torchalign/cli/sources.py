@@ -126,9 +126,8 @@ def raster_source(paths: Sequence[Path]) -> Any:
     folders = [path for path in paths if path.is_dir()]
     if folders and len(paths) > 1:
         got = f"{folders[0]} beside {len(paths) - 1} more"
-        raise ValueError(
-            message("SRC", "one folder, or files", got, "give the files, as the shell lists them")
-        )
+        cure = "give the files, as the shell lists them"
+        raise ValueError(message("SRC", "one folder, or files", got, cure))
     if len(paths) == 1 and (folders or paths[0].suffix.lower() == ".csv"):
         return paths[0]
     # of a URL a path keeps one slash
@@ -242,9 +241,8 @@ def _select_bands(cube: Cube, bands: Sequence[str]) -> Cube:
         raise ValueError(message("--bands", "bands of one variable", got, cure))
     dims = find_dims(cube)
     if "band" not in dims:
-        raise ValueError(
-            message("--bands", "a cube with bands", f"one with {cube.dims}", "leave --bands out")
-        )
+        got = f"one with {cube.dims}"
+        raise ValueError(message("--bands", "a cube with bands", got, "leave --bands out"))
     return cube.isel({dims["band"]: find_bands(_comma_separated(bands), *band_labels(cube), name="--bands")})
 
 
@@ -265,9 +263,8 @@ def open_mask(mask: str, source: Source, *, invert: bool, pattern: str) -> xr.Da
     if mask in source.others:
         array = source.others[mask]
     else:
-        array = _open_array(
-            "--mask", mask, pattern, f"a variable of SRC ({sorted(source.others)}), a file or a folder"
-        )
+        expected = f"a variable of SRC ({sorted(source.others)}), a file or a folder"
+        array = _open_array("--mask", mask, pattern, expected)
     dims = find_dims(array) if array.ndim == 4 else {}
     if "band" in dims:
         if array.sizes[dims["band"]] != 1:
@@ -316,8 +313,6 @@ def _open_array(name: str, text: str, pattern: str, expected: str) -> xr.DataArr
         return _open_rasters(SourceOptions(source=[path], pattern=pattern), None, True)
     with _open_dataset(path) as other:
         if len(other.data_vars) != 1:
-            names = sorted(map(str, other.data_vars))
-            raise ValueError(
-                message(name, "a file with one variable", f"{path} with {names}", "drop the others")
-            )
+            got = f"{path} with {sorted(map(str, other.data_vars))}"
+            raise ValueError(message(name, "a file with one variable", got, "drop the others"))
         return next(iter(other.data_vars.values())).load()

@@ -19,12 +19,8 @@ from torchalign.types import ShiftField
 
 FRAME_TRANSFORM = "geotransform"  # the coordinate along time of frames that have a georeference each
 
-_MAPPINGS = (
-    "spatial_ref",
-    "crs",
-    "transverse_mercator",
-    "latitude_longitude",
-)  # what grid mappings are called
+# what grid mappings are called
+_MAPPINGS = ("spatial_ref", "crs", "transverse_mercator", "latitude_longitude")
 _UNITS_IN_METRES = dict.fromkeys(("m", "metre", "metres", "meter", "meters"), 1.0) | {"km": 1000.0}
 
 
@@ -217,19 +213,13 @@ def _bare_crs(array: xr.DataArray) -> str:
     except ImportError:
         return ""
     for name in ("crs", "spatial_ref", "epsg", "proj:epsg"):
-        value = (
-            array.coords[name].values[()] if name in array.coords and not array.coords[name].dims else None
-        )
+        own = array.coords.get(name)
+        value = None if own is None or own.dims else own.values[()]
         value = array.attrs.get(name) if value is None or value == 0 else value
-        if (
-            isinstance(value, (int, np.integer))
-            and not isinstance(value, bool)
-            and 1024 <= value <= 1_000_000
-        ):
-            value = f"EPSG:{int(value)}"
-        if isinstance(value, (str, np.str_)) and value:
+        if isinstance(value, (str, int, np.integer)) and value and not isinstance(value, bool):
+            text = value.removeprefix("+init=").strip() if isinstance(value, str) else f"EPSG:{value}"
             with suppress(CRSError):
-                return str(CRS.from_string(str(value).removeprefix("+init=").strip()).to_wkt())
+                return str(CRS.from_string(text).to_wkt())
     return ""
 
 
@@ -347,18 +337,15 @@ def georeference_frames(cube: Cube, warp: Tensor) -> xr.Variable:
     warp = warp.double()
     if warp.shape[-2] == 3:
         if not bool((warp[:, 2, :2] == 0).all()):
-            cure = "pass mode='resample', or estimate another motion"
-            raise ValueError(
-                message("estimate", "warps that a georeference can express", "homographies", cure)
+            expected, cure = (
+                "warps that a georeference can express",
+                "pass mode='resample', or another motion",
             )
+            raise ValueError(message("estimate", expected, "homographies", cure))
         warp = from_homogeneous(warp)
     cornered = change_origin(warp, (-0.5, -0.5)).numpy()  # a georeference counts from the outer corner
-    texts = []
-    for matrix in cornered:
-        own = grid
-        if not np.array_equal(matrix, np.eye(2, 3)):
-            own = grid.moved(matrix)
-        texts.append(own.to_gdal())
+    moved = [grid if np.array_equal(matrix, np.eye(2, 3)) else grid.moved(matrix) for matrix in cornered]
+    texts = [own.to_gdal() for own in moved]
     of = {"grid": grid.to_gdal(), "height": grid.size[0], "width": grid.size[1]}
     return xr.Variable((cube.dims["time"],), np.array(texts, dtype=np.str_), of)
 
@@ -371,9 +358,8 @@ def frame_transforms(cube: Cube) -> list[tuple[float, ...] | None]:
     frames = [Georeference.from_gdal(str(text), cube.size) for text in own.values]
     if grid is None or "grid" not in own.attrs:
         return [frame.transform for frame in frames]
-    before = Georeference.from_gdal(
-        str(own.attrs["grid"]), (int(own.attrs["height"]), int(own.attrs["width"]))
-    )
+    size = (int(own.attrs["height"]), int(own.attrs["width"]))
+    before = Georeference.from_gdal(str(own.attrs["grid"]), size)
     labelled = all(cube.coordinate(role) is not None for role in ("y", "x"))
     if not labelled and before.size != grid.size:
         got = f"{grid.size}, without y and x coordinates that tell where"

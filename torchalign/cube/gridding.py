@@ -20,9 +20,8 @@ from torchalign.cube.labels import Array, Cube, role_of
 GridWord = Literal["first", "union", "intersection"]
 Resampling = Literal["nearest", "bilinear", "cubic", "average"]
 _EDGE = 21  # points along each side, by which an extent is taken to another CRS
-_TOLERANCE = (
-    0.002  # pixels by which GDAL may approximate a projection; its default is 0.125, and 0 it refuses
-)
+# pixels by which GDAL may approximate a projection; its default is 0.125, and 0 it refuses
+_TOLERANCE = 0.002
 _MOST_PIXELS = 2**31  # of a grid that is meant
 
 
@@ -33,9 +32,7 @@ class Reading(NamedTuple):
     numbers: tuple[int, ...]
     header: Header
     grid: Georeference
-    offset: (
-        tuple[int, int] | None
-    )  # (row, column) of the grid's first pixel in the file; None: by GDAL's warper
+    offset: tuple[int, int] | None  # (row, column) of the grid's first pixel in the file; None: it is warped
     resampling: str
     dtype: str
     scale: float = 1.0  # the grid's pixels in one of the file's
@@ -160,7 +157,7 @@ class Reading(NamedTuple):
         source: Any = rasterio.band(file, bands) if bands != "mask" else None
         if (
             source is None or not self.header.grid.crs
-        ):  # of a file GDAL takes the points and the CRS as they are
+        ):  # else GDAL takes the file's points and CRS as they are
             source = file.read_masks([self.numbers[0]]) if bands == "mask" else file.read(bands)
             how |= {"gcps": control_points(self.header.gcps), "src_crs": own}
         shape = (1 if bands == "mask" else len(bands), rows[1] - rows[0], self.grid.size[1])
@@ -184,9 +181,7 @@ def plan_reading(
     if not header.gcps and georeference.is_same_grid(grid, header.grid, CLOSE):
         offset = (0, 0)
     elif not header.gcps and georeference.is_same_grid(grid, header.grid, CLOSE, extent=False):
-        column, row = np.rint(
-            (np.linalg.inv(header.grid.matrix) @ grid.matrix @ np.array([0.0, 0.0, 1.0]))[:2]
-        )
+        column, row = np.rint(np.linalg.solve(header.grid.linear, grid.corner - header.grid.corner))
         offset = int(row), int(column)
     scale = 1.0 if offset is not None else _pixels_in_one(_grid_of_header(path, header), grid)
     return Reading(path, tuple(numbers), header, grid, offset, resampling, dtype.name, scale)

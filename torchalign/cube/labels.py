@@ -128,6 +128,23 @@ def role_of(dim: Hashable) -> str | None:
     return next((role for role in CUBE if name in _NAMES[role]), None)
 
 
+def frame_names(dataset: xr.Dataset, cure: str, *, kinds: str = "") -> list[Hashable]:
+    """The variables over time, y and x, of some kinds of dtypes; an error where there are none."""
+    names = [
+        name
+        for name, array in dataset.data_vars.items()
+        if {*MASK} <= {role_of(dim) for dim in array.dims} and (not kinds or array.dtype.kind in kinds)
+    ]
+    if not names:
+        raise ValueError(message("cube", "variables over time, y and x", [*map(str, dataset)], cure))
+    return names
+
+
+def as_numbers(array: Any) -> Any:
+    """Bool as the numbers that files hold; what else it may be as it is."""
+    return array.astype(np.uint8) if isinstance(array, xr.DataArray) and array.dtype == np.bool_ else array
+
+
 def rename_dims(array: xr.DataArray, names: Mapping[Hashable, str]) -> xr.Variable:
     """The array's variable under other dim names, neither loaded nor copied."""
     variable = array.variable.copy(deep=False)

@@ -44,9 +44,8 @@ class _Packing:
                 given = [float(value) for entry in declared if entry is not None for value in np.ravel(entry)]
                 fills = tuple(int(np.array(int(fill)).astype(dtype)) for fill in given if np.isfinite(fill))
                 if scale != 0 and np.isfinite([scale, offset]).all():
-                    return cls(
-                        scale, offset, *_packed_range(array.dtype, dtype, scale, offset, fills), fills, dtype
-                    )
+                    ends = _packed_range(array.dtype, dtype, scale, offset, fills)
+                    return cls(scale, offset, *ends, fills, dtype)
         return None
 
     def holds(self, value: float) -> bool:
@@ -111,9 +110,8 @@ class Pixels:
         if fill_value is not None and pixels.dtype.kind != "f" and not (np.isnan(fill_value) and nodata):
             limits = np.iinfo(pixels.dtype)
             if not limits.min <= fill_value <= limits.max:
-                expected = (
-                    f"what {pixels.dtype} holds, {limits.min} … {limits.max}, or NaN where there is nodata"
-                )
+                held = f"{limits.min} … {limits.max}, or NaN where there is nodata"
+                expected = f"what {pixels.dtype} holds, {held}"
                 cure = "choose such a value, or declare datacube.attrs['_FillValue']"
                 raise ValueError(message(name, expected, fill_value, cure))
         return pixels
@@ -133,10 +131,8 @@ class Pixels:
         """Floats on the device, NaN for nodata."""
         # a copy, never the caller's memory; the conversion makes one where the dtype changes
         converted = self.native != self.compute_dtype and raw.flags.writeable
-        native = (
-            np.asarray(raw, self.native, order="C") if converted else np.array(raw, self.native, order="C")
-        )
-        host = torch.from_numpy(native)
+        take = np.asarray if converted else np.array
+        host = torch.from_numpy(take(raw, self.native, order="C"))
         if device.type == "cuda":
             host = host.pin_memory()
         values = host.to(device, non_blocking=True).to(self.compute)

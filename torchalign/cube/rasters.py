@@ -48,12 +48,10 @@ class StackOptions:
     on_demand: bool = False  # pixels stay in the files, and whoever takes some of them reads these
 
 
-class _BandFiles(NamedTuple):
-    """Files of one kind: all of a stack, or those of one band."""
-
-    name: str | None
-    headers: dict[Source, Header]  # of those that are taken, in the order of time
-    times: list[np.datetime64]
+class _File(NamedTuple):
+    path: Source
+    header: Header
+    time: np.datetime64
 
 
 def read_stack(source: Any, options: StackOptions) -> Any:
@@ -61,25 +59,21 @@ def read_stack(source: Any, options: StackOptions) -> Any:
     mapping = options.bands if isinstance(options.bands, Mapping) else None
     found = find_sources(source, options.pattern, mapping, options.recursive)
     skipped: dict[Source, str] = {}
-    layers = []
+    layers: dict[str | None, list[_File]] = {}
     for name, paths in found.bands.items():
         headers = read_headers(paths, skipped)
         times = read_times(list(headers), options.time, found.times, source, skipped)
         drop_strangers(headers, skipped, grids=options.grid is None)
-        taken = [path for path in headers if path not in skipped]
-        _drop_duplicates(taken, times, skipped)
-        chosen = sorted(
-            (path for path in taken if path not in skipped), key=lambda path: (times[path], str(path))
-        )
-        layers.append(
-            _BandFiles(name, {path: headers[path] for path in chosen}, [times[path] for path in chosen])
-        )
-    layers = _common_dates(layers, skipped)
+        taken = [_File(path, headers[path], times[path]) for path in headers if path not in skipped]
+        layers[name] = _one_a_date(taken, skipped)
+    layers = _with_common_dates(layers, skipped)
     _complain(skipped, options, found.total)
-    if not layers[0].headers:
+    if not next(iter(layers.values())):
         raise _nothing_left(skipped, found.total)
     grid = _common_grid(layers, options.grid)
-    cubes = {layer.name: _read_layer(layer, grid, options, skipped, found.total) for layer in layers}
+    cubes = {
+        name: _read_layer(name, files, grid, options, skipped, found.total) for name, files in layers.items()
+    }
     result: Any = cubes[None] if None in cubes else _as_dataset(cubes)  # type: ignore[arg-type]  # names, all of them
     if skipped:
         listed = sorted(skipped.items(), key=lambda item: str(item[0]))
@@ -96,31 +90,27 @@ def _first_reasons(skipped: Mapping[Source, str]) -> str:
     return "; ".join(f"{path.name}: {reason}" for path, reason in list(skipped.items())[:3])
 
 
-def _drop_duplicates(
-    paths: Sequence[Source], times: Mapping[Source, np.datetime64], skipped: dict[Source, str]
-) -> None:
-    first: dict[np.datetime64, Source] = {}
-    for path in sorted(paths, key=str):
-        if path in skipped:
-            continue
-        if times[path] in first:
-            skipped[path] = f"it is of the same time as {first[times[path]].name}, {times[path]}"
+def _one_a_date(files: Sequence[_File], skipped: dict[Source, str]) -> list[_File]:
+    """Sorted by time, the first in the alphabet of each."""
+    first: dict[np.datetime64, _File] = {}
+    for file in sorted(files, key=lambda file: str(file.path)):
+        if file.time in first:
+            skipped[file.path] = f"it is of the same time as {first[file.time].path.name}, {file.time}"
         else:
-            first[times[path]] = path
+            first[file.time] = file
+    return [first[time] for time in sorted(first)]
 
 
-def _common_dates(layers: Sequence[_BandFiles], skipped: dict[Source, str]) -> list[_BandFiles]:
-    """Of every band the dates that all bands have."""
-    common = set(layers[0].times).intersection(*(layer.times for layer in layers[1:]))
-    kept = []
-    for layer in layers:
-        for path, time in zip(layer.headers, layer.times, strict=True):
-            if time not in common:
-                lacking = next(other.name for other in layers if time not in other.times)
-                skipped[path] = f"band {lacking} has no file of its time, {time}"
-        pairs = [pair for pair in zip(layer.headers.items(), layer.times, strict=True) if pair[1] in common]
-        kept.append(_BandFiles(layer.name, dict(item for item, _ in pairs), [time for _, time in pairs]))
-    return kept
+def _with_common_dates(
+    layers: Mapping[str | None, Sequence[_File]], skipped: dict[Source, str]
+) -> dict[str | None, list[_File]]:
+    """Of every band the files of the dates that all bands have."""
+    dates = {name: {file.time for file in files} for name, files in layers.items()}
+    common = set.intersection(*dates.values())
+    for file in (file for files in layers.values() for file in files if file.time not in common):
+        lacking = next(name for name, own in dates.items() if file.time not in own)
+        skipped[file.path] = f"band {lacking} has no file of its time, {file.time}"
+    return {name: [file for file in files if file.time in common] for name, files in layers.items()}
 
 
 def _complain(skipped: Mapping[Source, str], options: StackOptions, total: int) -> None:
@@ -135,18 +125,17 @@ def _complain(skipped: Mapping[Source, str], options: StackOptions, total: int) 
     raise ValueError(message("source", "files of one grid, each of its own date", got, cure))
 
 
-def _common_grid(layers: Sequence[_BandFiles], wanted: Any) -> Georeference:
-    every = {path: header for layer in layers for path, header in layer.headers.items()}
+def _common_grid(layers: Mapping[str | None, Sequence[_File]], wanted: Any) -> Georeference:
     if wanted is not None:
-        return find_grid(wanted, every)
-    first, *others = (next(iter(layer.headers.values())) for layer in layers)
-    for layer, other in zip(layers[1:], others, strict=True):
-        if not is_same_grid(first.grid, other.grid, CLOSE):
-            own, its = _grid_in_words(first.grid), _grid_in_words(other.grid)
-            got = f"{own} for {layers[0].name}, {its} for {layer.name}"
+        return find_grid(wanted, {file.path: file.header for files in layers.values() for file in files})
+    grids = {name: files[0].header.grid for name, files in layers.items()}
+    first = next(iter(grids))
+    for name, grid in grids.items():
+        if not is_same_grid(grids[first], grid, CLOSE):
+            got = f"{_grid_in_words(grids[first])} for {first}, {_grid_in_words(grid)} for {name}"
             cure = 'pass grid="first", "union" or "intersection" to bring them onto one grid'
             raise ValueError(message("bands", "bands of one grid", got, cure))
-    return first.grid
+    return grids[first]
 
 
 def _grid_in_words(grid: Georeference) -> str:
@@ -157,22 +146,27 @@ def _grid_in_words(grid: Georeference) -> str:
 
 
 def _read_layer(
-    layer: _BandFiles, grid: Georeference, options: StackOptions, skipped: dict[Source, str], total: int
+    name: str | None,
+    files: Sequence[_File],
+    grid: Georeference,
+    options: StackOptions,
+    skipped: dict[Source, str],
+    total: int,
 ) -> xr.DataArray:
-    paths, times, first = list(layer.headers), layer.times, next(iter(layer.headers.values()))
+    first = files[0].header
     count = len(first.numbers)
-    whole = layer.name is not None or options.bands is None
+    whole = name is not None or options.bands is None
     chosen = list(range(count)) if whole else find_bands(options.bands, first.descriptions, count, first=1)
     numbers = [first.numbers[position] for position in chosen]
     dtype = np.result_type(*(np.dtype(first.dtypes[position]) for position in chosen))
     kernel = options.resampling
-    if (layer.name and is_class_name(layer.name)) or any('"table"' in first.colours[one] for one in chosen):
+    if (name and is_class_name(name)) or any('"table"' in first.colours[one] for one in chosen):
         kernel = "nearest"  # codes, not numbers
     readings = [
         Reading(path, tuple(numbers), header, grid, (0, 0), kernel, dtype.name)
         if options.grid is None
         else plan_reading(path, header, numbers, grid, kernel, dtype)
-        for path, header in layer.headers.items()
+        for path, header, _ in files
     ]
     masked = any(one.leaves_gaps or one.header.alpha or one.header.has_mask for one in readings)
     values: Any = indexing.LazilyIndexedArray(_Files(readings))
@@ -184,13 +178,13 @@ def _read_layer(
     elif not options.on_demand:
         values, usable = _read_all(readings, options.keep_empty, masked, skipped)
         _complain(skipped, options, total)
-        kept = [number for number, path in enumerate(paths) if path not in skipped]
-        if len(kept) < len(paths):
-            values, usable = values[kept], None if usable is None else usable[kept]
-            readings, times = [readings[number] for number in kept], [times[number] for number in kept]
-        if not readings:
+        kept = [number for number, file in enumerate(files) if file.path not in skipped]
+        if not kept:
             raise _nothing_left(skipped, total)
-    cube = _label(values, readings, times, chosen)
+        if len(kept) < len(files):
+            values, usable = values[kept], None if usable is None else usable[kept]
+            readings, files = [readings[number] for number in kept], [files[number] for number in kept]
+    cube = _label(values, readings, [file.time for file in files], chosen)
     if usable is not None:
         kind = "alpha" if first.alpha else "mask"
         attrs = {"kind": kind, "long_name": "0 where a pixel is not usable"}

@@ -341,9 +341,9 @@ def _has_defects(module: nn.Module, images: Tensor | None, known: Tensor | None)
         return False
     channel, usable, _ = look
     good = exclude_defects(channel, usable)
-    return good is None or not torch.equal(
-        good, torch.ones_like(good) if usable is None else usable.expand_as(good)
-    )
+    if good is None:
+        return True
+    return not torch.equal(good, torch.ones_like(good) if usable is None else usable.expand_as(good))
 
 
 def _margin(module: nn.Module, found: Estimate, size: tuple[int, int]) -> int:
@@ -369,9 +369,8 @@ def _measure_again(
     if not len(aligned):
         return Remaining(aligned.new_empty(0, 2), aligned.new_empty(0))
     if reference_usable is not None:
-        reference_usable = reference_usable.expand(
-            -1 if reference_usable.ndim == 3 else 1, *reference.shape[-2:]
-        )
+        masks = -1 if reference_usable.ndim == 3 else 1
+        reference_usable = reference_usable.expand(masks, *reference.shape[-2:])
     seen, margin = None, _margin(module, found, (aligned.shape[-2], aligned.shape[-1]))
     if usable is None and margin:  # without a mask a correlation costs half
         within = slice(margin, -margin)
@@ -395,9 +394,8 @@ def _measure_again(
     apart = misfit(moving, still, moving_usable, still_usable, contrast=contrast)
     # it may be why a frame is ambiguous, and does not depend on where the whole lies
     told = found.valid | (found.status == int(Status.AMBIGUOUS))
-    return Remaining(
-        remaining.shift.masked_fill(~measured[:, None], torch.nan), apart.masked_fill(~told, torch.nan)
-    )
+    shift = remaining.shift.masked_fill(~measured[:, None], torch.nan)
+    return Remaining(shift, apart.masked_fill(~told, torch.nan))
 
 
 # --- apply ---

@@ -123,9 +123,8 @@ class PairEvidence:
             place = center_displacement(found.warp.double(), self.reader.cube.size).to(shift.device)
             residual = (shift - place[edges.moving] + place[edges.reference]).norm(dim=-1)[usable]
             deviation = residual / torch.hypot(sigma, torch.full_like(sigma, 0.03))[usable]
-            misfits.append(
-                float(torch.where(deviation < 1, 0.5 * deviation.square(), deviation - 0.5).mean())
-            )
+            huber = torch.where(deviation < 1, 0.5 * deviation.square(), deviation - 0.5)
+            misfits.append(float(huber.mean()))
         return misfits[1] <= 0.9 * misfits[0]
 
 

@@ -102,14 +102,14 @@ class LargeReference(NamedTuple):
     @classmethod
     def of(cls, reference: Any, mask: Any, stack: FrameReader) -> LargeReference:
         """A word, the label of a frame, or pixels on the stack's grid."""
-        cube, frame, source = stack.cube, None, None
+        cube = stack.cube
         known = find_mask(mask, "reference_mask", cube)
         if isinstance(reference, str) and reference in ("median", "mean"):
             return cls(reference, stack, None, None, known)
         if isinstance(reference, str) and reference in get_args(ReferenceName) and reference != "first":
             cure = "name a frame, or make the reference's pixels first"
             expected = (
-                "'first', 'median', 'mean', the label of one frame, or pixels, of scenes larger than memory"
+                "'first', 'median', 'mean', the label of a frame, or pixels, of scenes larger than memory"
             )
             raise ValueError(message("reference", expected, repr(reference), cure))
         if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim > 1:
@@ -117,10 +117,9 @@ class LargeReference(NamedTuple):
             return cls(source.name, stack, None, source, known)
         if isinstance(reference, xr.DataArray) and not reference.ndim:  # a label, `cube.time[3]`
             reference = reference.values[()]
-        words = ("first", "median", "mean")
-        frame = 0 if isinstance(reference, str) and reference == "first" else find_frame(
-            cube.array, cube.dims["time"], reference, "reference", words=words
-        )  # fmt: skip
+        frame, words = 0, ("first", "median", "mean")
+        if not isinstance(reference, str) or reference != "first":
+            frame = find_frame(cube.array, cube.dims["time"], reference, "reference", words=words)
         time = cube.coordinate("time", local=True)
         return cls(str(frame) if time is None else label_text(time.values[frame]), stack, frame, None, known)
 
@@ -212,12 +211,8 @@ def _grid(size: tuple[int, int]) -> list[tuple[slice, list[slice]]]:
     def along(length: int) -> list[slice]:
         side = min(length, _TILE)
         count = max(1, min(_ACROSS, length // _TILE))
-        starts = (
-            [round(start) for start in np.linspace(0, length - side, count + 2)[1:-1]]
-            if count < length / side
-            else [0]
-        )
-        return [slice(start, start + side) for start in (starts or [0])]
+        inside = np.linspace(0, length - side, count + 2)[1:-1] if count < length / side else [0]
+        return [slice(start, start + side) for start in map(round, inside)]
 
     columns = along(size[1])
     return [(rows, columns) for rows in along(size[0])]
@@ -286,8 +281,9 @@ def _combine_tiles(
         else:
             corner = torch.tensor([origins[i] for i in chosen.tolist()], dtype=torch.float64)
             points = corner[:, None] + _box(*size)
-            fit = _TileMotions(points, transform_points(own, points), tiles.covariance[chosen].double())
-            fitted, apart, found = fit.motion(motion == "translation", _box(*whole).mean(0))
+            there, known = transform_points(own, points), tiles.covariance[chosen].double()
+            shifts_only, middle = motion == "translation", _box(*whole).mean(0)
+            fitted, apart, found = _motion_of_tiles(points, there, known, shifts_only, middle)
         agree = apart <= max(_OUTLIER, 3 * float(apart.median()))
         if float((apart <= _OUTLIER).double().mean()) < share:
             status = Status.AMBIGUOUS
@@ -320,46 +316,41 @@ def _box(height: int, width: int) -> Tensor:
     return torch.tensor([(0, 0), (right, 0), (0, low), (right, low)], dtype=torch.float64)
 
 
-class _TileMotions(NamedTuple):
-    """What n tiles say of the motion of the whole."""
+def _motion_of_tiles(
+    points: Tensor, there: Tensor, own: Tensor, translation: bool, middle: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The motion (2, 3) of all tiles, how far each is from it in pixels, and the covariance at ``middle``.
 
-    points: Tensor  # (n, 4, 2), their corners
-    there: Tensor  # (n, 4, 2), where each puts its own
-    covariance: Tensor  # (n, 2, 2), of each tile's translation
+    Of n tiles the corners, (n, 4, 2), where each puts its own, and the covariance of its translation, (n, 2, 2).
 
-    def motion(self, translation: bool, middle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r"""The motion (2, 3) of all tiles, how far each is from it in pixels, and the covariance at ``middle``.
-
-        Generalised least squares over the corners, each with a quarter of its tile's weight :math:`W`:
-        :math:`\hat\theta = N^{-1} \sum X^\top W y`, :math:`N = \sum X^\top W X`, with the displacements y and the rows
-        X of ones (a translation) or of ones and places (an affine motion). Its covariance is :math:`N^{-1}`, times
-        what the tiles disagree beyond their own covariances.
-        """
-        apart_points, scale = self.points - middle, float((self.points - middle).abs().max())
-        design = torch.ones_like(self.points[..., :1])
-        if not translation:
-            design = torch.cat([design, apart_points / scale], -1)  # (n, 4, k)
-        target = self.there - self.points
-        prior = torch.linalg.inv(self.covariance + _FLOOR**2 * torch.eye(2, dtype=torch.float64))
-        weight, terms = prior, design.shape[-1]
-        for _ in range(_ROUNDS):
-            normal = torch.einsum("npi,npj,nab->iajb", design, design, weight / 4).reshape(
-                2 * terms, 2 * terms
-            )
-            right = torch.einsum("npi,nab,npb->ia", design, weight / 4, target).reshape(2 * terms)
-            solved = torch.linalg.solve(normal, right).reshape(terms, 2)
-            left = target - design @ solved
-            apart = left.square().sum(-1).mean(1).sqrt()
-            robust = max(float(apart.median()) * 1.4826, _FLOOR)
-            weight = prior * (_HUBER * robust / apart.clamp(min=1e-12)).clamp(max=1.0)[:, None, None]
-        freedom = max(1, 2 * (len(design) - terms))
-        excess = torch.einsum("na,nab,nb->", left.mean(1), weight, left.mean(1)) / freedom
-        covariance = torch.linalg.inv(normal)[:2, :2] * excess.clamp(min=1.0)
-        linear = torch.eye(2, dtype=torch.float64)
-        if not translation:
-            linear = linear + solved[1:].T / scale
-        shift = solved[0] + middle - linear @ middle
-        return torch.cat([linear, shift[:, None]], 1), apart, covariance
+    Generalised least squares over the corners, each with a quarter of its tile's weight :math:`W`:
+    :math:`\hat\theta = N^{-1} \sum X^\top W y`, :math:`N = \sum X^\top W X`, with the displacements y and the rows
+    X of ones (a translation) or of ones and places (an affine motion). Its covariance is :math:`N^{-1}`, times
+    what the tiles disagree beyond their own covariances.
+    """
+    scale = float((points - middle).abs().max())
+    design = torch.ones_like(points[..., :1])
+    if not translation:
+        design = torch.cat([design, (points - middle) / scale], -1)  # (n, 4, k)
+    target = there - points
+    prior = torch.linalg.inv(own + _FLOOR**2 * torch.eye(2, dtype=torch.float64))
+    weight, terms = prior, design.shape[-1]
+    for _ in range(_ROUNDS):
+        normal = torch.einsum("npi,npj,nab->iajb", design, design, weight / 4).reshape(2 * terms, 2 * terms)
+        right = torch.einsum("npi,nab,npb->ia", design, weight / 4, target).reshape(2 * terms)
+        solved = torch.linalg.solve(normal, right).reshape(terms, 2)
+        left = target - design @ solved
+        apart = left.square().sum(-1).mean(1).sqrt()
+        robust = max(float(apart.median()) * 1.4826, _FLOOR)
+        weight = prior * (_HUBER * robust / apart.clamp(min=1e-12)).clamp(max=1.0)[:, None, None]
+    freedom = max(1, 2 * (len(design) - terms))
+    excess = torch.einsum("na,nab,nb->", left.mean(1), weight, left.mean(1)) / freedom
+    covariance = torch.linalg.inv(normal)[:2, :2] * excess.clamp(min=1.0)
+    linear = torch.eye(2, dtype=torch.float64)
+    if not translation:
+        linear = linear + solved[1:].T / scale
+    shift = solved[0] + middle - linear @ middle
+    return torch.cat([linear, shift[:, None]], 1), apart, covariance
 
 
 # --- rows ---
@@ -378,9 +369,8 @@ def _split(module: nn.Module) -> tuple[nn.Module, Local | None]:
     if not isinstance(last, Local):
         return module, None
     if last.crop_center is not None:
-        raise ValueError(
-            message("crop_center", "None for scenes larger than memory", last.crop_center, "leave it out")
-        )
+        expected = "None for scenes larger than memory"
+        raise ValueError(message("crop_center", expected, last.crop_center, "leave it out"))
     before: list[Any] = list(stages[:-1])
     return Cascade(*before) if before else last.global_method(), last
 

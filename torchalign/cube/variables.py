@@ -42,16 +42,13 @@ class Variables:
         """Sort them; those without time, y or x stay as they are."""
         frames = [name for name in dataset.data_vars if _has_frames(dataset, name, dims)]
         if not frames:
-            got = f"{_sizes_in_words(dataset)}"
+            got = _sizes_in_words(dataset)
             cure = "choose variables with time, y and x, or name the dims with time_dim=, y_dim=, x_dim="
             raise ValueError(message("datacube", "a Dataset with variables over time, y and x", got, cure))
         named = [] if classes is None else _choose_names(classes, frames, "classes")
         kinds = {name: name in named or is_class(dataset[name], name) for name in frames}
-        wanted = (
-            [name for name in frames if not kinds[name]]
-            if bands is None
-            else _choose_names(bands, frames, "bands")
-        )
+        wanted = [name for name in frames if not kinds[name]]
+        wanted = wanted if bands is None else _choose_names(bands, frames, "bands")
         for name in wanted:
             if name in named:
                 cure = "name each variable once"
@@ -97,9 +94,7 @@ def _has_frames(dataset: xr.Dataset, name: Hashable, given: Mapping[str, Hashabl
 
 def _sizes_in_words(dataset: xr.Dataset) -> str:
     variables = [f"{name} {tuple(array.dims)}" for name, array in dataset.data_vars.items()]
-    return (
-        ", ".join(variables[:4]) + (", …" if len(variables) > 4 else "") if variables else "one without any"
-    )
+    return ", ".join([*variables[:4], *["…"] * (len(variables) > 4)]) or "one without any"
 
 
 def _choose_names(wanted: Any, names: Sequence[Hashable], argument: str) -> list[Hashable]:
@@ -141,9 +136,8 @@ def stack_variables(variables: Variables) -> tuple[xr.DataArray, dict[Hashable, 
     parts, labels, slices, count = [], [], {}, 0
     for name, one in zip(variables.seen, cubes, strict=True):
         own, number = band_labels(one.array, one.dims)
-        labels += (
-            [str(name)] if "band" not in one.dims else [f"{name}/{label}" for label in own or range(number)]
-        )
+        words = [f"{name}/{label}" for label in own or range(number)]
+        labels += words if "band" in one.dims else [str(name)]
         slices[name] = slice(count, count + number)
         count += number
         variable: Any = one.variable if alike else Cube(as_floats(one.array), one.dims).variable
@@ -253,9 +247,7 @@ def _split_bands(
                 one.encoding.pop(key, None)
             value = nodata[number]
             one.attrs |= {} if value is None or value != value else {"_FillValue": value}
-        variables[name] = one.drop_vars(
-            [key for key in one.coords if band in array[key].dims], errors="ignore"
-        )
+        variables[name] = one.drop_vars([key for key in one.coords if band in array[key].dims])
     chosen = [
         wanted
         if wanted is None
