@@ -372,7 +372,7 @@ MUTATIONS = [
     ),
     # --- functional/ecc ---
     Mutation(
-        "ecc-lambda-sign", "functional/ecc.py",
+        "ecc-lambda-sign", "functional/normal_equations.py",
         "good = (along > 0) & (system.rest > 0)", "good = (along != 0) & (system.rest > 0)",
         f"{_F}/test_enhanced_correlation.py -k turn_back",
     ),
@@ -403,17 +403,17 @@ MUTATIONS = [
         f"{_F}/test_enhanced_correlation.py -k no_number",
     ),
     Mutation(
-        "ecc-shifted-mask", "functional/ecc.py",
+        "ecc-shifted-mask", "functional/moving_frames.py",
         "common = common * level.grid.move(self.weights, shift).clamp(0, 1).flatten(-2)", "pass",
         f"{_F}/test_enhanced_correlation.py -k no_evidence",
     ),
     Mutation(
-        "ecc-reference-weights", "functional/ecc.py",
+        "ecc-reference-weights", "functional/moving_frames.py",
         "return torch.minimum(level.weights, own)", "return own",
         f"{_F}/test_enhanced_correlation.py -k no_evidence",
     ),
     Mutation(
-        "ecc-perspective-slope", "functional/ecc.py",
+        "ecc-perspective-slope", "functional/moving_frames.py",
         "by_x = (slope_x * (a - x * g) + slope_y * (d - y * g)) / depth",
         "by_x = (slope_x * a + slope_y * d) / depth",
         f"{_F}/test_enhanced_correlation.py -k implicit_derivatives",
@@ -425,7 +425,7 @@ MUTATIONS = [
         f"{_F}/test_enhanced_correlation.py -k implicit_derivatives",
     ),
     Mutation(
-        "ecc-blind-direction", "functional/ecc.py",
+        "ecc-blind-direction", "functional/normal_equations.py",
         "_BLIND = 1e-2", "_BLIND = 1e6",
         f"{_F}/test_enhanced_correlation.py -k one_direction",
     ),
