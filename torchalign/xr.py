@@ -209,9 +209,8 @@ def align(
     check_bool("graph", graph)
     batch, module = loop.check_batch(batch_size), loop.find_aligner(aligner)
     running: dict[str, Any] = {"device": device, "batch_size": batch, "progress": progress, "mask": mask}
-    options = _Request(
-        module, aligner == "auto", reference_mask, sun, init, verify=verify, graph=graph, **running
-    )
+    running |= {"verify": verify, "graph": graph}
+    options = _Request(module, aligner == "auto", reference_mask, sun, init, **running)
     variables, join = take_apart(datacube, bands, classes, dims)
     if variables is None:
         return _align_cube(Cube.of(datacube, dims), reference, options)  # type: ignore[return-value]  # as it came
@@ -324,13 +323,10 @@ def _move_variables(
             moved[name] = array.copy(data=values.data)
             continue
         is_class = name in variables.classes
-        how: dict[str, Any] = (
-            {"interpolation": "nearest"} if is_class else resampling | {"mask": options.mask}
-        )
+        how: dict[str, Any] = {"device": options.device, "batch_size": options.batch_size}
+        how |= {"interpolation": "nearest"} if is_class else resampling | {"mask": options.mask}
         how |= {f"{role}_dim": dim for role, dim in variables.given(name).items()}
-        moved[name] = apply(
-            array, report, device=options.device, batch_size=options.batch_size, progress=False, **how
-        )
+        moved[name] = apply(array, report, progress=False, **how)
     return _put_together(variables.dataset, moved)
 
 
@@ -692,9 +688,8 @@ def _apply_to_cube(
         warp = warps.read(torch.device("cpu"), slice(None))
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})
     pixels = Pixels.of(cube, how.fill_value, "fill_value")
-    operation = loop.WarpFrames(
-        pixels, how.device, how.batch_size, interpolation, how.padding_mode, how.fill_value
-    )
+    resampling = (interpolation, how.padding_mode, how.fill_value)
+    operation = loop.WarpFrames(pixels, how.device, how.batch_size, *resampling)
     usable = (labels.find_mask if interpolation == "nearest" else labels.find_usable)(how.mask, "mask", cube)
     with torch.no_grad(), loop.progress_bar(how.progress, cube, "apply") as advance:
         values, _ = loop.run(operation, cube, (warps, loop.mask_companion(usable), *fields), advance)

@@ -104,9 +104,8 @@ class FrameReader:
 
     def hold(self, rows: slice) -> FrameReader:
         """Of these rows alone, which are in memory from here on."""
-        cube = Cube(
-            xr.DataArray(_hold_rows(self.cube.variable, rows)), {role: role for role in self.cube.dims}
-        )
+        held = xr.DataArray(_hold_rows(self.cube.variable, rows))
+        cube = Cube(held, {str(role): role for role in held.dims})
         return replace(self, cube=cube, usable=None if self.usable is None else _hold_rows(self.usable, rows))
 
     def decode(self, raw: Array, seen: Array | None) -> Tensor:

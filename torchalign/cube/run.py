@@ -229,9 +229,8 @@ class AlignFrames(Operation):
     def promised(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """The fields of a report."""
         residual = self.verify and self.makes_pixels
-        return promised_fields(
-            self.pixels.compute, self._rows, residual=residual, metres=self.metres, nodes=self.nodes
-        )
+        how: dict[str, Any] = {"residual": residual, "metres": self.metres, "nodes": self.nodes}
+        return promised_fields(self.pixels.compute, self._rows, **how)
 
     def as_promised(self, fields: dict[str, Array]) -> dict[str, Array]:
         """With warps of the rows that were promised."""

@@ -211,9 +211,8 @@ class ArchivePositions(NamedTuple):
         if known.attrs.get("season") == "correct" and (known["season_shift_x"].values != 0).any():
             if sun is None:
                 cure = "give sun= and a cube with dates and a CRS, as when the archive was aligned"
-                raise ValueError(
-                    message("archive", "frames whose sun is known", "no dates or no place", cure)
-                )
+                expected, got = "frames whose sun is known", "no dates or no place"
+                raise ValueError(message("archive", expected, got, cure))
             season = np.stack([known["season_shift_x"].values, known["season_shift_y"].values], -1)
             shift = shift + season * accepted[:, None]
             along = shadow_direction(sun).cpu().numpy()

@@ -69,9 +69,8 @@ _SERIES_BYTES = 2**27  # of those of all frames, of which a median or a mean is 
 def large_reader(array: xr.DataArray, mask: Any, device: torch.device) -> FrameReader:
     """Of a stack whose pixels stay in the files; ``mask`` as :func:`torchalign.align` takes it."""
     cube = Cube.of(array)
-    return FrameReader(
-        cube, Pixels.of(cube, look=False), find_mask(mask, "mask", cube), device, own_codes(cube)
-    )
+    usable, pixels = find_mask(mask, "mask", cube), Pixels.of(cube, look=False)
+    return FrameReader(cube, pixels, usable, device, own_codes(cube))
 
 
 def _read_tiles(stack: FrameReader, frame: int, rows: slice, columns: Sequence[slice]) -> Tensor:
@@ -109,7 +108,7 @@ class LargeReference(NamedTuple):
         if isinstance(reference, str) and reference in get_args(ReferenceName) and reference != "first":
             cure = "name a frame, or make the reference's pixels first"
             expected = (
-                "'first', 'median', 'mean', the label of a frame, or pixels, of scenes larger than memory"
+                "'first', 'median', 'mean', the label of one frame, or pixels, for scenes beyond memory"
             )
             raise ValueError(message("reference", expected, repr(reference), cure))
         if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim > 1:
@@ -245,13 +244,12 @@ def _estimate_frames(
         size = (rows.stop - rows.start, columns[0].stop - columns[0].start)
         limit = float(getattr(module, "max_translation", np.inf))
         whole = stack.cube.size
+        of_frames = partial(
+            _combine_tiles, origins=origins, size=size, whole=whole, motion=motion, limit=limit
+        )
         told, loose = (
-            combine(torch.cat, [
-                _combine_tiles(
-                    combine(torch.cat, parts).map(torch.Tensor.cpu), origins, size, whole, motion, limit, share
-                )
-                for parts in tiles
-            ])
+            combine(torch.cat, [of_frames(combine(torch.cat, parts).map(torch.Tensor.cpu), share=share)
+                                for parts in tiles])
             for tiles, share in ((found, _AGREE), (begun, 0.0))
         )  # fmt: skip
     return told, choose_rows(told.valid, told, loose)
