@@ -478,8 +478,11 @@ class _ShiftedFrames(NamedTuple):
             (system.mean, system.inverse, system.solved, system.rest),
             grid.frequencies,
             level.corners,
-            (grid.size[0] * grid.size[1], half_length(grid.frame), _LONGEST_STEP * grid.spacing()),
-            (search.max_iterations, search.tolerance),
+            grid.size[0] * grid.size[1],
+            half_length(grid.frame),
+            _LONGEST_STEP * grid.spacing(),
+            search.max_iterations,
+            search.tolerance,
         )
         values = level.grid.move(self.spectrum, seen).flatten(-2) if precise else None
         return _shifted_by(shift / half_length(grid.frame)), reach, values
@@ -540,9 +543,9 @@ class _WarpedFrames(NamedTuple):
         if kernels is None:
             ground = _for_parts(self.ground(warp, level), level.vector)
             return _WarpedSamples(warp, self.values(warp, level, precise=precise), ground)
-        ramps = [ramp_length(length, self.taper) for length in level.grid.frame] if self.taper > 0 else None
-        given = (self.spline, self.weights, warp, level.weights, self._geometry(level))
-        return _WarpedSamples(warp, *kernels.look(*given, ramps, precise))
+        ramps = [ramp_length(length, self.taper) for length in level.grid.frame] if self.taper > 0 else []
+        given = self.spline, self.weights, warp, level.weights, level.x, level.y, level.grid.frame
+        return _WarpedSamples(warp, *kernels.look(*given, ramps, self.projective, precise))
 
     def ascend(
         self, start: Tensor, moves: Tensor, system: _System, level: Level, search: _Search, precise: bool
@@ -559,16 +562,18 @@ class _WarpedFrames(NamedTuple):
             system.weights,
             level.products,
             equations,
-            self._geometry(level),
+            level.x,
+            level.y,
+            level.corners,
+            level.grid.frame,
+            _LONGEST_STEP * level.grid.spacing(),
+            self.projective,
             search.motion,
-            (search.max_iterations, search.tolerance, precise),
+            search.max_iterations,
+            search.tolerance,
+            precise,
         )
         return warp, reach, self.look(seen, level, precise=True).values if precise else None
-
-    def _geometry(self, level: Level) -> tuple[Any, ...]:
-        """As :class:`torchalign.kernels.ascend.Geometry` has it."""
-        longest = _LONGEST_STEP * level.grid.spacing()
-        return level.x, level.y, level.grid.frame, level.corners, longest, self.projective
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference; bilinear, at a fifth of the cost, unless ``precise``."""

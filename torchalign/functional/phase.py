@@ -433,7 +433,7 @@ def refine_peak(
     """
     kernels = kernels_for(power, start)
     if kernels is not None:
-        climbed = kernels.climb(power, frequencies, start, steps + 1)
+        climbed = kernels.climb(power, frequencies, start, steps + 1, False)
         if climbed is not None:
             return climbed
     orders = wave_orders(frequencies, _TERMS) if orders is None else orders
@@ -761,7 +761,7 @@ def _refine_plain(
         limits = (*CALIBRATION, left, _LONGEST_WAY, _LARGEST_CORRECTION)
         known = kernels.assess(power, grid.frequencies, shift, together, weights, grid.spacings(), limits)
         if known is not None:
-            return _Refined(known[0], step, curved, PeakQuality(*known[1]), shift.detach())
+            return _Refined(known[0], step, curved, PeakQuality(*known[1:]), shift.detach())
     found = shift
     bins = _correlated_bins(weights.detach().square())
     turned = shift_phase(power, grid.frequencies, found)
@@ -807,9 +807,9 @@ def _refine_divided(
     spectra = rfft2(_divided_fields(pair, same, windows, back))  # (2, 3, ..., h, w//2+1)
     kernels = kernels_for(spectra, start)
     if kernels is not None:
-        climbed = kernels.climb_divided(spectra, grid.frequencies, start, _NEWTON_STEPS + 1)
+        climbed = kernels.climb(spectra, grid.frequencies, start, _NEWTON_STEPS + 1, True)
         if climbed is not None:
-            return climbed
+            return climbed[0], climbed[1].norm(dim=-1), climbed[2]
     powers, orders = spectra[0].conj() * spectra[1], _orders(grid.frame, grid.size, _TERMS, like=grid.radius)
     shift = _ascended(powers, grid.frequencies, start, orders, _NEWTON_STEPS, _divided_step)
     step, curved = _divided_step(derivatives_at(powers, grid.frequencies, shift, orders, 3))
@@ -829,7 +829,7 @@ def _divided_fields(
     )
     kernels = kernels_for(moved, *windows, *covers, first, second)
     if kernels is not None:
-        return kernels.overlaps(windows, moved, inliers, covers, first, second)
+        return kernels.overlaps(windows, moved, inliers, *covers, first, second)
     own, other = windows[0] * moved, windows[1] * inliers
     if covers[0] is not None:
         own = own * covers[0]

@@ -8,9 +8,8 @@ Convention:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,14 +18,16 @@ from torchalign.kernels.sampling import (
     block_of,
     by_group,
     divide,
-    frames_of,
+    expanded,
     kernel,
     launch,
     lerp,
     load_complex,
     load_matrix,
+    load_pair,
     operator,
     spline_weight,
+    store_pair,
     wave_of,
 )
 from torchalign.kernels.turn import tukey
@@ -34,26 +35,6 @@ from torchalign.kernels.turn import tukey
 _MOTIONS = ("translation", "euclidean", "similarity", "affine", "homography")
 # a point farther out than this, in samples, is nowhere
 _NOWHERE = tl.constexpr(1e7)
-
-
-class Geometry(NamedTuple):
-    """Where the samples of a level lie, and how long a step there may be.
-
-    Attributes:
-        x: (n,), normalised.
-        y: (n,), likewise.
-        frame: (H, W) in pixels.
-        corners: (8, P), how each parameter displaces the frame's corners, x of the four and then y, in pixels.
-        longest: the longest step, in pixels.
-        projective: whether warps may have a last row.
-    """
-
-    x: Tensor
-    y: Tensor
-    frame: tuple[int, int]
-    corners: Tensor
-    longest: float
-    projective: bool
 
 
 @triton.jit
@@ -421,16 +402,13 @@ def step_shifted(
     limit = nothing + tl.cast(longest, COMPUTE)
     area = nothing + tl.cast(samples, COMPUTE)
     unit = nothing + tl.cast(half, COMPUTE)
-    x_shift = tl.load(start + 2 * frame)
-    y_shift = tl.load(start + 2 * frame + 1)
+    x_shift, y_shift = load_pair(start, frame)
     going = tl.load(moves + frame) != 0
     reach = nothing
-    tl.store(seen + 2 * frame, x_shift)
-    tl.store(seen + 2 * frame + 1, y_shift)
+    store_pair(seen, frame, x_shift, y_shift)
     for _ in range(iterations):
         if going:
-            tl.store(seen + 2 * frame, x_shift)
-            tl.store(seen + 2 * frame + 1, y_shift)
+            store_pair(seen, frame, x_shift, y_shift)
             m0 = tl.zeros((BLOCK,), COMPUTE)
             m1 = tl.zeros((BLOCK,), COMPUTE)
             m2 = tl.zeros((BLOCK,), COMPUTE)
@@ -460,61 +438,12 @@ def step_shifted(
             x_shift += _entry(step, places, 2) * unit
             y_shift += _entry(step, places, 3) * unit
             going = reach > tl.cast(tolerance, COMPUTE)
-    tl.store(shifts + 2 * frame, x_shift)
-    tl.store(shifts + 2 * frame + 1, y_shift)
+    store_pair(shifts, frame, x_shift, y_shift)
     tl.store(reaches + frame, reach)
 
 
-# ------------------------------------------------------------------------------------------------ as operators
-
-
+@operator()
 def look(
-    spline: Tensor,
-    usable: Tensor | None,
-    warp: Tensor,
-    level_weights: Tensor,
-    geometry: Geometry,
-    ramps: tuple[float, float] | None,
-    precise: bool,
-) -> tuple[Tensor, Tensor]:
-    """The moving frames as a warp shows them over the reference's samples, and the ground that both have.
-
-    Args:
-        spline: (..., T, h + 6, w + 6), coefficients of a cubic B-spline, continued.
-        usable: (..., T, h' + 6, w' + 6), how much is usable, continued; or ``None``.
-        warp: (..., T, 3, 3), normalised.
-        level_weights: (..., 1 or T, n), of the reference.
-        geometry: of the level.
-        ramps: how long the window falls off along y and x, in pixels; ``None`` for no window.
-        precise: the spline; else bilinear.
-
-    Returns:
-        (..., T, n) twice.
-    """
-    lead, geometry = warp.shape[:-2], Geometry(*geometry)
-    return tuple(
-        _look(
-            spline.expand(*lead, *spline.shape[-2:]),
-            usable,
-            warp,
-            level_weights,
-            geometry.x,
-            geometry.y,
-            list(geometry.frame),
-            list(ramps or ()),
-            geometry.projective,
-            precise,
-        )
-    )
-
-
-def _looked_like(warp: Tensor, level_x: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (*warp.shape[:-2], level_x.shape[0])
-    return warp.new_empty(shape), warp.new_empty(shape)
-
-
-@operator("look", _looked_like)
-def _look(
     spline: Tensor,
     usable: Tensor | None,
     warp: Tensor,
@@ -525,95 +454,52 @@ def _look(
     ramps: list[float],
     projective: bool,
     precise: bool,
-) -> tuple[Tensor, Tensor]:
-    values, common = _looked_like(warp, level_x)
-    mask = None if usable is None else usable.expand(*warp.shape[:-2], *usable.shape[-2:])
-    weights, group = by_group(warp.shape[:-2], 1, level_weights)
-    samples = level_x.shape[0]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The moving frames as a warp shows them over the reference's samples, and the ground that both have.
+
+    Args:
+        spline: (..., T, h + 6, w + 6), coefficients of a cubic B-spline, continued.
+        usable: (..., T, h' + 6, w' + 6), how much is usable, continued; or ``None``.
+        warp: (..., T, 3, 3), normalised.
+        level_weights: (..., 1 or T, n), of the reference.
+        level_x: (n,), where the samples lie, normalised.
+        level_y: (n,), likewise.
+        frame: (H, W) in pixels.
+        ramps: how long the window falls off along y and x, in pixels; none for no window.
+        projective: whether warps may have a last row.
+        precise: the spline; else bilinear.
+
+    Returns:
+        (..., T, n) twice.
+    """
+    lead, samples = warp.shape[:-2], level_x.shape[0]
+    values, common = (warp.new_empty((*lead, samples)) for _ in range(2))
+    yield values, common
+    (spline, mask), (weights, group) = expanded(lead, 2, spline, usable), by_group(lead, 1, level_weights)
+    sizes = [
+        length - 6 for field in (spline, spline if mask is None else mask) for length in field.shape[-2:]
+    ]
     launch(
         look_frames,
-        frames_of(warp),
+        lead,
+        (samples,),
         (spline, mask, warp, level_x, level_y, weights, values, common),
-        (
-            samples,
-            group,
-            *(length - 6 for length in spline.shape[-2:]),
-            *(length - 6 for length in (spline if mask is None else mask).shape[-2:]),
-            *map(float, frame),
-            *(ramps or (1.0, 1.0)),
-        ),
-        samples=samples,
+        (samples, group, *sizes, *map(float, frame), *(ramps or (1.0, 1.0))),
         MASKED=mask is not None,
         TAPERED=bool(ramps),
         PROJECTIVE=projective,
         SPLINE=precise,
     )
-    return values, common
 
 
+@operator()
 def ascend_warped(
     spline: Tensor,
     start: Tensor,
     moves: Tensor,
     weights: Tensor,
     regressors: Tensor,
-    equations: tuple[Tensor, Tensor, Tensor, Tensor],
-    geometry: Geometry,
-    motion: str,
-    steps: tuple[int, float, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps of frames under any warp, until none moves a point of the frame by more than a tolerance.
-
-    Args:
-        spline: (..., T, h + 6, w + 6), coefficients of a cubic B-spline, continued.
-        start: (..., T, 3, 3), normalised.
-        moves: bool, (..., T), the frames that move at all.
-        weights: (..., T, n).
-        regressors: (..., 1 or T, K, n): 1, the texture, its derivatives by the P parameters, and more.
-        equations: mean (..., T, 2 + P), inverse (..., T, P, P), solved (..., T, P) and rest (..., T).
-        geometry: of the level.
-        motion: what may move.
-        steps: how many at most, the tolerance in pixels, and whether samples are of the spline or bilinear.
-
-    Returns:
-        The warps (..., T, 3, 3); the reach (..., T) of the last step, in pixels; and the warps before it.
-    """
-    lead, geometry = start.shape[:-2], Geometry(*geometry)
-    return tuple(
-        _ascend_warped(
-            spline.expand(*lead, *spline.shape[-2:]),
-            start,
-            moves.expand(lead),
-            weights,
-            regressors,
-            *equations,
-            geometry.x,
-            geometry.y,
-            geometry.corners,
-            list(geometry.frame),
-            geometry.longest,
-            geometry.projective,
-            motion,
-            *steps,
-        )
-    )
-
-
-def _ascended_like(start: Tensor, moves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return start.new_empty(start.shape), start.new_empty(moves.shape), start.new_empty(start.shape)
-
-
-@operator("ascend_warped", _ascended_like)
-def _ascend_warped(
-    spline: Tensor,
-    start: Tensor,
-    moves: Tensor,
-    weights: Tensor,
-    regressors: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    solved: Tensor,
-    rest: Tensor,
+    equations: list[Tensor],
     level_x: Tensor,
     level_y: Tensor,
     corners: Tensor,
@@ -624,14 +510,39 @@ def _ascend_warped(
     iterations: int,
     tolerance: float,
     precise: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    warp, reach, seen = _ascended_like(start, moves)
-    lines, group = by_group(start.shape[:-2], 2, regressors)
-    parameters = corners.shape[-1]
-    equations = mean, inverse, solved, rest
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Steps of frames under any warp, until none moves a point of the frame by more than a tolerance.
+
+    Args:
+        spline: (..., T, h + 6, w + 6), coefficients of a cubic B-spline, continued.
+        start: (..., T, 3, 3), normalised.
+        moves: bool, (..., T), the frames that move at all.
+        weights: (..., T, n).
+        regressors: (..., 1 or T, K, n): 1, the texture, its derivatives by the P parameters, and more.
+        equations: mean (..., T, 2 + P), inverse (..., T, P, P), solved (..., T, P) and rest (..., T).
+        level_x: (n,), where the samples lie, normalised.
+        level_y: (n,), likewise.
+        corners: (8, P), how each parameter displaces the frame's corners, x of the four and then y, in pixels.
+        frame: (H, W) in pixels.
+        longest: the longest step, in pixels.
+        projective: whether warps may have a last row.
+        motion: what may move.
+        iterations: how many steps at most.
+        tolerance: in pixels.
+        precise: the spline; else bilinear.
+
+    Returns:
+        The warps (..., T, 3, 3); the reach (..., T) of the last step, in pixels; and the warps before it.
+    """
+    lead, parameters = start.shape[:-2], corners.shape[-1]
+    warp, reach, seen = (start.new_empty(shape) for shape in (start.shape, lead, start.shape))
+    yield warp, reach, seen
+    (spline,), (moves,) = expanded(lead, 2, spline), expanded(lead, 0, moves)
+    lines, group = by_group(lead, 2, regressors)
     launch(
         step_warped,
-        frames_of(start),
+        lead,
+        (),
         (spline, start, moves, weights, lines, *equations, level_x, level_y, corners, warp, reach, seen),
         (
             *(level_x.shape[0], group, regressors.shape[-2]),
@@ -646,20 +557,23 @@ def _ascend_warped(
         PROJECTIVE=projective,
         SPLINE=precise,
     )
-    return warp, reach, seen
 
 
+@operator()
 def ascend_shifted(
     spectrum: Tensor,
     weighted: Tensor,
     start: Tensor,
     moves: Tensor,
-    equations: tuple[Tensor, Tensor, Tensor, Tensor],
-    frequencies: tuple[Tensor, Tensor],
+    equations: list[Tensor],
+    frequencies: list[Tensor],
     corners: Tensor,
-    units: tuple[int, float, float],
-    steps: tuple[int, float],
-) -> tuple[Tensor, Tensor, Tensor]:
+    samples: int,
+    half: float,
+    longest: float,
+    iterations: int,
+    tolerance: float,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Steps of frames that are only shifted, by products of spectra.
 
     Args:
@@ -670,55 +584,23 @@ def ascend_shifted(
         equations: mean (..., T, 4), inverse (..., T, 2, 2), solved (..., T, 2) and rest (..., T).
         frequencies: (h,) and (w//2+1,), along y and x, in cycles per pixel.
         corners: (8, 2), how each parameter displaces the frame's corners, in pixels.
-        units: h · w, half of the frame's longer side in pixels, and the longest step in pixels.
-        steps: how many at most, and the tolerance in pixels.
+        samples: h · w.
+        half: of the frame's longer side, in pixels.
+        longest: the longest step, in pixels.
+        iterations: how many steps at most.
+        tolerance: in pixels.
 
     Returns:
         The shifts (..., T, 2) in pixels; the reach (..., T) of the last step, in pixels; and the shifts before it.
     """
-    lead = start.shape[:-1]
-    parts = torch.view_as_real(spectrum.resolve_conj())
-    return tuple(
-        _ascend_shifted(
-            parts.expand(*lead, *parts.shape[-3:]),
-            torch.view_as_real(weighted.resolve_conj()),
-            start,
-            moves.expand(lead),
-            *equations,
-            *frequencies,
-            corners,
-            *units,
-            *steps,
-        )
-    )
-
-
-@operator("ascend_shifted", _ascended_like)
-def _ascend_shifted(
-    spectrum: Tensor,
-    weighted: Tensor,
-    start: Tensor,
-    moves: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    solved: Tensor,
-    rest: Tensor,
-    fy: Tensor,
-    fx: Tensor,
-    corners: Tensor,
-    samples: int,
-    half: float,
-    longest: float,
-    iterations: int,
-    tolerance: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shift, reach, seen = _ascended_like(start, moves)
-    rows, columns = spectrum.shape[-3:-1]
-    equations = mean, inverse, solved, rest
+    lead, (rows, columns) = start.shape[:-1], spectrum.shape[-2:]
+    shift, reach, seen = (start.new_empty(shape) for shape in (start.shape, lead, start.shape))
+    yield shift, reach, seen
+    (spectrum,), (moves,) = expanded(lead, 2, spectrum), expanded(lead, 0, moves)
     launch(
         step_shifted,
-        frames_of(start, 1),
-        (spectrum, weighted, start, moves, *equations, fy, fx, corners, shift, reach, seen),
+        lead,
+        (),
+        (spectrum, weighted, start, moves, *equations, *frequencies, corners, shift, reach, seen),
         (rows * columns, columns, iterations, float(samples), half, longest, tolerance),
     )
-    return shift, reach, seen

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import cell_of, divide, frames_of, is_finite, kernel, launch, operator
+from torchalign.kernels.sampling import cell_of, divide, is_finite, kernel, launch, operator, strided_frames
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -63,53 +65,32 @@ def channel_frames(
     tl.store(usable + frame * height * width + place, good.to(tl.int8), mask=live)
 
 
-def see(
-    cube: Tensor, mask: Tensor | None, channel: str, bands: tuple[int, ...]
-) -> tuple[Tensor, Tensor] | None:
-    """The channel in float32 or float64, 0 where it is unusable; and where it is usable.
+@operator(lambda cube: cube.dtype in _FLOATING)
+def see(cube: Tensor, mask: Tensor | None, channel: str, bands: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The channel in float32 or float64, 0 where it is unusable; and where it is usable; (..., H, W) both.
 
     Args:
         cube: (..., C, H, W), floating.
         mask: bool, (..., H, W), or ``None``; one for all frames, or several for one.
         channel: ``"band"``, ``"mean"`` (of all), ``"rgb_mean"`` or ``"luminance"``.
         bands: the indices of the one band, or of the three, from 0 on.
-
-    Returns:
-        (..., H, W) twice; ``None`` for a dtype that the kernel does not take.
     """
-    if cube.dtype not in _FLOATING:
-        return None
-    if mask is not None:
-        lead = torch.broadcast_shapes(cube.shape[:-3], mask.shape[:-2])
-        cube, mask = cube.expand(*lead, *cube.shape[-3:]), mask.expand(*lead, *cube.shape[-2:])
-    return tuple(_see(cube, mask, channel, list(bands)))
-
-
-def _seen_like(cube: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (*cube.shape[:-3], *cube.shape[-2:])
+    lead = torch.broadcast_shapes(cube.shape[:-3], () if mask is None else mask.shape[:-2])
+    number, *size = cube.shape[-3:]
     dtype = torch.float64 if cube.dtype == torch.float64 else torch.float32
-    return cube.new_empty(shape, dtype=dtype), cube.new_empty(shape, dtype=torch.bool)
-
-
-@operator("see", _seen_like)
-def _see(cube: Tensor, mask: Tensor | None, channel: str, bands: list[int]) -> tuple[Tensor, Tensor]:
-    seen, usable = _seen_like(cube)
-    count, (number, height, width) = frames_of(cube, 3), cube.shape[-3:]
-    frames = cube.reshape(count, number, height, width)
-    masks = None if mask is None else mask.reshape(count, height, width)
+    seen, usable = (
+        cube.new_empty((*lead, *size), dtype=dtype),
+        cube.new_empty((*lead, *size), dtype=torch.bool),
+    )
+    yield seen, usable
+    frames, masks, strides = strided_frames(lead, cube, mask)
     launch(
         channel_frames,
-        count,
+        lead,
+        size,
         (frames, masks, seen, usable),
-        (
-            *(*bands, 0, 0, 0)[:3],
-            *(number, height, width),
-            *frames.stride(),
-            *((0, 0, 0) if masks is None else masks.stride()),
-        ),
-        samples=height * width,
+        (*(*bands, 0, 0, 0)[:3], number, *size, *strides),
         strided=True,
         MODE=("band", "mean", "rgb_mean", "luminance").index(channel),
         MASKED=masks is not None,
     )
-    return seen, usable

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -183,16 +185,10 @@ def differentiate_frames(
     tl.store(pull + (frame * 2 + 1) * samples + place, py * (residual + gx * ux + gy * uy), mask=live)
 
 
-def _read_like(coefficients: Tensor, weights: Tensor | None, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (coefficients.shape[0], *at.shape[-2:])
-    usable = at.new_empty(0 if weights is None else shape)
-    return coefficients.new_empty(shape), coefficients.new_empty(shape), usable
-
-
-@operator("read_splines", _read_like)
+@operator()
 def read_splines(
     coefficients: Tensor, weights: Tensor | None, at: Tensor, size: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """See functional.local._read_frames: values, 1 inside, and the nearest weight if there are weights; (N, h, w).
 
     Args:
@@ -201,49 +197,40 @@ def read_splines(
         at: (1 or N, 2, h, w).
         size: (H, W).
     """
-    value, inside, usable = _read_like(coefficients, weights, at)
-    rows, columns = at.shape[-2:]
+    lead, samples = coefficients.shape[:1], at.shape[-2:]
+    value, inside = (coefficients.new_empty((*lead, *samples)) for _ in range(2))
+    usable = at.new_empty(0 if weights is None else value.shape)
+    yield value, inside, usable
     pad = (coefficients.shape[-1] - size[1]) // 2
     launch(
         read_frames,
-        len(value),
+        lead,
+        samples,
         (coefficients, weights, at, value, inside, usable),
-        (*size, rows, columns, pad, int(at.shape[0] > 1)),
-        samples=rows * columns,
+        (*size, *samples, pad, int(at.shape[0] > 1)),
         MASKED=weights is not None,
     )
-    return value, inside, usable
 
 
-def _weighed_like(own: Tensor) -> tuple[Tensor, Tensor]:
-    return own.new_empty(own.shape), own.new_empty((2, *own.shape))
-
-
-@operator("weigh", _weighed_like)
+@operator()
 def weigh(
     own: Tensor, field: Tensor, inside: Tensor, usable: Tensor | None, weights: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """See functional.local._weigh: (N, h, w), but for a single reference's ``field`` and ``weights``."""
-    similarity, weighted = _weighed_like(own)
-    count, rows, columns = own.shape
+    similarity, weighted = own.new_empty(own.shape), own.new_empty((2, *own.shape))
+    yield similarity, weighted
     launch(
         weigh_frames,
-        count,
+        own.shape[:1],
+        own.shape[1:],
         (own, field, inside, usable, weights, similarity, weighted),
-        (count, rows, columns, int(field.shape[0] > 1), int(weights.shape[0] > 1)),
-        samples=rows * columns,
+        (*own.shape, int(field.shape[0] > 1), int(weights.shape[0] > 1)),
         MASKED=usable is not None,
         TINY=torch.finfo(own.dtype).eps ** 2,
     )
-    return similarity, weighted
 
 
-def _differentiated_like(own: Tensor) -> tuple[Tensor, Tensor]:
-    count, *size = own.shape
-    return own.new_empty((count, 3, *size)), own.new_empty((count, 2, *size))
-
-
-@operator("differentiate", _differentiated_like)
+@operator()
 def differentiate(
     own: Tensor,
     field: Tensor,
@@ -252,7 +239,7 @@ def differentiate(
     whole: Tensor,
     local: Tensor,
     numbers: list[float],
-) -> tuple[Tensor, Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """See functional.local._products_and_pull: (N, 3, h, w) and (N, 2, h, w).
 
     Args:
@@ -265,13 +252,8 @@ def differentiate(
         numbers: samples a pixel (down, along); the least variance of a sample as a share of the frame's; and how many
             samples say as much as one.
     """
-    products, pull = _differentiated_like(own)
-    count, rows, columns = own.shape
-    launch(
-        differentiate_frames,
-        count,
-        (own, field, weight, around, whole, local, products, pull),
-        (count, rows, columns, int(field.shape[0] > 1), *numbers),
-        samples=rows * columns,
-    )
-    return products, pull
+    count, *size = own.shape
+    products, pull = own.new_empty((count, 3, *size)), own.new_empty((count, 2, *size))
+    yield products, pull
+    tensors = own, field, weight, around, whole, local, products, pull
+    launch(differentiate_frames, (count,), size, tensors, (count, *size, int(field.shape[0] > 1), *numbers))

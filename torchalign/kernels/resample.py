@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.sampling import (
-    KINDS,
     cell_of,
     divide,
-    frames_of,
     interpolate,
     is_finite,
     kernel,
+    kind_of,
     launch,
     operator,
     padded,
     source_of,
+    strided_frames,
 )
 
 _INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
@@ -166,6 +168,7 @@ def resample_frames(
     tl.store(validity + frame * rows * columns + place, valid.to(tl.int8), mask=live)
 
 
+@operator(lambda cube: cube.dtype in _COMPUTE)
 def resample(
     cube: Tensor,
     motion: Tensor,
@@ -175,8 +178,8 @@ def resample(
     fill_value: float | None,
     step: int = 1,
     local: Tensor | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """What :func:`torchalign.functional.warp.resample` gives, with every option of ``resample``.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What :func:`torchalign.functional.warp.resample` gives, the values and their validity.
 
     Args:
         cube: (..., T, C, H, W).
@@ -187,85 +190,37 @@ def resample(
         fill_value: or ``None``.
         step: of the lattice of output pixels.
         local: (..., T, 2, h, w), shifts (x, y) on top of the motion, in pixels, of its dtype; or ``None``.
-
-    Returns:
-        The values and their validity; ``None`` for a dtype that the kernel does not take.
     """
-    if cube.dtype not in _COMPUTE:
-        return None
-    flat = motion if motion.shape[-1] == 2 else motion.flatten(-2)
-    if not flat.dtype.is_floating_point or flat.dtype.itemsize < 4:
-        flat = flat.float()
-    return tuple(_resample(cube, flat, mask, interpolation, padding_mode, fill_value, step, local))
-
-
-def _resampled_like(cube: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    rows, columns = ((length + step - 1) // step for length in cube.shape[-2:])
-    lead = cube.shape[:-3]
-    return (
-        cube.new_empty((*lead, cube.shape[-3], rows, columns)),
-        cube.new_empty((*lead, rows, columns), dtype=torch.bool),
-    )
-
-
-@operator("resample", _resampled_like)
-def _resample(
-    cube: Tensor,
-    motion: Tensor,
-    mask: Tensor | None,
-    interpolation: str,
-    padding_mode: str,
-    fill_value: float | None,
-    step: int,
-    local: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    count, (bands, height, width) = frames_of(cube, 3), cube.shape[-3:]
-    values, validity = _resampled_like(cube, step)
+    lead, (bands, height, width) = cube.shape[:-3], cube.shape[-3:]
+    size = [(length + step - 1) // step for length in (height, width)]
+    values, validity = cube.new_empty((*lead, bands, *size)), cube.new_empty((*lead, *size), dtype=torch.bool)
+    yield values, validity
     if values.numel() == 0:
-        return values, validity.fill_(True)
-    frames = cube.reshape(count, bands, height, width)
-    masks = None if mask is None else mask.reshape(count, height, width)
-    motion = motion.reshape(count, motion.shape[-1]).contiguous()
-    compute = _COMPUTE[cube.dtype]
+        validity.fill_(True)
+        return
+    frames, masks, strides = strided_frames(lead, cube, mask)
+    motion = motion.to(torch.promote_types(motion.dtype, torch.float32)).contiguous()
+    compute, floating = _COMPUTE[cube.dtype], cube.dtype.is_floating_point
     doubled = torch.float64 in (compute, motion.dtype)
-    lowest, highest = (0, 0) if cube.dtype.is_floating_point else _range(cube.dtype)
-    far = max(_extent(part) for part in (frames, masks) if part is not None) >= 2**31
+    # how far the last pixel of a plane lies from the first
+    far = max((height - 1) * down + (width - 1) * along for down, along in (strides[2:4], strides[5:]))
     launch(
         resample_frames,
-        count,
+        lead,
+        size,
         (frames, motion, masks, None if local is None else local.contiguous(), values, validity),
-        (
-            0.0 if fill_value is None else fill_value,
-            *(bands, height, width),
-            *frames.stride(),
-            *((0, 0, 0) if masks is None else masks.stride()),
-            step,
-        ),
-        samples=values.shape[-2] * values.shape[-1],
+        (0.0 if fill_value is None else fill_value, bands, height, width, *strides, step),
         strided=True,
-        KIND=KINDS[motion.shape[-1]],
+        KIND=kind_of(motion),
         INTERPOLATION=_INTERPOLATIONS[interpolation],
         PADDING=_PADDINGS[padding_mode],
-        FLOATING=cube.dtype.is_floating_point,
+        FLOATING=floating,
         MASKED=masks is not None,
         FILLED=fill_value is not None,
         LOCAL=local is not None,
-        LOWEST=lowest,
-        HIGHEST=highest,
+        LOWEST=0 if floating else torch.iinfo(cube.dtype).min,
+        HIGHEST=0 if floating else torch.iinfo(cube.dtype).max,
         COMPUTE=_DTYPES[compute],
         POSITION=_DTYPES[torch.float64 if doubled else torch.float32],
-        INDEX=tl.int64 if far else tl.int32,
+        INDEX=tl.int64 if far >= 2**31 else tl.int32,
     )
-    return values, validity
-
-
-def _extent(frames: Tensor) -> int:
-    """How far the last pixel of a plane lies from the first."""
-    return sum(
-        (length - 1) * stride for length, stride in zip(frames.shape[-2:], frames.stride()[-2:], strict=True)
-    )
-
-
-def _range(dtype: torch.dtype) -> tuple[int, int]:
-    limits = torch.iinfo(dtype)
-    return int(limits.min), int(limits.max)

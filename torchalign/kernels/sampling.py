@@ -11,16 +11,13 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_args
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-# entries of a motion: a shift (x, y), an affine warp, a homography
-KINDS = {2: 0, 6: 1, 9: 2}
 
 # beyond this many pixels a displacement is cut, as in functional.warp
 _FARTHEST = tl.constexpr(2.0**22)
@@ -66,6 +63,19 @@ def store_complex(spectrum, place, live, real, imaginary):
     """The same, written."""
     tl.store(spectrum + 2 * place, real, mask=live)
     tl.store(spectrum + 2 * place + 1, imaginary, mask=live)
+
+
+@triton.jit
+def load_pair(pairs, place):
+    """Of pairs the x and the y at a place."""
+    return tl.load(pairs + 2 * place), tl.load(pairs + 2 * place + 1)
+
+
+@triton.jit
+def store_pair(pairs, place, x, y):
+    """The same, written."""
+    tl.store(pairs + 2 * place, x)
+    tl.store(pairs + 2 * place + 1, y)
 
 
 @triton.jit
@@ -285,27 +295,61 @@ def interpolate(
     return linear, linear_share, total, met
 
 
-def operator(name: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes an operator of a function that launches a kernel.
+def operator(
+    takes: Callable[[Tensor], bool] = lambda first: True,
+) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., Any]]:
+    """Makes of a function that launches a kernel the operator of ``torch.ops.torchalign`` of its name.
+
+    The function yields what it gives, still empty: fake tensors need no more. What follows fills it.
 
     Args:
-        name: in ``torch.ops.torchalign``.
-        like: makes what it gives, empty, of those of its arguments that it names.
+        takes: whether the kernel takes the first tensor; where not, ``None`` is given.
     """
-    wanted = list(inspect.signature(like).parameters)
 
-    def register(launch: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(launch)
+    def register(function: Callable[..., Iterator[Any]]) -> Callable[..., Any]:
+        signature = inspect.signature(function, eval_str=True)
+        (given,) = get_args(signature.return_annotation)
 
-        def empty(*arguments: Any, **named: Any) -> Any:
-            given = signature.bind(*arguments, **named).arguments
-            return like(*(given[key] for key in wanted))
+        def run(*arguments: Any) -> Any:
+            filling = function(*arguments)
+            made = next(filling)
+            next(filling, None)
+            return made
 
-        made = torch.library.custom_op(f"torchalign::{name}", mutates_args=())(launch)
-        made.register_fake(empty)
-        return made
+        run.__signature__ = signature.replace(return_annotation=given)  # type: ignore[attr-defined]
+        name = function.__name__.lstrip("_")
+        made = torch.library.custom_op(f"torchalign::{name}", run, mutates_args=())
+        made.register_fake(lambda *arguments: next(function(*arguments)))
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            return made(*arguments) if takes(arguments[0]) else None
+
+        return call
 
     return register
+
+
+def planes_of(most: int) -> Callable[[Tensor], bool]:
+    """Whether a plane has no more samples than one program may walk: of more, torch is faster."""
+    return lambda image: image.shape[-2] * image.shape[-1] <= most
+
+
+def strided_frames(
+    lead: Sequence[int], cube: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+    """(N, C, H, W) and (N, H, W) of a cube and its mask, as they lie; and the four and three strides."""
+    count, frames = math.prod(lead), expanded(lead, 3, cube)[0]
+    frames = frames.reshape(count, *cube.shape[-3:])
+    if mask is None:
+        return frames, None, (*frames.stride(), 0, 0, 0)
+    masks = expanded(lead, 2, mask)[0].reshape(count, *mask.shape[-2:])
+    return frames, masks, (*frames.stride(), *masks.stride())
+
+
+def kind_of(motion: Tensor) -> int:
+    """KIND: 0 for shifts (..., 2), 1 for affine warps (..., 2, 3), 2 for homographies (..., 3, 3)."""
+    return 0 if motion.shape[-1] == 2 else motion.shape[-2] - 1
 
 
 @functools.cache
@@ -316,11 +360,11 @@ def block_length(kernel: Any) -> int:
 
 def launch(
     kernel: Any,
-    frames: int,
+    lead: Sequence[int],
+    size: Sequence[int],
     tensors: Sequence[Tensor | None],
     numbers: Sequence[float] = (),
     *,
-    samples: int | None = None,
     strided: bool = False,
     **constants: Any,
 ) -> None:
@@ -328,34 +372,42 @@ def launch(
 
     Args:
         kernel: its arguments are the tensors, then the numbers.
-        frames: nothing runs where there are none.
-        tensors: bool ones are seen as bytes, 0 and 1; ``None`` is one that the kernel does not read. The first
-            floating one says in what the kernel computes.
+        lead: (..., T); nothing runs where there are no frames.
+        size: (h, w) of a frame, for a program that takes a block of it; () for one that takes a whole frame.
+        tensors: bool ones are seen as bytes, 0 and 1, complex ones as pairs; ``None`` is one that the kernel does not
+            read. The first floating one says in what the kernel computes.
         numbers: integers, or for arguments that are annotated so floats.
-        samples: of a frame, for a program that takes a block of them. By default one takes a whole frame.
         strided: the kernel knows how they lie; else contiguous ones are made of them.
         constants: beside those that follow from the others.
     """
     block = block_length(kernel)
-    programs = frames if samples is None else frames * triton.cdiv(samples, block)
+    programs = math.prod(lead) * triton.cdiv(math.prod(size), block)
     if programs == 0:
         return
-    first = next(tensor for tensor in tensors if tensor is not None)
-    floating = next(tensor for tensor in tensors if tensor is not None and tensor.is_floating_point())
-    limits = torch.finfo(floating.dtype)
+    known = [tensor for tensor in tensors if tensor is not None]
+    floating = next(tensor.dtype for tensor in known if tensor.is_floating_point() or tensor.is_complex())
+    limits = torch.finfo(floating)
 
     def given(tensor: Tensor | None) -> Tensor:
-        tensor = first if tensor is None else tensor
+        tensor = known[0] if tensor is None else tensor
         tensor = tensor if strided else tensor.contiguous()
+        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
-    compute = tl.float64 if floating.dtype == torch.float64 else tl.float32
-    known = {"COMPUTE": compute, "TINY": limits.tiny, "EPSILON": limits.eps, "BLOCK": block, **constants}
-    wanted = {name: value for name, value in known.items() if name in kernel.arg_names}
+    compute = tl.float64 if floating in (torch.float64, torch.complex128) else tl.float32
+    follows = {"COMPUTE": compute, "TINY": limits.tiny, "EPSILON": limits.eps, "BLOCK": block, **constants}
+    wanted = {name: value for name, value in follows.items() if name in kernel.arg_names}
     # Triton launches on the device that is the current one; the tensors may lie on another
-    index = first.device.index if first.device.type == "cuda" else -1
+    index = known[0].device.index if known[0].device.type == "cuda" else -1
     with torch.cuda.device(index):
         kernel[(programs,)](*map(given, tensors), *numbers, enable_fp_fusion=False, **wanted)
+
+
+def expanded(lead: Sequence[int], own: int, *parts: Tensor | None) -> tuple[Any, ...]:
+    """Parts of ``own`` dimensions of their own, with these leading ones; ``None`` stays so."""
+    return tuple(
+        None if part is None else part.expand(*lead, *part.shape[part.ndim - own :]) for part in parts
+    )
 
 
 def by_group(lead: Sequence[int], own: int, *parts: Tensor | None) -> tuple[Any, ...]:
@@ -372,15 +424,7 @@ def by_group(lead: Sequence[int], own: int, *parts: Tensor | None) -> tuple[Any,
     alone = [part is None or part.ndim == own or part.shape[-own - 1] == 1 for part in parts]
     shared = all(alone) and len(lead) > 0
     kept = (*lead[:-1], 1) if shared else lead
-    expanded = (
-        None if part is None else part.expand(*kept, *part.shape[part.ndim - own :]) for part in parts
-    )
-    return *expanded, lead[-1] if shared else 1
-
-
-def frames_of(image: Tensor, own: int = 2) -> int:
-    """The number of frames of (..., H, W), or of what has more dimensions of its ``own``."""
-    return math.prod(image.shape[:-own])
+    return *expanded(kept, own, *parts), lead[-1] if shared else 1
 
 
 @triton.jit
