@@ -30,7 +30,7 @@ from torchalign.functional.channels import extract_channel
 from torchalign.functional.smoothing import enlarge
 from torchalign.functional.working_grid import Window, WorkingGrid
 from torchalign.kernels import defects as kernel_of_defects
-from torchalign.kernels import sampling
+from torchalign.kernels import launching
 from torchalign.kernels.channel import channel_frames
 
 # of the values that are met; both round, each in its own order
@@ -43,8 +43,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 def _few_programs(monkeypatch):
     """An operation takes as long of 8 pixels as of 8,000 here."""
     # (of a channel, whose strides are tested, several)
-    monkeypatch.setattr(sampling, "block_length", lambda kernel: 256 if kernel is channel_frames else 4096)
-    monkeypatch.setattr(kernel_of_defects, "block_length", sampling.block_length)
+    monkeypatch.setattr(launching, "block_length", lambda kernel: 256 if kernel is channel_frames else 4096)
+    monkeypatch.setattr(kernel_of_defects, "block_length", launching.block_length)
 
 
 @pytest.fixture

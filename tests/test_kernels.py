@@ -115,7 +115,7 @@ def compiled(name: str, capability: int, **constants: object):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from torchalign.kernels import sampling
+    from torchalign.kernels import launching
 
     module, pointers, fixed = KERNELS[name]
     kernel = getattr(importlib.import_module(f"torchalign.kernels.{module}"), name)
@@ -132,7 +132,7 @@ def compiled(name: str, capability: int, **constants: object):
     kinds = {
         key: getattr(language, value) if isinstance(value, str) else value for key, value in fixed.items()
     }
-    kinds["BLOCK"] = sampling.block_length(kernel)
+    kinds["BLOCK"] = launching.block_length(kernel)
     source = ASTSource(fn=kernel, signature=signature, constexprs=kinds)
     return triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False}
@@ -236,7 +236,7 @@ def test_kernels_run_where_their_tensors_lie(monkeypatch):
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from torchalign.kernels import sampling
+    from torchalign.kernels import launching
 
     runs = []
 
@@ -257,15 +257,15 @@ def test_kernels_run_where_their_tensors_lie(monkeypatch):
             torch.empty(4, 5, dtype=torch.bool, device="cuda:1"),
             torch.empty(4, 5, device="cuda:1").mT,
         )
-        sampling.launch(Kernel(), (3,), (4, 25), (flags, None, values), (7,), WIDE=True)
-        sampling.launch(Kernel(), (0,), (), (flags, values))
+        launching.launch(Kernel(), (3,), (4, 25), (flags, None, values), (7,), WIDE=True)
+        launching.launch(Kernel(), (0,), (), (flags, values))
     assert places == [1]
     ((grid, given, constants),) = runs
     assert grid == (6,)  # two blocks of 64 for each of three frames
     assert [tensor.dtype for tensor in given[:3]] == [torch.uint8, torch.uint8, torch.float32]
     assert given[2].is_contiguous()
     assert given[3:] == (7,)
-    computes = sampling.tl.float32
+    computes = launching.tl.float32
     assert constants == {"WIDE": True, "COMPUTE": computes, "BLOCK": 64, "enable_fp_fusion": False}
 
 

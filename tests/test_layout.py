@@ -17,8 +17,8 @@ ROOT = Path(torchalign.__file__).parent
 # what may import what: a layer sees the layers below its own
 LAYERS = [
     {"kernels", "kernels.alike", "kernels.ascend", "kernels.assess", "kernels.blur", "kernels.channel", "kernels.climb",
-     "kernels.defects", "kernels.local", "kernels.peak", "kernels.resample", "kernels.sampling",
-     "kernels.score", "kernels.texture", "kernels.turn"},
+     "kernels.defects", "kernels.language", "kernels.launching", "kernels.local", "kernels.peak", "kernels.resample",
+     "kernels.sampling", "kernels.score", "kernels.texture", "kernels.turn"},
     {"types", "_check", "_host"},
     {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.channels",
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",

@@ -9,17 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import (
-    by_group,
-    cell_of,
-    divide,
-    expanded,
-    kernel,
-    launch,
-    operator,
-    padded,
-    triangle,
-)
+from torchalign.kernels.language import cell_of, divide
+from torchalign.kernels.launching import by_group, expanded, kernel, launch, operator
+from torchalign.kernels.sampling import padded, triangle
 
 
 @triton.jit

@@ -14,23 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import (
-    block_of,
-    by_group,
-    divide,
-    expanded,
-    kernel,
-    launch,
-    lerp,
-    load_complex,
-    load_matrix,
-    load_pair,
-    operator,
-    spline_weight,
-    store_pair,
-    wave_of,
-)
-from torchalign.kernels.turn import tukey
+from torchalign.kernels.language import block_of, divide, lerp, load_matrix, load_pair, store_pair
+from torchalign.kernels.launching import by_group, expanded, kernel, launch, operator
+from torchalign.kernels.sampling import spline_weight
+from torchalign.kernels.turn import load_complex, tukey, wave_of
 
 _MOTIONS = ("translation", "euclidean", "similarity", "affine", "homography")
 # a point farther out than this, in samples, is nowhere

@@ -9,16 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.climb import MOST_BINS, settled, unturned, with_bins
-from torchalign.kernels.sampling import (
-    divide,
-    expanded,
-    kernel,
-    launch,
-    load_pair,
-    operator,
-    planes_of,
-    store_pair,
-)
+from torchalign.kernels.language import divide, load_pair, store_pair
+from torchalign.kernels.launching import expanded, kernel, launch, operator, planes_of
 
 
 @triton.jit

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import cell_of, kernel, launch, operator
+from torchalign.kernels.language import cell_of
+from torchalign.kernels.launching import kernel, launch, operator
 
 
 @kernel

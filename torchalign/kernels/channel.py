@@ -8,7 +8,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import cell_of, divide, is_finite, kernel, launch, operator, strided_frames
+from torchalign.kernels.language import cell_of, divide, is_finite
+from torchalign.kernels.launching import kernel, launch, operator, strided_frames
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

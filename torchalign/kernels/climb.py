@@ -10,20 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import (
-    block_of,
-    by_group,
-    divide,
-    expanded,
-    kernel,
-    launch,
-    load_complex,
-    load_pair,
-    operator,
-    planes_of,
-    store_pair,
-    wave_of,
-)
+from torchalign.kernels.language import block_of, divide, load_pair, store_pair
+from torchalign.kernels.launching import by_group, expanded, kernel, launch, operator, planes_of
+from torchalign.kernels.turn import load_complex, wave_of
 
 # One program walks the spectrum of a frame, once a step: of larger ones the matrix products of torch are faster.
 MOST_BINS = 2**18

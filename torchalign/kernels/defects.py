@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import block_length, divide, kernel, launch, operator
+from torchalign.kernels.language import divide
+from torchalign.kernels.launching import block_length, kernel, launch, operator
 
 _FACTORS = 8
 

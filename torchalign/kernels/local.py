@@ -10,17 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.alike import alike_at
-from torchalign.kernels.sampling import (
-    block_of,
-    cell_of,
-    divide,
-    kernel,
-    launch,
-    lerp,
-    neighbour,
-    operator,
-    spline_weight,
-)
+from torchalign.kernels.language import block_of, cell_of, divide, lerp
+from torchalign.kernels.launching import kernel, launch, operator
+from torchalign.kernels.sampling import neighbour, spline_weight
 
 
 @triton.jit
@@ -83,6 +75,23 @@ def read_frames(
         tl.store(usable + out, tl.load(weights + frame * samples + near, mask=live, other=0), mask=live)
 
 
+@triton.jit
+def _pair_of(own, field, rows, columns, each, BLOCK: tl.constexpr):
+    """A program's frame and its block, the plane of the frame, that of its reference, and where results lie."""
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
+    samples = rows * columns
+    return (
+        frame,
+        place,
+        live,
+        x,
+        y,
+        own + frame * samples,
+        field + frame * each * samples,
+        frame * samples + place,
+    )
+
+
 @kernel
 def weigh_frames(
     own,  # (N, h, w)
@@ -103,12 +112,9 @@ def weigh_frames(
     BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame."""
-    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
+    frame, place, live, x, y, plane, other, out = _pair_of(own, field, rows, columns, each_field, BLOCK)
     samples = rows * columns
-    plane = own + frame * samples
-    other = field + frame * each_field * samples
     found = alike_at(plane, other, x, y, rows, columns, live, 1, 3, TINY, COMPUTE)
-    out = frame * samples + place
     tl.store(similarity + out, found, mask=live)
     weight = found * tl.load(inside + out, mask=live, other=0)
     counts = tl.load(weights + frame * each_weight * samples + place, mask=live, other=0)
@@ -148,10 +154,8 @@ def differentiate_frames(
     BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame; central differences of fourth order."""
-    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
+    frame, place, live, x, y, plane, other, out = _pair_of(own, field, rows, columns, each_field, BLOCK)
     samples = rows * columns
-    plane = own + frame * samples
-    other = field + frame * each_field * samples
     gx = tl.zeros((BLOCK,), COMPUTE)
     gy = tl.zeros((BLOCK,), COMPUTE)
     for step in tl.static_range(1, 3):
@@ -168,7 +172,6 @@ def differentiate_frames(
     typical = divide(
         tl.load(whole + frame) + nothing, tl.maximum(tl.load(whole + stack + frame) + nothing, 1e-6)
     )
-    out = frame * samples + place
     square = tl.load(around + out, mask=live, other=0)
     count = tl.load(around + tl.cast(stack, tl.int64) * samples + out, mask=live, other=0)
     variance = tl.maximum(divide(square, count + 1e-3), typical * tl.cast(least, COMPUTE)) + 1e-6

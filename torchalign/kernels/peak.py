@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, kernel, launch, operator, planes_of, store_pair
+from torchalign.kernels.language import divide, store_pair
+from torchalign.kernels.launching import kernel, launch, operator, planes_of
 
 # One program walks the surface of a frame.
 MOST_SAMPLES = 2**19

@@ -9,19 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import (
-    cell_of,
-    divide,
-    interpolate,
-    is_finite,
-    kernel,
-    kind_of,
-    launch,
-    operator,
-    padded,
-    source_of,
-    strided_frames,
-)
+from torchalign.kernels.language import cell_of, divide, is_finite
+from torchalign.kernels.launching import kernel, kind_of, launch, operator, strided_frames
+from torchalign.kernels.sampling import interpolate, padded, source_of
 
 _INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
 _PADDINGS = {"border": 0, "zeros": 1, "reflection": 2}

@@ -9,18 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import (
-    by_group,
-    divide,
-    expanded,
-    interpolate,
-    kernel,
-    kind_of,
-    launch,
-    operator,
-    padded,
-    source_of,
-)
+from torchalign.kernels.language import divide
+from torchalign.kernels.launching import by_group, expanded, kernel, kind_of, launch, operator
+from torchalign.kernels.sampling import interpolate, padded, source_of
 
 
 @triton.jit

@@ -9,19 +9,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import (
-    block_of,
-    cell_of,
-    divide,
-    expanded,
-    kernel,
-    launch,
-    neighbour,
-    operator,
-    padded,
-    planes_of,
-    triangle,
-)
+from torchalign.kernels.language import block_of, cell_of, divide
+from torchalign.kernels.launching import expanded, kernel, launch, operator, planes_of
+from torchalign.kernels.sampling import neighbour, padded, triangle
 
 # One program takes the mean of a frame, or walks its samples.
 MOST_PIXELS, MOST_SAMPLES = 2**22, 2**20

@@ -10,19 +10,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import (
-    block_of,
-    by_group,
-    cell_of,
-    expanded,
-    kernel,
-    launch,
-    load_complex,
-    load_pair,
-    operator,
-    store_complex,
-    wave_of,
-)
+from torchalign.kernels.language import block_of, cell_of, load_pair
+from torchalign.kernels.launching import by_group, expanded, kernel, launch, operator
+
+
+@triton.jit
+def load_complex(spectrum, place, live):
+    """Real and imaginary parts of some of a spectrum's bins."""
+    real = tl.load(spectrum + 2 * place, mask=live, other=0)
+    return real, tl.load(spectrum + 2 * place + 1, mask=live, other=0)
+
+
+@triton.jit
+def store_complex(spectrum, place, live, real, imaginary):
+    """The same, written."""
+    tl.store(spectrum + 2 * place, real, mask=live)
+    tl.store(spectrum + 2 * place + 1, imaginary, mask=live)
+
+
+@triton.jit
+def wave_of(place, live, columns, fy, fx, shift_x, shift_y):
+    """The frequencies (y, x) of a block of bins, and cosine and sine of the phase of a shift there."""
+    y = tl.load(fy + place // columns, mask=live, other=0)
+    x = tl.load(fx + place % columns, mask=live, other=0)
+    cycles = x * shift_x + y * shift_y
+    # within half a turn, where sine and cosine are at their best
+    angle = (cycles - tl.floor(cycles + 0.5)) * 6.283185307179586
+    return y, x, tl.cos(angle), tl.sin(angle)
 
 
 @kernel
