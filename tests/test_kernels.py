@@ -107,6 +107,8 @@ POINTERS = (  # noqa: SIM905
     "similarity around whole products pull significances outsides heights spreads settled_shift covariance curvatures "
     "fixed inverse"
 ).split()
+# of cubes and of masks
+STRIDES = {"strides": ("i64",) * 4, "mask_strides": ("i64",) * 3}
 
 
 def compiled(name: str, capability: int, **constants: object):
@@ -125,6 +127,8 @@ def compiled(name: str, capability: int, **constants: object):
         own = parameter.name
         if own in fixed or own == "BLOCK":
             signature[own] = "constexpr"
+        elif own in STRIDES:
+            signature[own] = STRIDES[own]
         elif "float" in parameter.annotation or parameter.annotation == "fp64":
             signature[own] = "fp64"
         else:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchalign.kernels.language import block_of, divide, lerp, load_matrix, load_pair, store_pair
 from torchalign.kernels.launching import by_group, expanded, kernel, launch, operator
-from torchalign.kernels.sampling import spline_weight
+from torchalign.kernels.sampling import spline_at
 from torchalign.kernels.turn import load_complex, tukey, wave_of
 
 _MOTIONS = ("translation", "euclidean", "similarity", "affine", "homography")
@@ -55,8 +55,8 @@ def _inverse(warp):
 @triton.jit
 def _points(inverse, x, y, half, height, width, PROJECTIVE: tl.constexpr):
     """Pixels (column, row) of the moving frame that samples of the reference show."""
-    across = half * 0 + (width - 1) * 0.5
-    down = half * 0 + (height - 1) * 0.5
+    across = (width - 1) * 0.5
+    down = (height - 1) * 0.5
     column = (
         (inverse[0] * half + inverse[6] * across) * x
         + (inverse[1] * half + inverse[7] * across) * y
@@ -77,10 +77,10 @@ def _points(inverse, x, y, half, height, width, PROJECTIVE: tl.constexpr):
 
 
 @triton.jit
-def _sample(field, rows, columns, column, row, live, SPLINE: tl.constexpr):
-    """A continued field of rows × columns at positions among its samples; beyond the border is the border."""
-    column = tl.minimum(tl.maximum(column, -1.0), columns)
-    row = tl.minimum(tl.maximum(row, -1.0), rows)
+def _sample(field, rows, columns, column, row, wide, high, live, SPLINE: tl.constexpr):
+    """A continued field of rows × columns at pixels of a frame of high × wide; beyond the border is the border."""
+    column = tl.minimum(tl.maximum(column * divide(wide * 0 + columns, wide), -1.0), columns)
+    row = tl.minimum(tl.maximum(row * divide(wide * 0 + rows, high), -1.0), rows)
     left = tl.floor(column)
     top = tl.floor(row)
     fx = column - left
@@ -88,27 +88,12 @@ def _sample(field, rows, columns, column, row, live, SPLINE: tl.constexpr):
     line = columns + 6
     at = field + (top.to(tl.int32) + 3) * line + left.to(tl.int32) + 3
     if SPLINE:
-        value = tl.zeros_like(fx)
-        for j in tl.static_range(4):
-            across = tl.zeros_like(fx)
-            for i in tl.static_range(4):
-                tap = tl.load(at + (j - 1) * line + (i - 1), mask=live, other=0)
-                across += spline_weight(fx, i) * tap
-            value += spline_weight(fy, j) * across
+        value = spline_at(at, line, fx, fy, live)
     else:
         above = lerp(tl.load(at, mask=live, other=0), tl.load(at + 1, mask=live, other=0), fx)
         below = lerp(tl.load(at + line, mask=live, other=0), tl.load(at + line + 1, mask=live, other=0), fx)
         value = lerp(above, below, fy)
     return value
-
-
-@triton.jit
-def _sample_at(field, rows, columns, column, row, wide, high, live, SPLINE: tl.constexpr):
-    """The same at pixels (column, row) of a frame of high × wide."""
-    nothing = wide * 0
-    x = column * divide(nothing + columns, wide)
-    y = row * divide(nothing + rows, high)
-    return _sample(field, rows, columns, x, y, live, SPLINE)
 
 
 @kernel
@@ -149,7 +134,7 @@ def look_frames(
     y = tl.load(level_y + place, mask=live, other=0)
     column, row = _points(inverse, x, y, half, high, wide, PROJECTIVE)
     field = spline + frame * (rows + 6) * (columns + 6)
-    value = _sample_at(field, rows, columns, column, row, wide, high, live, SPLINE)
+    value = _sample(field, rows, columns, column, row, wide, high, live, SPLINE)
     tl.store(values + frame * samples + place, value, mask=live)
     if TAPERED:
         own = tukey(row, high, zero + tl.cast(ramp_y, COMPUTE)) * tukey(
@@ -160,7 +145,7 @@ def look_frames(
         own = within.to(COMPUTE)
     if MASKED:
         mask = usable + frame * (usable_rows + 6) * (usable_columns + 6)
-        share = _sample_at(mask, usable_rows, usable_columns, column, row, wide, high, live, False)
+        share = _sample(mask, usable_rows, usable_columns, column, row, wide, high, live, False)
         # between two ones lies a one, but for rounding
         own *= tl.where(share > 1 - 1e-5, 1.0, share)
     onto = tl.load(level_weights + (frame // group) * samples + place, mask=live, other=0)
@@ -186,9 +171,8 @@ def _load_system(means, inverses, solutions, rests, corners, frame, places, PARA
     )
     four = tl.arange(0, 4)
     corner = four[:, None] * PARAMETERS + places[None, :] - 2
-    known = (four[:, None] >= 0) & parameter[None, :]
-    corners_x = tl.load(corners + corner, mask=known, other=0)
-    corners_y = tl.load(corners + 4 * PARAMETERS + corner, mask=known, other=0)
+    corners_x = tl.load(corners + corner, mask=parameter[None, :], other=0)
+    corners_y = tl.load(corners + 4 * PARAMETERS + corner, mask=parameter[None, :], other=0)
     return mean, inverse, solved, tl.load(rests + frame), corners_x, corners_y
 
 
@@ -328,7 +312,7 @@ def step_warped(
                 x = tl.load(level_x + place, mask=live, other=0)
                 y = tl.load(level_y + place, mask=live, other=0)
                 column, row = _points(back, x, y, half, high, wide, PROJECTIVE)
-                value = _sample_at(field, rows, columns, column, row, wide, high, live, SPLINE)
+                value = _sample(field, rows, columns, column, row, wide, high, live, SPLINE)
                 value *= tl.load(weights + frame * samples + place, mask=live, other=0)
                 tile = tl.load(
                     rows_of + places[:, None] * samples + place[None, :],
@@ -342,13 +326,6 @@ def step_warped(
             going = reach > tl.cast(tolerance, COMPUTE)
     _store_matrix(warps + 9 * frame, own)
     tl.store(reaches + frame, reach)
-
-
-@triton.jit
-def _product(spectra, LINE: tl.constexpr, bins, place, live, real, imaginary):
-    """Real part of the conjugate of a weighted regressor's spectrum times a moving frame's."""
-    own_real, own_imaginary = load_complex(spectra + LINE * bins * 2, place, live)
-    return own_real * real + own_imaginary * imaginary
 
 
 @kernel
@@ -396,10 +373,7 @@ def step_shifted(
     for _ in range(iterations):
         if going:
             store_pair(seen, frame, x_shift, y_shift)
-            m0 = tl.zeros((BLOCK,), COMPUTE)
-            m1 = tl.zeros((BLOCK,), COMPUTE)
-            m2 = tl.zeros((BLOCK,), COMPUTE)
-            m3 = tl.zeros((BLOCK,), COMPUTE)
+            total = tl.zeros((4, BLOCK), COMPUTE)
             for first in range(0, bins, BLOCK):
                 place = first + tl.arange(0, BLOCK)
                 live = place < bins
@@ -409,16 +383,11 @@ def step_shifted(
                 given, other = load_complex(own, place, live)
                 real = (given * cosine + other * sine) * often
                 imaginary = (other * cosine - given * sine) * often
-                m0 += _product(spectra, 0, bins, place, live, real, imaginary)
-                m1 += _product(spectra, 1, bins, place, live, real, imaginary)
-                m2 += _product(spectra, 2, bins, place, live, real, imaginary)
-                m3 += _product(spectra, 3, bins, place, live, real, imaginary)
-            moments = (
-                tl.where(places == 0, tl.sum(m0, 0), 0.0)
-                + tl.where(places == 1, tl.sum(m1, 0), 0.0)
-                + tl.where(places == 2, tl.sum(m2, 0), 0.0)
-                + tl.where(places == 3, tl.sum(m3, 0), 0.0)
-            )
+                # real part of the conjugate of the weighted regressors' spectra times the frame's
+                lines = places[:, None] * bins + place[None, :]
+                along, across = load_complex(spectra, lines, live[None, :])
+                total += along * real[None, :] + across * imaginary[None, :]
+            moments = tl.sum(total, 1)
             moments = divide(moments, area + tl.zeros_like(moments))
             step = _best_step(moments, mean, inverse, solved, rest, places)
             step, reach = _bounded_step(step, corners_x, corners_y, limit)
@@ -536,7 +505,8 @@ def ascend_warped(
             *(length - 6 for length in spline.shape[-2:]),
             iterations,
             *map(float, frame),
-            *(longest, tolerance),
+            longest,
+            tolerance,
         ),
         PARAMETERS=parameters,
         PADDED=triton.next_power_of_2(2 + parameters),

@@ -26,13 +26,8 @@ def channel_frames(
     bands,
     height,
     width,
-    stride_frame,
-    stride_band,
-    stride_row,
-    stride_column,
-    mask_frame,
-    mask_row,
-    mask_column,
+    strides,  # of frames: frame, band, row, column
+    mask_strides,  # of the mask: frame, row, column
     MODE: tl.constexpr,  # 0: the first band; 1: the mean of all; 2: the mean of the three; 3: their luminance
     MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -42,26 +37,25 @@ def channel_frames(
     frame, place, live, x, y = cell_of(height, width, BLOCK)
     x = x.to(tl.int64)
     y = y.to(tl.int64)
-    pixels = frames + frame * stride_frame + y * stride_row + x * stride_column
+    pixels = frames + frame * strides[0] + y * strides[2] + x * strides[3]
     if MODE == 1:
         total = tl.load(pixels, mask=live).to(COMPUTE)
         for band in range(1, bands):
-            total += tl.load(pixels + tl.cast(band, tl.int64) * stride_band, mask=live).to(COMPUTE)
+            total += tl.load(pixels + tl.cast(band, tl.int64) * strides[1], mask=live).to(COMPUTE)
         value = divide(total, tl.zeros_like(total) + bands)
     else:
-        value = tl.load(pixels + tl.cast(first_band, tl.int64) * stride_band, mask=live).to(COMPUTE)
+        value = tl.load(pixels + tl.cast(first_band, tl.int64) * strides[1], mask=live).to(COMPUTE)
         if MODE >= 2:
-            second = tl.load(pixels + tl.cast(second_band, tl.int64) * stride_band, mask=live).to(COMPUTE)
-            third = tl.load(pixels + tl.cast(third_band, tl.int64) * stride_band, mask=live).to(COMPUTE)
+            second = tl.load(pixels + tl.cast(second_band, tl.int64) * strides[1], mask=live).to(COMPUTE)
+            third = tl.load(pixels + tl.cast(third_band, tl.int64) * strides[1], mask=live).to(COMPUTE)
             if MODE == 2:
                 value = divide(value + second + third, tl.zeros_like(value) + 3)
             else:
                 value = 0.299 * value + 0.587 * second + 0.114 * third
     good = is_finite(value)
     if MASKED:
-        good = good & (
-            tl.load(mask + frame * mask_frame + y * mask_row + x * mask_column, mask=live, other=0) != 0
-        )
+        here = mask + frame * mask_strides[0] + y * mask_strides[1] + x * mask_strides[2]
+        good = good & (tl.load(here, mask=live, other=0) != 0)
     tl.store(seen + frame * height * width + place, tl.where(good, value, 0.0), mask=live)
     tl.store(usable + frame * height * width + place, good.to(tl.int8), mask=live)
 

@@ -77,7 +77,7 @@ def launch(
     lead: Sequence[int],
     size: Sequence[int],
     tensors: Sequence[Tensor | None],
-    numbers: Sequence[float] = (),
+    numbers: Sequence[float | tuple[int, ...]] = (),
     *,
     strided: bool = False,
     **constants: Any,
@@ -90,7 +90,7 @@ def launch(
         size: (h, w) of a frame, for a program that takes a block of it; () for one that takes a whole frame.
         tensors: bool ones are seen as bytes, 0 and 1, complex ones as pairs; ``None`` is one that the kernel does not
             read. The first floating one says in what the kernel computes.
-        numbers: integers, or for arguments that are annotated so floats.
+        numbers: integers, tuples of them, or for arguments that are annotated so floats.
         strided: the kernel knows how they lie; else contiguous ones are made of them.
         constants: beside those that follow from the others.
     """
@@ -143,14 +143,14 @@ def by_group(lead: Sequence[int], own: int, *parts: Tensor | None) -> tuple[Any,
 
 def strided_frames(
     lead: Sequence[int], cube: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-    """(N, C, H, W) and (N, H, W) of a cube and its mask, as they lie; and the four and three strides."""
+) -> tuple[Tensor, Tensor | None, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(N, C, H, W) and (N, H, W) of a cube and its mask, as they lie; and the four and the three strides."""
     count, frames = math.prod(lead), expanded(lead, 3, cube)[0]
     frames = frames.reshape(count, *cube.shape[-3:])
     if mask is None:
-        return frames, None, (*frames.stride(), 0, 0, 0)
+        return frames, None, (frames.stride(), (0, 0, 0))
     masks = expanded(lead, 2, mask)[0].reshape(count, *mask.shape[-2:])
-    return frames, masks, (*frames.stride(), *masks.stride())
+    return frames, masks, (frames.stride(), masks.stride())
 
 
 def kind_of(motion: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchalign.kernels.alike import alike_at
 from torchalign.kernels.language import block_of, cell_of, divide, lerp
 from torchalign.kernels.launching import kernel, launch, operator
-from torchalign.kernels.sampling import neighbour, spline_weight
+from torchalign.kernels.sampling import neighbour, spline_at
 
 
 @triton.jit
@@ -59,16 +59,10 @@ def read_frames(
     column, fx = _whole_and_fraction(x, width, pad)
     row, fy = _whole_and_fraction(y, height, pad)
     line = width + 2 * pad
-    first = (row.to(tl.int32) + (pad - 1)) * line + column.to(tl.int32) + (pad - 1)
+    first = (row.to(tl.int32) + pad) * line + column.to(tl.int32) + pad
     plane = coefficients + frame * line * (height + 2 * pad)
-    total = tl.zeros((BLOCK,), COMPUTE)
-    for j in tl.static_range(4):
-        part = tl.zeros((BLOCK,), COMPUTE)
-        for i in tl.static_range(4):
-            part += spline_weight(fx, i) * tl.load(plane + first + (j * line + i), mask=live, other=0)
-        total += spline_weight(fy, j) * part
     out = frame * samples + place
-    tl.store(values + out, total, mask=live)
+    tl.store(values + out, spline_at(plane + first, line, fx, fy, live), mask=live)
     tl.store(inside + out, within.to(COMPUTE), mask=live)
     if MASKED:
         near = _near(row, rows, height) * columns + _near(column, columns, width)

@@ -85,13 +85,8 @@ def resample_frames(
     bands,
     height,
     width,
-    stride_frame,
-    stride_band,
-    stride_row,
-    stride_column,
-    mask_frame,
-    mask_row,
-    mask_column,
+    strides,  # of frames: frame, band, row, column
+    mask_strides,  # of the mask: frame, row, column
     step,
     KIND: tl.constexpr,
     INTERPOLATION: tl.constexpr,
@@ -121,15 +116,15 @@ def resample_frames(
     )  # fmt: skip
     near_column = padded(near_column, width, PADDING == 2).to(INDEX)
     near_row = padded(near_row, height, PADDING == 2).to(INDEX)
-    near_mask = near_row * mask_row + near_column * mask_column
-    near = near_row * stride_row + near_column * stride_column
+    near_mask = near_row * mask_strides[1] + near_column * mask_strides[2]
+    near = near_row * strides[2] + near_column * strides[3]
 
-    plane = frames + frame * stride_frame
-    usable = mask + frame * mask_frame
+    plane = frames + frame * strides[0]
+    usable = mask + frame * mask_strides[0]
     out = values + frame * bands * rows * columns
     valid = inside
     for band in range(bands):
-        pixels = plane + tl.cast(band, tl.int64) * stride_band
+        pixels = plane + tl.cast(band, tl.int64) * strides[1]
         nearest = tl.load(pixels + near, mask=live)
         near_usable = live
         if FLOATING:
@@ -140,8 +135,8 @@ def resample_frames(
             result = nearest
         else:
             linear, linear_share, total, met = interpolate(
-                pixels, usable, column, row, fx, fy, height, width, (stride_row, stride_column),
-                (mask_row, mask_column), live, INTERPOLATION, PADDING == 2, FLOATING, MASKED, INDEX, COMPUTE,
+                pixels, usable, column, row, fx, fy, height, width, (strides[2], strides[3]),
+                (mask_strides[1], mask_strides[2]), live, INTERPOLATION, PADDING == 2, FLOATING, MASKED, INDEX, COMPUTE,
             )  # fmt: skip
             result = _chosen(
                 linear, linear_share, total, met, nearest, near_usable,
@@ -193,7 +188,7 @@ def resample(
     compute, floating = _COMPUTE[cube.dtype], cube.dtype.is_floating_point
     doubled = torch.float64 in (compute, motion.dtype)
     # how far the last pixel of a plane lies from the first
-    far = max((height - 1) * down + (width - 1) * along for down, along in (strides[2:4], strides[5:]))
+    far = max((height - 1) * down + (width - 1) * along for *_, down, along in strides)
     launch(
         resample_frames,
         lead,

@@ -200,3 +200,16 @@ def spline_weight(fraction, TAP: tl.constexpr):
     else:
         weight = last
     return weight
+
+
+@triton.jit
+def spline_at(pixel, line, fx, fy, live):
+    """A cubic B-spline beyond a pixel by fractions, whose coefficients lie in lines of this length."""
+    total = tl.zeros_like(fx)
+    for j in tl.static_range(4):
+        part = tl.zeros_like(fx)
+        for i in tl.static_range(4):
+            tap = tl.load(pixel + (j - 1) * line + (i - 1), mask=live, other=0)
+            part += spline_weight(fx, i) * tap
+        total += spline_weight(fy, j) * part
+    return total
