@@ -1,8 +1,10 @@
+# ruff: noqa: F401 (who is handed this package looks the operators up in it)
 """What a GPU does in one launch: Triton kernels, each equal to a chain of functions of ``functional`` to rounding.
 
 Those functions define what a kernel must give, and do the work wherever a derivative may flow or Triton is missing;
 :func:`torchalign._host.kernels_for` chooses. A kernel is an operator of ``torch.ops.torchalign``, so that
-``torch.compile`` and ``torch.export`` keep it as one, and fake tensors know the shape of what it gives.
+``torch.compile`` and ``torch.export`` keep it as one, and fake tensors know the shape of what it gives. Shapes are
+written beside the arguments of the kernel: an operator takes leading dimensions (..., T) where that has N frames.
 
 No GPU is needed to prove them: with ``TRITON_INTERPRET=1`` in the environment they run on CPU tensors.
 
@@ -31,36 +33,6 @@ from torchalign.kernels.resample import resample
 from torchalign.kernels.score import score
 from torchalign.kernels.texture import contrast, coverage, fill, shares, units
 from torchalign.kernels.turn import common_window, cross, pulls, turn
-
-__all__ = [
-    "OLDEST",
-    "alike",
-    "ascend_shifted",
-    "ascend_warped",
-    "assess",
-    "blur",
-    "climb",
-    "common_window",
-    "contrast",
-    "coverage",
-    "cross",
-    "differentiate",
-    "fill",
-    "look",
-    "overlaps",
-    "peak",
-    "pulls",
-    "read_splines",
-    "repeated",
-    "resample",
-    "score",
-    "see",
-    "shares",
-    "turn",
-    "units",
-    "weigh",
-    "work_on",
-]
 
 # The oldest Triton that knows all that the kernels are written in; torch 2.7 brings it.
 OLDEST = "3.3"

@@ -69,12 +69,9 @@ def alike_frames(
 
 @operator()
 def alike(moving: Tensor, reference: Tensor, step: int) -> Iterator[Tensor]:
-    """See :func:`torchalign.functional.common_ground.agreement_of_blocks`.
+    """See :func:`torchalign.functional.common_ground.agreement_of_blocks`, of blocks of ``step`` × ``step``.
 
-    Args:
-        moving: (..., H, W), over the reference.
-        reference: (..., H, W), broadcastable.
-        step: 1 for every sample and 7 × 7 around it; 4 for blocks of 4 × 4, and 3 × 3 of them.
+    With 1 it is of every sample and 7 × 7 around it; else of 3 × 3 blocks.
     """
     lead = torch.broadcast_shapes(moving.shape[:-2], reference.shape[:-2])
     size = [(length + step - 1) // step for length in moving.shape[-2:]]

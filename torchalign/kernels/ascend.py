@@ -98,12 +98,12 @@ def _sample(field, rows, columns, column, row, wide, high, live, SPLINE: tl.cons
 
 @kernel
 def look_frames(
-    spline,  # (N, h + 6, w + 6)
-    usable,  # (N, h' + 6, w' + 6)
-    warp,  # (N, 9)
-    level_x,  # (n,)
+    spline,  # (N, h + 6, w + 6), coefficients of a cubic B-spline, continued
+    usable,  # (N, h' + 6, w' + 6), how much is usable, continued
+    warp,  # (N, 9), normalised
+    level_x,  # (n,), where the samples lie, normalised
     level_y,  # (n,)
-    level_weights,  # (N or 1 a group, n)
+    level_weights,  # (N or 1 a group, n), of the reference
     values,  # (N, n)
     common,  # (N, n)
     samples,
@@ -112,9 +112,9 @@ def look_frames(
     columns,
     usable_rows,
     usable_columns,
-    height: tl.float64,
+    height: tl.float64,  # of the frame, in pixels
     width: tl.float64,
-    ramp_y: tl.float64,
+    ramp_y: tl.float64,  # how long the window falls off, in pixels
     ramp_x: tl.float64,
     MASKED: tl.constexpr,
     TAPERED: tl.constexpr,
@@ -249,18 +249,18 @@ def _composed(step, places, nothing, warp, MOTION: tl.constexpr):
 
 @kernel
 def step_warped(
-    spline,  # (N, h + 6, w + 6)
-    start,  # (N, 9)
-    moves,  # (N,), 0 and 1
+    spline,  # (N, h + 6, w + 6), coefficients of a cubic B-spline, continued
+    start,  # (N, 9), normalised
+    moves,  # (N,), 0 and 1: whether a frame moves at all
     weights,  # (N, n)
-    regressors,  # (N or 1 a group, K, n), of which the first 2 + P
+    regressors,  # (N or 1 a group, K, n): 1, the texture, its derivatives by the P parameters, and more
     means,  # (N, 2 + P)
     inverses,  # (N, P, P)
     solutions,  # (N, P)
     rests,  # (N,)
-    level_x,  # (n,)
+    level_x,  # (n,), where the samples lie, normalised
     level_y,  # (n,)
-    corners,  # (8, P)
+    corners,  # (8, P), how each parameter displaces the frame's corners, x of the four and then y, in pixels
     warps,  # (N, 9)
     reaches,  # (N,)
     seen,  # (N, 9), where the frame was sampled last
@@ -270,9 +270,9 @@ def step_warped(
     rows,
     columns,
     iterations,
-    height: tl.float64,
+    height: tl.float64,  # of the frame, in pixels
     width: tl.float64,
-    longest: tl.float64,
+    longest: tl.float64,  # step, in pixels
     tolerance: tl.float64,
     PARAMETERS: tl.constexpr,
     PADDED: tl.constexpr,  # the next power of two of 2 + P
@@ -330,7 +330,7 @@ def step_warped(
 
 @kernel
 def step_shifted(
-    spectrum,  # (N, h, w//2+1, 2)
+    spectrum,  # (N, h, w//2+1, 2), 0 at half the sampling rate
     weighted,  # (N, 4, h, w//2+1, 2), spectra of the weighted regressors
     start,  # (N, 2), pixels
     moves,  # (N,), 0 and 1
@@ -347,9 +347,9 @@ def step_shifted(
     bins,
     columns,
     iterations,
-    samples: tl.float64,
-    half: tl.float64,
-    longest: tl.float64,
+    samples: tl.float64,  # h · w
+    half: tl.float64,  # of the frame's longer side, in pixels
+    longest: tl.float64,  # step, in pixels
     tolerance: tl.float64,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr = 256,
@@ -411,22 +411,9 @@ def look(
     projective: bool,
     precise: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The moving frames as a warp shows them over the reference's samples, and the ground that both have.
+    """The moving frames as a warp shows them over the reference's samples, and the ground that both have; (..., T, n).
 
-    Args:
-        spline: (..., T, h + 6, w + 6), coefficients of a cubic B-spline, continued.
-        usable: (..., T, h' + 6, w' + 6), how much is usable, continued; or ``None``.
-        warp: (..., T, 3, 3), normalised.
-        level_weights: (..., 1 or T, n), of the reference.
-        level_x: (n,), where the samples lie, normalised.
-        level_y: (n,), likewise.
-        frame: (H, W) in pixels.
-        ramps: how long the window falls off along y and x, in pixels; none for no window.
-        projective: whether warps may have a last row.
-        precise: the spline; else bilinear.
-
-    Returns:
-        (..., T, n) twice.
+    Without ramps there is no window; if ``precise`` samples are of the spline, else bilinear.
     """
     lead, samples = warp.shape[:-2], level_x.shape[0]
     values, common = (warp.new_empty((*lead, samples)) for _ in range(2))
@@ -467,25 +454,7 @@ def ascend_warped(
     tolerance: float,
     precise: bool,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Steps of frames under any warp, until none moves a point of the frame by more than a tolerance.
-
-    Args:
-        spline: (..., T, h + 6, w + 6), coefficients of a cubic B-spline, continued.
-        start: (..., T, 3, 3), normalised.
-        moves: bool, (..., T), the frames that move at all.
-        weights: (..., T, n).
-        regressors: (..., 1 or T, K, n): 1, the texture, its derivatives by the P parameters, and more.
-        equations: mean (..., T, 2 + P), inverse (..., T, P, P), solved (..., T, P) and rest (..., T).
-        level_x: (n,), where the samples lie, normalised.
-        level_y: (n,), likewise.
-        corners: (8, P), how each parameter displaces the frame's corners, x of the four and then y, in pixels.
-        frame: (H, W) in pixels.
-        longest: the longest step, in pixels.
-        projective: whether warps may have a last row.
-        motion: what may move.
-        iterations: how many steps at most.
-        tolerance: in pixels.
-        precise: the spline; else bilinear.
+    """Steps of frames under any warp, until none moves a point of the frame by more than a tolerance, in pixels.
 
     Returns:
         The warps (..., T, 3, 3); the reach (..., T) of the last step, in pixels; and the warps before it.
@@ -531,25 +500,7 @@ def ascend_shifted(
     iterations: int,
     tolerance: float,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Steps of frames that are only shifted, by products of spectra.
-
-    Args:
-        spectrum: (..., T, h, w//2+1), of the moving frames; 0 at half the sampling rate.
-        weighted: (..., T, 4, h, w//2+1), of the weighted regressors.
-        start: (..., T, 2), (x, y) in pixels.
-        moves: bool, (..., T), the frames that move at all.
-        equations: mean (..., T, 4), inverse (..., T, 2, 2), solved (..., T, 2) and rest (..., T).
-        frequencies: (h,) and (w//2+1,), along y and x, in cycles per pixel.
-        corners: (8, 2), how each parameter displaces the frame's corners, in pixels.
-        samples: h · w.
-        half: of the frame's longer side, in pixels.
-        longest: the longest step, in pixels.
-        iterations: how many steps at most.
-        tolerance: in pixels.
-
-    Returns:
-        The shifts (..., T, 2) in pixels; the reach (..., T) of the last step, in pixels; and the shifts before it.
-    """
+    """Steps of frames that are only shifted, by products of spectra; as :func:`ascend_warped`, shifts in pixels."""
     lead, (rows, columns) = start.shape[:-1], spectrum.shape[-2:]
     shift, reach, seen = (start.new_empty(shape) for shape in (start.shape, lead, start.shape))
     yield shift, reach, seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -101,8 +102,8 @@ def assess_frames(
     power,  # (N, h, w//2+1, 2)
     fy,  # (h,), cycles per pixel
     fx,  # (w//2+1,)
-    start,  # (N, 2), the maximum
-    together,  # (N, 2)
+    start,  # (N, 2), the maximum, in pixels
+    together,  # (N, 2), where the weights match
     weights,  # (N, h, w)
     settled_shift,  # (N, 2)
     covariance,  # (N, 2, 2)
@@ -230,16 +231,9 @@ def assess(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """See :func:`torchalign.functional.uncertainty.assess_peak`, and what :mod:`torchalign.functional.phase` makes of it.
 
-    Args:
-        power: (..., H, W//2+1), half of a Hermitian cross-power spectrum.
-        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
-        shift: (..., 2), the maximum.
-        together: (..., 2), where the weights match.
-        weights: (..., H, W).
-        spacing: pixels from one sample to the next, along y and x.
-        limits: the factor of the covariance; the share of the square of the weights' correction that is error;
-            how many times what the weights pulled is error besides; the longest way, and the largest correction that
-            is made, in pixels.
+    The ``limits`` are the factor of the covariance; the share of the square of the weights' correction that is error;
+    how many times what the weights pulled is error besides; the longest way, and the largest correction that is made,
+    in pixels.
 
     Returns:
         The shift (..., 2) less the weights' pull; and its covariance (..., 2, 2), the height, the curvature along
@@ -248,7 +242,7 @@ def assess(
     """
     lead, dtype = power.shape[:-2], power.dtype.to_real()
     sizes = (2,), (2, 2), (), (), (), (2, 2)
-    found = tuple(shift.new_empty((*lead, *size), dtype=dtype) for size in sizes)
+    found: Any = tuple(shift.new_empty((*lead, *size), dtype=dtype) for size in sizes)
     yield found
     shift, together = (part.to(dtype) for part in expanded(lead, 1, shift, together))
     tensors = power, *frequencies, shift, together, *expanded(lead, 2, weights), *found

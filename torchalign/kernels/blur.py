@@ -14,7 +14,7 @@ from torchalign.kernels.launching import kernel, launch, operator
 @kernel
 def blur_frames(
     image,  # (N, H, W)
-    weights,  # (radius + 1,)
+    weights,  # (radius + 1,), from the middle outwards
     blurred,  # (N, H, W)
     height,
     width,
@@ -51,15 +51,7 @@ def blur_frames(
 
 
 def blur(image: Tensor, weights: Tensor) -> Tensor:
-    """A symmetric filter along x, then along y; the edge is mirrored, or repeated where it is too near.
-
-    Args:
-        image: (..., H, W).
-        weights: (radius + 1,), from the middle outwards.
-
-    Returns:
-        (..., H, W).
-    """
+    """A symmetric filter along x, then along y; the edge is mirrored, or repeated where it is too near."""
     mirrored = weights.shape[0] <= min(image.shape[-2:])
     return _blur(_blur(image, weights, False, mirrored), weights, True, mirrored)
 

@@ -117,17 +117,17 @@ def _divided_derivatives(
 
 @kernel
 def climb_frames(
-    spectra,  # (N, h, w//2+1, 2), or (2, 3, N, h, w//2+1, 2)
+    spectra,  # (N, h, w//2+1, 2), half of a cross-power spectrum; if DIVIDED (2, 3, N, ...), of what is correlated
     fy,  # (h,), cycles per pixel
     fx,  # (w//2+1,)
-    start,  # (N, 2)
+    start,  # (N, 2), pixels
     found,  # (N, 2)
     last,  # (N, 2)
     peaks,  # (N,), 0 and 1
     stack,  # frames in all
     bins,
     columns,
-    steps,
+    steps,  # at least one
     DIVIDED: tl.constexpr,
     COMPUTE: tl.constexpr,
     EPSILON: tl.constexpr,
@@ -170,13 +170,7 @@ def climb(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Newton's ascent: ``refine_peak`` of :mod:`torchalign.functional.phase`, or if ``divided`` ``_refine_divided``.
 
-    Args:
-        spectra: (..., H, W//2+1), half of a Hermitian cross-power spectrum; if divided (2, 3, ..., H, W//2+1), those
-            of what is correlated.
-        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
-        start: (..., 2), (x, y) in pixels.
-        steps: at least one, each of at most half a pixel an axis, or 0.3 pixels if divided.
-        divided: see above.
+    A step is at most half a pixel an axis, or 0.3 pixels if divided.
 
     Returns:
         The shift (..., 2); the last step (..., 2); and whether that was one to a maximum (...,).
@@ -241,20 +235,7 @@ def overlaps(
     moving: Tensor,
     reference: Tensor,
 ) -> Iterator[Tensor]:
-    """See :func:`torchalign.functional.phase._divided_fields`.
-
-    Args:
-        windows: (..., T, h, w) each, of the ground in common, over the moving frame and over the reference.
-        moved: (..., T, h, w), the weights over the moving frame.
-        weights: (..., T, h, w), over the reference.
-        cover: (..., T, h, w), of the moving frame, or ``None``.
-        other_cover: (..., 1 or T, h, w), or ``None``.
-        moving: (..., T, h, w).
-        reference: (..., 1 or T, h, w).
-
-    Returns:
-        (2, 3, ..., T, h, w).
-    """
+    """See :func:`torchalign.functional.phase._divided_fields`, (2, 3, ..., T, h, w)."""
     fields = moved.new_empty((2, 3, *moved.shape))
     yield fields
     lead, size = moved.shape[:-2], moved.shape[-2:]

@@ -133,16 +133,10 @@ def repeat_frames(
 
 
 def repeated(image: Tensor, usable: Tensor | None, strides: Sequence[int], least: float) -> Tensor:
-    """See :func:`torchalign.functional.defects.enlargement`.
+    """See :func:`torchalign.functional.defects.enlargement`: (...,) int64, 1 to 8.
 
-    Args:
-        image: (..., H, W), finite, of 5 pixels a side and more.
-        usable: bool, (..., H, W), or ``None``.
-        strides: every which row tells the columns, and every which column the rows.
-        least: a repeat that counts, in standard deviations.
-
-    Returns:
-        (...,) int64, 1 to 8.
+    The strides say every which row tells the columns, and every which column the rows; repeats of ``least`` standard
+    deviations count. An image has 5 pixels a side and more.
     """
     usable = None if usable is None else usable.expand(image.shape)
     return _repeat(_profile(image, usable, strides), image.shape[-2:], least)

@@ -131,9 +131,9 @@ def differentiate_frames(
     own,  # (N, h, w)
     field,  # (1 or N, h, w)
     weight,  # (N, h, w)
-    around,  # (2, N, h, w)
-    whole,  # (2, N)
-    local,  # (N, 2, h, w)
+    around,  # (2, N, h, w), weighted squares and weights, averaged around
+    whole,  # (2, N), their sums
+    local,  # (N, 2, h, w), the field of shifts
     products,  # (N, 3, h, w)
     pull,  # (N, 2, h, w)
     stack,  # frames in all
@@ -143,7 +143,7 @@ def differentiate_frames(
     down: tl.float64,  # samples a pixel
     along: tl.float64,
     least: tl.float64,  # variance of a sample, of the frame's
-    redundancy: tl.float64,
+    redundancy: tl.float64,  # how many samples say as much as one
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr = 512,
 ):
@@ -186,14 +186,7 @@ def differentiate_frames(
 def read_splines(
     coefficients: Tensor, weights: Tensor | None, at: Tensor, size: list[int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """See functional.local._read_frames: values, 1 inside, and the nearest weight if there are weights; (N, h, w).
-
-    Args:
-        coefficients: (N, H + 2P, W + 2P).
-        weights: (N, h, w) or ``None``.
-        at: (1 or N, 2, h, w).
-        size: (H, W).
-    """
+    """See functional.local._read_frames: values, 1 inside, and the nearest weight if there are weights; (N, h, w)."""
     lead, samples = coefficients.shape[:1], at.shape[-2:]
     value, inside = (coefficients.new_empty((*lead, *samples)) for _ in range(2))
     usable = at.new_empty(0 if weights is None else value.shape)
@@ -239,15 +232,8 @@ def differentiate(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """See functional.local._products_and_pull: (N, 3, h, w) and (N, 2, h, w).
 
-    Args:
-        own: (N, h, w).
-        field: (1 or N, h, w).
-        weight: (N, h, w).
-        around: (2, N, h, w), weighted squares and weights, averaged around.
-        whole: (2, N), their sums.
-        local: (N, 2, h, w), the field.
-        numbers: samples a pixel (down, along); the least variance of a sample as a share of the frame's; and how many
-            samples say as much as one.
+    The numbers are samples a pixel (down, along); the least variance of a sample as a share of the frame's; and how
+    many samples say as much as one.
     """
     count, *size = own.shape
     products, pull = own.new_empty((count, 3, *size)), own.new_empty((count, 2, *size))

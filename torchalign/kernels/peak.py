@@ -26,7 +26,7 @@ def _vertex(before, centre, after):
 
 @kernel
 def peak_frames(
-    surface,  # (N, h, w)
+    surface,  # (N, h, w), finite
     shift,  # (N, 2), pixels
     significances,  # (N,)
     outsides,  # (N,), 0 and 1
@@ -34,9 +34,9 @@ def peak_frames(
     spreads,  # (N,)
     rows,
     columns,
-    step_y: tl.float64,
+    step_y: tl.float64,  # pixels from one sample to the next
     step_x: tl.float64,
-    reach: tl.float64,
+    reach: tl.float64,  # how far a peak may lie, in pixels
     margin: tl.float64,
     least: tl.float64,
     TINY: tl.constexpr,
@@ -106,12 +106,8 @@ def peak(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """See :func:`torchalign.functional.phase.coarse_peak`.
 
-    Args:
-        surface: (..., h, w), finite.
-        steps: pixels from one sample to the next, along y and x.
-        reach: how far a peak may lie, in pixels.
-        margin: a peak beyond the reach counts if it exceeds the one within by this factor,
-        least: and this many standard deviations of the surface.
+    A peak beyond the ``reach`` counts if it exceeds the one within by the factor ``margin``, and ``least`` standard
+    deviations of the surface.
 
     Returns:
         shift (..., 2), significance (...,), outside (...,) bool, height (...,) and spread (...,).

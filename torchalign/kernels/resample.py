@@ -76,9 +76,9 @@ def _chosen(
 @kernel
 def resample_frames(
     frames,  # (N, C, H, W), by its strides
-    motion,  # (N, 2 | 6 | 9)
+    motion,  # (N, 2 | 6 | 9), moving → reference
     mask,  # (N, H, W), 0 and 1, by its strides
-    local,  # (N, 2, h, w), shifts on top of the motion
+    local,  # (N, 2, h, w), shifts (x, y) on top of the motion, in pixels
     values,  # (N, C, h, w)
     validity,  # (N, h, w), 0 and 1
     fill: tl.float64,
@@ -87,7 +87,7 @@ def resample_frames(
     width,
     strides,  # of frames: frame, band, row, column
     mask_strides,  # of the mask: frame, row, column
-    step,
+    step,  # of the lattice of output pixels
     KIND: tl.constexpr,
     INTERPOLATION: tl.constexpr,
     PADDING: tl.constexpr,
@@ -164,18 +164,7 @@ def resample(
     step: int = 1,
     local: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What :func:`torchalign.functional.warp.resample` gives, the values and their validity.
-
-    Args:
-        cube: (..., T, C, H, W).
-        motion: (..., T, 2), (..., T, 2, 3) or (..., T, 3, 3); of these leading dimensions.
-        mask: bool, (..., T, H, W), or ``None``.
-        interpolation: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``.
-        padding_mode: ``"border"``, ``"zeros"`` or ``"reflection"``.
-        fill_value: or ``None``.
-        step: of the lattice of output pixels.
-        local: (..., T, 2, h, w), shifts (x, y) on top of the motion, in pixels, of its dtype; or ``None``.
-    """
+    """See :func:`torchalign.functional.warp.resample`; ``local`` (..., T, 2, h, w) are shifts on top of the motion."""
     lead, (bands, height, width) = cube.shape[:-3], cube.shape[-3:]
     size = [(length + step - 1) // step for length in (height, width)]
     values, validity = cube.new_empty((*lead, bands, *size)), cube.new_empty((*lead, *size), dtype=torch.bool)

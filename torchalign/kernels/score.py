@@ -45,19 +45,19 @@ def _bicubic(
 
 @kernel
 def score_frames(
-    moving,  # (N, H, W)
+    moving,  # (N, H, W), finite
     reference,  # (N or 1 a group, H, W)
-    motions,  # (S, N, 2 | 6 | 9)
+    motions,  # (S, N, 2 | 6 | 9), moving → reference
     moving_usable,  # (N, H, W), 0 and 1
     reference_usable,  # (N or 1 a group, H, W), 0 and 1
-    weight,  # (N, h, w)
-    local,  # (N, 2, h, w), added to the last motion
+    weight,  # (N, h, w), over the lattice
+    local,  # (N, 2, h, w), shifts (x, y) on top of the last motion, in pixels
     scores,  # (N, S + 1)
     stack,  # frames in all
     group,  # frames that share a reference
     height,
     width,
-    step,
+    step,  # of the lattice, in pixels
     STAGES: tl.constexpr,
     KIND: tl.constexpr,
     MASKED: tl.constexpr,
@@ -157,17 +157,7 @@ def score(
     step: int,
     local: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Zero-normalised cross-correlations over the ground that all motions leave in sight.
-
-    Args:
-        moving: (..., T, H, W), float32 or float64, finite.
-        reference: (..., 1 or T, H, W), finite.
-        motions: shifts (S, ..., T, 2) or warps (S, ..., T, 2 or 3, 3), moving → reference.
-        moving_usable: bool, (..., T, H, W), or ``None``.
-        reference_usable: bool, (..., 1 or T, H, W), or ``None``.
-        weight: ≥ 0, (..., T, h, w) over the lattice, or ``None``.
-        step: of the lattice, in pixels.
-        local: (..., T, 2, h, w), shifts (x, y) on top of the last motion, in pixels; or ``None``.
+    """Zero-normalised cross-correlations over the ground that all motions leave in sight, see functional.quality.
 
     Returns:
         (..., T, S + 1): under each of the S motions, and under none; 0 where one of the two is flat.

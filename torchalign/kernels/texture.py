@@ -109,7 +109,7 @@ def cover_frames(
 
 @kernel
 def unit_frames(
-    field,  # (N, h, w)
+    field,  # (N, h, w), of mean nearly 0
     noise,  # (N,)
     empty,  # (N,), 0 and 1
     unit,  # (N,)
@@ -223,16 +223,9 @@ def share_frames(
 
 
 def fill(image: Tensor, usable: Tensor, least: float) -> tuple[Tensor, Tensor] | None:
-    """The image less the mean of what is usable, its holes filled from their neighbours.
+    """(..., H, W), see :func:`torchalign.functional.texture.centre`; and (..., 2), mean and share of what is usable.
 
-    Args:
-        image: (..., H, W), finite.
-        usable: bool, (..., H, W).
-        least: a hole is filled from neighbours of at least this (triangular) weight in all.
-
-    Returns:
-        (..., H, W); and (..., 2), the mean and the share of what is usable. ``None`` where a frame is too large for
-        one program.
+    A hole is filled from neighbours of at least the weight ``least`` in all.
     """
     usable = usable.expand(image.shape)
     means = _mean(image, usable)
@@ -268,16 +261,7 @@ def coverage(usable: Tensor, size: list[int], dtype: torch.dtype) -> Iterator[Te
 
 @operator(planes_of(MOST_SAMPLES))
 def units(field: Tensor, noise: Tensor, empty: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The deviation of every frame, 1 where it is no more than ``noise``, not finite, or ``empty``; and where it is.
-
-    Args:
-        field: (..., h, w), of mean nearly 0.
-        noise: (...,).
-        empty: (...,) bool.
-
-    Returns:
-        (...,) and (...,) bool.
-    """
+    """(...,): the deviation of every frame, 1 where it is no more than ``noise``, not finite, or ``empty``; and where."""
     lead = field.shape[:-2]
     unit, flat = field.new_empty(lead), empty.new_empty(lead)
     yield unit, flat
@@ -288,13 +272,9 @@ def units(field: Tensor, noise: Tensor, empty: Tensor) -> Iterator[tuple[Tensor,
 def contrast(
     field: Tensor, unit: Tensor, weights: Tensor | None, typical: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`torchalign.functional.texture.local_contrast`, of a field in its ``unit`` (...).
+    """See :func:`torchalign.functional.texture.local_contrast`, of a field in its ``unit`` (...,).
 
-    Args:
-        field: (..., h, w).
-        unit: (...,), what it is divided by.
-        weights: (..., h, w) or ``None``.
-        typical: makes of the local variance (..., h, w) its median (...,), which may be NaN.
+    ``typical`` makes of the local variance (..., h, w) its median (...,), which may be NaN.
 
     Returns:
         (..., h, w), and the same times the weights.

@@ -66,8 +66,8 @@ def pull_frames(
     reference,  # (N or 1 a group, h, w//2+1, 2)
     fy,  # (h,), cycles per pixel
     fx,  # (w//2+1,)
-    shift,  # (N, 2)
-    root,  # (h, w//2+1)
+    shift,  # (N, 2), by which the moving one is turned
+    root,  # (h, w//2+1), what all is multiplied by
     spectra,  # (N, 3, h, w//2+1, 2)
     bins,
     columns,
@@ -152,13 +152,7 @@ def window_frames(
 
 @operator()
 def turn(spectrum: Tensor, frequencies: list[Tensor], shift: Tensor) -> Iterator[Tensor]:
-    """See :func:`torchalign.functional.fourier.shift_phase`, (..., H, W//2+1).
-
-    Args:
-        spectrum: (..., H, W//2+1), an ``rfft2``; its leading dimensions broadcast against those of ``shift``.
-        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
-        shift: (..., 2), (x, y) in pixels.
-    """
+    """See :func:`torchalign.functional.fourier.shift_phase`: leading dimensions of spectrum and shift broadcast."""
     lead, size = torch.broadcast_shapes(spectrum.shape[:-2], shift.shape[:-1]), spectrum.shape[-2:]
     turned = spectrum.new_empty((*lead, *size))
     yield turned
@@ -173,11 +167,7 @@ def turn(spectrum: Tensor, frequencies: list[Tensor], shift: Tensor) -> Iterator
 def common_window(shift: Tensor, size: list[int], frame: list[int], ramps: list[float]) -> Iterator[Tensor]:
     """(..., h, w): the Tukey window of the ground that a frame shifted by (..., 2) has in common with the one in place.
 
-    Args:
-        shift: (x, y) in pixels.
-        size: (h, w) samples.
-        frame: (H, W) in pixels.
-        ramps: how long the window falls off along y and x, in pixels.
+    Frame and ramps, how long it falls off along y and x, are in pixels.
     """
     window = shift.new_empty((*shift.shape[:-1], *size))
     yield window
@@ -188,18 +178,9 @@ def common_window(shift: Tensor, size: list[int], frame: list[int], ramps: list[
 def pulls(
     moving: Tensor, reference: Tensor, frequencies: list[Tensor], shift: Tensor, root: Tensor, samples: int
 ) -> Iterator[Tensor]:
-    """See :func:`torchalign.functional.uncertainty.block_pulls`.
+    """The spectra (..., T, 3, h, w//2+1) of :func:`torchalign.functional.uncertainty.block_pulls`, times ``root``.
 
-    Args:
-        moving: (..., T, h, w//2+1), an ``rfft2``.
-        reference: (..., 1 or T, h, w//2+1).
-        frequencies: (h,) and (w//2+1,), along y and x, in cycles per pixel.
-        shift: (..., T, 2), by which the moving one is turned.
-        root: (h, w//2+1), what all is multiplied by.
-        samples: of a frame on the grid.
-
-    Returns:
-        (..., T, 3, h, w//2+1): the difference, and the sum's derivatives by x and by y, times half the samples.
+    Those of the difference, and of the sum's derivatives by x and by y times half the ``samples`` of a frame.
     """
     lead, size = moving.shape[:-2], moving.shape[-2:]
     spectra = moving.new_empty((*lead, 3, *size))
@@ -212,13 +193,7 @@ def pulls(
 
 @operator()
 def cross(moving: Tensor, reference: Tensor, weight: Tensor) -> Iterator[Tensor]:
-    """See :func:`torchalign.functional.phase.cross_power`, (..., T, h, w//2+1).
-
-    Args:
-        moving: (..., T, h, w//2+1), an ``rfft2``.
-        reference: (..., 1 or T, h, w//2+1).
-        weight: (h, w//2+1), what the product is multiplied by.
-    """
+    """See :func:`torchalign.functional.phase.cross_power`; the product is multiplied by ``weight``."""
     lead, size = torch.broadcast_shapes(moving.shape[:-2], reference.shape[:-2]), moving.shape[-2:]
     power = moving.new_empty((*lead, *size))
     yield power
