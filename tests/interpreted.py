@@ -776,8 +776,8 @@ def test_operators_are_kept_by_export():
     names = {str(node.target) for part in parts for node in part.graph.nodes}
     for operator in (
         "see",
-        "mean",
-        "fill",
+        "usable_mean",
+        "filled",
         "coverage",
         "turn",
         "common_window",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchalign.kernels.language import block_of, divide, lerp, load_matrix, load_pair, store_pair
 from torchalign.kernels.launching import by_group, expanded, kernel, launch, operator
-from torchalign.kernels.sampling import spline_at
+from torchalign.kernels.sampling import read_spline
 from torchalign.kernels.turn import load_complex, tukey, wave_of
 
 _MOTIONS = ("translation", "euclidean", "similarity", "affine", "homography")
@@ -88,7 +88,7 @@ def _sample(field, rows, columns, column, row, wide, high, live, SPLINE: tl.cons
     line = columns + 6
     at = field + (top.to(tl.int32) + 3) * line + left.to(tl.int32) + 3
     if SPLINE:
-        value = spline_at(at, line, fx, fy, live)
+        value = read_spline(at, line, fx, fy, live)
     else:
         above = lerp(tl.load(at, mask=live, other=0), tl.load(at + 1, mask=live, other=0), fx)
         below = lerp(tl.load(at + line, mask=live, other=0), tl.load(at + line + 1, mask=live, other=0), fx)

@@ -53,11 +53,11 @@ def blur_frames(
 def blur(image: Tensor, weights: Tensor) -> Tensor:
     """A symmetric filter along x, then along y; the edge is mirrored, or repeated where it is too near."""
     mirrored = weights.shape[0] <= min(image.shape[-2:])
-    return _blur(_blur(image, weights, False, mirrored), weights, True, mirrored)
+    return _blur_axis(_blur_axis(image, weights, False, mirrored), weights, True, mirrored)
 
 
 @operator()
-def _blur(image: Tensor, weights: Tensor, down: bool, mirrored: bool) -> Iterator[Tensor]:
+def _blur_axis(image: Tensor, weights: Tensor, down: bool, mirrored: bool) -> Iterator[Tensor]:
     blurred = image.new_empty(image.shape)
     yield blurred
     lead, size = image.shape[:-2], image.shape[-2:]

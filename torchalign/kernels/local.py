@@ -12,7 +12,7 @@ from torch import Tensor
 from torchalign.kernels.alike import alike_at
 from torchalign.kernels.language import block_of, cell_of, divide, lerp
 from torchalign.kernels.launching import kernel, launch, operator
-from torchalign.kernels.sampling import neighbour, spline_at
+from torchalign.kernels.sampling import neighbour, read_spline
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def read_frames(
     first = (row.to(tl.int32) + pad) * line + column.to(tl.int32) + pad
     plane = coefficients + frame * line * (height + 2 * pad)
     out = frame * samples + place
-    tl.store(values + out, spline_at(plane + first, line, fx, fy, live), mask=live)
+    tl.store(values + out, read_spline(plane + first, line, fx, fy, live), mask=live)
     tl.store(inside + out, within.to(COMPUTE), mask=live)
     if MASKED:
         near = _near(row, rows, height) * columns + _near(column, columns, width)

@@ -203,7 +203,7 @@ def spline_weight(fraction, TAP: tl.constexpr):
 
 
 @triton.jit
-def spline_at(pixel, line, fx, fy, live):
+def read_spline(pixel, line, fx, fy, live):
     """A cubic B-spline beyond a pixel by fractions, whose coefficients lie in lines of this length."""
     total = tl.zeros_like(fx)
     for j in tl.static_range(4):

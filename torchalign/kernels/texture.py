@@ -228,12 +228,12 @@ def fill(image: Tensor, usable: Tensor, least: float) -> tuple[Tensor, Tensor] |
     A hole is filled from neighbours of at least the weight ``least`` in all.
     """
     usable = usable.expand(image.shape)
-    means = _mean(image, usable)
-    return None if means is None else (_fill(image, usable, means, least), means)
+    means = _usable_mean(image, usable)
+    return None if means is None else (_filled(image, usable, means, least), means)
 
 
 @operator(planes_of(MOST_PIXELS))
-def _mean(image: Tensor, usable: Tensor) -> Iterator[Tensor]:
+def _usable_mean(image: Tensor, usable: Tensor) -> Iterator[Tensor]:
     lead, size = image.shape[:-2], image.shape[-2:]
     means = image.new_empty((*lead, 2))
     yield means
@@ -241,7 +241,7 @@ def _mean(image: Tensor, usable: Tensor) -> Iterator[Tensor]:
 
 
 @operator()
-def _fill(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Iterator[Tensor]:
+def _filled(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Iterator[Tensor]:
     filled = image.new_empty(image.shape)
     yield filled
     size = image.shape[-2:]
