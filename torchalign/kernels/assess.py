@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.climb import MOST_BINS, settled, unturned, with_bins
+from torchalign.kernels.climb import MOST_BINS, snapped, unturned, with_bins
 from torchalign.kernels.language import divide, load_pair, store_pair
 from torchalign.kernels.launching import expanded, kernel, launch, operator, planes_of
 
@@ -208,7 +208,7 @@ def assess_frames(
     shift_y += tl.where(bounded, extra_y, 0.0)
     extra_x = tl.cast(pulls, COMPUTE) * tl.minimum(tl.maximum(extra_x, -1.0), 1.0)
     extra_y = tl.cast(pulls, COMPUTE) * tl.minimum(tl.maximum(extra_y, -1.0), 1.0)
-    store_pair(settled_shift, frame, settled(shift_x, EPSILON), settled(shift_y, EPSILON))
+    store_pair(settled_shift, frame, snapped(shift_x, EPSILON), snapped(shift_y, EPSILON))
     store_pair(covariance, 2 * frame, cxx + extra_x * extra_x, cxy + extra_x * extra_y)
     store_pair(covariance, 2 * frame + 1, cxy + extra_x * extra_y, cyy + extra_y * extra_y)
     tl.store(heights + frame, height)

@@ -71,7 +71,7 @@ def derivatives(
 
 
 @triton.jit
-def newton_step(gx, gy, hxx, hyy, hxy, determinant, peak, LONGEST: tl.constexpr):
+def step_to_peak(gx, gy, hxx, hyy, hxy, determinant, peak, LONGEST: tl.constexpr):
     """The step to a maximum, cut along each axis; none where the surface is not curved as at a peak."""
     safe = tl.where(peak, determinant, 1.0)
     x = tl.where(peak, divide(hxy * gy - hyy * gx, safe), 0.0)
@@ -80,7 +80,7 @@ def newton_step(gx, gy, hxx, hyy, hxy, determinant, peak, LONGEST: tl.constexpr)
 
 
 @triton.jit
-def settled(shift, EPSILON: tl.constexpr):
+def snapped(shift, EPSILON: tl.constexpr):
     """Identical frames are at exactly 0: what rounding leaves there is taken off."""
     return tl.where(tl.abs(shift) < 64 * EPSILON, 0.0, shift)
 
@@ -148,7 +148,7 @@ def climb_frames(
             product = hxx * hyy
             determinant = product - hxy * hxy
             peak = positive & (hxx < 0) & (determinant > 0)
-            step_x, step_y = newton_step(gx, gy, hxx, hyy, hxy, determinant, peak, 0.3)
+            step_x, step_y = step_to_peak(gx, gy, hxx, hyy, hxy, determinant, peak, 0.3)
         else:
             _value, gx, gy, hxx, hyy, hxy = derivatives(
                 own, own, bins, columns, fy, fx, shift_x, shift_y, False, COMPUTE, BLOCK
@@ -156,10 +156,10 @@ def climb_frames(
             product = hxx * hyy
             determinant = product - hxy * hxy
             peak = (hxx < 0) & (determinant > EPSILON * product)
-            step_x, step_y = newton_step(gx, gy, hxx, hyy, hxy, determinant, peak, 0.5)
+            step_x, step_y = step_to_peak(gx, gy, hxx, hyy, hxy, determinant, peak, 0.5)
         shift_x += step_x
         shift_y += step_y
-    store_pair(found, frame, settled(shift_x, EPSILON), settled(shift_y, EPSILON))
+    store_pair(found, frame, snapped(shift_x, EPSILON), snapped(shift_y, EPSILON))
     store_pair(last, frame, step_x, step_y)
     tl.store(peaks + frame, peak.to(tl.uint8))
 
@@ -168,7 +168,7 @@ def climb_frames(
 def climb(
     spectra: Tensor, frequencies: list[Tensor], start: Tensor, steps: int, divided: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Newton's ascent: ``refine_peak`` of :mod:`torchalign.functional.phase`, or if ``divided`` ``_refine_divided``.
+    """Newton's ascent: functional.peak.refine_peak, or if ``divided`` functional.phase._refine_divided.
 
     A step is at most half a pixel an axis, or 0.3 pixels if divided.
 

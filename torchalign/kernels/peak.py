@@ -104,7 +104,7 @@ def peak_frames(
 def peak(
     surface: Tensor, steps: list[float], reach: float, margin: float, least: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """See :func:`torchalign.functional.phase.coarse_peak`.
+    """See :func:`torchalign.functional.peak.coarse_peak`.
 
     A peak beyond the ``reach`` counts if it exceeds the one within by the factor ``margin``, and ``least`` standard
     deviations of the surface.

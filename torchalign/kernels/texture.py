@@ -229,7 +229,7 @@ def fill(image: Tensor, usable: Tensor, least: float) -> tuple[Tensor, Tensor] |
     """
     usable = usable.expand(image.shape)
     means = _usable_mean(image, usable)
-    return None if means is None else (_filled(image, usable, means, least), means)
+    return None if means is None else (_filled_holes(image, usable, means, least), means)
 
 
 @operator(planes_of(MOST_PIXELS))
@@ -241,7 +241,7 @@ def _usable_mean(image: Tensor, usable: Tensor) -> Iterator[Tensor]:
 
 
 @operator()
-def _filled(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Iterator[Tensor]:
+def _filled_holes(image: Tensor, usable: Tensor, means: Tensor, least: float) -> Iterator[Tensor]:
     filled = image.new_empty(image.shape)
     yield filled
     size = image.shape[-2:]
