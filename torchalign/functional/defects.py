@@ -115,7 +115,7 @@ def _constant_squares(image: Tensor) -> Tensor:
     return F.pad((within_rows | down) == 0, (_SQUARE // 2,) * 4)
 
 
-def hot_pixels(image: Tensor, usable: Tensor | None = None) -> Tensor:
+def hot_pixels(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Single pixels far off the median of three along their row and along their column.
 
     Args:
@@ -123,19 +123,14 @@ def hot_pixels(image: Tensor, usable: Tensor | None = None) -> Tensor:
         usable: bool, broadcastable; ``None`` if all is.
 
     Returns:
-        bool, (..., H, W).
+        bool, (..., H, W); and how far every pixel is off the nearer of its two medians.
 
     Example:
         >>> image = torch.rand(30, 30, generator=torch.Generator().manual_seed(0))
         >>> image[7, 9] = 30.0
-        >>> hot_pixels(image).nonzero().tolist()
+        >>> hot_pixels(image)[0].nonzero().tolist()
         [[7, 9]]
     """
-    return _hot(image.detach(), usable)[0]
-
-
-def _hot(image: Tensor, usable: Tensor | None) -> tuple[Tensor, Tensor]:
-    """:func:`hot_pixels`, and how far every pixel is off the nearer of its two medians."""
     across, down = (_off_median(image, dim) for dim in (-1, -2))
     off = torch.where(across.abs() < down.abs(), across, down)
     # in units of how much neighbours differ on the mean
@@ -306,7 +301,7 @@ def exclude_defects(image: Tensor, usable: Tensor | None = None) -> Tensor | Non
         return usable
     filled = undeclared_fill(image, usable) & suspect
     seen = _besides(filled, usable)
-    return seen & ~(hot_pixels(image, seen) & suspect)
+    return seen & ~(hot_pixels(image, seen)[0] & suspect)
 
 
 def _besides(filled: Tensor, usable: Tensor | None) -> Tensor:
@@ -336,7 +331,7 @@ def remove_defects(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor,
     known = None if usable is None else usable.expand(image.shape).reshape(images.shape)[rows]
     filled = undeclared_fill(part, known)
     unfilled = all_true(~filled)
-    hot, off = _hot(part, known if unfilled else _besides(filled, known))
+    hot, off = hot_pixels(part, known if unfilled else _besides(filled, known))
     mended = torch.where(filled, 0.0, torch.where(hot, part - off, part))
     image = images.index_copy(0, rows, mended).reshape(image.shape)
     if unfilled:

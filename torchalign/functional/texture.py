@@ -1,6 +1,6 @@
 r"""What of an image is registered: band-limited, locally normalised, on the coarsest grid that holds the band.
 
-* :func:`band_limit`: beyond about a quarter of the sampling rate a real sensor's spectrum is mostly folded
+* :func:`~torchalign.functional.low_pass.low_pass`: beyond about a quarter of the sampling rate a real sensor's spectrum is mostly folded
   (aliased), and folded frequencies pull every estimate towards whole pixels. The frames are resampled onto the
   coarser grid that holds just the band that is kept: no kept frequency is lost, and every later step costs a
   quarter.
@@ -32,7 +32,6 @@ __all__ = [
     "Brightness",
     "Contrast",
     "Texture",
-    "band_limit",
     "extract_pyramid",
     "extract_texture",
     "local_contrast",
@@ -144,20 +143,6 @@ def extract_pyramid(
         texture = _standardized(limited, weights, noise, empty, contrast, floor)._replace(cover=own)
         textures.append(texture)
     return textures
-
-
-def band_limit(image: Tensor, size: tuple[int, int], max_frequency: float = 0.25) -> Tensor:
-    """:func:`~torchalign.functional.low_pass.low_pass` of the image less its mean.
-
-    Args:
-        image: (..., H, W).
-        size: (h, w), at most (H, W), see :func:`working_size`.
-        max_frequency: in cycles per pixel of the image; the outer fifth of the band rolls off as a cosine.
-
-    Returns:
-        (..., h, w).
-    """
-    return low_pass(image - image.mean((-2, -1), keepdim=True), [(size, max_frequency)])[0]
 
 
 def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -32,11 +32,9 @@ from torchalign._check import message
 __all__ = [
     "WEIGHTS",
     "WeightFile",
-    "WeightStatus",
     "Weights",
     "check_placed",
     "find_weights",
-    "list_weights",
     "load_into",
     "load_weights",
     "weights_table",
@@ -225,24 +223,6 @@ def load_weights(
     return tensors
 
 
-class WeightStatus(NamedTuple):
-    """An entry of :data:`WEIGHTS`, and where it is on this machine (``None``: nowhere)."""
-
-    name: str
-    network: str
-    licence: str
-    path: Path | None
-    url: str
-
-
-def list_weights() -> list[WeightStatus]:
-    """Every entry of :data:`WEIGHTS`, found or missing."""
-    return [
-        WeightStatus(name, entry.network, entry.licence, find_weights(name), entry.url)
-        for name, entry in WEIGHTS.items()
-    ]
-
-
 def weights_table() -> str:
     """What is here, what is missing, under which licence: lines of text.
 
@@ -251,9 +231,10 @@ def weights_table() -> str:
         ['name', 'network', 'licence', 'where']
     """
     rows = [("name", "network", "licence", "where")]
-    for status in list_weights():
-        where = str(status.path) if status.path is not None else f"missing: {status.url}"
-        rows.append((status.name, status.network, status.licence, where))
+    for name, entry in WEIGHTS.items():
+        path = find_weights(name)
+        where = f"missing: {entry.url}" if path is None else str(path)
+        rows.append((name, entry.network, entry.licence, where))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
