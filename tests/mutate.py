@@ -744,8 +744,8 @@ MUTATIONS = [
     ),
     Mutation(
         "lgm-too-few", "lgm.py",
-        "status = torch.where(evidence >= _LEAST_EVIDENCE, status, int(Status.TOO_FEW_MATCHES))",
-        "pass",
+        "status = torch.where(evidence >= _LEAST_EVIDENCE, 0, int(Status.TOO_FEW_MATCHES))",
+        "status = torch.zeros_like(evidence, dtype=torch.int64)",
         "tests/test_lgm.py -k other_places",
     ),
     Mutation(

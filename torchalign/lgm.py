@@ -342,9 +342,10 @@ class LGM(Aligner):
         ) -> tuple[MotionFit, Tensor, Tensor]:
             targets = everyone.gather(-2, matches.index.clamp(min=0).unsqueeze(-1).expand(points.shape))
             weight = matches.weight * (matches.index >= 0)
+            matched = matching.Correspondences(points, targets, weight, size)
             if warp is None:
-                warp = matching.consensus(points, targets, weight, size, motion=motion)
-            found = matching.reweighted_fit(warp, points, targets, weight, size, motion=motion)
+                warp = matching.consensus(matched, motion=motion)
+            found = matching.reweighted_fit(warp, matched, motion=motion)
             return (
                 found,
                 matching.significance(found.inliers, found.matches, min(1.0, chance), motion=motion),
@@ -392,16 +393,15 @@ class LGM(Aligner):
     def _find(self, part: _Part) -> Motion:
         """The motion of the matches; refined by correlation, where that brings both to the same ground."""
         found = self._correspond(part)
-        if not self.refine:
-            fit = found.fit
-            return Motion(found.whole(fit.warp), fit.sigma, found.status, covariance=fit.covariance)
-        rough = found.fit.warp.detach()
-        if self.motion == "translation":
-            return self._correlated(part, found, rough)
-        warp, covariance = rough, found.fit.covariance
-        ground = None
-        for _ in range(2):  # windows that show the same ground do not pull; after the first pass they do
-            warp, covariance, inliers, ground = self._ascended(part, found, warp.detach(), covariance, ground)
+        warp, covariance, inliers = found.fit.warp, found.fit.covariance, None
+        if self.refine and self.motion == "translation":
+            return self._correlated(part, found, warp.detach())
+        if self.refine:
+            ground = None
+            for _ in range(2):  # windows that show the same ground do not pull; after the first pass they do
+                warp, covariance, inliers, ground = self._ascended(
+                    part, found, warp.detach(), covariance, ground
+                )
         sigma = largest_sigma(covariance)
         return Motion(found.whole(warp), sigma, found.status, inliers, covariance=covariance)
 

@@ -1,9 +1,9 @@
 r"""What of an image is registered: band-limited, locally normalised, on the coarsest grid that holds the band.
 
-* :func:`~torchalign.functional.low_pass.low_pass`: beyond about a quarter of the sampling rate a real sensor's spectrum is mostly folded
-  (aliased), and folded frequencies pull every estimate towards whole pixels. The frames are resampled onto the
-  coarser grid that holds just the band that is kept: no kept frequency is lost, and every later step costs a
-  quarter.
+* :func:`~torchalign.functional.low_pass.low_pass`: beyond about a quarter of the sampling rate a real sensor's
+  spectrum is mostly folded (aliased), and folded frequencies pull every estimate towards whole pixels. The frames
+  are resampled onto the coarser grid that holds just the band that is kept: no kept frequency is lost, and every
+  later step costs a quarter.
 * :func:`local_contrast`: high-passed and divided by its local standard deviation, so that bright clouds,
   shadows and gains get no more weight than fields and roads.
 
