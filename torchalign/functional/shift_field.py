@@ -132,9 +132,9 @@ def field_at_points(field: ShiftField, points: Tensor) -> Tensor:
     return (torch.matmul(down, field.coefficients) * along).sum(-1).mT
 
 
-def field_lengths(field: ShiftField, size: tuple[int, int], step: int = 8) -> Tensor:
-    """(..., T, K): how long the field is at every ``step``-th pixel of a frame of (H, W), in pixels."""
-    return torch.hypot(*lattice_shifts(field, size, step, field.coefficients).unbind(-3)).flatten(-2)
+def field_lengths(field: ShiftField, size: tuple[int, int]) -> Tensor:
+    """(..., T, K): how long the field is at every eighth pixel of a frame of (H, W), in pixels."""
+    return torch.hypot(*lattice_shifts(field, size, 8, field.coefficients).unbind(-3)).flatten(-2)
 
 
 def is_zero(field: ShiftField) -> Tensor:

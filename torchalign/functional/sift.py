@@ -50,6 +50,8 @@ _BASE_SIGMA = 1.6  # of an octave's first level, in its own pixels
 _CAMERA_SIGMA = 0.5  # of the image as it comes
 # An octave is worth it while its shorter side has this many pixels.
 _MIN_SIDE = 24
+# The least absolute difference of Gaussians, of an image in [0, 1].
+_MIN_CONTRAST = 0.002
 # Extrema nearer to the edge of their octave than this, in its pixels, are dropped.
 _BORDER = 5
 # So are those nearer to something unusable, in multiples of the octave's coarsest σ.
@@ -128,12 +130,7 @@ def scale_space(image: Tensor) -> ScaleSpace:
 
 
 def detect_blobs(
-    space: ScaleSpace,
-    usable: Tensor | None,
-    count: int,
-    *,
-    min_contrast: float = 0.002,
-    max_edge_ratio: float = 10.0,
+    space: ScaleSpace, usable: Tensor | None, count: int, *, max_edge_ratio: float = 10.0
 ) -> Blobs:
     """The ``count`` strongest extrema of the differences of Gaussians.
 
@@ -141,15 +138,12 @@ def detect_blobs(
         space: of (B, H, W) images.
         usable: (B, H, W) bool, or ``None``. Blobs that see something unusable are dropped.
         count: K.
-        min_contrast: the least absolute difference of Gaussians, in the image's units.
         max_edge_ratio: the largest ratio of the principal curvatures; beyond is an edge.
     """
     cells, shapes = [], []
     octaves = torch.split(space.levels, [_LEVELS * height * width for height, width in space.sizes], 1)
     for number, (levels, size) in enumerate(zip(octaves, space.sizes, strict=True)):
-        strength, sub = _extrema(
-            levels.view(-1, _LEVELS, *size), _allowed(usable, number, size), min_contrast
-        )
+        strength, sub = _extrema(levels.view(-1, _LEVELS, *size), _allowed(usable, number, size))
         shapes.append((strength.shape[-2], strength.shape[-1]))
         cells.append((strength.flatten(1), sub.flatten(1)))
     strength, sub = (torch.cat(part, 1) for part in zip(*cells, strict=True))
@@ -163,7 +157,7 @@ def detect_blobs(
     offset, contrast, edge = _quadratic(space.levels, centre, width, height * width)
 
     valid = value.isfinite() & inside & (offset.abs() <= _MAX_OFFSET).all(-1)
-    valid = valid & (contrast.abs() >= min_contrast) & (edge < (max_edge_ratio + 1) ** 2 / max_edge_ratio)
+    valid = valid & (contrast.abs() >= _MIN_CONTRAST) & (edge < (max_edge_ratio + 1) ** 2 / max_edge_ratio)
     response, order = highest(contrast.abs(), valid, count)
     valid = response.isfinite()
     octave, level = octave.gather(1, order), level.gather(1, order)
@@ -385,7 +379,7 @@ def _allowed(usable: Tensor | None, octave: int, size: tuple[int, int]) -> Tenso
     return eroded[..., :: 2 ** (octave - 1), :: 2 ** (octave - 1)][..., : size[0], : size[1]]
 
 
-def _extrema(levels: Tensor, allowed: Tensor | None, min_contrast: float) -> tuple[Tensor, Tensor]:
+def _extrema(levels: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Absolute value at the extrema, 0 elsewhere, as the largest in every 2 × 2 cell; and which of the four it is.
 
     Two extrema are never neighbours, so a cell holds one at most. An extremum of either sign is a maximum of the
@@ -406,7 +400,7 @@ def _extrema(levels: Tensor, allowed: Tensor | None, min_contrast: float) -> tup
         around = running_largest(around, 3, dim)
     centre = size[:, 1:-1, 1:-1, 1:-1]
     # the quadratic adds a little to the contrast
-    is_extremum = (centre >= around) & (centre > 0.8 * min_contrast)
+    is_extremum = (centre >= around) & (centre > 0.8 * _MIN_CONTRAST)
     if allowed is not None:
         is_extremum = is_extremum & allowed[:, None, _BORDER:-_BORDER, _BORDER:-_BORDER]
     strength = F.pad(torch.where(is_extremum, centre, 0.0), (0, columns % 2, 0, rows % 2))
