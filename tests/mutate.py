@@ -591,7 +591,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gate-what-the-result-stands-for", "functional/quality.py",
-        "kept = _replaced(kept, motions[number], accepted)", "kept = motions[number]",
+        "kept = replaced(kept, motions[number], accepted)", "kept = motions[number]",
         "tests/functional/test_quality.py -k casts_no_doubt",
     ),
     Mutation(
@@ -778,7 +778,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cascade-last-trusted", "cascade.py",
-        "torch.where(trusted[..., None, None], warps[1], warps[0]),", "warps[1],",
+        "trusted = second.status == 0", "trusted = second.status >= 0",
         "tests/test_ecc.py -k 'one_image'",
     ),
     # --- CUDA graphs ---
