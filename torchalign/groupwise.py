@@ -274,20 +274,38 @@ class Groupwise(nn.Module):
         Returns:
             :class:`Solution`.
         """
-        count = frames.texture.field.shape[0]
+        count, dtype = frames.texture.field.shape[0], frames.texture.field.dtype
         edges, said = self._compare(frames)
-        usable = said.usable
-        positions = network.solve_positions(said.shift, said.sigma, usable, edges, count)
+        positions = network.solve_positions(said.shift, said.sigma, said.usable, edges, count)
+        position, connected = positions.position, positions.connected
         variance = network.position_variance(positions, edges) + _own_variance(said, positions, edges, count)
         direction = None if sun is None else network.shadow_direction(sun)
         term = self._find_season(frames, edges, positions, direction)
+        season, widened = torch.zeros_like(position), torch.zeros_like(variance)
+        if term is not None:
+            widened = term.spread.square() / term.blocks.clamp(min=1)
+        covariance = isotropic((variance + widened).sqrt())
+        if term is not None and direction is not None:
+            along = direction - median_of(direction, connected)
+            along = torch.where(along.isfinite(), along, 0.0)
+            season = term.slope * along
+            kept = torch.hypot(term.sigma, term.slope)
+            if self.season == "correct":
+                position, kept = position - season, term.sigma
+                gauge = median_of(position.detach(), connected)
+                position = torch.where(connected[:, None], position - gauge, 0.0)
+            spread = (kept * along)[:, :, None]
+            covariance = covariance + spread * spread.mT
+            widened = widened + (kept * along).square().sum(-1)
+
         pairs = torch.stack([edges.distinct, said.ambiguous & edges.distinct]).double()
         pairs, unclear = sum_of_pairs(edges, pairs, count)
         ambiguous = (unclear > 0) & (2 * unclear >= pairs)
-        estimate, widened, season = self._judge(frames, positions, variance, term, direction, ambiguous)
-        dtype = frames.texture.field.dtype
+        status = self._status(position, connected, ambiguous, frames.texture.flat)
+        estimate = self._conclude(frames, position, covariance, status)
+        of_frames = (positions.closure, positions.support, widened.sqrt(), season)
+        of_frames = each_field(of_frames, lambda values: values.to(dtype))
         weight, residual = positions.weight.to(dtype), positions.residual.to(dtype)
-        of_frames = (positions.closure.to(dtype), positions.support.to(dtype), widened, season)
         return Solution(estimate, *of_frames, edges.moving, edges.reference, weight, residual)
 
     @property
@@ -445,40 +463,6 @@ class Groupwise(nn.Module):
             blocks = network.solve_positions(said.shift, said.sigma, usable, edges, count)
             variance = _own_variance(said, blocks, edges, count)
             return network.season_term(positions, blocks, variance, direction)
-
-    def _judge(
-        self,
-        frames: Frames,
-        positions: Positions,
-        variance: Tensor,
-        term: SeasonTerm | None,
-        direction: Tensor | None,
-        ambiguous: Tensor,
-    ) -> tuple[Estimate, Tensor, Tensor]:
-        """The estimate, the season's part of σ, and its shift."""
-        connected = positions.connected
-        position, season = positions.position, torch.zeros_like(positions.position)
-        widened = torch.zeros_like(variance)
-        if term is not None:
-            widened = term.spread.square() / term.blocks.clamp(min=1)
-        covariance = isotropic((variance + widened).sqrt())
-        if term is not None and direction is not None:
-            along = direction - median_of(direction, connected)
-            along = torch.where(along.isfinite(), along, 0.0)
-            season = term.slope * along
-            kept = torch.hypot(term.sigma, term.slope)
-            if self.season == "correct":
-                position, kept = position - season, term.sigma
-                gauge = median_of(position.detach(), connected)
-                position = torch.where(connected[:, None], position - gauge, 0.0)
-            spread = (kept * along)[:, :, None]
-            covariance = covariance + spread * spread.mT
-            widened = widened + (kept * along).square().sum(-1)
-
-        status = self._status(position, connected, ambiguous, frames.texture.flat)
-        estimate = self._conclude(frames, position, covariance, status)
-        dtype = frames.texture.field.dtype
-        return estimate, widened.sqrt().to(dtype), season.to(dtype)
 
     def _conclude(
         self,

@@ -13,6 +13,10 @@ Convention:
     down the image. Descriptors in OpenCV's order: cells row by row, in each eight directions from +x towards
     **-y**.
 
+It is no chain of kornia's parts: their detector lists the extrema that are there, which waits for a GPU and makes
+shapes that depend on the data, and their descriptors resample a patch for each, where here the gradients are read from
+the level of the blob.
+
 Bias: blobs are found where their differences of Gaussians peak, not on the grid; on frames decimated from a real
 scene the mode of the displacements has no pull towards whole pixels beyond 0.01 px.
 
