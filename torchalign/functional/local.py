@@ -100,27 +100,16 @@ class Ground(NamedTuple):
 
 
 class LocalShifts(NamedTuple):
-    """What :func:`estimate_shifts` finds, one row a frame.
+    """What :func:`estimate_shifts` finds, one row a frame."""
 
-    Attributes:
-        coefficients: (N, 2, n, m), of cubic B-splines, in pixels (x, y).
-        sigma: (N, n, m), predicted 1-σ error per axis of the field at every node, in pixels.
-        covariance: (N, 2, 2), of the field at the frame's centre, px².
-        evidence: (N,), the logarithm of how much likelier the frame is with a field than without.
-        largest: (N,), of the field's length, in pixels.
-        least_jacobian: (N,), the smallest determinant of the derivative of ``q + u(q)``.
-        flat: (N,) bool, frame or reference has no texture.
-        inliers: (N, h, w), weights of common ground over the reference.
-    """
-
-    coefficients: Tensor
-    sigma: Tensor
-    covariance: Tensor
-    evidence: Tensor
-    largest: Tensor
-    least_jacobian: Tensor
-    flat: Tensor
-    inliers: Tensor
+    coefficients: Tensor  #: (N, 2, n, m), of cubic B-splines, in pixels (x, y)
+    sigma: Tensor  #: (N, n, m), predicted 1-σ error per axis of the field at every node, in pixels
+    covariance: Tensor  #: (N, 2, 2), of the field at the frame's centre, px²
+    evidence: Tensor  #: (N,), the logarithm of how much likelier the frame is with a field than without
+    largest: Tensor  #: (N,), of the field's length, in pixels
+    least_jacobian: Tensor  #: (N,), the smallest determinant of the derivative of ``q + u(q)``
+    flat: Tensor  #: (N,) bool, frame or reference has no texture
+    inliers: Tensor  #: (N, h, w), weights of common ground over the reference
 
 
 # ------------------------------------------------------------------------------------------------ the lattice

@@ -102,19 +102,12 @@ class Matches(NamedTuple):
 
 
 class Correspondences(NamedTuple):
-    """Matched points of frames.
+    """Matched points of frames."""
 
-    Attributes:
-        points: (..., K, 2) of the moving frame.
-        targets: (..., K, 2), their matches in the reference.
-        weight: (..., K) ≥ 0, 0 for no match.
-        size: (H, W) of the frames.
-    """
-
-    points: Tensor
-    targets: Tensor
-    weight: Tensor
-    size: tuple[int, int]
+    points: Tensor  #: (..., K, 2) of the moving frame
+    targets: Tensor  #: (..., K, 2), their matches in the reference
+    weight: Tensor  #: (..., K) ≥ 0, 0 for no match
+    size: tuple[int, int]  #: (H, W) of the frames
 
     def for_each(self) -> Correspondences:
         """The same for several warps of every frame, (..., n, 2|3, 3)."""
@@ -127,36 +120,24 @@ class Correspondences(NamedTuple):
 
 
 class MotionFit(NamedTuple):
-    """A motion and what supports it, one row a frame.
+    """A motion and what supports it, one row a frame."""
 
-    Attributes:
-        warp: (..., 2, 3), or (..., 3, 3) for a homography; the identity where there is nothing to fit.
-        weight: (..., K) in [0, 1], Tukey's weight of each match times its own.
-        inliers: (...,), number of matches within :data:`INLIER_RADIUS`.
-        matches: (...,), number of matches.
-        covariance: (..., 2, 2), of the displacement of the frame's centre, px²; infinite where the matches do not
-            define the motion.
-    """
-
-    warp: Tensor
-    weight: Tensor
-    inliers: Tensor
-    matches: Tensor
+    warp: Tensor  #: (..., 2, 3), or (..., 3, 3) for a homography; the identity where there is nothing to fit
+    weight: Tensor  #: (..., K) in [0, 1], Tukey's weight of each match times its own
+    inliers: Tensor  #: (...,), number of matches within :data:`INLIER_RADIUS`
+    matches: Tensor  #: (...,), number of matches
+    #: (..., 2, 2), of the displacement of the frame's centre, px²; infinite where the matches do not define the
+    #: motion
     covariance: Tensor
 
 
 class WindowFit(NamedTuple):
-    """What :func:`window_ascent` finds, one row a frame.
+    """What :func:`window_ascent` finds, one row a frame."""
 
-    Attributes:
-        warp: (..., 2, 3) or (..., 3, 3), to be applied after the motion the images were brought together with.
-        converged: (...,) bool.
-        covariance: (..., 2, 2), of the displacement of the frame's centre, px².
-    """
-
+    #: (..., 2, 3) or (..., 3, 3), to be applied after the motion the images were brought together with
     warp: Tensor
-    converged: Tensor
-    covariance: Tensor
+    converged: Tensor  #: (...,) bool
+    covariance: Tensor  #: (..., 2, 2), of the displacement of the frame's centre, px²
 
 
 # ---------------------------------------------------------------------------------------------------- matches

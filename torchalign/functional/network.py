@@ -97,63 +97,41 @@ _LOWEST_SUN = 5.0
 
 
 class Edges(NamedTuple):
-    """Pairs of frames to compare.
+    """Pairs of frames to compare."""
 
-    Attributes:
-        moving: (E,) int64, the frame that is moved.
-        reference: (E,) int64, the frame it is moved onto.
-        distinct: (E,) bool, ``False`` where a pair stands in the list already, or is no pair.
-    """
-
-    moving: Tensor
-    reference: Tensor
-    distinct: Tensor
+    moving: Tensor  #: (E,) int64, the frame that is moved
+    reference: Tensor  #: (E,) int64, the frame it is moved onto
+    distinct: Tensor  #: (E,) bool, ``False`` where a pair stands in the list already, or is no pair
 
 
 class Positions(NamedTuple):
-    """What :func:`solve_positions` finds.
+    """What :func:`solve_positions` finds."""
 
-    Attributes:
-        position: (..., T, 2), float64: the shift that brings a frame to the gauge, the median of the frames that
-            are connected; 0 for the others.
-        weight: (..., E), what each pair counts, in [0, 1]; 0 where it is not usable.
-        precision: (..., E), the same over its variance, 1 / px².
-        residual: (..., E), length of what a pair says less what the positions say, in pixels.
-        closure: (..., T), root mean square of a frame's residuals per axis, in pixels. It tells how well its pairs
-            agree, and nothing about an error that all of them share.
-        support: (..., T), sum of the weights of a frame's pairs.
-        component: (..., T) int64, frames with the same number hang together.
-        connected: (..., T) bool, in the largest component and with enough support.
-    """
-
+    #: (..., T, 2), float64: the shift that brings a frame to the gauge, the median of the frames that are
+    #: connected; 0 for the others
     position: Tensor
-    weight: Tensor
-    precision: Tensor
-    residual: Tensor
+    weight: Tensor  #: (..., E), what each pair counts, in [0, 1]; 0 where it is not usable
+    precision: Tensor  #: (..., E), the same over its variance, 1 / px²
+    residual: Tensor  #: (..., E), length of what a pair says less what the positions say, in pixels
+    #: (..., T), root mean square of a frame's residuals per axis, in pixels. It tells how well its pairs agree,
+    #: and nothing about an error that all of them share
     closure: Tensor
-    support: Tensor
-    component: Tensor
-    connected: Tensor
+    support: Tensor  #: (..., T), sum of the weights of a frame's pairs
+    component: Tensor  #: (..., T) int64, frames with the same number hang together
+    connected: Tensor  #: (..., T) bool, in the largest component and with enough support
 
 
 class SeasonTerm(NamedTuple):
-    r"""What :func:`season_term` finds.
+    """What :func:`season_term` finds."""
 
-    Attributes:
-        slope: (), shift along the shadow per unit of cot(elevation), in pixels; 0 where there is no term.
-        sigma: (), its 1-σ error.
-        significance: (), root mean square z of the blocks' slopes against that of the frame.
-        present: () bool, blocks disagree about the sun's part so much that the scene must have relief.
-        spread: (T,), how far the blocks of a frame disagree beyond their own errors, per axis, in pixels.
-        blocks: (T,), from how many blocks.
-    """
-
+    #: (), shift along the shadow per unit of cot(elevation), in pixels; 0 where there is no term
     slope: Tensor
-    sigma: Tensor
-    significance: Tensor
-    present: Tensor
+    sigma: Tensor  #: (), its 1-σ error
+    significance: Tensor  #: (), root mean square z of the blocks' slopes against that of the frame
+    present: Tensor  #: () bool, blocks disagree about the sun's part so much that the scene must have relief
+    #: (T,), how far the blocks of a frame disagree beyond their own errors, per axis, in pixels
     spread: Tensor
-    blocks: Tensor
+    blocks: Tensor  #: (T,), from how many blocks
 
 
 # --- which frames look alike ---

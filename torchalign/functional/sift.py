@@ -75,34 +75,22 @@ _CELLS, _CELL_WIDTH, _DIRECTIONS, _SAMPLES, _CLAMP = 4, 3.0, 8, 16, 0.2
 
 
 class ScaleSpace(NamedTuple):
-    """Octaves of an image, finest first; octave o has pixels of ``2^(o-1)`` image pixels, aligned at (0, 0).
+    """Octaves of an image, finest first; octave o has pixels of ``2^(o-1)`` image pixels, aligned at (0, 0)."""
 
-    Attributes:
-        levels: (B, N), the six (h, w) Gaussian levels of all octaves, one after another.
-        sizes: (h, w) of every octave.
-    """
-
-    levels: Tensor
-    sizes: list[tuple[int, int]]
+    levels: Tensor  #: (B, N), the six (h, w) Gaussian levels of all octaves, one after another
+    sizes: list[tuple[int, int]]  #: (h, w) of every octave
 
 
 class Blobs(NamedTuple):
-    """K keypoints a frame, strongest first.
+    """K keypoints a frame, strongest first."""
 
-    Attributes:
-        points: (B, K, 2).
-        sigma: (B, K), scale in pixels of the image: of the Gaussian level they were found in, after refinement.
-        response: (B, K), the absolute difference of Gaussians there; 0 where not valid.
-        octave, level: (B, K) int64, where their gradients are read.
-        valid: (B, K) bool.
-    """
-
-    points: Tensor
+    points: Tensor  #: (B, K, 2)
+    #: (B, K), scale in pixels of the image: of the Gaussian level they were found in, after refinement
     sigma: Tensor
-    response: Tensor
-    octave: Tensor
-    level: Tensor
-    valid: Tensor
+    response: Tensor  #: (B, K), the absolute difference of Gaussians there; 0 where not valid
+    octave: Tensor  #: (B, K) int64, where their gradients are read
+    level: Tensor  #: likewise
+    valid: Tensor  #: (B, K) bool
 
 
 def scale_space(image: Tensor) -> ScaleSpace:

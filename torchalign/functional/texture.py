@@ -48,22 +48,16 @@ _MIN_USABLE = 1 / 64
 
 
 class Texture(NamedTuple):
-    """What of an image is correlated, see :func:`extract_texture`.
+    """What of an image is correlated, see :func:`extract_texture`."""
 
-    Attributes:
-        field: (..., h, w), band-limited and locally normalised; of ``contrast="structure"`` (2, ..., h, w), the two
-            parts of a vector.
-        weights: (..., h, w) in [0, 1], small where little is usable; ``None`` if all is.
-        flat: (...,) bool, nothing to see: no texture, or too few usable pixels.
-        detail: (..., h, w), the field before it was multiplied by the weights; ``None`` if that is not known.
-        cover: (..., h, w) in [0, 1], 0 in holes and 1 from two samples off; ``None`` if not asked for, or all is
-            usable.
-    """
-
+    #: (..., h, w), band-limited and locally normalised; of ``contrast="structure"`` (2, ..., h, w), the two parts
+    #: of a vector
     field: Tensor
-    weights: Tensor | None
-    flat: Tensor
+    weights: Tensor | None  #: (..., h, w) in [0, 1], small where little is usable; ``None`` if all is
+    flat: Tensor  #: (...,) bool, nothing to see: no texture, or too few usable pixels
+    #: (..., h, w), the field before it was multiplied by the weights; ``None`` if that is not known
     detail: Tensor | None = None
+    #: (..., h, w) in [0, 1], 0 in holes and 1 from two samples off; ``None`` if not asked for, or all is usable
     cover: Tensor | None = None
 
     @property

@@ -59,23 +59,15 @@ _UNREADABLE = (
 
 
 class WeightFile(NamedTuple):
-    """A file of weights.
+    """A file of weights."""
 
-    Attributes:
-        network: what they are for, in words.
-        files: names under which the file may lie in a folder; the first is the one it is saved as.
-        licence: SPDX identifier, or words where there is none.
-        url: the official address.
-        sha256: of the official file; ``None`` where it could not be established.
-        package: (name, path within it) of an installed package that carries the file.
-
-    """
-
-    network: str
+    network: str  #: what they are for, in words
+    #: names under which the file may lie in a folder; the first is the one it is saved as
     files: tuple[str, ...]
-    licence: str
-    url: str
-    sha256: str | None = None
+    licence: str  #: SPDX identifier, or words where there is none
+    url: str  #: the official address
+    sha256: str | None = None  #: of the official file; ``None`` where it could not be established
+    #: (name, path within it) of an installed package that carries the file
     package: tuple[str, str] | None = None
 
 
