@@ -622,8 +622,8 @@ MUTATIONS = [
     ),
     Mutation(
         "sift-edges", "functional/sift.py",
-        "valid = valid & (contrast.abs() >= min_contrast) & (edge < (max_edge_ratio + 1) ** 2 / max_edge_ratio)",
-        "valid = valid & (contrast.abs() >= min_contrast)",
+        "valid = valid & (contrast.abs() >= _MIN_CONTRAST) & (edge < (max_edge_ratio + 1) ** 2 / max_edge_ratio)",
+        "valid = valid & (contrast.abs() >= _MIN_CONTRAST)",
         f"{_F}/test_sift.py -k long_and_thin",
     ),
     Mutation(
