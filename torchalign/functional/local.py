@@ -220,9 +220,6 @@ def prepare_ground(image: Tensor, mask: Tensor | None = None, *, spacing: int = 
         image: (N, H, W), finite.
         mask: bool, (N, H, W), True = usable, or ``None``.
         spacing: pixels from one node to the next.
-
-    Returns:
-        :class:`Ground`.
     """
     windows = Mosaic((image.shape[-2], image.shape[-1]), spacing).windows()
     masks = [None if mask is None else mask[:, rows, columns] for rows, columns in windows]
@@ -326,15 +323,9 @@ class _Equations(NamedTuple):
 def _linearize(
     frames: _Frames, level: _Level, field: Tensor, weights: Tensor, start: Tensor, offset: Tensor
 ) -> _Equations:
-    """Residuals of the local contrast, and their derivatives.
+    """Residuals of the local contrast, and their derivatives, at the field of coefficients ``offset`` (N, 2, n, m).
 
-    Args:
-        frames: in one band.
-        level: that band.
-        field: (1 or N, h, w), the reference's local contrast.
-        weights: (1 or N, h, w).
-        start: (N, 2, h, w), W⁻¹ q.
-        offset: (N, 2, n, m), the coefficients of the field at which it is linearised.
+    The reference's contrast ``field`` and its weights are (1 or N, h, w), ``start`` (N, 2, h, w) is W⁻¹ q.
     """
     local = torch.matmul(torch.matmul(level.down, offset), level.along.mT)  # (N, 2, h, w)
     own, inside, usable = _read_frames(frames, level, start + local)

@@ -119,15 +119,7 @@ def sigma_at(field: ShiftField, x: Tensor, y: Tensor) -> Tensor:
 
 
 def field_at_points(field: ShiftField, points: Tensor) -> Tensor:
-    """The field at single points.
-
-    Args:
-        field: of lead (..., T).
-        points: (..., T, K, 2), (x, y) in pixels of the reference.
-
-    Returns:
-        (..., T, K, 2), in pixels.
-    """
+    """(..., T, K, 2), in pixels: the field at single points (..., T, K, 2), (x, y) in pixels of the reference."""
     down, along = (basis.unsqueeze(-3) for basis in _bases(field, *points.unbind(-1)))  # (..., T, 1, K, n)
     return (torch.matmul(down, field.coefficients) * along).sum(-1).mT
 
@@ -280,14 +272,9 @@ def compose_fields(
 
 
 def invert_field(warp: Tensor, field: ShiftField) -> tuple[Tensor, ShiftField]:
-    """The warp and field from the reference back to the moving frame, by fixed-point iteration.
+    """The inverse of a warp (..., T, 2 or 3, 3) and its field on the same nodes, by fixed-point iteration.
 
-    Args:
-        warp: (..., T, 2 or 3, 3).
-        field: of lead (..., T); its derivative must be below 1.
-
-    Returns:
-        The inverse warp, and its field on the same nodes.
+    From the reference back to the moving frame. The field's derivative must be below 1.
     """
     nodes = _node_points(field)
     values = warp_points(warp, field, nodes) - transform_points(warp, nodes)

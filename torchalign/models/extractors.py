@@ -91,11 +91,7 @@ def filled_rows(fields: Fields, count: int) -> Fields:
 
 
 def count_valid_rows(valid: Tensor) -> int:
-    """How many rows from the first on may hold a keypoint of any frame, where that may be read, or else all.
-
-    Args:
-        valid: (B, K) bool.
-    """
+    """How many of the rows of (B, K) may hold a keypoint of any frame: up to the last, or all if it may not be read."""
     if not is_on_host(valid) or not len(valid):
         return valid.shape[-1]
     rows = torch.arange(1, valid.shape[-1] + 1, device=valid.device)
