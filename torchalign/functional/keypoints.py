@@ -154,12 +154,7 @@ def inside(height: int, width: int, border: int, like: Tensor) -> Tensor:
 
 
 def highest(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` highest scores of every row where allowed, in descending order.
-
-    Args:
-        scores: (B, N).
-        allowed: (B, N) bool.
-        count: how many.
+    """The ``count`` highest of scores (B, N) in every row where allowed, (B, N) bool, in descending order.
 
     Returns:
         ``(value, index)``, both (B, count): -inf and an index of no meaning (0 … N - 1) where there are fewer.
