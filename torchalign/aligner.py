@@ -236,7 +236,7 @@ class Aligner(nn.Module, ABC):
     @property
     def score_contrast(self) -> Contrast:
         """What frames are compared by: ``"local"``, or across sensors ``"structure"``."""
-        return "local"
+        return "structure" if getattr(self, "contrast", None) == "structure" else "local"
 
     def score_image(self, image: Tensor, usable: Tensor | None) -> Tensor:
         """What of the channel the gate correlates, by :attr:`score_contrast`.
@@ -286,7 +286,7 @@ class Aligner(nn.Module, ABC):
         image, usable = self._extract_channel(reference, reference_mask)
         # what all blocks share is prepared once, the rest with its block
         shared = image.shape[0] == 1 and (usable is None or usable.shape[0] == 1)
-        prepared = _Prepared(self.prepare_reference(image, usable)) if shared else None
+        prepared = self.prepare_reference(image, usable) if shared else None
         return Job(cube, mask, image, usable, prepared, init)
 
     def _blocks(self, job: Any) -> list[slice]:
@@ -397,8 +397,10 @@ class Aligner(nn.Module, ABC):
         init, finite = (None, None) if job.init is None else finite_warp(job.init.to(moving.dtype))
         if init is not None and origin != (0, 0):
             init = change_origin(init, origin)
-        prepared = job.prepared or _Prepared(self.prepare_reference(job.reference, job.usable))
-        return Block(moving, usable, prepared.value, init, finite, origin)
+        prepared = job.prepared
+        if prepared is None:
+            prepared = self.prepare_reference(job.reference, job.usable)
+        return Block(moving, usable, prepared, init, finite, origin)
 
     def _find_motion(self, job: Job, block: Block) -> Motion:
         """The method's motion; a frame whose init was not finite has not converged."""
@@ -474,10 +476,6 @@ class Aligner(nn.Module, ABC):
         return {name: value for name, value in named.items() if not isinstance(value, nn.Module)}
 
 
-class _Prepared(NamedTuple):
-    value: Any
-
-
 class Judged(NamedTuple):
     """What is known of a block."""
 
@@ -493,7 +491,7 @@ class Job(NamedTuple):
     mask: Tensor | None  # (..., T, H, W)
     reference: Tensor  # (..., 1 or T, h, w), the channel, cropped
     usable: Tensor | None  # (..., 1 or T, h, w), of the reference
-    prepared: _Prepared | None  # of a reference that all blocks share
+    prepared: Any  # what the method made of a reference that all blocks share, or ``None``
     init: Tensor | None
 
     def tensors(self) -> list[Tensor]:

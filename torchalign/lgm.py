@@ -28,7 +28,7 @@ from torchalign.functional.fourier import rfft2
 from torchalign.functional.matching import INLIER_RADIUS, Matches, MotionFit
 from torchalign.functional.motion import MotionModel, only_shifts
 from torchalign.functional.phase import phase_correlation
-from torchalign.functional.texture import Contrast, Texture, extract_texture
+from torchalign.functional.texture import Texture, extract_texture
 from torchalign.functional.uncertainty import largest_sigma
 from torchalign.functional.warp import resample
 from torchalign.functional.working_grid import WorkingGrid
@@ -228,11 +228,6 @@ class LGM(Aligner):
             self.matcher = build_matcher(
                 self.feature_model, weights=matcher_weights, allow_download=allow_download
             )
-
-    @property
-    def score_contrast(self) -> Contrast:
-        """See :attr:`Aligner.score_contrast`."""
-        return "structure" if self.contrast == "structure" else "local"
 
     def prepare_reference(self, image: Tensor, usable: Tensor | None) -> _Reference | None:
         """The reference's keypoints and texture, see :meth:`Aligner.prepare_reference`."""

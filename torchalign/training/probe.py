@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchalign._check import message
 from torchalign._host import is_on_host
 from torchalign.functional.affine import change_origin
+from torchalign.functional.quality import normalized_cross_correlation
 from torchalign.functional.warp import resample
 
 Resizing = Literal["nearest", "align_corners"]
@@ -47,8 +48,8 @@ _LEAST_ALIKE = 0.9995
 _TORCH = ("torchvision.", "torch.")
 
 
-class MissingImageError(ValueError):
-    """Of several images put in, too few were returned to compare anything."""
+class NothingToCompareError(ValueError):
+    """A single image without a claim went in, or of several too few came out."""
 
 
 class ProbePair(NamedTuple):
@@ -92,12 +93,11 @@ def probe(
         samples: at most so many of a batch.
 
     Returns:
-        The second and every further slot against the first, and the first against the claim. Empty if there is
-        neither.
+        The second and every further slot against the first, and the first against the claim.
 
     Raises:
         ValueError: no image goes in, or none comes out.
-        MissingImageError: fewer come out than went in, so that nothing can be compared.
+        NothingToCompareError: there is neither, or fewer come out than went in.
     """
     flat, spec = tree_flatten((tuple(sample), named))
     slots, batch = _find_slots(flat)
@@ -148,10 +148,13 @@ def probe(
     if not pairs and claimed is None and len(slots) > 1:
         expected = f"as many images and masks as went in, {len(slots)}"
         cure = "return every one of them, or give matrix= to check what is left against"
-        raise MissingImageError(message("augmentation", expected, len(results), cure))
+        raise NothingToCompareError(message("augmentation", expected, len(results), cure))
     if claimed is not None:
         source = _resized(ground[:, None], next(iter(slots.values())).size)
         pairs.append(_against_claim(anchor, source, claimed))
+    if not pairs:
+        expected, cure = "two images or masks, or a claimed matrix", "augment the image together with its mask"
+        raise NothingToCompareError(message("sample", expected, "a single image", f"give matrix=, or {cure}"))
     return pairs
 
 
@@ -362,9 +365,7 @@ def _resizing(before: Tensor, after: Tensor) -> Resizing | None:
         ways += [("", options), ("align_corners", {**options, "align_corners": True})]
     for name, options in ways:
         expected = F.interpolate(before, size=size, **options)
-        pair = [image - image.mean((-2, -1), keepdim=True) for image in (expected, after)]
-        lengths = pair[0].norm() * pair[1].norm()
-        alike = float((pair[0] * pair[1]).sum() / lengths.clamp(min=1e-12))
+        alike = float(normalized_cross_correlation(expected, after).mean())
         if alike > best:
             best, found = alike, name
     return cast(Resizing, found) if found else None
