@@ -636,12 +636,9 @@ def _agreement(stripes: Array) -> float | None:
 def _panel_size(shape: tuple[int, ...], panel: int, along: Along) -> tuple[int, int]:
     """(height, width) of a panel in the file; the time axis of a slice is stretched to look at, not to scale."""
     height, width = shape
-    scale = max(1, round(panel / width))
-    if along == "y":
-        return height * max(1, round(0.75 * panel / height)), width * scale
-    if along == "x":
-        return height * max(1, round(panel / height)), width * scale
-    return height * scale, width * scale
+    across = max(1, round(panel / width))
+    down = across if along == "time" else max(1, round({"y": 0.75, "x": 1.0}[along] * panel / height))
+    return height * down, width * across
 
 
 def _groups(rows: columns.Columns, split: Any) -> list[tuple[str, Array]]:

@@ -91,9 +91,8 @@ def status_of(report: xr.Dataset | None, count: int) -> Array:
         return np.zeros(count, np.int64)
     status = check_pictured(report)["status"].values.astype(np.int64)
     if len(status) != count:
-        raise ValueError(
-            message("report", f"{count} frames as the cube", len(status), "give the report of this cube")
-        )
+        cure = "give the report of this cube"
+        raise ValueError(message("report", f"{count} frames as the cube", len(status), cure))
     return np.asarray(status)
 
 

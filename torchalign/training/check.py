@@ -16,8 +16,9 @@ from torchalign._check import check_number, check_option, check_whole, message
 from torchalign.aligner import Aligner
 from torchalign.pcc import PCC
 from torchalign.training import probe as probing
-from torchalign.training.measure import Measured, aligner_or, check_samples, measure_residuals
+from torchalign.training.measure import Measured, Samples, aligner_or, check_samples, measure_residuals
 from torchalign.training.statistics import Residuals, Verdict, empty_residuals, read_verdict, record
+from torchalign.types import each_field
 
 Action = Literal["record", "warn", "raise"]
 
@@ -163,7 +164,6 @@ class AlignmentCheck(nn.Module):
         reference: Tensor,
         mask: Tensor | None = None,
         reference_mask: Tensor | None = None,
-        *,
         ids: Tensor | None = None,
     ) -> Tensor:
         """Measure a batch of pairs, in every n-th call.
@@ -184,12 +184,8 @@ class AlignmentCheck(nn.Module):
             MisregistrationError: a sample slips, and ``action="raise"``.
             TypeError, ValueError: a dtype or a shape does not fit.
         """
-        samples = check_samples(moving, reference, mask, reference_mask)
-        count = samples[0].shape[0]
-        if ids is not None and ids.numel() != count:
-            raise ValueError(
-                message("ids", f"one for each of {count} samples", tuple(ids.shape), "reshape it")
-            )
+        samples = check_samples(moving, reference, mask, reference_mask, ids)
+        count = samples.moving.shape[0]
         due, call = self._due()
         first, self.received = self.received, self.received + count
         if not due:
@@ -198,9 +194,9 @@ class AlignmentCheck(nn.Module):
         number = min(count, self.samples)
         rows = (torch.arange(number, device=moving.device) + call * number) % max(count, 1)
         with torch.no_grad():
-            chosen = [None if each is None else each[rows] for each in samples]
-            found = measure_residuals(self.aligner, *chosen, window=self.window)  # type: ignore[arg-type]
-        self._record(found, first + rows if ids is None else ids.reshape(count)[rows.to(ids.device)])
+            chosen = each_field(samples, lambda part: part[rows.to(part.device)])
+            found = measure_residuals(self.aligner, chosen, window=self.window)
+        self._record(found, first + rows if chosen.ids is None else chosen.ids)
         self._act(found, lambda: "the pairs are misregistered")
         return found.residual
 
@@ -257,9 +253,8 @@ class AlignmentCheck(nn.Module):
         if ids is None:
             ids = torch.arange(count, device=device) + self.received
         elif ids.numel() < count:
-            raise ValueError(
-                message("ids", f"one for each of {count} samples", tuple(ids.shape), "give a batch of them")
-            )
+            expected = f"one for each of {count} samples"
+            raise ValueError(message("ids", expected, tuple(ids.shape), "give a batch of them"))
         self.received += count
         self._record(found, ids.reshape(-1)[:count].to(device))
 
@@ -367,14 +362,18 @@ class AlignmentCheck(nn.Module):
         def after(count: int) -> Step:
             # a copy each, in the same random state: the same numbers are drawn, up to there
             steps = probing.steps_of(probing.copied(pipeline))[:count]
-            return self._step(count - 1, steps[-1][0], probing.chained([step for _, step in steps]), sample, named)
+            return self._step(
+                count - 1, steps[-1][0], probing.chained([step for _, step in steps]), sample, named
+            )
 
         count = len(probing.steps_of(pipeline))
         if not count or not after(count).slips:
             return None
         # what cannot be told is not where it begins: it is looked for before that
         begins = bisect.bisect_left(
-            range(1, count), True, key=lambda middle: after(middle).slips or math.isnan(after(middle).residual)
+            range(1, count),
+            True,
+            key=lambda middle: after(middle).slips or math.isnan(after(middle).residual),
         )
         return after(begins + 1)._replace(cure=_CURES[None])
 
@@ -442,10 +441,9 @@ class AlignmentCheck(nn.Module):
         with torch.no_grad(), probing.isolated_randomness(sample, named):
             pairs = probing.probe(augment, sample, named, matrix, samples=self.samples)
             found = [
-                measure_residuals(self.aligner, pair.moving, pair.reference, pair.usable, pair.usable,
-                        window=self.window, same_content=True)
-                for pair in pairs
-            ]  # fmt: skip
+                measure_residuals(self.aligner, samples, window=self.window, same_content=True)
+                for samples in (Samples(*pair[:2], pair.usable, pair.usable) for pair in pairs)
+            ]
         # the worst pair of every sample; NaN only where no pair could be measured
         residual, excess = (
             torch.stack([getattr(one, name).nan_to_num(-1.0, posinf=torch.inf) for one in found]).amax(0)

@@ -129,9 +129,8 @@ def probe(
     images = (_read_image(item, batched=bool(batch)) for item in tree_flatten(out)[0])
     results = [image for image in images if image is not None]
     if not results:
-        raise ValueError(
-            message("augmentation", "an image", type(out).__name__, "return images as they were given")
-        )
+        cure = "return images as they were given"
+        raise ValueError(message("augmentation", "an image", type(out).__name__, cure))
     anchor = results[0][:, :1]
     pairs = []
     filled = [_shown(slot, ground, count) for slot in slots.values()]
@@ -153,7 +152,10 @@ def probe(
         source = _resized(ground[:, None], next(iter(slots.values())).size)
         pairs.append(_against_claim(anchor, source, claimed))
     if not pairs:
-        expected, cure = "two images or masks, or a claimed matrix", "augment the image together with its mask"
+        expected, cure = (
+            "two images or masks, or a claimed matrix",
+            "augment the image together with its mask",
+        )
         raise NothingToCompareError(message("sample", expected, "a single image", f"give matrix=, or {cure}"))
     return pairs
 
@@ -265,9 +267,8 @@ def _find_slots(flat: Sequence[Any]) -> tuple[dict[int, _Slot], int]:
     slots = {index: slot for index, slot in enumerate(map(_slot_of, flat)) if slot is not None}
     if not slots:
         kinds = [type(item).__name__ for item in flat]
-        raise ValueError(
-            message("sample", "at least one image", kinds, "give the augmentation's own arguments")
-        )
+        cure = "give the augmentation's own arguments"
+        raise ValueError(message("sample", "at least one image", kinds, cure))
     batch = max((slot.batch or 0 for slot in slots.values()), default=0)
     if batch:
         # (samples, features) is no image
