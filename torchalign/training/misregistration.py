@@ -421,8 +421,7 @@ def _turned_by(angle: Tensor) -> Tensor:
 
 def _in_disc(draws: Tensor) -> Tensor:
     """Two numbers in [0, 1) (..., 2) as a point of the unit disc, uniformly."""
-    radius, angle = draws[..., 0].sqrt(), 2 * math.pi * draws[..., 1]
-    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
+    return torch.view_as_real(torch.polar(draws[..., 0].sqrt(), 2 * math.pi * draws[..., 1]))
 
 
 def _is_image(item: object) -> bool:
