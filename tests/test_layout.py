@@ -273,6 +273,8 @@ def test_every_public_function_is_documented():
         assert ast.get_docstring(tree) or not tree.body, name
         for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                if any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list):
+                    continue  # the types of one that comes after
                 assert ast.get_docstring(node), f"{name}.{node.name}"
 
 
