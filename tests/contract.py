@@ -253,10 +253,10 @@ class Results:
         aligner = case.make()
         aligned, estimate = aligner(cube, data.reference, mask)
         small_blocks(monkeypatch, aligner)
-        for chunk in (1, 5, frames):
+        for chunks in ((1, 5, 2), (frames,)):  # one, a block, a part of a block; all in blocks
             parts = [
-                aligner(cube[i : i + chunk], data.reference, mask[i : i + chunk])
-                for i in range(0, frames, chunk)
+                aligner(part, data.reference, usable)
+                for part, usable in zip(cube.split(chunks), mask.split(chunks), strict=True)
             ]
             assert_same(
                 case,
