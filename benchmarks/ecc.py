@@ -58,7 +58,7 @@ from torch.nn import functional as F
 import torchalign as ta
 from torchalign import aligner as aligner_module
 from torchalign.datasets import simulate_stack, simulate_warped_stack
-from torchalign.functional import ecc
+from torchalign.functional import ecc, levels, moving_frames
 from torchalign.functional.affine import identity_warp, invert_warp, to_homogeneous, transform_points
 
 NAME = "ecc"
@@ -454,21 +454,22 @@ def watched() -> Iterator[tuple[dict[str, float], dict[tuple[int, int], int]]]:
     samplings: dict[tuple[int, int], int] = {}
     places: list[tuple[Any, str, str]] = [
         (aligner_module, "extract_channel", "channel"),
-        (ecc, "extract_pyramid", "textures"),
-        (ecc, "prepare_level", "textures"),
-        (ecc._ShiftedFrames, "of", "textures"),
-        (ecc._WarpedFrames, "of", "textures"),
+        (levels, "extract_pyramid", "textures"),
+        (levels, "prepare_level", "textures"),
+        (moving_frames.ShiftedFrames, "of", "textures"),
+        (moving_frames.WarpedFrames, "of", "textures"),
         (ecc._Search, "climb", "search"),
         (ecc, "_better_of", "search"),
-        (ecc._ShiftedFrames, "look", "search"),
-        (ecc._WarpedFrames, "look", "search"),
+        (moving_frames.ShiftedFrames, "look", "search"),
+        (moving_frames.WarpedFrames, "look", "search"),
         (ecc, "_assess", "assess"),
         (aligner_module, "gate_stages", "gate"),
         (aligner_module, "resample", "warp"),
     ]
     before = [(owner, name, owner.__dict__[name]) for owner, name, _ in places]
     before += [
-        (owner, "values", owner.__dict__["values"]) for owner in (ecc._ShiftedFrames, ecc._WarpedFrames)
+        (owner, "values", owner.__dict__["values"])
+        for owner in (moving_frames.ShiftedFrames, moving_frames.WarpedFrames)
     ]
 
     inside = dict.fromkeys(
@@ -499,7 +500,7 @@ def watched() -> Iterator[tuple[dict[str, float], dict[tuple[int, int], int]]]:
         for owner, name, stage in places:
             called = watch(getattr(owner, name), stage)
             setattr(owner, name, staticmethod(called) if name == "of" else called)
-        for owner in (ecc._ShiftedFrames, ecc._WarpedFrames):
+        for owner in (moving_frames.ShiftedFrames, moving_frames.WarpedFrames):
             owner.values = count(owner.values)
         yield spent, samplings
     finally:

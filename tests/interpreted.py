@@ -19,6 +19,7 @@ from torchalign.functional import (
     ecc,
     fourier,
     local,
+    peak,
     phase,
     quality,
     sift,
@@ -435,7 +436,7 @@ def test_climb(dtype, size, by_torch):
     power, start, frequencies = power.to(kind), start.to(dtype), tuple(part.to(dtype) for part in exact)
 
     shift, last, found = kernels.climb(power, frequencies, start, 4)
-    expected_shift, expected_last, curved = by_torch(phase.refine_peak, power, frequencies, start, steps=3)
+    expected_shift, expected_last, curved = by_torch(peak.refine_peak, power, frequencies, start, steps=3)
     assert shift[1].tolist() == [0.0, 0.0]  # identical frames, exactly
     assert torch.equal(shift[3], start[3])
     torch.testing.assert_close(shift, expected_shift, rtol=TOLERANCE, atol=TOLERANCE)
@@ -474,8 +475,8 @@ def test_peak_turn_and_window(size, frame, by_torch):
     surface[0] = 0  # no peak
     surface[1, -2, -1] = 9.0  # at a negative lag
     surface[2, size[0] // 2, size[1] // 2] = 30.0  # out of reach
-    found = phase.coarse_peak(surface, frame, 5.0)
-    expected = by_torch(phase.coarse_peak, surface, frame, 5.0)
+    found = peak.coarse_peak(surface, frame, 5.0)
+    expected = by_torch(peak.coarse_peak, surface, frame, 5.0)
     for own, other in zip(found, expected, strict=True):
         torch.testing.assert_close(own, other, rtol=TOLERANCE, atol=TOLERANCE)
     assert found.outside.tolist() == [False, False, True, found.outside[3].item()]
@@ -645,7 +646,7 @@ def test_any_size(size, dtype, by_torch):
     frame = (2 * size[0] + 1, 2 * size[1])
     grid = WorkingGrid.of(frame, size, 0.25, image)
     both(texture._coverage, torch.rand(3, *frame, generator=draw) > 0.3, grid)
-    both(phase.coarse_peak, field, frame, 5.0)
+    both(peak.coarse_peak, field, frame, 5.0)
     shift = 3 * random(3, 2)
     if dtype == torch.float64:  # else a phase of thousands of turns is no number to compare
         shift[1] = torch.tensor([-4000.0, 3000.5])
@@ -662,7 +663,7 @@ def test_any_size(size, dtype, by_torch):
         phase.cross_power, spectrum[:1], torch.fft.rfft2(image).conj(), grid.radius, 0.25
     )  # one frame, of three
     power = spectrum.abs().square().to(spectrum.dtype)  # its peak is at 0
-    climb = partial(phase.refine_peak, steps=2)
+    climb = partial(peak.refine_peak, steps=2)
     given = power, grid.frequencies, torch.full((3, 2), 0.1, dtype=dtype)
     near(climb(*given), by_torch(climb, *given), least=1.0)  # pixels
 

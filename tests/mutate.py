@@ -217,18 +217,18 @@ MUTATIONS = [
         f"{_F}/test_phase.py -k cross_power",
     ),
     Mutation(
-        "phase-start-too-far", "functional/phase.py",
+        "phase-start-too-far", "functional/peak.py",
         "peak.outside & ~better,", "peak.outside,",
         f"{_F}/test_phase.py -k start",
     ),
     Mutation(
-        "phase-start-lower", "functional/phase.py",
+        "phase-start-lower", "functional/peak.py",
         "better = height >= peak.height", "better = height <= peak.height",
         f"{_F}/test_phase.py -k start",
     ),
     Mutation(
-        "phase-too-far", "functional/phase.py",
-        "outside = (highest > OUTSIDE_MARGIN * inside.clamp(min=0)) & (highest >= _MIN_SIGNIFICANCE * spread)",
+        "phase-too-far", "functional/peak.py",
+        "outside = (highest > OUTSIDE_MARGIN * inside.clamp(min=0)) & (highest >= MIN_SIGNIFICANCE * spread)",
         "outside = highest < 0",
         "tests/test_pcc.py -k each_status",
     ),
@@ -238,24 +238,24 @@ MUTATIONS = [
         f"{_F}/test_phase.py -k unrelated",
     ),
     Mutation(
-        "phase-mixed-term", "functional/phase.py",
+        "phase-mixed-term", "functional/peak.py",
         "torch.linalg.cross(first, second)", "torch.linalg.cross(first, second * second.sign())",
         f"{_F}/test_phase.py -k 'refine_peak or gradients_are'",
     ),
     Mutation(
-        "phase-exact-zero", "functional/phase.py",
+        "phase-exact-zero", "functional/peak.py",
         "none = fixed.abs() < 64 * torch.finfo(shift.dtype).eps",
         "none = fixed.abs() < 0",
         f"{_CONTRACT} -k 'identical_frames and PCC'",
     ),
     Mutation(
-        "phase-dft-axes", "functional/phase.py",
+        "phase-dft-axes", "functional/peak.py",
         "torch.stack([centre[..., 0] + offsets[best % count], centre[..., 1] + offsets[best // count]], -1)",
         "torch.stack([centre[..., 0] + offsets[best // count], centre[..., 1] + offsets[best % count]], -1)",
         f"{_F}/test_phase.py -k dft",
     ),
     Mutation(
-        "phase-multiplicity", "functional/phase.py",
+        "phase-multiplicity", "functional/peak.py",
         "return 1 + (frequency > 0).to(frequency.dtype)", "return 1 + (frequency >= 0).to(frequency.dtype)",
         f"{_F}/test_phase.py -k refine_peak",
     ),
@@ -372,7 +372,7 @@ MUTATIONS = [
     ),
     # --- functional/ecc ---
     Mutation(
-        "ecc-lambda-sign", "functional/ecc.py",
+        "ecc-lambda-sign", "functional/normal_equations.py",
         "good = (along > 0) & (system.rest > 0)", "good = (along != 0) & (system.rest > 0)",
         f"{_F}/test_enhanced_correlation.py -k turn_back",
     ),
@@ -403,17 +403,17 @@ MUTATIONS = [
         f"{_F}/test_enhanced_correlation.py -k no_number",
     ),
     Mutation(
-        "ecc-shifted-mask", "functional/ecc.py",
+        "ecc-shifted-mask", "functional/moving_frames.py",
         "common = common * level.grid.move(self.weights, shift).clamp(0, 1).flatten(-2)", "pass",
         f"{_F}/test_enhanced_correlation.py -k no_evidence",
     ),
     Mutation(
-        "ecc-reference-weights", "functional/ecc.py",
+        "ecc-reference-weights", "functional/moving_frames.py",
         "return torch.minimum(level.weights, own)", "return own",
         f"{_F}/test_enhanced_correlation.py -k no_evidence",
     ),
     Mutation(
-        "ecc-perspective-slope", "functional/ecc.py",
+        "ecc-perspective-slope", "functional/moving_frames.py",
         "by_x = (slope_x * (a - x * g) + slope_y * (d - y * g)) / depth",
         "by_x = (slope_x * a + slope_y * d) / depth",
         f"{_F}/test_enhanced_correlation.py -k implicit_derivatives",
@@ -425,7 +425,7 @@ MUTATIONS = [
         f"{_F}/test_enhanced_correlation.py -k implicit_derivatives",
     ),
     Mutation(
-        "ecc-blind-direction", "functional/ecc.py",
+        "ecc-blind-direction", "functional/normal_equations.py",
         "_BLIND = 1e-2", "_BLIND = 1e6",
         f"{_F}/test_enhanced_correlation.py -k one_direction",
     ),
@@ -570,7 +570,7 @@ MUTATIONS = [
         "tests/test_trust.py -k pulls_of_blocks",
     ),
     Mutation(
-        "trust-stripes-by-their-phase", "functional/phase.py",
+        "trust-stripes-by-their-phase", "functional/stripes.py",
         "across = (line * turn).imag", "across = line.imag",
         "tests/test_trust.py -k weak_stripes",
     ),

@@ -27,7 +27,8 @@ LAYERS = [
      "functional.phase", "functional.ecc", "functional.matching", "functional.quality", "functional.keypoints",
      "functional.low_pass", "functional.masked_correlation", "functional.defects", "functional.misfit",
      "functional.uncertainty", "functional.shift_field", "functional.local", "functional.network",
-     "functional.lattice", "functional.sift", "functional"},
+     "functional.lattice", "functional.levels", "functional.peak", "functional.stripes",
+     "functional.moving_frames", "functional.normal_equations", "functional.sift", "functional"},
     {"models", "models.superpoint", "models.extractors", "models.lightglue", "models.weights"},
     {"aligner"},
     {"_graphs"},
@@ -74,7 +75,8 @@ GROUND = {
 WITHIN = {"functional.texture", "functional.working_grid", "functional.common_ground", "functional.structure",
           "functional.phase", "functional.quality", "functional.matching", "functional.ecc",
           "functional.sift", "functional.local", "functional.network", "functional.uncertainty",
-          "functional.misfit", "functional.defects"}  # fmt: skip
+          "functional.misfit", "functional.defects", "functional.levels", "functional.moving_frames",
+          "functional.normal_equations", "functional.peak", "functional.stripes"}  # fmt: skip
 # what a layer may use besides torch and the standard library
 FOREIGN = {
     **{

@@ -378,7 +378,8 @@ def test_reversed_contrast_is_not_ok():
 
 def test_pulls_of_blocks():
     from torchalign.functional.fourier import rfft2
-    from torchalign.functional.phase import cross_power, derivatives_at, wave_orders
+    from torchalign.functional.peak import derivatives_at, wave_orders
+    from torchalign.functional.phase import cross_power
     from torchalign.functional.uncertainty import beyond_chance, block_pulls, trace
     from torchalign.functional.working_grid import WorkingGrid
 

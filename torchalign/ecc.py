@@ -9,14 +9,8 @@ from torch import Tensor
 
 from torchalign._check import check_number, check_option, check_whole, message
 from torchalign.aligner import Aligner, Motion, Pair, SharedOptions
-from torchalign.functional.ecc import (
-    Gradients,
-    Level,
-    Robust,
-    enhanced_correlation,
-    far_level,
-    prepare_levels,
-)
+from torchalign.functional.ecc import Gradients, Robust, enhanced_correlation
+from torchalign.functional.levels import Level, far_level, prepare_levels
 from torchalign.functional.motion import MotionModel, only_shifts
 from torchalign.functional.texture import Contrast
 from torchalign.types import Status
@@ -171,7 +165,7 @@ class ECC(Aligner):
         status = status.masked_fill(found.converged & found.ambiguous, int(Status.AMBIGUOUS))
         status = status.masked_fill(found.flat, int(Status.NO_TEXTURE))
         shifts = only_shifts(self.motion, init)
-        searched = far_level(prepared, self.motion, self.max_translation, init) is not None
+        searched = far_level(prepared, self.max_translation, init) is not None
         return Motion(
             found.warp,
             found.sigma,

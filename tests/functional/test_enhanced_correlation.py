@@ -17,8 +17,9 @@ from torchalign.functional.affine import (
     transform_points,
     translation_warp,
 )
-from torchalign.functional.ecc import enhanced_correlation, far_level, level_frequencies, prepare_levels
+from torchalign.functional.ecc import enhanced_correlation
 from torchalign.functional.fourier import fft, irfft2, rfft, rfft2
+from torchalign.functional.levels import far_level, level_frequencies, prepare_levels
 from torchalign.functional.quality import normalized_cross_correlation
 
 MOTIONS = ("translation", "euclidean", "similarity", "affine", "homography")
@@ -474,6 +475,12 @@ def test_levels_of_frames_of_another_size_raise():
         enhanced_correlation(torch.rand(2, *SIZE), levels)
 
 
+def test_levels_for_another_motion_raise():
+    levels = prepare_levels(torch.rand(1, *SIZE), motion="translation")
+    with pytest.raises(ValueError, match=r"reference: expected levels for affine, got translation;"):
+        enhanced_correlation(torch.rand(2, *SIZE), levels)
+
+
 # --------------------------------------------------------------------------------------------------------- far away
 
 
@@ -508,9 +515,11 @@ def test_a_better_place_beyond_the_limit_is_found_too():
 
 def test_where_the_search_is_of_use():
     levels = prepare_levels(torch.rand(1, 256, 256), motion="affine")
-    assert far_level(levels, "affine", 16.0) is None
-    assert levels[far_level(levels, "affine", 17.0)].grid.size == (32, 32)
-    assert far_level(levels, "translation", 60.0, torch.zeros(1, 2)) is None
+    assert far_level(levels, 16.0) is None
+    assert levels[far_level(levels, 17.0)].grid.size == (32, 32)
+    shifts = prepare_levels(torch.rand(1, 256, 256), motion="translation")
+    assert far_level(shifts, 60.0) is not None
+    assert far_level(shifts, 60.0, torch.zeros(1, 2)) is None
 
 
 def test_flat_ground_beside_an_edge_does_not_change_the_scale():

@@ -11,14 +11,8 @@ import torch
 from scenes import Waves, assert_derivative, fractal_stack, pairs
 
 from torchalign.functional.common_ground import agreement
-from torchalign.functional.phase import (
-    coarse_peak,
-    cross_power,
-    derivatives_at,
-    phase_correlation,
-    refine_peak,
-    wave_orders,
-)
+from torchalign.functional.peak import coarse_peak, derivatives_at, refine_peak, wave_orders
+from torchalign.functional.phase import cross_power, phase_correlation
 from torchalign.functional.texture import band_limit, local_contrast
 from torchalign.functional.working_grid import working_size
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from torchalign._check import check_floating, message
+from torchalign._host import keeps_tables
 
 __all__ = [
     "adjugate",
@@ -42,6 +43,7 @@ __all__ = [
     "transform_points",
     "translation_warp",
     "unit_corner",
+    "unit_matrix",
 ]
 
 
@@ -123,6 +125,12 @@ def identity_warp(
     """
     identity = torch.eye(3 if homography else 2, 3, device=device, dtype=dtype)
     return identity.expand(*batch_shape, *identity.shape).clone()
+
+
+@keeps_tables
+def unit_matrix(length: int, *, like: Tensor) -> Tensor:
+    """The unit matrix, in the dtype and on the device of ``like``; made once, not to be changed."""
+    return torch.eye(length, dtype=like.dtype, device=like.device)
 
 
 def translation_warp(shift: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ from torchalign.functional.motion import (
     jacobian,
     warp_of,
 )
-from torchalign.functional.phase import cross_power, derivatives_at, multiplicity, wave_orders
+from torchalign.functional.peak import derivatives_at, multiplicity, wave_orders
+from torchalign.functional.phase import cross_power
 from torchalign.functional.uncertainty import isotropic, largest_sigma
 from torchalign.functional.working_grid import tukey
 
@@ -405,7 +406,7 @@ def window_ascent(
     parameters, and :math:`\omega_w = \rho_w^2` its squared coefficient of correlation there, 0 if negative.
     Newton's steps take gradient and Hessian of all windows together, so a window that sees a road tells how far off
     it is across, and is not asked along it. Differentiable with respect to both images as
-    :func:`~torchalign.functional.phase.refine_peak` is.
+    :func:`~torchalign.functional.peak.refine_peak` is.
 
     Args:
         moving: (..., h, w), a :func:`texture <torchalign.functional.texture.extract_texture>` of the moving frame,

@@ -3,11 +3,13 @@ r"""Masked, band-limited, sub-pixel phase correlation of whole stacks.
 The chain, each link a function that works alone:
 
 1. :func:`~torchalign.functional.texture.extract_texture`: the band limit and the local contrast.
-2. :func:`cross_power`, :func:`coarse_peak`: the weighted cross-power spectrum and the peak of its inverse.
+2. :func:`cross_power`, :func:`~torchalign.functional.peak.coarse_peak`: the weighted cross-power spectrum and the peak
+   of its inverse.
 3. :func:`~torchalign.functional.common_ground.agreement`: where do the two frames, brought together, show the same
    ground? Both are weighted by it, in the same place of the ground, and correlated again.
-4. :func:`refine_peak`: Newton's ascent on the trigonometric polynomial that the correlation is, by its Taylor series:
-   no grid, no interpolation, differentiable by the implicit function theorem.
+4. :func:`~torchalign.functional.stripes.without_stripes`: what is of the detector is left out.
+5. :func:`~torchalign.functional.peak.refine_peak`: Newton's ascent; where frames have holes, on the correlation divided
+   by their overlap.
 
 Convention:
     shift (x, y) in pixels moves the content of the moving frame onto the reference,
@@ -16,14 +18,13 @@ Convention:
 
 References:
     Knapp & Carter 1976, doi:10.1109/TASSP.1976.1162830 (the generalised cross-correlation and its weightings);
-    Kuglin & Hines 1975 (phase correlation); Guizar-Sicairos et al. 2008, doi:10.1364/OL.33.000156 (upsampled
-    DFT); Stone et al. 2001, doi:10.1109/36.957286 (aliasing and sub-pixel phase correlation).
+    Kuglin & Hines 1975 (phase correlation); Stone et al. 2001, doi:10.1109/36.957286 (aliasing and sub-pixel phase
+    correlation).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,12 +32,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchalign._check import message
-from torchalign._host import all_true, keeps_tables, kernels_for
+from torchalign._host import kernels_for
 from torchalign.functional.common_ground import BLOCK, agreement_of_blocks
-from torchalign.functional.fourier import irfft2, rfft2, shift_phase, unit_circle, waves
-from torchalign.functional.masked_correlation import OUTSIDE_MARGIN
-from torchalign.functional.sizes import lags_within, square_root
+from torchalign.functional.fourier import irfft2, rfft2, shift_phase
+from torchalign.functional.peak import (
+    MIN_SIGNIFICANCE,
+    TERMS,
+    CoarsePeak,
+    ascended,
+    coarse_peak,
+    derivatives_at,
+    higher_of,
+    newton_rows,
+    newton_step,
+    orders_of,
+    refine_peak,
+    settled,
+    upsampled_peak,
+)
 from torchalign.functional.smoothing import between_blocks, block_means, enlarge
+from torchalign.functional.stripes import lines_of, without_stripes
 from torchalign.functional.texture import Contrast, Texture, extract_pyramid, extract_texture
 from torchalign.functional.uncertainty import (
     CALIBRATION,
@@ -50,36 +65,18 @@ from torchalign.functional.uncertainty import (
 )
 from torchalign.functional.working_grid import Window, WorkingGrid, working_size
 
-__all__ = [
-    "PhaseShift",
-    "Weighting",
-    "coarse_peak",
-    "cross_power",
-    "derivatives_at",
-    "multiplicity",
-    "phase_correlation",
-    "refine_peak",
-    "wave_orders",
-]
+__all__ = ["PhaseShift", "Weighting", "cross_power", "phase_correlation"]
 
 Weighting = Literal["ramp", "sqrt", "phase", "none"]
 
-# A peak must stand out of its correlation surface by this many standard deviations to be one. Maxima of
-# unrelated scenes stay below 4.6 (a Gumbel law); see benchmarks/README.md.
-_MIN_SIGNIFICANCE = 5.0
 # Or the maximum of the second correlation must rise so many above what chance may reach: of unrelated scenes it stays
 # more than half a deviation below. It tells ground under clouds better, as it is that of ground in common.
 _SURE = 2.5
 _NEWTON_STEPS = 2
-# Terms of the series along each axis that they climb.
-_TERMS = 10
 # The last Newton step of an estimate that has converged is shorter than this, in pixels (float32 stalls at 1e-5).
 _NEWTON_TOLERANCE = 1e-2
 # Holes that pull so far, in pixels, may pull on.
 _FAR_PULLED = 0.5
-# Lines of the spectrum, up to so many bins wide to either side, are of stripes where this share of them stays, and
-# that by so many standard deviations; the ground's way must turn them by more than the root of the last.
-_LINE, _STATIC, _STATIC_SIGMAS, _LEAST_WAY = 2, 0.28, 2.0, 1e-3
 # Holes are divided by where they, and what is next to them, are at least this share of a frame; and where what lies
 # off them is at least that share of what is mostly usable.
 _LEAST_HOLES, _LEAST_COVER = 0.06, 0.6
@@ -205,7 +202,7 @@ def phase_correlation(
         if not vector and upsample_factor is None:
             holes = pair.holes()
     if not vector:
-        power, still = _without_stripes(power, still, grid, shift, fixed_at)
+        power, still = without_stripes(power, still, grid, shift, fixed_at)
     together = shift if robust else torch.zeros_like(shift)
     left = _LEFT_PULLS if robust else 1.0
     found = _refine_plain(power, effective, shift, together, grid, upsample_factor, left)
@@ -238,10 +235,10 @@ def phase_correlation(
 
 
 def _told_from_chance(
-    peak: _Peak, quality: PeakQuality, max_translation: float, *, vector: bool
+    peak: CoarsePeak, quality: PeakQuality, max_translation: float, *, vector: bool
 ) -> tuple[Tensor, Tensor]:
     """(...,) bool each: whether chance has no such maximum, and whether it may have, or a direction is not fixed."""
-    significant = peak.significance >= _MIN_SIGNIFICANCE
+    significant = peak.significance >= MIN_SIGNIFICANCE
     if vector:  # its power is in a few low frequencies: the surface's peak separates ground from chance
         return significant, quality._replace(height=torch.full_like(quality.height, torch.inf)).ambiguous
     # among more places chance rises higher: as rarely as to the least height within 5 pixels
@@ -249,15 +246,15 @@ def _told_from_chance(
     return significant | (quality.height >= least + _SURE), quality.ambiguous | (quality.height < least)
 
 
-def _find_peak(power: Tensor, grid: WorkingGrid, max_translation: float, start: Tensor | None) -> _Peak:
+def _find_peak(power: Tensor, grid: WorkingGrid, max_translation: float, start: Tensor | None) -> CoarsePeak:
     """The coarse peak, or the start where the correlation is higher there."""
     # without the two lines on which a detector's stripes lie, which fit at no shift
-    *_, off_lines = _lines(grid.frame, grid.size, like=grid.radius)
+    *_, off_lines = lines_of(grid.frame, grid.size, like=grid.radius)
     ground = power * off_lines
     peak = coarse_peak(irfft2(ground, grid.size), grid.frame, max_translation)
     if start is None:
         return peak
-    return _higher_of(peak, start, ground, grid, _orders(grid.frame, grid.size, like=grid.radius))
+    return higher_of(peak, start, ground, grid, orders_of(grid.frame, grid.size, like=grid.radius))
 
 
 def _textured(
@@ -316,340 +313,6 @@ def cross_power(
     floor = torch.finfo(squared.dtype).eps ** 2 * squared.amax((-2, -1), keepdim=True).detach()
     magnitude = (squared + floor + torch.finfo(squared.dtype).tiny).sqrt()
     return power * (band / (magnitude if weighting == "phase" else magnitude.sqrt()))
-
-
-class _Peak(NamedTuple):
-    shift: Tensor  # (..., 2), pixels
-    significance: Tensor
-    outside: Tensor
-    height: Tensor  # of the highest sample within the limit
-    spread: Tensor  # standard deviation of the surface
-
-
-def coarse_peak(surface: Tensor, size: tuple[int, int], max_translation: float) -> _Peak:
-    """The highest sample of a correlation surface within the limit, and a parabola through its neighbours.
-
-    The surface is periodic; its samples stand for shifts in ± half of the frame, so nothing wraps unseen: a
-    higher peak beyond the limit is reported as ``outside``.
-
-    Args:
-        surface: (..., h, w), over shifts of the frame of ``size``.
-        size: (H, W) of the frame; one sample is H/h by W/w pixels.
-        max_translation: in pixels.
-
-    Returns:
-        shift (..., 2) in pixels, significance (...,) in standard deviations, outside (...,) bool.
-    """
-    rows, columns = surface.shape[-2:]
-    step_y, step_x = size[0] / rows, size[1] / columns
-    # a shift between two samples may have its highest sample half a diagonal beyond the limit
-    square = step_x * step_x + step_y * step_y
-    reach = max_translation + 0.5 * square_root(square)
-    kernels = kernels_for(surface)
-    if kernels is not None:
-        found = kernels.peak(surface, (step_y, step_x), reach, OUTSIDE_MARGIN, _MIN_SIGNIFICANCE)
-        if found is not None:
-            return _Peak(*found)
-    lags, around, excluded = _lags_near((rows, columns), (step_y, step_x), reach, like=surface)
-    flat = surface.flatten(-2)
-    values = flat.detach()
-    inside, index = (values.index_select(-1, around[:, 2]) + excluded).max(-1)
-    power = torch.linalg.vector_norm(values, dim=-1).square() / values.shape[-1]
-    spread = (power - values.mean(-1).square()).clamp(min=0).sqrt()
-    significance = inside.clamp(min=0) / (spread + torch.finfo(surface.dtype).tiny)
-    highest = values.amax(-1)
-    outside = (highest > OUTSIDE_MARGIN * inside.clamp(min=0)) & (highest >= _MIN_SIGNIFICANCE * spread)
-    neighbours = flat.gather(-1, around[index])
-    before, centre, after = neighbours[..., :2], neighbours[..., 2:3], neighbours[..., 3:]
-    delta_x, delta_y = _parabola(before, centre, after).unbind(-1)
-    column, row = lags[index].unbind(-1)
-    shift = torch.stack([step_x * (column + delta_x), step_y * (row + delta_y)], dim=-1)
-    return _Peak(shift, significance, outside, inside, spread)
-
-
-@keeps_tables
-def _lags_near(
-    size: tuple[int, int], steps: tuple[float, float], reach: float, *, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The lags (n, 2) within a reach; where they and their neighbours lie in a surface, flattened (n, 5); −inf beyond.
-
-    Neighbours in the order left, above, itself, right, below.
-    """
-    rows, columns = size
-    y, x = (lags_within(samples, reach / step, like) for samples, step in zip(size, steps, strict=True))
-    excluded = torch.where(torch.hypot(x * steps[1], y[:, None] * steps[0]) <= reach, 0.0, -torch.inf)
-    lags = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
-    place = torch.arange(5, device=like.device)  # made there: a list would be copied from the host
-    dx = (place == 3).to(torch.int64) - (place == 0).to(torch.int64)
-    dy = (place == 4).to(torch.int64) - (place == 1).to(torch.int64)
-    around = (lags[:, 1:] + dy) % rows * columns + (lags[:, :1] + dx) % columns
-    return lags, around, excluded.flatten().to(like.dtype)
-
-
-def _higher_of(
-    peak: _Peak, start: Tensor, power: Tensor, grid: WorkingGrid, orders: tuple[Tensor, Tensor]
-) -> _Peak:
-    """A given shift instead of the coarse peak, where the correlation is higher there."""
-    samples = grid.size[0] * grid.size[1]
-    value = derivatives_at(power.detach(), grid.frequencies, start.detach(), orders)
-    height = value[..., 0, 0] / samples
-    better = height >= peak.height
-    significance = height.clamp(min=0) / (peak.spread + torch.finfo(height.dtype).tiny)
-    return _Peak(
-        torch.where(better[..., None], start, peak.shift),
-        torch.where(better, significance, peak.significance),
-        peak.outside & ~better,
-        torch.where(better, height, peak.height),
-        peak.spread,
-    )
-
-
-def refine_peak(
-    power: Tensor,
-    frequencies: tuple[Tensor, Tensor],
-    start: Tensor,
-    orders: tuple[Tensor, Tensor] | None = None,
-    *,
-    steps: int = 3,
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Newton's ascent on the correlation as a function of a continuous shift.
-
-    .. math:: C(t) = \sum_f \mathrm{Re}\, P(f)\, e^{2\pi i f \cdot t}
-
-    The steps are made on the polynomial of Taylor's series about the start, whose terms two matrix products give for
-    all of them, and carry no gradient. One last step, of the whole sum at the optimum, does,
-    :math:`t = t^* - H^{-1} \nabla C`, whose derivative is that of the implicit
-    function theorem, at the cost of one step of memory.
-
-    Args:
-        power: (..., H, W//2+1), half of a Hermitian cross-power spectrum.
-        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
-        start: (..., 2), (x, y) in pixels, within the peak's basin.
-        orders: ten :func:`wave_orders` of the frequencies, if they are at hand.
-        steps: number of steps, one or more, at most half a pixel per axis each.
-
-    Returns:
-        shift (..., 2); the last step (..., 2); and whether the Hessian is negative definite there (...,).
-    """
-    kernels = kernels_for(power, start)
-    if kernels is not None:
-        climbed = kernels.climb(power, frequencies, start, steps + 1)
-        if climbed is not None:
-            return climbed
-    orders = wave_orders(frequencies, _TERMS) if orders is None else orders
-    shift = _ascended(power, frequencies, start, orders, steps, _plain_step)
-    last, curved = _plain_step(derivatives_at(power, frequencies, shift, orders, 3))
-    return _settled(shift + last), last.detach(), curved
-
-
-def _ascended(
-    power: Tensor,
-    frequencies: tuple[Tensor, Tensor],
-    start: Tensor,
-    orders: tuple[Tensor, Tensor],
-    steps: int,
-    newton_step: Callable[[Tensor], tuple[Tensor, Tensor]],
-) -> Tensor:
-    r"""(..., 2): some of Newton's steps from a start, on the polynomial of Taylor's series there. No gradient.
-
-    .. math:: C(t_0 + d) = \sum_{j, k} \frac{d_y^j d_x^k}{j!\, k!}\, \partial_y^j \partial_x^k C(t_0)
-
-    Up to the tenth order each the spectrum is summed once for all of the steps. What is left out is 1e-6 of the
-    highest frequency that a grid holds half a sample from the start; the step that follows them is of the whole.
-    """
-    start = start.detach()
-    exponents, factors = _monomials(like=start)
-    series = derivatives_at(power.detach(), frequencies, start, orders)
-    way, _ = newton_step(series[..., :3, :3])
-    for _ in range(steps - 1):
-        by_x, by_y = (way[..., None, None] ** exponents * factors).unbind(-3)
-        way = way + newton_step(torch.matmul(torch.matmul(by_y, series), by_x.mT))[0]
-    return start + way
-
-
-@keeps_tables
-def _monomials(*, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(3, n) each: the derivatives of order 0, 1, 2 of d^j / j! are these factors times d to these exponents."""
-    order = torch.arange(_TERMS, device=like.device, dtype=like.dtype)
-    exponents = order - order[:3, None]
-    factors = torch.where(exponents >= 0, torch.exp(-torch.lgamma(exponents.clamp(min=0) + 1)), 0.0)
-    return exponents.clamp(min=0), factors
-
-
-def _plain_step(derivatives: Tensor) -> tuple[Tensor, Tensor]:
-    """Newton's step on a sum itself, by its derivatives (..., 3, 3)."""
-    return _newton_step(_newton_rows(derivatives), 0.5)
-
-
-def _newton_step(rows: Tensor, longest: float) -> tuple[Tensor, Tensor]:
-    """The step (..., 2) to a maximum by the rows (∇C, H), (..., 2, 3), along x and y; and whether it is one.
-
-    H · step = −∇C by Cramer's rule, whose determinants are the cross product of the two rows.
-    """
-    first, second = rows.unbind(-2)
-    cross = torch.linalg.cross(first, second)
-    hxx, hyy, determinant = first[..., 1], second[..., 2], cross[..., 0]
-    # negative definite
-    left = torch.addcmul(determinant, hxx, hyy, value=-torch.finfo(hxx.dtype).eps)
-    curved = torch.minimum(-hxx, left) > 0
-    flat = ~curved[..., None]
-    step = cross[..., 1:] / determinant[..., None].masked_fill(flat, 1.0)
-    return step.masked_fill(flat, 0.0).clamp(-longest, longest), curved
-
-
-def _newton_rows(derivatives: Tensor) -> Tensor:
-    """(..., 2, 3): the slope along x, and how it changes along x and y; and the same of the slope along y."""
-    flat = derivatives.flatten(-2)
-    return flat.index_select(-1, _row_places(like=flat)).reshape(*flat.shape[:-1], 2, 3)
-
-
-@keeps_tables
-def _row_places(*, like: Tensor) -> Tensor:
-    """Of orders in y and x, one after the other: 01, 02, 11; 10, 11, 20."""
-    row = torch.arange(3, device=like.device)
-    return torch.cat((1 + row + row // 2, 3 + row + row // 2))
-
-
-def derivatives_at(
-    power: Tensor,
-    frequencies: tuple[Tensor, Tensor],
-    shift: Tensor,
-    orders: tuple[Tensor, Tensor],
-    count: int | None = None,
-) -> Tensor:
-    """The correlation's derivatives at a shift.
-
-    Args:
-        power: (..., H, W//2+1), half of a Hermitian cross-power spectrum.
-        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
-        shift: (..., 2), (x, y) in pixels.
-        orders: :func:`wave_orders` of the frequencies.
-        count: how many of them; ``None`` for all.
-
-    Returns:
-        (..., count, count), of order 0, 1, 2, … in y (rows) and in x (columns).
-    """
-    waves_y, waves_x = waves(frequencies, shift)
-    # (10-bit mantissas, as in TF32, would move the peak by less than 1e-4 px)
-    along_y = torch.matmul(waves_y[..., None, :] * orders[0][:count], power)
-    return torch.matmul(along_y, (waves_x[..., None, :] * orders[1][:count]).mT).real
-
-
-def multiplicity(frequency: Tensor) -> Tensor:
-    """(W//2+1,): how often a column stands in the whole spectrum, whose other half is the conjugate."""
-    return 1 + (frequency > 0).to(frequency.dtype)
-
-
-def wave_orders(frequencies: tuple[Tensor, Tensor], count: int = 3) -> tuple[Tensor, Tensor]:
-    """What the derivatives of order 0, 1, 2, … of e^{iωt} multiply it by, (iω)^n: (count, H) and (count, W//2+1).
-
-    Those along x count each column as often as it stands in the whole spectrum.
-    """
-    order = torch.arange(count, device=frequencies[0].device)[:, None]
-    odd, sign = order % 2, 1 - order // 2 % 2 * 2
-    along_y, along_x = (
-        torch.complex(power * ((1 - odd) * sign), power * (odd * sign))
-        for power in ((2 * math.pi * frequency) ** order for frequency in frequencies)
-    )
-    return along_y, along_x * multiplicity(frequencies[1])
-
-
-@keeps_tables
-def _orders(
-    frame: tuple[int, int], size: tuple[int, int], count: int = 3, *, like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """:func:`wave_orders` of a working grid."""
-    return wave_orders(WorkingGrid.of(frame, size, 0.5, like).frequencies, count)
-
-
-def _upsampled_peak(power: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, factor: int) -> Tensor:
-    """The best point of a grid of 1/factor pixel, 1.5 pixels around the start (Guizar-Sicairos et al. 2008)."""
-    half = math.ceil(0.75 * factor)
-    centre = (start.detach() * factor).round()
-    offsets = torch.arange(-half, half + 1, device=start.device, dtype=start.dtype)
-    candidates = (centre[..., None, :] + offsets[:, None]) / factor  # (..., n, 2)
-    waves_y, waves_x = waves(frequencies, candidates)  # (..., n, H) and (..., n, W//2+1)
-    along_x = (waves_x * multiplicity(frequencies[1])).mT
-    values = torch.matmul(torch.matmul(waves_y, power.detach()), along_x).real  # (..., n, n)
-    best = values.flatten(-2).argmax(-1)
-    count = offsets.shape[0]
-    return (
-        torch.stack([centre[..., 0] + offsets[best % count], centre[..., 1] + offsets[best // count]], -1)
-        / factor
-    )
-
-
-def _without_stripes(
-    power: Tensor, still: Tensor, grid: WorkingGrid, shift: Tensor, fixed_at: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    r"""The cross-power, and the reference, without the lines of columns, or rows, that stay while the ground moves.
-
-    What is constant along an axis, as the gains of a detector's columns are, has its spectrum L on a line. Turned by
-    the ground's shift, what moves with it is real; what stays has the phase of the way t between the two,
-
-    .. math:: \sum \sin(\omega t)\, \mathrm{Im}\, L / \sum \sin^2(\omega t)\, |L|
-
-    of the line: 0 for the ground, 1 for a pattern of the detector.
-    """
-    way, fixed = shift.detach(), power.detach()
-    rows, columns, _ = _lines(grid.frame, grid.size, like=grid.radius)
-    near_rows, near_columns, axis, omega, parts = _line_parts(grid.frame, grid.size, like=grid.radius)
-
-    def turned(way: Tensor) -> Tensor:
-        return unit_circle(way.index_select(-1, axis) * omega)
-
-    columns_line = (_lowest(fixed) * near_rows).sum(-2)
-    rows_line = (fixed[..., : _LINE + 1] * near_columns).sum(-1)
-    line = torch.cat((columns_line, rows_line), -1)
-    turn = turned(way)
-    across = (line * turn).imag
-    sine = (turn if fixed_at is None else turned(way - fixed_at.detach())).imag
-    pull, size = sine * across, line.abs()
-    sums = torch.matmul(
-        torch.stack((pull, pull.square(), sine.square() * size, size), -2), parts
-    )  # (..., 4, 2)
-    pulled, square, whole, all_of_it = sums.unbind(-2)
-    # (where nothing moves both are the same)
-    least = torch.maximum(_STATIC * whole, _STATIC_SIGMAS * square.sqrt())
-    static = (pulled > least) & (whole > _LEAST_WAY * all_of_it)
-    if all_true(~static):
-        return power, still
-    kept = (1 - static[..., :1, None] * rows) * (1 - static[..., 1:, None] * columns)
-    return power * kept, still * kept
-
-
-def _lowest(spectrum: Tensor) -> Tensor:
-    """The rows (dim −2) of the lowest frequencies of either sign, each once."""
-    first = _LINE + 1
-    return torch.cat((spectrum[..., :first, :], spectrum[..., first:, :][..., -_LINE:, :]), -2)
-
-
-@keeps_tables
-def _line_parts(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, ...]:
-    """Of the samples of the line along x, and that along y: which part of a shift turns them, their ω, whose they are.
-
-    Before them the lowest rows, and columns, of :func:`_lines`.
-    """
-    rows, columns, _ = _lines(frame, size, like=like)
-    y, x = WorkingGrid.of(frame, size, 0.5, like).frequencies
-    first = torch.cat((torch.ones_like(x), torch.zeros_like(y)))
-    omega, parts = 2 * math.pi * torch.cat((x, y)), torch.stack((first, 1 - first), -1)
-    return _lowest(rows), columns[..., : _LINE + 1], (first == 0).to(torch.int64), omega, parts
-
-
-@keeps_tables
-def _lines(frame: tuple[int, int], size: tuple[int, int], *, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, 1), (1, w//2+1): 1 at the frequencies of what is constant along y, or x, as far as windows spread it.
-
-    And (h, w//2+1): 1 off both.
-    """
-    grid = WorkingGrid.of(frame, size, 0.5, like)
-    y, x = (
-        (frequency.abs() * length < torch.sym_min(float(_LINE), samples / 32) + 0.5).to(like.dtype)
-        for frequency, length, samples in zip(grid.frequencies, frame, size, strict=True)
-    )
-    rows, columns = y[:, None], x[None]
-    return rows, columns, (1 - rows) * (1 - columns)
 
 
 class _Pair(NamedTuple):
@@ -750,10 +413,10 @@ def _refine_plain(
     the second order in the way from there, its curvature is taken off, ``left`` times which is error.
     """
     if upsample_factor is None:
-        orders = _orders(grid.frame, grid.size, _TERMS, like=grid.radius)
+        orders = orders_of(grid.frame, grid.size, TERMS, like=grid.radius)
         shift, step, curved = refine_peak(power, grid.frequencies, start, orders, steps=_NEWTON_STEPS)
     else:
-        shift = _upsampled_peak(power, grid.frequencies, start, upsample_factor)
+        shift = upsampled_peak(power, grid.frequencies, start, upsample_factor)
         step, curved = torch.zeros_like(shift), torch.ones_like(shift[..., 0], dtype=torch.bool)
     step = step.norm(dim=-1)
     kernels = kernels_for(power, shift, together, weights) if upsample_factor is None else None
@@ -770,16 +433,9 @@ def _refine_plain(
         away = (found - together).clamp(-_LONGEST_WAY, _LONGEST_WAY)
         extra = (correction * away[..., None, :]).sum(-1)
         bounded = extra.detach().abs().amax(-1, keepdim=True) <= _LARGEST_CORRECTION
-        shift = _settled(found + torch.where(bounded, extra, 0.0))
+        shift = settled(found + torch.where(bounded, extra, 0.0))
         quality = quality.widened(left * extra.detach().clamp(-1, 1))
     return _Refined(shift, step, curved, quality, found.detach())
-
-
-def _settled(shift: Tensor) -> Tensor:
-    """Set shifts within rounding of 0 to 0, so that identical frames give exactly 0; gradients are kept."""
-    fixed = shift.detach()
-    none = fixed.abs() < 64 * torch.finfo(shift.dtype).eps
-    return torch.where(none, shift - fixed, shift)
 
 
 def _refine_divided(
@@ -810,10 +466,10 @@ def _refine_divided(
         climbed = kernels.climb_divided(spectra, grid.frequencies, start, _NEWTON_STEPS + 1)
         if climbed is not None:
             return climbed
-    powers, orders = spectra[0].conj() * spectra[1], _orders(grid.frame, grid.size, _TERMS, like=grid.radius)
-    shift = _ascended(powers, grid.frequencies, start, orders, _NEWTON_STEPS, _divided_step)
+    powers, orders = spectra[0].conj() * spectra[1], orders_of(grid.frame, grid.size, TERMS, like=grid.radius)
+    shift = ascended(powers, grid.frequencies, start, orders, _NEWTON_STEPS, _divided_step)
     step, curved = _divided_step(derivatives_at(powers, grid.frequencies, shift, orders, 3))
-    return _settled(shift + step), step.detach().norm(dim=-1), curved
+    return settled(shift + step), step.detach().norm(dim=-1), curved
 
 
 def _divided_fields(
@@ -844,11 +500,11 @@ def _divided_step(sums: Tensor) -> tuple[Tensor, Tensor]:
     """Newton's step (..., 2) on log S, by the derivatives (3, ..., 3, 3) of its sums; and whether to a maximum."""
     value = sums[..., 0, 0]
     positive = value > 0
-    rows = _newton_rows(sums) / with_finite_slope(torch.where(positive, value, 1.0))[..., None, None]
+    rows = newton_rows(sums) / with_finite_slope(torch.where(positive, value, 1.0))[..., None, None]
     # of a logarithm the curvatures lose the product of the slopes
     slopes = rows[..., 0]
     rows = torch.addcmul(rows, slopes[..., None], F.pad(slopes, (1, 0))[..., None, :], value=-1)
-    step, curved = _newton_step(torch.sub(rows[0], rows[1] + rows[2], alpha=0.5), 0.3)
+    step, curved = newton_step(torch.sub(rows[0], rows[1] + rows[2], alpha=0.5), 0.3)
     curved = curved & positive.all(0)
     return torch.where(curved[..., None], step, 0.0), curved
 
@@ -865,12 +521,3 @@ def _correlated_bins(effective: Tensor) -> Tensor:
     area = effective.sum((-2, -1))
     samples = effective.shape[-2] * effective.shape[-1]
     return samples * effective.square().sum((-2, -1)) / (area.square() + torch.finfo(area.dtype).tiny)
-
-
-def _parabola(before: Tensor, centre: Tensor, after: Tensor) -> Tensor:
-    """Where the parabola through three equidistant samples, the middle one highest, has its vertex."""
-    curvature = torch.sub(before + after, centre, alpha=2)
-    flat = curvature >= 0
-    return (
-        (0.5 * (before - after) / curvature.masked_fill(flat, -1.0)).masked_fill(flat, 0.0).clamp(-0.5, 0.5)
-    )

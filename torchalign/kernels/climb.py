@@ -124,7 +124,7 @@ def climb_frames(
 def climb(
     power: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, steps: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Newton's ascent, see :func:`torchalign.functional.phase.refine_peak`.
+    """Newton's ascent, see :func:`torchalign.functional.peak.refine_peak`.
 
     Args:
         power: (..., H, W//2+1), half of a Hermitian cross-power spectrum.

@@ -95,7 +95,7 @@ def peak_frames(
 def peak(
     surface: Tensor, steps: tuple[float, float], reach: float, margin: float, least: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """See :func:`torchalign.functional.phase.coarse_peak`.
+    """See :func:`torchalign.functional.peak.coarse_peak`.
 
     Args:
         surface: (..., h, w), finite.
