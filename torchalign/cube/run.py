@@ -20,7 +20,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_kind, check_whole, message
+from torchalign._check import check_kind, message
 from torchalign._graphs import may_record, recorded
 from torchalign._host import give_back_memory, waiting
 from torchalign.aligner import Aligner
@@ -499,11 +499,6 @@ def place_module(module: nn.Module, device: torch.device) -> nn.Module:
     """The module itself if it is on the device, else a copy of it there."""
     there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
     return module if there else copy.deepcopy(module).to(device)
-
-
-def check_batch(size: int | None) -> int | None:
-    """A whole number of frames, or None."""
-    return None if size is None else check_whole("batch_size", size)
 
 
 @contextmanager
