@@ -209,7 +209,12 @@ def _write_geojson(table: pd.DataFrame, grid: Georeference, path: Path) -> None:
 
 def _write_geopackage(table: pd.DataFrame, grid: Georeference, path: Path) -> None:
     """A table of points in SQLite, as the OGC's GeoPackage 1.2 wants it."""
-    srs = _srs_id(grid.crs)
+    srs = -1  # of no CRS, or of one without a code
+    if grid.crs:
+        require("a GeoPackage", "io", "rasterio")
+        from rasterio.crs import CRS
+
+        srs = CRS.from_string(grid.crs).to_epsg() or -1
     bounds = (table["x"].min(), table["y"].min(), table["x"].max(), table["y"].max())
     with closing(sqlite3.connect(path)) as base, base:
         base.executescript(_SCHEMA)
@@ -250,16 +255,6 @@ CREATE TABLE gpkg_geometry_columns (table_name TEXT NOT NULL, column_name TEXT N
 INSERT INTO gpkg_spatial_ref_sys VALUES
     ('undefined cartesian', -1, 'NONE', -1, 'undefined', NULL), ('undefined', 0, 'NONE', 0, 'undefined', NULL);
 """
-
-
-def _srs_id(crs: str) -> int:
-    """The EPSG code of a CRS, or −1."""
-    if not crs:
-        return -1
-    require("a GeoPackage", "io", "rasterio")
-    from rasterio.crs import CRS
-
-    return CRS.from_string(crs).to_epsg() or -1
 
 
 def write_displacements(report: xr.Dataset, folder: str | Path, *, overwrite: bool = False) -> list[Path]:

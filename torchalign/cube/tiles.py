@@ -463,8 +463,11 @@ def _write_frame(
             there = move_origin(field, start)
             lattice = [there.coefficients, torch.cat((there.origin, there.spacing), -1)]
         cut = slice(rows.start - source.start, rows.stop - source.start)
-        raw, seen = stack.load(one, source), stack.seen(one, source)
-        codes = load(stack.others[0], MASK, time=one, y=source) if stack.others else None
+        raw, seen = stack.load(one, source), replace(stack, others=()).seen(one, source)
+        codes = None
+        if stack.others:  # read once, and moved with the pixels
+            codes = load(stack.others[0], MASK, time=one, y=source)
+            seen = codes != 0 if seen is None else seen & (codes != 0)
         usable = None if seen is None else torch.from_numpy(np.array(seen)).to(stack.device)
         with torch.no_grad():
             values, _ = operation.run(raw, stack.device, moves, usable, *lattice)
