@@ -73,16 +73,14 @@ def large_reader(array: xr.DataArray, mask: Any, device: torch.device) -> FrameR
     return FrameReader(cube, Pixels.of(cube, look=False), usable, device, others)
 
 
-def _read_tiles(reader: FrameReader, frames: slice, rows: slice, columns: Sequence[slice]) -> Tensor:
-    """(n, t, C, h, w) floats, NaN wherever a pixel is not to be used."""
+def _read_tiles(reader: FrameReader, frame: int | None, rows: slice, columns: Sequence[slice]) -> Tensor:
+    """(n, C, h, w) floats of one frame, or (n, T, C, h, w) of several; NaN wherever a pixel is not to be used."""
+    frames = slice(None) if frame is None else slice(frame, frame + 1)
     raw, seen = reader.load(frames, rows), reader.seen(frames, rows)
     seen = None if seen is None else np.broadcast_to(seen, (len(seen), *raw.shape[-2:]))
     parts = [None if one is None else np.stack([one[..., part] for part in columns]) for one in (raw, seen)]
-    return reader.decode(*parts)  # type: ignore[arg-type]  # raw is no None
-
-
-def _one(frame: int) -> slice:
-    return slice(frame, frame + 1)
+    values = reader.decode(*parts)  # type: ignore[arg-type]  # raw is no None
+    return values[:, 0] if values.shape[1] == 1 else values
 
 
 @dataclass(frozen=True)
@@ -128,16 +126,14 @@ class LargeReference:
     def tiles(self, rows: slice, columns: Sequence[slice]) -> Tensor:
         """(n, C, h, w), or of a reference for each frame (n, T, C, h, w); NaN where nothing is to be used."""
         if not self.word:
-            frames = slice(None) if self.frame is None else _one(self.frame)
-            values = _read_tiles(self.reader, frames, rows, columns)
-            return values[:, 0] if values.shape[1] == 1 else values
+            return _read_tiles(self.reader, self.frame, rows, columns)
         # of all frames, as many rows at a time as memory is meant to hold: each row is read once
         count, bands, made = self.reader.frames, self.reader.cube.sizes["band"], []
         row = count * bands * sum(part.stop - part.start for part in columns)
         step = max(1, _SERIES_BYTES // (row * self.reader.pixels.compute.itemsize))
         for first in range(rows.start, rows.stop, step):
             some = slice(first, min(first + step, rows.stop))
-            series = [_read_tiles(self.reader, _one(frame), some, columns)[:, 0] for frame in range(count)]
+            series = [_read_tiles(self.reader, frame, some, columns) for frame in range(count)]
             made.append(reduce_over_time(self.word, torch.stack(series)).to(series[0].dtype))
         return torch.cat(made, 2)
 
@@ -224,9 +220,7 @@ def _estimate_frames(
             still = reference.tiles(rows, columns)
             origins += [(part.start, rows.start) for part in columns]
             for frame in range(stack.frames):
-                moving = (
-                    still if reference.is_of(frame) else _read_tiles(stack, _one(frame), rows, columns)[:, 0]
-                )
+                moving = still if reference.is_of(frame) else _read_tiles(stack, frame, rows, columns)
                 known = estimate_only(module, moving, still)
                 found[frame].append(known)
                 if start is not None and not bool(known.valid.all()):
@@ -404,10 +398,7 @@ def _add_shifts(
         for rows, numbers, columns in _rows_of_windows(next(iter(mosaics.values()))):
             still = reference.tiles(rows, columns)
             for frame, mosaic in mosaics.items():
-                moving, warp = (
-                    _read_tiles(stack, _one(frame), rows, columns)[:, 0],
-                    begun.warp[frame : frame + 1],
-                )
+                moving, warp = _read_tiles(stack, frame, rows, columns), begun.warp[frame : frame + 1]
                 for i, index in enumerate(numbers):
                     local.add_tile(mosaic, index, moving[i : i + 1], _own(still[i : i + 1], frame), warp)
                 advance(1)
@@ -417,7 +408,7 @@ def _add_shifts(
         for rows, columns in _grid(stack.cube.size):
             still = reference.tiles(rows, columns)
             for frame, field, told in zip(mosaics, fields, scores, strict=True):
-                moving = _read_tiles(stack, _one(frame), rows, columns)[:, 0]
+                moving = _read_tiles(stack, frame, rows, columns)
                 for i, part in enumerate(columns):
                     corner = (float(part.start), float(rows.start))
                     warp = change_origin(begun.warp[frame : frame + 1], corner).to(moving)
@@ -449,8 +440,7 @@ def _write_frame(
     write: Writer,
     advance: Callable[[int], object],
 ) -> None:
-    one = _one(frame)
-    warp, field = found.warp, found.field
+    one, warp, field = slice(frame, frame + 1), found.warp, found.field
     margins = Margins(Found(warp, torch.ones(1, dtype=torch.bool), field), stack.cube.size)
     nearest = replace(operation, pixels=replace(stack.pixels, nodata=()), interpolation="nearest",
                       padding_mode="zeros", fill_value=0.0)  # fmt: skip
