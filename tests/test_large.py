@@ -117,6 +117,15 @@ def test_a_reference_of_pixels_and_its_mask(tmp_path, monkeypatch):
         ta.io.align_scenes(tmp_path / "in", tmp_path / "x", reference_mask=clear.astype("uint8"))
 
 
+def test_a_mask_over_time_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiles, "_TILE", 96)
+    make_files(tmp_path / "in", (300, 290))
+    usable = ta.open_stack(tmp_path / "in")[:, 0, 0, 0].drop_vars(["y", "x", "band"])
+    usable = usable.copy(data=np.array([True, False]))
+    _, report = ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", ta.PCC(), mask=usable)
+    assert report.status.values.tolist() == [0, int(ta.Status.NO_TEXTURE)]
+
+
 @pytest.mark.parametrize("chunks", [None, 1])
 def test_a_mask_acts_in_the_estimate_and_in_the_pixels(tmp_path, monkeypatch, chunks):
     monkeypatch.setattr(tiles, "_TILE", 96)
