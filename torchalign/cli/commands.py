@@ -67,10 +67,8 @@ def command(name: str, options: type, epilog: str | None = None) -> Callable[[An
         parameters = []
         for field in ordered:
             default = inspect.Parameter.empty if field.default is MISSING else field.default
-            kind, info = (
-                get_args(field.type) if hasattr(field.type, "__metadata__") else (field.type, Option())
-            )
-            info = copy.copy(info)
+            kind, *more = get_args(field.type) if hasattr(field.type, "__metadata__") else (field.type,)
+            info = copy.copy(more[0]) if more else Option()
             if field.default is False and not info.param_decls:  # there is nothing to switch off
                 info.param_decls = (f"--{field.name.replace('_', '-')}",)
             info.help = info.help or told.get(field.name)
