@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -75,6 +76,7 @@ class FrameReader:
     pixels: Pixels
     usable: xr.Variable | None  # bool over some of time, y and x
     device: torch.device
+    codes: xr.Variable | None = None  # what files say that are read on demand: 0 = not usable
 
     @property
     def frames(self) -> int:
@@ -86,10 +88,26 @@ class FrameReader:
         values = self.read(slice(number, number + 1))
         return values[0] if len(values) else values.new_full(values.shape[1:], torch.nan)
 
-    def read(self, frames: slice) -> Tensor:
-        """(t, C, H, W)."""
-        raw = labels.load(self.cube.variable, CUBE, time=frames)
-        return self.decode(raw, None if self.usable is None else labels.load(self.usable, MASK, time=frames))
+    def read(self, frames: slice | Array, rows: slice = slice(None)) -> Tensor:
+        """(t, C, h, W)."""
+        return self.decode(self.load(frames, rows), self.seen(frames, rows))
+
+    def load(self, frames: slice | Array, rows: slice) -> Array:
+        """(t, C, h, W), as they are."""
+        return labels.load(self.cube.variable, CUBE, time=frames, y=rows)
+
+    def seen(self, frames: slice | Array, rows: slice) -> Array | None:
+        """(t or 1, h or 1, W or 1) bool: what is usable; ``None`` where all is."""
+        masks = [mask for mask in (self.usable, self.codes) if mask is not None]
+        parts = [labels.load(mask, MASK, time=frames, y=rows) != 0 for mask in masks]
+        return np.logical_and.reduce(np.broadcast_arrays(*parts)) if parts else None
+
+    def hold(self, rows: slice) -> FrameReader:
+        """Of these rows alone, which are in memory from here on."""
+        cube = Cube(
+            xr.DataArray(_hold_rows(self.cube.variable, rows)), {role: role for role in self.cube.dims}
+        )
+        return replace(self, cube=cube, usable=None if self.usable is None else _hold_rows(self.usable, rows))
 
     def decode(self, raw: Array, seen: Array | None) -> Tensor:
         """(t, C, h, w) from pixels of that shape, and what of them is usable, (t or 1, h or 1, w or 1)."""
@@ -108,14 +126,7 @@ class FrameReader:
 def find_reference(
     reference: Any, reader: FrameReader, estimate: Estimator, prefers: Judge
 ) -> ReferenceSource:
-    """What the argument ``reference`` of :func:`torchalign.align` stands for.
-
-    Args:
-        reference: a word, a label of time, or pixels.
-        reader: of the frames.
-        estimate: estimates all frames against a reference, for ``"iterative"``.
-        prefers: whether the second of two solutions is clearly better, for ``"iterative"``.
-    """
+    """What ``reference`` of :func:`torchalign.align` stands for; ``estimate`` and ``prefers`` are for ``"iterative"``."""
     if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim == 0:
         reference = getattr(reference, "values", reference)[()]  # a label, `cube.time[3]`
     # dates of cftime, and periods, are those of no common class
@@ -169,10 +180,7 @@ def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, prefers
 def over_time(word: str, reader: FrameReader, found: Found | None = None) -> Tensor:
     """(C, H, W), "median" or "mean" of the usable pixels, by blocks of rows; NaN where there are none.
 
-    Args:
-        word: ``"median"`` or ``"mean"``.
-        reader: of the frames.
-        found: warps to align the frames with; only valid ones are taken. ``None``: all frames, as they are.
+    With ``found``, of the frames that are valid, aligned.
     """
     frames, bands, height, width = (reader.cube.sizes[role] for role in CUBE)
     compute = reader.pixels.compute
@@ -185,52 +193,37 @@ def over_time(word: str, reader: FrameReader, found: Found | None = None) -> Ten
     margins = Margins(found, (height, width))
     for first in range(0, height if samples else 0, read):
         last = min(first + read, height)
-        block = _Block.load(reader, margins.source(first, last))
+        held = margins.source(first, last)
+        block = reader.hold(held)
         for top in range(first, last, work):
             bottom = min(top + work, last)
             values = result.new_empty(len(chosen), bands, bottom - top, width)
-            _fill(values, block, chosen, top, margins, found)
+            rows = margins.source(top, bottom)
+            within = slice(rows.start - held.start, rows.stop - held.start)
+            _fill(values, partial(block.read, rows=within), chosen, rows, top, found)
             result[:, top:bottom] = reduce_over_time(word, values).to(result.dtype)
         del block, values
         give_back_memory()  # before as much is read again
     return result
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Rows of all frames, as they were read."""
-
-    raw: Array  # (T, C, h, W)
-    seen: Array | None  # (T or 1, h or 1, W or 1)
-    top: int  # the number of its first row
-    reader: FrameReader
-
-    @classmethod
-    def load(cls, reader: FrameReader, rows: slice) -> _Block:
-        raw = _load_rows(reader.cube.variable, CUBE, rows)
-        seen = None if reader.usable is None else _load_rows(reader.usable, MASK, rows)
-        return cls(raw, seen, rows.start, reader)
-
-    def decode(self, frames: Array, rows: slice) -> Tensor:
-        """(len(frames), C, h, W), NaN wherever a pixel is not to be used."""
-        within = slice(rows.start - self.top, rows.stop - self.top)
-        seen = self.seen
-        if seen is not None:
-            seen = seen if len(seen) == 1 else seen[frames]
-            seen = seen if seen.shape[1] == 1 else seen[:, within]
-        return self.reader.decode(self.raw[frames, :, within], seen)
-
-
 def _fill(
-    values: Tensor, block: _Block, chosen: Array, top: int, margins: Margins, found: Found | None
+    values: Tensor,
+    read: Callable[[Array], Tensor],
+    chosen: Array,
+    rows: slice,
+    top: int,
+    found: Found | None,
 ) -> None:
-    """Put the rows from ``top`` on of the chosen frames into values, (T, C, h, W), a few frames at a time."""
-    rows = margins.source(top, top + values.shape[2])
+    """Put the rows from ``top`` on of the chosen frames into values, (T, C, h, W), a few frames at a time.
+
+    They are made of ``rows`` of the frames, which ``read`` gives.
+    """
     row_bytes = values.shape[1] * values.shape[3] * values.itemsize
     step = max(1, _DECODE_BYTES // max(1, row_bytes * (rows.stop - rows.start)))
     for first in range(0, len(chosen), step):
         frames = chosen[first : first + step]
-        part = block.decode(frames, rows)
+        part = read(frames)
         if found is not None:
             origin = (0.0, float(rows.start))
             warp = change_origin(found.warp[frames].to(part), origin)
@@ -243,18 +236,17 @@ def _fill(
         values[first : first + step] = part
 
 
-def _load_rows(source: xr.Variable, roles: Sequence[str], rows: slice) -> Array:
-    """``load(source, roles, y=rows)``; a lazy one part by part along time, into memory that is there already."""
-    if not is_lazy(source) or "time" not in source.dims:
-        return labels.load(source, roles, y=rows)
+def _hold_rows(source: xr.Variable, rows: slice) -> xr.Variable:
+    """Rows in memory; those of a lazy source part by part along time, into memory that is there already."""
     part = source.isel(y=rows) if "y" in source.dims else source
-    shape = tuple(part.sizes.get(role, 1) for role in roles)
-    values = np.empty(shape, source.dtype)
-    step = max(1, _LOAD_BYTES * shape[0] // max(1, values.nbytes))
-    for first in range(0, shape[0], step):
-        frames = slice(first, first + step)
-        values[frames] = labels.load(part, roles, time=frames)
-    return values
+    if not is_lazy(part) or "time" not in part.dims:
+        return part.compute()
+    part = part.transpose("time", ...)
+    values = np.empty(part.shape, part.dtype)
+    step = max(1, _LOAD_BYTES * len(values) // max(1, values.nbytes))
+    for first in range(0, len(values), step):
+        values[first : first + step] = part[first : first + step].to_numpy()
+    return xr.Variable(part.dims, values)
 
 
 def reduce_over_time(word: str, values: Tensor) -> Tensor:

@@ -31,11 +31,7 @@ _OVERPASS = 10.5
 
 
 def see_frames(module: Groupwise, reader: FrameReader) -> Frames:
-    """What is kept of all frames, which are read once, a batch at a time: chunk by chunk where they are lazy.
-
-    Raises:
-        ValueError: a lazy cube, and an aligner that needs the pixels of pairs.
-    """
+    """What is kept of all frames, which are read once, a batch at a time: chunk by chunk where they are lazy."""
     if is_lazy(reader.cube.array) and not module.keeps_textures:
         cure = "use torchalign.PCC(), or load the cube with .load()"
         got = f"{type(module.aligner).__name__} and a cube of dask"
@@ -127,9 +123,8 @@ class PairEvidence:
             place = center_displacement(found.warp.double(), self.reader.cube.size).to(shift.device)
             residual = (shift - place[edges.moving] + place[edges.reference]).norm(dim=-1)[usable]
             deviation = residual / torch.hypot(sigma, torch.full_like(sigma, 0.03))[usable]
-            misfits.append(
-                float(torch.where(deviation < 1, 0.5 * deviation.square(), deviation - 0.5).mean())
-            )
+            huber = torch.where(deviation < 1, 0.5 * deviation.square(), deviation - 0.5)
+            misfits.append(float(huber.mean()))
         return misfits[1] <= 0.9 * misfits[0]
 
 
@@ -137,19 +132,10 @@ class PairEvidence:
 
 
 def find_sun(given: Any, cube: Cube) -> Array | None:
-    """(T, 2), elevation and azimuth in degrees, the latter clockwise from the image's up.
+    """(T, 2), elevation and azimuth in degrees, the latter clockwise from the image's up; ``None`` if that is not known.
 
-    Args:
-        given: what the user says, azimuths clockwise from north; ``None`` to compute it.
-        cube: with dates in UTC along time, and a CRS; dates that all lack a time of day are taken at half past ten,
-            local solar time.
-
-    Returns:
-        The angles, or ``None`` where they are not given and date or place is unknown.
-
-    Raises:
-        TypeError: what was given are no numbers.
-        ValueError: another shape.
+    Of what the user gives, azimuths clockwise from north; else computed, of dates in UTC and a CRS. Dates that all lack a
+    time of day are taken at half past ten, local solar time.
     """
     grid = find_georeference(cube)
     if given is not None:
@@ -217,11 +203,7 @@ class ArchivePositions(NamedTuple):
 
     @classmethod
     def of(cls, report: xr.Dataset, sun: Tensor | None, device: torch.device) -> ArchivePositions:
-        """From a report in memory, and where the sun stood, (T, 2).
-
-        Raises:
-            ValueError: the sun's part was taken off, and nobody knows where it stands.
-        """
+        """From a report in memory, and where the sun stood, (T, 2)."""
         known = report.compute()
         shift = np.stack([known["shift_x"].values, known["shift_y"].values], -1).astype(float)
         accepted = known["status"].values == 0
