@@ -113,12 +113,14 @@ def align(
             with its own nodata, dtype and attributes. Variables without time, y or x stay as they are.
         reference: what the frames are brought onto.
 
-            * ``"median"`` or ``"mean"`` over time of the usable pixels, of the frames as they are.
-            * ``"iterative"``: the median of the *aligned* frames. They are aligned with the median, the median is
-              taken anew, and so on until they stop moving (0.005 px). It is sharp where ``"median"`` is blurred by
-              the frames' displacements, and anchored where the median frame lies. Under shading that moves with
-              the sun it can wander off; unless the frames' pairs fit it clearly better than the first median, that
-              one is taken. Costs three to five estimates more, and as many medians.
+            * ``"median"`` or ``"mean"`` over time of the usable pixels, each frame where its pairs with others place
+              it, as ``"groupwise"`` does: as it comes, a cloudy or displaced frame would fit its own pixels in the
+              median. Where less than a quarter of the frames can be placed so (turned ones), and of large files, the
+              frames as they are. ``cube.median("time")`` always is.
+            * ``"iterative"``: the frames are aligned with that median, by the aligner, the median of the *aligned* frames
+              is taken, and so on until they stop moving (0.005 px). It is anchored where the median frame lies. Unless
+              the frames' pairs fit it clearly better than the first median, that one is taken. Costs three to five
+              estimates more, and as many medians.
             * ``"first"``, or the label of exactly one frame (``"2020-05-01"``, a ``datetime64``).
             * ``"clearest"``: the frame whose share of usable pixels, times its correlation with the median, is
               the largest.
@@ -284,7 +286,7 @@ def _align_cube(cube: Cube, reference: Any, options: _Request) -> tuple[xr.DataA
         return Found(told["warp"], told["status"] == 0, field)
 
     with torch.no_grad(), loop.progress_bar(options.progress, cube, "align") as advance:
-        source = find_reference(reference, reader, estimate, series.PairEvidence(reader).prefers)
+        source = find_reference(reference, reader, estimate, series.PairPositions(reader, there))
         hints = give_hints(cube, reader.pixels, reader.usable)
         values, fields = loop.run(operation, cube, (loop.reference_companion(source, cube), *others), advance)
     attrs = {"aligner": repr(module), "reference": source.name}

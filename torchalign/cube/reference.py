@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -42,7 +42,10 @@ _DECODE_BYTES = 2**23  # of these, decoded and aligned at once
 _SORT_BYTES = 2**22  # of these, sorted at once
 _MOST_ROUNDS = 8  # of "iterative"; two or three are the rule
 _ENOUGH = 0.5  # of the frames aligned with their median, or "iterative" tries to start from the clearest
-_FEWEST = 3  # frames that make a median
+_FEWEST = 3  # frames that make a median, if there are so many
+_FEWEST_PLACED = (
+    0.25  # share of the frames; if less are placed by their pairs, a median is taken of all, as they are
+)
 _STILL = 0.005  # pixels; "iterative" stops when the frames move by less, in the root mean square
 
 
@@ -55,8 +58,17 @@ class Found(NamedTuple):
 
 
 Estimator = Callable[["ReferenceSource"], Found]
-# Whether the second of two solutions fits the frames clearly better, by evidence that no reference has a part in.
-Judge = Callable[[Found, Found], bool]
+
+
+class Pairs(Protocol):
+    """What pairs of frames tell, which no reference has a part in."""
+
+    @property
+    def found(self) -> Found:
+        """Where they place the frames."""
+
+    def prefers(self, first: Found, second: Found) -> bool:
+        """Whether the second of two solutions fits them clearly better."""
 
 
 @dataclass(frozen=True)
@@ -122,16 +134,14 @@ class FrameReader:
         return ReferenceSource(name, xr.Variable(CUBE[1:], host), Pixels(host.dtype, self.pixels.compute, ()))
 
 
-def find_reference(
-    reference: Any, reader: FrameReader, estimate: Estimator, prefers: Judge
-) -> ReferenceSource:
-    """What ``reference`` of :func:`torchalign.align` stands for; ``estimate`` and ``prefers`` are for ``"iterative"``."""
+def find_reference(reference: Any, reader: FrameReader, estimate: Estimator, pairs: Pairs) -> ReferenceSource:
+    """What ``reference`` of :func:`torchalign.align` stands for; ``estimate`` is for ``"iterative"``."""
     if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim == 0:
         reference = getattr(reference, "values", reference)[()]  # a label, `cube.time[3]`
     # dates of cftime, and periods, are those of no common class
     is_label = isinstance(reference, (str, np.generic, int, float)) or hasattr(reference, "strftime")
     if is_label and not isinstance(reference, bool):
-        return _make_reference(reference, reader, estimate, prefers)
+        return _make_reference(reference, reader, estimate, pairs)
     return given_pixels(reference, reader.cube, reader.pixels)
 
 
@@ -148,20 +158,20 @@ def given_pixels(reference: Any, cube: Cube, pixels: Pixels) -> ReferenceSource:
     return ReferenceSource(f"{name}, {done}" if done else name, variable, own)
 
 
-def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, prefers: Judge) -> ReferenceSource:
+def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, pairs: Pairs) -> ReferenceSource:
     name, cube = str(word), reader.cube
     if name in ("median", "mean"):
-        return reader.source(name, over_time(name, reader))
+        return _over_placed(name, reader, pairs)
     if name == "iterative":
         if not reader.frames:
             return reader.source(name, over_time("median", reader))
-        values, rounds = _iterated_median(reader, estimate, prefers)
+        values, rounds = _iterated_median(reader, estimate, pairs)
         if not rounds:
             return reader.source("median (iterative did not fit the frames' pairs better)", values)
         return reader.source(f"iterative (median of the aligned stack, {rounds} rounds)", values)
     number, dates = 0, cube.coordinate("time", local=True)
     if name == "clearest":
-        number = _clearest(reader)
+        number = _clearest(reader, pairs)
     elif name != "first":
         words = get_args(ReferenceName)
         number = labels.find_frame(
@@ -174,6 +184,21 @@ def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, prefers
 
 
 # --- over time ---
+
+
+def _over_placed(word: str, reader: FrameReader, pairs: Pairs) -> ReferenceSource:
+    """The median or mean of the frames that their pairs place, each there; of all, as they are, where these are few.
+
+    A frame is part of the median. Where clouds cover half of the frames the median shows pixels of single ones, which
+    fit their own frame where it lies: as it came, or, if it was placed before, where it belongs.
+    """
+    if reader.frames > 1:
+        found = pairs.found
+        placed = int(found.valid.sum())
+        if placed >= max(min(_FEWEST, reader.frames), _FEWEST_PLACED * reader.frames):
+            name = f"{word} (of {placed} frames, placed by their pairs)"
+            return reader.source(name, over_time(word, reader, found))
+    return reader.source(word, over_time(word, reader))
 
 
 def over_time(word: str, reader: FrameReader, found: Found | None = None) -> Tensor:
@@ -300,17 +325,18 @@ class Margins:
 # --- "iterative" ---
 
 
-def _iterated_median(reader: FrameReader, estimate: Estimator, prefers: Judge) -> tuple[Tensor, int]:
+def _iterated_median(reader: FrameReader, estimate: Estimator, pairs: Pairs) -> tuple[Tensor, int]:
     """Estimate against the median of what was aligned before, until the frames stop moving; the last median.
 
     Where shading moves with the sun, medians of aligned frames wander off: the first median is kept, and 0 rounds,
     unless the last one fits pairs of frames clearly better.
     """
-    plain = median = over_time("median", reader)
-    first = found = estimate(reader.source("median", median))
+    plain = _over_placed("median", reader, pairs)
+    first = found = estimate(plain)
+    median = values = torch.as_tensor(plain.variable.values)
     # displaced or clouded so much that their median shows nothing
     if int(found.valid.sum()) < _ENOUGH * reader.frames:
-        clearest = reader.source("clearest", reader.frame(_clearest(reader)))
+        clearest = reader.source("clearest", reader.frame(_clearest(reader, pairs)))
         found = max((found, estimate(clearest)), key=lambda one: int(one.valid.sum()))
     rounds, previous = 0, found
     while rounds < _MOST_ROUNDS:
@@ -322,7 +348,7 @@ def _iterated_median(reader: FrameReader, estimate: Estimator, prefers: Judge) -
         previous, median = found, over_time("median", reader, found)
         found = estimate(reader.source("median", median))
     sound = int(first.valid.sum()) >= _ENOUGH * reader.frames
-    return (plain, 0) if sound and not prefers(first, found) else (median, rounds)
+    return (values, 0) if sound and not pairs.prefers(first, found) else (median, rounds)
 
 
 def _is_still(found: Found, previous: Found, size: tuple[int, int]) -> bool:
@@ -363,12 +389,13 @@ def _anchor(found: Found) -> Found:
 # --- one of the frames ---
 
 
-def _clearest(reader: FrameReader) -> int:
+def _clearest(reader: FrameReader, pairs: Pairs) -> int:
     """The frame with most ground: the share of its usable pixels times its correlation with the median.
 
     Clouds that no mask tells of, other seasons and displaced frames correlate less.
     """
-    median = over_time("median", reader).nanmean(0)  # (H, W)
+    source = _over_placed("median", reader, pairs)
+    median = torch.as_tensor(source.variable.values, device=reader.device).nanmean(0)  # (H, W)
     best, clearest = -1.0, 0
     for number in range(reader.frames):
         frame = reader.frame(number).nanmean(0)
