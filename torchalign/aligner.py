@@ -200,7 +200,10 @@ class Aligner(nn.Module, ABC):
         check_cube(cube)
         with full_precision(cube):
             job = self._check(cube, reference, mask, reference_mask, init)
-            return self._estimate_all(job, self._blocks(job))
+            blocks = self._blocks(job)
+            if len(blocks) == 1:
+                return self._estimate(job).estimate
+            return combine(torch.cat, self._map(lambda part: self._estimate(job.part(part)).estimate, blocks))
 
     @like(estimate)
     def forward(self, cube: Tensor, reference: Tensor, *given: Any, **named: Any) -> Alignment:
@@ -298,11 +301,6 @@ class Aligner(nn.Module, ABC):
 
     def _block_pixels(self) -> int:
         return _BLOCK_PIXELS
-
-    def _estimate_all(self, job: Any, blocks: list[slice]) -> Estimate:
-        if len(blocks) == 1:
-            return self._estimate(job)[0]
-        return combine(torch.cat, self._map(lambda part: self._estimate(job.part(part))[0], blocks))
 
     def _map(self, function: Callable[[slice], Estimate], blocks: list[slice]) -> list[Estimate]:
         """Run blocks in parallel, unless the channel is a user's callable, which may not be thread-safe."""

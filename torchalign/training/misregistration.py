@@ -123,7 +123,7 @@ def misregister(
 
     A bicubic kernel misplaces waves of 4 … 6 pixels by 0.045 … 0.02 px (as does a bilinear one): more than is to
     be found. ``"sinc"`` therefore upsamples twice by a windowed sinc of 16 taps, which is symmetric and has no
-    phase error, and is bicubic on the finer grid: 0.005 … 0.002 px at four times the cost. Near pixels that are no
+    phase error, and is bicubic on the finer grid: 0.005 … 0.002 px at twice the cost. Near pixels that are no
     numbers it gives way to the bicubic kernel, which keeps them apart.
 
     Args:
