@@ -6,7 +6,7 @@ import bisect
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -247,7 +247,7 @@ class AlignmentCheck(nn.Module):
             ValueError: nothing to compare: a single image, and no claimed matrix; or images that went in did not
                 come out.
         """
-        found, resizing = self._probe(augment, sample, named, matrix)
+        found, resizing = self._probe(augment, probing.Given(sample, named), matrix)
         self.resizing = resizing or self.resizing
         count, device = found.residual.shape[0], found.residual.device
         if ids is None:
@@ -274,8 +274,9 @@ class AlignmentCheck(nn.Module):
             sample: as the pipeline takes it.
             named: as the pipeline takes it.
         """
-        with probing.isolated_randomness(sample, named):
-            steps = list(self._trace(_bare(pipeline), sample, named))
+        given = probing.Given(sample, named)
+        with probing.isolated_randomness(given):
+            steps = list(self._trace(_bare(pipeline), given))
         self.step = next((step for step in steps if step.slips), self.step)
         return steps
 
@@ -295,20 +296,20 @@ class AlignmentCheck(nn.Module):
             attempts: how often the pipeline is run, for what happens only sometimes.
             named: as the pipeline takes it.
         """
-        bare = probing.copied(_bare(pipeline))
-        with probing.isolated_randomness(sample, named):
+        bare, given = probing.copied(_bare(pipeline)), probing.Given(sample, named)
+        with probing.isolated_randomness(given):
             for attempt in range(attempts):
                 if attempt:  # other random numbers, of generators of its own too
-                    probing.chained([step for _, step in probing.steps_of(bare)])(*sample, **named)
-                with probing.isolated_randomness(sample, named):
-                    suspect = self._bisect(bare, sample, named)
+                    given.to(probing.chained([step for _, step in probing.steps_of(bare)]))
+                with probing.isolated_randomness(given):
+                    suspect = self._bisect(bare, given)
                 if suspect is None:
                     continue
-                with probing.isolated_randomness(sample, named):
-                    step = next(self._trace(bare, sample, named, suspect.number))
-                self.step = step if step.slips else self._walk(bare, sample, named) or suspect
+                with probing.isolated_randomness(given):
+                    step = next(self._trace(bare, given, suspect.number))
+                self.step = step if step.slips else self._walk(bare, given) or suspect
                 return self.step
-            return self._walk(bare, sample, named)
+            return self._walk(bare, given)
 
     # ------------------------------------------------------------------------------------------------- statistics
 
@@ -355,44 +356,35 @@ class AlignmentCheck(nn.Module):
         ids = torch.zeros_like(found.residual, dtype=torch.int64) if ids is None else ids
         return record(state, found.residual, ids, found.seeing, found.excess > self.tolerance)
 
-    def _bisect(self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
-        """The step after which the images are no longer registered, though they were before, if the end is not."""
+    def _bisect(self, pipeline: Any, given: probing.Given) -> Step | None:
+        """The step after which images are no longer registered, though they were before, if they are not at the end."""
 
         @functools.cache
         def after(count: int) -> Step:
             # a copy each, in the same random state: the same numbers are drawn, up to there
             steps = probing.steps_of(probing.copied(pipeline))[:count]
-            return self._step(
-                count - 1, steps[-1][0], probing.chained([step for _, step in steps]), sample, named
-            )
+            return self._step(count - 1, steps[-1][0], probing.chained([step for _, step in steps]), given)
 
         count = len(probing.steps_of(pipeline))
         if not count or not after(count).slips:
             return None
-        # what cannot be told is not where it begins: it is looked for before that
-        begins = bisect.bisect_left(
-            range(1, count),
-            True,
-            key=lambda middle: after(middle).slips or math.isnan(after(middle).residual),
-        )
+
+        def is_lost(count: int) -> bool:
+            # what cannot be told is not where it begins: it is looked for before that
+            return after(count).slips or math.isnan(after(count).residual)
+
+        begins = bisect.bisect_left(range(1, count), True, key=is_lost)
         return after(begins + 1)._replace(cure=_CURES[None])
 
-    def _walk(self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
-        step = next((step for step in self._trace(pipeline, sample, named) if step.slips), None)
+    def _walk(self, pipeline: Any, given: probing.Given) -> Step | None:
+        step = next((step for step in self._trace(pipeline, given) if step.slips), None)
         self.step = step or self.step
         return step
 
-    def _step(
-        self,
-        number: int,
-        name: str,
-        step: Callable[..., Any],
-        sample: tuple[Any, ...],
-        named: dict[str, Any],
-    ) -> Step:
+    def _step(self, number: int, name: str, step: Callable[..., Any], given: probing.Given) -> Step:
         """The verdict on one step: this waits for the device."""
         try:
-            found, resizing = self._probe(step, sample, named, None)
+            found, resizing = self._probe(step, given, None)
         except probing.NothingToCompareError:
             return Step(number, name, math.nan, False)
         known = [value for value in found.residual.tolist() if not math.isnan(value)]
@@ -406,9 +398,9 @@ class AlignmentCheck(nn.Module):
         mismatched = showing > 1 and showing - matched > self.max_unmatched * showing
         verdict = verdict._replace(tolerance=self.tolerance, mismatched=mismatched)
         if verdict.slipped:
-            # for the step at fault, where it is known
-            found = self.resizing is None and self.step is not None
-            cure = self.step.cure if found and self.step is not None else _CURES[self.resizing]
+            cure = _CURES[self.resizing]
+            if self.resizing is None and self.step is not None:
+                cure = self.step.cure  # for the step at fault, where it is known
             return verdict._replace(step=self.step, cure=cure)
         if mismatched:
             return verdict._replace(cure="check whether one of each pair is flipped, or of another place")
@@ -431,15 +423,11 @@ class AlignmentCheck(nn.Module):
         warnings.warn(text, AlignmentWarning, stacklevel=3)
 
     def _probe(
-        self,
-        augment: Callable[..., Any],
-        sample: Sequence[Any],
-        named: dict[str, Any],
-        matrix: probing.Claim | None,
+        self, augment: Callable[..., Any], given: probing.Given, matrix: probing.Claim | None
     ) -> tuple[Measured, probing.Resizing | None]:
         """What a probe measured, and how an image was resized, if that is known and usually a slip."""
-        with torch.no_grad(), probing.isolated_randomness(sample, named):
-            pairs = probing.probe(augment, sample, named, matrix, samples=self.samples)
+        with torch.no_grad(), probing.isolated_randomness(given):
+            pairs = probing.probe(augment, given, matrix, samples=self.samples)
             found = [
                 measure_residuals(self.aligner, samples, window=self.window, same_content=True)
                 for samples in (Samples(*pair[:2], pair.usable, pair.usable) for pair in pairs)
@@ -459,18 +447,13 @@ class AlignmentCheck(nn.Module):
         resizing = next((pair.resizing for pair in pairs if pair.resizing is not None), None)
         return Measured(residual, excess, seeing), resizing
 
-    def _trace(
-        self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any], first: int = 0
-    ) -> Iterator[Step]:
+    def _trace(self, pipeline: Any, given: probing.Given, first: int = 0) -> Iterator[Step]:
         """The steps from one on, each by itself."""
         steps = probing.steps_of(probing.copied(pipeline))
-        if first:
-            made = probing.chained([step for _, step in steps[:first]])(*sample, **named)
-            sample, named = probing.handed_on(made, sample)
+        given = given.after([step for _, step in steps[:first]])
         for number, (name, step) in enumerate(steps[first:], first):
-            yield self._step(number, name, step, sample, named)
-            # the next step sees what this one makes of the sample itself
-            sample, named = probing.handed_on(step(*sample, **named), sample)
+            yield self._step(number, name, step, given)
+            given = given.after([step])  # the next step sees what this one makes of the sample itself
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignmentCheck:
         """The statistics go where the module goes, but keep their dtypes: ``.half()`` must not round counts."""

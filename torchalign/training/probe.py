@@ -54,18 +54,34 @@ class NothingToCompareError(ValueError):
     """A single image without a claim went in, or of several too few came out."""
 
 
+class Given(NamedTuple):
+    """What an augmentation is called with."""
+
+    sample: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def to(self, step: Callable[..., Any]) -> Any:
+        """What a step makes of it."""
+        return step(*self.sample, **self.named)
+
+    def after(self, steps: Sequence[Callable[..., Any]]) -> Given:
+        """What the next step is given once these have been called, one after the other."""
+        if not steps:
+            return self
+        out = self.to(chained(steps))
+        if isinstance(out, dict) and not self.sample:
+            return Given((), out)
+        return Given(tuple(out) if len(self.sample) > 1 else (out,), {})
+
+
 class ProbePair(NamedTuple):
-    """Two images that should lie on each other: (n, 1, H, W) both, and where they may be compared (n, H, W).
+    """Two images that should lie on each other."""
 
-    ``blank`` (n,) bool: one of them or both show nothing, though the texture was put in.
-    ``resizing``: how one of them was resized, where that is known and usually a slip.
-    """
-
-    moving: Tensor
-    reference: Tensor
-    usable: Tensor | None
-    blank: Tensor
-    resizing: Resizing | None = None
+    moving: Tensor  # (n, 1, H, W)
+    reference: Tensor  # (n, 1, H, W)
+    usable: Tensor | None  # (n, H, W) bool, where they may be compared
+    blank: Tensor  # (n,) bool, one of them or both show nothing, though the texture was put in
+    resizing: Resizing | None = None  # how one of them was resized, where that is known and usually a slip
 
 
 class _Slot(NamedTuple):
@@ -79,19 +95,13 @@ class _Slot(NamedTuple):
 
 
 def probe(
-    augment: Callable[..., Any],
-    sample: Sequence[Any],
-    named: dict[str, Any],
-    matrix: Claim | None = None,
-    *,
-    samples: int = 8,
+    augment: Callable[..., Any], given: Given, matrix: Claim | None = None, *, samples: int = 8
 ) -> list[ProbePair]:
     """What an augmentation makes of a texture, in pairs that should be registered.
 
     Args:
         augment: the augmentation; it runs as a copy, if it can be copied.
-        sample: positional arguments that show the structure: which are images, of which size.
-        named: keyword arguments, likewise.
+        given: shows the structure: which are images, of which size.
         matrix: the claimed geometry, see :meth:`~torchalign.training.check.AlignmentCheck.wrap`.
         samples: at most so many of a batch.
 
@@ -102,7 +112,7 @@ def probe(
         ValueError: no image goes in, or none comes out.
         NothingToCompareError: there is neither, or fewer come out than went in.
     """
-    flat, spec = tree_flatten((tuple(sample), named))
+    flat, spec = tree_flatten(tuple(given))
     slots, batch = _find_slots(flat)
     count = min(batch, samples) if batch else 1
     largest = max((slot.size for slot in slots.values()), key=math.prod)
@@ -235,21 +245,12 @@ def chained(steps: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
         return cast(Callable[..., Any], v2.Compose(list(steps)))
 
     def run(*sample: Any, **named: Any) -> Any:
-        out: Any = None
-        for number, step in enumerate(steps):
-            if number:
-                sample, named = handed_on(out, sample)
-            out = step(*sample, **named)
-        return out
+        given = Given(sample, named)
+        for step in steps[:-1]:
+            given = given.after([step])
+        return given.to(steps[-1])
 
     return run
-
-
-def handed_on(out: Any, sample: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the next step is given of what one made of ``sample``: arguments, and named ones."""
-    if isinstance(out, dict) and not sample:
-        return (), out
-    return (tuple(out) if len(sample) > 1 else (out,)), {}
 
 
 def _name(step: Any) -> str:
