@@ -413,6 +413,8 @@ def test_pictures_and_the_page(labelled):
     # a frame without any is drawn without a warning of matplotlib's
     nothing = report.assign(field=0 * report.field, field_sigma=report.field_sigma + np.inf)
     plot.local_shifts(nothing, 0).savefig(BytesIO(), format="png")
+    with pytest.raises(ValueError, match="ax: expected 4 axes, got 2; "):
+        plot.local_shifts(report, ax=figure.axes[:2])
     with pytest.raises(ValueError, match="report: expected the field"):
         plot.local_shifts(report.drop_vars("field"))
 

@@ -61,9 +61,7 @@ class Step(NamedTuple):
 
 def _probe_aligner() -> PCC:
     aligner = PCC(max_translation=8.0)
-    aligner.expects_defects = (
-        False  # an augmentation enlarges and fills probes, which is what is to be measured
-    )
+    aligner.expects_defects = False  # an augmentation enlarges and fills probes: that is to be measured
     return aligner
 
 
@@ -139,16 +137,13 @@ class AlignmentCheck(nn.Module):
         worst: int = 16,
     ) -> None:
         super().__init__()
-        check_number("tolerance", tolerance, minimum=0, inclusive=False)
-        check_number("max_unmatched", max_unmatched, minimum=0, maximum=1)
-        check_option("action", action, Action)
         self.aligner = aligner_or(aligner, _probe_aligner)
-        self.tolerance = float(tolerance)
+        self.tolerance = check_number("tolerance", tolerance, minimum=0, inclusive=False)
         self.every = check_whole("every", every)
-        self.action = action
+        self.action = check_option("action", action, Action)
         self.samples = check_whole("samples", samples)
         self.window = check_whole("window", window)
-        self.max_unmatched = float(max_unmatched)
+        self.max_unmatched = check_number("max_unmatched", max_unmatched, minimum=0, maximum=1)
         self.calls = 0
         self.received = 0  # samples
         self.step: Step | None = None  # the last one found at fault
