@@ -94,7 +94,7 @@ class AlignmentCheck(nn.Module):
     without the check is the same, bit for bit.
 
     A sample *slips* if any of five windows (corners and centre) is displaced by more than ``tolerance`` and two
-    standard errors of the estimate. Residuals are recorded in buffers of fixed size on the device. Nothing waits
+    standard errors of the estimate. Residuals are recorded on the device, in tensors of fixed size. Nothing waits
     for the device before :meth:`summary`. ``"warn"`` and ``"raise"`` wait for it in every call that is checked; a
     larger ``every`` makes them cheaper.
 
@@ -122,8 +122,6 @@ class AlignmentCheck(nn.Module):
         (tensor([1., 1.]), 2)
     """
 
-    worst: Tensor
-
     def __init__(
         self,
         aligner: Aligner | None = None,
@@ -148,8 +146,8 @@ class AlignmentCheck(nn.Module):
         self.received = 0  # samples
         self.step: Step | None = None  # the last one found at fault
         self.resizing: probing.Resizing | None = None  # the last one that slipped
-        for name, tensor in empty_residuals(check_whole("worst", worst))._asdict().items():
-            self.register_buffer(name, tensor)
+        # no buffers, which .half() rounds and DistributedDataParallel overwrites by those of the first process
+        self.residuals = empty_residuals(check_whole("worst", worst))
 
     # ------------------------------------------------------------------------------------------------ of the data
 
@@ -316,14 +314,21 @@ class AlignmentCheck(nn.Module):
             slip, the step at fault where it is known (from :meth:`locate`, :meth:`trace`, or an alarm), and the
             usual cure. Its text says the same in words.
         """
-        return self._judge(self._state())
+        return self._judge(self.residuals)
 
     def reset(self) -> None:
         """Forget what was recorded."""
-        for name, tensor in empty_residuals(self.worst.shape[0], self.worst.device)._asdict().items():
-            getattr(self, name).copy_(tensor)
+        self.residuals = empty_residuals(len(self.residuals.worst), self.residuals.worst.device)
         self.calls = self.received = 0
         self.step = self.resizing = None
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """What was recorded, for a ``state_dict``."""
+        return self.residuals._asdict()
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """What was recorded, of a ``state_dict``."""
+        self.residuals = Residuals(**state)
 
     def extra_repr(self) -> str:
         """The options."""
@@ -338,14 +343,10 @@ class AlignmentCheck(nn.Module):
         self.calls += 1
         return call % self.every == 0, call // self.every
 
-    def _state(self) -> Residuals:
-        return Residuals(*(getattr(self, name) for name in Residuals._fields))
-
     def _record(self, found: Measured, ids: Tensor) -> None:
-        if self.worst.device != found.residual.device:
-            self.to(found.residual.device)
-        for name, tensor in self._with_found(self._state(), found, ids)._asdict().items():
-            getattr(self, name).copy_(tensor)
+        device = found.residual.device
+        here = each_field(self.residuals, lambda kept: kept.to(device, non_blocking=device.type == "cuda"))
+        self.residuals = self._with_found(here, found, ids)
 
     def _with_found(self, state: Residuals, found: Measured, ids: Tensor | None = None) -> Residuals:
         ids = torch.zeros_like(found.residual, dtype=torch.int64) if ids is None else ids
@@ -449,19 +450,6 @@ class AlignmentCheck(nn.Module):
         for number, (name, step) in enumerate(steps[first:], first):
             yield self._step(number, name, step, given)
             given = given.after([step])  # the next step sees what this one makes of the sample itself
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignmentCheck:
-        """The statistics go where the module goes, but keep their dtypes: ``.half()`` must not round counts."""
-        kept, self._buffers = self._buffers, {}
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            self._buffers = kept
-        device = fn(torch.empty(0, device=self.worst.device)).device
-        for name, tensor in kept.items():
-            if tensor is not None:
-                self._buffers[name] = tensor.to(device)
-        return self
 
 
 class CheckedAugmentation(nn.Module):
