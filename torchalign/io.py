@@ -240,7 +240,8 @@ def align_scenes(  # noqa: D417  # options of open_stack and write_stack stand i
     Args:
         source: as in :func:`open_stack`.
         folder: for the aligned files, tiled GeoTIFFs of the same names; made if it is not there.
-        reference: ``"first"``, the label of one frame, ``"median"`` or ``"mean"`` of the frames as they are (made tile by tile), or a DataArray.
+        reference: ``"first"``, the label of one frame, ``"median"`` or ``"mean"`` of the frames as they are, made tile
+            by tile, or a DataArray.
         aligner: a module, or a name, as in :func:`torchalign.align`; motions up to affine, and
             local shifts on top, tile by tile on one lattice. The score of a frame with a field is
             the mean of the tiles' scores under it, and the field is kept by that.
