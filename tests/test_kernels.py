@@ -21,7 +21,7 @@ KERNELS = {
         "resample",
         {"mask": "*u8", "validity": "*u8"},
         {
-            "KIND": 1,
+            "ENTRIES": 6,
             "INTERPOLATION": 1,
             "PADDING": 0,
             "FLOATING": True,
@@ -40,7 +40,7 @@ KERNELS = {
         {"moving_usable": "*u8", "reference_usable": "*u8"},
         {
             "STAGES": 1,
-            "KIND": 0,
+            "ENTRIES": 2,
             "MASKED": True,
             "REFERENCE_MASKED": True,
             "WEIGHTED": True,
@@ -169,7 +169,7 @@ def test_every_kernel_compiles(name, capability):
 @pytest.mark.parametrize(
     ("name", "constants"),
     [
-        ("resample_frames", {"KIND": 2, "INTERPOLATION": 2, "PADDING": 2}),
+        ("resample_frames", {"ENTRIES": 9, "INTERPOLATION": 2, "PADDING": 2}),
         ("resample_frames", {"INTERPOLATION": 0, "PADDING": 1, "FILLED": False, "MASKED": False}),
         ("resample_frames", {"COMPUTE": "float64", "POSITION": "float64", "INDEX": "int64"}),
         ("resample_frames", {"FLOATING": False, "LOWEST": 0, "HIGHEST": 255}),

@@ -135,6 +135,8 @@ def climb_frames(
 ):
     """One program: one frame."""
     frame = tl.program_id(0).to(tl.int64)
+    MARGIN: tl.constexpr = 0.0 if DIVIDED else EPSILON
+    LONGEST: tl.constexpr = 0.3 if DIVIDED else 0.5
     own = spectra + frame * bins * 2
     shift_x, shift_y = load_pair(start, frame)
     step_x = tl.zeros_like(shift_x)
@@ -145,18 +147,15 @@ def climb_frames(
             positive, gx, gy, hxx, hyy, hxy = _divided_derivatives(
                 spectra, frame, stack, bins, columns, fy, fx, shift_x, shift_y, COMPUTE, BLOCK
             )
-            product = hxx * hyy
-            determinant = product - hxy * hxy
-            peak = positive & (hxx < 0) & (determinant > 0)
-            step_x, step_y = step_to_peak(gx, gy, hxx, hyy, hxy, determinant, peak, 0.3)
         else:
-            _value, gx, gy, hxx, hyy, hxy = derivatives(
+            value, gx, gy, hxx, hyy, hxy = derivatives(
                 own, own, bins, columns, fy, fx, shift_x, shift_y, False, COMPUTE, BLOCK
             )
-            product = hxx * hyy
-            determinant = product - hxy * hxy
-            peak = (hxx < 0) & (determinant > EPSILON * product)
-            step_x, step_y = step_to_peak(gx, gy, hxx, hyy, hxy, determinant, peak, 0.5)
+            positive = value == value
+        product = hxx * hyy
+        determinant = product - hxy * hxy
+        peak = positive & (hxx < 0) & (determinant > MARGIN * product)
+        step_x, step_y = step_to_peak(gx, gy, hxx, hyy, hxy, determinant, peak, LONGEST)
         shift_x += step_x
         shift_y += step_y
     store_pair(found, frame, snapped(shift_x, EPSILON), snapped(shift_y, EPSILON))

@@ -153,6 +153,6 @@ def strided_frames(
     return frames, masks, (frames.stride(), masks.stride())
 
 
-def kind_of(motion: Tensor) -> int:
-    """KIND: 0 for shifts (..., 2), 1 for affine warps (..., 2, 3), 2 for homographies (..., 3, 3)."""
-    return 0 if motion.shape[-1] == 2 else motion.shape[-2] - 1
+def entries_of(motion: Tensor) -> int:
+    """2 of shifts (..., 2), 6 of affine warps (..., 2, 3), 9 of homographies (..., 3, 3)."""
+    return 2 if motion.shape[-1] == 2 else 3 * motion.shape[-2]

@@ -10,17 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.language import divide
-from torchalign.kernels.launching import by_group, expanded, kernel, kind_of, launch, operator
+from torchalign.kernels.launching import by_group, entries_of, expanded, kernel, launch, operator
 from torchalign.kernels.sampling import interpolate, padded, source_of
 
 
 @triton.jit
 def _nearest(
-    motion, local, samples, x, y, height, width, live, LOCAL: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr
+    motion, local, samples, x, y, height, width, live, LOCAL: tl.constexpr, ENTRIES: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
     """Whole and fractional source positions, the nearest pixel, and whether it is one of the frame's."""
     column, row, fx, fy, near_column, near_row, inside = source_of(
-        motion, x, y, height, width, local, samples, live, LOCAL, KIND, COMPUTE, COMPUTE
+        motion, x, y, height, width, local, samples, live, LOCAL, ENTRIES, COMPUTE, COMPUTE
     )
     near = padded(near_row, height, False).to(tl.int64) * width + padded(near_column, width, False)
     return column, row, fx, fy, near, inside
@@ -59,7 +59,7 @@ def score_frames(
     width,
     step,  # of the lattice, in pixels
     STAGES: tl.constexpr,
-    KIND: tl.constexpr,
+    ENTRIES: tl.constexpr,
     MASKED: tl.constexpr,
     REFERENCE_MASKED: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -76,7 +76,6 @@ def score_frames(
     chosen = tl.program_id(0) % (STAGES + 1)
     rows = (height + step - 1) // step
     columns = (width + step - 1) // step
-    LENGTH: tl.constexpr = 2 if KIND == 0 else (6 if KIND == 1 else 9)
     plane = moving + frame * height * width
     other = reference + frame // group * height * width
     usable = moving_usable + frame * height * width
@@ -103,10 +102,10 @@ def score_frames(
         value = tl.load(plane + here, mask=live, other=0).to(COMPUTE)
         shifts = local + frame * 2 * rows * columns + place
         for stage in tl.static_range(STAGES):
-            motion = motions + (stage * stack + frame) * LENGTH
+            motion = motions + (stage * stack + frame) * ENTRIES
             column, row, fx, fy, near, inside = _nearest(
                 motion, shifts, rows * columns, x, y, height, width, live,
-                LOCAL and stage == STAGES - 1, KIND, COMPUTE,
+                LOCAL and stage == STAGES - 1, ENTRIES, COMPUTE,
             )  # fmt: skip
             ground = ground & inside
             if MASKED:
@@ -174,7 +173,7 @@ def score(
         (moving, reference, motions, moving_usable, reference_usable, weight, local, scores),
         (math.prod(lead), group, *moving.shape[-2:], step),
         STAGES=stages,
-        KIND=kind_of(motions),
+        ENTRIES=entries_of(motions),
         MASKED=moving_usable is not None,
         REFERENCE_MASKED=reference_usable is not None,
         WEIGHTED=weight is not None,
