@@ -116,7 +116,7 @@ def look_frames(
     width: tl.float64,
     ramp_y: tl.float64,  # how long the window falls off, in pixels
     ramp_x: tl.float64,
-    MASKED: tl.constexpr,
+    HAS_USABLE: tl.constexpr,
     TAPERED: tl.constexpr,
     PROJECTIVE: tl.constexpr,
     SPLINE: tl.constexpr,
@@ -143,7 +143,7 @@ def look_frames(
     else:
         within = (column > -0.5) & (column < wide - 0.5) & (row > -0.5) & (row < high - 0.5)
         own = within.to(COMPUTE)
-    if MASKED:
+    if HAS_USABLE:
         mask = usable + frame * (usable_rows + 6) * (usable_columns + 6)
         share = _sample(mask, usable_rows, usable_columns, column, row, wide, high, live, False)
         # between two ones lies a one, but for rounding
@@ -421,7 +421,6 @@ def look(
         (samples,),
         (spline, mask, warp, level_x, level_y, weights, values, common),
         (samples, group, *sizes, *map(float, frame), *(ramps or (1.0, 1.0))),
-        MASKED=mask is not None,
         TAPERED=bool(ramps),
         PROJECTIVE=projective,
         SPLINE=precise,

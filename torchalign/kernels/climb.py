@@ -197,8 +197,8 @@ def overlap_frames(
     stack,  # frames in all
     group,
     samples,
-    COVERED: tl.constexpr,
-    OTHER_COVERED: tl.constexpr,
+    HAS_COVER: tl.constexpr,
+    HAS_OTHER_COVER: tl.constexpr,
     BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame."""
@@ -208,7 +208,7 @@ def overlap_frames(
     weight = tl.load(own + here, mask=live, other=0)
     share = tl.load(moved + here, mask=live, other=0)
     weight *= tl.minimum(tl.maximum(share, 0.0), 1.0)
-    if COVERED:
+    if HAS_COVER:
         weight *= tl.load(cover + here, mask=live, other=0)
     value = tl.load(moving + here, mask=live, other=0)
     step = tl.cast(stack, tl.int64) * samples
@@ -216,7 +216,7 @@ def overlap_frames(
     tl.store(fields + step + here, weight * value * value, mask=live)
     tl.store(fields + 2 * step + here, weight, mask=live)
     weight = tl.load(other + here, mask=live, other=0) * tl.load(weights + here, mask=live, other=0)
-    if OTHER_COVERED:
+    if HAS_OTHER_COVER:
         weight *= tl.load(other_cover + there, mask=live, other=0)
     value = tl.load(reference + there, mask=live, other=0)
     tl.store(fields + 3 * step + here, weight * value, mask=live)
@@ -246,6 +246,4 @@ def overlaps(
         size,
         (own, other, moved, weights, cover, other_cover, moving, reference, fields),
         (math.prod(lead), group, math.prod(size)),
-        COVERED=cover is not None,
-        OTHER_COVERED=other_cover is not None,
     )

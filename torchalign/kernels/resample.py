@@ -60,9 +60,9 @@ def resample_frames(
     INTERPOLATION: tl.constexpr,
     PADDING: tl.constexpr,
     FLOATING: tl.constexpr,
-    MASKED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     FILLED: tl.constexpr,
-    LOCAL: tl.constexpr,
+    HAS_LOCAL: tl.constexpr,
     LOWEST: tl.constexpr,
     HIGHEST: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -79,7 +79,7 @@ def resample_frames(
 
     column, row, fx, fy, near_column, near_row, inside = source_of(
         motion + frame * ENTRIES, x, y, height, width, local + frame * 2 * rows * columns + place, rows * columns,
-        live, LOCAL, ENTRIES, POSITION, COMPUTE,
+        live, HAS_LOCAL, ENTRIES, POSITION, COMPUTE,
     )  # fmt: skip
     near_column = padded(near_column, width, PADDING == 2).to(INDEX)
     near_row = padded(near_row, height, PADDING == 2).to(INDEX)
@@ -96,18 +96,18 @@ def resample_frames(
         near_usable = live
         if FLOATING:
             near_usable = near_usable & is_finite(nearest.to(COMPUTE))
-        if MASKED:
+        if HAS_MASK:
             near_usable = near_usable & (tl.load(usable + near_mask, mask=live, other=0) != 0)
         if INTERPOLATION == 0:
             result = nearest
         else:
             linear, linear_share, total, met = interpolate(
                 pixels, usable, column, row, fx, fy, height, width, (strides[2], strides[3]),
-                (mask_strides[1], mask_strides[2]), live, INTERPOLATION, PADDING == 2, FLOATING, MASKED, INDEX, COMPUTE,
+                (mask_strides[1], mask_strides[2]), live, INTERPOLATION, PADDING == 2, FLOATING, HAS_MASK, INDEX, COMPUTE,
             )  # fmt: skip
             # bicubic where that met nothing unusable, else bilinear; or the nearest pixel, which weighs 1/4 or more of
             # that, so that near_usable guards the division
-            if FLOATING or MASKED:
+            if FLOATING or HAS_MASK:
                 linear = divide(linear, tl.where(near_usable, linear_share, 1.0))
                 if INTERPOLATION == 2:
                     linear = tl.where(met > 0, linear, total)
@@ -116,7 +116,7 @@ def resample_frames(
             if not FLOATING:
                 linear = _rounded(linear, LOWEST, HIGHEST, COMPUTE)
             result = linear.to(nearest.dtype)
-            if FLOATING or MASKED:
+            if FLOATING or HAS_MASK:
                 result = tl.where(near_usable, result, nearest)
         if FILLED:
             result = tl.where(
@@ -165,9 +165,7 @@ def resample(
         INTERPOLATION=_INTERPOLATIONS[interpolation],
         PADDING=_PADDINGS[padding_mode],
         FLOATING=floating,
-        MASKED=masks is not None,
         FILLED=fill_value is not None,
-        LOCAL=local is not None,
         LOWEST=0 if floating else torch.iinfo(cube.dtype).min,
         HIGHEST=0 if floating else torch.iinfo(cube.dtype).max,
         COMPUTE=_DTYPES[compute],

@@ -5,42 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.language import divide
 from torchalign.kernels.launching import by_group, entries_of, expanded, kernel, launch, operator
 from torchalign.kernels.sampling import interpolate, padded, source_of
-
-
-@triton.jit
-def _nearest(
-    motion, local, samples, x, y, height, width, live, LOCAL: tl.constexpr, ENTRIES: tl.constexpr, COMPUTE: tl.constexpr
-):  # fmt: skip
-    """Whole and fractional source positions, the nearest pixel, and whether it is one of the frame's."""
-    column, row, fx, fy, near_column, near_row, inside = source_of(
-        motion, x, y, height, width, local, samples, live, LOCAL, ENTRIES, COMPUTE, COMPUTE
-    )
-    near = padded(near_row, height, False).to(tl.int64) * width + padded(near_column, width, False)
-    return column, row, fx, fy, near, inside
-
-
-@triton.jit
-def _bicubic(
-    plane, usable, column, row, fx, fy, height, width, live, MASKED: tl.constexpr, COMPUTE: tl.constexpr
-):
-    """Keys' kernel over a finite image, which gives way to the bilinear one where it meets an unusable pixel."""
-    strides = (width, 1)
-    linear, linear_share, total, met = interpolate(
-        plane, usable, column, row, fx, fy, height, width, strides, strides, live, 2, False, False, MASKED,
-        tl.int64, COMPUTE,
-    )  # fmt: skip
-    if MASKED:
-        # where the nearest pixel is usable, which is where it counts, the share is 1/4 or more
-        linear = divide(linear, tl.where(linear_share > 0, linear_share, 1.0))
-        total = tl.where(met > 0, linear, total)
-    return total
 
 
 @kernel
@@ -60,10 +30,10 @@ def score_frames(
     step,  # of the lattice, in pixels
     STAGES: tl.constexpr,
     ENTRIES: tl.constexpr,
-    MASKED: tl.constexpr,
-    REFERENCE_MASKED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    LOCAL: tl.constexpr,
+    HAS_MOVING_USABLE: tl.constexpr,
+    HAS_REFERENCE_USABLE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_LOCAL: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr = 256,
 ):
@@ -95,25 +65,36 @@ def score_frames(
         y = (place // columns) * step
         here = y.to(tl.int64) * width + x
         ground = live
-        if MASKED:
+        if HAS_MOVING_USABLE:
             ground = ground & (tl.load(usable + here, mask=live, other=0) != 0)
-        if REFERENCE_MASKED:
+        if HAS_REFERENCE_USABLE:
             ground = ground & (tl.load(other_usable + here, mask=live, other=0) != 0)
         value = tl.load(plane + here, mask=live, other=0).to(COMPUTE)
         shifts = local + frame * 2 * rows * columns + place
         for stage in tl.static_range(STAGES):
             motion = motions + (stage * stack + frame) * ENTRIES
-            column, row, fx, fy, near, inside = _nearest(
-                motion, shifts, rows * columns, x, y, height, width, live,
-                LOCAL and stage == STAGES - 1, ENTRIES, COMPUTE,
+            column, row, fx, fy, near_column, near_row, inside = source_of(
+                motion, x, y, height, width, shifts, rows * columns, live,
+                HAS_LOCAL and stage == STAGES - 1, ENTRIES, COMPUTE, COMPUTE,
             )  # fmt: skip
             ground = ground & inside
-            if MASKED:
+            if HAS_MOVING_USABLE:
+                near = padded(near_row, height, False).to(tl.int64) * width + padded(
+                    near_column, width, False
+                )
                 ground = ground & (tl.load(usable + near, mask=live, other=0) != 0)
             if chosen == stage:
-                value = _bicubic(plane, usable, column, row, fx, fy, height, width, live, MASKED, COMPUTE)
+                linear, linear_share, value, met = interpolate(
+                    plane, usable, column, row, fx, fy, height, width, (width, 1), (width, 1), live,
+                    2, False, False, HAS_MOVING_USABLE, tl.int64, COMPUTE,
+                )  # fmt: skip
+                if HAS_MOVING_USABLE:
+                    # bilinear where that met an unusable pixel; where the nearest one is usable, which is where it
+                    # counts, the share is 1/4 or more
+                    linear = divide(linear, tl.where(linear_share > 0, linear_share, 1.0))
+                    value = tl.where(met > 0, linear, value)
         own = ground.to(COMPUTE)
-        if WEIGHTED:
+        if HAS_WEIGHT:
             own = own * tl.load(weight + frame * rows * columns + place, mask=live, other=0).to(COMPUTE)
         onto = tl.load(other + here, mask=live, other=0).to(COMPUTE)
         count += own
@@ -174,8 +155,4 @@ def score(
         (math.prod(lead), group, *moving.shape[-2:], step),
         STAGES=stages,
         ENTRIES=entries_of(motions),
-        MASKED=moving_usable is not None,
-        REFERENCE_MASKED=reference_usable is not None,
-        WEIGHTED=weight is not None,
-        LOCAL=local is not None,
     )
