@@ -40,21 +40,14 @@ _FLAT_BLOCK, _EMPTY_BLOCK = 1e-4, 0.1
 
 
 class Frames(NamedTuple):
-    """What is kept of the frames of a series once they have been seen.
+    """What is kept of the frames of a series once they have been seen."""
 
-    Attributes:
-        texture: of T frames, what pairs are compared by: (T, h, w).
-        size: (H, W), of the frames that were seen, in pixels.
-        factor: (T,) int64, by which a frame was enlarged before it came here: 1 if it was not, or if nobody looked.
-        cube: (T, C, H, W) and
-        mask: (T, H, W) or ``None``, for aligners that compare pixels; ``None`` where textures do.
-    """
-
-    texture: Texture
-    size: tuple[int, int]
+    texture: Texture  #: of T frames, what pairs are compared by: (T, h, w)
+    size: tuple[int, int]  #: (H, W), of the frames that were seen, in pixels
+    #: (T,) int64, by which a frame was enlarged before it came here: 1 if it was not, or if nobody looked
     factor: Tensor
-    cube: Tensor | None = None
-    mask: Tensor | None = None
+    cube: Tensor | None = None  #: (T, C, H, W), for aligners that compare pixels; ``None`` where textures do
+    mask: Tensor | None = None  #: (T, H, W), likewise
 
 
 class Solution(NamedTuple):

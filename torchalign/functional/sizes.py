@@ -14,16 +14,7 @@ from torch import Tensor
 
 from torchalign._host import is_known
 
-__all__ = ["lags_within", "no_less", "square_root", "stride_for", "working_length"]
-
-
-def no_less(first: int, second: int) -> int:
-    """The larger of two lengths, or of symbols, one of which would have to be chosen, their sum.
-
-    >>> no_less(3, 4)
-    4
-    """
-    return max(first, second) if is_known(first) and is_known(second) else first + second
+__all__ = ["lags_within", "square_root", "stride_for", "working_length"]
 
 
 def square_root(number: float) -> float:
