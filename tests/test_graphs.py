@@ -515,7 +515,7 @@ def test_batches_are_not_played_in_vain_for_ever(double, monkeypatch, hot, playe
     monkeypatch.setattr("torchalign.aligner.may_look", lambda image: _host._WAITING.get() and own(image))
     monkeypatch.setattr(cube_run, "_looks_itself", lambda frames: False)
     monkeypatch.setattr("torchalign.functional.defects.all_true", lambda tensor: False)
-    for number in (1, 2):  # a call starts anew
+    for number in (1, 2) if "." not in hot else (1,):  # a call starts anew
         found, report = ta.align(spoilt, "median", **given)
         xr.testing.assert_allclose(report, known, atol=1e-5)
         xr.testing.assert_allclose(found, expected, atol=1e-6)

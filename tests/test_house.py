@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 from collections import defaultdict
@@ -26,9 +27,13 @@ REPEATED = 5
 QUESTIONS = re.compile(r"\b(is_cuda|is_symbol|is_compiling|is_on_host)\b|\.device\.type\b")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-TREES = {
-    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))
-}
+
+
+@functools.cache  # by the worker that runs these tests, not by each that collects them
+def trees():
+    return {
+        path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))
+    }
 
 
 def functions(tree):
@@ -59,7 +64,7 @@ def test_lines_of_the_package():
 
 def test_functions_are_short():
     long = {}
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         limit = BODY_OF_MATHS if path.startswith("functional/") else BODY
         for name, node in functions(tree):
             if body_length(node) > limit:
@@ -69,7 +74,7 @@ def test_functions_are_short():
 
 def test_internal_functions_take_few_parameters():
     many = {}
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         if path.startswith(
             "kernels/"
         ):  # what is launched takes nothing but tensors and numbers, in one flat list
@@ -83,7 +88,7 @@ def test_internal_functions_take_few_parameters():
 
 def test_one_thing_has_one_name():
     homes = defaultdict(set)
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         for node in tree.body:
             if isinstance(node, (Function, ast.ClassDef)) and not node.name.startswith("__"):
                 homes[node.name].add(path)

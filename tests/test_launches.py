@@ -34,7 +34,9 @@ def launches():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(key, marks=pytest.mark.slow if "LGM" in key else ()) for key in BUDGETS]
+    # slow: the longest, and what lies between translations and homographies
+    "name",
+    [pytest.param(key, marks=pytest.mark.slow if "LGM" in key or "affine" in key else ()) for key in BUDGETS],
 )
 def test_budget(launches, name):
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA wheels; this torch has none")
@@ -45,7 +47,7 @@ def test_budget(launches, name):
     assert found["peak_cubes"] <= cubes
 
 
-@pytest.mark.parametrize(("frames", "side"), [(1, 10980), (4, 2048)])
+@pytest.mark.parametrize(("frames", "side"), [(1, 10980), pytest.param(4, 2048, marks=pytest.mark.slow)])
 def test_large_frames_need_few_cubes(launches, frames, side):
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA wheels; this torch has none")
     found = launches["count"](launches["ALIGNERS"]["PCC()"], frames=frames, size=(side, side))

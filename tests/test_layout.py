@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -17,9 +18,10 @@ ROOT = Path(torchalign.__file__).parent
 # what may import what: a layer sees the layers below its own
 LAYERS = [
     {"kernels", "kernels.alike", "kernels.ascend", "kernels.assess", "kernels.blur", "kernels.channel", "kernels.climb",
-     "kernels.contrast", "kernels.defects", "kernels.divide", "kernels.local", "kernels.peak",
-     "kernels.resample", "kernels.sampling", "kernels.score", "kernels.texture", "kernels.turn"},
-    {"types", "_check", "_host"},
+     "kernels.defects", "kernels.language", "kernels.launching", "kernels.local", "kernels.peak", "kernels.resample",
+     "kernels.sampling", "kernels.score", "kernels.texture", "kernels.turn"},
+    {"types", "_check"},
+    {"_host"},
     {"functional.affine", "functional.motion", "functional.sampling", "functional.warp", "functional.channels",
      "functional.fourier", "functional.texture", "functional.working_grid", "functional.smoothing",
      "functional.common_ground", "functional.structure", "functional.sizes",
@@ -122,6 +124,7 @@ FOREIGN = {
 }
 
 
+@functools.cache
 def modules():
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -130,36 +133,39 @@ def modules():
     }
 
 
-def imports(path: Path, *, top: bool = False):
-    """Names of the modules that a file imports: anywhere but under TYPE_CHECKING; or at its top only."""
-    tree = ast.parse(path.read_text())
-    nodes = list(tree.body) if top else []
-    if not top:
-        todo = [tree]
-        while todo:
-            node = todo.pop()
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-                continue
-            nodes.append(node)
-            todo += ast.iter_child_nodes(node)
-    for node in nodes:
+@functools.cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(modules()[name].read_text())
+
+
+@functools.cache
+def imports(name: str) -> list[str]:
+    """Names of the modules that a module imports, anywhere but under TYPE_CHECKING."""
+    found, todo = [], [tree(name)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        # expressions hold no statements
+        todo += (inner for inner in ast.iter_child_nodes(node) if not isinstance(inner, ast.expr))
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: relative imports hide their direction"
+            assert node.level == 0, f"{name}: relative imports hide their direction"
             if node.module == "torchalign":
-                yield from (f"torchalign.{alias.name}" for alias in node.names)
+                found += (f"torchalign.{alias.name}" for alias in node.names)
             else:
-                yield node.module or ""
+                found.append(node.module or "")
                 # `from torchalign.functional import warp` may name a module
                 if f"{node.module}".startswith("torchalign"):
-                    yield from (f"{node.module}.{alias.name}" for alias in node.names)
+                    found += (f"{node.module}.{alias.name}" for alias in node.names)
+    return found
 
 
 @pytest.mark.parametrize("name", [name for name in modules() if name])
 def test_imports_point_down(name):
     assert name in LEVEL, f"{name}: give it a layer here, and in design.md"
-    for imported in imports(modules()[name]):
+    for imported in imports(name):
         own = imported.removeprefix("torchalign.")
         if imported == own or own not in LEVEL or own == name:
             continue
@@ -173,7 +179,7 @@ def test_imports_point_down(name):
 @pytest.mark.parametrize("name", [name for name in modules() if name])
 def test_foreign_packages_stay_where_they_belong(name):
     allowed = FOREIGN[name.split(".")[0]]
-    for imported in imports(modules()[name]):
+    for imported in imports(name):
         package = imported.split(".")[0]
         if package in ("torch", "torchalign") or package in sys.stdlib_module_names:
             continue
@@ -182,27 +188,16 @@ def test_foreign_packages_stay_where_they_belong(name):
 
 def test_functional_is_pure():
     # no Module, no numpy, no input or output, no state
-    for name, path in modules().items():
+    for name in modules():
         if not name.startswith("functional."):
             continue
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
+        for node in ast.walk(tree(name)):
             assert not isinstance(node, ast.Global), name
             if isinstance(node, ast.ClassDef):
                 assert not any("Module" in ast.unparse(base) for base in node.bases), f"{name}.{node.name}"
             if isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in ("open", "print"), name
                 assert not ast.unparse(node.func).endswith(".numpy"), name
-
-
-HOST_QUESTIONS = ("is_cuda", ".device.type", "is_symbol", "is_compiling", "is_on_host")
-
-
-@pytest.mark.parametrize("name", ["affine", "ecc", "matching", "motion", "sampling", "sift", "warp"])
-def test_the_maths_does_not_ask_where_it_runs(name):
-    """``_host`` is the one door; what it tells is a number, or a property of the work."""
-    text = modules()[f"functional.{name}"].read_text()
-    assert [question for question in HOST_QUESTIONS if question in text] == []
 
 
 FRESH = """
@@ -267,11 +262,13 @@ def test_names_of_the_package():
 
 
 def test_every_public_function_is_documented():
-    for name, path in modules().items():
-        tree = ast.parse(path.read_text())
-        assert ast.get_docstring(tree) or not tree.body, name
-        for node in tree.body:
+    for name in modules():
+        module = tree(name)
+        assert ast.get_docstring(module) or not module.body, name
+        for node in module.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                if any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list):
+                    continue  # the types of one that comes after
                 assert ast.get_docstring(node), f"{name}.{node.name}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -94,6 +95,16 @@ def one_by_one(matcher, features, reference, depth_confidence):
     return Matches(index, weight), layers
 
 
+@pytest.fixture(scope="module")
+def kornias(pairs):
+    """What kornia makes of the pairs, whichever of our ways is compared with it."""
+    return functools.lru_cache(
+        lambda feature_model, depth_confidence: one_by_one(
+            build(feature_model), *pairs(feature_model), depth_confidence
+        )
+    )
+
+
 @pytest.fixture(params=["one by one", "batch"])
 def path(request, monkeypatch):
     """The eager CPU's way, and that of devices and graphs."""
@@ -107,12 +118,11 @@ def path(request, monkeypatch):
     ("feature_model", "depth_confidence", "tolerance"),
     [("aliked", 0.95, 2e-4), ("aliked", -1.0, 2e-4), ("disk", 0.95, 2e-4), ("xfeat", -1.0, 1e-3)],
 )
-def test_is_kornias_pair_by_pair(pairs, path, feature_model, depth_confidence, tolerance):
+def test_is_kornias_pair_by_pair(pairs, kornias, path, feature_model, depth_confidence, tolerance):
     matcher = build(feature_model)
     matcher.depth_confidence = depth_confidence
-    features, reference = pairs(feature_model)
-    found = matcher(features, reference, SIZE)
-    expected, layers = one_by_one(matcher, features, reference, depth_confidence)
+    expected, layers = kornias(feature_model, depth_confidence)
+    found = matcher(*pairs(feature_model), SIZE)
     assert torch.equal(found.index, expected.index)
     torch.testing.assert_close(found.weight, expected.weight, atol=tolerance, rtol=0)
     assert found.index.dtype == torch.int64

@@ -93,10 +93,17 @@ def small(size, shifts, seed=1):
     return data.cube, data.reference
 
 
-@pytest.mark.parametrize(("size", "shifts"), SMALL, ids=str)
-@pytest.mark.parametrize("robust", [True, False])
-@pytest.mark.parametrize("contrast", ["local", "none"])
-def test_gradcheck(size, shifts, robust, contrast):
+@pytest.mark.parametrize(
+    ("contrast", "robust", "size", "shifts"),
+    [
+        ("local", True, *SMALL[0]),
+        ("local", True, *SMALL[1]),
+        ("local", False, *SMALL[0]),
+        ("none", True, *SMALL[1]),
+        ("none", False, *SMALL[1]),
+    ],
+)
+def test_gradcheck(contrast, robust, size, shifts):
     cube, reference = small(size, shifts)
     aligner = ta.PCC(robust=robust, contrast=contrast)
     assert aligner.estimate(cube, reference).valid.all()
@@ -108,10 +115,10 @@ def test_gradcheck(size, shifts, robust, contrast):
 
     # and pixel by pixel, in a window, to spare time
     def with_window(first, second):
-        around = (8, size[1] - 12, 9, size[0] - 12)
+        around = (8, size[1] - 11, 9, size[0] - 11)
         return found(cube + F.pad(first, around), reference + F.pad(second, around))
 
-    windows = [torch.zeros(1, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    windows = [torch.zeros(1, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert torch.autograd.gradcheck(with_window, windows, atol=1e-6, rtol=1e-3)
 
 
@@ -134,7 +141,7 @@ def test_gradcheck_of_the_aligned_cube_and_the_scores(interpolation):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_gradcheck_of_warp(interpolation):
-    cube = torch.rand(2, 2, 6, 7, dtype=torch.float64, requires_grad=True)
+    cube = torch.rand(2, 2, 4, 6, dtype=torch.float64, requires_grad=True)
     warp = translation_warp(torch.tensor([[0.3, -0.6], [1.2, 0.4]], dtype=torch.float64))
     warp[:, :, :2] += 0.01 * torch.randn(2, 2, 2, dtype=torch.float64)
 

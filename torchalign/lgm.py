@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from torchalign._check import check_bool, check_cube, check_option, check_whole, message
+from torchalign._check import check_bool, check_cube, check_option, check_whole, like, message
 from torchalign._host import is_on_host
 from torchalign.aligner import (
     Aligner,
@@ -28,7 +28,7 @@ from torchalign.functional.fourier import rfft2
 from torchalign.functional.matching import INLIER_RADIUS, Matches, MotionFit
 from torchalign.functional.motion import MotionModel, only_shifts
 from torchalign.functional.phase import phase_correlation
-from torchalign.functional.texture import Contrast, Texture, extract_texture
+from torchalign.functional.texture import Texture, extract_texture
 from torchalign.functional.uncertainty import largest_sigma
 from torchalign.functional.warp import resample
 from torchalign.functional.working_grid import WorkingGrid
@@ -229,11 +229,6 @@ class LGM(Aligner):
                 self.feature_model, weights=matcher_weights, allow_download=allow_download
             )
 
-    @property
-    def score_contrast(self) -> Contrast:
-        """See :attr:`Aligner.score_contrast`."""
-        return "structure" if self.contrast == "structure" else "local"
-
     def prepare_reference(self, image: Tensor, usable: Tensor | None) -> _Reference | None:
         """The reference's keypoints and texture, see :meth:`Aligner.prepare_reference`."""
         if _is_nothing(image):
@@ -262,24 +257,16 @@ class LGM(Aligner):
         found = with_lead(combine(torch.cat, parts), lead)
         return found._replace(only_shifts=only_shifts(self.motion, init))
 
-    def matches(
-        self,
-        cube: Tensor,
-        reference: Tensor,
-        mask: Tensor | None = None,
-        reference_mask: Tensor | None = None,
-        init: Tensor | None = None,
-    ) -> MatchedPoints:
-        """The tie points that the estimate is made from, for pictures and for export.
-
-        Args and errors are those of :meth:`estimate`.
+    @like(Aligner.estimate)
+    def matches(self, cube: Tensor, reference: Tensor, *given: Any, **named: Any) -> MatchedPoints:
+        """The tie points that the estimate is made from, for pictures and for export; errors as of :meth:`estimate`.
 
         Returns:
             :class:`MatchedPoints`, in pixels of the whole frame.
         """
         check_cube(cube)
         with full_precision(cube):
-            job = self._check(cube, reference, mask, reference_mask, init)
+            job = self._check(cube, reference, *given, **named)
             return combine(torch.cat, [self._tie_points(job.part(rows)) for rows in self._blocks(job)])
 
     def _block_pixels(self) -> int:

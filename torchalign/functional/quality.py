@@ -267,7 +267,8 @@ def _scores(
     kernels = kernels_for(moving, reference, weight, *warps, *(last or ())) if plain else None
     if kernels is not None:
         local = None if last is None else lattice_shifts(last, size, step, moving)
-        return kernels.score(moving, reference, warps, *usable, weight, step, local).unbind(-1)
+        stacked = torch.stack(warps).to(moving.dtype)
+        return kernels.score(moving, reference, stacked, *usable, weight, step, local).unbind(-1)
     overlap: Tensor | None = None
     for part in usable:
         if part is not None:
