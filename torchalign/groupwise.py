@@ -204,15 +204,11 @@ class Groupwise(nn.Module):
         sun = self._check_sun(sun, cube)
         if len(batch) == 1:
             return self.place(self.see(cube, mask), sun)
-        series = [
-            self.place(self.see(one, seen), place)
-            for one, seen, place in zip(
-                cube.flatten(0, -5),
-                [None] * math.prod(batch[:-1]) if mask is None else mask.flatten(0, -4),
-                [None] * math.prod(batch[:-1]) if sun is None else sun.flatten(0, -3),
-                strict=True,
-            )
+        parts = [
+            [None] * math.prod(batch[:-1]) if part is None else part.flatten(0, len(batch) - 2)
+            for part in (cube, mask, sun)
         ]
+        series = [self.place(self.see(one, seen), place) for one, seen, place in zip(*parts, strict=True)]
         if not series:  # the rows of one, of none
             one = self.place(self.see(cube.new_zeros(cube.shape[-4:])))
             return each_field(one, lambda rows: rows.new_empty((*batch[:-1], *rows.shape)))
