@@ -21,15 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = [
-    "erode",
-    "highest",
-    "inside",
-    "pixel_of",
-    "quadratic_offset",
-    "stretch_contrast",
-    "strict_maxima",
-]
+__all__ = ["erode", "highest", "inside", "pixel_of", "quadratic_offset", "stretch_contrast", "strict_maxima"]
 
 # Percentiles are taken over about this many pixels a side: more would not move them.
 _SAMPLED_SIDE = 128

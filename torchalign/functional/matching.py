@@ -37,14 +37,7 @@ from torch.nn import functional as F
 
 from torchalign.functional import affine
 from torchalign.functional.fourier import rfft2
-from torchalign.functional.motion import (
-    PARAMETERS,
-    MotionModel,
-    denormalize,
-    half_length,
-    jacobian,
-    warp_of,
-)
+from torchalign.functional.motion import PARAMETERS, MotionModel, denormalize, half_length, jacobian, warp_of
 from torchalign.functional.peak import derivatives_at, multiplicity, wave_orders
 from torchalign.functional.phase import cross_power
 from torchalign.functional.uncertainty import isotropic, largest_sigma

@@ -671,10 +671,7 @@ def fit_slope(
 
 
 def season_term(
-    positions: Positions,
-    blocks: Positions,
-    block_variance: Tensor,
-    direction: Tensor | None,
+    positions: Positions, blocks: Positions, block_variance: Tensor, direction: Tensor | None
 ) -> SeasonTerm:
     r"""The shift that shading and shadows add to positions, from parts of the frame that disagree about it.
 

@@ -109,10 +109,7 @@ def _gradient(image: Tensor) -> tuple[Tensor, Tensor]:
     )
     smooth = torch.add(padded[..., :-2, :] + padded[..., 2:, :], padded[..., 1:-1, :], alpha=2)
     smooth = torch.add(smooth[..., :-2] + smooth[..., 2:], smooth[..., 1:-1], alpha=2)
-    return (
-        smooth[..., 1:-1, 2:] - smooth[..., 1:-1, :-2],
-        smooth[..., 2:, 1:-1] - smooth[..., :-2, 1:-1],
-    )
+    return (smooth[..., 1:-1, 2:] - smooth[..., 1:-1, :-2], smooth[..., 2:, 1:-1] - smooth[..., :-2, 1:-1])
 
 
 def _local_mean(strength: Tensor) -> Tensor:

@@ -28,14 +28,7 @@ from torchalign.functional.smoothing import nanmedian, triangle_mean
 from torchalign.functional.structure import orientation_field
 from torchalign.functional.working_grid import WorkingGrid, working_size
 
-__all__ = [
-    "Brightness",
-    "Contrast",
-    "Texture",
-    "extract_pyramid",
-    "extract_texture",
-    "local_contrast",
-]
+__all__ = ["Brightness", "Contrast", "Texture", "extract_pyramid", "extract_texture", "local_contrast"]
 
 Brightness = Literal["local", "none"]
 Contrast = Literal["local", "none", "structure"]
