@@ -55,13 +55,7 @@ def stride_for(size: tuple[int, int], least: int) -> int:
 def lags_within(samples: int, reach: float, like: Tensor) -> Tensor:
     """The whole lags within ``reach`` samples that a periodic signal of ``samples`` can distinguish.
 
-    Args:
-        samples: of the signal; of symbols all lags are returned, for their number would be another symbol.
-        reach: in samples.
-        like: a tensor on the device of the result.
-
-    Returns:
-        (n,) int64, ascending.
+    (n,) int64, ascending, on the device of ``like``. Of symbols all lags: their number would be another symbol.
 
     >>> lags_within(8, 2.5, torch.zeros(1)), lags_within(4, 9.0, torch.zeros(1))
     (tensor([-2, -1,  0,  1,  2]), tensor([-2, -1,  0,  1]))
