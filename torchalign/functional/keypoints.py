@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["erode", "highest", "inside", "pixel_of", "quadratic_offset", "stretch_contrast", "strict_maxima"]
+__all__ = ["erode", "highest", "pixel_of", "quadratic_offset", "stretch_contrast", "strict_maxima"]
 
 # Percentiles are taken over about this many pixels a side: more would not move them.
 _SAMPLED_SIDE = 128
@@ -135,14 +135,6 @@ def dilate(area: Tensor, radius: int) -> Tensor:
         tensor([[ True,  True, False, False]])
     """
     return ~erode(~area, radius)
-
-
-def inside(height: int, width: int, border: int, like: Tensor) -> Tensor:
-    """(H, W) bool: at least ``border`` pixels from the edge."""
-    y = torch.arange(height, device=like.device)
-    x = torch.arange(width, device=like.device)
-    rows = (y >= border) & (y < height - border)
-    return rows[:, None] & ((x >= border) & (x < width - border))
 
 
 def highest(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, Tensor]:

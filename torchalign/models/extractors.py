@@ -287,10 +287,11 @@ class DenseExtractor(Extractor):
         height, width = image.shape[-2:]
         peaks, scores, features = self.maps(self._padded(image.to(next(self.network.parameters()).dtype)))
         peaks, scores = peaks[..., :height, :width], scores[..., :height, :width]
-        allowed = keypoints.strict_maxima(peaks, self.radius) & keypoints.inside(
-            height, width, self.radius, peaks
-        )
-        allowed = allowed & ~empty.view(-1, 1, 1)
+        border = self.radius
+        maxima = keypoints.strict_maxima(peaks, self.radius)[
+            ..., border : height - border, border : width - border
+        ]
+        allowed = F.pad(maxima, (border,) * 4) & ~empty.view(-1, 1, 1)
         if usable is not None:
             allowed = allowed & keypoints.erode(usable, _MASK_REACH)
         value, index = keypoints.highest(scores.flatten(1), allowed.flatten(1), self.max_num_keypoints)
