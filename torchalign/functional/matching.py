@@ -334,18 +334,10 @@ def significance(
 
     .. math:: z = \frac{k - m - E}{\sqrt{E + 1}}, \qquad E = (n - m)\,p
 
-    with k of n matches agreeing, m the matches that any motion of the kind can be made to agree with, and p the
-    chance that a wrong match agrees: the area within :data:`INLIER_RADIUS` over the area where it may lie. Since
-    the motion was chosen for its k, unrelated images reach larger values than a normal variable does.
-
-    Args:
-        inliers: (...,), k.
-        matches: (...,), n.
-        chance: p, in (0, 1].
-        motion: what the frames may do.
-
-    Returns:
-        (...,).
+    with k of n matches agreeing (``inliers``, ``matches``), m the matches that any motion of the kind can be made to
+    agree with, and p the chance that a wrong match agrees: the area within :data:`INLIER_RADIUS` over the area where it
+    may lie. Since the motion was chosen for its k, unrelated images reach larger values than a normal variable does.
+    All are (...,).
 
     Example:
         >>> significance(torch.tensor(25.0), torch.tensor(101.0), 0.15)
