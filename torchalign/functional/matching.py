@@ -83,15 +83,11 @@ _ASCENT_TOLERANCE = 2e-2
 
 
 class Matches(NamedTuple):
-    """Which point of the other image belongs to each point.
+    """Which point of the other image belongs to each point."""
 
-    Attributes:
-        index: (..., K) int64, into the other image's points; −1 if none.
-        weight: (..., K), in [0, 1]; 0 if none.
-    """
-
+    #: (..., K) int64, into the other image's points; −1 if none
     index: Tensor  # type: ignore[assignment]  # a tuple has a method of that name
-    weight: Tensor
+    weight: Tensor  #: (..., K), in [0, 1]; 0 if none
 
 
 class Correspondences(NamedTuple):
