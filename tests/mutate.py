@@ -910,6 +910,12 @@ MUTATIONS = [
         "tests/test_series.py -k common_offset",
     ),
     Mutation(
+        "reference-placed", "cube/reference.py",
+        "return reader.source(name, over_time(word, reader, found))",
+        "return reader.source(name, over_time(word, reader))",
+        "tests/test_series.py -k hold_frames",
+    ),
+    Mutation(
         "reference-median-of-even", "cube/reference.py",
         "return ((below + above) / 2).masked_fill(count == 0, torch.nan).squeeze(1)",
         "return below.masked_fill(count == 0, torch.nan).squeeze(1)",

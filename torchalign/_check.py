@@ -75,9 +75,8 @@ def check_kind(
 
 def check_path(name: str, path: object) -> Path:
     """``path`` must be one, or text."""
-    check_kind(
-        name, path, (str, os.PathLike), "a path, as text or a pathlib.Path", "give one", optional=False
-    )
+    kinds = (str, os.PathLike)
+    check_kind(name, path, kinds, "a path, as text or a pathlib.Path", "give one", optional=False)
     return Path(path)  # type: ignore[arg-type]  # as was checked
 
 
@@ -124,9 +123,8 @@ def check_whole(name: str, value: object, *, minimum: int = 1, maximum: int = 2*
     try:
         number = operator.index(value)  # type: ignore[arg-type]  # that it can be told is being tried
     except TypeError:  # arrays have the method, too
-        raise TypeError(
-            message(name, expected, f"{value!r} ({type(value).__name__})", "give an int")
-        ) from None
+        got = f"{value!r} ({type(value).__name__})"
+        raise TypeError(message(name, expected, got, "give an int")) from None
     if not minimum <= number <= maximum:
         raise ValueError(message(name, expected, number, "give a number within these bounds"))
     return number
