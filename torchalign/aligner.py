@@ -23,7 +23,6 @@ from torchalign._check import (
     check_option,
     check_reference,
     check_warp,
-    like,
     show_shared,
 )
 from torchalign._host import (
@@ -148,6 +147,26 @@ class Aligner(nn.Module, ABC):
         self.padding_mode = check_option("padding_mode", padding_mode, PaddingMode)
         self.fill_value = fill_value
 
+    def forward(
+        self,
+        cube: Tensor,
+        reference: Tensor,
+        mask: Tensor | None = None,
+        reference_mask: Tensor | None = None,
+        *,
+        init: Tensor | None = None,
+    ) -> Alignment:
+        """Align every frame of ``cube`` with ``reference``; arguments and errors as in :meth:`estimate`.
+
+        Returns:
+            ``Alignment(aligned, estimate)``: all bands resampled once, in the cube's dtype; frames that were not
+            accepted come back bit for bit.
+        """
+        check_cube(cube)
+        # one region around all of it: torch.export can save no size that is handed from one to the next
+        with full_precision(cube):
+            return self._align(self._check(cube, reference, mask, reference_mask, init))
+
     def _align(self, job: Any) -> Alignment:
         blocks = self._blocks(job)
         if len(blocks) == 1:
@@ -202,23 +221,6 @@ class Aligner(nn.Module, ABC):
             if len(blocks) == 1:
                 return self._estimate(job).estimate
             return combine(torch.cat, self._map(lambda part: self._estimate(job.part(part)).estimate, blocks))
-
-    @like(estimate)
-    def forward(self, cube: Tensor, reference: Tensor, *given: Any, **named: Any) -> Alignment:
-        """Align every frame of ``cube`` with ``reference``.
-
-        Returns:
-            ``Alignment(aligned, estimate)``: all bands resampled once, in the cube's dtype; frames that were not
-            accepted come back bit for bit.
-
-        Raises:
-            TypeError: a dtype does not fit.
-            ValueError: a shape or a device does not fit.
-        """
-        check_cube(cube)
-        # one region around all of it: torch.export can save no size that is handed from one to the next
-        with full_precision(cube):
-            return self._align(self._check(cube, reference, *given, **named))
 
     def prepare_reference(self, image: Tensor, usable: Tensor | None) -> Any:
         """What the method needs of the reference, made once for all frames that share it.
