@@ -98,9 +98,7 @@ def test_a_median_is_made_tile_by_tile(tmp_path, monkeypatch, word):
     found = np.stack([report.shift_x, report.shift_y], 1)
     np.testing.assert_allclose(found[1:] - found[0], [truth, (0, -2), (0, 1)], atol=0.05)
     cube = ta.open_stack(tmp_path / "in")
-    pixels = getattr(cube.where(cube != 0), word)(
-        "time"
-    )  # out of core no frame is placed before
+    pixels = getattr(cube.where(cube != 0), word)("time")  # out of core no frame is placed before
     _, whole = ta.align(cube, pixels, ta.PCC())
     np.testing.assert_allclose(found, np.stack([whole.shift_x, whole.shift_y], 1), atol=0.02)
 
