@@ -818,6 +818,13 @@ def test_apply_to_another_pixel_size_and_to_classes(series, tmp_path, capsys):
             run("apply", tmp_path / name, "-o", tmp_path / f"{name}_out", "--report", report, *options) == 0
         )
         assert f"{name}_out" in capsys.readouterr().out
+    # dates of a cube have an hour, which names of files drop
+    hours = ta.load_report(report)
+    hours = hours.assign_coords(time=hours.time + np.timedelta64(10, "h"))
+    ta.save_report(hours, tmp_path / "hours.nc")
+    where = tmp_path / "hours_out"
+    assert run("apply", tmp_path / "coarse", "-o", where, "--report", tmp_path / "hours.nc") == 0
+    xr.testing.assert_identical(ta.open_stack(where), ta.open_stack(tmp_path / "coarse_out"))
     # the 10 m solution is the 20 m one
     _, native = ta.align(ta.open_stack(coarse_frames), "first", "pcc")
     _, left = ta.align(ta.open_stack(tmp_path / "coarse_out"), "first", "pcc")

@@ -412,10 +412,39 @@ def test_other_bands_and_subsets_of_frames_are_matched_by_date(two_resolutions):
         ValueError, match=r"^estimate: expected every frame of the cube among .*got none of 2031-01-01"
     ):
         ta.apply(later, report)
+    again = report.isel(time=[0, 1, 1, 2])
+    np.testing.assert_array_equal(ta.apply(fine.cube[[2, 0]], again), aligned[[2, 0]])
+    with pytest.raises(ValueError, match="got several of 2017-01-10T10:30; select frames"):
+        ta.apply(fine.cube[:2], again)
     numbered = report.drop_vars("time")
     np.testing.assert_array_equal(ta.apply(fine.cube, numbered), aligned)
     with pytest.raises(ValueError, match=r"^estimate: expected one warp for each frame, got 6 for 3 frames"):
         ta.apply(fine.cube.isel(time=order), numbered)
+
+
+def test_dates_without_their_hour_are_matched_by_the_day(two_resolutions):
+    """As names of files have them, in both directions; where a day has two frames, by the second."""
+    fine, *_ = two_resolutions
+    aligned, report = align(fine.cube, fine.reference, verify=False)
+
+    def is_found(order, own, other=fine.cube.time):
+        applied = ta.apply(
+            fine.cube.isel(time=order).assign_coords(time=own), report.assign_coords(time=other)
+        )
+        np.testing.assert_array_equal(applied, aligned.isel(time=order))
+
+    order, times = [4, 0, 2], fine.cube.time.values
+    days = times.astype("datetime64[D]").astype("datetime64[ns]")
+    is_found(order, days[order])
+    is_found(order, times[order], days)
+    is_found(order, times[order] + np.array([10, 0, -3], "timedelta64[s]").astype("timedelta64[ns]"))
+    twice = days.copy()
+    twice[:3] = days[0] + np.array([10 * 3600, 11 * 3600, 11 * 3600 + 7], "timedelta64[s]")
+    is_found([1, 2, 0, 5], twice[[1, 2, 0, 5]], twice + np.timedelta64(24, "ms"))
+    for own, other in ((days[:1], twice), (twice[:2] + np.timedelta64(9, "s"), twice), (twice[:2], days)):
+        frames = fine.cube.isel(time=slice(len(own))).assign_coords(time=own)
+        with pytest.raises(ValueError, match=r"got none of .*give both the same labels with \.assign_coords"):
+            ta.apply(frames, report.assign_coords(time=other))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "uint64", "bool", "float32"])

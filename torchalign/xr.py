@@ -592,7 +592,8 @@ def apply(  # noqa: D417  # options that are those of align stand in one line
 
     The warps of a report are in pixels of the cube they were estimated on, whose grid the report keeps; they are
     converted to the pixels of this cube by the two grids (pixel size, origin, direction of the axes). Frames are
-    matched by their labels along time; without labels, by number. Frames that were not aligned come back bit for
+    matched by their labels along time, dates that are not there by the second or the day where both sides have one such
+    date; without labels, by number. Frames that were not aligned come back bit for
     bit. Pixels, nodata, dtype, dask and everything about the cube are as in :func:`align`.
 
     Args:

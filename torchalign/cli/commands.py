@@ -22,10 +22,11 @@ from torchalign.cascade import Cascade
 from torchalign.cli import outputs, sources
 from torchalign.cube.georeference import crs_name, find_georeference
 from torchalign.cube.headers import describe_files
-from torchalign.cube.labels import Cube, band_labels, find_dims, label_text, time_labels
+from torchalign.cube.labels import Cube, band_labels, find_dims, match_labels, plain_labels, time_labels
 from torchalign.cube.pixels import find_nodata
 from torchalign.cube.reference import ReferenceName
 from torchalign.cube.run import ALIGNERS
+from torchalign.cube.solution import report_labels
 from torchalign.cube.tables import PAGES, REPORT_SUFFIXES
 from torchalign.cube.variables import Variables, take_apart
 from torchalign.functional.channels import ChannelName
@@ -380,7 +381,7 @@ Examples:
 def apply_to_files(given: ApplyOptions) -> int:
     """Apply one solution to another cube: other bands, another pixel size, a mask, a classification.
 
-    Frames are matched by their dates, pixels by the two grids.
+    Frames are matched by their dates, without the hour where a day has one frame; pixels by the two grids.
     """
     outputs.check_apart([*given.source, given.report], [given.out])
     outputs.check_cube_output(given.out, given.template, given.overwrite)
@@ -409,15 +410,15 @@ def _without_unknown_empty(cube: xr.DataArray, solution: xr.Dataset) -> xr.DataA
     time, there = find_dims(cube)["time"], solution["status"].dims[0]
     if there not in solution.coords:
         return cube
-    known = {label_text(label) for label in solution[there].values}
-    labels = [label_text(label) for label in cube[time].values]
+    rows = match_labels(plain_labels(cube, time).values, report_labels(solution))
+    labels = time_labels(cube, time)
     nothing = find_nodata(cube) or (0,)
 
     def is_empty(number: int) -> bool:
         frame = cube.isel({time: number}).to_numpy()
         return bool((np.isin(frame, nothing) | np.isnan(frame)).all())
 
-    left = [number for number, label in enumerate(labels) if label not in known and is_empty(number)]
+    left = [number for number, row in enumerate(rows) if row is None and is_empty(number)]
     if not left or len(left) == len(labels):  # a report of other dates: apply says so
         return cube
     listed = ", ".join(labels[number] for number in left)

@@ -6,6 +6,7 @@ Nothing is estimated here and nothing is loaded before it is needed.
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -204,6 +205,35 @@ def plain_labels(array: xr.DataArray, dim: Hashable, *, local: bool = False) -> 
 def label_text(label: Hashable | np.generic) -> str:
     """A coordinate's entry as text; a date in ISO 8601, as short as it can be."""
     return str(np.datetime_as_string(label, unit="auto") if isinstance(label, np.datetime64) else label)
+
+
+def match_labels(wanted: Array, known: Array) -> list[int | None]:
+    """Where each wanted label is among the known ones; ``None`` where it is not, or more than once.
+
+    A date that is not is matched by the second, else by the day, where both sides have one such date: names of files
+    drop the time of day, and granules of one scene differ by seconds.
+    """
+    exact = [[label_text(label) for label in labels] for labels in (wanted, known)]
+    if exact[0] == exact[1]:  # whatever occurs twice
+        return list(range(len(known)))
+    found: list[int | None] = [None] * len(wanted)
+    seconds, days = (
+        [[_cut_date(label, length) for label in labels] for labels in (wanted, known)] for length in (19, 10)
+    )
+    for here, there in (days, seconds, exact):  # what is nearer goes before
+        often, alone = Counter(there), Counter(here)
+        numbers = {text: number for number, text in enumerate(there) if text is not None and often[text] == 1}
+        for position, text in enumerate(here):
+            if text in numbers and (here is exact[0] or alone[text] == 1):
+                found[position] = numbers[text]
+    return found
+
+
+def _cut_date(label: Any, length: int) -> str | None:
+    """The first letters of a date in ISO 8601; of no date ``None``."""
+    if isinstance(label, np.datetime64):
+        return str(np.datetime_as_string(label, unit="s"))[:length]
+    return str(label.isoformat())[:length] if hasattr(label, "isoformat") else None  # of cftime
 
 
 def time_labels(array: xr.DataArray, dim: Hashable) -> list[str]:

@@ -16,7 +16,7 @@ from torchalign._check import message
 from torchalign.cube import georeference
 from torchalign.cube.chunks import Companion, is_lazy
 from torchalign.cube.georeference import Georeference
-from torchalign.cube.labels import Array, Cube, label_text, labels_in_words, plain_labels
+from torchalign.cube.labels import Array, Cube, label_text, labels_in_words, match_labels, plain_labels
 from torchalign.functional.affine import center_displacement
 from torchalign.functional.shift_field import field_lengths
 from torchalign.types import Estimate, ShiftField, Status
@@ -469,16 +469,18 @@ def _match_frames(report: xr.Dataset, name: str, cube: Cube, told: str = "warp")
     there, here = report["status"].dims[0], cube.coordinate("time")
     warp, frames = report[told].transpose(there, ...), cube.sizes["time"]
     if there in report.coords and here is not None:
-        labels = [label_text(label) for label in report_labels(report)]
-        wanted = [label_text(label) for label in here.values]
-        if labels != wanted:
-            missing = [label for label in wanted if label not in set(labels)]
-            if missing or len(set(labels)) < len(labels):
-                got = f"none of {', '.join(missing[:3])}" if missing else "labels that occur twice"
-                expected = f"every frame of the cube among {labels_in_words(report['status'], there)}"
-                raise ValueError(message(name, expected, got, "select frames with .sel, or drop the labels"))
-            number = {label: position for position, label in enumerate(labels)}
-            warp = warp.isel({there: [number[label] for label in wanted]})
+        labels = report_labels(report)
+        order = match_labels(here.values, labels)
+        missing = [label_text(label) for label, row in zip(here.values, order, strict=True) if row is None]
+        if missing:
+            expected = f"every frame of the cube among {labels_in_words(report['status'], there)}"
+            count = "several" if missing[0] in map(label_text, labels) else "none"
+            cure = (
+                "select frames with .sel, give both the same labels with .assign_coords, or drop the labels"
+            )
+            raise ValueError(message(name, expected, f"{count} of {', '.join(missing[:3])}", cure))
+        if order != list(range(report.sizes[there])):
+            warp = warp.isel({there: order})
     elif report.sizes[there] != frames:
         got = f"{report.sizes[there]} for {frames} frames"
         raise ValueError(message(name, "one warp for each frame", got, "give both labels along time"))
