@@ -206,6 +206,13 @@ def test_what_an_archive_does_not_fit_is_refused(made):
         ta.extend(new, report, archive=made.cube)
     with pytest.raises(ValueError, match="datacube"):
         ta.extend(new.isel(y=slice(0, 50)), report, archive=old)
+    # dates twice in a report would fit no cube
+    cube = made.cube.isel(time=slice(4, 8))
+    with pytest.raises(
+        ValueError, match=r"^datacube: .*got 2017-01-25T10:30, .*isel\(time=~datacube\.time\.isin"
+    ):
+        ta.extend(cube, report, archive=old)
+    xr.testing.assert_identical(cube.isel(time=~cube.time.isin(report.time)), new)
     bent = report.copy(deep=True)
     bent.warp[0, 0, 0] = 1.1
     with pytest.raises(ValueError, match="shifts only"):

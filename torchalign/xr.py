@@ -33,6 +33,7 @@ from torchalign.cube.solution import (
     find_warps,
     name_statuses,
     report_fields,
+    report_labels,
     summarize,
     unpack_field,
 )
@@ -484,8 +485,8 @@ def extend(  # noqa: D417  # options that are those of align stand in one line
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: frames of another size than the archive's; a report of other frames, or of more than shifts; an
-            unknown sun that is needed.
+        ValueError: frames of another size than the archive's; dates that the report has already; a report of other
+            frames, or of more than shifts; an unknown sun that is needed.
 
     Example:
         >>> from torchalign.datasets import demo_stack
@@ -530,6 +531,14 @@ def _extend_cube(
     if report["warp"].shape[1] != 2 or not bool((report["warp"][..., :2] == np.eye(2)).all()):
         cure = "align the archive with a motion that is a translation"
         raise ValueError(message("report", "shifts only", "warps that do more", cure))
+    time, own = report["status"].dims[0], cube.coordinate("time")
+    if own is not None and time in report.coords:
+        known = {*map(labels.label_text, report_labels(report))}
+        again = [text for text in map(labels.label_text, own.values) if text in known]
+        if again:
+            dim = cube.dims["time"]
+            cure = f"select the new ones, datacube.isel({dim}=~datacube.{dim}.isin(report.{time}))"
+            raise ValueError(message("datacube", "dates that the report has not", ", ".join(again[:3]), cure))
     module, aligner, reader = _prepare(cube, options)
     old_usable = labels.find_usable(options.other_mask, "archive_mask", old)
     readers = reader, FrameReader(old, Pixels.of(old), old_usable, reader.device)
