@@ -941,6 +941,24 @@ def test_masks_that_look_wrong_are_said():
     align(array, mask=~clouds)
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_reference_without_usable_pixels_is_said(lazy):
+    array = xr.DataArray(frames("int16")[:, 0], times(), ("time", "y", "x"), attrs={"_FillValue": -9999})
+    array[0] = -9999
+    given = array.chunk(time=1) if lazy else array
+    clear = xr.ones_like(array, bool)
+    clear[1] = False
+    for reference, name, options in (
+        ("first", "first", {}), (array[0], "DataArray", {}), (DAYS[1], DAYS[1], {"mask": clear})
+    ):  # fmt: skip
+        with pytest.warns(UserWarning, match=rf"^reference: {name} has no usable pixel.*\"clearest\"$"):
+            _, report = ta.align(given, reference, "pcc", **options)
+        assert report.attrs["notes"].startswith(f"reference: {name} has no usable pixel")
+        assert (report.status == ta.Status.NO_TEXTURE).all()
+    _, report = ta.align(given, "clearest", "pcc")  # a warning would fail the test
+    assert report.status.values.tolist() == [ta.Status.NO_TEXTURE, 0, 0]
+
+
 def test_reports_to_look_at(tmp_path):
     """GeoJSON: the outline of a frame that was 2 px left and 1 px low; HTML: a page."""
     dataset = odc_dataset()

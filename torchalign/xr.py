@@ -288,7 +288,7 @@ def _align_cube(cube: Cube, reference: Any, options: _Request) -> tuple[xr.DataA
 
     with torch.no_grad(), loop.progress_bar(options.progress, cube, "align") as advance:
         source = find_reference(reference, reader, estimate, series.PairPositions(reader, there))
-        hints = give_hints(cube, reader.pixels, reader.usable)
+        hints = give_hints(cube, reader.pixels, reader.usable, source)
         values, fields = loop.run(operation, cube, (loop.reference_companion(source, cube), *others), advance)
     attrs = {"aligner": repr(module), "reference": source.name}
     attrs |= {"notes": " ".join(hints)} if hints else {}

@@ -1,4 +1,4 @@
-"""What looks wrong with a cube beforehand: a fill that nobody declared, a mask the wrong way round.
+"""What looks wrong beforehand: a fill that nobody declared, a mask the wrong way round, a reference without pixels.
 
 A few thousand pixels of every frame are looked at; a cube of dask's chunks is not, for it would be computed.
 """
@@ -14,6 +14,7 @@ import xarray as xr
 from torchalign.cube.chunks import is_lazy
 from torchalign.cube.labels import CUBE, MASK, Array, Cube, load
 from torchalign.cube.pixels import Pixels
+from torchalign.cube.reference import ReferenceSource
 
 _SAMPLES = 96  # along y and along x
 _FRAMES = 24  # that are looked at
@@ -24,31 +25,42 @@ _FEWEST, _LEVELS = 50, 10  # pixels, and values of them, that tell anything
 _NOISIER = 3.0  # so many times what is masked out do pixels under an inverted mask vary
 
 
-def give_hints(cube: Cube, pixels: Pixels, usable: xr.Variable | None) -> list[str]:
+def give_hints(
+    cube: Cube, pixels: Pixels, usable: xr.Variable | None, reference: ReferenceSource | None = None
+) -> list[str]:
     """Sentences, one for each thing that looks wrong, each also as a ``UserWarning``."""
-    found = _find_hints(cube, pixels, usable)
+    found = _find_hints(cube, pixels, usable, reference)
     for hint in found:
         warnings.warn(hint, UserWarning, stacklevel=4)
     return found
 
 
-def _find_hints(cube: Cube, pixels: Pixels, usable: xr.Variable | None) -> list[str]:
-    if is_lazy(cube.array) or min(cube.sizes.values()) < 1:
+def _find_hints(
+    cube: Cube, pixels: Pixels, usable: xr.Variable | None, reference: ReferenceSource | None
+) -> list[str]:
+    if min(cube.sizes.values()) < 1:
         return []
-    seen = None
-    if usable is not None and not is_lazy(usable):
-        if not bool(usable.any()):
-            return [
-                "mask: no pixel is usable (all False), so no frame can be aligned; True = usable, a cloud mask "
-                "with 1 = cloud becomes `clouds == 0`"
-            ]
-        seen = _sample_pixels(usable, MASK, cube)
+    known = None if usable is None or is_lazy(usable) else usable
+    if known is not None and not bool(known.any()):
+        return [
+            "mask: no pixel is usable (all False), so no frame can be aligned; True = usable, a cloud mask "
+            "with 1 = cloud becomes `clouds == 0`"
+        ]
+    hints = []
+    if reference is not None and reference.is_empty:
+        hints += [
+            f"reference: {reference.name} has no usable pixel (all is nodata, NaN or masked), so no frame can be "
+            'aligned; use another date, or "clearest"'
+        ]
+    if is_lazy(cube.array):
+        return hints
+    seen = None if known is None else _sample_pixels(known, MASK, cube)
     values = _sample_pixels(cube.variable, CUBE, cube)[:, 0]
     seen = None if seen is None else np.broadcast_to(seen, values.shape)
     valid = np.isfinite(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
     for value in pixels.nodata:
         valid &= values != value
-    hints = [] if seen is None else _looks_inverted(values, valid, seen)
+    hints += [] if seen is None else _looks_inverted(values, valid, seen)
     return hints + _undeclared_fill(values, valid if seen is None else valid & seen)
 
 

@@ -79,6 +79,14 @@ class ReferenceSource:
     variable: xr.Variable  # over some of time, band, y and x; always y and x
     pixels: Pixels
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no pixel is usable; no where that is not known yet, or where each frame has one of its own."""
+        if is_lazy(self.variable) or "time" in self.variable.dims:
+            return False
+        values = self.variable.to_numpy()
+        return not (np.isfinite(values) & ~np.isin(values, self.pixels.nodata)).any()
+
 
 @dataclass(frozen=True)
 class FrameReader:
