@@ -197,6 +197,12 @@ def test_noise_fits_the_encoder():
     assert html._jpeg(noise).startswith("data:image/jpeg;base64,")
 
 
+def test_a_dataset_is_shown_as_its_bands_are(stack):
+    cube, aligned, report = stack
+    pair = [array.to_dataset("band") for array in (cube, aligned)]
+    assert html.to_html(report, *pair) == html.to_html(report, cube, aligned)
+
+
 def test_large_cubes_are_shown_in_part(stack, monkeypatch):
     dask = pytest.importorskip("dask.array")
     cube, aligned, report = stack

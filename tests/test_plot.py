@@ -194,6 +194,25 @@ def test_bands_and_dims_are_found_by_name(stack):
     assert np.array_equal(image[..., 0], image[..., 2])
 
 
+def test_a_dataset_is_drawn_as_its_bands_are(stack, tmp_path):
+    """Those that are no classes; each variable with its own nodata."""
+    cube, aligned, report, _ = stack
+    pair = [array.to_dataset("band") for array in (cube, aligned)]
+    for dataset in pair:
+        dataset["SCL"] = xr.ones_like(dataset.B02, "uint8")
+        dataset["B08"] = dataset.B08.fillna(-1).assign_attrs(_FillValue=-1)
+    for draw in (
+        lambda *of: plot.before_after(*of, bands=["B08", "B04", "B03"], report=report),
+        lambda *of: plot.temporal_profile(*of, row=3, report=report),
+        lambda *of: plot.summary(*of, report),
+    ):
+        assert np.array_equal(rendered(draw(*pair)), rendered(draw(cube, aligned)))
+    files = [
+        plot.animate(*of, tmp_path / f"{n}.gif", panel=64) for n, of in enumerate((pair, (cube, aligned)))
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_integers_with_nodata(stack):
     cube, aligned, *_ = stack
     raw = [(array.fillna(0) * 10_000).clip(0).astype(np.uint16) for array in (cube, aligned)]

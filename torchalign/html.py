@@ -109,8 +109,8 @@ class _Column(NamedTuple):
 def save_html(
     report: xr.Dataset,
     path: str | Path,
-    cube: xr.DataArray | None = None,
-    aligned: xr.DataArray | None = None,
+    cube: xr.DataArray | xr.Dataset | None = None,
+    aligned: xr.DataArray | xr.Dataset | None = None,
     *,
     overwrite: bool = False,
     **options: Any,
@@ -145,8 +145,8 @@ def save_html(
 
 def to_html(
     report: xr.Dataset,
-    cube: xr.DataArray | None = None,
-    aligned: xr.DataArray | None = None,
+    cube: xr.DataArray | xr.Dataset | None = None,
+    aligned: xr.DataArray | xr.Dataset | None = None,
     *,
     title: str | None = None,
     bands: Sequence[Hashable] | None = None,
@@ -160,7 +160,7 @@ def to_html(
 
     Args:
         report: from :func:`torchalign.align`, or :func:`torchalign.load_report`.
-        cube: what was aligned; may be lazy.
+        cube: what was aligned, a Dataset too; may be lazy.
         aligned: what came back; may be lazy, but is then computed in part for every picture: write it first.
         title: of the page; default: how many frames were aligned.
         bands: as in :func:`torchalign.plot.before_after`.
@@ -171,7 +171,7 @@ def to_html(
         HTML.
 
     Raises:
-        TypeError: the report is no Dataset, a cube no DataArray.
+        TypeError: the report is no Dataset, a cube no DataArray or Dataset.
         ValueError: the report lacks a field; it is another cube's; ``aligned`` without ``cube``, or of another
             shape.
 
@@ -185,6 +185,8 @@ def to_html(
     """
     found = read_columns(check_pictured(report).compute())
     report, codes, done = found.report, found.status, int(found.ok.sum())
+    cube = None if cube is None else frames.as_drawn(cube)
+    aligned = None if aligned is None else frames.as_drawn(aligned)
     if cube is None and aligned is not None:
         raise ValueError(message("cube", "what was aligned, beside what came back", None, "give both"))
     if cube is not None:

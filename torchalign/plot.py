@@ -7,7 +7,7 @@ yours (several where it has several pictures) and returns their figure. :func:`s
 :func:`animate`, a file, take none.
 
 What does not fit raises, before anything is drawn: ``TypeError`` where a report is no Dataset, or a cube no
-DataArray; ``ValueError`` where a report lacks a field, or ``true_shift`` is of another shape than (T, 2).
+DataArray or Dataset; ``ValueError`` where a report lacks a field, or ``true_shift`` is of another shape than (T, 2).
 """
 
 from __future__ import annotations
@@ -301,8 +301,8 @@ def score_gain(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFig
 
 
 def before_after(
-    cube: xr.DataArray,
-    aligned: xr.DataArray,
+    cube: xr.DataArray | xr.Dataset,
+    aligned: xr.DataArray | xr.Dataset,
     *,
     bands: Sequence[Hashable] | None = None,
     statistic: Statistic = "median",
@@ -320,7 +320,8 @@ def before_after(
     every frame moves by a fraction of a pixel, bicubic almost nothing.
 
     Args:
-        cube: what was aligned: time, y, x and maybe band, named as :func:`torchalign.align` finds them.
+        cube: what was aligned: time, y, x and maybe band, named as :func:`torchalign.align` finds them. Or a
+            Dataset, of which the variables are the bands, but for classes.
         aligned: what came back.
         bands: three bands for red, green and blue (or one, for grey): labels, or else positions. Default: the
             bands called B04, B03, B02 or red, green, blue; else positions (3, 2, 1), or the first.
@@ -333,7 +334,7 @@ def before_after(
             figure of four.
 
     Raises:
-        TypeError: a cube is no DataArray.
+        TypeError: a cube is no DataArray or Dataset.
         ValueError: the cubes differ in shape; unknown dims, bands, frame or statistic; stretch or zoom out of
             range; another number of axes.
 
@@ -344,6 +345,7 @@ def before_after(
         >>> len(figure.axes)
         4
     """
+    cube, aligned = map(frames.as_drawn, (cube, aligned))
     pair = frames.compare(cube, aligned, bands, statistic, frame, report, stretch, zoom)
     figure, axes = style.several_axes(ax, (9.6, 9.9), 2, fewer=True)
     _draw_comparison(axes, pair)
@@ -353,8 +355,8 @@ def before_after(
 
 
 def temporal_profile(
-    cube: xr.DataArray,
-    aligned: xr.DataArray,
+    cube: xr.DataArray | xr.Dataset,
+    aligned: xr.DataArray | xr.Dataset,
     *,
     row: int | None = None,
     column: int | None = None,
@@ -386,7 +388,7 @@ def temporal_profile(
             default: a new figure.
 
     Raises:
-        TypeError: a cube is no DataArray; the row or column is no whole number.
+        TypeError: a cube is no DataArray or Dataset; the row or column is no whole number.
         ValueError: the cubes differ in shape; no frames; row or column outside; else as in :func:`before_after`.
 
     Example:
@@ -396,6 +398,7 @@ def temporal_profile(
         >>> before.images[0].get_array().shape  # 5 dates, 30 columns, colours
         (5, 30, 3)
     """
+    cube, aligned = map(frames.as_drawn, (cube, aligned))
     count, height, width = frames.check_same(cube, aligned, may_be_empty=False)
     kept = columns.kept_frames(columns.status_of(report, count))
     cubes = [(each, name, find_dims(each, name)) for each, name in ((cube, "cube"), (aligned, "aligned"))]
@@ -418,8 +421,8 @@ def temporal_profile(
 
 
 def summary(
-    cube: xr.DataArray,
-    aligned: xr.DataArray,
+    cube: xr.DataArray | xr.Dataset,
+    aligned: xr.DataArray | xr.Dataset,
     report: xr.Dataset,
     *,
     true_shift: Any = None,
@@ -442,6 +445,7 @@ def summary(
         zoom: as in :func:`before_after`.
         title: default: how many frames were aligned.
     """
+    cube, aligned = map(frames.as_drawn, (cube, aligned))
     rows = columns.read_columns(report, true_shift)
     count, done = rows.ok.size, int(rows.ok.sum())
     strips = 1.6 * max(1, -(-min(count, 2 * _STRIP) // _STRIP))  # their height
@@ -467,8 +471,8 @@ def summary(
 
 
 def animate(
-    cube: xr.DataArray,
-    aligned: xr.DataArray,
+    cube: xr.DataArray | xr.Dataset,
+    aligned: xr.DataArray | xr.Dataset,
     path: str | os.PathLike[str],
     *,
     along: Along = "time",
@@ -503,7 +507,7 @@ def animate(
         The path.
 
     Raises:
-        TypeError: a cube is no DataArray.
+        TypeError: a cube is no DataArray or Dataset.
         ValueError: as in :func:`before_after`; no frames; another suffix.
         ImportError: an MP4 without ffmpeg.
     """
@@ -513,6 +517,7 @@ def animate(
     check_number("frames_per_second", frames_per_second, minimum=0.0, maximum=50.0, inclusive=False)
     check_number("loop", loop, minimum=0, maximum=65535)
     check_number("panel", panel, minimum=16, maximum=4096)
+    cube, aligned = map(frames.as_drawn, (cube, aligned))
     count, *_ = frames.check_same(cube, aligned, may_be_empty=False)
     status = columns.status_of(report, count)
     before, after = frames.load_frames(cube, "cube", bands), frames.load_frames(aligned, "aligned", bands)

@@ -109,7 +109,7 @@ def write_page(
     report: xr.Dataset, path: Path, pair: Sequence[Any], out: Path, *, classes: Any, overwrite: bool
 ) -> None:
     """Write the page of an alignment, a cube and itself aligned, whose result has been written to ``out``."""
-    from torchalign.cube.variables import stack_variables, take_apart
+    from torchalign.cube.variables import drawn_cube
     from torchalign.html import save_html
 
     cube, aligned = pair
@@ -118,9 +118,7 @@ def write_page(
         with SourceOptions(source=[out]).opened(lazy=True) as written:
             save_html(report, path, cube, written.cube, overwrite=overwrite)
         return
-    taken = [take_apart(one, None, classes, {})[0] for one in pair]
-    shown = [one if part is None else stack_variables(part)[0] for one, part in zip(pair, taken, strict=True)]
-    save_html(report, path, *shown, overwrite=overwrite)
+    save_html(report, path, *(drawn_cube(one, classes) for one in pair), overwrite=overwrite)
 
 
 def print_written(*paths: Path) -> None:

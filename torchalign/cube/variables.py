@@ -156,6 +156,12 @@ def stack_variables(variables: Variables) -> tuple[xr.DataArray, dict[Hashable, 
     return stacked, {}
 
 
+def drawn_cube(cube: Any, classes: Any = None) -> xr.DataArray:
+    """What is drawn of a cube: of a Dataset, and of bands of several kinds, what the estimate may see, as one cube."""
+    variables, _ = take_apart(cube, None, classes, {})
+    return cube if variables is None else stack_variables(variables)[0]
+
+
 def stack_reference(reference: xr.Dataset, variables: Variables) -> xr.DataArray:
     """The bands that the estimate sees of a Dataset that is the reference, as one DataArray of floats."""
     variables.check_known(reference, "reference")

@@ -11,6 +11,7 @@ import xarray as xr
 from torchalign._check import check_option, message
 from torchalign.cube.labels import find_bands, find_dims, find_frame, time_labels
 from torchalign.cube.pixels import find_nodata
+from torchalign.cube.variables import drawn_cube
 from torchalign.pictures.columns import Array, kept_frames, status_of
 from torchalign.types import Status
 
@@ -41,6 +42,11 @@ class Comparison(NamedTuple):
     zoom: Zoom
     gains: list[str]
     words: str
+
+
+def as_drawn(cube: xr.DataArray | xr.Dataset) -> xr.DataArray:
+    """A Dataset as one DataArray of its bands, but for classes; a DataArray as it is."""
+    return drawn_cube(cube) if isinstance(cube, xr.Dataset) else cube
 
 
 def check_same(
