@@ -355,6 +355,22 @@ def test_bad_templates_raise_before_anything_is_written(tmp_path, template):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("apart", "cure"),
+    [
+        (0, r'\{number\}, "\{number:04d\}\.tif"$'),
+        (3600, r', or the time of day, "\{time:%Y%m%dT%H%M%S\}\.tif"$'),
+    ],
+)
+def test_the_cure_for_names_that_repeat_is_one(tmp_path, apart, cure):
+    cube = make_series(3, 16).cube
+    cube["time"] = np.datetime64("2017-01-05T10:30", "ns") + np.arange(3) * np.timedelta64(apart, "s")
+    template = "{time:%Y%m%d}" if apart else None
+    with pytest.raises(ValueError, match=cure) as error:
+        write_stack(cube, tmp_path, template=template)
+    assert len(write_stack(cube, tmp_path, template=str(error.value).split('"')[-2])) == 3
+
+
 def test_nothing_is_overwritten_unasked(tmp_path):
     cube = make_series(2, 16).cube
     [first, second] = write_stack(cube, tmp_path)

@@ -345,3 +345,23 @@ def test_gradients_of_tiny_frames_are_finite(size, seeds):
         estimate = ta.PCC().estimate(cube, torch.rand(1, *size, generator=draw))
         (slope,) = torch.autograd.grad(estimate.warp.sum(), cube)
         assert slope.isfinite().all()
+
+
+def test_the_cures_for_shapes_are_cures():
+    cube = torch.rand(3, 2, 32, 32)
+    with pytest.raises(
+        ValueError, match=r"reference: .*got \(1, 2, 32, 32\); pass the frame, reference\[0\]$"
+    ):
+        ta.PCC()(cube, cube[:1])
+    ta.PCC()(cube, cube[:1][0])
+    with pytest.raises(
+        ValueError, match=r"reference: .*got \(2, 1, 2, 32, 32\); pass the frame, reference\[:, 0\]$"
+    ):
+        ta.PCC()(cube.expand(2, 3, 2, 32, 32), cube[:1].expand(2, 1, 2, 32, 32))
+    with pytest.raises(
+        ValueError, match=r"cube\[None\] of one \(C, H, W\), cube\[:, None\] of one band \(T, H, W\)$"
+    ):
+        ta.PCC()(cube[0], cube[0])
+    assert ta.PCC()(cube[0][None], cube[0]).aligned.shape == (1, 2, 32, 32)
+    with pytest.raises(ValueError, match=r"'B03'; choose one, or name a band to ta\.align, bands=\['B03'\]$"):
+        ta.PCC(channel="B03")

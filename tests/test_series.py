@@ -795,6 +795,10 @@ def test_bad_reports_raise_with_a_cure(tmp_path):
     for name in ("broken.json", "broken.csv", "broken.nc", "status.csv"):
         with pytest.raises(ValueError, match=r"^path: expected .*save_report wrote"):
             ta.load_report(tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"got page\.html; give the \.csv, \.json or \.nc that save_report wrote"
+    ):
+        ta.load_report(tmp_path / "page.html")
     path = ta.save_report(report, tmp_path / "report.csv")
     with pytest.raises(FileExistsError, match="overwrite=True"):
         ta.save_report(report, path)

@@ -134,7 +134,7 @@ def check_cube(cube: Tensor) -> None:
     """A floating cube (..., T, C, H, W)."""
     check_floating("cube", cube)
     if cube.ndim < 4:
-        cure = "add the missing dimensions, e.g. cube[:, None]"
+        cure = "add what is missing: cube[None] of one (C, H, W), cube[:, None] of one band (T, H, W)"
         raise ValueError(message("cube", "shape (..., T, C, H, W)", tuple(cube.shape), cure))
     if min(cube.shape[-3:]) < 1:
         cure = "drop the empty dimension's source"
@@ -161,7 +161,10 @@ def check_reference(reference: Tensor, cube: Tensor) -> Tensor:
     if shape == tuple(cube.shape[-3:]):  # one reference for every series of a batch
         return reference.reshape(*(1,) * (cube.ndim - 3), *shape)
     expected = f"shape {one}, or {tuple(cube.shape)} for one per frame"
-    raise ValueError(message("reference", expected, shape, "same bands, same grid as the cube"))
+    cure = "same bands, same grid as the cube"
+    if shape == (*one[:-3], 1, *one[-3:]):
+        cure = f"pass the frame, reference[{':, ' * (len(one) - 3)}0]"
+    raise ValueError(message("reference", expected, shape, cure))
 
 
 def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor | None:

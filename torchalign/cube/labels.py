@@ -324,7 +324,11 @@ def find_frame(
         others = f", or a position below {count}" if positions else ""
         expected = f"{', '.join([*map(repr, words), 'the label of exactly one frame'])}{others}"
         got = f"{label!r}, found {len(matches)} times among {labels_in_words(array, dim)}"
-        cure = f"write the label of {dim!r} in full, or pass a frame, datacube.isel({dim}=0)"
+        known = array[dim].values[matches] if matches else []
+        pick = f"datacube.isel({dim}={(matches or [0])[0]})"
+        cure = f"write the label of {dim!r} in full, or pass a frame, {pick}"
+        if len({*map(label_text, known)}) == 1:  # it was in full
+            cure = f"give a position, {matches[0]}" if positions else f"pass one of them, {pick}"
         raise ValueError(message(name, expected, got, cure))
     return matches[0]
 

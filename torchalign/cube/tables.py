@@ -27,12 +27,12 @@ _CRS_COLUMN, _LABEL_COLUMN = "grid_crs", "label_dtype"
 _CURE = "give a file that save_report wrote"
 
 
-def check_suffix(path: Path, others: Sequence[str] = (), name: str = "path") -> None:
+def check_suffix(path: Path, others: Sequence[str] = (), name: str = "path", cure: str = "rename it") -> None:
     """A name whose ending says which format, and what writes it; ``others`` are those that the caller knows, too."""
     suffix = path.suffix.lower()
     if suffix not in (*REPORT_SUFFIXES, *others):
         expected = f"a name ending in {', '.join((*REPORT_SUFFIXES, *others))}"
-        raise ValueError(message(name, expected, path.name, "rename it"))
+        raise ValueError(message(name, expected, path.name, cure))
     if suffix in NETCDF:
         require("a report in netCDF", "io", "h5netcdf", "h5py")
     elif suffix in PAGES:
@@ -55,7 +55,7 @@ def write_report(report: xr.Dataset, path: Path) -> None:
 
 def read_report(path: Path) -> xr.Dataset:
     """What :func:`write_report` wrote, in memory."""
-    check_suffix(path)
+    check_suffix(path, cure="give the .csv, .json or .nc that save_report wrote")
     if not path.is_file():
         raise FileNotFoundError(message("path", "a report", f"{path}, which is not there", "check the path"))
     readers: dict[str, tuple[str, Callable[[Path], xr.Dataset]]]

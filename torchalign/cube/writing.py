@@ -170,7 +170,9 @@ def _file_names(cube: Cube, template: str | None, suffix: str) -> list[str]:
     twice = [name for name, often in Counter(names).items() if often > 1]
     if twice or any(os.sep in name for name in names):
         got = f"{twice[0]} more than once" if twice else f"{names[0]}, a path"
-        cure = 'give a template with {number} or the time of day, "{time:%Y%m%dT%H%M%S}.tif"'
+        cure = 'give a template with {number}, "{number:04d}.tif"'
+        if len({f"{date:%Y%m%dT%H%M%S}" for date in dates if date is not None}) == count:
+            cure += ', or the time of day, "{time:%Y%m%dT%H%M%S}.tif"'
         raise ValueError(message("template", "a file name for each frame", got, cure))
     return names
 

@@ -92,7 +92,8 @@ def check_channel(channel: object) -> None:
     expected = f"a band index, one of {get_args(ChannelName)}, or a callable"
     if isinstance(channel, str):
         if channel not in get_args(ChannelName):
-            raise ValueError(message("channel", expected, repr(channel), "choose one"))
+            cure = f"choose one, or name a band to ta.align, bands=[{channel!r}]"
+            raise ValueError(message("channel", expected, repr(channel), cure))
     elif not callable(channel):
         try:
             operator.index(None if isinstance(channel, bool) else channel)  # type: ignore[arg-type]
