@@ -13,6 +13,7 @@ import pytest
 import torch
 import xarray as xr
 from scenes import fractal
+from series import make_series
 from torch.nn import functional as F
 
 import torchalign as ta
@@ -415,6 +416,19 @@ def test_a_summary_says_that_frames_are_distorted(degrees, flagged):
     assert np.isfinite(report.misfit.values).all()  # also of what is ambiguous because of it
     words = str(ta.summarize(report))
     assert ("the frames are distorted: try" in words) == (degrees > 0)
+
+
+def test_a_reference_under_clouds_looks_like_distorted_frames_and_is_named():
+    """Of frames that are only shifted; the cures help."""
+    made = make_series(6, 200, bands=4, cloud_fraction=0.4, seed=2)
+    _, report = ta.align(made.cube, made.cube.median("time"))
+    words = str(ta.summarize(report)).splitlines()[-1]
+    assert words.endswith(
+        'or the reference is, by clouds or displaced frames: try "median" or "groupwise", and a mask'
+    )
+    for options in ({}, {"mask": made.clear}):
+        _, report = ta.align(made.cube, "median", **options)
+        assert "distorted" not in str(ta.summarize(report))
 
 
 @pytest.mark.parametrize("share", [0.5, 0.15, 0.05])

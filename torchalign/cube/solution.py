@@ -127,7 +127,10 @@ class ReportSummary(NamedTuple):
                 in_metres = f" = {metres:.3g} m" if np.isfinite(metres) else ""
                 lines.append(f"{label:<9}{first:<7}{pixels:.3f} px{in_metres}")
         if self.distorted > 0.5:
-            lines.append('the frames are distorted: try ECC(motion="affine") or Local')
+            lines.append(
+                'the frames are distorted: try ECC(motion="affine") or Local; '
+                'or the reference is, by clouds or displaced frames: try "median" or "groupwise", and a mask'
+            )
         return "\n".join(lines)
 
     def attrs(self) -> dict[str, Any]:
