@@ -589,7 +589,7 @@ def test_forward_mode_gradients() -> None:
     [
         ("nearest", torch.float32, ["homography"]),
         ("bilinear", torch.float32, ["affine", "homography"]),
-        ("bilinear", torch.int16, ["affine"]),
+        pytest.param("bilinear", torch.int16, ["affine"], marks=pytest.mark.slow),
         ("bicubic", torch.float32, ["affine"]),
     ],
 )
