@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scenes import fractal_stack, shift_errors, shifts_of
+from scenes import fractal_stack, quantiles, shift_errors, shifts_of
 from torch.nn import functional as F
 
 import torchalign as ta
@@ -23,10 +23,6 @@ OK, TOO_FAR = int(ta.Status.OK), int(ta.Status.TOO_FAR)
 def simulate(landsat):
     """Stacks of 256² from Landsat-7, decimated by 5."""
     return functools.lru_cache(maxsize=2)(functools.partial(simulate_stack, landsat))
-
-
-def quantiles(errors):
-    return float(errors.median()), float(errors.quantile(0.95))
 
 
 # ----------------------------------------------------------------------------------------- the issue's figures
