@@ -78,7 +78,7 @@ def peak_locking(simulate, aligner):
     )
 
 
-@pytest.mark.parametrize(("blur", "worst"), [(0.0, 0.05), (3.0, 0.1)])
+@pytest.mark.parametrize(("blur", "worst"), [(0.0, 0.05), pytest.param(3.0, 0.1, marks=pytest.mark.slow)])
 def test_large_shifts(simulate, blur, worst):
     data = simulate(frames=16, max_shift=20.0, blur=blur, noise=0.01 if not blur else 0.002, seed=3)
     estimate = ta.PCC(max_translation=32.0).estimate(data.cube, data.reference)

@@ -57,7 +57,9 @@ def test_bias_at_every_fraction_of_a_pixel(landsat):
     assert torch.stack(bias).abs().max() <= 0.01
 
 
-@pytest.mark.parametrize(("motion", "median"), [("affine", 0.03), ("homography", 0.06)])
+@pytest.mark.parametrize(
+    ("motion", "median"), [pytest.param("affine", 0.03, marks=pytest.mark.slow), ("homography", 0.06)]
+)
 def test_corners_on_landsat(landsat, motion, median):
     ground = landsat.mean(0, keepdim=True)
     cube, reference, truth = simulate_warped_stack(ground, motion=motion, frames=3)
@@ -71,7 +73,14 @@ def test_corners_on_landsat(landsat, motion, median):
     assert errors.max() <= 3 * median
 
 
-@pytest.mark.parametrize(("blur", "worst"), [(0.5, 0.03), (1.5, 0.05), (3.0, 0.06)])
+@pytest.mark.parametrize(
+    ("blur", "worst"),
+    [
+        pytest.param(0.5, 0.03, marks=pytest.mark.slow),
+        (1.5, 0.05),
+        pytest.param(3.0, 0.06, marks=pytest.mark.slow),
+    ],
+)
 def test_cascade_on_shifts_of_20_pixels(landsat, blur, worst):
     # sharp to very smooth scenes; at σ = 3 px little is left of the band: 1 frame in 50 errs by 0.05 … 0.06 px
     cascade = ta.Cascade(ta.PCC(max_translation=32), ta.ECC(max_translation=32))

@@ -103,8 +103,8 @@ def test_the_default_aligner_is_shipped_to_the_tasks(series):
     [
         ("uint8", ("y", "x", "band", "time")),
         ("int64", ("x", "time", "y", "band")),
-        ("float64", ("y", "x", "band", "time")),
-        ("float32", ("x", "time", "y", "band")),
+        pytest.param("float64", ("y", "x", "band", "time"), marks=pytest.mark.slow),
+        pytest.param("float32", ("x", "time", "y", "band"), marks=pytest.mark.slow),
     ],
 )
 def test_dims_in_any_order_and_every_dtype(dtype, dims):
