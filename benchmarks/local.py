@@ -44,7 +44,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates, spline_filter
 
 import torchalign as ta
 from torchalign.functional.affine import invert_warp, transform_points
-from torchalign.functional.local import _Tiles
+from torchalign.functional.local import Mosaic
 from torchalign.functional.shift_field import field_at, field_at_points, is_zero, sigma_at
 from torchalign.functional.warp import backward_displacement
 
@@ -316,8 +316,8 @@ def run_large() -> dict[str, Any]:
         if side == 2048:
             continue
         # across tiles' borders: a window of 600 pixels around each of some of them, estimated alone
-        tiles = _Tiles.of((side, side), local.spacing)
-        borders = [start + tiles.size[0] for start in tiles.starts[0][:-1]]
+        windows = Mosaic((side, side), local.spacing).windows()
+        borders = sorted({rows.stop for rows, _ in windows})[:-1]
         gaps = []
         for border in borders[:3]:
             corner = (border - 300) // local.spacing * local.spacing
@@ -337,7 +337,7 @@ def run_large() -> dict[str, Any]:
             gaps.append(apart[known])
         apart = torch.cat(gaps)
         found |= {
-            "tiles": tiles.number,
+            "tiles": len(windows),
             "apart at borders, median": float(apart.median()),
             "apart at borders, p95": float(apart.quantile(0.95)),
         }

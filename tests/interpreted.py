@@ -33,7 +33,7 @@ from torchalign.functional.channels import extract_channel
 from torchalign.functional.smoothing import enlarge
 from torchalign.functional.working_grid import Window, WorkingGrid
 from torchalign.kernels import defects as kernel_of_defects
-from torchalign.kernels import sampling
+from torchalign.kernels import launching
 from torchalign.kernels.channel import channel_frames
 
 # of the values that are met; both round, each in its own order
@@ -46,8 +46,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 def _few_programs(monkeypatch):
     """An operation takes as long of 8 pixels as of 8,000 here."""
     # (of a channel, whose strides are tested, several)
-    monkeypatch.setattr(sampling, "block_length", lambda kernel: 256 if kernel is channel_frames else 4096)
-    monkeypatch.setattr(kernel_of_defects, "block_length", sampling.block_length)
+    monkeypatch.setattr(launching, "block_length", lambda kernel: 256 if kernel is channel_frames else 4096)
+    monkeypatch.setattr(kernel_of_defects, "block_length", launching.block_length)
 
 
 @pytest.fixture(autouse=True)
@@ -239,7 +239,7 @@ def test_nothing_is_given_for_nothing():
     assert values.shape == (0, 2, 5, 5)
     assert validity.shape == (0, 5, 5)
     assert kernels.score(
-        torch.zeros(0, 5, 5), torch.zeros(1, 5, 5), [torch.zeros(0, 2)], None, None, None, 1
+        torch.zeros(0, 5, 5), torch.zeros(1, 5, 5), torch.zeros(1, 0, 2), None, None, None, 1
     ).shape == (
         0,
         2,
@@ -280,7 +280,7 @@ def test_score(kind, masked, by_torch):
     if kind == "shift":
         second[:, 0] += 0.25
     weight = torch.rand(3, -(-size[0] // step), -(-size[1] // step), generator=draw) if masked else None
-    found = kernels.score(moving, reference, [first, second], usable, other, weight, step)
+    found = kernels.score(moving, reference, torch.stack((first, second)), usable, other, weight, step)
 
     ground = torch.ones(3, -(-size[0] // step), -(-size[1] // step), dtype=torch.bool)
     images = []
@@ -315,16 +315,16 @@ def test_score_of_flat_frames_large_numbers_and_one_reference_each():
     moving[0, 1] = 4.0  # flat
     moving[1, 2] *= 1e25  # whose squares overflow
     none = torch.zeros(2, 3, 2)
-    found = kernels.score(moving, scene, [none], None, None, None, 1)
+    found = kernels.score(moving, scene, none[None], None, None, None, 1)
     expected = torch.ones(2, 3, 2)
     expected[0, 1] = 0
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    nothing = kernels.score(moving, scene, [none + 100], None, None, None, 1)
+    nothing = kernels.score(moving, scene, none[None] + 100, None, None, None, 1)
     assert (nothing == 0).all()
     # one reference for each series of a batch, usable in part of the second
     usable = torch.ones(2, 1, 9, 8, dtype=torch.bool)
     usable[1, :, 4:] = False
-    found = kernels.score(scene, scene[:, :1], [none], None, usable, None, 1)
+    found = kernels.score(scene, scene[:, :1], none[None], None, usable, None, 1)
     expected = quality.normalized_cross_correlation(scene, scene[:, :1], usable)
     torch.testing.assert_close(found[..., 0], expected, rtol=1e-5, atol=1e-6)
 
@@ -455,7 +455,7 @@ def test_climb(dtype, size, by_torch):
     kind = torch.complex64 if dtype == torch.float32 else torch.complex128
     power, start, frequencies = power.to(kind), start.to(dtype), tuple(part.to(dtype) for part in exact)
 
-    shift, last, found = kernels.climb(power, frequencies, start, 4)
+    shift, last, found = kernels.climb(power, frequencies, start, 4, False)
     expected_shift, expected_last, curved = by_torch(peak.refine_peak, power, frequencies, start, steps=3)
     assert shift[1].tolist() == [0.0, 0.0]  # identical frames, exactly
     assert torch.equal(shift[3], start[3])
@@ -771,8 +771,9 @@ def test_a_gradient_takes_the_functions_of_torch(by_torch, monkeypatch):
 
         return call
 
-    for name in set(kernels.__all__) - {"Geometry", "work_on"}:
-        monkeypatch.setattr(kernels, name, watched(getattr(kernels, name)))
+    for name, operator in list(vars(kernels).items()):
+        if f"{getattr(operator, '__module__', '')}".startswith("torchalign.kernels."):
+            monkeypatch.setattr(kernels, name, watched(operator))
     found = ta.PCC().estimate(cube, reference).warp
     # what no gradient flows through, such as the share of usable pixels, is still a kernel's, equal to rounding
     assert launched
@@ -796,8 +797,8 @@ def test_operators_are_kept_by_export():
     names = {str(node.target) for part in parts for node in part.graph.nodes}
     for operator in (
         "see",
-        "mean",
-        "fill",
+        "usable_mean",
+        "filled_holes",
         "coverage",
         "turn",
         "common_window",

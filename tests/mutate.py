@@ -591,7 +591,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gate-what-the-result-stands-for", "functional/quality.py",
-        "kept = _replaced(kept, motions[number], accepted)", "kept = motions[number]",
+        "kept = replaced(kept, motions[number], accepted)", "kept = motions[number]",
         "tests/functional/test_quality.py -k casts_no_doubt",
     ),
     Mutation(
@@ -622,8 +622,8 @@ MUTATIONS = [
     ),
     Mutation(
         "sift-edges", "functional/sift.py",
-        "valid = valid & (contrast.abs() >= min_contrast) & (edge < (max_edge_ratio + 1) ** 2 / max_edge_ratio)",
-        "valid = valid & (contrast.abs() >= min_contrast)",
+        "valid = valid & (contrast.abs() >= _MIN_CONTRAST) & (edge < (max_edge_ratio + 1) ** 2 / max_edge_ratio)",
+        "valid = valid & (contrast.abs() >= _MIN_CONTRAST)",
         f"{_F}/test_sift.py -k long_and_thin",
     ),
     Mutation(
@@ -744,8 +744,8 @@ MUTATIONS = [
     ),
     Mutation(
         "lgm-too-few", "lgm.py",
-        "status = torch.where(evidence >= _LEAST_EVIDENCE, status, int(Status.TOO_FEW_MATCHES))",
-        "pass",
+        "status = torch.where(evidence >= _LEAST_EVIDENCE, 0, int(Status.TOO_FEW_MATCHES))",
+        "status = torch.zeros_like(evidence, dtype=torch.int64)",
         "tests/test_lgm.py -k other_places",
     ),
     Mutation(
@@ -778,7 +778,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cascade-last-trusted", "cascade.py",
-        "torch.where(trusted[..., None, None], warps[1], warps[0]),", "warps[1],",
+        "trusted = second.status == 0", "trusted = second.status >= 0",
         "tests/test_ecc.py -k 'one_image'",
     ),
     # --- CUDA graphs ---
@@ -908,6 +908,12 @@ MUTATIONS = [
         "reference-anchor", "cube/reference.py",
         "anchored = compose_warps(warp, invert_warp(middle).expand_as(warp))", "anchored = warp",
         "tests/test_series.py -k common_offset",
+    ),
+    Mutation(
+        "reference-placed", "cube/reference.py",
+        "return reader.source(name, over_time(word, reader, found))",
+        "return reader.source(name, over_time(word, reader))",
+        "tests/test_series.py -k hold_frames",
     ),
     Mutation(
         "reference-median-of-even", "cube/reference.py",

@@ -56,8 +56,12 @@ KERNELS = {
         {"frames": "*fp16", "mask": "*u8", "usable": "*u8"},
         {"MODE": 1, "MASKED": True, "COMPUTE": "float32"},
     ),
-    "climb_frames": ("climb", {"peaks": "*u8"}, {"COMPUTE": "float32", "EPSILON": 1e-07}),
-    "peak_frames": ("peak", {}, {"TINY": 1e-38, "COMPUTE": "float32"}),
+    "climb_frames": (
+        "climb",
+        {"peaks": "*u8"},
+        {"DIVIDED": True, "COMPUTE": "float32", "EPSILON": 1e-07},
+    ),
+    "peak_frames": ("peak", {"outsides": "*u8"}, {"TINY": 1e-38, "COMPUTE": "float32"}),
     "turn_frames": ("turn", {}, {}),
     "cross_frames": ("turn", {}, {}),
     "alike_frames": ("alike", {}, {"STEP": 4, "REACH": 1, "TINY": 1e-14, "COMPUTE": "float32"}),
@@ -67,14 +71,13 @@ KERNELS = {
     "fill_frames": ("texture", {"usable": "*u8"}, {"COMPUTE": "float32"}),
     "cover_frames": ("texture", {"usable": "*u8"}, {"COMPUTE": "float32"}),
     "assess_frames": ("assess", {}, {"COMPUTE": "float32", "TINY": 1e-38, "EPSILON": 1e-07}),
-    "overlap_frames": ("divide", {}, {"COVERED": True, "OTHER_COVERED": True}),
-    "divided_frames": ("divide", {}, {"COMPUTE": "float32", "EPSILON": 1e-07}),
+    "overlap_frames": ("climb", {}, {"COVERED": True, "OTHER_COVERED": True}),
     "profile_frames": ("defects", {"usable": "*u8"}, {"MASKED": True, "COMPUTE": "float32"}),
     "repeat_frames": ("defects", {"factor": "*i64"}, {"COMPUTE": "float32", "TINY": 1e-38, "FACTORS": 8}),
-    "unit_frames": ("contrast", {"empty": "*u8", "flat": "*u8"}, {"COMPUTE": "float32"}),
-    "smooth_frames": ("contrast", {}, {"SQUARED": False, "COMPUTE": "float32"}),
-    "contrast_frames": ("contrast", {}, {"WEIGHTED": True, "LEAST": 1e-19}),
-    "share_frames": ("contrast", {}, {"COMPUTE": "float32"}),
+    "unit_frames": ("texture", {"empty": "*u8", "flat": "*u8"}, {"COMPUTE": "float32"}),
+    "smooth_frames": ("texture", {}, {"SQUARED": False, "COMPUTE": "float32"}),
+    "contrast_frames": ("texture", {}, {"WEIGHTED": True, "LEAST": 1e-19}),
+    "share_frames": ("texture", {}, {"COMPUTE": "float32"}),
     "blur_frames": ("blur", {}, {"DOWN": True, "MIRRORED": True, "COMPUTE": "float32"}),
     "look_frames": (
         "ascend",
@@ -101,8 +104,11 @@ POINTERS = (  # noqa: SIM905
     "spline warp level_x level_y level_weights common moves weights regressors inverses solutions rests corners "
     "warps reaches weighted shifts blurred together fields spectra own other moved cover other_cover profile factor "
     "field noise empty unit flat result detail variance typical contrast coverage root local coefficients at inside "
-    "similarity around whole products pull"
+    "similarity around whole products pull significances outsides heights spreads settled_shift covariance curvatures "
+    "fixed inverse"
 ).split()
+# of cubes and of masks
+STRIDES = {"strides": ("i64",) * 4, "mask_strides": ("i64",) * 3}
 
 
 def compiled(name: str, capability: int, **constants: object):
@@ -111,7 +117,7 @@ def compiled(name: str, capability: int, **constants: object):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from torchalign.kernels import sampling
+    from torchalign.kernels import launching
 
     module, pointers, fixed = KERNELS[name]
     kernel = getattr(importlib.import_module(f"torchalign.kernels.{module}"), name)
@@ -121,6 +127,8 @@ def compiled(name: str, capability: int, **constants: object):
         own = parameter.name
         if own in fixed or own == "BLOCK":
             signature[own] = "constexpr"
+        elif own in STRIDES:
+            signature[own] = STRIDES[own]
         elif "float" in parameter.annotation or parameter.annotation == "fp64":
             signature[own] = "fp64"
         else:
@@ -128,7 +136,7 @@ def compiled(name: str, capability: int, **constants: object):
     kinds = {
         key: getattr(language, value) if isinstance(value, str) else value for key, value in fixed.items()
     }
-    kinds["BLOCK"] = sampling.block_length(kernel)
+    kinds["BLOCK"] = launching.block_length(kernel)
     source = ASTSource(fn=kernel, signature=signature, constexprs=kinds)
     return triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False}
@@ -159,16 +167,17 @@ def test_every_kernel_compiles(name, capability):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "constants",
+    ("name", "constants"),
     [
-        {"KIND": 2, "INTERPOLATION": 2, "PADDING": 2},
-        {"INTERPOLATION": 0, "PADDING": 1, "FILLED": False, "MASKED": False},
-        {"COMPUTE": "float64", "POSITION": "float64", "INDEX": "int64"},
-        {"FLOATING": False, "LOWEST": 0, "HIGHEST": 255},
+        ("resample_frames", {"KIND": 2, "INTERPOLATION": 2, "PADDING": 2}),
+        ("resample_frames", {"INTERPOLATION": 0, "PADDING": 1, "FILLED": False, "MASKED": False}),
+        ("resample_frames", {"COMPUTE": "float64", "POSITION": "float64", "INDEX": "int64"}),
+        ("resample_frames", {"FLOATING": False, "LOWEST": 0, "HIGHEST": 255}),
+        ("climb_frames", {"DIVIDED": False}),
     ],
 )
-def test_the_warp_compiles_in_other_kinds(constants):
-    assert len(compiled("resample_frames", 90, **constants).asm["cubin"]) > 1000
+def test_kernels_compile_in_other_kinds(name, constants):
+    assert len(compiled(name, 90, **constants).asm["cubin"]) > 1000
 
 
 def test_every_kernel_is_named_here():
@@ -231,7 +240,7 @@ def test_kernels_run_where_their_tensors_lie(monkeypatch):
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from torchalign.kernels import sampling
+    from torchalign.kernels import launching
 
     runs = []
 
@@ -252,15 +261,15 @@ def test_kernels_run_where_their_tensors_lie(monkeypatch):
             torch.empty(4, 5, dtype=torch.bool, device="cuda:1"),
             torch.empty(4, 5, device="cuda:1").mT,
         )
-        sampling.launch(Kernel(), 3, (flags, None, values), (7,), samples=100, WIDE=True)
-        sampling.launch(Kernel(), 0, (flags, values))
+        launching.launch(Kernel(), (3,), (4, 25), (flags, None, values), (7,), WIDE=True)
+        launching.launch(Kernel(), (0,), (), (flags, values))
     assert places == [1]
     ((grid, given, constants),) = runs
     assert grid == (6,)  # two blocks of 64 for each of three frames
     assert [tensor.dtype for tensor in given[:3]] == [torch.uint8, torch.uint8, torch.float32]
     assert given[2].is_contiguous()
     assert given[3:] == (7,)
-    computes = sampling.tl.float32
+    computes = launching.tl.float32
     assert constants == {"WIDE": True, "COMPUTE": computes, "BLOCK": 64, "enable_fp_fusion": False}
 
 
@@ -312,33 +321,34 @@ def test_where_triton_does_not_work_it_is_said_once(monkeypatch, trials, version
     assert [str(warning.message).startswith(text) for warning in told] == [True]
     assert told[0].filename == __file__  # which is the user's, and neither ours nor torch's
     clock[0] += 1e9
-    assert not kernels.work_on(0)
-    assert not kernels.work_on(0, tries=False)
+    assert not _host._runs_triton(0)
+    assert kernels.work_on(0, tries=False) == (False, "")
     assert outcomes == [None]  # it was not tried again
 
 
 def test_what_may_pass_is_tried_again(trials):
     import torch
 
-    from torchalign import kernels
+    from torchalign import _host, kernels
 
     outcomes, clock = trials
-    assert kernels.work_on(0, tries=False)  # nothing is known against it
+    works, fails = (True, ""), (False, "")
+    assert kernels.work_on(0, tries=False) == works  # nothing is known against it
     outcomes += [torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space left on device"), None]
     with pytest.warns(RuntimeWarning, match="got OutOfMemoryError: CUDA out of memory; all runs without it"):
-        assert not kernels.work_on(0)
-    assert not kernels.work_on(0)  # not dozens of times in one call of an aligner
-    assert not kernels.work_on(0, tries=False)
+        assert not _host._runs_triton(0)
+    assert kernels.work_on(0) == fails  # not dozens of times in one call of an aligner
+    assert kernels.work_on(0, tries=False) == fails
     assert len(outcomes) == 2
     clock[0] += 60
-    assert not kernels.work_on(0)  # and it is said once
+    assert kernels.work_on(0) == fails  # and it is said once
     clock[0] += 60
-    assert kernels.work_on(0)
+    assert kernels.work_on(0) == works
     assert outcomes == []
-    assert kernels.work_on(0)
-    assert kernels.work_on(0, tries=False)
+    assert kernels.work_on(0) == works
+    assert kernels.work_on(0, tries=False) == works
     outcomes.append(None)
-    assert kernels.work_on(1)  # each GPU on its own
+    assert kernels.work_on(1) == works  # each GPU on its own
 
 
 def test_a_recording_tries_nothing_and_goes_by_what_is_known(monkeypatch, trials):
@@ -367,7 +377,7 @@ def test_threads_try_a_gpu_once(trials, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [True] * 4
+    assert found == [(True, "")] * 4
     assert len(tried) == 1
 
 

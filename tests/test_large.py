@@ -261,7 +261,7 @@ def test_local_shifts_are_those_of_the_cube_in_memory(tmp_path, monkeypatch, ali
     assert report.status.values.tolist() == [0, 0]
     cube = ta.open_stack(tmp_path / "in")
     aligned, whole = ta.align(cube, "first", aligner)
-    assert local._Tiles.of((230, 210), 8).number >= 9
+    assert len(local.Mosaic((230, 210), 8).windows()) >= 9
     assert float(whole.local_shift_p95[1]) > 0.3
     moves, expected = (displacement_of(one, (230, 210))[1][..., 12:-12, 12:-12] for one in (report, whole))
     apart = np.hypot(*(moves - expected))
@@ -330,7 +330,8 @@ def test_strips_are_read_once_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(ta.io, "progress_bar", progress)
     monkeypatch.setattr(Reading, "pixels", lambda self, rows: reads.append(rows) or read(self, rows))
     ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", ta.Local(spacing=8))
-    down, across = map(len, local._Tiles.of((230, 210), 8).starts)
+    windows = local.Mosaic((230, 210), 8).windows()
+    down, across = (len({part.start for part in parts}) for parts in zip(*windows, strict=True))
     rows, blocks = len(tiles._grid((230, 210))), len(tiles._row_blocks((230, 210), 1))
     assert across > 1
     assert sum(told) == 0

@@ -75,14 +75,46 @@ def cloudy():
     return make_series(16, 80, bands=1, dtype="float32", cloud_fraction=0.3, max_shift=3.0, seed=2)
 
 
-def test_iterative_beats_first_and_median(cloudy):
+def test_medians_beat_the_first_frame(cloudy):
     found = {
         name: error(align(cloudy.cube, name, mask=cloudy.clear, verify=False)[1], cloudy.shift)
         for name in ("first", "median", "iterative")
     }
-    assert found["iterative"] < 0.9 * found["first"]
-    assert found["iterative"] < 0.5 * found["median"]
-    assert found["iterative"] < 0.02
+    for name in ("median", "iterative"):
+        assert found[name] < 0.9 * found["first"]
+        assert found[name] < 0.02
+
+
+def test_a_median_under_clouds_does_not_hold_frames_where_they_lie():
+    """Pixels of a frame that show in the median fit that frame as it lies: frames are placed by their pairs before."""
+    series = make_series(16, 128, bands=1, dtype="float32", cloud_fraction=0.4, seed=1)
+
+    def errors(reference):
+        _, report = align(series.cube, reference, verify=False)
+        kept = (report.status == 0).values
+        apart = (shifts(report) - series.shift)[kept]
+        return np.linalg.norm(apart - np.median(apart, 0), axis=1), report.sigma.values[kept]
+
+    placed, sigma = errors("median")
+    assert len(placed) >= 15
+    assert (placed < 4 * sigma).all()
+    assert placed.max() < 0.15
+    plain, _ = errors(series.cube.median("time"))
+    assert plain.max() > 0.5
+
+
+def test_a_median_of_frames_that_have_no_place_is_of_them_as_they_are():
+    series = make_series(6, 64, bands=1, dtype="float32", nodata=None)
+    values = np.random.default_rng(0).random(series.cube.shape).astype("f4")
+    _, report = align(series.cube.copy(data=values), "median", verify=False)
+    assert report.attrs["reference"] == "median"
+    _, report = align(series.cube, "median", verify=False)
+    assert report.attrs["reference"] == "median (of 6 frames, placed by their pairs)"
+
+
+def test_frames_that_lie_well_are_in_the_median_as_they_are():
+    series = make_series(5, 64, bands=1, dtype="float32", nodata=None, max_shift=0.0, noise=0.0)
+    assert (align(series.cube, "median", verify=False)[1].warp.values == np.eye(2, 3)).all()
 
 
 def test_a_common_offset_changes_nothing(cloudy):
@@ -123,7 +155,7 @@ def test_iterative_leaves_out_frames_that_show_nothing():
     assert report.status.values[5] != Status.OK
     np.testing.assert_array_equal(aligned[2], series.cube[2])
     assert error(report.isel(time=good), series.shift[good]) < 0.03
-    assert report.attrs["reference"].startswith("iterative (")
+    assert report.attrs["reference"].startswith(("iterative (", "median ("))
 
 
 def test_frames_that_were_rejected_are_not_in_the_next_median(monkeypatch):
@@ -131,9 +163,9 @@ def test_frames_that_were_rejected_are_not_in_the_next_median(monkeypatch):
     series.cube[3] = 0.5
     original = torchalign.xr.find_reference
 
-    def spy(reference, reader, estimate, prefers):
-        seen.append(estimate(original("median", reader, estimate, prefers)))
-        return original(reference, reader, estimate, prefers)
+    def spy(reference, reader, estimate, pairs):
+        seen.append(estimate(original("median", reader, estimate, pairs)))
+        return original(reference, reader, estimate, pairs)
 
     monkeypatch.setattr(torchalign.xr, "find_reference", spy)
     _, report = align(series.cube, "median")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -66,3 +67,17 @@ def test_the_larger_axis_is_the_root_of_the_larger_eigenvalue():
     assert largest_sigma(isotropic(torch.tensor(3.0))) == 3
     assert math.isinf(isotropic(torch.tensor(math.inf))[0, 0])
     assert isotropic(torch.tensor(math.inf))[0, 1] == 0
+
+
+def test_what_takes_the_same_shows_the_same():
+    """Arguments are written and explained once, and shown by every function that takes them."""
+    for like, shown in (
+        (ta.PCC.forward, ta.PCC.estimate),
+        (ta.LGM.matches, ta.PCC.estimate),
+        (ta.warp, ta.functional.warp.resample),
+    ):
+        own, other = inspect.signature(like), inspect.signature(shown)
+        assert own.parameters == other.parameters
+        assert own.return_annotation != other.return_annotation
+        said = shown.__doc__.partition("Args:")[2].partition("Returns:")[0]
+        assert said.split() == like.__doc__.partition("Args:")[2].partition("Returns:")[0].split()

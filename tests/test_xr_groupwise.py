@@ -236,10 +236,10 @@ def test_a_chain_follows_the_frames(made):
 def test_iterative_is_dropped_where_pairs_say_that_it_wandered(made, monkeypatch):
     from torchalign.cube import series
 
-    monkeypatch.setattr(series.PairEvidence, "prefers", lambda self, first, second: True)
+    monkeypatch.setattr(series.PairPositions, "prefers", lambda self, first, second: True)
     _, kept = ta.align(made.cube, "iterative", "pcc", verify=False)
     assert kept.attrs["reference"].startswith("iterative (")
-    monkeypatch.setattr(series.PairEvidence, "prefers", lambda self, first, second: False)
+    monkeypatch.setattr(series.PairPositions, "prefers", lambda self, first, second: False)
     _, dropped = ta.align(made.cube, "iterative", "pcc", verify=False)
     assert dropped.attrs["reference"].startswith("median (")
     _, median = ta.align(made.cube, "median", "pcc", verify=False)
@@ -249,10 +249,10 @@ def test_iterative_is_dropped_where_pairs_say_that_it_wandered(made, monkeypatch
 def test_pairs_prefer_the_truth(made):
     from torchalign.cube.pixels import Pixels
     from torchalign.cube.reference import FrameReader
-    from torchalign.cube.series import PairEvidence
+    from torchalign.cube.series import PairPositions
 
     cube = Cube.of(made.cube)
-    evidence = PairEvidence(FrameReader(cube, Pixels.of(cube), None, torch.device("cpu")))
+    evidence = PairPositions(FrameReader(cube, Pixels.of(cube), None, torch.device("cpu")), ta.PCC())
 
     def found(shift):
         warp = torch.eye(2, 3).repeat(12, 1, 1)

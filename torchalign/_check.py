@@ -6,19 +6,24 @@ All raise TypeError for another kind of thing or another dtype, ValueError for a
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import operator
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_args, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Option = TypeVar("Option")
 Number = TypeVar("Number", bound=float | None)
+Owner = TypeVar("Owner", bound=nn.Module)
+Given = ParamSpec("Given")
+Returned = TypeVar("Returned")
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,9 +75,8 @@ def check_kind(
 
 def check_path(name: str, path: object) -> Path:
     """``path`` must be one, or text."""
-    check_kind(
-        name, path, (str, os.PathLike), "a path, as text or a pathlib.Path", "give one", optional=False
-    )
+    kinds = (str, os.PathLike)
+    check_kind(name, path, kinds, "a path, as text or a pathlib.Path", "give one", optional=False)
     return Path(path)  # type: ignore[arg-type]  # as was checked
 
 
@@ -119,9 +123,8 @@ def check_whole(name: str, value: object, *, minimum: int = 1, maximum: int = 2*
     try:
         number = operator.index(value)  # type: ignore[arg-type]  # that it can be told is being tried
     except TypeError:  # arrays have the method, too
-        raise TypeError(
-            message(name, expected, f"{value!r} ({type(value).__name__})", "give an int")
-        ) from None
+        got = f"{value!r} ({type(value).__name__})"
+        raise TypeError(message(name, expected, got, "give an int")) from None
     if not minimum <= number <= maximum:
         raise ValueError(message(name, expected, number, "give a number within these bounds"))
     return number
@@ -221,3 +224,51 @@ def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         cure = f"move it: {name}.to(cube.device)"
         raise ValueError(message(name, f"the cube's device {like.device}", tensor.device, cure))
+
+
+# --- arguments that several public functions share: written once, shown by each ---
+
+
+def _said_of_arguments(documented: Any) -> dict[str, str]:
+    """What a docstring says of each argument, as it is indented there."""
+    text = inspect.cleandoc(documented.__doc__ or "")
+    section = re.search(r"(?<=^Args:\n).*?(?=\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
+    said = re.split(r"\n(?=    \S)", section.group()) if section else []
+    return {line.partition(":")[0].strip(): line for line in said}
+
+
+@overload
+def like(
+    shown: Callable[Concatenate[Owner, Given], Any],
+) -> Callable[[Callable[..., Returned]], Callable[Concatenate[Any, Given], Returned]]: ...
+@overload
+def like(shown: Callable[Given, Any]) -> Callable[[Callable[..., Returned]], Callable[Given, Returned]]: ...
+def like(shown: Any) -> Any:
+    """A function (or method) that takes what another takes: type checkers know it, ``help`` shows and explains it."""
+
+    def show(function: Any) -> Any:
+        returned = inspect.signature(function).return_annotation
+        function.__signature__ = inspect.signature(shown).replace(return_annotation=returned)
+        text = inspect.cleandoc(function.__doc__ or "")
+        head, gap, rest = re.split(r"(\n\n(?=Returns:|Raises:|Example:)|\Z)", text, maxsplit=1)
+        function.__doc__ = "\n".join((f"{head}\n\nArgs:", *_said_of_arguments(shown).values())) + gap + rest
+        return function
+
+    return show
+
+
+def show_shared(kind: type, source: type, names: Container[str]) -> None:
+    """Have ``kind`` show the options of ``source`` that its constructor takes as ``**shared``, as if written there."""
+    constructor: Any = vars(kind)["__init__"]
+    signature = inspect.signature(constructor)
+    own = [parameter for name, parameter in signature.parameters.items() if name != "shared"]
+    if len(own) == len(signature.parameters):
+        return
+    options = inspect.signature(source).parameters
+    shown = {name: options[name] for name in options if name in names and name not in signature.parameters}
+    constructor.__signature__ = signature.replace(parameters=[*own, *shown.values()])
+    said = _said_of_arguments(source)
+    text = "\n".join(said[name] for name in shown if name in said)
+    if kind.__doc__ and text:
+        lines = inspect.cleandoc(kind.__doc__).splitlines()
+        kind.__doc__ = "\n".join(text if "**shared:" in line else line for line in lines)

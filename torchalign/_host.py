@@ -11,10 +11,13 @@ import mmap
 import os
 import sys
 import threading
+import traceback
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -22,6 +25,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from torchalign._check import message
 
 __all__ = [
     "all_finite",
@@ -266,6 +271,8 @@ _unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual  # torch leaves i
 
 # Triton comes with torch's CUDA wheels; with TRITON_INTERPRET=1 its kernels run on CPU tensors, to be tested.
 HAS_TRITON = importlib.util.find_spec("triton") is not None and os.environ.get("TORCHALIGN_KERNELS") != "0"
+# where no user's own line is
+_INNER = f"{Path(__file__).parent}{os.sep}", f"{Path(str(torch.__file__)).parent}{os.sep}"
 _KERNELS_ON = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
@@ -297,7 +304,14 @@ def _runs_triton(index: int | None) -> bool:
     from torchalign import kernels
 
     index = torch.cuda.current_device() if index is None else index
-    return kernels.work_on(index, tries=not torch.cuda.is_current_stream_capturing())
+    works, fault = kernels.work_on(index, tries=not torch.cuda.is_current_stream_capturing())
+    if fault:
+        expected = f"a Triton of {kernels.OLDEST} or later that compiles for this GPU"
+        cure = "all runs without it, and takes several times as long; TORCHALIGN_KERNELS=0 does so without this warning"
+        files = [frame.filename for frame in reversed(traceback.extract_stack())]
+        level = next((number for number, file in enumerate(files, 1) if not file.startswith(_INNER)), 1)
+        warnings.warn(message("kernels", expected, fault, cure), RuntimeWarning, stacklevel=level)
+    return works
 
 
 _lock = threading.Lock()

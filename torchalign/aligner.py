@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict
@@ -24,6 +23,8 @@ from torchalign._check import (
     check_option,
     check_reference,
     check_warp,
+    like,
+    show_shared,
 )
 from torchalign._host import (
     all_finite,
@@ -121,7 +122,7 @@ class Aligner(nn.Module, ABC):
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
         if "__init__" in vars(cls):
-            _show_shared_options(cls)
+            show_shared(cls, Aligner, SharedOptions.__annotations__)
 
     def __init__(
         self,
@@ -148,26 +149,6 @@ class Aligner(nn.Module, ABC):
         self.interpolation = check_option("interpolation", interpolation, Interpolation)
         self.padding_mode = check_option("padding_mode", padding_mode, PaddingMode)
         self.fill_value = fill_value
-
-    def forward(
-        self,
-        cube: Tensor,
-        reference: Tensor,
-        mask: Tensor | None = None,
-        reference_mask: Tensor | None = None,
-        *,
-        init: Tensor | None = None,
-    ) -> Alignment:
-        """Align every frame of ``cube`` with ``reference``; arguments and errors as in :meth:`estimate`.
-
-        Returns:
-            ``Alignment(aligned, estimate)``: all bands resampled once, in the cube's dtype; frames that were not
-            accepted come back bit for bit.
-        """
-        check_cube(cube)
-        # one region around all of it: torch.export can save no size that is handed from one to the next
-        with full_precision(cube):
-            return self._align(self._check(cube, reference, mask, reference_mask, init))
 
     def _align(self, job: Any) -> Alignment:
         blocks = self._blocks(job)
@@ -221,6 +202,23 @@ class Aligner(nn.Module, ABC):
             job = self._check(cube, reference, mask, reference_mask, init)
             return self._estimate_all(job, self._blocks(job))
 
+    @like(estimate)
+    def forward(self, cube: Tensor, reference: Tensor, *given: Any, **named: Any) -> Alignment:
+        """Align every frame of ``cube`` with ``reference``.
+
+        Returns:
+            ``Alignment(aligned, estimate)``: all bands resampled once, in the cube's dtype; frames that were not
+            accepted come back bit for bit.
+
+        Raises:
+            TypeError: a dtype does not fit.
+            ValueError: a shape or a device does not fit.
+        """
+        check_cube(cube)
+        # one region around all of it: torch.export can save no size that is handed from one to the next
+        with full_precision(cube):
+            return self._align(self._check(cube, reference, *given, **named))
+
     def prepare_reference(self, image: Tensor, usable: Tensor | None) -> Any:
         """What the method needs of the reference, made once for all frames that share it.
 
@@ -236,7 +234,7 @@ class Aligner(nn.Module, ABC):
     @property
     def score_contrast(self) -> Contrast:
         """What frames are compared by: ``"local"``, or across sensors ``"structure"``."""
-        return "local"
+        return "structure" if getattr(self, "contrast", None) == "structure" else "local"
 
     def score_image(self, image: Tensor, usable: Tensor | None) -> Tensor:
         """What of the channel the gate correlates, by :attr:`score_contrast`.
@@ -268,12 +266,7 @@ class Aligner(nn.Module, ABC):
         """
 
     def _check(
-        self,
-        cube: Tensor,
-        reference: Tensor,
-        mask: Tensor | None,
-        reference_mask: Tensor | None,
-        init: Tensor | None,
+        self, cube: Any, reference: Any, mask: Any = None, reference_mask: Any = None, init: Any = None
     ) -> Any:
         reference = check_reference(reference, cube)
         batch, size = cube.shape[:-3], cube.shape[-2:]
@@ -286,7 +279,7 @@ class Aligner(nn.Module, ABC):
         image, usable = self._extract_channel(reference, reference_mask)
         # what all blocks share is prepared once, the rest with its block
         shared = image.shape[0] == 1 and (usable is None or usable.shape[0] == 1)
-        prepared = _Prepared(self.prepare_reference(image, usable)) if shared else None
+        prepared = self.prepare_reference(image, usable) if shared else None
         return Job(cube, mask, image, usable, prepared, init)
 
     def _blocks(self, job: Any) -> list[slice]:
@@ -397,8 +390,10 @@ class Aligner(nn.Module, ABC):
         init, finite = (None, None) if job.init is None else finite_warp(job.init.to(moving.dtype))
         if init is not None and origin != (0, 0):
             init = change_origin(init, origin)
-        prepared = job.prepared or _Prepared(self.prepare_reference(job.reference, job.usable))
-        return Block(moving, usable, prepared.value, init, finite, origin)
+        prepared = job.prepared
+        if prepared is None:
+            prepared = self.prepare_reference(job.reference, job.usable)
+        return Block(moving, usable, prepared, init, finite, origin)
 
     def _find_motion(self, job: Job, block: Block) -> Motion:
         """The method's motion; a frame whose init was not finite has not converged."""
@@ -474,10 +469,6 @@ class Aligner(nn.Module, ABC):
         return {name: value for name, value in named.items() if not isinstance(value, nn.Module)}
 
 
-class _Prepared(NamedTuple):
-    value: Any
-
-
 class Judged(NamedTuple):
     """What is known of a block."""
 
@@ -493,7 +484,7 @@ class Job(NamedTuple):
     mask: Tensor | None  # (..., T, H, W)
     reference: Tensor  # (..., 1 or T, h, w), the channel, cropped
     usable: Tensor | None  # (..., 1 or T, h, w), of the reference
-    prepared: _Prepared | None  # of a reference that all blocks share
+    prepared: Any  # what the method made of a reference that all blocks share, or ``None``
     init: Tensor | None
 
     def tensors(self) -> list[Tensor]:
@@ -594,21 +585,3 @@ def some_frames(parts: Fields, rows: slice | Tensor) -> Fields:
 def with_lead(parts: Fields, lead: Sequence[int]) -> Fields:
     """A tuple of tensors (N, ...), of N flattened frames, as (*lead, ...)."""
     return each_field(parts, lambda part: part.reshape(*lead, *part.shape[1:]))
-
-
-def _show_shared_options(kind: type[Aligner]) -> None:
-    """The signature and the docstring of a method name the options behind ``**shared``, as if written there."""
-    constructor: Any = vars(kind)["__init__"]
-    signature = inspect.signature(constructor)
-    own = [parameter for name, parameter in signature.parameters.items() if name != "shared"]
-    if len(own) == len(signature.parameters):
-        return
-    options = inspect.signature(Aligner.__init__).parameters
-    shown = [
-        option for name, option in options.items() if name != "self" and name not in signature.parameters
-    ]
-    constructor.__signature__ = signature.replace(parameters=[*own, *shown])
-    text = re.search(r"(?<=Args:\n).*?(?=\n\n)", inspect.cleandoc(Aligner.__doc__ or ""), re.DOTALL)
-    if kind.__doc__ and text:
-        lines = inspect.cleandoc(kind.__doc__).splitlines()
-        kind.__doc__ = "\n".join(text.group() if "**shared:" in line else line for line in lines)

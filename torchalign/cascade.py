@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torchalign._check import message
 from torchalign.aligner import Aligner, Block, Job, Judged, Pair, flagged
 from torchalign.functional import affine
-from torchalign.functional.quality import centre_moves, parts_disagree
+from torchalign.functional.quality import centre_moves, parts_disagree, replaced
 from torchalign.functional.shift_field import move_origin
 from torchalign.functional.texture import Contrast
-from torchalign.functional.uncertainty import isotropic
 from torchalign.local import Local
 from torchalign.types import Estimate, Motion
 
@@ -203,23 +202,15 @@ def _next_init(init: Tensor | None, motion: Motion, stage: Aligner, size: tuple[
 
 
 def _last_trusted(first: Motion, second: Motion) -> Motion:
-    """Frame by frame the second where it is trusted, else the first; inliers are the second's."""
-    warps = first.warp, second.warp
-    if warps[0].shape[-2] != warps[1].shape[-2]:
-        warps = affine.to_homogeneous(warps[0]), affine.to_homogeneous(warps[1])
+    """Frame by frame the second where it is trusted, else the first; inliers and field are the second's."""
+    if first.warp.shape[-2] != second.warp.shape[-2]:
+        first, second = (one._replace(warp=affine.to_homogeneous(one.warp)) for one in (first, second))
     trusted = second.status == 0
-    covariances = [
-        isotropic(one.sigma) if one.covariance is None else one.covariance for one in (first, second)
-    ]
-    return Motion(
-        torch.where(trusted[..., None, None], warps[1], warps[0]),
-        torch.where(trusted, second.sigma, first.sigma),
-        torch.where(trusted, second.status, first.status),
-        second.inliers,
-        first.only_shifts and second.only_shifts,
-        torch.where(trusted[..., None, None], covariances[1], covariances[0]),
-        second.field,
-        torch.where(trusted, parts_disagree(second), parts_disagree(first)),
+    return replaced(first, second, trusted)._replace(
+        inliers=second.inliers,
+        only_shifts=first.only_shifts and second.only_shifts,
+        field=second.field,
+        distorted=torch.where(trusted, parts_disagree(second), parts_disagree(first)),
     )
 
 

@@ -516,9 +516,8 @@ def demo_stack(
         values[number], clear[number] = _add_clouds(values[number], fraction, random)
     values += random.normal(0.0, noise, values.shape)
     rows, columns = np.indices(size)
-    beyond = (
-        columns / size[1] + 0.25 * rows / size[0] > 0.93
-    )  # the swath's edge runs from north to south-west
+    # the swath's edge runs from north to south-west
+    beyond = columns / size[1] + 0.25 * rows / size[0] > 0.93
     values[cut, :, beyond] = np.nan
     clear[cut] &= ~beyond
 

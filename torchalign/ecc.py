@@ -135,11 +135,6 @@ class ECC(Aligner):
         max_sigma = (1.0 if structure else 0.1) if max_sigma is None else max_sigma
         self.max_sigma = check_number("max_sigma", max_sigma, minimum=0, inclusive=False, optional=True)
 
-    @property
-    def score_contrast(self) -> Contrast:
-        """See :attr:`Aligner.score_contrast`."""
-        return "structure" if self.contrast == "structure" else "local"
-
     def prepare_reference(self, image: Tensor, usable: Tensor | None) -> list[Level]:
         """The reference's pyramid, its gradients and their products, see :meth:`Aligner.prepare_reference`."""
         return prepare_levels(image, usable, motion=self.motion, taper=self.taper, **self._seen_as())

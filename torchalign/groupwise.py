@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -238,7 +238,7 @@ class Groupwise(nn.Module):
         with full_precision(cube):
             seen, usable = self.aligner._extract_channel(cube, mask)
             size = (seen.shape[-2], seen.shape[-1])
-            if self._by_textures() is not None:
+            if self.keeps_textures:
                 texture = self.aligner.prepare_reference(seen, usable)
                 return Frames(texture, size, find_enlargement(seen, usable))
             factor = torch.ones_like(seen[:, 0, 0], dtype=torch.int64)  # the aligner looks itself
@@ -274,26 +274,44 @@ class Groupwise(nn.Module):
         Returns:
             :class:`Solution`.
         """
-        count = frames.texture.field.shape[0]
+        count, dtype = frames.texture.field.shape[0], frames.texture.field.dtype
         edges, said = self._compare(frames)
-        usable = said.usable
-        positions = network.solve_positions(said.shift, said.sigma, usable, edges, count)
+        positions = network.solve_positions(said.shift, said.sigma, said.usable, edges, count)
+        position, connected = positions.position, positions.connected
         variance = network.position_variance(positions, edges) + _own_variance(said, positions, edges, count)
         direction = None if sun is None else network.shadow_direction(sun)
         term = self._find_season(frames, edges, positions, direction)
+        season, widened = torch.zeros_like(position), torch.zeros_like(variance)
+        if term is not None:
+            widened = term.spread.square() / term.blocks.clamp(min=1)
+        covariance = isotropic((variance + widened).sqrt())
+        if term is not None and direction is not None:
+            along = direction - median_of(direction, connected)
+            along = torch.where(along.isfinite(), along, 0.0)
+            season = term.slope * along
+            kept = torch.hypot(term.sigma, term.slope)
+            if self.season == "correct":
+                position, kept = position - season, term.sigma
+                gauge = median_of(position.detach(), connected)
+                position = torch.where(connected[:, None], position - gauge, 0.0)
+            spread = (kept * along)[:, :, None]
+            covariance = covariance + spread * spread.mT
+            widened = widened + (kept * along).square().sum(-1)
+
         pairs = torch.stack([edges.distinct, said.ambiguous & edges.distinct]).double()
         pairs, unclear = sum_of_pairs(edges, pairs, count)
         ambiguous = (unclear > 0) & (2 * unclear >= pairs)
-        estimate, widened, season = self._judge(frames, positions, variance, term, direction, ambiguous)
-        dtype = frames.texture.field.dtype
+        status = self._status(position, connected, ambiguous, frames.texture.flat)
+        estimate = self._conclude(frames, position, covariance, status)
+        of_frames = (positions.closure, positions.support, widened.sqrt(), season)
+        of_frames = each_field(of_frames, lambda values: values.to(dtype))
         weight, residual = positions.weight.to(dtype), positions.residual.to(dtype)
-        of_frames = (positions.closure.to(dtype), positions.support.to(dtype), widened, season)
         return Solution(estimate, *of_frames, edges.moving, edges.reference, weight, residual)
 
-    def _by_textures(self) -> PCC | None:
-        """The aligner, if it compares textures that are made once (vectors of structure are not kept)."""
-        aligner = self.aligner
-        return aligner if type(aligner) is PCC and aligner.contrast != "structure" else None
+    @property
+    def keeps_textures(self) -> bool:
+        """Whether frames are seen once, and pairs compared by little of them; else by all their pixels."""
+        return type(self.aligner) is PCC and self.aligner.contrast != "structure"  # vectors are not kept
 
     def extend(
         self, new: Frames, archive: Frames, shift: Tensor, sigma: Tensor, accepted: Tensor
@@ -367,11 +385,6 @@ class Groupwise(nn.Module):
         usable = usable & ((said.agreement >= _LEAST_AGREEMENT) | _in_tree(said, usable, edges, count))
         return edges, said._replace(usable=usable)
 
-    @property
-    def keeps_textures(self) -> bool:
-        """Whether frames are seen once, and pairs compared by little of them; else by all their pixels."""
-        return self._by_textures() is not None
-
     def _choose(self, frames: Frames) -> Edges:
         """The pairs to compare; where numbers may be read, those that need no comparing are left out."""
         field, weights, flat = frames.texture[:3]
@@ -386,111 +399,70 @@ class Groupwise(nn.Module):
             kept = distinct.nonzero().squeeze(-1)
             return each_field(edges._replace(distinct=distinct), lambda end: end[kept])
 
+    @property
+    def _correlator(self) -> PCC:
+        """What compares textures: the aligner, or what is like it."""
+        aligner: Any = self.aligner
+        return aligner if self.keeps_textures else PCC(max_translation=aligner.max_translation)
+
     def _ask(self, frames: Frames, edges: Edges) -> _Said:
         """The aligner's result for every pair."""
-        by_textures, aligner = self._by_textures(), self.aligner
-        if by_textures is not None:
+        return self._in_batches(
+            self._ask_textures if self.keeps_textures else self._ask_pixels, edges, frames
+        )
 
-            def ask(part: Edges) -> _Said:
-                ends = (part.moving, part.reference)
-                moving, reference = (_taken(frames.texture, end) for end in ends)
-                said = _correlate_pairs(moving, reference, frames.size, by_textures, by_textures.max_sigma)
-                # a pattern of the pixel grid that both show fits itself at no motion
-                own, other = (frames.factor[end] for end in ends)
-                patterned = (own == other) & (own > 1)
-                return said._replace(
-                    usable=said.usable & ~patterned, ambiguous=said.ambiguous | (patterned & ~moving.flat)
-                )
+    def _ask_textures(self, part: Edges, frames: Frames) -> _Said:
+        moving, reference = (_taken(frames.texture, end) for end in part[:2])
+        correlator = self._correlator
+        said = _correlate_pairs(moving, reference, frames.size, correlator, correlator.max_sigma)
+        # a pattern of the pixel grid that both show fits itself at no motion
+        own, other = (frames.factor[end] for end in part[:2])
+        patterned = (own == other) & (own > 1)
+        ambiguous = said.ambiguous | (patterned & ~moving.flat)
+        return said._replace(usable=said.usable & ~patterned, ambiguous=ambiguous)
 
-            return self._in_batches(ask, edges, frames)
+    def _ask_pixels(self, part: Edges, frames: Frames) -> _Said:
         assert frames.cube is not None  # see() keeps it for aligners that are no PCC
-        cube, mask = frames.cube, frames.mask
+        masks = (None, None) if frames.mask is None else (frames.mask[end] for end in part[:2])
+        found = self.aligner.estimate(*(frames.cube[end] for end in part[:2]), *masks)
+        score = found.score.detach().clamp(0, 1)
+        ambiguous = found.status == int(Status.AMBIGUOUS)
+        return _Said(found.warp[..., 2], _widen(found.sigma, score), found.valid, score, ambiguous)
 
-        def estimate(part: Edges) -> _Said:
-            masks = (None, None) if mask is None else (mask[part.moving], mask[part.reference])
-            found = aligner.estimate(cube[part.moving], cube[part.reference], *masks)
-            score = found.score.detach().clamp(0, 1)
-            ambiguous = found.status == int(Status.AMBIGUOUS)
-            return _Said(found.warp[..., 2], _widen(found.sigma, score), found.valid, score, ambiguous)
-
-        return self._in_batches(estimate, edges, frames)
-
-    def _in_batches(self, ask: Callable[[Edges], _Said], edges: Edges, frames: Frames) -> _Said:
+    def _in_batches(self, ask: Callable[[Edges, Frames], _Said], edges: Edges, frames: Frames) -> _Said:
         """On the CPU's cores, a few pairs at a time; all at once elsewhere."""
         count = edges.moving.shape[0]
         if not is_on_host(frames.texture.field) or count == 0:
-            return ask(edges)
-        step = max(1, _BATCH_PIXELS // (frames.size[0] * frames.size[1]))
+            return ask(edges, frames)
+        step = max(1, _BATCH_PIXELS // math.prod(frames.size))
         batches = [_taken(edges, slice(first, first + step)) for first in range(0, count, step)]
-        return combine(torch.cat, map_on_host(ask, batches))
+        return combine(torch.cat, map_on_host(lambda part: ask(part, frames), batches))
+
+    def _ask_blocks(self, part: Edges, frames: Frames) -> _Said:
+        """For every pair of frames, each of their parts' result: (E, B)."""
+        side = _blocks_aside(frames.size)
+        moving, reference = (_in_blocks(_taken(frames.texture, end), side) for end in part[:2])
+        samples = frames.texture.field.shape[-2:]
+        # of a part, which need be no whole number of pixels: the working grid takes it, its type does not say so
+        size: Any = tuple(
+            length // side * pixels / length for length, pixels in zip(samples, frames.size, strict=True)
+        )
+        return _correlate_pairs(moving, reference, size, self._correlator, _BLOCK_SIGMA)
 
     def _find_season(
         self, frames: Frames, edges: Edges, positions: Positions, direction: Tensor | None
     ) -> SeasonTerm | None:
         """The season term from parts of the frames; none where it is not asked for, or frames are small."""
-        height, width = frames.size
-        side = min(_BLOCKS, height // _BLOCK_PIXELS, width // _BLOCK_PIXELS)
         count = positions.position.shape[-2]
-        if self.season == "none" or side < 2 or count == 0:
+        if self.season == "none" or _blocks_aside(frames.size) < 2 or count == 0:
             return None
-        texture = frames.texture
-        samples = texture.field.shape[-2:]
-        # of a part, which need be no whole number of pixels: the working grid takes it, its type does not say so
-        size = cast(
-            "tuple[int, int]",
-            tuple(
-                length // side * pixels / length for length, pixels in zip(samples, frames.size, strict=True)
-            ),
-        )
-        options = self._by_textures() or PCC(max_translation=self.aligner.max_translation)
-
-        def ask(part: Edges) -> _Said:
-            moving, reference = (
-                _in_blocks(_taken(texture, end), side) for end in (part.moving, part.reference)
-            )
-            return _correlate_pairs(moving, reference, size, options, _BLOCK_SIGMA)
-
         with torch.no_grad():
-            said = self._in_batches(ask, edges, frames)
+            said = self._in_batches(self._ask_blocks, edges, frames)
             said = each_field(said, lambda field: field.transpose(0, 1))  # (B, E)
             usable = said.usable & edges.distinct
             blocks = network.solve_positions(said.shift, said.sigma, usable, edges, count)
             variance = _own_variance(said, blocks, edges, count)
             return network.season_term(positions, blocks, variance, direction)
-
-    def _judge(
-        self,
-        frames: Frames,
-        positions: Positions,
-        variance: Tensor,
-        term: SeasonTerm | None,
-        direction: Tensor | None,
-        ambiguous: Tensor,
-    ) -> tuple[Estimate, Tensor, Tensor]:
-        """The estimate, the season's part of σ, and its shift."""
-        connected = positions.connected
-        position, season = positions.position, torch.zeros_like(positions.position)
-        widened = torch.zeros_like(variance)
-        if term is not None:
-            widened = term.spread.square() / term.blocks.clamp(min=1)
-        covariance = isotropic((variance + widened).sqrt())
-        if term is not None and direction is not None:
-            along = direction - median_of(direction, connected)
-            along = torch.where(along.isfinite(), along, 0.0)
-            season = term.slope * along
-            kept = torch.hypot(term.sigma, term.slope)
-            if self.season == "correct":
-                position, kept = position - season, term.sigma
-                gauge = median_of(position.detach(), connected)
-                position = torch.where(connected[:, None], position - gauge, 0.0)
-            spread = (kept * along)[:, :, None]
-            covariance = covariance + spread * spread.mT
-            widened = widened + (kept * along).square().sum(-1)
-
-        status = self._status(position, connected, ambiguous, frames.texture.flat)
-        estimate = self._conclude(frames, position, covariance, status)
-        dtype = frames.texture.field.dtype
-        return estimate, widened.sqrt().to(dtype), season.to(dtype)
 
     def _conclude(
         self,
@@ -507,13 +479,12 @@ class Groupwise(nn.Module):
         if before_them is not None:
             places = torch.cat([before_them[0].to(dtype), places])
             accepted = torch.cat([before_them[1], accepted])
-        by_textures = self._by_textures()
         scores = network.consensus_scores(
             frames.texture,
             places,
             accepted,
             size=frames.size,
-            max_frequency=0.25 if by_textures is None else by_textures.max_frequency,
+            max_frequency=self._correlator.max_frequency,
             reach=self.aligner.max_translation,
         )
         after, before = (score[len(score) - count :] for score in scores)
@@ -553,6 +524,10 @@ def _taken(parts: Fields, rows: Tensor | slice) -> Fields:
     return each_field(parts, lambda part: part[rows])
 
 
+def _blocks_aside(size: tuple[int, int]) -> int:
+    return min(_BLOCKS, *(length // _BLOCK_PIXELS for length in size))
+
+
 def _in_blocks(texture: Texture, side: int) -> Texture:
     """(T, h, w) → (T, side², h // side, w // side): parts of the frames."""
 
@@ -577,10 +552,9 @@ def _correlate_pairs(
     usable = usable & (found.shift.detach().norm(dim=-1) <= options.max_translation)
     ambiguous = usable & found.ambiguous
     usable = usable & (found.sigma <= max_sigma) & ~ambiguous
-    if found.inliers is None:
-        return _Said(found.shift, found.sigma, usable, torch.ones_like(found.sigma), ambiguous)
-    # an inlier weight is the fourth power of the local correlation
-    agreement = found.inliers.detach().mean((-2, -1)).clamp(0, 1).sqrt().sqrt()
+    agreement = torch.ones_like(found.sigma)
+    if found.inliers is not None:  # a weight is the fourth power of the local correlation
+        agreement = found.inliers.detach().mean((-2, -1)).clamp(0, 1).sqrt().sqrt()
     return _Said(found.shift, _widen(found.sigma, agreement), usable, agreement, ambiguous)
 
 

@@ -26,17 +26,17 @@ from torchalign.cube.tables import write_csv
 from torchalign.pictures import frames
 from torchalign.pictures.columns import (
     Array,
+    Columns,
     by_status,
     check_pictured,
     is_series,
     kept_frames,
-    shift_of,
+    read_columns,
     status_of,
     sun_known,
 )
 from torchalign.pictures.frames import Label
 from torchalign.pictures.style import STATUS_COLOUR, STATUS_TEXT_COLOUR
-from torchalign.types import Status
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -64,6 +64,8 @@ _PICTURED = 6_000_000  # pixels of all frames in the median and the profiles; of
 _FEWEST, _MOST = 8, 96  # of these frames
 _THUMBNAILS, _THUMBNAIL = 400, 96  # frames at most that get one, and its longer side in pixels
 _TOO_MANY = f"No pictures of single frames: there are more than {_THUMBNAILS}."
+_RESIDUALS = "What each pair says less what the positions say: how well pairs agree, no accuracy."
+_SUN = "Shift along the shadow against the sun's height: what follows it is no displacement of the frame."
 _MAGNIFIED = 400  # pixels: smaller pictures are drawn with square pixels
 _DOTS = 130  # an inch, of the charts
 
@@ -181,7 +183,8 @@ def to_html(
         >>> "3 of 3 frames aligned" in page, "://" in page
         (True, False)
     """
-    report = check_pictured(report).compute()
+    found = read_columns(check_pictured(report).compute())
+    report, codes, done = found.report, found.status, int(found.ok.sum())
     if cube is None and aligned is not None:
         raise ValueError(message("cube", "what was aligned, beside what came back", None, "give both"))
     if cube is not None:
@@ -189,18 +192,16 @@ def to_html(
         status_of(report, count)
     import jinja2  # comes with torch
 
-    codes = report["status"].values
     statuses = {
         code: {"name": code.name, "colour": STATUS_COLOUR[code], "dark": STATUS_TEXT_COLOUR[code],
                "meaning": _MEANING[code.name], "frames": int(chosen.sum())}
         for code, chosen in by_status(codes)
     }  # fmt: skip
-    columns = _columns(report)
+    columns, labels = _columns(found), time_labels(report["status"], report["status"].dims[0])
     folder = resources.files("torchalign").joinpath("assets")
     template, style, script = (
         folder.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
     )
-    done = int((codes == Status.OK).sum())
     parts = None
     if cube is not None and aligned is not None and codes.size:
         parts = _load_parts(report, cube, aligned, bands)
@@ -212,18 +213,16 @@ def to_html(
         style=style,
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        origin=_origin(report),
-        tiles=_tiles(report),
+        origin=_origin(report, labels),
+        tiles=_tiles(found),
         statuses=list(statuses.values()),
         comparison=None if parts is None else _comparison(parts, stretch),
-        charts=_charts(report, split, parts, stretch),
+        charts=_charts(found, split, parts, stretch),
         time=report["status"].dims[0],
         columns=columns,
         rows=[
             {"label": label, "status": statuses[code], "cells": cells}
-            for label, code, cells in zip(
-                _labels(report), map(Status, codes), zip(*map(_cells, columns), strict=True), strict=True
-            )
+            for label, code, *cells in zip(labels, codes, *map(_cells, columns), strict=True)
         ],
         thumbnails=_thumbnails(report, cube, bands, stretch) if cube is not None and pictured else [],
         flagged=codes.size - done,
@@ -240,12 +239,7 @@ def to_html(
 # --- the numbers on top ---
 
 
-def _labels(report: xr.Dataset) -> list[str]:
-    return time_labels(report["status"], report["status"].dims[0])
-
-
-def _origin(report: xr.Dataset) -> str:
-    labels = _labels(report)
+def _origin(report: xr.Dataset, labels: list[str]) -> str:
     words = [f"{labels[0]} to {labels[-1]}"] if labels else []
     # of the aligner its name; its options are at the end of the page
     words += [
@@ -256,12 +250,11 @@ def _origin(report: xr.Dataset) -> str:
     return " · ".join(words)
 
 
-def _tiles(report: xr.Dataset) -> list[_Tile]:
-    summary = summarize(report)
-    aligned = report["status"].values == Status.OK
+def _tiles(found: Columns) -> list[_Tile]:
+    summary = summarize(found.report)
 
     def median(name: str) -> float:
-        values = report[name].values[aligned]
+        values = found.report[name].values[found.ok]
         values = values[np.isfinite(values)]
         return float(np.median(values)) if len(values) else np.nan
 
@@ -270,9 +263,9 @@ def _tiles(report: xr.Dataset) -> list[_Tile]:
             return _Tile(name, "–")
         return _Tile(name, f"{pixels:.3f}", "px", f"{metres:.3g} m" if np.isfinite(metres) else detail)
 
-    count = int(aligned.sum())
+    count, of = int(found.ok.sum()), found.ok.size
     tiles = [
-        _Tile("frames aligned", str(count), f"of {aligned.size}", f"{count / max(aligned.size, 1):.0%}"),
+        _Tile("frames aligned", str(count), f"of {of}", f"{count / max(of, 1):.0%}"),
         length("median shift", summary.shift_median, summary.shift_median_metres),
         length("95 % of the shifts are below", summary.shift_p95, summary.shift_p95_metres),
         length("median σ, the predicted error", median("sigma"), detail="per axis"),
@@ -305,31 +298,24 @@ def _comparison(parts: _Parts, stretch: tuple[float, float]) -> dict[str, Any]:
 
 
 def _charts(
-    report: xr.Dataset,
-    split: Label | None,
-    parts: _Parts | None,
-    stretch: tuple[float, float],
+    found: Columns, split: Label | None, parts: _Parts | None, stretch: tuple[float, float]
 ) -> list[_Picture]:
-    ok = report["status"].values == Status.OK
-    shift, score = shift_of(report)[ok], report["score"].values[ok]
+    report, shift = found.report, found.shift[found.ok]
     count, reach, worst = f"{len(shift)} aligned frames", "", ""
     if len(shift):
         (left, up), (right, down) = shift.min(0), shift.max(0)
-        reach = f": x from {left:+.2f} to {right:+.2f}, y from {up:+.2f} to {down:+.2f} pixels".replace(
-            "-", "−"
-        )
-        worst = f"; the lowest of an aligned frame is {score.min():.2f} after"
+        reach = f": x from {left:+.2f} to {right:+.2f}, y from {up:+.2f} to {down:+.2f} pixels"
+        reach = reach.replace("-", "−")
+        worst = f"; the lowest of an aligned frame is {report['score'].values[found.ok].min():.2f} after"
     charts = [
         _chart(plot.shift_scatter(report, split=split), f"Shifts of {count}{reach}."),
         _chart(plot.score_gain(report), f"Correlation with the reference, before and after{worst}."),
-        _chart(
-            plot.shifts_over_time(report), f"Shift x and y of {count} along time, with σ{reach}.", wide=True
-        ),
+        _chart(plot.shifts_over_time(report), f"Shift x and y of {count} along time, with σ{reach}.", True),
     ]
     if "local_shift_p95" in report and "field" in report and report["local_shift_p95"].any():
         most = f"up to {report['local_shift_p95'].values.max():.2f} pixels (95 % of a frame)"
         caption = f"Local shifts on top of the warp, {most}; the frame where they are largest."
-        charts.append(_chart(plot.local_shifts(report), caption, wide=True))
+        charts.append(_chart(plot.local_shifts(report), caption, True))
     charts += _series_charts(report)
     if parts is not None and len(shift):
         options: dict[str, Any] = {"report": parts.report, "bands": parts.bands, "stretch": stretch}
@@ -337,7 +323,7 @@ def _charts(
         caption = (
             f"One row and one column along time{parts.words}: edges that wiggle before run straight after."
         )
-        charts.append(_chart(figure, caption, wide=True))
+        charts.append(_chart(figure, caption, True))
     return charts
 
 
@@ -347,15 +333,11 @@ def _series_charts(report: xr.Dataset) -> list[_Picture]:
         return []
     count = np.size(report.attrs["pair_moving"])
     charts = [
-        _chart(plot.network(report), f"{count} pairs of frames, from which all positions follow.", wide=True),
-        _chart(
-            plot.pair_residuals(report),
-            "What each pair says less what the positions say: how well pairs agree, no accuracy.",
-        ),
+        _chart(plot.network(report), f"{count} pairs of frames, from which all positions follow.", True),
+        _chart(plot.pair_residuals(report), _RESIDUALS),
     ]
     if sun_known(report):
-        words = "Shift along the shadow against the sun's height: what follows it is no displacement of the frame."
-        charts.append(_chart(plot.sun_shift(report), words))
+        charts.append(_chart(plot.sun_shift(report), _SUN))
     return charts
 
 
@@ -409,14 +391,12 @@ def _thumbnails(
     ]
     if not shown:
         return []
-    low, high = frames.limits(
-        frames.reduce_time(np.stack([shown[n] for n in _chosen_frames(report)]), "median"), stretch
-    )
+    low, high = frames.median_limits(np.stack([shown[n] for n in _chosen_frames(report)]), stretch)
     sources = [_jpeg(frames.to_rgb(frame, low, high, clouds=True), quality=75) for frame in shown]
     return [_Picture(source, f"Frame {number}", lazy=True) for number, source in enumerate(sources)]
 
 
-def _chart(figure: Figure | SubFigure, caption: str, *, wide: bool = False) -> _Picture:
+def _chart(figure: Figure | SubFigure, caption: str, wide: bool = False) -> _Picture:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DOTS)  # type: ignore[union-attr]
     return _Picture(_data(buffer.getvalue(), "image/png"), caption, caption, wide)
@@ -438,18 +418,17 @@ def _data(content: bytes, kind: str) -> str:
 # --- one row a frame ---
 
 
-def _columns(report: xr.Dataset) -> list[_Column]:
-    moved = report["status"].values == Status.OK
-    shift = shift_of(report)
+def _columns(found: Columns) -> list[_Column]:
+    report, length = found.report, np.where(found.ok, np.hypot(*found.shift.T), np.nan)
 
     def of(name: str, *, flagged: bool = False) -> Array:
         values = report[name].values.astype(np.float64)
-        return np.where(np.isfinite(values) & (moved | flagged), values, np.nan)
+        return np.where(np.isfinite(values) & (found.ok | flagged), values, np.nan)
 
     columns = [
         _Column("shift x", "pixels, to the right", of("shift_x"), "+.3f"),
         _Column("shift y", "pixels, downwards", of("shift_y"), "+.3f"),
-        _Column("length", "of the shift, in pixels", np.where(moved, np.hypot(*shift.T), np.nan), ".3f"),
+        _Column("length", "of the shift, in pixels", length, ".3f"),
         _Column("σ", "predicted error per axis, in pixels", of("sigma"), ".3f"),
         _Column("score before", "correlation with the reference", of("score_before", flagged=True), ".3f"),
         _Column("score after", "correlation with the reference", of("score", flagged=True), ".3f"),

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import xarray as xr
 from torch import nn
@@ -25,12 +24,12 @@ from torchalign.cube.displacements import (
 )
 from torchalign.cube.finding import parse_time
 from torchalign.cube.gridding import GridWord, Resampling
-from torchalign.cube.labels import Cube
-from torchalign.cube.rasters import OnError, StackOptions, plan_stack, read_stack
+from torchalign.cube.labels import Cube, as_numbers
+from torchalign.cube.rasters import OnError, StackOptions, read_stack
 from torchalign.cube.run import find_aligner, find_device, place_module, progress_bar
 from torchalign.cube.solution import check_report
 from torchalign.cube.stores import write_store
-from torchalign.cube.tiles import LargeReference, LargeStack, align_large, count_steps
+from torchalign.cube.tiles import LargeReference, align_large, count_steps, large_reader
 from torchalign.cube.writing import Compression, WriteOptions, write_rasters, write_variables
 
 __all__ = [
@@ -142,9 +141,8 @@ def _check_reading(options: StackOptions) -> None:
     check_kind("pattern", options.pattern, str, "text", 'write it as "*.tif"', optional=False)
     check_kind("time", options.time, Callable, "a function of a path", "for example lambda path: path.stem")
     if isinstance(options.bands, Mapping) and not options.bands:
-        raise ValueError(
-            message("bands", "a name and its pattern at least", "none", "name some, or pass None")
-        )
+        cure = "name some, or pass None"
+        raise ValueError(message("bands", "a name and its pattern at least", "none", cure))
 
 
 def _check_writing(options: WriteOptions, report: Any) -> None:
@@ -205,9 +203,7 @@ def write_stack(
     where = check_path("folder", folder)
     if isinstance(cube, xr.Dataset):
         return write_variables(cube, where, options, report, compute)
-    if isinstance(cube, xr.DataArray) and cube.dtype == np.bool_:
-        cube = cube.astype(np.uint8)
-    return write_rasters(Cube.of(cube, None, "cube"), where, options, report, compute)
+    return write_rasters(Cube.of(as_numbers(cube), None, "cube"), where, options, report, compute)
 
 
 def align_scenes(  # noqa: D417  # options of open_stack and write_stack stand in one line each
@@ -244,7 +240,8 @@ def align_scenes(  # noqa: D417  # options of open_stack and write_stack stand i
     Args:
         source: as in :func:`open_stack`.
         folder: for the aligned files, tiled GeoTIFFs of the same names; made if it is not there.
-        reference: ``"first"``, the label of one frame, ``"median"`` or ``"mean"`` (made tile by tile), or a DataArray.
+        reference: ``"first"``, the label of one frame, ``"median"`` or ``"mean"`` of the frames as they are, made tile
+            by tile, or a DataArray.
         aligner: a module, or a name, as in :func:`torchalign.align`; motions up to affine, and
             local shifts on top, tile by tile on one lattice. The score of a frame with a field is
             the mean of the tiles' scores under it, and the field is kept by that.
@@ -285,13 +282,11 @@ def align_scenes(  # noqa: D417  # options of open_stack and write_stack stand i
         raise TypeError(message("bands", "names or numbers of the bands in a file", "a mapping", cure))
     module = find_aligner(aligner)
     where = find_device(device, module)
-    array, readings = plan_stack(source, options)
-    if None not in readings:
-        raise ValueError(
-            message("source", "a manifest without bands", "one with bands", "leave the column out")
-        )
-    own = readings[None]
-    stack = LargeStack.of(array, own, mask, where)
+    array = read_stack(source, options)
+    if isinstance(array, xr.Dataset):
+        cure = "leave the column out"
+        raise ValueError(message("source", "a manifest without bands", "one with bands", cure))
+    stack = large_reader(array, mask, where)
     onto = LargeReference.of(reference, reference_mask, stack)
     steps = count_steps(stack, module, onto)
     with progress_bar(progress, steps, "align", "block") as advance:

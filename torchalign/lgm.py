@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from torchalign._check import check_bool, check_cube, check_option, check_whole, message
+from torchalign._check import check_bool, check_cube, check_option, check_whole, like, message
 from torchalign._host import is_on_host
 from torchalign.aligner import (
     Aligner,
@@ -28,7 +28,7 @@ from torchalign.functional.fourier import rfft2
 from torchalign.functional.matching import INLIER_RADIUS, Matches, MotionFit
 from torchalign.functional.motion import MotionModel, only_shifts
 from torchalign.functional.phase import phase_correlation
-from torchalign.functional.texture import Contrast, Texture, extract_texture
+from torchalign.functional.texture import Texture, extract_texture
 from torchalign.functional.uncertainty import largest_sigma
 from torchalign.functional.warp import resample
 from torchalign.functional.working_grid import WorkingGrid
@@ -229,27 +229,16 @@ class LGM(Aligner):
                 self.feature_model, weights=matcher_weights, allow_download=allow_download
             )
 
-    @property
-    def score_contrast(self) -> Contrast:
-        """See :attr:`Aligner.score_contrast`."""
-        return "structure" if self.contrast == "structure" else "local"
-
     def prepare_reference(self, image: Tensor, usable: Tensor | None) -> _Reference | None:
         """The reference's keypoints and texture, see :meth:`Aligner.prepare_reference`."""
         if _is_nothing(image):
             return None
         images, masks = image.reshape(-1, *image.shape[-2:]), _flat(usable, image)
-        rows = self._rows(images, self.max_num_keypoints)
-        # without a limit the number of frames is not asked for: a trace may leave it open
-        parts = [slice(None)]
-        if rows is not None:
-            parts = [slice(first, first + rows) for first in range(0, len(images), rows)]
-        features = _trimmed(
-            combine(
-                torch.cat,
-                [self._extract(images[part], None if masks is None else masks[part]) for part in parts],
-            )
-        )
+        parts = [
+            self._extract(images[rows], None if masks is None else masks[rows])
+            for rows in self._slices(images, self.max_num_keypoints)
+        ]
+        features = _trimmed(combine(torch.cat, parts))
         texture = extract_texture(image, usable, max_frequency=_MAX_FREQUENCY) if self.refine else None
         return _Reference(features, texture, tuple(image.shape[:-2]))
 
@@ -264,31 +253,20 @@ class LGM(Aligner):
             )
             status = torch.full(lead, int(Status.NO_TEXTURE), device=moving.device)
             return Motion(warp, torch.full_like(warp[..., 0, 0], torch.inf), status)
-        parts = [
-            self._refined(part) if self.refine else self._fitted(part)
-            for part in self._parts(pair, prepared, init)
-        ]
+        parts = [self._find(part) for part in self._parts(pair, prepared, init)]
         found = with_lead(combine(torch.cat, parts), lead)
         return found._replace(only_shifts=only_shifts(self.motion, init))
 
-    def matches(
-        self,
-        cube: Tensor,
-        reference: Tensor,
-        mask: Tensor | None = None,
-        reference_mask: Tensor | None = None,
-        init: Tensor | None = None,
-    ) -> MatchedPoints:
-        """The tie points that the estimate is made from, for pictures and for export.
-
-        Args and errors are those of :meth:`estimate`.
+    @like(Aligner.estimate)
+    def matches(self, cube: Tensor, reference: Tensor, *given: Any, **named: Any) -> MatchedPoints:
+        """The tie points that the estimate is made from, for pictures and for export; errors as of :meth:`estimate`.
 
         Returns:
             :class:`MatchedPoints`, in pixels of the whole frame.
         """
         check_cube(cube)
         with full_precision(cube):
-            job = self._check(cube, reference, mask, reference_mask, init)
+            job = self._check(cube, reference, *given, **named)
             return combine(torch.cat, [self._tie_points(job.part(rows)) for rows in self._blocks(job)])
 
     def _block_pixels(self) -> int:
@@ -320,17 +298,19 @@ class LGM(Aligner):
         frames = moving.reshape(-1, *moving.shape[-2:])
         references = rows_for_frames(images, have, lead)
         whole = _Part(frames, _flat(usable, moving), features, *references, start)
-        count = self._rows(frames, max(self.max_num_keypoints, features.keypoints.shape[-2]))
-        if count is None or frames.shape[0] <= count:
-            return [whole]
-        return [some_frames(whole, slice(first, first + count)) for first in range(0, frames.shape[0], count)]
+        keypoints = max(self.max_num_keypoints, features.keypoints.shape[-2])
+        return [some_frames(whole, rows) for rows in self._slices(frames, keypoints)]
 
-    def _rows(self, frames: Tensor, keypoints: int) -> int | None:
-        """How many of the frames are worked on at a time; ``None`` for all."""
+    def _slices(self, frames: Tensor, keypoints: int) -> list[slice]:
+        """Which of the frames (N, H, W) are worked on at a time."""
+        count = self.batch_size
         if is_on_host(frames.detach()):  # small frames have as many similarities as large ones
             most = max(1, _BLOCK_SIMILARITIES // keypoints**2)
-            return most if self.batch_size is None else min(self.batch_size, most)
-        return self.batch_size
+            count = most if count is None else min(count, most)
+        # without a limit the number of frames is not asked for: a trace may leave it open
+        if count is None or frames.shape[0] <= count:
+            return [slice(None)]
+        return [slice(first, first + count) for first in range(0, frames.shape[0], count)]
 
     def _correspond(self, part: _Part) -> _Found:
         """Keypoints, matches, the motion they agree on, and whether it is significant."""
@@ -349,9 +329,10 @@ class LGM(Aligner):
         ) -> tuple[MotionFit, Tensor, Tensor]:
             targets = everyone.gather(-2, matches.index.clamp(min=0).unsqueeze(-1).expand(points.shape))
             weight = matches.weight * (matches.index >= 0)
+            matched = matching.Correspondences(points, targets, weight, size)
             if warp is None:
-                warp = matching.consensus(points, targets, weight, size, motion=motion)
-            found = matching.reweighted_fit(warp, points, targets, weight, size, motion=motion)
+                warp = matching.consensus(matched, motion=motion)
+            found = matching.reweighted_fit(warp, matched, motion=motion)
             return (
                 found,
                 matching.significance(found.inliers, found.matches, min(1.0, chance), motion=motion),
@@ -390,29 +371,24 @@ class LGM(Aligner):
                 matches = match(affine.transform_points(found.warp, points), _SECOND_RADIUS)
                 found, evidence, targets = fit(matches, (INLIER_RADIUS / _SECOND_RADIUS) ** 2, found.warp)
 
-        status = torch.zeros_like(features.valid[..., 0], dtype=torch.int64)
-        status = torch.where(evidence >= _LEAST_EVIDENCE, status, int(Status.TOO_FEW_MATCHES))
+        status = torch.where(evidence >= _LEAST_EVIDENCE, 0, int(Status.TOO_FEW_MATCHES))
         status = torch.where(too_far, int(Status.TOO_FAR), status)
         empty = ~(features.valid.any(-1) & others.valid.any(-1))
         status = torch.where(empty, int(Status.NO_TEXTURE), status)
         return _Found(points, targets, matches.index >= 0, found, status, about_centre, rows)
 
-    def _fitted(self, part: _Part) -> Motion:
-        """The motion of the matches."""
+    def _find(self, part: _Part) -> Motion:
+        """The motion of the matches; refined by correlation, where that brings both to the same ground."""
         found = self._correspond(part)
-        fit = found.fit
-        return Motion(found.whole(fit.warp), fit.sigma, found.status, covariance=fit.covariance)
-
-    def _refined(self, part: _Part) -> Motion:
-        """The motion by correlation, where that of the matches brings both to the same ground."""
-        found = self._correspond(part)
-        rough = found.fit.warp.detach()
-        if self.motion == "translation":
-            return self._correlated(part, found, rough)
-        warp, covariance = rough, found.fit.covariance
-        ground = None
-        for _ in range(2):  # windows that show the same ground do not pull; after the first pass they do
-            warp, covariance, inliers, ground = self._ascended(part, found, warp.detach(), covariance, ground)
+        warp, covariance, inliers = found.fit.warp, found.fit.covariance, None
+        if self.refine and self.motion == "translation":
+            return self._correlated(part, found, warp.detach())
+        if self.refine:
+            ground = None
+            for _ in range(2):  # windows that show the same ground do not pull; after the first pass they do
+                warp, covariance, inliers, ground = self._ascended(
+                    part, found, warp.detach(), covariance, ground
+                )
         sigma = largest_sigma(covariance)
         return Motion(found.whole(warp), sigma, found.status, inliers, covariance=covariance)
 

@@ -110,11 +110,6 @@ class PCC(Aligner):
             image, usable, max_frequency=self.max_frequency, contrast=self.contrast, cover=True
         )
 
-    @property
-    def score_contrast(self) -> Contrast:
-        """See :attr:`Aligner.score_contrast`."""
-        return "structure" if self.contrast == "structure" else "local"
-
     def _block_pixels(self) -> int:
         pixels = super()._block_pixels()
         return pixels // 4 if self.contrast == "structure" else pixels  # two parts, at every pixel

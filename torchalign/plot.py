@@ -102,39 +102,31 @@ def shift_scatter(
         >>> figure.axes[0].get_xlabel()
         'shift x, right (pixels)'
     """
-    report = columns.check_pictured(report)
-    truth = columns.check_truth(true_shift, report)
-    groups = _groups(report, split)
+    rows = columns.read_columns(report, true_shift)
+    groups = _groups(rows, split)
     figure, ax = style.one_axes(ax, (5.4, 5.2))
-    shift, covariance, size = (
-        columns.shift_of(report),
-        columns.covariance_of(report),
-        style.marker_size(report),
-    )
-    status = report["status"].values
-    moved = (status == Status.OK)[:, None]
-    placed = shift if truth is None else np.where(moved | np.isnan(truth), shift, truth)
+    truth, placed = rows.truth, rows.shift
+    if truth is not None:
+        placed = np.where(rows.ok[:, None] | np.isnan(truth), placed, truth)
     reach = 1.12 * max(float(np.abs(placed).max(initial=0.0)), 0.1)
-    times = style.magnification(covariance[status == Status.OK], reach)
+    times = style.magnification(rows.covariance[rows.ok], reach)
     sigma = "σ" if times == 1 else f"{times} σ"
     ax.axhline(0, color=style.GREY, linewidth=0.6, zorder=0)
     ax.axvline(0, color=style.GREY, linewidth=0.6, zorder=0)
     if truth is not None:
         style.draw_truth(ax, truth[:, 0], truth[:, 1], label="truth")
-    for code, chosen in columns.by_status(status):
-        if code != Status.OK:
-            ax.scatter(*placed[chosen].T, zorder=4, **style.marker_style(code, chosen, 60, size))
-            continue
-        for (words, members), group in zip(groups, _GROUPS, strict=False):
-            drawn = chosen & members
-            label = f"{words} ({drawn.sum()}), with {sigma}"
-            if split is not None and drawn.any():
-                x, y = np.median(placed[drawn], axis=0)
-                label = f"{words} ({drawn.sum()}), median {x:+.2f}, {y:+.2f}"
-                cross: dict[str, Any] = {"marker": "+", "markersize": 18, "markeredgewidth": 2.5}
-                ax.plot(x, y, **cross, linestyle="none", color=group["color"], zorder=5)
-            style.draw_points(ax, placed[drawn].T, label, size=size, **group)
-            style.draw_ellipses(ax, placed[drawn], times**2 * covariance[drawn], group["ecolor"], size)
+    for (words, members), group in zip(groups if rows.ok.any() else (), _GROUPS, strict=False):
+        drawn = rows.ok & members
+        label = f"{words} ({drawn.sum()}), with {sigma}"
+        if split is not None and drawn.any():
+            x, y = np.median(placed[drawn], axis=0)
+            label = f"{words} ({drawn.sum()}), median {x:+.2f}, {y:+.2f}"
+            cross: dict[str, Any] = {"marker": "+", "markersize": 18, "markeredgewidth": 2.5}
+            ax.plot(x, y, **cross, linestyle="none", color=group["color"], zorder=5)
+        style.draw_points(ax, placed[drawn].T, label, size=rows.size, **group)
+        style.draw_ellipses(ax, placed[drawn], times**2 * rows.covariance[drawn], group["ecolor"], rows.size)
+    for code, chosen in rows.flagged:
+        ax.scatter(*placed[chosen].T, zorder=4, **style.marker_style(code, chosen, 60, rows.size))
     ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")  # y down, as in the image
     ax.set(xlabel="shift x, right (pixels)", ylabel="shift y, down (pixels)", title="Shift of each frame")
     style.finish_axes(ax)
@@ -144,30 +136,30 @@ def shift_scatter(
 def shift_error(report: xr.Dataset, true_shift: Any, *, ax: Axes | None = None) -> Figure | SubFigure:
     """What is left between found and true shift, in pixels, with the 1-σ ellipses that were predicted.
 
-    Flagged frames were not moved and have no error; they are counted in the legend.
+    Flagged frames were not moved and have no error; they are counted in the legend, as are frames without a truth.
 
     Args:
         report: from :func:`torchalign.align`.
         true_shift: (T, 2), x and y in pixels, NaN where it is unknown: those frames are left out.
         ax: to draw into; default: a new figure.
     """
-    report = columns.check_pictured(report)
-    truth = columns.check_truth(true_shift, report)
-    if truth is None:
+    rows = columns.read_columns(report, true_shift)
+    if rows.truth is None:
         raise ValueError(message("true_shift", "an array (T, 2)", None, "use shift_scatter without a truth"))
     figure, ax = style.one_axes(ax, (5.4, 5.2))
-    covariance, status = columns.covariance_of(report), report["status"].values
-    error, sigma = columns.shift_of(report) - truth, np.sqrt(covariance.diagonal(axis1=1, axis2=2))
-    accepted = (status == Status.OK) & np.isfinite(error).all(1)
-    radius = np.hypot(*error[accepted].T)
-    reach = max(0.01, 1.15 * float((np.abs(error[accepted]) + sigma[accepted]).max(initial=0.0)))
+    error = rows.shift - rows.truth
+    known = rows.ok & np.isfinite(error).all(1)
+    radius = np.hypot(*error[known].T)
+    reach = max(0.01, 1.15 * float((np.abs(error[known]) + rows.sigma[known]).max(initial=0.0)))
     style.draw_rings(ax, reach)
-    size = style.marker_size(report)
-    style.draw_points(ax, error[accepted].T, f"found − true, with σ ({accepted.sum()})", size=size)
-    style.draw_ellipses(ax, error[accepted], covariance[accepted], style.SKY, size)
-    for code, chosen in columns.by_status(status):
-        if code != Status.OK:
-            ax.scatter([], [], **style.marker_style(code, chosen, 50))
+    style.draw_points(ax, error[known].T, f"found − true, with σ ({known.sum()})", size=rows.size)
+    style.draw_ellipses(ax, error[known], rows.covariance[known], style.SKY, rows.size)
+    rest = rows.ok & ~known
+    if rest.any():
+        words = {"label": f"{style.NO_TRUTH} ({rest.sum()})", "color": style.GREY}
+        ax.scatter([], [], **style.marker_style(Status.OK, rest, 26) | words)
+    for code, chosen in rows.flagged:
+        ax.scatter([], [], **style.marker_style(code, chosen, 50))
     ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")
     median = f": median {np.median(radius):.4f} px" if len(radius) else ""
     ax.set(xlabel="error x (pixels)", ylabel="error y (pixels)", title=f"Error{median}")
@@ -185,35 +177,29 @@ def shifts_over_time(
         true_shift: (T, 2), x and y in pixels, NaN where it is unknown; drawn as open circles.
         ax: to draw into; default: a new figure.
     """
-    report = columns.check_pictured(report)
-    truth = columns.check_truth(true_shift, report)
+    rows = columns.read_columns(report, true_shift)
     figure, ax = style.one_axes(ax, (9.0, 3.6))
-    time, is_date = columns.time_of(report)
-    shift, status = columns.shift_of(report), report["status"].values
-    sigma = np.sqrt(columns.covariance_of(report).diagonal(axis1=1, axis2=2))
-    accepted, size = status == Status.OK, style.marker_size(report)
+    time, ok, size = rows.time, rows.ok, rows.size
     ax.axhline(0, color=style.GREY, linewidth=0.6, zorder=0)
-    for axis, (name, colour, marker) in enumerate(
-        (("x, right", style.BLUE, "o"), ("y, down", style.ORANGE, "s"))
-    ):
-        if truth is not None:
-            style.draw_truth(ax, time, truth[:, axis], marker=marker, label="truth" if axis == 0 else "")
+    looks = (("x, right", style.BLUE, "o"), ("y, down", style.ORANGE, "s"))
+    for axis, (name, colour, marker) in enumerate(looks):
+        if rows.truth is not None:
+            label = "truth" if axis == 0 else ""
+            style.draw_truth(ax, time, rows.truth[:, axis], marker=marker, label=label)
         drawn: dict[str, Any] = {
             "marker": marker,
             "color": colour,
             "ecolor": colour,
             "elinewidth": 1.5 * size,
         }
-        bars, label = sigma[accepted, axis], f"{name} ± σ"
-        style.draw_points(ax, (time[accepted], shift[accepted, axis]), label, size=size, yerr=bars, **drawn)
-    for code, chosen in columns.by_status(status):
-        if code != Status.OK:
-            line: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "lw": 0.8, "alpha": 0.6 * size**2}
-            ax.vlines(time[chosen], 0, 1, style.STATUS_COLOUR[code], "dotted", **line)
-            ax.scatter(time[chosen], np.zeros(chosen.sum()), **style.marker_style(code, chosen, 50, size))
-    if is_date and len(time):
-        style.date_axis(ax)
-    ax.set(xlabel="" if is_date else "frame", ylabel="shift (pixels)", title="Shifts over time")
+        points, bars = (time[ok], rows.shift[ok, axis]), rows.sigma[ok, axis]
+        style.draw_points(ax, points, f"{name} ± σ", size=size, yerr=bars, **drawn)
+    for code, chosen in rows.flagged:
+        line: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "lw": 0.8, "alpha": 0.6 * size**2}
+        ax.vlines(time[chosen], 0, 1, style.STATUS_COLOUR[code], "dotted", **line)
+        ax.scatter(time[chosen], np.zeros(chosen.sum()), **style.marker_style(code, chosen, 50, size))
+    style.time_axis(ax, rows)
+    ax.set(ylabel="shift (pixels)", title="Shifts over time")
     ax.margins(y=0.12)
     style.finish_axes(ax, columns=4)
     return figure
@@ -267,6 +253,8 @@ def _draw_local_shifts(axes: Array, field: ShiftField, size: tuple[int, int]) ->
     dx, dy = (-part[0].numpy() for part in field_at(field, torch.tensor(nodes_x), torch.tensor(nodes_y)))
     sigma = field.sigma[0, 1 : 1 + len(nodes_y), 1 : 1 + len(nodes_x)].numpy()
     drawn_as: dict[str, Any] = {"angles": "xy", "pivot": "mid", "cmap": "cividis_r", "width": 0.004}
+    if not np.isfinite(sigma).any():  # no arrow is drawn, whose mean length would be the scale
+        drawn_as["scale"] = 1.0
     drawn = arrows.quiver(nodes_x, nodes_y, dx, dy, sigma, **drawn_as)
     arrows.figure.colorbar(drawn, ax=arrows, label="σ (pixels)", shrink=0.8)
     arrows.quiverkey(drawn, 0.85, 1.04, 1.0, "1 px", labelpos="E")
@@ -293,15 +281,11 @@ def score_gain(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFig
         report: from :func:`torchalign.align`.
         ax: to draw into; default: a new figure.
     """
-    report = columns.check_pictured(report)
+    rows = columns.read_columns(report)
     figure, ax = style.one_axes(ax, (5.4, 5.2))
-    after, before = report["score"].values, report["score_before"].values
-    status = report["status"].values
-    size = style.marker_size(report)
-    order = np.argsort(np.fmax(after, before), kind="stable")
-    rank = np.empty(len(order))
-    rank[order] = np.arange(len(order))
-    for code, chosen in columns.by_status(status):
+    after, before, size = rows.report["score"].values, rows.report["score_before"].values, rows.size
+    rank = np.argsort(np.argsort(np.fmax(after, before), kind="stable"))
+    for code, chosen in columns.by_status(rows.status):
         colour = style.STATUS_COLOUR[code]
         open_marker: dict[str, Any] = {"facecolors": "white", "edgecolors": colour, "linewidths": size}
         ax.hlines(rank[chosen], before[chosen], after[chosen], colour, linewidth=1.2 * size, alpha=0.6)
@@ -414,10 +398,10 @@ def temporal_profile(
     """
     count, height, width = frames.check_same(cube, aligned, may_be_empty=False)
     kept = columns.kept_frames(columns.status_of(report, count))
+    cubes = [(each, name, find_dims(each, name)) for each, name in ((cube, "cube"), (aligned, "aligned"))]
     if row is None and column is None:
-        row, column = _busiest(
-            frames.reduce_time(frames.load_frames(aligned, "aligned", bands).values[kept], "median")
-        )
+        values = frames.load_frames(aligned, "aligned", bands).values[kept]
+        row, column = _busiest(frames.reduce_time(values, "median"))
     slices = [
         (role, check_whole(name, index, minimum=-size, maximum=size - 1) % size)
         for role, name, index, size in (("y", "row", row, height), ("x", "column", column, width))
@@ -425,16 +409,12 @@ def temporal_profile(
     ]
     figure, axes = style.several_axes(ax, (10.4, 4.8 * len(slices)), (len(slices), 2))
     if len(axes) != len(slices):
-        raise ValueError(
-            message("ax", f"{2 * len(slices)} axes", 2 * len(axes), "two for a row, two for a column")
-        )
+        cure = "two for a row, two for a column"
+        raise ValueError(message("ax", f"{2 * len(slices)} axes", 2 * len(axes), cure))
     for pair, (role, number) in zip(axes, slices, strict=True):
         parts = [
             frames.load_frames(each.isel({dims[role]: [number], dims["time"]: kept}), name, bands)
-            for each, dims, name in (
-                (cube, find_dims(cube, "cube"), "cube"),
-                (aligned, find_dims(aligned, "aligned"), "aligned"),
-            )
+            for each, name, dims in cubes
         ]
         _draw_profile(pair, parts, role, number, stretch, equalize)
     return figure
@@ -465,29 +445,26 @@ def summary(
         zoom: as in :func:`before_after`.
         title: default: how many frames were aligned.
     """
-    report = columns.check_pictured(report)
-    truth = columns.check_truth(true_shift, report)
-    count = report["status"].size
-    rows = max(1, -(-min(count, 2 * _STRIP) // _STRIP))
-    figure = style.new_figure(18.0, 9.9 + 1.6 * rows)
+    rows = columns.read_columns(report, true_shift)
+    count, done = rows.ok.size, int(rows.ok.sum())
+    strips = 1.6 * max(1, -(-min(count, 2 * _STRIP) // _STRIP))  # their height
+    figure = style.new_figure(18.0, 9.9 + strips)
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr, call-arg]
-    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(9.0, 0.3 + 1.6 * rows))[:, 0]
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(9.0, 0.3 + strips))[:, 0]
     axes = top.subplot_mosaic("ABST;abtt", width_ratios=(1.12, 1.12, 1.0, 1.0))
     pictures = np.array([[axes["A"], axes["B"]], [axes["a"], axes["b"]]])
     pair = frames.compare(cube, aligned, bands, statistic, None, report, stretch, zoom)
     _draw_comparison(pictures, pair)
     axes["A"].set_title(f"Before: {pair.words}".replace(" (", "\n(", 1), fontsize=11, color=style.INK)
-    shift_scatter(report, true_shift=truth, ax=axes["S"])
-    if truth is None:
+    shift_scatter(report, true_shift=true_shift, ax=axes["S"])
+    if true_shift is None:
         score_gain(report, ax=axes["T"])
     else:
-        shift_error(report, truth, ax=axes["T"])
-    shifts_over_time(report, true_shift=truth, ax=axes["t"])
-    _draw_frames(bottom, cube, report, bands, stretch)
-    done = int((report["status"].values == Status.OK).sum())
-    title = (
-        f"torchalign: {done} of {count} frames aligned, {count - done} flagged" if title is None else title
-    )
+        shift_error(report, true_shift, ax=axes["T"])
+    shifts_over_time(report, true_shift=true_shift, ax=axes["t"])
+    _draw_frames(bottom, cube, rows, bands, stretch)
+    if title is None:
+        title = f"torchalign: {done} of {count} frames aligned, {count - done} flagged"
     figure.suptitle(title, fontsize=17, color=style.INK, fontweight="bold")
     return figure
 
@@ -546,7 +523,7 @@ def animate(
     if zoom is not None:
         pixels = [frames.crop(values, frames.check_zoom(zoom, values.shape[1:3])) for values in pixels]
     good = columns.kept_frames(status)
-    low, high = frames.limits(frames.reduce_time(after.values[good], "median"), stretch)
+    low, high = frames.median_limits(after.values[good], stretch)
     labels = before.labels
     if along != "time":
         axis, word = (1, "row") if along == "y" else (2, "column")
@@ -604,7 +581,7 @@ def _draw_profile(
     """Into two axes: the stripes of one row (role "y") or column ("x") along time, before and after."""
     # (T, 1, W, 3) or (T, H, 1, 3) → (T, N, 3)
     stripes = [part.values[:, 0] if role == "y" else part.values[:, :, 0] for part in parts]
-    low, high = frames.limits(frames.reduce_time(stripes[1][:, None], "median"), stretch)
+    low, high = frames.median_limits(stripes[1][:, None], stretch)
     title = f"x–t slice of row {number}" if role == "y" else f"y–t slice of column {number}"
     for ax, values, name in zip(axes, stripes, ("before", "after"), strict=True):
         rgb = frames.to_rgb(_equalize(values) if equalize else values, low, high, clouds=True)
@@ -659,21 +636,16 @@ def _agreement(stripes: Array) -> float | None:
 def _panel_size(shape: tuple[int, ...], panel: int, along: Along) -> tuple[int, int]:
     """(height, width) of a panel in the file; the time axis of a slice is stretched to look at, not to scale."""
     height, width = shape
-    scale = max(1, round(panel / width))
-    if along == "y":
-        return height * max(1, round(0.75 * panel / height)), width * scale
-    if along == "x":
-        return height * max(1, round(panel / height)), width * scale
-    return height * scale, width * scale
+    across = max(1, round(panel / width))
+    down = across if along == "time" else max(1, round({"y": 0.75, "x": 1.0}[along] * panel / height))
+    return height * down, width * across
 
 
-def _groups(report: xr.Dataset, split: Any) -> list[tuple[str, Array]]:
+def _groups(rows: columns.Columns, split: Any) -> list[tuple[str, Array]]:
     """Frames up to ``split`` and after it, as words and masks; without one all frames, in one group."""
-    count = report["status"].size
     if split is None:
-        return [("OK", np.ones(count, bool))]
-    dim = report["status"].dims[0]
-    times = report_labels(report, local=True)
+        return [("OK", np.ones(rows.ok.size, bool))]
+    times = report_labels(rows.report, local=True)
     try:
         if times.dtype.kind == "M":
             moment: Any = np.datetime64(split)
@@ -681,7 +653,8 @@ def _groups(report: xr.Dataset, split: Any) -> list[tuple[str, Array]]:
         else:
             after = times > times.dtype.type(split)
     except (TypeError, ValueError) as error:
-        expected = f"an entry to compare with {dim!r}, as {times[0] if count else 'a date'}"
+        dim = rows.report["status"].dims[0]
+        expected = f"an entry to compare with {dim!r}, as {times[0] if len(times) else 'a date'}"
         raise ValueError(message("split", expected, repr(split), "write a date as 2022-01-25")) from error
     return [(f"to {split}", ~after), (f"after {split}", after)]
 
@@ -689,19 +662,16 @@ def _groups(report: xr.Dataset, split: Any) -> list[tuple[str, Array]]:
 def _draw_frames(
     figure: SubFigure,
     cube: xr.DataArray,
-    report: xr.Dataset,
+    rows: columns.Columns,
     bands: Sequence[Hashable] | None,
     stretch: tuple[float, float],
 ) -> None:
     """Thumbnails of frames from first to last, each in the colour of its status."""
-    images = frames.load_frames(cube, "cube", bands)
-    status = columns.status_of(report, len(images.values))
+    images, status, sigma = frames.load_frames(cube, "cube", bands), rows.status, rows.report["sigma"].values
     shown = min(len(status), 2 * _STRIP)
     across = min(max(shown, 1), _STRIP)
     grid = figure.subplots(max(1, -(-shown // across)), across, squeeze=False)
-    low, high = frames.limits(
-        frames.reduce_time(images.values[columns.kept_frames(status)], "median"), stretch
-    )
+    low, high = frames.median_limits(images.values[columns.kept_frames(status)], stretch)
     chosen = np.linspace(0, len(status) - 1, shown).round().astype(int)
     for place, ax in enumerate(grid.ravel()):
         ax.set(xticks=[], yticks=[])
@@ -714,11 +684,10 @@ def _draw_frames(
         for spine in ax.spines.values():
             spine.set(edgecolor=style.STATUS_COLOUR[code], linewidth=1.2 if code == Status.OK else 4.0)
         ax.set_title(images.labels[number][:10], fontsize=8, color=style.INK, pad=3)
-        words = f"{report['sigma'].values[number]:.3f} px" if code == Status.OK else code.name
-        colour, weight = (
-            (style.INK, "normal") if code == Status.OK else (style.STATUS_TEXT_COLOUR[code], "bold")
-        )
-        ax.set_xlabel(words, fontsize=8, color=colour, fontweight=weight, labelpad=3)
+        words = f"{sigma[number]:.3f} px" if code == Status.OK else code.name
+        look = {"color": style.STATUS_TEXT_COLOUR[code], "fontweight": "bold"}
+        look = {"color": style.INK} if code == Status.OK else look
+        ax.set_xlabel(words, fontsize=8, labelpad=3, **look)
     which = f"{shown} of {len(status)} frames as they" if shown < len(status) else "Every frame as it"
     figure.suptitle(f"{which} came, with its σ or the reason why it was left", fontsize=11)
 
@@ -743,26 +712,23 @@ def network(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure
     from matplotlib.collections import LineCollection
     from matplotlib.dates import date2num
 
-    report = columns.check_series(report)
+    rows = columns.read_columns(report, series=True)
     figure, ax = style.one_axes(ax, (9.0, 4.0))
-    time, is_date = columns.time_of(report)
-    along = np.asarray(date2num(time) if is_date else time, float)  # type: ignore[no-untyped-call]
-    days = columns.day_of_year(report)
-    height = report["support"].values if days is None else days
-    moving, reference, weight, _ = columns.pairs_of(report)
+    along = np.asarray(date2num(rows.time) if rows.is_date else rows.time, float)  # type: ignore[no-untyped-call]
+    days, ok = columns.day_of_year(rows.report), rows.ok
+    height = rows.report["support"].values if days is None else days
+    moving, reference, weight, _ = columns.pairs_of(rows.report)
     ends = np.stack([np.stack([along[end], height[end]], -1) for end in (moving, reference)], 1)
     colours = np.zeros((len(weight), 4))
     colours[:, 3] = 0.08 + 0.5 * np.clip(weight, 0, 1)
     ax.add_collection(LineCollection(list(ends), colors=colours, linewidths=0.7, zorder=1))
-    ok = report["status"].values == Status.OK
     ax.scatter(along[ok], height[ok], s=24, color=style.BLUE, zorder=3, label=f"connected ({ok.sum()})")
     if (~ok).any():
         label = f"not ({(~ok).sum()})"
         ax.scatter(along[~ok], height[~ok], s=30, marker="x", color=style.VERMILLION, label=label)
-    if is_date:
-        ax.xaxis_date()
+    style.time_axis(ax, rows)
     ylabel = "support" if days is None else "day of year"
-    ax.set(xlabel="" if is_date else "frame", ylabel=ylabel, title="The pairs that hold the series together")
+    ax.set(ylabel=ylabel, title="The pairs that hold the series together")
     style.finish_axes(ax)
     return figure
 
@@ -773,12 +739,11 @@ def pair_residuals(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | Su
     Dark squares agree; a bright row is a frame that its pairs disagree about, a bright block two seasons that
     do. White pairs were not compared, or count nothing. Arguments, result and errors are those of :func:`network`.
     """
-    report = columns.check_series(report)
+    report = columns.read_columns(report, series=True).report
     figure, ax = style.one_axes(ax, (6.0, 5.2))
     days, count = columns.day_of_year(report), report["status"].size
     order = np.arange(count) if days is None else np.argsort(days, kind="stable")
-    place = np.empty(count, int)
-    place[order] = np.arange(count)
+    place = np.argsort(order)
     moving, reference, _, residual = columns.pairs_of(report)
     matrix = np.full((count, count), np.nan)
     matrix[place[moving], place[reference]] = matrix[place[reference], place[moving]] = residual
@@ -803,18 +768,18 @@ def sun_shift(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigu
     Raises:
         ValueError: the report does not know where the sun stood, either.
     """
-    report = columns.check_series(report)
+    rows = columns.read_columns(report, series=True)
     if not columns.sun_known(report):
         cure = "align a cube with dates and a CRS, or pass sun="
         raise ValueError(message("report", "one that knows where the sun stood", "no sun_elevation", cure))
     figure, ax = style.one_axes(ax, (5.6, 4.4))
     elevation, azimuth = (np.deg2rad(report[f"sun_{name}"].values) for name in ("elevation", "azimuth"))
-    ok = (report["status"].values == Status.OK) & np.isfinite(elevation) & (elevation > 0)
+    ok = rows.ok & np.isfinite(elevation) & (elevation > 0)
     along = np.stack([-np.sin(azimuth), np.cos(azimuth)], -1)
-    length, shift = 1 / np.tan(elevation), columns.shift_of(report)
+    length = 1 / np.tan(elevation)
     season = np.stack([report["season_shift_x"].values, report["season_shift_y"].values], -1)
     corrected = report.attrs.get("season") == "correct"
-    measured = ((shift + season if corrected else shift) * along).sum(-1)
+    measured = ((rows.shift + season if corrected else rows.shift) * along).sum(-1)
     drawn: dict[str, Any] = {"label": "frames ± σ", "yerr": report["sigma"].values[ok]}
     style.draw_points(ax, (length[ok], measured[ok]), color=style.BLUE, ecolor=style.BLUE, **drawn)
     order = np.flatnonzero(ok)[np.argsort(length[ok])]
@@ -833,18 +798,15 @@ def closure(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure
 
     Arguments, result and errors are those of :func:`network`.
     """
-    report = columns.check_series(report)
+    rows = columns.read_columns(report, series=True)
     figure, ax = style.one_axes(ax, (9.0, 3.0))
-    time, is_date = columns.time_of(report)
-    ok = report["status"].values == Status.OK
-    time, values = np.asarray(time)[ok], report["closure"].values[ok]
+    time, values = rows.time[rows.ok], rows.report["closure"].values[rows.ok]
     ax.vlines(time, 0, values, color=style.GREY, linewidth=0.8)
     ax.scatter(time, values, s=18, color=style.BLUE, zorder=3)
     title = "How well each frame's pairs agree: no accuracy, what all share closes"
-    ax.set(xlabel="" if is_date else "frame", ylabel="closure (pixels)", title=title)
+    ax.set(ylabel="closure (pixels)", title=title)
     ax.set_ylim(bottom=0)
-    if is_date and report["status"].size:
-        style.date_axis(ax)
+    style.time_axis(ax, rows)
     style.finish_axes(ax)
     return figure
 
@@ -889,22 +851,19 @@ def matches(
         values = np.asarray(image, dtype=np.float64)
         values = values.mean(0) if values.ndim == 3 else values
         if values.ndim != 2 or (pictures and values.shape != pictures[0].shape):
-            raise ValueError(
-                message(name, "(H, W) or (C, H, W), both of one size", values.shape, "give one image of each")
-            )
+            expected, cure = "(H, W) or (C, H, W), both of one size", "give one image of each"
+            raise ValueError(message(name, expected, values.shape, cure))
         low, high = np.nanpercentile(values, stretch)
         pictures.append(np.clip((values - low) / max(high - low, np.finfo(float).tiny), 0, 1))
     fields = [np.asarray(field) for field in found]
     if fields[3].ndim > 1:
         if index is None and fields[3].shape[0] != 1:
-            raise ValueError(
-                message("index", "the number of a frame", index, f"{fields[3].shape[0]} are there")
-            )
+            cure = f"{fields[3].shape[0]} are there"
+            raise ValueError(message("index", "the number of a frame", index, cure))
         fields = [field[index or 0] for field in fields]
     if fields[3].ndim != 1:
-        raise ValueError(
-            message("found", "one frame's K points", fields[3].shape, "give found of one series")
-        )
+        cure = "give found of one series"
+        raise ValueError(message("found", "one frame's K points", fields[3].shape, cure))
     points, targets, matched, weight = fields
     figure, ax = style.one_axes(ax, (10.0, 5.2))
     width, gap = pictures[0].shape[1], max(2, pictures[0].shape[1] // 40)
@@ -917,13 +876,7 @@ def matches(
         rows = rows[np.linspace(0, len(rows) - 1, min(lines, len(rows))).round().astype(int)]
         start, end = points[rows], targets[rows] + (width + gap, 0)
         if len(rows):
-            ax.plot(
-                np.stack([start[:, 0], end[:, 0]]),
-                np.stack([start[:, 1], end[:, 1]]),
-                color=colour,
-                alpha=alpha,
-                lw=0.7,
-            )
+            ax.plot(*np.stack([start, end], 1).T, color=colour, alpha=alpha, lw=0.7)
             x, y = np.concatenate([start, end]).T
             ax.scatter(x, y, s=5, color=colour, label=label, zorder=3)
     ax.set(title=f"{agree.sum()} of {matched.sum()} matches agree", xticks=[], yticks=[])

@@ -113,12 +113,14 @@ def align(
             with its own nodata, dtype and attributes. Variables without time, y or x stay as they are.
         reference: what the frames are brought onto.
 
-            * ``"median"`` or ``"mean"`` over time of the usable pixels, of the frames as they are.
-            * ``"iterative"``: the median of the *aligned* frames. They are aligned with the median, the median is
-              taken anew, and so on until they stop moving (0.005 px). It is sharp where ``"median"`` is blurred by
-              the frames' displacements, and anchored where the median frame lies. Under shading that moves with
-              the sun it can wander off; unless the frames' pairs fit it clearly better than the first median, that
-              one is taken. Costs three to five estimates more, and as many medians.
+            * ``"median"`` or ``"mean"`` over time of the usable pixels, each frame where its pairs with others place
+              it, as ``"groupwise"`` does: as it comes, a cloudy or displaced frame would fit its own pixels in the
+              median. Where less than a quarter of the frames can be placed so (turned ones), and of large files, the
+              frames as they are. ``cube.median("time")`` always is.
+            * ``"iterative"``: the frames are aligned with that median, by the aligner, the median of the *aligned* frames
+              is taken, and so on until they stop moving (0.005 px). It is anchored where the median frame lies. Unless
+              the frames' pairs fit it clearly better than the first median, that one is taken. Costs three to five
+              estimates more, and as many medians.
             * ``"first"``, or the label of exactly one frame (``"2020-05-01"``, a ``datetime64``).
             * ``"clearest"``: the frame whose share of usable pixels, times its correlation with the median, is
               the largest.
@@ -207,10 +209,11 @@ def align(
     dims = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
     check_bool("verify", verify)
     check_bool("graph", graph)
-    batch = loop.check_batch(batch_size)
-    running = _Running(device, batch, progress, graph)
-    module = loop.find_aligner(aligner)
-    options = _Request(module, aligner == "auto", mask, reference_mask, sun, running, init, verify)
+    batch, module = loop.check_batch(batch_size), loop.find_aligner(aligner)
+    running: dict[str, Any] = {"device": device, "batch_size": batch, "progress": progress, "mask": mask}
+    options = _Request(
+        module, aligner == "auto", reference_mask, sun, init, verify=verify, graph=graph, **running
+    )
     variables, join = take_apart(datacube, bands, classes, dims)
     if variables is None:
         return _align_cube(Cube.of(datacube, dims), reference, options)  # type: ignore[return-value]  # as it came
@@ -218,32 +221,30 @@ def align(
     return join(moved), report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Running:
     device: torch.device | str | None
     batch_size: int | None
     progress: bool | None
-    graph: bool = True
+    mask: Any
 
 
 @dataclass(frozen=True)
-class _Request:
+class _Request(_Running):
     """Of :func:`align` and :func:`extend`."""
 
     module: nn.Module
     is_auto: bool  # the module is the default
-    mask: Any
     other_mask: Any  # of the reference, or of the archive
     sun: Any
-    running: _Running
     init: Any = None
     verify: bool = False
+    graph: bool = False
 
 
 def _align_cube(cube: Cube, reference: Any, options: _Request) -> tuple[xr.DataArray, xr.Dataset]:
     """Of one DataArray, whose bands are of one kind."""
-    module, sun, verify, running = options.module, options.sun, options.verify, options.running
-    device, batch, lazy = running.device, running.batch_size, is_lazy(cube.array)
+    module, sun, lazy = options.module, options.sun, is_lazy(cube.array)
     word = reference if isinstance(reference, str) else None
     if word in ("groupwise", "previous"):
         _check_series(word, options.other_mask, options.init, sun)
@@ -253,18 +254,22 @@ def _align_cube(cube: Cube, reference: Any, options: _Request) -> tuple[xr.DataA
         name, got = ("aligner", "Groupwise") if isinstance(module, Groupwise) else ("sun", "a value")
         cure = 'pass reference="groupwise"'
         raise ValueError(message(name, "what a reference needs", f"{got} with a reference", cure))
-    where = loop.find_device(device, module)
-    pixels = Pixels.of(cube, getattr(module, "fill_value", None), "aligner.fill_value")
-    if not lazy:  # else each chunk chooses for itself, on the machine that computes it
-        device, module = where, loop.place_module(module, where)
-    metres = metres_per_pixel(cube)
+    there, _, reader = _prepare(cube, options)
+    # each chunk of a lazy cube chooses for itself, on the machine that computes it
+    device, module = (options.device, module) if lazy else (reader.device, there)
     nodes = module.field_nodes(cube.size) if isinstance(module, Aligner) else None
     operation = loop.AlignFrames(
-        pixels, device, batch, module, verify, metres, nodes=nodes, graph=running.graph
+        reader.pixels,
+        device,
+        options.batch_size,
+        module,
+        options.verify,
+        metres_per_pixel(cube),
+        nodes=nodes,
+        graph=options.graph,
     )
-    usable = labels.find_usable(options.mask, "mask", cube)
     others = (
-        loop.mask_companion(usable),
+        loop.mask_companion(reader.usable),
         loop.mask_companion(labels.find_mask(options.other_mask, "reference_mask", cube)),
         find_warps(_read_solution(options.init), "init", cube),
     )
@@ -277,10 +282,9 @@ def _align_cube(cube: Cube, reference: Any, options: _Request) -> tuple[xr.DataA
         field = unpack_field(told["field"], told["field_lattice"]) if "field" in told else None
         return Found(told["warp"], told["status"] == 0, field)
 
-    with torch.no_grad(), loop.progress_bar(running.progress, cube, "align") as advance:
-        reader = FrameReader(cube, pixels, usable, where)
-        source = find_reference(reference, reader, estimate, series.PairEvidence(reader).prefers)
-        hints = give_hints(cube, pixels, usable)
+    with torch.no_grad(), loop.progress_bar(options.progress, cube, "align") as advance:
+        source = find_reference(reference, reader, estimate, series.PairPositions(reader, there))
+        hints = give_hints(cube, reader.pixels, reader.usable)
         values, fields = loop.run(operation, cube, (loop.reference_companion(source, cube), *others), advance)
     attrs = {"aligner": repr(module), "reference": source.name}
     attrs |= {"notes": " ".join(hints)} if hints else {}
@@ -298,7 +302,7 @@ def _align_variables(
     aligned, report = _align_cube(Cube.of(stacked), reference, options)
     seen, classes = ", ".join(map(str, variables.seen)), ", ".join(map(str, variables.classes))
     report.attrs |= {"bands": seen} | ({"classes": classes} if classes else {})
-    moved = _move_variables(variables, (aligned, slices), report, options.module, options)
+    moved = _move_variables(variables, (aligned, slices), report, options)
     return moved, report
 
 
@@ -306,12 +310,11 @@ def _move_variables(
     variables: Variables,
     stacked: tuple[xr.DataArray, Mapping[Hashable, slice]],
     report: xr.Dataset,
-    module: Any,
     options: _Request,
 ) -> xr.Dataset:
     """All variables of frames: those that were stacked for the estimate are aligned already."""
     aligned, slices = stacked
-    resampling = loop.resampling_of(module.aligner if isinstance(module, Groupwise) else module)
+    resampling = loop.resampling_of(_comparing(options.module))
     moved = {}
     for name in (*variables.seen, *variables.moved, *variables.classes):
         array = variables.dataset[name]
@@ -324,12 +327,11 @@ def _move_variables(
             continue
         is_class = name in variables.classes
         how: dict[str, Any] = (
-            {"interpolation": "nearest"} if is_class else {**resampling, "mask": options.mask}
+            {"interpolation": "nearest"} if is_class else resampling | {"mask": options.mask}
         )
         how |= {f"{role}_dim": dim for role, dim in variables.given(name).items()}
-        running = options.running
         moved[name] = apply(
-            array, report, device=running.device, batch_size=running.batch_size, progress=False, **how
+            array, report, device=options.device, batch_size=options.batch_size, progress=False, **how
         )
     return _put_together(variables.dataset, moved)
 
@@ -386,11 +388,16 @@ def _series_module(module: nn.Module, is_auto: bool) -> Groupwise:
     return Groupwise(module)  # type: ignore[arg-type]  # it complains of what is no aligner
 
 
+def _comparing(module: Any) -> Any:
+    """What compares two frames."""
+    return module.aligner if isinstance(module, Groupwise) else module
+
+
 def _prepare(cube: Cube, options: _Request) -> tuple[Any, Any, FrameReader]:
     """The module where it computes, what of it compares two frames, and what reads the frames there."""
-    where = loop.find_device(options.running.device, options.module)
+    where = loop.find_device(options.device, options.module)
     module = loop.place_module(options.module, where)
-    aligner = module.aligner if isinstance(module, Groupwise) else module
+    aligner = _comparing(module)
     pixels = Pixels.of(cube, getattr(aligner, "fill_value", None), "aligner.fill_value")
     return module, aligner, FrameReader(cube, pixels, labels.find_usable(options.mask, "mask", cube), where)
 
@@ -403,12 +410,11 @@ def _align_series(cube: Cube, word: str, options: _Request) -> tuple[xr.DataArra
     module, aligner, reader = _prepare(cube, options)
     hints, metres = give_hints(cube, reader.pixels, reader.usable), metres_per_pixel(cube)
     attrs: dict[str, Any] = {"aligner": repr(module)} | ({"notes": " ".join(hints)} if hints else {})
-    with torch.no_grad(), loop.progress_bar(options.running.progress, cube, "align") as advance:
+    with torch.no_grad(), loop.progress_bar(options.progress, cube, "align") as advance:
         if isinstance(module, Groupwise):
             angles = series.find_sun(options.sun, cube) if module.season != "none" else None
-            solution = module.place(
-                series.see_frames(module, reader), series.sun_tensor(angles, reader.device)
-            )
+            sun = series.sun_tensor(angles, reader.device)
+            solution = module.place(series.see_frames(module, reader), sun)
             estimate, fields = solution.estimate, series.series_fields(solution, cube.size, metres, angles)
             attrs["reference"] = "groupwise (the median of all positions is 0)"
             attrs |= {"season": module.season, **series.pair_attrs(solution)}
@@ -416,9 +422,9 @@ def _align_series(cube: Cube, word: str, options: _Request) -> tuple[xr.DataArra
             estimate = series.chain_frames(module, reader)
             fields = report_fields(estimate, None, cube.size, metres)
             attrs["reference"] = "previous (each frame on the last one that was accepted)"
-        values = _move_frames(reader, aligner, estimate, options.running, advance)
+        values = _move_frames(reader, aligner, estimate, options, advance)
     report = build_report(fields, cube, attrs)
-    return _labelled(values, cube, report, options.running.device), report
+    return _labelled(values, cube, report, options.device), report
 
 
 def _move_frames(
@@ -496,18 +502,18 @@ def extend(  # noqa: D417  # options that are those of align stand in one line
         expected, got = f"a {type(datacube).__name__}, as the new frames are", type(archive).__name__
         raise TypeError(message("archive", expected, got, "pass the cube that the report was made on"))
     module = _series_module(loop.find_aligner(aligner), aligner == "auto")
-    running = _Running(device, loop.check_batch(batch_size), progress)
-    options = _Request(module, False, mask, archive_mask, sun, running)
+    batch = loop.check_batch(batch_size)
+    running: dict[str, Any] = {"device": device, "batch_size": batch, "progress": progress, "mask": mask}
+    options = _Request(module, False, archive_mask, sun, **running)
     variables, join = take_apart(datacube, bands, classes, dims)
     if variables is None:
-        aligned, rows = _extend_cube(
-            Cube.of(datacube, dims), Cube.of(archive, dims, "archive"), report, options
-        )
+        cube, old = Cube.of(datacube, dims), Cube.of(archive, dims, "archive")
+        aligned, rows = _extend_cube(cube, old, report, options)
         return aligned, _longer_report(report, rows)  # type: ignore[return-value]  # as it came
     stacked, slices = stack_variables(variables)
     old = Cube.of(stack_archive(archive, variables, dims), None, "archive")
     aligned, rows = _extend_cube(Cube.of(stacked), old, report, options)
-    moved = _move_variables(variables, (aligned, slices), rows, module, options)
+    moved = _move_variables(variables, (aligned, slices), rows, options)
     return join(moved), _longer_report(report, rows)
 
 
@@ -517,9 +523,8 @@ def _extend_cube(
     """The new frames, and their rows of the report."""
     if cube.size != old.size:
         cure = "bring them onto the archive's grid first"
-        raise ValueError(
-            message("datacube", f"frames of {old.size} pixels, as the archive's", cube.size, cure)
-        )
+        expected = f"frames of {old.size} pixels, as the archive's"
+        raise ValueError(message("datacube", expected, cube.size, cure))
     if report["status"].size != old.sizes["time"]:
         got = f"{old.sizes['time']} for a report of {report['status'].size}"
         raise ValueError(message("archive", "the frames of the report", got, "pass the cube it was made on"))
@@ -529,7 +534,7 @@ def _extend_cube(
     module, aligner, reader = _prepare(cube, options)
     old_usable = labels.find_usable(options.other_mask, "archive_mask", old)
     readers = reader, FrameReader(old, Pixels.of(old), old_usable, reader.device)
-    with torch.no_grad(), loop.progress_bar(options.running.progress, cube, "extend") as advance:
+    with torch.no_grad(), loop.progress_bar(options.progress, cube, "extend") as advance:
         there = series.sun_tensor(series.find_sun(None, old), reader.device)
         angles = series.find_sun(options.sun, cube)
         here = series.sun_tensor(angles, reader.device)
@@ -538,9 +543,9 @@ def _extend_cube(
         solution = module.extend(new_frames, old_frames, positions.shift, positions.sigma, positions.accepted)
         solution = series.without_season(solution, positions.season_shift(here, cube.sizes["time"]))
         fields = series.series_fields(solution, cube.size, metres_per_pixel(cube), angles)
-        values = _move_frames(reader, aligner, solution.estimate, options.running, advance)
+        values = _move_frames(reader, aligner, solution.estimate, options, advance)
     rows = build_report(fields, cube, {})
-    return _labelled(values, cube, rows, options.running.device), rows
+    return _labelled(values, cube, rows, options.device), rows
 
 
 def _longer_report(report: xr.Dataset, rows: xr.Dataset) -> xr.Dataset:
@@ -633,53 +638,39 @@ def apply(  # noqa: D417  # options that are those of align stand in one line
     check_option("padding_mode", padding_mode, PaddingMode)
     check_fill("fill_value", fill_value)
     dims: dict[str, Hashable | None] = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
-    running = _Running(device, loop.check_batch(batch_size), progress)
-    how = _Application(mode, interpolation, padding_mode, fill_value, mask, running)
+    batch = loop.check_batch(batch_size)
+    running: dict[str, Any] = {"device": device, "batch_size": batch, "progress": progress, "mask": mask}
+    how = _Application(mode, interpolation, padding_mode, fill_value, grid, **running)
     copied = mode != "resample" or interpolation == "nearest"
     if isinstance(datacube, xr.DataArray) and copied:
-        return _apply_to_cube(datacube, estimate, how, grid, dims)
+        return _apply_to_cube(datacube, estimate, how, dims)
     variables, join = take_apart(datacube, None, classes, dims)
     if variables is None:
-        return _apply_to_cube(datacube, estimate, how, grid, dims)  # type: ignore[arg-type, return-value]  # a DataArray
-    return join(_apply_to_variables(variables, estimate, how, grid))
+        return _apply_to_cube(datacube, estimate, how, dims)  # type: ignore[arg-type, return-value]  # a DataArray
+    return join(_apply_to_variables(variables, _read_solution(estimate), how))
 
 
 @dataclass(frozen=True)
-class _Application:
-    """The options of :func:`apply`."""
+class _Application(_Running):
+    """Of :func:`apply`."""
 
     mode: ApplyMode
     interpolation: Interpolation | None
     padding_mode: PaddingMode
     fill_value: float | None
-    mask: Any
-    running: _Running
+    grid: xr.DataArray | None
 
 
-def _apply_to_variables(
-    variables: Variables, estimate: Any, how: _Application, grid: xr.DataArray | None
-) -> xr.Dataset:
-    estimate = _read_solution(estimate)
-    nearest = replace(how, interpolation="nearest", mask=None, fill_value=None)
-    moved = {
-        name: _apply_to_cube(
-            variables.dataset[name],
-            estimate,
-            nearest if name in variables.classes else how,
-            grid,
-            variables.given(name),
-        )
-        for name in (*variables.seen, *variables.moved, *variables.classes)
-    }
+def _apply_to_variables(variables: Variables, estimate: Any, how: _Application) -> xr.Dataset:
+    nearest, moved = replace(how, interpolation="nearest", mask=None, fill_value=None), {}
+    for name in (*variables.seen, *variables.moved, *variables.classes):
+        own = nearest if name in variables.classes else how
+        moved[name] = _apply_to_cube(variables.dataset[name], estimate, own, variables.given(name))
     return _put_together(variables.dataset, moved)
 
 
 def _apply_to_cube(
-    datacube: xr.DataArray,
-    estimate: Any,
-    how: _Application,
-    grid: xr.DataArray | None,
-    dims: Mapping[str, Any],
+    datacube: xr.DataArray, estimate: Any, how: _Application, dims: Mapping[str, Any]
 ) -> xr.DataArray:
     interpolation = how.interpolation or ("nearest" if is_class(datacube) else "bilinear")
     is_bool = datacube.dtype == np.bool_
@@ -691,11 +682,11 @@ def _apply_to_cube(
         codes = datacube.copy(data=datacube.data.astype(np.uint8 if is_bool else np.int64))
     cube = Cube.of(codes, dims)
     estimate = _read_solution(estimate)
-    warps = find_warps(estimate, "estimate", cube, grid)
+    warps = find_warps(estimate, "estimate", cube, how.grid)
     if warps is None:
         cure = "pass a report, its path, an Estimate or warps"
         raise TypeError(message("estimate", "a report", "None", cure))
-    fields = find_field(estimate, "estimate", cube, grid)
+    fields = find_field(estimate, "estimate", cube, how.grid)
     if how.mode == "shift-coords":
         if fields[0] is not None and bool((fields[0].variable != 0).any()):
             cure = 'use mode="resample", or torchalign.io.write_ground_control'
@@ -704,12 +695,12 @@ def _apply_to_cube(
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})
     pixels = Pixels.of(cube, how.fill_value, "fill_value")
     operation = loop.WarpFrames(
-        pixels, how.running.device, how.running.batch_size, interpolation, how.padding_mode, how.fill_value
+        pixels, how.device, how.batch_size, interpolation, how.padding_mode, how.fill_value
     )
     usable = (labels.find_mask if interpolation == "nearest" else labels.find_usable)(how.mask, "mask", cube)
-    with torch.no_grad(), loop.progress_bar(how.running.progress, cube, "apply") as advance:
+    with torch.no_grad(), loop.progress_bar(how.progress, cube, "apply") as advance:
         values, _ = loop.run(operation, cube, (warps, loop.mask_companion(usable), *fields), advance)
-    moved = _labelled(values, cube, estimate, how.running.device, grid)
+    moved = _labelled(values, cube, estimate, how.device, how.grid)
     return moved if codes is datacube else moved.copy(data=moved.data.astype(datacube.dtype))
 
 

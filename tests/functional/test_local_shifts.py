@@ -169,10 +169,10 @@ def test_tiles_agree_with_the_whole(monkeypatch):
     cube, reference, fields = scene_with_field(size)
     whole = estimate_shifts(cube, prepare_ground(reference, spacing=8), start(1), spacing=8)
     monkeypatch.setattr(local, "_LARGEST_TILE", 11)
-    tiles = local._Tiles.of(size, 8)
-    assert tiles.number >= 4
-    assert all(start % 8 == 0 for starts in tiles.starts for start in starts)
-    assert tiles.starts[0][-1] + tiles.size[0] == size[0]
+    windows = local.Mosaic(size, 8).windows()
+    assert len(windows) >= 4
+    assert all(part.start % 8 == 0 for window in windows for part in window)
+    assert windows[-1][0].stop == size[0]
     tiled = estimate_shifts(cube, prepare_ground(reference, spacing=8), start(1), spacing=8)
     difference = (on_pixels(whole.coefficients - tiled.coefficients, size, 8)).norm(dim=1)[:, 8:-8, 8:-8]
     assert difference.median() < 0.005

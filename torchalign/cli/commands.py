@@ -6,7 +6,6 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -131,41 +130,7 @@ def _before_any_command(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """What is read.
-
-    source: A folder of GeoTIFFs, one a date; or GeoTIFFs; or a table of them, NAME.csv with the columns path, time
-        and band; or a netCDF file; or a Zarr store.
-    variable: Variable of a netCDF file or Zarr store; several, as red,nir,SCL, go together, '*' is all. Default: the
-        only one with time, y, x (and band).
-    bands: Only these bands, as B04,B03,B02: names, or else numbers; in GeoTIFFs from 1, else from 0. Or, where there
-        is a file a band and date, once for each band, as red='*_B4.TIF'.
-    pattern: Names of the GeoTIFFs in a folder.
-    skip_bad: Leave out GeoTIFFs that are unreadable, undated, of another grid, or (in memory) empty.
-    recursive: Look for GeoTIFFs in subfolders, too.
-    grid: Bring GeoTIFFs of other extents, pixel sizes or CRS onto one grid: first, union, intersection, or that of a
-        file.
-    overwrite: Replace files that exist.
-    """
-
-    source: Annotated[list[Path], {"metavar": "SRC"}]
-    variable: str | None = None
-    bands: Annotated[list[str] | None, {"metavar": "NAMES | NAME=PATTERN"}] = None
-    pattern: str = "*.tif*"
-    skip_bad: bool = False
-    recursive: bool = False
-    grid: str | None = None
-    overwrite: bool = False
-
-    def opened(self, **more: Any) -> AbstractContextManager[sources.Source]:
-        """The source, opened as the options say."""
-        names = ("variable", "bands", "pattern", "skip_bad", "lazy", "recursive", "grid")
-        given = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        return sources.open_source(self.source, **(given | more))
-
-
-@dataclass(frozen=True, kw_only=True)
-class CubeOptions(SourceOptions):
+class CubeOptions(sources.SourceOptions):
     """What is read, how it is computed, and where the result goes.
 
     out: Where the result goes: a folder for GeoTIFFs, NAME.zarr or NAME.nc.
@@ -198,9 +163,8 @@ class CubeOptions(SourceOptions):
 
     def write(self, cube: Any, source: sources.Source, report: xr.Dataset | None = None) -> Any:
         """Write the result; returns its report, computed."""
-        options: dict[str, Any] = {
-            name: getattr(self, name) for name in ("template", "overwrite", "progress")
-        }
+        names = ("template", "overwrite", "progress")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
         return outputs.write_result(cube, self.out, source, report, **options)
 
 
@@ -283,7 +247,7 @@ def align_files(given: AlignOptions) -> int:
     if given.invert_mask and given.mask is None:
         raise ValueError(message("--invert-mask", "a mask to invert", "none", "add --mask"))
     # of frames that do not fit into memory the lazy cube tells the dates and bands, and no pixels are read of it
-    with given.opened(skip=given.mask, **({"lazy": True} if given.large else {})) as opened:
+    with given.opened(skip=given.mask, lazy=given.large or given.lazy) as opened:
         cube = opened.cube
         module = _choose_aligner(given, cube)
         usable = None
@@ -325,12 +289,8 @@ def _align_large(given: AlignOptions, module: Any, reference: Any, usable: Any) 
     if given.init is not None:
         raise ValueError(message("--init", "no report with --large", given.init, "leave one of them out"))
     with sources.translated():
-        names = ("pattern", "recursive", "grid", "template", "overwrite", "device", "progress")
-        options: dict[str, Any] = {name: getattr(given, name) for name in names}
-        options |= {
-            "bands": sources.choose_bands(given.bands),
-            "errors": "skip" if given.skip_bad else "raise",
-        }
+        names = ("template", "overwrite", "device", "progress")
+        options: dict[str, Any] = {name: getattr(given, name) for name in names} | given.stack_options()
         source = sources.raster_source(given.source)
         _, report = torchalign.io.align_scenes(source, given.out, reference, module, mask=usable, **options)
     return report
@@ -437,7 +397,7 @@ def apply_to_files(given: ApplyOptions) -> int:
         cure = "name a folder, or use --mode resample"
         raise ValueError(message("--out", "a folder of GeoTIFFs for shift-coords", given.out.name, cure))
     solution = torchalign.load_report(given.report)
-    with given.opened(masks=True) as opened:
+    with given.opened(masks=True, lazy=given.lazy) as opened:
         cube = opened.cube
         if given.skip_bad and all(map(sources.is_raster, given.source)) and isinstance(cube, xr.DataArray):
             cube = _without_unknown_empty(cube, solution)
@@ -478,7 +438,7 @@ def _without_unknown_empty(cube: xr.DataArray, solution: xr.Dataset) -> xr.DataA
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoOptions(SourceOptions):
+class InfoOptions(sources.SourceOptions):
     """Options of ``torchalign info``.
 
     source: What align takes, or a report: .csv, .json or .nc.
@@ -505,33 +465,23 @@ def show_info(given: InfoOptions) -> int:
     if given.html is not None:
         got = ", ".join(map(str, given.source))
         raise ValueError(message("--html", "a report to show", got, "give a report"))
-    if all(sources.is_raster(path) for path in given.source):
-        return _show_rasters(given)
-    with given.opened(lazy=find_spec("dask") is not None) as opened:
-        for line in _cube_lines(opened.cube):
-            print(line)
-        if opened.others:
-            print("beside it: " + ", ".join(f"{name} {array.dims}" for name, array in opened.others.items()))
-    return 0
-
-
-def _show_rasters(given: InfoOptions) -> int:
-    """The cube that they are; or, of any files, a table of their kinds and what keeps them from being one."""
     try:
         with given.opened(lazy=find_spec("dask") is not None) as opened:
             for line in _cube_lines(opened.cube):
                 print(line)
-        return 0
+            if opened.others:
+                listed = ", ".join(f"{name} {array.dims}" for name, array in opened.others.items())
+                print(f"beside it: {listed}")
     except (ValueError, FileNotFoundError) as error:
+        if not all(map(sources.is_raster, given.source)):
+            raise
         folders = [path for path in given.source if path.is_dir()]
         everything = folders[0] if len(folders) == len(given.source) == 1 else list(given.source)
-        try:
+        try:  # of any files a table of their kinds, and what keeps them from being one cube
             lines = describe_files(everything, given.pattern, given.recursive)
         except (ValueError, FileNotFoundError):
             raise error from None
-        for line in lines:
-            print(line)
-        print(f"no cube yet: {error}")
+        print(*lines, f"no cube yet: {error}", sep="\n")
     return 0
 
 
@@ -590,10 +540,8 @@ def _cube_lines(source: xr.DataArray | xr.Dataset) -> Iterator[str]:
     place = ""
     if grid is not None:
         a, b, _, d, e, _ = grid.transform
-        place = f" of {abs(a):g} × {abs(e):g} map units, " + (
-            "north up" if e < 0 and not (b or d) else "not north up"
-        )
-        place += f", {crs_name(grid.crs) or 'no CRS'}"
+        way = "north up" if e < 0 and not (b or d) else "not north up"
+        place = f" of {abs(a):g} × {abs(e):g} map units, {way}, {crs_name(grid.crs) or 'no CRS'}"
     yield f"{cube.sizes[dims['y']]} rows × {cube.sizes[dims['x']]} columns{place}"
     for array in every:
         missing = "NaN" if array.dtype.kind == "f" else "none"

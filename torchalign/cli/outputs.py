@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchalign._check import message, require
-from torchalign.cube.files import is_store
+from torchalign.cli.sources import SourceOptions, translated
+from torchalign.cube.files import check_free, is_store
 from torchalign.cube.tables import PICTURED, check_suffix
 
 if TYPE_CHECKING:
@@ -53,15 +54,8 @@ def check_report_output(path: Path, overwrite: bool) -> None:
 
 def check_output(path: Path, overwrite: bool) -> None:
     """A file may take the place of a file, and a Zarr store that of a Zarr store; nothing else is deleted."""
-    if path.exists() and not overwrite:
-        cure = "add --overwrite or choose a name"
-        raise ValueError(message("output", "a new file", f"{path}, which exists", cure))
-    store = path.suffix.lower() == ".zarr"
-    if not path.exists() or (path.is_file() and not store) or (store and is_store(path)):
-        return
-    expected = "no file or a Zarr store" if store else "no file or a file to replace"
-    kind = "a folder" if path.is_dir() else "a file"
-    raise ValueError(message("output", expected, f"{path}, {kind}", "remove it or choose another name"))
+    with translated():
+        check_free(path, overwrite, "output")
 
 
 def check_apart(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
@@ -115,14 +109,13 @@ def write_page(
     report: xr.Dataset, path: Path, pair: Sequence[Any], out: Path, *, classes: Any, overwrite: bool
 ) -> None:
     """Write the page of an alignment, a cube and itself aligned, whose result has been written to ``out``."""
-    from torchalign.cli.sources import open_source
     from torchalign.cube.variables import stack_variables, take_apart
     from torchalign.html import save_html
 
     cube, aligned = pair
     if aligned.chunks and not hasattr(aligned, "data_vars"):
         # what was lazy is read from where it has been written, in place of being computed anew for every picture
-        with open_source([out], lazy=True) as written:
+        with SourceOptions(source=[out]).opened(lazy=True) as written:
             save_html(report, path, cube, written.cube, overwrite=overwrite)
         return
     taken = [take_apart(one, None, classes, {})[0] for one in pair]

@@ -1,14 +1,15 @@
 """What the command line reads: cubes in netCDF, Zarr and GeoTIFFs, with the masks and references beside them."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: typer reads the annotations of SourceOptions.
 
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 import numpy as np
 import xarray as xr
@@ -28,17 +29,11 @@ Cube = xr.DataArray | xr.Dataset
 
 
 class Source(NamedTuple):
-    """A cube, lazily opened, and what was beside it.
+    """A cube, lazily opened, and what was beside it."""
 
-    Attributes:
-        cube: the variable to align, or the variables.
-        others: of the same file; empty for GeoTIFFs.
-        attributes: of the whole file.
-    """
-
-    cube: Any  # a DataArray or a Dataset
-    others: Mapping[str, xr.DataArray]
-    attributes: Mapping[str, Any]
+    cube: Any  # a DataArray, or a Dataset of several variables
+    others: Mapping[str, xr.DataArray]  # of the same file; empty for GeoTIFFs
+    attributes: Mapping[str, Any]  # of the whole file
 
 
 def is_raster(path: Path) -> bool:
@@ -48,76 +43,82 @@ def is_raster(path: Path) -> bool:
     return (path.is_dir() and not _is_zarr(path)) or path.suffix.lower() in _RASTERS
 
 
-@contextmanager
-def open_source(
-    paths: Sequence[Path],
-    *,
-    variable: str | None = None,
-    bands: Sequence[str] | None = None,
-    pattern: str = "*.tif*",
-    lazy: bool | None = None,
-    skip_bad: bool = False,
-    skip: str | None = None,
-    masks: bool = False,
-    recursive: bool = False,
-    grid: str | None = None,
-) -> Iterator[Source]:
-    """The cube in a netCDF file, a Zarr store, a folder of GeoTIFFs or a list of them.
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What is read.
 
-    The options are those of the command line; and ``skip``, a variable that is not the one, for it is the mask;
-    ``masks``: the cube may be one of masks or classes, so that empty GeoTIFFs are kept, and a variable that is bool is
-    taken where there is none of numbers.
+    source: A folder of GeoTIFFs, one a date; or GeoTIFFs; or a table of them, NAME.csv with the columns path, time
+        and band; or a netCDF file; or a Zarr store.
+    variable: Variable of a netCDF file or Zarr store; several, as red,nir,SCL, go together, '*' is all. Default: the
+        only one with time, y, x (and band).
+    bands: Only these bands, as B04,B03,B02: names, or else numbers; in GeoTIFFs from 1, else from 0. Or, where there
+        is a file a band and date, once for each band, as red='*_B4.TIF'.
+    pattern: Names of the GeoTIFFs in a folder.
+    skip_bad: Leave out GeoTIFFs that are unreadable, undated, of another grid, or (in memory) empty.
+    recursive: Look for GeoTIFFs in subfolders, too.
+    grid: Bring GeoTIFFs of other extents, pixel sizes or CRS onto one grid: first, union, intersection, or that of a
+        file.
+    overwrite: Replace files that exist.
     """
-    cube: Cube
-    for path in paths:
-        if not path.exists() and not is_remote(str(path)):
-            expected = "a folder of GeoTIFFs, GeoTIFFs, a netCDF file or a Zarr store"
-            raise ValueError(message("SRC", expected, f"{path}, which is not there", "check the path"))
-    if all(is_raster(path) for path in paths):
-        with translated():
-            places = {"recursive": recursive, "grid": grid}
-            cube = _open_rasters(paths, bands, pattern, lazy, skip_bad, keep_empty=masks, **places)
-        yield Source(cube, {}, {})
-        return
-    if len(paths) > 1:
-        got = ", ".join(path.name for path in paths[:4])
-        raise ValueError(message("SRC", "one cube, or GeoTIFFs", got, "give one of them"))
-    with _open_dataset(paths[0]) as dataset:
-        cube = _choose_variables(dataset, variable, paths[0], skip, masks=masks)
-        cube = cube if not bands else _select_bands(cube, bands)
-        if lazy or (lazy is None and cube.nbytes > _LAZY_BYTES and find_spec("dask") is not None):
-            time = _time_of(cube)  # whole frames, a few in a chunk
-            cube = cube.chunk(dict.fromkeys(cube.dims, -1) | {time: _frames_in_a_chunk(cube)})
-        taken = {*cube.data_vars} if isinstance(cube, xr.Dataset) else {cube.name}
-        others = {str(name): dataset[name] for name in dataset.data_vars if name not in taken}
-        yield Source(cube, others, dataset.attrs)
+
+    source: Annotated[list[Path], {"metavar": "SRC"}]
+    variable: str | None = None
+    bands: Annotated[list[str] | None, {"metavar": "NAMES | NAME=PATTERN"}] = None
+    pattern: str = "*.tif*"
+    skip_bad: bool = False
+    recursive: bool = False
+    grid: str | None = None
+    overwrite: bool = False
+
+    def stack_options(self) -> dict[str, Any]:
+        """As :func:`torchalign.open_stack` takes them."""
+        options = {name: getattr(self, name) for name in ("pattern", "recursive", "grid")}
+        return options | {"bands": choose_bands(self.bands), "errors": "skip" if self.skip_bad else "raise"}
+
+    @contextmanager
+    def opened(
+        self, *, lazy: bool | None = None, skip: str | None = None, masks: bool = False
+    ) -> Iterator[Source]:
+        """The cube in a netCDF file, a Zarr store, a folder of GeoTIFFs or a list of them.
+
+        ``skip`` is a variable that is not the one, for it is the mask. With ``masks`` the cube may be one of masks or
+        classes: empty GeoTIFFs are kept, and a variable that is bool is taken where there is none of numbers.
+        """
+        cube: Cube
+        for path in self.source:
+            if not path.exists() and not is_remote(str(path)):
+                expected = "a folder of GeoTIFFs, GeoTIFFs, a netCDF file or a Zarr store"
+                raise ValueError(message("SRC", expected, f"{path}, which is not there", "check the path"))
+        if all(is_raster(path) for path in self.source):
+            yield Source(_open_rasters(self, lazy, masks), {}, {})
+            return
+        if len(self.source) > 1:
+            got = ", ".join(path.name for path in self.source[:4])
+            raise ValueError(message("SRC", "one cube, or GeoTIFFs", got, "give one of them"))
+        with _open_dataset(self.source[0]) as dataset:
+            cube = _choose_variables(dataset, self.variable, self.source[0], skip, masks=masks)
+            cube = cube if not self.bands else _select_bands(cube, self.bands)
+            if lazy or (lazy is None and cube.nbytes > _LAZY_BYTES and find_spec("dask") is not None):
+                time = _time_of(cube)  # whole frames, a few in a chunk
+                cube = cube.chunk(dict.fromkeys(cube.dims, -1) | {time: _frames_in_a_chunk(cube)})
+            taken = {*cube.data_vars} if isinstance(cube, xr.Dataset) else {cube.name}
+            others = {str(name): dataset[name] for name in dataset.data_vars if name not in taken}
+            yield Source(cube, others, dataset.attrs)
 
 
 # --- GeoTIFFs ---
 
 
-def _open_rasters(
-    paths: Sequence[Path],
-    bands: Sequence[str] | None,
-    pattern: str,
-    lazy: bool | None,
-    skip_bad: bool,
-    *,
-    keep_empty: bool = False,
-    **places: Any,
-) -> Any:
+def _open_rasters(given: SourceOptions, lazy: bool | None, masks: bool) -> Any:
     from torchalign.io import open_stack
 
-    source = raster_source(paths)
-    chosen = choose_bands(bands)
-    options: dict[str, Any] = {"pattern": pattern, "bands": chosen, "errors": "skip" if skip_bad else "raise"}
-    options |= places
-    chunks = None
-    if lazy or (lazy is None and find_spec("dask") is not None):
-        headers = open_stack(source, chunks=1, **options)
-        if lazy or headers.nbytes > _LAZY_BYTES:
-            chunks = _frames_in_a_chunk(headers)
-    return open_stack(source, chunks=chunks, keep_empty=keep_empty, **options)
+    with translated():
+        source, options, chunks = raster_source(given.source), given.stack_options(), None
+        if lazy or (lazy is None and find_spec("dask") is not None):
+            headers = open_stack(source, chunks=1, **options)
+            if lazy or headers.nbytes > _LAZY_BYTES:
+                chunks = _frames_in_a_chunk(headers)
+        return open_stack(source, chunks=chunks, keep_empty=masks, **options)
 
 
 def raster_source(paths: Sequence[Path]) -> Any:
@@ -125,9 +126,8 @@ def raster_source(paths: Sequence[Path]) -> Any:
     folders = [path for path in paths if path.is_dir()]
     if folders and len(paths) > 1:
         got = f"{folders[0]} beside {len(paths) - 1} more"
-        raise ValueError(
-            message("SRC", "one folder, or files", got, "give the files, as the shell lists them")
-        )
+        cure = "give the files, as the shell lists them"
+        raise ValueError(message("SRC", "one folder, or files", got, cure))
     if len(paths) == 1 and (folders or paths[0].suffix.lower() == ".csv"):
         return paths[0]
     # of a URL a path keeps one slash
@@ -152,7 +152,7 @@ def translated() -> Iterator[None]:
     """Python's options as those of the command line."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         words = str(error)
         for python, shell in (
             ('pass errors="skip" to leave them out', "add --skip-bad to leave them out"),
@@ -162,6 +162,7 @@ def translated() -> Iterator[None]:
             ),
             ("give pattern=", "give --pattern"),
             ("pass recursive=True", "add --recursive"),
+            ("pass overwrite=True", "add --overwrite"),
             ('pass grid="first", "union" or "intersection"', "add --grid first, union or intersection"),
             ("pass grid=", "add --grid "),
         ):
@@ -240,9 +241,8 @@ def _select_bands(cube: Cube, bands: Sequence[str]) -> Cube:
         raise ValueError(message("--bands", "bands of one variable", got, cure))
     dims = find_dims(cube)
     if "band" not in dims:
-        raise ValueError(
-            message("--bands", "a cube with bands", f"one with {cube.dims}", "leave --bands out")
-        )
+        got = f"one with {cube.dims}"
+        raise ValueError(message("--bands", "a cube with bands", got, "leave --bands out"))
     return cube.isel({dims["band"]: find_bands(_comma_separated(bands), *band_labels(cube), name="--bands")})
 
 
@@ -263,9 +263,8 @@ def open_mask(mask: str, source: Source, *, invert: bool, pattern: str) -> xr.Da
     if mask in source.others:
         array = source.others[mask]
     else:
-        array = _open_array(
-            "--mask", mask, pattern, f"a variable of SRC ({sorted(source.others)}), a file or a folder"
-        )
+        expected = f"a variable of SRC ({sorted(source.others)}), a file or a folder"
+        array = _open_array("--mask", mask, pattern, expected)
     dims = find_dims(array) if array.ndim == 4 else {}
     if "band" in dims:
         if array.sizes[dims["band"]] != 1:
@@ -311,12 +310,9 @@ def _open_array(name: str, text: str, pattern: str, expected: str) -> xr.DataArr
 
         return open_stack([path], time=lambda _: "1970-01-01", keep_empty=True).isel(time=0, drop=True)
     if is_raster(path):
-        with translated():
-            return _open_rasters([path], None, pattern, None, False, keep_empty=True)
+        return _open_rasters(SourceOptions(source=[path], pattern=pattern), None, True)
     with _open_dataset(path) as other:
         if len(other.data_vars) != 1:
-            names = sorted(map(str, other.data_vars))
-            raise ValueError(
-                message(name, "a file with one variable", f"{path} with {names}", "drop the others")
-            )
+            got = f"{path} with {sorted(map(str, other.data_vars))}"
+            raise ValueError(message(name, "a file with one variable", got, "drop the others"))
         return next(iter(other.data_vars.values())).load()

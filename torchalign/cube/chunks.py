@@ -94,18 +94,10 @@ def map_chunks(
     parts: Sequence[Sequence[Any]],
     fields: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
 ) -> tuple[Any, dict[str, Any]]:
-    """One task a chunk, which is run once for all that it makes.
+    """One task a chunk, which is run once for all that it makes; dask arrays, pixels in the order of the cube's own dims.
 
-    Args:
-        function: ``(shared, raw (t, C, H, W), *parts) → pixels of the shape and dtype of raw, name → (t, …)``.
-        shared: what all tasks are given.
-        cube: the frames.
-        chunks: of time.
-        parts: of :func:`parts_along_time`, for each further argument.
-        fields: name → the shape of one frame's, and the dtype.
-
-    Returns:
-        A dask array in the order of the cube's own dims; and one (T, …) for each field.
+    ``function`` takes ``shared``, pixels (t, C, H, W) and a part of each of ``parts`` (:func:`parts_along_time`), and
+    gives pixels like these and a (t, …) for each of ``fields``, name → the shape of one frame's, and the dtype.
     """
     import dask.array
     from dask.delayed import delayed

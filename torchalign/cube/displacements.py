@@ -65,12 +65,7 @@ def _known_grid(report: xr.Dataset, cure: str = "", *, needs_crs: bool = True) -
 
 
 def displacement_of(report: xr.Dataset, size: tuple[int, int]) -> Array:
-    """(T, 2, H, W): how far the ground that lies at a pixel of the reference was moved to come there, (x, y) in px.
-
-    Args:
-        report: of :func:`torchalign.align`.
-        size: (H, W).
-    """
+    """(T, 2, H, W): how far the ground that lies at a pixel of the reference was moved to come there, (x, y) in px."""
     warp = torch.from_numpy(np.array(report["warp"].values, np.float64))
     y, x = (torch.arange(length, dtype=torch.float64) for length in size)
     dx, dy = backward_displacement(warp, x, y[:, None])
@@ -149,9 +144,8 @@ def write_tie_points(report: xr.Dataset, path: str | Path, *, overwrite: bool = 
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in _TIE_POINT_SUFFIXES:
-        raise ValueError(
-            message("path", f"a name ending in {', '.join(_TIE_POINT_SUFFIXES)}", path.name, "rename it")
-        )
+        expected = f"a name ending in {', '.join(_TIE_POINT_SUFFIXES)}"
+        raise ValueError(message("path", expected, path.name, "rename it"))
     table = tie_points(report)
     check_free(path, overwrite)
     if suffix == ".csv":
@@ -203,9 +197,8 @@ def write_ground_control(report: xr.Dataset, paths: Sequence[str | Path]) -> Non
         with rasterio.open(path, "r+") as raster:
             if (raster.height, raster.width) != grid.size:
                 got = f"{(raster.height, raster.width)} in {Path(path).name}"
-                raise ValueError(
-                    message("paths", f"frames of {grid.size}", got, "give the files of this cube")
-                )
+                cure = "give the files of this cube"
+                raise ValueError(message("paths", f"frames of {grid.size}", got, cure))
             raster.gcps = (control, rasterio.crs.CRS.from_string(grid.crs))
 
 

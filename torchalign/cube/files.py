@@ -23,13 +23,14 @@ def is_store(path: Path) -> bool:
     return any((path / name).exists() for name in _STORE_MARKS)
 
 
-def check_free(path: Path, overwrite: bool) -> None:
-    """Nothing is overwritten that was not meant to be."""
+def check_free(path: Path, overwrite: bool, name: str = "path") -> None:
+    """Nothing is overwritten that was not meant to be: files take the place of files, Zarr stores of Zarr stores."""
     if os.path.lexists(path) and not overwrite:
         cure = "pass overwrite=True or choose another name"
-        raise FileExistsError(message("path", "a new name", f"{path}, which exists", cure))
-    if path.is_dir() and not is_store(path):
-        raise FileExistsError(message("path", "no folder of yours", path, "remove it or choose another name"))
+        raise FileExistsError(message(name, "a new name", f"{path}, which exists", cure))
+    if path.exists() and not (is_store(path) if path.suffix.lower() == ".zarr" else path.is_file()):
+        kind = "folder" if path.is_dir() else "file"
+        raise FileExistsError(message(name, f"no {kind} of yours", path, "remove it or choose another name"))
 
 
 @contextmanager

@@ -79,17 +79,9 @@ class FoundFiles(NamedTuple):
 
 
 def find_sources(source: Any, pattern: str, bands: Mapping[str, str] | None, recursive: bool) -> FoundFiles:
-    """The files of a folder, a glob, a URL, a manifest, or a list of these.
+    """The files of a folder, a glob, a URL, a manifest, or a list of these, as :func:`torchalign.open_stack` has it.
 
-    Args:
-        source: of :func:`torchalign.open_stack`.
-        pattern: of the names in a folder.
-        bands: name → pattern, for a file a band and date.
-        recursive: look into subfolders, too.
-
-    Raises:
-        FileNotFoundError: there is nothing of that name, or nothing that fits.
-        ValueError: a manifest without paths.
+    With ``bands``, name → pattern, those of each band.
     """
     if isinstance(source, (str, os.PathLike)) and str(source).lower().endswith(".csv"):
         return _read_manifest(Path(source).expanduser())

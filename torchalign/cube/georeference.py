@@ -19,28 +19,21 @@ from torchalign.types import ShiftField
 
 FRAME_TRANSFORM = "geotransform"  # the coordinate along time of frames that have a georeference each
 
-_MAPPINGS = (
-    "spatial_ref",
-    "crs",
-    "transverse_mercator",
-    "latitude_longitude",
-)  # what grid mappings are called
+# what grid mappings are called
+_MAPPINGS = ("spatial_ref", "crs", "transverse_mercator", "latitude_longitude")
 _UNITS_IN_METRES = dict.fromkeys(("m", "metre", "metres", "meter", "meters"), 1.0) | {"km": 1000.0}
 
 
 class Georeference(NamedTuple):
     """A raster's georeference.
 
-    Attributes:
-        transform: (a, b, c, d, e, f), in the order of rasterio's ``Affine``; the corner (column, row) of a pixel,
-            counted from the raster's outer corner, lies at ``(a·column + b·row + c, d·column + e·row + f)``.
-        size: (H, W).
-        crs: as WKT, ``""`` where it is not known.
+    The transform is in the order of rasterio's ``Affine``; the corner (column, row) of a pixel, counted from the raster's
+    outer corner, lies at ``(a·column + b·row + c, d·column + e·row + f)``.
     """
 
-    transform: tuple[float, ...]
-    size: tuple[int, int]
-    crs: str = ""
+    transform: tuple[float, ...]  # (a, b, c, d, e, f)
+    size: tuple[int, int]  # (H, W)
+    crs: str = ""  # as WKT; none where it is not known
 
     @property
     def linear(self) -> np.ndarray:
@@ -87,11 +80,7 @@ class Georeference(NamedTuple):
 
 
 def find_georeference(cube: Cube) -> Georeference | None:
-    """The grid of a cube: from its coordinates, to the last bit from its ``GeoTransform`` where that agrees.
-
-    Returns:
-        ``None`` where there is neither, or the coordinates are not regular.
-    """
+    """The grid of a cube, from its coordinates, to the last bit from its ``GeoTransform`` where it agrees."""
     array, size = cube.array, cube.size
     attrs = _mapping_attrs(array)
     exact = None
@@ -224,19 +213,13 @@ def _bare_crs(array: xr.DataArray) -> str:
     except ImportError:
         return ""
     for name in ("crs", "spatial_ref", "epsg", "proj:epsg"):
-        value = (
-            array.coords[name].values[()] if name in array.coords and not array.coords[name].dims else None
-        )
+        own = array.coords.get(name)
+        value = None if own is None or own.dims else own.values[()]
         value = array.attrs.get(name) if value is None or value == 0 else value
-        if (
-            isinstance(value, (int, np.integer))
-            and not isinstance(value, bool)
-            and 1024 <= value <= 1_000_000
-        ):
-            value = f"EPSG:{int(value)}"
-        if isinstance(value, (str, np.str_)) and value:
+        if isinstance(value, (str, int, np.integer)) and value and not isinstance(value, bool):
+            text = value.removeprefix("+init=").strip() if isinstance(value, str) else f"EPSG:{value}"
             with suppress(CRSError):
-                return str(CRS.from_string(str(value).removeprefix("+init=").strip()).to_wkt())
+                return str(CRS.from_string(text).to_wkt())
     return ""
 
 
@@ -300,27 +283,10 @@ def in_degrees(crs: str, x: Any, y: Any) -> tuple[list[float], list[float]]:
 
 
 def regrid_warp(warp: Tensor, source: Georeference, target: Georeference) -> Tensor:
-    """The same motion of the ground, from pixels of one grid to pixels of another.
+    """The same motion of the ground, moving → reference, from pixels of one grid to pixels of another.
 
     Pixel sizes may differ, and so may origins, extents and the direction of the axes; both grids must be of one
     CRS and not rotated against each other. An identity stays an exact identity.
-
-    Args:
-        warp: (..., 2, 3) or (..., 3, 3), moving → reference, in pixels of ``source``.
-        source: the grid it was estimated on.
-        target: the grid it is wanted on.
-
-    Returns:
-        In the shape, dtype and device of ``warp``.
-
-    Example:
-        >>> import torch
-        >>> from torchalign.functional.affine import translation_warp
-        >>> ten = Georeference((10.0, 0.0, 0.0, 0.0, -10.0, 0.0), (100, 100))
-        >>> twenty = Georeference((20.0, 0.0, 200.0, 0.0, -20.0, -300.0), (20, 30))
-        >>> regrid_warp(translation_warp(torch.tensor([1.0, -2.0])), ten, twenty)
-        tensor([[ 1.0000,  0.0000,  0.5000],
-                [ 0.0000,  1.0000, -1.0000]])
     """
     moved = _between(source, target)
     if moved is None:
@@ -362,14 +328,7 @@ def _between(
 
 
 def georeference_frames(cube: Cube, warp: Tensor) -> xr.Variable:
-    """Of every frame, the six numbers of GDAL that put its pixels where the warp would have.
-
-    With the grid that they correct in the attributes, so that they can be carried over to a part of it.
-
-    Args:
-        cube: the frames.
-        warp: (T, 2, 3) or (T, 3, 3), in pixels of the cube.
-    """
+    """Of every frame GDAL's six numbers that put its pixels where the warp would have; and the grid that they correct."""
     grid = find_georeference(cube)
     if grid is None:
         got = f"{cube.array.dims} without a regular grid"
@@ -378,18 +337,15 @@ def georeference_frames(cube: Cube, warp: Tensor) -> xr.Variable:
     warp = warp.double()
     if warp.shape[-2] == 3:
         if not bool((warp[:, 2, :2] == 0).all()):
-            cure = "pass mode='resample', or estimate another motion"
-            raise ValueError(
-                message("estimate", "warps that a georeference can express", "homographies", cure)
+            expected, cure = (
+                "warps that a georeference can express",
+                "pass mode='resample', or another motion",
             )
+            raise ValueError(message("estimate", expected, "homographies", cure))
         warp = from_homogeneous(warp)
     cornered = change_origin(warp, (-0.5, -0.5)).numpy()  # a georeference counts from the outer corner
-    texts = []
-    for matrix in cornered:
-        own = grid
-        if not np.array_equal(matrix, np.eye(2, 3)):
-            own = grid.moved(matrix)
-        texts.append(own.to_gdal())
+    moved = [grid if np.array_equal(matrix, np.eye(2, 3)) else grid.moved(matrix) for matrix in cornered]
+    texts = [own.to_gdal() for own in moved]
     of = {"grid": grid.to_gdal(), "height": grid.size[0], "width": grid.size[1]}
     return xr.Variable((cube.dims["time"],), np.array(texts, dtype=np.str_), of)
 
@@ -402,9 +358,8 @@ def frame_transforms(cube: Cube) -> list[tuple[float, ...] | None]:
     frames = [Georeference.from_gdal(str(text), cube.size) for text in own.values]
     if grid is None or "grid" not in own.attrs:
         return [frame.transform for frame in frames]
-    before = Georeference.from_gdal(
-        str(own.attrs["grid"]), (int(own.attrs["height"]), int(own.attrs["width"]))
-    )
+    size = (int(own.attrs["height"]), int(own.attrs["width"]))
+    before = Georeference.from_gdal(str(own.attrs["grid"]), size)
     labelled = all(cube.coordinate(role) is not None for role in ("y", "x"))
     if not labelled and before.size != grid.size:
         got = f"{grid.size}, without y and x coordinates that tell where"

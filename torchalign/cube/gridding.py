@@ -20,9 +20,8 @@ from torchalign.cube.labels import Array, Cube, role_of
 GridWord = Literal["first", "union", "intersection"]
 Resampling = Literal["nearest", "bilinear", "cubic", "average"]
 _EDGE = 21  # points along each side, by which an extent is taken to another CRS
-_TOLERANCE = (
-    0.002  # pixels by which GDAL may approximate a projection; its default is 0.125, and 0 it refuses
-)
+# pixels by which GDAL may approximate a projection; its default is 0.125, and 0 it refuses
+_TOLERANCE = 0.002
 _MOST_PIXELS = 2**31  # of a grid that is meant
 
 
@@ -33,9 +32,7 @@ class Reading(NamedTuple):
     numbers: tuple[int, ...]
     header: Header
     grid: Georeference
-    offset: (
-        tuple[int, int] | None
-    )  # (row, column) of the grid's first pixel in the file; None: by GDAL's warper
+    offset: tuple[int, int] | None  # (row, column) of the grid's first pixel in the file; None: it is warped
     resampling: str
     dtype: str
     scale: float = 1.0  # the grid's pixels in one of the file's
@@ -91,26 +88,22 @@ class Reading(NamedTuple):
 
         assert self.offset is not None
         (top, left), width = self.offset, self.grid.size[1]
-        count = 1 if bands == "mask" else len(bands)
-        there = (
-            (max(top + rows[0], 0), min(top + rows[1], file.height)),
-            (max(left, 0), min(left + width, file.width)),
-        )
-        inside = there[0][0] < there[0][1] and there[1][0] < there[1][1]
-        window = Window.from_slices(*there) if inside else None
-        if inside:
-            own = (
-                file.read_masks(self.numbers[0], window=window)[None]
-                if bands == "mask"
-                else file.read(bands, window=window)
-            )
-            if own.shape[-2:] == (rows[1] - rows[0], width):
-                return own.astype(dtype, copy=False)
-        values = np.full((count, rows[1] - rows[0], width), fill, dtype)
-        if inside:
-            down, right = there[0][0] - top - rows[0], there[1][0] - left
-            values[:, down : down + own.shape[1], right : right + own.shape[2]] = own
-        return values
+        shape = (1 if bands == "mask" else len(bands), rows[1] - rows[0], width)
+        wanted = (top + rows[0], top + rows[1]), (left, left + width)
+        there = [
+            (max(first, 0), min(last, length))
+            for (first, last), length in zip(wanted, file.shape, strict=True)
+        ]
+        if any(first >= last for first, last in there):
+            return np.full(shape, fill, dtype)
+        window = Window.from_slices(*there)
+        own = (
+            file.read_masks(self.numbers[0], window=window)[None]
+            if bands == "mask"
+            else file.read(bands, window=window)
+        ).astype(dtype, copy=False)
+        around = [(part[0] - whole[0], whole[1] - part[1]) for part, whole in zip(there, wanted, strict=True)]
+        return own if own.shape == shape else np.pad(own, [(0, 0), *around], constant_values=fill)
 
     def _warp(self, file: Any, bands: Any, rows: tuple[int, int], dtype: str, resampling: str) -> Array:
         from rasterio.crs import CRS
@@ -164,7 +157,7 @@ class Reading(NamedTuple):
         source: Any = rasterio.band(file, bands) if bands != "mask" else None
         if (
             source is None or not self.header.grid.crs
-        ):  # of a file GDAL takes the points and the CRS as they are
+        ):  # else GDAL takes the file's points and CRS as they are
             source = file.read_masks([self.numbers[0]]) if bands == "mask" else file.read(bands)
             how |= {"gcps": control_points(self.header.gcps), "src_crs": own}
         shape = (1 if bands == "mask" else len(bands), rows[1] - rows[0], self.grid.size[1])
@@ -188,9 +181,7 @@ def plan_reading(
     if not header.gcps and georeference.is_same_grid(grid, header.grid, CLOSE):
         offset = (0, 0)
     elif not header.gcps and georeference.is_same_grid(grid, header.grid, CLOSE, extent=False):
-        column, row = np.rint(
-            (np.linalg.inv(header.grid.matrix) @ grid.matrix @ np.array([0.0, 0.0, 1.0]))[:2]
-        )
+        column, row = np.rint(np.linalg.solve(header.grid.linear, grid.corner - header.grid.corner))
         offset = int(row), int(column)
     scale = 1.0 if offset is not None else _pixels_in_one(_grid_of_header(path, header), grid)
     return Reading(path, tuple(numbers), header, grid, offset, resampling, dtype.name, scale)
@@ -198,8 +189,7 @@ def plan_reading(
 
 def _pixels_in_one(own: Georeference, grid: Georeference) -> float:
     """How long a pixel of a file is in pixels of a grid, at most 1; the root of the ratio of areas."""
-    x, y = _outline(own, grid.crs or own.crs)
-    pixels = (np.linalg.inv(grid.matrix) @ np.stack([x, y, np.ones_like(x)]))[:2]
+    pixels = _outline(own, grid)
     top, bottom = pixels[:, :_EDGE], pixels[:, _EDGE : 2 * _EDGE]
     ring = np.concatenate([top, bottom[:, ::-1], top[:, :1]], 1)
     area = abs(np.sum(ring[0, :-1] * ring[1, 1:] - ring[0, 1:] * ring[1, :-1])) / 2
@@ -211,12 +201,7 @@ def _pixels_in_one(own: Georeference, grid: Georeference) -> float:
 
 
 def find_grid(grid: Any, headers: Mapping[Source, Header]) -> Georeference:
-    """What the argument ``grid`` of :func:`torchalign.open_stack` stands for; ``headers`` in the order of time.
-
-    Raises:
-        TypeError: neither a word, nor a file, nor a DataArray.
-        ValueError: files that lie nowhere; an intersection that is empty; a grid of too many pixels.
-    """
+    """What ``grid`` of :func:`torchalign.open_stack` stands for; ``headers`` in the order of time."""
     own = [_grid_of_header(path, header) for path, header in headers.items()]
     if isinstance(grid, (xr.DataArray, xr.Dataset)):
         return _grid_of_labels(grid)
@@ -227,13 +212,8 @@ def find_grid(grid: Any, headers: Mapping[Source, Header]) -> Georeference:
     first = own[0]
     if grid == "first" or all(georeference.is_same_grid(first, other, CLOSE) for other in own):
         return first
-    back = np.linalg.inv(first.matrix)
-    boxes = []
-    for other in own:
-        x, y = _outline(other, first.crs)
-        pixels = (back @ np.stack([x, y, np.ones_like(x)]))[:2]
-        boxes.append((pixels.min(1), pixels.max(1)))
-    lows, highs = np.array([low for low, _ in boxes]), np.array([high for _, high in boxes])
+    outlines = [_outline(other, first) for other in own]
+    lows, highs = (np.array([reduce(one, 1) for one in outlines]) for reduce in (np.min, np.max))
     if grid == "union":
         start, stop = np.floor(lows.min(0) + CLOSE), np.ceil(highs.max(0) - CLOSE)
     else:
@@ -280,28 +260,30 @@ def control_points(gcps: str) -> list[Any]:
     return [GroundControlPoint(*point) for point in json.loads(gcps)]
 
 
-def _outline(grid: Georeference, crs: str) -> tuple[Array, Array]:
-    """Points along the border, in another CRS."""
+def _outline(own: Georeference, grid: Georeference) -> Array:
+    """(2, n), points along the border, in pixels of another grid."""
     from rasterio.crs import CRS
     from rasterio.warp import transform
 
-    height, width = grid.size
+    height, width = own.size
     along = np.linspace(0, 1, _EDGE)
     u = np.concatenate([along, along, np.zeros(_EDGE), np.ones(_EDGE)]) * width
     v = np.concatenate([np.zeros(_EDGE), np.ones(_EDGE), along, along]) * height
-    x, y = (grid.matrix @ np.stack([u, v, np.ones_like(u)]))[:2]
-    if not crs or not grid.crs or crs == grid.crs:
-        return x, y
-    cause: Exception | None = None
-    try:
-        moved = transform(CRS.from_wkt(grid.crs), CRS.from_wkt(crs), x.tolist(), y.tolist())
-    except georeference.gdal_errors() as error:
-        cause = error
-    if cause is not None or not np.isfinite(moved).all():  # infinite where a projection does not reach
-        got = f"{georeference.crs_name(grid.crs)} and {georeference.crs_name(crs)} ({cause or 'files outside its area'})"
-        cure = "reproject the files, or leave out those that lie elsewhere"
-        raise ValueError(message("grid", "CRS that can be brought together", got, cure)) from cause
-    return np.array(moved[0]), np.array(moved[1])
+    places = (own.matrix @ np.stack([u, v, np.ones_like(u)]))[:2]
+    if grid.crs and own.crs and grid.crs != own.crs:
+        cause: Exception | None = None
+        try:
+            x, y = places.tolist()
+            places = np.array(transform(CRS.from_wkt(own.crs), CRS.from_wkt(grid.crs), x, y))
+        except georeference.gdal_errors() as error:
+            cause = error
+        if cause is not None or not np.isfinite(places).all():  # infinite where a projection does not reach
+            names = " and ".join(georeference.crs_name(one.crs) for one in (own, grid))
+            got = f"{names} ({cause or 'files outside its area'})"
+            cure = "reproject the files, or leave out those that lie elsewhere"
+            raise ValueError(message("grid", "CRS that can be brought together", got, cure)) from cause
+    whole: Array = np.linalg.inv(grid.matrix) @ np.vstack([places, np.ones_like(u)])
+    return whole[:2]
 
 
 def _grid_of_labels(given: xr.DataArray | xr.Dataset) -> Georeference:

@@ -68,10 +68,8 @@ def read_headers(paths: Sequence[Source], skipped: dict[Source, str]) -> dict[So
                 if file.count:
                     headers[path] = _read_header(file)
                 else:
-                    inside = len(file.subdatasets)
-                    skipped[path] = (
-                        f"it has no bands of its own, but {inside} datasets inside; name one of these"
-                    )
+                    inside = f"{len(file.subdatasets)} datasets inside; name one of these"
+                    skipped[path] = f"it has no bands of its own, but {inside}"
         except gdal_errors() as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             skipped[path] = f"it cannot be read ({reason[0]})"

@@ -25,15 +25,14 @@ _NOISIER = 3.0  # so many times what is masked out do pixels under an inverted m
 
 
 def give_hints(cube: Cube, pixels: Pixels, usable: xr.Variable | None) -> list[str]:
-    """:func:`find_hints`, each also as a ``UserWarning``."""
-    found = find_hints(cube, pixels, usable)
+    """Sentences, one for each thing that looks wrong, each also as a ``UserWarning``."""
+    found = _find_hints(cube, pixels, usable)
     for hint in found:
         warnings.warn(hint, UserWarning, stacklevel=4)
     return found
 
 
-def find_hints(cube: Cube, pixels: Pixels, usable: xr.Variable | None) -> list[str]:
-    """Sentences, one for each thing that looks wrong."""
+def _find_hints(cube: Cube, pixels: Pixels, usable: xr.Variable | None) -> list[str]:
     if is_lazy(cube.array) or min(cube.sizes.values()) < 1:
         return []
     seen = None

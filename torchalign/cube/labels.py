@@ -89,13 +89,7 @@ class Cube:
 def find_dims(
     array: object, name: str = "datacube", given: Mapping[str, Hashable | None] | None = None
 ) -> dict[str, Hashable]:
-    """Role → name of the dim; "band" is left out where there is none.
-
-    Args:
-        array: the cube, ``name`` to the user.
-        name: of the argument.
-        given: role → name of its dim, where the user says it.
-    """
+    """Role → name of the dim, found by name but for those ``given``; "band" is left out where there is none."""
     if not isinstance(array, xr.DataArray):
         cure = "align tensors with aligner(cube, reference), or give the array dims with xarray.DataArray"
         if isinstance(array, xr.Dataset):
@@ -134,6 +128,23 @@ def role_of(dim: Hashable) -> str | None:
     return next((role for role in CUBE if name in _NAMES[role]), None)
 
 
+def frame_names(dataset: xr.Dataset, cure: str, *, kinds: str = "") -> list[Hashable]:
+    """The variables over time, y and x, of some kinds of dtypes; an error where there are none."""
+    names = [
+        name
+        for name, array in dataset.data_vars.items()
+        if {*MASK} <= {role_of(dim) for dim in array.dims} and (not kinds or array.dtype.kind in kinds)
+    ]
+    if not names:
+        raise ValueError(message("cube", "variables over time, y and x", [*map(str, dataset)], cure))
+    return names
+
+
+def as_numbers(array: Any) -> Any:
+    """Bool as the numbers that files hold; what else it may be as it is."""
+    return array.astype(np.uint8) if isinstance(array, xr.DataArray) and array.dtype == np.bool_ else array
+
+
 def rename_dims(array: xr.DataArray, names: Mapping[Hashable, str]) -> xr.Variable:
     """The array's variable under other dim names, neither loaded nor copied."""
     variable = array.variable.copy(deep=False)
@@ -146,7 +157,7 @@ def axes_of(variable: xr.Variable, roles: Sequence[str]) -> tuple[str, ...]:
     return tuple(roles if "time" in variable.dims else roles[1:])
 
 
-def load(source: xr.Variable, roles: Sequence[str], **parts: slice) -> Array:
+def load(source: xr.Variable, roles: Sequence[str], **parts: slice | Array) -> Array:
     """A part of source in memory, one axis for each role, of size 1 where source lacks it."""
     part = source.isel({role: rows for role, rows in parts.items() if role in source.dims}).load()
     values: Array = part.transpose(*(role for role in roles if role in part.dims)).to_numpy()
@@ -226,14 +237,9 @@ def band_labels(cube: xr.DataArray, dims: Mapping[str, Hashable] | None = None) 
 def find_bands(
     wanted: Any, labels: Sequence[Hashable | None], count: int, *, first: int = 0, name: str = "bands"
 ) -> list[int]:
-    """Positions of bands, from 0.
+    """Positions, from 0, of bands that are wanted by label or by number, of which ``first`` is the least.
 
-    Args:
-        wanted: one or several labels or numbers; a label goes before a number, and text may hold a number.
-        labels: of the bands; none, or ``None`` for those without.
-        count: of the bands.
-        first: the number of the first band to the user; 1 for GDAL.
-        name: of the argument.
+    A label goes before a number, and text may hold a number.
     """
     found = []
     for band in as_list(wanted):
@@ -266,15 +272,10 @@ def find_frame(
     words: Sequence[str] = (),
     positions: bool = True,
 ) -> int:
-    """The position of the one frame of that label; a date is that of all frames of the day.
+    """The position of the one frame of that label, or with ``positions`` of that number, if it is no label.
 
-    Args:
-        array: the cube.
-        dim: its time dim.
-        label: nothing is near enough; without a time zone it is in that of the cube's labels, but datetime64 in UTC.
-        name: of the argument.
-        words: what else the user may say.
-        positions: whether a whole number that is no label is a position.
+    A date is that of all frames of the day. Without a time zone a label is in that of the cube's labels, but datetime64
+    in UTC; nothing is near enough. ``words`` are what else the user may say.
     """
     count = array.sizes[dim]
     local = getattr(label, "tzinfo", None) is None and not isinstance(label, np.datetime64)
@@ -307,6 +308,8 @@ def own_codes(cube: Cube) -> xr.Variable | None:
     if own is None or not {*own.dims} <= {cube.dims[role] for role in MASK} or own.ndim < 2:
         return None
     codes: Any = rename_dims(own, {dim: role for role, dim in cube.dims.items()})
+    if codes.dims == MASK:  # nothing is read
+        return codes
     return codes.set_dims({role: cube.sizes[role] for role in MASK})
 
 

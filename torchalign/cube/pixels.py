@@ -44,9 +44,8 @@ class _Packing:
                 given = [float(value) for entry in declared if entry is not None for value in np.ravel(entry)]
                 fills = tuple(int(np.array(int(fill)).astype(dtype)) for fill in given if np.isfinite(fill))
                 if scale != 0 and np.isfinite([scale, offset]).all():
-                    return cls(
-                        scale, offset, *_packed_range(array.dtype, dtype, scale, offset, fills), fills, dtype
-                    )
+                    ends = _packed_range(array.dtype, dtype, scale, offset, fills)
+                    return cls(scale, offset, *ends, fills, dtype)
         return None
 
     def holds(self, value: float) -> bool:
@@ -94,11 +93,16 @@ class Pixels:
     packing: _Packing | None = None  # of floats
 
     @classmethod
-    def of(cls, cube: Cube, fill_value: float | None = None, name: str = "fill_value") -> Pixels:
-        """How the pixels of a cube are computed; ``fill_value``, ``name`` to the user, must fit their dtype."""
+    def of(
+        cls, cube: Cube, fill_value: float | None = None, name: str = "fill_value", *, look: bool = True
+    ) -> Pixels:
+        """How the pixels of a cube are computed; ``fill_value``, ``name`` to the user, must fit their dtype.
+
+        With ``look``, large integers are read, so that float32 is taken where it holds them.
+        """
         nodata = find_nodata(cube.array)
         packing = _Packing.of(cube.array)
-        pixels = cls(cube.array.dtype, _find_compute_dtype(cube, nodata), nodata, packing)
+        pixels = cls(cube.array.dtype, _find_compute_dtype(cube, nodata, look), nodata, packing)
         if fill_value is not None and packing is not None and not packing.holds(fill_value):
             expected = f"what the packed {packing.dtype} holds, {packing.low} … {packing.high}, or NaN"
             cure = "choose such a value, or pass datacube.drop_encoding()"
@@ -106,9 +110,8 @@ class Pixels:
         if fill_value is not None and pixels.dtype.kind != "f" and not (np.isnan(fill_value) and nodata):
             limits = np.iinfo(pixels.dtype)
             if not limits.min <= fill_value <= limits.max:
-                expected = (
-                    f"what {pixels.dtype} holds, {limits.min} … {limits.max}, or NaN where there is nodata"
-                )
+                held = f"{limits.min} … {limits.max}, or NaN where there is nodata"
+                expected = f"what {pixels.dtype} holds, {held}"
                 cure = "choose such a value, or declare datacube.attrs['_FillValue']"
                 raise ValueError(message(name, expected, fill_value, cure))
         return pixels
@@ -128,10 +131,8 @@ class Pixels:
         """Floats on the device, NaN for nodata."""
         # a copy, never the caller's memory; the conversion makes one where the dtype changes
         converted = self.native != self.compute_dtype and raw.flags.writeable
-        native = (
-            np.asarray(raw, self.native, order="C") if converted else np.array(raw, self.native, order="C")
-        )
-        host = torch.from_numpy(native)
+        take = np.asarray if converted else np.array
+        host = torch.from_numpy(take(raw, self.native, order="C"))
         if device.type == "cuda":
             host = host.pin_memory()
         values = host.to(device, non_blocking=True).to(self.compute)
@@ -203,12 +204,12 @@ def as_floats(array: xr.DataArray) -> xr.DataArray:
     return floats.astype(dtype)
 
 
-def _find_compute_dtype(cube: Cube, nodata: tuple[Any, ...]) -> torch.dtype:
+def _find_compute_dtype(cube: Cube, nodata: tuple[Any, ...], look: bool) -> torch.dtype:
     """The float that holds the pixels; for 32- and 64-bit integers all of them are read."""
     dtype = cube.array.dtype
     if dtype.kind == "f" or dtype.itemsize <= 2:
         return torch.float64 if dtype.itemsize > 4 else torch.float32
-    if cube.array.chunks is not None:  # dask computes when it is told to, not before
+    if not look or cube.array.chunks is not None:  # dask computes when it is told to, not before
         return torch.float64
     for time in range(cube.sizes["time"]):
         raw = load(cube.variable, CUBE, time=slice(time, time + 1))

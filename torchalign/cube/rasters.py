@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core import indexing
 
 from torchalign._check import message
 from torchalign.cube.finding import Source, find_sources, read_times, short_names
@@ -43,54 +45,40 @@ class StackOptions:
     recursive: bool
     grid: Any
     resampling: str
-    without_pixels: bool = False  # what the files say, and zeros that take no memory
+    on_demand: bool = False  # pixels stay in the files, and whoever takes some of them reads these
 
 
-class _BandFiles(NamedTuple):
-    """Files of one kind: all of a stack, or those of one band."""
-
-    name: str | None
-    headers: dict[Source, Header]  # of those that are taken, in the order of time
-    times: list[np.datetime64]
+class _File(NamedTuple):
+    path: Source
+    header: Header
+    time: np.datetime64
 
 
 def read_stack(source: Any, options: StackOptions) -> Any:
     """See :func:`torchalign.open_stack`."""
-    return plan_stack(source, options)[0]
-
-
-def plan_stack(source: Any, options: StackOptions) -> tuple[Any, dict[str | None, list[Reading]]]:
-    """A stack, and of every band of a Dataset (``None`` of a cube) how its files are read, in the order of time."""
     mapping = options.bands if isinstance(options.bands, Mapping) else None
     found = find_sources(source, options.pattern, mapping, options.recursive)
     skipped: dict[Source, str] = {}
-    layers = []
+    layers: dict[str | None, list[_File]] = {}
     for name, paths in found.bands.items():
         headers = read_headers(paths, skipped)
         times = read_times(list(headers), options.time, found.times, source, skipped)
         drop_strangers(headers, skipped, grids=options.grid is None)
-        taken = [path for path in headers if path not in skipped]
-        _drop_duplicates(taken, times, skipped)
-        chosen = sorted(
-            (path for path in taken if path not in skipped), key=lambda path: (times[path], str(path))
-        )
-        layers.append(
-            _BandFiles(name, {path: headers[path] for path in chosen}, [times[path] for path in chosen])
-        )
-    layers = _common_dates(layers, skipped)
+        taken = [_File(path, headers[path], times[path]) for path in headers if path not in skipped]
+        layers[name] = _one_a_date(taken, skipped)
+    layers = _with_common_dates(layers, skipped)
     _complain(skipped, options, found.total)
-    if not layers[0].headers:
+    if not next(iter(layers.values())):
         raise _nothing_left(skipped, found.total)
     grid = _common_grid(layers, options.grid)
-    cubes, readings = {}, {}
-    for layer in layers:
-        name = layer.name
-        cubes[name], readings[name] = _read_layer(layer, grid, options, skipped, found.total)
+    cubes = {
+        name: _read_layer(name, files, grid, options, skipped, found.total) for name, files in layers.items()
+    }
     result: Any = cubes[None] if None in cubes else _as_dataset(cubes)  # type: ignore[arg-type]  # names, all of them
     if skipped:
         listed = sorted(skipped.items(), key=lambda item: str(item[0]))
         result.attrs["skipped_files"] = [f"{path.name}: {reason}" for path, reason in listed]
-    return result, readings
+    return result
 
 
 def _nothing_left(skipped: Mapping[Source, str], total: int) -> ValueError:
@@ -102,31 +90,27 @@ def _first_reasons(skipped: Mapping[Source, str]) -> str:
     return "; ".join(f"{path.name}: {reason}" for path, reason in list(skipped.items())[:3])
 
 
-def _drop_duplicates(
-    paths: Sequence[Source], times: Mapping[Source, np.datetime64], skipped: dict[Source, str]
-) -> None:
-    first: dict[np.datetime64, Source] = {}
-    for path in sorted(paths, key=str):
-        if path in skipped:
-            continue
-        if times[path] in first:
-            skipped[path] = f"it is of the same time as {first[times[path]].name}, {times[path]}"
+def _one_a_date(files: Sequence[_File], skipped: dict[Source, str]) -> list[_File]:
+    """Sorted by time, the first in the alphabet of each."""
+    first: dict[np.datetime64, _File] = {}
+    for file in sorted(files, key=lambda file: str(file.path)):
+        if file.time in first:
+            skipped[file.path] = f"it is of the same time as {first[file.time].path.name}, {file.time}"
         else:
-            first[times[path]] = path
+            first[file.time] = file
+    return [first[time] for time in sorted(first)]
 
 
-def _common_dates(layers: Sequence[_BandFiles], skipped: dict[Source, str]) -> list[_BandFiles]:
-    """Of every band the dates that all bands have."""
-    common = set(layers[0].times).intersection(*(layer.times for layer in layers[1:]))
-    kept = []
-    for layer in layers:
-        for path, time in zip(layer.headers, layer.times, strict=True):
-            if time not in common:
-                lacking = next(other.name for other in layers if time not in other.times)
-                skipped[path] = f"band {lacking} has no file of its time, {time}"
-        pairs = [pair for pair in zip(layer.headers.items(), layer.times, strict=True) if pair[1] in common]
-        kept.append(_BandFiles(layer.name, dict(item for item, _ in pairs), [time for _, time in pairs]))
-    return kept
+def _with_common_dates(
+    layers: Mapping[str | None, Sequence[_File]], skipped: dict[Source, str]
+) -> dict[str | None, list[_File]]:
+    """Of every band the files of the dates that all bands have."""
+    dates = {name: {file.time for file in files} for name, files in layers.items()}
+    common = set.intersection(*dates.values())
+    for file in (file for files in layers.values() for file in files if file.time not in common):
+        lacking = next(name for name, own in dates.items() if file.time not in own)
+        skipped[file.path] = f"band {lacking} has no file of its time, {file.time}"
+    return {name: [file for file in files if file.time in common] for name, files in layers.items()}
 
 
 def _complain(skipped: Mapping[Source, str], options: StackOptions, total: int) -> None:
@@ -141,18 +125,17 @@ def _complain(skipped: Mapping[Source, str], options: StackOptions, total: int) 
     raise ValueError(message("source", "files of one grid, each of its own date", got, cure))
 
 
-def _common_grid(layers: Sequence[_BandFiles], wanted: Any) -> Georeference:
-    every = {path: header for layer in layers for path, header in layer.headers.items()}
+def _common_grid(layers: Mapping[str | None, Sequence[_File]], wanted: Any) -> Georeference:
     if wanted is not None:
-        return find_grid(wanted, every)
-    first, *others = (next(iter(layer.headers.values())) for layer in layers)
-    for layer, other in zip(layers[1:], others, strict=True):
-        if not is_same_grid(first.grid, other.grid, CLOSE):
-            own, its = _grid_in_words(first.grid), _grid_in_words(other.grid)
-            got = f"{own} for {layers[0].name}, {its} for {layer.name}"
+        return find_grid(wanted, {file.path: file.header for files in layers.values() for file in files})
+    grids = {name: files[0].header.grid for name, files in layers.items()}
+    first = next(iter(grids))
+    for name, grid in grids.items():
+        if not is_same_grid(grids[first], grid, CLOSE):
+            got = f"{_grid_in_words(grids[first])} for {first}, {_grid_in_words(grid)} for {name}"
             cure = 'pass grid="first", "union" or "intersection" to bring them onto one grid'
             raise ValueError(message("bands", "bands of one grid", got, cure))
-    return first.grid
+    return grids[first]
 
 
 def _grid_in_words(grid: Georeference) -> str:
@@ -163,51 +146,83 @@ def _grid_in_words(grid: Georeference) -> str:
 
 
 def _read_layer(
-    layer: _BandFiles, grid: Georeference, options: StackOptions, skipped: dict[Source, str], total: int
-) -> tuple[xr.DataArray, list[Reading]]:
-    paths, times, first = list(layer.headers), layer.times, next(iter(layer.headers.values()))
+    name: str | None,
+    files: Sequence[_File],
+    grid: Georeference,
+    options: StackOptions,
+    skipped: dict[Source, str],
+    total: int,
+) -> xr.DataArray:
+    first = files[0].header
     count = len(first.numbers)
-    whole = layer.name is not None or options.bands is None
+    whole = name is not None or options.bands is None
     chosen = list(range(count)) if whole else find_bands(options.bands, first.descriptions, count, first=1)
     numbers = [first.numbers[position] for position in chosen]
     dtype = np.result_type(*(np.dtype(first.dtypes[position]) for position in chosen))
     kernel = options.resampling
-    if (layer.name and is_class_name(layer.name)) or any('"table"' in first.colours[one] for one in chosen):
+    if (name and is_class_name(name)) or any('"table"' in first.colours[one] for one in chosen):
         kernel = "nearest"  # codes, not numbers
     readings = [
         Reading(path, tuple(numbers), header, grid, (0, 0), kernel, dtype.name)
         if options.grid is None
         else plan_reading(path, header, numbers, grid, kernel, dtype)
-        for path, header in layer.headers.items()
+        for path, header, _ in files
     ]
     masked = any(one.leaves_gaps or one.header.alpha or one.header.has_mask for one in readings)
-    usable: Any = None
-    values: Any
-    if options.without_pixels:
-        shape = (len(readings), len(numbers), *grid.size)
-        values = np.broadcast_to(np.zeros((), dtype), shape)
-        usable = (
-            np.broadcast_to(np.zeros((), _mask_dtype(readings[0])), (shape[0], *grid.size))
-            if masked
-            else None
-        )
-    elif options.chunks is not None:
-        values, usable = _read_lazily(readings, options.chunks, masked)
-    else:
+    values: Any = indexing.LazilyIndexedArray(_Files(readings))
+    usable: Any = indexing.LazilyIndexedArray(_Files(readings, masks=True)) if masked else None
+    if options.chunks is not None:
+        chunks = _frames_of_chunks(options.chunks, values)
+        values = xr.Variable(CUBE, values).chunk(chunks).data
+        usable = xr.Variable(MASK, usable).chunk(time=chunks["time"]).data if masked else None
+    elif not options.on_demand:
         values, usable = _read_all(readings, options.keep_empty, masked, skipped)
         _complain(skipped, options, total)
-        kept = [number for number, path in enumerate(paths) if path not in skipped]
-        if len(kept) < len(paths):
-            values, usable = values[kept], None if usable is None else usable[kept]
-            readings, times = [readings[number] for number in kept], [times[number] for number in kept]
-        if not readings:
+        kept = [number for number, file in enumerate(files) if file.path not in skipped]
+        if not kept:
             raise _nothing_left(skipped, total)
-    cube = _label(values, readings, times, chosen)
+        if len(kept) < len(files):
+            values, usable = values[kept], None if usable is None else usable[kept]
+            readings, files = [readings[number] for number in kept], [files[number] for number in kept]
+    cube = _label(values, readings, [file.time for file in files], chosen)
     if usable is not None:
         kind = "alpha" if first.alpha else "mask"
         attrs = {"kind": kind, "long_name": "0 where a pixel is not usable"}
         cube = cube.assign_coords({USABLE: (MASK, usable, attrs)})
-    return cube, readings
+    return cube
+
+
+class _Files(BackendArray):
+    """Pixels of files, (T, C, H, W), or what of them is usable, (T, H, W); those that are taken are read, by rows."""
+
+    def __init__(self, readings: Sequence[Reading], *, masks: bool = False) -> None:
+        one = readings[0]
+        bands = () if masks else (len(one.numbers),)
+        self.readings, self.masks = readings, masks
+        self.shape = (len(readings), *bands, *one.grid.size)
+        self.dtype = np.dtype(_mask_dtype(one) if masks else one.dtype)
+
+    def __getitem__(self, key: Any) -> Array:
+        found: Array = indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.BASIC, self._read
+        )
+        return found
+
+    def _read(self, key: tuple[Any, ...]) -> Array:
+        """Of a key of numbers and slices."""
+        frames, *bands, rows, columns = key
+        chosen, lines = (
+            np.arange(n)[own] for n, own in ((len(self.readings), frames), (self.shape[-2], rows))
+        )
+        first, last = (int(lines.min()), int(lines.max()) + 1) if lines.size else (0, 0)
+        values = np.empty((chosen.size, *self.shape[1:-2], last - first, self.shape[-1]), self.dtype)
+        for place, number in zip(values, np.ravel(chosen), strict=True):
+            one, span = self.readings[number], slice(first, last)
+            if first < last:
+                place[:] = one.usable(span) if self.masks else one.pixels(span)
+        within = lines - first if np.ndim(lines) == 0 else slice(None, None, getattr(rows, "step", None))
+        where = (0 if np.ndim(chosen) == 0 else slice(None), *bands, within, columns)
+        return values[where]
 
 
 def _read_all(
@@ -237,41 +252,16 @@ def _mask_dtype(reading: Reading) -> str:
     return reading.dtype if reading.header.alpha else "uint8"
 
 
-def _read_lazily(readings: Sequence[Reading], chunks: Any, masked: bool) -> tuple[Any, Any]:
-    import dask.array
-    from dask.delayed import delayed
-
-    da: Any = dask.array  # which has no types
-    size = chunks if isinstance(chunks, (int, np.integer)) and not isinstance(chunks, bool) else None
-    automatic = isinstance(chunks, str) and chunks == "auto"
-    if not (automatic or isinstance(chunks, Mapping) or (size is not None and size > 0)):
+def _frames_of_chunks(chunks: Any, array: Any) -> dict[Any, Any]:
+    """Dask's sizes of chunks, frame by frame where nothing is said of time."""
+    if isinstance(chunks, Mapping):
+        return {"time": 1} | {CUBE[key] if isinstance(key, int) else key: own for key, own in chunks.items()}
+    if isinstance(chunks, str) and chunks == "auto":
+        return {"time": max(1, _CHUNK_BYTES // max(1, int(np.prod(array.shape[1:])) * array.dtype.itemsize))}
+    if not isinstance(chunks, (int, np.integer)) or isinstance(chunks, bool) or chunks < 1:
         expected = 'a positive number of frames, a mapping, "auto" or None'
         raise ValueError(message("chunks", expected, repr(chunks), "give a number of frames"))
-    one = readings[0]
-    shape = (len(one.numbers), *one.grid.size)
-    if automatic:
-        size = max(1, _CHUNK_BYTES // max(1, int(np.prod(shape)) * np.dtype(one.dtype).itemsize))
-    if isinstance(chunks, Mapping) and isinstance(chunks.get("time"), int) and chunks["time"] > 0:
-        size = chunks["time"]
-    step = size or 1
-    groups = [list(readings[start : start + step]) for start in range(0, len(readings), step)]
-
-    read = delayed(_read_some, pure=True)
-
-    def together(masks: bool, of_one: tuple[int, ...], dtype: str) -> Any:
-        parts = [da.from_delayed(read(group, masks), (len(group), *of_one), dtype=dtype) for group in groups]
-        return da.concatenate(parts)
-
-    whole = together(False, shape, one.dtype)
-    usable = together(True, shape[1:], _mask_dtype(one)) if masked else None
-    if isinstance(chunks, Mapping):
-        axes = {role: axis for axis, role in enumerate(CUBE)}
-        whole = whole.rechunk({axes.get(key, key): value for key, value in chunks.items()})
-    return whole, usable
-
-
-def _read_some(readings: Sequence[Reading], masks: bool) -> Array:
-    return np.stack([reading.usable() if masks else reading.pixels() for reading in readings])
+    return {"time": int(chunks)}
 
 
 # --- labels ---

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -41,7 +42,10 @@ _DECODE_BYTES = 2**23  # of these, decoded and aligned at once
 _SORT_BYTES = 2**22  # of these, sorted at once
 _MOST_ROUNDS = 8  # of "iterative"; two or three are the rule
 _ENOUGH = 0.5  # of the frames aligned with their median, or "iterative" tries to start from the clearest
-_FEWEST = 3  # frames that make a median
+_FEWEST = 3  # frames that make a median, if there are so many
+_FEWEST_PLACED = (
+    0.25  # share of the frames; if less are placed by their pairs, a median is taken of all, as they are
+)
 _STILL = 0.005  # pixels; "iterative" stops when the frames move by less, in the root mean square
 
 
@@ -54,8 +58,17 @@ class Found(NamedTuple):
 
 
 Estimator = Callable[["ReferenceSource"], Found]
-# Whether the second of two solutions fits the frames clearly better, by evidence that no reference has a part in.
-Judge = Callable[[Found, Found], bool]
+
+
+class Pairs(Protocol):
+    """What pairs of frames tell, which no reference has a part in."""
+
+    @property
+    def found(self) -> Found:
+        """Where they place the frames."""
+
+    def prefers(self, first: Found, second: Found) -> bool:
+        """Whether the second of two solutions fits them clearly better."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ class FrameReader:
     pixels: Pixels
     usable: xr.Variable | None  # bool over some of time, y and x
     device: torch.device
+    codes: xr.Variable | None = None  # what files say that are read on demand: 0 = not usable
 
     @property
     def frames(self) -> int:
@@ -86,10 +100,26 @@ class FrameReader:
         values = self.read(slice(number, number + 1))
         return values[0] if len(values) else values.new_full(values.shape[1:], torch.nan)
 
-    def read(self, frames: slice) -> Tensor:
-        """(t, C, H, W)."""
-        raw = labels.load(self.cube.variable, CUBE, time=frames)
-        return self.decode(raw, None if self.usable is None else labels.load(self.usable, MASK, time=frames))
+    def read(self, frames: slice | Array, rows: slice = slice(None)) -> Tensor:
+        """(t, C, h, W)."""
+        return self.decode(self.load(frames, rows), self.seen(frames, rows))
+
+    def load(self, frames: slice | Array, rows: slice) -> Array:
+        """(t, C, h, W), as they are."""
+        return labels.load(self.cube.variable, CUBE, time=frames, y=rows)
+
+    def seen(self, frames: slice | Array, rows: slice) -> Array | None:
+        """(t or 1, h or 1, W or 1) bool: what is usable; ``None`` where all is."""
+        masks = [mask for mask in (self.usable, self.codes) if mask is not None]
+        parts = [labels.load(mask, MASK, time=frames, y=rows) != 0 for mask in masks]
+        return np.logical_and.reduce(np.broadcast_arrays(*parts)) if parts else None
+
+    def hold(self, rows: slice) -> FrameReader:
+        """Of these rows alone, which are in memory from here on."""
+        cube = Cube(
+            xr.DataArray(_hold_rows(self.cube.variable, rows)), {role: role for role in self.cube.dims}
+        )
+        return replace(self, cube=cube, usable=None if self.usable is None else _hold_rows(self.usable, rows))
 
     def decode(self, raw: Array, seen: Array | None) -> Tensor:
         """(t, C, h, w) from pixels of that shape, and what of them is usable, (t or 1, h or 1, w or 1)."""
@@ -105,23 +135,14 @@ class FrameReader:
         return ReferenceSource(name, xr.Variable(CUBE[1:], host), Pixels(host.dtype, self.pixels.compute, ()))
 
 
-def find_reference(
-    reference: Any, reader: FrameReader, estimate: Estimator, prefers: Judge
-) -> ReferenceSource:
-    """What the argument ``reference`` of :func:`torchalign.align` stands for.
-
-    Args:
-        reference: a word, a label of time, or pixels.
-        reader: of the frames.
-        estimate: estimates all frames against a reference, for ``"iterative"``.
-        prefers: whether the second of two solutions is clearly better, for ``"iterative"``.
-    """
+def find_reference(reference: Any, reader: FrameReader, estimate: Estimator, pairs: Pairs) -> ReferenceSource:
+    """What ``reference`` of :func:`torchalign.align` stands for; ``estimate`` is for ``"iterative"``."""
     if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim == 0:
         reference = getattr(reference, "values", reference)[()]  # a label, `cube.time[3]`
     # dates of cftime, and periods, are those of no common class
     is_label = isinstance(reference, (str, np.generic, int, float)) or hasattr(reference, "strftime")
     if is_label and not isinstance(reference, bool):
-        return _make_reference(reference, reader, estimate, prefers)
+        return _make_reference(reference, reader, estimate, pairs)
     return given_pixels(reference, reader.cube, reader.pixels)
 
 
@@ -138,20 +159,20 @@ def given_pixels(reference: Any, cube: Cube, pixels: Pixels) -> ReferenceSource:
     return ReferenceSource(f"{name}, {done}" if done else name, variable, own)
 
 
-def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, prefers: Judge) -> ReferenceSource:
+def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, pairs: Pairs) -> ReferenceSource:
     name, cube = str(word), reader.cube
     if name in ("median", "mean"):
-        return reader.source(name, over_time(name, reader))
+        return _over_placed(name, reader, pairs)
     if name == "iterative":
         if not reader.frames:
             return reader.source(name, over_time("median", reader))
-        values, rounds = _iterated_median(reader, estimate, prefers)
+        values, rounds = _iterated_median(reader, estimate, pairs)
         if not rounds:
             return reader.source("median (iterative did not fit the frames' pairs better)", values)
         return reader.source(f"iterative (median of the aligned stack, {rounds} rounds)", values)
     number, dates = 0, cube.coordinate("time", local=True)
     if name == "clearest":
-        number = _clearest(reader)
+        number = _clearest(reader, pairs)
     elif name != "first":
         words = get_args(ReferenceName)
         number = labels.find_frame(
@@ -166,13 +187,25 @@ def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, prefers
 # --- over time ---
 
 
+def _over_placed(word: str, reader: FrameReader, pairs: Pairs) -> ReferenceSource:
+    """The median or mean of the frames that their pairs place, each there; of all, as they are, where these are few.
+
+    A frame is part of the median. Where clouds cover half of the frames the median shows pixels of single ones, which
+    fit their own frame where it lies: as it came, or, if it was placed before, where it belongs.
+    """
+    if reader.frames > 1:
+        found = pairs.found
+        placed = int(found.valid.sum())
+        if placed >= max(min(_FEWEST, reader.frames), _FEWEST_PLACED * reader.frames):
+            name = f"{word} (of {placed} frames, placed by their pairs)"
+            return reader.source(name, over_time(word, reader, found))
+    return reader.source(word, over_time(word, reader))
+
+
 def over_time(word: str, reader: FrameReader, found: Found | None = None) -> Tensor:
     """(C, H, W), "median" or "mean" of the usable pixels, by blocks of rows; NaN where there are none.
 
-    Args:
-        word: ``"median"`` or ``"mean"``.
-        reader: of the frames.
-        found: warps to align the frames with; only valid ones are taken. ``None``: all frames, as they are.
+    With ``found``, of the frames that are valid, aligned.
     """
     frames, bands, height, width = (reader.cube.sizes[role] for role in CUBE)
     compute = reader.pixels.compute
@@ -185,52 +218,37 @@ def over_time(word: str, reader: FrameReader, found: Found | None = None) -> Ten
     margins = Margins(found, (height, width))
     for first in range(0, height if samples else 0, read):
         last = min(first + read, height)
-        block = _Block.load(reader, margins.source(first, last))
+        held = margins.source(first, last)
+        block = reader.hold(held)
         for top in range(first, last, work):
             bottom = min(top + work, last)
             values = result.new_empty(len(chosen), bands, bottom - top, width)
-            _fill(values, block, chosen, top, margins, found)
+            rows = margins.source(top, bottom)
+            within = slice(rows.start - held.start, rows.stop - held.start)
+            _fill(values, partial(block.read, rows=within), chosen, rows, top, found)
             result[:, top:bottom] = reduce_over_time(word, values).to(result.dtype)
         del block, values
         give_back_memory()  # before as much is read again
     return result
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Rows of all frames, as they were read."""
-
-    raw: Array  # (T, C, h, W)
-    seen: Array | None  # (T or 1, h or 1, W or 1)
-    top: int  # the number of its first row
-    reader: FrameReader
-
-    @classmethod
-    def load(cls, reader: FrameReader, rows: slice) -> _Block:
-        raw = _load_rows(reader.cube.variable, CUBE, rows)
-        seen = None if reader.usable is None else _load_rows(reader.usable, MASK, rows)
-        return cls(raw, seen, rows.start, reader)
-
-    def decode(self, frames: Array, rows: slice) -> Tensor:
-        """(len(frames), C, h, W), NaN wherever a pixel is not to be used."""
-        within = slice(rows.start - self.top, rows.stop - self.top)
-        seen = self.seen
-        if seen is not None:
-            seen = seen if len(seen) == 1 else seen[frames]
-            seen = seen if seen.shape[1] == 1 else seen[:, within]
-        return self.reader.decode(self.raw[frames, :, within], seen)
-
-
 def _fill(
-    values: Tensor, block: _Block, chosen: Array, top: int, margins: Margins, found: Found | None
+    values: Tensor,
+    read: Callable[[Array], Tensor],
+    chosen: Array,
+    rows: slice,
+    top: int,
+    found: Found | None,
 ) -> None:
-    """Put the rows from ``top`` on of the chosen frames into values, (T, C, h, W), a few frames at a time."""
-    rows = margins.source(top, top + values.shape[2])
+    """Put the rows from ``top`` on of the chosen frames into values, (T, C, h, W), a few frames at a time.
+
+    They are made of ``rows`` of the frames, which ``read`` gives.
+    """
     row_bytes = values.shape[1] * values.shape[3] * values.itemsize
     step = max(1, _DECODE_BYTES // max(1, row_bytes * (rows.stop - rows.start)))
     for first in range(0, len(chosen), step):
         frames = chosen[first : first + step]
-        part = block.decode(frames, rows)
+        part = read(frames)
         if found is not None:
             origin = (0.0, float(rows.start))
             warp = change_origin(found.warp[frames].to(part), origin)
@@ -243,18 +261,17 @@ def _fill(
         values[first : first + step] = part
 
 
-def _load_rows(source: xr.Variable, roles: Sequence[str], rows: slice) -> Array:
-    """``load(source, roles, y=rows)``; a lazy one part by part along time, into memory that is there already."""
-    if not is_lazy(source) or "time" not in source.dims:
-        return labels.load(source, roles, y=rows)
+def _hold_rows(source: xr.Variable, rows: slice) -> xr.Variable:
+    """Rows in memory; those of a lazy source part by part along time, into memory that is there already."""
     part = source.isel(y=rows) if "y" in source.dims else source
-    shape = tuple(part.sizes.get(role, 1) for role in roles)
-    values = np.empty(shape, source.dtype)
-    step = max(1, _LOAD_BYTES * shape[0] // max(1, values.nbytes))
-    for first in range(0, shape[0], step):
-        frames = slice(first, first + step)
-        values[frames] = labels.load(part, roles, time=frames)
-    return values
+    if not is_lazy(part) or "time" not in part.dims:
+        return part.compute()
+    part = part.transpose("time", ...)
+    values = np.empty(part.shape, part.dtype)
+    step = max(1, _LOAD_BYTES * len(values) // max(1, values.nbytes))
+    for first in range(0, len(values), step):
+        values[first : first + step] = part[first : first + step].to_numpy()
+    return xr.Variable(part.dims, values)
 
 
 def reduce_over_time(word: str, values: Tensor) -> Tensor:
@@ -309,17 +326,18 @@ class Margins:
 # --- "iterative" ---
 
 
-def _iterated_median(reader: FrameReader, estimate: Estimator, prefers: Judge) -> tuple[Tensor, int]:
+def _iterated_median(reader: FrameReader, estimate: Estimator, pairs: Pairs) -> tuple[Tensor, int]:
     """Estimate against the median of what was aligned before, until the frames stop moving; the last median.
 
     Where shading moves with the sun, medians of aligned frames wander off: the first median is kept, and 0 rounds,
     unless the last one fits pairs of frames clearly better.
     """
-    plain = median = over_time("median", reader)
-    first = found = estimate(reader.source("median", median))
+    plain = _over_placed("median", reader, pairs)
+    first = found = estimate(plain)
+    median = values = torch.as_tensor(plain.variable.values)
     # displaced or clouded so much that their median shows nothing
     if int(found.valid.sum()) < _ENOUGH * reader.frames:
-        clearest = reader.source("clearest", reader.frame(_clearest(reader)))
+        clearest = reader.source("clearest", reader.frame(_clearest(reader, pairs)))
         found = max((found, estimate(clearest)), key=lambda one: int(one.valid.sum()))
     rounds, previous = 0, found
     while rounds < _MOST_ROUNDS:
@@ -331,7 +349,7 @@ def _iterated_median(reader: FrameReader, estimate: Estimator, prefers: Judge) -
         previous, median = found, over_time("median", reader, found)
         found = estimate(reader.source("median", median))
     sound = int(first.valid.sum()) >= _ENOUGH * reader.frames
-    return (plain, 0) if sound and not prefers(first, found) else (median, rounds)
+    return (values, 0) if sound and not pairs.prefers(first, found) else (median, rounds)
 
 
 def _is_still(found: Found, previous: Found, size: tuple[int, int]) -> bool:
@@ -372,12 +390,13 @@ def _anchor(found: Found) -> Found:
 # --- one of the frames ---
 
 
-def _clearest(reader: FrameReader) -> int:
+def _clearest(reader: FrameReader, pairs: Pairs) -> int:
     """The frame with most ground: the share of its usable pixels times its correlation with the median.
 
     Clouds that no mask tells of, other seasons and displaced frames correlate less.
     """
-    median = over_time("median", reader).nanmean(0)  # (H, W)
+    source = _over_placed("median", reader, pairs)
+    median = torch.as_tensor(source.variable.values, device=reader.device).nanmean(0)  # (H, W)
     best, clearest = -1.0, 0
     for number in range(reader.frames):
         frame = reader.frame(number).nanmean(0)

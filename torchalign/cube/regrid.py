@@ -17,22 +17,10 @@ _FINER = 1.5
 
 
 def onto_grid(other: xr.DataArray, cube: Cube) -> tuple[xr.DataArray, str]:
-    """Another picture of the cube's place on the cube's grid; and what was done to it, in words.
+    """Another picture of the cube's place, (…, y, x), on the cube's grid; and what was done to it, in words.
 
-    Where both say where they lie (CRS and coordinates) and their grids differ, the picture is resampled by
-    GDAL's warper: averaged where its pixels are smaller, else interpolated. If it has none of the
-    cube's bands, the mean of its bands is one picture for all of them.
-
-    Args:
-        other: over y, x, and at most one more dim.
-        cube: the cube.
-
-    Returns:
-        ``other`` itself and ``""`` where nothing is to be done.
-
-    Raises:
-        ValueError: no way from one CRS to the other.
-        ImportError: rasterio is not installed, and a picture has to be resampled.
+    Where both say where they lie (CRS and coordinates) and their grids differ, GDAL's warper averages it where its pixels
+    are smaller, and interpolates it else. If it has none of the cube's bands, it is the mean of its bands.
     """
     done = []
     dims = spatial_dims(other, cube)

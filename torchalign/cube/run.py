@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -303,9 +303,10 @@ class AlignFrames(Operation):
         reference_usable: Tensor | None,
     ) -> Tensor | None:
         """bool: whether fills or hot pixels are likely in the frames, or in references of their own."""
-        suspect = _suspicion(self.aligner, frames, usable)
-        other = _suspicion(self.aligner, reference, reference_usable) if self.spoilt is None else None
-        return suspect if other is None else other if suspect is None else suspect | other
+        looks = [_look_for_defects(self.aligner, frames, usable)]
+        looks += [_look_for_defects(self.aligner, reference, reference_usable)] if self.spoilt is None else []
+        suspect = [look[2].any() for look in looks if look is not None]
+        return reduce(torch.logical_or, suspect) if suspect else None
 
 
 def estimate_only(module: nn.Module, *frames: Tensor | None, **options: Any) -> Estimate:
@@ -320,35 +321,29 @@ def _looks_itself(frames: Tensor) -> bool:
     return frames.device.type == "cpu"
 
 
-def _channel_to_look_at(
+def _look_for_defects(
     module: nn.Module, images: Tensor | None, known: Tensor | None
-) -> tuple[Tensor, Tensor | None] | None:
-    """The channel, and what of it is usable, of what an aligner is told whether to look for defects in."""
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """The channel, what of it is usable, and where fills or hot pixels are likely; ``None`` if nobody is to be told."""
     if images is None or _looks_itself(images) or not isinstance(module, Aligner):
         return None
     if not module.expects_defects:
         return None
-    return module._extract_channel(images if images.ndim == 4 else images[None], known)
-
-
-def _suspicion(module: nn.Module, images: Tensor | None, known: Tensor | None) -> Tensor | None:
-    """bool: whether fills or hot pixels are likely, which an aligner is to look for; ``None`` if it needs no telling."""
-    channel = _channel_to_look_at(module, images, known)
-    suspect = None if channel is None else suspects(*channel)
-    return None if suspect is None else suspect.any()
+    channel, usable = module._extract_channel(images if images.ndim == 4 else images[None], known)
+    suspect = suspects(channel, usable)
+    return None if suspect is None else (channel, usable, suspect)
 
 
 def _has_defects(module: nn.Module, images: Tensor | None, known: Tensor | None) -> bool:
     """Whether, looked at closely, they are there."""
-    channel = _channel_to_look_at(module, images, known)
-    suspect = None if channel is None else suspects(*channel)
-    if channel is None or suspect is None or not bool(suspect.any()):
+    look = _look_for_defects(module, images, known)
+    if look is None or not bool(look[2].any()):
         return False
-    image, usable = channel
-    good = exclude_defects(image, usable)
-    return good is None or not torch.equal(
-        good, torch.ones_like(good) if usable is None else usable.expand_as(good)
-    )
+    channel, usable, _ = look
+    good = exclude_defects(channel, usable)
+    if good is None:
+        return True
+    return not torch.equal(good, torch.ones_like(good) if usable is None else usable.expand_as(good))
 
 
 def _margin(module: nn.Module, found: Estimate, size: tuple[int, int]) -> int:
@@ -374,9 +369,8 @@ def _measure_again(
     if not len(aligned):
         return Remaining(aligned.new_empty(0, 2), aligned.new_empty(0))
     if reference_usable is not None:
-        reference_usable = reference_usable.expand(
-            -1 if reference_usable.ndim == 3 else 1, *reference.shape[-2:]
-        )
+        masks = -1 if reference_usable.ndim == 3 else 1
+        reference_usable = reference_usable.expand(masks, *reference.shape[-2:])
     seen, margin = None, _margin(module, found, (aligned.shape[-2], aligned.shape[-1]))
     if usable is None and margin:  # without a mask a correlation costs half
         within = slice(margin, -margin)
@@ -400,9 +394,8 @@ def _measure_again(
     apart = misfit(moving, still, moving_usable, still_usable, contrast=contrast)
     # it may be why a frame is ambiguous, and does not depend on where the whole lies
     told = found.valid | (found.status == int(Status.AMBIGUOUS))
-    return Remaining(
-        remaining.shift.masked_fill(~measured[:, None], torch.nan), apart.masked_fill(~told, torch.nan)
-    )
+    shift = remaining.shift.masked_fill(~measured[:, None], torch.nan)
+    return Remaining(shift, apart.masked_fill(~told, torch.nan))
 
 
 # --- apply ---
@@ -478,12 +471,7 @@ ALIGNERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def find_aligner(aligner: object) -> nn.Module:
-    """A module, as it is or by its name.
-
-    Raises:
-        TypeError: another kind of thing.
-        ValueError: an unknown name.
-    """
+    """A module, as it is or by its name."""
     if isinstance(aligner, str):
         if aligner not in ALIGNERS:
             expected = f"a module, or in this release one of {', '.join(map(repr, ALIGNERS))}"
@@ -523,11 +511,7 @@ def check_batch(size: int | None) -> int | None:
 def progress_bar(
     progress: bool | None, work: Cube | int, word: str, unit: str = "frame"
 ) -> Iterator[Callable[[int], object]]:
-    """A function to call with the number of units done, of a cube its frames; no bar of nothing or of a lazy cube.
-
-    Raises:
-        ImportError: a bar is asked for, and there is no tqdm.
-    """
+    """A function to call with the number of units done, of a cube its frames; no bar of nothing or of a lazy cube."""
     check_kind("progress", progress, bool, "True or False", "give a bool")
     if isinstance(work, Cube):
         work = 0 if is_lazy(work.array) else work.sizes["time"]  # dask has bars of its own

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,15 +13,16 @@ import xarray as xr
 from torch import Tensor, nn
 
 from torchalign._check import message
-from torchalign._host import give_back_memory
+from torchalign._host import give_back_memory, waiting
+from torchalign.aligner import Aligner
 from torchalign.cube.chunks import chunk_sizes, is_lazy
 from torchalign.cube.georeference import find_georeference, in_degrees
 from torchalign.cube.labels import Array, Cube
 from torchalign.cube.reference import Found, FrameReader
 from torchalign.cube.solution import report_fields
 from torchalign.cube.sun import sun_position
-from torchalign.functional.affine import center_displacement, compose_warps
-from torchalign.functional.network import Edges, shadow_direction
+from torchalign.functional.affine import center_displacement, compose_warps, identity_warp
+from torchalign.functional.network import shadow_direction
 from torchalign.functional.uncertainty import largest_sigma
 from torchalign.groupwise import Frames, Groupwise, Solution
 from torchalign.pcc import PCC
@@ -28,19 +31,20 @@ from torchalign.types import Estimate, combine
 _READ_BYTES = 2**26  # of computed pixels, seen at once
 # Dates without a time of day are taken at this hour of local solar time, when most optical satellites pass.
 _OVERPASS = 10.5
+# Pixels of all frames by which their pairs are compared for a reference, but of each at least so many a side.
+_PLACED_SAMPLES, _LEAST_PLACED = 2**26, 512
+# Pixels; a frame that is displaced by less is taken as it is.
+_STILL = 0.005
 
 
 def see_frames(module: Groupwise, reader: FrameReader) -> Frames:
-    """What is kept of all frames, which are read once, a batch at a time: chunk by chunk where they are lazy.
-
-    Raises:
-        ValueError: a lazy cube, and an aligner that needs the pixels of pairs.
-    """
+    """What is kept of all frames, which are read once, a batch at a time: chunk by chunk where they are lazy."""
     if is_lazy(reader.cube.array) and not module.keeps_textures:
         cure = "use torchalign.PCC(), or load the cube with .load()"
         got = f"{type(module.aligner).__name__} and a cube of dask"
         raise ValueError(message("aligner", "PCC, which keeps little of a frame", got, cure))
-    parts = [module.see(frames) for frames in _batches(reader)]
+    with waiting():  # hot pixels and fills are looked for on a device too
+        parts = [module.see(frames) for frames in _batches(reader)]
     give_back_memory()
     return module.join(parts)
 
@@ -105,31 +109,51 @@ def series_fields(
     return report_fields(solution.estimate, None, size, metres) | found
 
 
-class PairEvidence:
-    """How badly positions of frames fit the shifts between pairs of them, which no reference has a part in."""
+class PairPositions:
+    """Where pairs of frames place the frames of a series, which no reference has a part in.
 
-    def __init__(self, reader: FrameReader) -> None:
-        self.reader = reader
-        self.pairs: tuple[Edges, Tensor, Tensor, Tensor] | None = None
+    The pairs are compared as ``module`` sees frames, by :class:`torchalign.PCC`; of large frames by their centres.
+    """
+
+    def __init__(self, reader: FrameReader, module: nn.Module) -> None:
+        self.reader, self.module = reader, module
+
+    @functools.cached_property
+    def estimate(self) -> Estimate:
+        """Of all frames; the median of the positions is 0."""
+        side = max(_LEAST_PLACED, math.isqrt(_PLACED_SAMPLES // max(1, self.reader.frames)))
+        seen: dict[str, Any] = {"crop_center": tuple(min(side, length) for length in self.reader.cube.size)}
+        if isinstance(self.module, Aligner):
+            seen |= {"channel": self.module.channel, "rgb_bands": self.module.rgb_bands}
+            # two frames may be that far from the reference, each on its side
+            seen["max_translation"] = 2 * self.module.max_translation
+            if self.module.crop_center is not None:
+                seen["crop_center"] = self.module.crop_center
+        groupwise = Groupwise(PCC(**seen), season="none")
+        return groupwise.place(see_frames(groupwise, self.reader)).estimate
+
+    @property
+    def found(self) -> Found:
+        """The same; frames that lie there already are not moved."""
+        warp = self.estimate.warp
+        near = warp[:, :, 2].norm(dim=-1) < _STILL
+        still = torch.where(near[:, None, None], identity_warp(dtype=warp.dtype, device=warp.device), warp)
+        return Found(still, self.estimate.valid)
 
     def prefers(self, first: Found, second: Found) -> bool:
-        """Whether the second fits clearly better, by a tenth, over the frames that both have."""
-        if self.pairs is None:
-            module = Groupwise(PCC(), season="none")
-            self.pairs = module.compare(see_frames(module, self.reader))
-        edges, shift, sigma, usable = self.pairs
-        valid = first.valid.to(usable.device) & second.valid.to(usable.device)
-        usable = usable & valid[edges.moving] & valid[edges.reference]
-        if not bool(usable.any()):
+        """Whether the second fits clearly better, by a tenth, over the frames that all have."""
+        place, sigma = self.estimate.warp[:, :, 2].cpu(), self.estimate.sigma.cpu()
+        valid = self.estimate.valid.cpu() & first.valid.cpu() & second.valid.cpu()
+        if not bool(valid.any()):
             return False
         misfits = []
         for found in (first, second):
-            place = center_displacement(found.warp.double(), self.reader.cube.size).to(shift.device)
-            residual = (shift - place[edges.moving] + place[edges.reference]).norm(dim=-1)[usable]
-            deviation = residual / torch.hypot(sigma, torch.full_like(sigma, 0.03))[usable]
-            misfits.append(
-                float(torch.where(deviation < 1, 0.5 * deviation.square(), deviation - 0.5).mean())
-            )
+            away = center_displacement(found.warp[valid].double().cpu(), self.reader.cube.size) - place[valid]
+            # where all lie in common is not told by pairs
+            residual = (away - away.median(0).values).norm(dim=-1)
+            deviation = residual / torch.hypot(sigma[valid], torch.full_like(sigma[valid], 0.03))
+            huber = torch.where(deviation < 1, 0.5 * deviation.square(), deviation - 0.5)
+            misfits.append(float(huber.mean()))
         return misfits[1] <= 0.9 * misfits[0]
 
 
@@ -137,19 +161,10 @@ class PairEvidence:
 
 
 def find_sun(given: Any, cube: Cube) -> Array | None:
-    """(T, 2), elevation and azimuth in degrees, the latter clockwise from the image's up.
+    """(T, 2), elevation and azimuth in degrees, the latter clockwise from the image's up; ``None`` if that is not known.
 
-    Args:
-        given: what the user says, azimuths clockwise from north; ``None`` to compute it.
-        cube: with dates in UTC along time, and a CRS; dates that all lack a time of day are taken at half past ten,
-            local solar time.
-
-    Returns:
-        The angles, or ``None`` where they are not given and date or place is unknown.
-
-    Raises:
-        TypeError: what was given are no numbers.
-        ValueError: another shape.
+    Of what the user gives, azimuths clockwise from north; else computed, of dates in UTC and a CRS. Dates that all lack a
+    time of day are taken at half past ten, local solar time.
     """
     grid = find_georeference(cube)
     if given is not None:
@@ -217,11 +232,7 @@ class ArchivePositions(NamedTuple):
 
     @classmethod
     def of(cls, report: xr.Dataset, sun: Tensor | None, device: torch.device) -> ArchivePositions:
-        """From a report in memory, and where the sun stood, (T, 2).
-
-        Raises:
-            ValueError: the sun's part was taken off, and nobody knows where it stands.
-        """
+        """From a report in memory, and where the sun stood, (T, 2)."""
         known = report.compute()
         shift = np.stack([known["shift_x"].values, known["shift_y"].values], -1).astype(float)
         accepted = known["status"].values == 0

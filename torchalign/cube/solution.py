@@ -78,15 +78,10 @@ _DISTORTED, _DISTORTED_SIGMAS = 0.1, 2.0
 
 
 class Remaining(NamedTuple):
-    """What is measured again after alignment; NaN where that could not be done.
+    """What is measured again after alignment; NaN where that could not be done."""
 
-    Attributes:
-        shift: (T, 2), (x, y), how far frames still are from the reference, in pixels.
-        misfit: (T,), see :func:`~torchalign.functional.misfit.misfit`.
-    """
-
-    shift: Tensor
-    misfit: Tensor
+    shift: Tensor  # (T, 2), (x, y), how far frames still are from the reference, in pixels
+    misfit: Tensor  # (T,), see :func:`~torchalign.functional.misfit.misfit`
 
 
 class ReportSummary(NamedTuple):
@@ -213,14 +208,7 @@ def summarize(report: xr.Dataset) -> ReportSummary:
 def report_fields(
     estimate: Estimate, left: Remaining | None, size: tuple[int, int], metres: Mapping[str, float]
 ) -> dict[str, Array]:
-    """The fields of a report that come with a batch of frames, on the host.
-
-    Args:
-        estimate: of (T,) frames.
-        left: what was measured again after alignment, if it was.
-        size: (H, W) of the frames.
-        metres: in a pixel along ``"x"`` and ``"y"``, signed; without those that are not known.
-    """
+    """The fields of a report that come with a batch of frames, on the host; ``metres`` of a pixel in x and y, signed."""
     shift = center_displacement(estimate.warp, size)  # (T, 2), (x, y)
     fields = {"warp": estimate.warp, "shift_x": shift[:, 0], "shift_y": shift[:, 1], "score": estimate.score}
     fields |= {"score_before": estimate.score_before, "sigma": estimate.sigma, "status": estimate.status}
@@ -270,14 +258,7 @@ def promised_fields(
 def build_report(
     fields: Mapping[str, Any], cube: Cube | None, attrs: Mapping[str, Any], time: Hashable = "time"
 ) -> xr.Dataset:
-    """Label what was measured.
-
-    Args:
-        fields: name → (T,) or (T, 2 or 3, 3), of :func:`report_fields`; numpy or dask.
-        cube: for the coordinates along time, the grid and the metres; ``None`` if there is none.
-        attrs: of the report: the aligner, the reference.
-        time: the time dim, where there is no cube.
-    """
+    """Label :func:`report_fields`, of numpy or dask; a cube has coordinates along time, and the grid."""
     time = time if cube is None else cube.dims["time"]
     variables = {name: _variable(name, fields[name], time) for name in _FIELDS if name in fields}
     report = name_statuses(xr.Dataset(variables, _time_coords(cube, variables, time), _ATTRS | dict(attrs)))
@@ -378,13 +359,9 @@ def check_report(
 
 
 def find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = None) -> Companion | None:
-    """The warps of an earlier solution, of the cube's frames and in its pixels.
+    """The warps of an earlier solution, of the cube's frames and in its pixels; ``name`` to the user.
 
-    Args:
-        given: a report, an estimate, or warps; ``name`` to the user.
-        name: of the argument.
-        cube: the frames.
-        grid: the cube that plain warps were made on; a report knows its own.
+    Plain warps were made on the cube ``grid``; a report knows its own.
     """
     if given is None:
         return None

@@ -14,7 +14,7 @@ import xarray as xr
 from torchalign._check import message, require
 from torchalign.cube.chunks import chunk_sizes, compute_together, is_lazy, rows_after, share
 from torchalign.cube.files import atomic, check_free, discard, put_in_place, temporary_sibling
-from torchalign.cube.labels import MASK, Array, Cube, role_of, with_plain_dates
+from torchalign.cube.labels import Array, Cube, as_numbers, frame_names, with_plain_dates
 from torchalign.cube.solution import summarize
 
 # of encodings: what every format knows; what goes from netCDF to netCDF
@@ -38,8 +38,14 @@ def write_store(
     suffix = path.suffix.lower()
     if suffix not in (".zarr", ".nc", ".nc4"):
         raise ValueError(message("path", "a name ending in .zarr or .nc", path.name, "rename it"))
-    given = cube if isinstance(cube, xr.Dataset) else _named(cube)
-    frames = _frames_of(given)
+    if isinstance(cube, xr.Dataset):
+        given = cube
+    else:
+        Cube.of(as_numbers(cube), None, "cube")  # or it raises
+        given = cube.to_dataset(name=str(cube.name or "cube"))
+    # a single variable may have dims of any names
+    own = list(given.data_vars)
+    frames = own if len(own) == 1 else frame_names(given, "write it with xarray's own to_netcdf or to_zarr")
     check_free(path, overwrite)
     require(f"a {suffix} file", "io", "zarr" if suffix == ".zarr" else "h5netcdf")
     lazy = [name for name in frames if is_lazy(given[name])]
@@ -57,7 +63,7 @@ def write_store(
         return finish_writing(path, report, compute)
     from dask.delayed import delayed
 
-    seen = Cube.of(given[lazy[0]].astype(np.uint8) if given[lazy[0]].dtype == np.bool_ else given[lazy[0]])
+    seen = Cube.of(as_numbers(given[lazy[0]]))
     chunks, time = chunk_sizes(seen, None), seen.dims["time"]
     partial = temporary_sibling(path)
     try:
@@ -82,24 +88,6 @@ def write_store(
     except BaseException:
         discard(partial, path)
         raise
-
-
-def _named(cube: object) -> xr.Dataset:
-    """One cube as a Dataset; what is no cube raises."""
-    is_bool = isinstance(cube, xr.DataArray) and cube.dtype == np.bool_
-    Cube.of(cube.astype(np.uint8) if is_bool and isinstance(cube, xr.DataArray) else cube, None, "cube")
-    assert isinstance(cube, xr.DataArray)
-    return cube.to_dataset(name=str(cube.name or "cube"))
-
-
-def _frames_of(dataset: xr.Dataset) -> list[Hashable]:
-    frames = [n for n, array in dataset.data_vars.items() if {*MASK} <= {role_of(dim) for dim in array.dims}]
-    if len(dataset.data_vars) == 1:  # whose dims may have any names
-        return list(dataset.data_vars)
-    if not frames:
-        cure = "write it with xarray's own to_netcdf or to_zarr"
-        raise ValueError(message("cube", "variables over time, y and x", [*map(str, dataset)], cure))
-    return frames
 
 
 def _without_codes(array: xr.DataArray) -> xr.DataArray:

@@ -26,11 +26,11 @@ from torchalign._host import give_back_memory
 from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
 from torchalign.cube.georeference import metres_per_pixel
-from torchalign.cube.gridding import Reading
-from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, find_frame, find_mask, label_text, load
+from torchalign.cube.labels import CUBE, MASK, Array, Cube, find_frame, find_mask, label_text, load, own_codes
 from torchalign.cube.pixels import Pixels
 from torchalign.cube.reference import (
     Found,
+    FrameReader,
     Margins,
     ReferenceName,
     ReferenceSource,
@@ -63,56 +63,34 @@ _OUTLIER = 0.5  # pixels from the others, from where on a tile does not agree
 _AGREE = 0.5  # of the tiles, which must
 _ROUNDS = 20
 _ROW_BYTES = 2**26  # of computed pixels of a block of rows
+_SERIES_BYTES = 2**27  # of those of all frames, of which a median or a mean is made
 
 
-class LargeStack(NamedTuple):
-    """A stack whose pixels stay in the files."""
+def large_reader(array: xr.DataArray, mask: Any, device: torch.device) -> FrameReader:
+    """Of a stack whose pixels stay in the files; ``mask`` as :func:`torchalign.align` takes it."""
+    cube = Cube.of(array)
+    return FrameReader(
+        cube, Pixels.of(cube, look=False), find_mask(mask, "mask", cube), device, own_codes(cube)
+    )
 
-    cube: Cube  # with all labels, and no pixels
-    readings: Sequence[Reading]
-    masked: bool
-    pixels: Pixels
-    device: torch.device
-    mask: xr.Variable | None  # bool over some of time, y and x, beside those of the files
 
-    @classmethod
-    def of(
-        cls, array: xr.DataArray, readings: Sequence[Reading], mask: Any, device: torch.device
-    ) -> LargeStack:
-        """Of what :func:`~torchalign.cube.rasters.plan_stack` found; ``mask`` as :func:`torchalign.align` takes it."""
-        cube = Cube.of(array)
-        pixels = Pixels.of(cube)
-        if pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 2:  # nobody has looked how large they are
-            pixels = replace(pixels, compute=torch.float64)
-        return cls(cube, readings, USABLE in array.coords, pixels, device, find_mask(mask, "mask", cube))
+def _read_tiles(stack: FrameReader, frame: int, rows: slice, columns: Sequence[slice]) -> Tensor:
+    """(n, C, h, w) floats, NaN wherever a pixel is not to be used."""
+    one = slice(frame, frame + 1)
+    seen = stack.seen(one, rows)
+    return stack.decode(_cut(stack.load(one, rows), columns), None if seen is None else _cut(seen, columns))
 
-    def tiles(self, frame: int, rows: slice, columns: Sequence[slice]) -> Tensor:
-        """(n, C, h, w) floats, NaN wherever a pixel is not to be used."""
-        reading = self.readings[frame]
-        raw = reading.pixels(rows)
-        values = self.pixels.decode(np.stack([raw[:, :, part] for part in columns]), self.device)
-        usable = self.usable(frame, rows, reading.usable(rows) if self.masked else None)
-        if usable is not None:
-            seen = np.stack([usable[None, :, part] for part in columns])
-            values.masked_fill_(~torch.from_numpy(seen).to(self.device), torch.nan)
-        return values
 
-    def usable(self, frame: int, rows: slice, codes: Array | None) -> Array | None:
-        """(h, W) bool, of the mask and of the codes of the file; ``None`` if all is."""
-        own = None if codes is None else codes != 0
-        if self.mask is None:
-            return own
-        given = load(self.mask, MASK, time=slice(frame, frame + 1), y=rows)[0]
-        return np.broadcast_to(
-            given if own is None else given & own, (rows.stop - rows.start, self.cube.size[1])
-        )
+def _cut(values: Array, columns: Sequence[slice]) -> Array:
+    """(n, …, w), the columns one by one, of (1, …, W)."""
+    return np.concatenate([values[..., part] for part in columns])
 
 
 class LargeReference(NamedTuple):
     """What the frames are brought onto, tile by tile."""
 
     name: str
-    stack: LargeStack
+    stack: FrameReader
     frame: int | None  # one of the stack's own
     source: ReferenceSource | None  # or pixels
     mask: xr.Variable | None
@@ -122,16 +100,16 @@ class LargeReference(NamedTuple):
         return frame == self.frame and self.mask is None
 
     @classmethod
-    def of(cls, reference: Any, mask: Any, stack: LargeStack) -> LargeReference:
+    def of(cls, reference: Any, mask: Any, stack: FrameReader) -> LargeReference:
         """A word, the label of a frame, or pixels on the stack's grid."""
-        cube, frame, source = stack.cube, None, None
+        cube = stack.cube
         known = find_mask(mask, "reference_mask", cube)
         if isinstance(reference, str) and reference in ("median", "mean"):
             return cls(reference, stack, None, None, known)
         if isinstance(reference, str) and reference in get_args(ReferenceName) and reference != "first":
             cure = "name a frame, or make the reference's pixels first"
             expected = (
-                "'first', 'median', 'mean', the label of one frame, or pixels, of scenes larger than memory"
+                "'first', 'median', 'mean', the label of a frame, or pixels, of scenes larger than memory"
             )
             raise ValueError(message("reference", expected, repr(reference), cure))
         if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim > 1:
@@ -139,10 +117,9 @@ class LargeReference(NamedTuple):
             return cls(source.name, stack, None, source, known)
         if isinstance(reference, xr.DataArray) and not reference.ndim:  # a label, `cube.time[3]`
             reference = reference.values[()]
-        words = ("first", "median", "mean")
-        frame = 0 if isinstance(reference, str) and reference == "first" else find_frame(
-            cube.array, cube.dims["time"], reference, "reference", words=words
-        )  # fmt: skip
+        frame, words = 0, ("first", "median", "mean")
+        if not isinstance(reference, str) or reference != "first":
+            frame = find_frame(cube.array, cube.dims["time"], reference, "reference", words=words)
         time = cube.coordinate("time", local=True)
         return cls(str(frame) if time is None else label_text(time.values[frame]), stack, frame, None, known)
 
@@ -150,25 +127,34 @@ class LargeReference(NamedTuple):
         """(n, C, h, w), or of a reference for each frame (n, T, C, h, w); NaN where nothing is to be used."""
         stack = self.stack
         if self.frame is not None:
-            values = stack.tiles(self.frame, rows, columns)
+            values = _read_tiles(stack, self.frame, rows, columns)
         elif self.source is not None:
             raw = load(self.source.variable, CUBE[1:], y=rows)
             raw = np.broadcast_to(raw, (stack.cube.sizes["band"], *raw.shape[1:]))
-            values = self.source.pixels.decode(np.stack([raw[:, :, part] for part in columns]), stack.device)
+            values = self.source.pixels.decode(_cut(raw[None], columns), stack.device)
         else:
-            frames = range(len(stack.readings))
-            series = (torch.cat([stack.tiles(frame, rows, [part]) for frame in frames]) for part in columns)
-            values = torch.stack([reduce_over_time(self.name, one).to(one.dtype) for one in series])
+            values = self._over_time(rows, columns)
         if self.mask is not None:
             size = (rows.stop - rows.start, stack.cube.size[1])
             seen = np.broadcast_to(load(self.mask, MASK[1:], y=rows), size)
-            parts = torch.from_numpy(np.stack([seen[None, :, part] for part in columns]))
+            parts = torch.from_numpy(_cut(seen[None, None], columns))
             values = values.masked_fill(~parts.to(values.device), torch.nan)
         return values
 
+    def _over_time(self, rows: slice, columns: Sequence[slice]) -> Tensor:
+        """(n, C, h, w), of all frames, as many rows at a time as memory is meant to hold; each is read once."""
+        stack, made = self.stack, []
+        row = stack.frames * stack.cube.sizes["band"] * sum(part.stop - part.start for part in columns)
+        step = max(1, _SERIES_BYTES // (row * stack.pixels.compute.itemsize))
+        for first in range(rows.start, rows.stop, step):
+            some = slice(first, min(first + step, rows.stop))
+            series = torch.stack([_read_tiles(stack, frame, some, columns) for frame in range(stack.frames)])
+            made.append(reduce_over_time(self.name, series).to(series.dtype))
+        return torch.cat(made, 2)
+
 
 def align_large(
-    stack: LargeStack,
+    stack: FrameReader,
     module: nn.Module,
     reference: LargeReference,
     folder: Path,
@@ -208,9 +194,9 @@ def align_large(
     return [file.path for file in files], report
 
 
-def count_steps(stack: LargeStack, module: nn.Module, reference: LargeReference) -> int:
+def count_steps(stack: FrameReader, module: nn.Module, reference: LargeReference) -> int:
     """How often :func:`align_large` tells that it goes on."""
-    size, frames = stack.cube.size, len(stack.readings)
+    size, frames = stack.cube.size, stack.frames
     rows, blocks = len(_grid(size)), len(_row_blocks(size, stack.cube.sizes["band"]))
     steps, local = frames * (rows + blocks), _split(module)[1]
     if local is not None:
@@ -225,19 +211,15 @@ def _grid(size: tuple[int, int]) -> list[tuple[slice, list[slice]]]:
     def along(length: int) -> list[slice]:
         side = min(length, _TILE)
         count = max(1, min(_ACROSS, length // _TILE))
-        starts = (
-            [round(start) for start in np.linspace(0, length - side, count + 2)[1:-1]]
-            if count < length / side
-            else [0]
-        )
-        return [slice(start, start + side) for start in (starts or [0])]
+        inside = np.linspace(0, length - side, count + 2)[1:-1] if count < length / side else [0]
+        return [slice(start, start + side) for start in map(round, inside)]
 
     columns = along(size[1])
     return [(rows, columns) for rows in along(size[0])]
 
 
 def _estimate_frames(
-    stack: LargeStack,
+    stack: FrameReader,
     module: nn.Module,
     reference: LargeReference,
     motion: str,
@@ -245,15 +227,15 @@ def _estimate_frames(
     start: nn.Module | None,
 ) -> tuple[Estimate, Estimate]:
     """(T,) rows; and those where local shifts start, of which ``start`` finds what the module does not trust."""
-    found: list[list[Estimate]] = [[] for _ in stack.readings]
-    begun: list[list[Estimate]] = [[] for _ in stack.readings]
+    found: list[list[Estimate]] = [[] for _ in range(stack.frames)]
+    begun: list[list[Estimate]] = [[] for _ in range(stack.frames)]
     origins: list[tuple[int, int]] = []
     with torch.no_grad():
         for rows, columns in _grid(stack.cube.size):
             still = reference.tiles(rows, columns)
             origins += [(part.start, rows.start) for part in columns]
-            for frame in range(len(stack.readings)):
-                moving = still if reference.is_of(frame) else stack.tiles(frame, rows, columns)
+            for frame in range(stack.frames):
+                moving = still if reference.is_of(frame) else _read_tiles(stack, frame, rows, columns)
                 known = estimate_only(module, moving, still)
                 found[frame].append(known)
                 if start is not None and not bool(known.valid.all()):
@@ -299,8 +281,9 @@ def _combine_tiles(
         else:
             corner = torch.tensor([origins[i] for i in chosen.tolist()], dtype=torch.float64)
             points = corner[:, None] + _box(*size)
-            fit = _TileMotions(points, transform_points(own, points), tiles.covariance[chosen].double())
-            fitted, apart, found = fit.motion(motion == "translation", _box(*whole).mean(0))
+            there, known = transform_points(own, points), tiles.covariance[chosen].double()
+            shifts_only, middle = motion == "translation", _box(*whole).mean(0)
+            fitted, apart, found = _motion_of_tiles(points, there, known, shifts_only, middle)
         agree = apart <= max(_OUTLIER, 3 * float(apart.median()))
         if float((apart <= _OUTLIER).double().mean()) < share:
             status = Status.AMBIGUOUS
@@ -333,46 +316,41 @@ def _box(height: int, width: int) -> Tensor:
     return torch.tensor([(0, 0), (right, 0), (0, low), (right, low)], dtype=torch.float64)
 
 
-class _TileMotions(NamedTuple):
-    """What n tiles say of the motion of the whole."""
+def _motion_of_tiles(
+    points: Tensor, there: Tensor, own: Tensor, translation: bool, middle: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The motion (2, 3) of all tiles, how far each is from it in pixels, and the covariance at ``middle``.
 
-    points: Tensor  # (n, 4, 2), their corners
-    there: Tensor  # (n, 4, 2), where each puts its own
-    covariance: Tensor  # (n, 2, 2), of each tile's translation
+    Of n tiles the corners, (n, 4, 2), where each puts its own, and the covariance of its translation, (n, 2, 2).
 
-    def motion(self, translation: bool, middle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r"""The motion (2, 3) of all tiles, how far each is from it in pixels, and the covariance at ``middle``.
-
-        Generalised least squares over the corners, each with a quarter of its tile's weight :math:`W`:
-        :math:`\hat\theta = N^{-1} \sum X^\top W y`, :math:`N = \sum X^\top W X`, with the displacements y and the rows
-        X of ones (a translation) or of ones and places (an affine motion). Its covariance is :math:`N^{-1}`, times
-        what the tiles disagree beyond their own covariances.
-        """
-        apart_points, scale = self.points - middle, float((self.points - middle).abs().max())
-        design = torch.ones_like(self.points[..., :1])
-        if not translation:
-            design = torch.cat([design, apart_points / scale], -1)  # (n, 4, k)
-        target = self.there - self.points
-        prior = torch.linalg.inv(self.covariance + _FLOOR**2 * torch.eye(2, dtype=torch.float64))
-        weight, terms = prior, design.shape[-1]
-        for _ in range(_ROUNDS):
-            normal = torch.einsum("npi,npj,nab->iajb", design, design, weight / 4).reshape(
-                2 * terms, 2 * terms
-            )
-            right = torch.einsum("npi,nab,npb->ia", design, weight / 4, target).reshape(2 * terms)
-            solved = torch.linalg.solve(normal, right).reshape(terms, 2)
-            left = target - design @ solved
-            apart = left.square().sum(-1).mean(1).sqrt()
-            robust = max(float(apart.median()) * 1.4826, _FLOOR)
-            weight = prior * (_HUBER * robust / apart.clamp(min=1e-12)).clamp(max=1.0)[:, None, None]
-        freedom = max(1, 2 * (len(design) - terms))
-        excess = torch.einsum("na,nab,nb->", left.mean(1), weight, left.mean(1)) / freedom
-        covariance = torch.linalg.inv(normal)[:2, :2] * excess.clamp(min=1.0)
-        linear = torch.eye(2, dtype=torch.float64)
-        if not translation:
-            linear = linear + solved[1:].T / scale
-        shift = solved[0] + middle - linear @ middle
-        return torch.cat([linear, shift[:, None]], 1), apart, covariance
+    Generalised least squares over the corners, each with a quarter of its tile's weight :math:`W`:
+    :math:`\hat\theta = N^{-1} \sum X^\top W y`, :math:`N = \sum X^\top W X`, with the displacements y and the rows
+    X of ones (a translation) or of ones and places (an affine motion). Its covariance is :math:`N^{-1}`, times
+    what the tiles disagree beyond their own covariances.
+    """
+    scale = float((points - middle).abs().max())
+    design = torch.ones_like(points[..., :1])
+    if not translation:
+        design = torch.cat([design, (points - middle) / scale], -1)  # (n, 4, k)
+    target = there - points
+    prior = torch.linalg.inv(own + _FLOOR**2 * torch.eye(2, dtype=torch.float64))
+    weight, terms = prior, design.shape[-1]
+    for _ in range(_ROUNDS):
+        normal = torch.einsum("npi,npj,nab->iajb", design, design, weight / 4).reshape(2 * terms, 2 * terms)
+        right = torch.einsum("npi,nab,npb->ia", design, weight / 4, target).reshape(2 * terms)
+        solved = torch.linalg.solve(normal, right).reshape(terms, 2)
+        left = target - design @ solved
+        apart = left.square().sum(-1).mean(1).sqrt()
+        robust = max(float(apart.median()) * 1.4826, _FLOOR)
+        weight = prior * (_HUBER * robust / apart.clamp(min=1e-12)).clamp(max=1.0)[:, None, None]
+    freedom = max(1, 2 * (len(design) - terms))
+    excess = torch.einsum("na,nab,nb->", left.mean(1), weight, left.mean(1)) / freedom
+    covariance = torch.linalg.inv(normal)[:2, :2] * excess.clamp(min=1.0)
+    linear = torch.eye(2, dtype=torch.float64)
+    if not translation:
+        linear = linear + solved[1:].T / scale
+    shift = solved[0] + middle - linear @ middle
+    return torch.cat([linear, shift[:, None]], 1), apart, covariance
 
 
 # --- rows ---
@@ -391,9 +369,8 @@ def _split(module: nn.Module) -> tuple[nn.Module, Local | None]:
     if not isinstance(last, Local):
         return module, None
     if last.crop_center is not None:
-        raise ValueError(
-            message("crop_center", "None for scenes larger than memory", last.crop_center, "leave it out")
-        )
+        expected = "None for scenes larger than memory"
+        raise ValueError(message("crop_center", expected, last.crop_center, "leave it out"))
     before: list[Any] = list(stages[:-1])
     return Cascade(*before) if before else last.global_method(), last
 
@@ -421,7 +398,7 @@ def _rows_of_windows(mosaic: Mosaic) -> Iterator[tuple[slice, list[int], list[sl
 
 
 def _add_shifts(
-    stack: LargeStack,
+    stack: FrameReader,
     local: Local,
     reference: LargeReference,
     begun: Estimate,
@@ -431,15 +408,13 @@ def _add_shifts(
 
     It is where its own σ and length allow it, and the score of the tiles is no lower for it.
     """
-    mosaics = {
-        frame: Mosaic(stack.cube.size, local.spacing) for frame in _to_shift(len(stack.readings), reference)
-    }
+    mosaics = {frame: Mosaic(stack.cube.size, local.spacing) for frame in _to_shift(stack.frames, reference)}
     kept = torch.zeros_like(begun.valid)
     with torch.no_grad():
         for rows, numbers, columns in _rows_of_windows(next(iter(mosaics.values()))):
             still = reference.tiles(rows, columns)
             for frame, mosaic in mosaics.items():
-                moving, warp = stack.tiles(frame, rows, columns), begun.warp[frame : frame + 1]
+                moving, warp = _read_tiles(stack, frame, rows, columns), begun.warp[frame : frame + 1]
                 for i, index in enumerate(numbers):
                     local.add_tile(mosaic, index, moving[i : i + 1], _own(still[i : i + 1], frame), warp)
                 advance(1)
@@ -449,7 +424,7 @@ def _add_shifts(
         for rows, columns in _grid(stack.cube.size):
             still = reference.tiles(rows, columns)
             for frame, field, told in zip(mosaics, fields, scores, strict=True):
-                moving = stack.tiles(frame, rows, columns)
+                moving = _read_tiles(stack, frame, rows, columns)
                 for i, part in enumerate(columns):
                     corner = (float(part.start), float(rows.start))
                     warp = change_origin(begun.warp[frame : frame + 1], corner).to(moving)
@@ -474,14 +449,14 @@ def _own(still: Tensor, frame: int) -> Tensor:
 
 
 def _write_frame(
-    stack: LargeStack,
+    stack: FrameReader,
     frame: int,
     found: Estimate,
     operation: WarpFrames,
     write: Writer,
     advance: Callable[[int], object],
 ) -> None:
-    reading = stack.readings[frame]
+    one = slice(frame, frame + 1)
     warp, field = found.warp, found.field
     margins = Margins(Found(warp, torch.ones(1, dtype=torch.bool), field), stack.cube.size)
     nearest = replace(operation, pixels=replace(stack.pixels, nodata=()), interpolation="nearest",
@@ -495,16 +470,15 @@ def _write_frame(
             there = move_origin(field, start)
             lattice = [there.coefficients, torch.cat((there.origin, there.spacing), -1)]
         cut = slice(rows.start - source.start, rows.stop - source.start)
-        raw = reading.pixels(source)
-        codes = reading.usable(source) if stack.masked else None
-        seen = stack.usable(frame, source, codes)
-        usable = None if seen is None else torch.from_numpy(np.array(seen))[None].to(stack.device)
+        raw, seen = stack.load(one, source), stack.seen(one, source)
+        codes = None if stack.codes is None else load(stack.codes, MASK, time=one, y=source)
+        usable = None if seen is None else torch.from_numpy(np.array(seen)).to(stack.device)
         with torch.no_grad():
-            values, _ = operation.run(raw[None], stack.device, moves, usable, *lattice)
+            values, _ = operation.run(raw, stack.device, moves, usable, *lattice)
             moved: Array | None = None
             if codes is not None:
                 own = replace(nearest, pixels=replace(nearest.pixels, dtype=codes.dtype))
-                moved = own.run(codes[None, None], stack.device, moves, None, *lattice)[0][0, 0, cut]
+                moved = own.run(codes[:, None], stack.device, moves, None, *lattice)[0][0, 0, cut]
         write(values[0][:, cut], moved, rows)
         del raw, values
         give_back_memory()

@@ -39,24 +39,16 @@ class Variables:
     def of(
         cls, dataset: xr.Dataset, bands: Any, classes: Any, dims: Mapping[str, Hashable | None]
     ) -> Variables:
-        """Sort them; those without time, y or x stay as they are.
-
-        Raises:
-            TypeError: variables that are neither numbers, nor classes.
-            ValueError: no variable over time, y and x; a name that is not there; dims that cannot be told.
-        """
+        """Sort them; those without time, y or x stay as they are."""
         frames = [name for name in dataset.data_vars if _has_frames(dataset, name, dims)]
         if not frames:
-            got = f"{_sizes_in_words(dataset)}"
+            got = _sizes_in_words(dataset)
             cure = "choose variables with time, y and x, or name the dims with time_dim=, y_dim=, x_dim="
             raise ValueError(message("datacube", "a Dataset with variables over time, y and x", got, cure))
         named = [] if classes is None else _choose_names(classes, frames, "classes")
         kinds = {name: name in named or is_class(dataset[name], name) for name in frames}
-        wanted = (
-            [name for name in frames if not kinds[name]]
-            if bands is None
-            else _choose_names(bands, frames, "bands")
-        )
+        wanted = [name for name in frames if not kinds[name]]
+        wanted = wanted if bands is None else _choose_names(bands, frames, "bands")
         for name in wanted:
             if name in named:
                 cure = "name each variable once"
@@ -90,11 +82,7 @@ class Variables:
 
 
 def _has_frames(dataset: xr.Dataset, name: Hashable, given: Mapping[str, Hashable | None]) -> bool:
-    """Whether a variable lies over time, y and x.
-
-    Raises:
-        ValueError: it is a series of images whose y and x cannot be told.
-    """
+    """Whether a variable lies over time, y and x; an error if it is a series of images whose y and x cannot be told."""
     dims = dataset[name].dims
     roles = {role_of(dim) for dim in dims} | {role for role, dim in given.items() if dim in dims}
     if {*MASK} <= roles:
@@ -106,9 +94,7 @@ def _has_frames(dataset: xr.Dataset, name: Hashable, given: Mapping[str, Hashabl
 
 def _sizes_in_words(dataset: xr.Dataset) -> str:
     variables = [f"{name} {tuple(array.dims)}" for name, array in dataset.data_vars.items()]
-    return (
-        ", ".join(variables[:4]) + (", …" if len(variables) > 4 else "") if variables else "one without any"
-    )
+    return ", ".join([*variables[:4], *["…"] * (len(variables) > 4)]) or "one without any"
 
 
 def _choose_names(wanted: Any, names: Sequence[Hashable], argument: str) -> list[Hashable]:
@@ -136,11 +122,7 @@ def is_class_name(name: str) -> bool:
 def stack_variables(variables: Variables) -> tuple[xr.DataArray, dict[Hashable, slice]]:
     """What the estimate sees, as one cube (time, band, y, x), and which of its bands are those of each variable.
 
-    Returns:
-        No slices where the variables are not of one kind: their pixels are floats there, with NaN for nodata.
-
-    Raises:
-        ValueError: there is nothing to see.
+    No slices where the variables are not of one kind: their pixels are floats there, with NaN for nodata.
     """
     if not variables.seen:
         cure = "name the variables that the estimate is to see: bands=[…]"
@@ -154,9 +136,8 @@ def stack_variables(variables: Variables) -> tuple[xr.DataArray, dict[Hashable, 
     parts, labels, slices, count = [], [], {}, 0
     for name, one in zip(variables.seen, cubes, strict=True):
         own, number = band_labels(one.array, one.dims)
-        labels += (
-            [str(name)] if "band" not in one.dims else [f"{name}/{label}" for label in own or range(number)]
-        )
+        words = [f"{name}/{label}" for label in own or range(number)]
+        labels += words if "band" in one.dims else [str(name)]
         slices[name] = slice(count, count + number)
         count += number
         variable: Any = one.variable if alike else Cube(as_floats(one.array), one.dims).variable
@@ -180,11 +161,7 @@ def stack_variables(variables: Variables) -> tuple[xr.DataArray, dict[Hashable, 
 
 
 def stack_reference(reference: xr.Dataset, variables: Variables) -> xr.DataArray:
-    """The bands that the estimate sees of a Dataset that is the reference, as one DataArray of floats.
-
-    Raises:
-        ValueError: a variable that is not there.
-    """
+    """The bands that the estimate sees of a Dataset that is the reference, as one DataArray of floats."""
     variables.check_known(reference, "reference")
     parts = []
     for name in variables.seen:
@@ -197,11 +174,7 @@ def stack_reference(reference: xr.Dataset, variables: Variables) -> xr.DataArray
 
 
 def stack_archive(archive: Any, variables: Variables, dims: Mapping[str, Hashable | None]) -> xr.DataArray:
-    """The bands of an archive that are compared with those of new frames.
-
-    Raises:
-        ValueError: a band that is not there.
-    """
+    """The bands of an archive that are compared with those of new frames."""
     if isinstance(archive, xr.DataArray):
         dims = find_dims(archive, "archive", dims)
         archive, _, _ = _split_bands(archive, dims, None, None)
@@ -256,11 +229,7 @@ def _nodata_of_bands(array: xr.DataArray, dims: Mapping[str, Hashable]) -> list[
 def _split_bands(
     array: xr.DataArray, dims: Mapping[str, Hashable], bands: Any, classes: Any
 ) -> tuple[xr.Dataset, Any, Any]:
-    """A Dataset with one variable a band, called by its label; and bands and classes by these names.
-
-    Raises:
-        ValueError: bands without labels that tell them apart; a band that is not there.
-    """
+    """A Dataset with one variable a band, called by its label; and bands and classes by these names."""
     band = dims.get("band")
     if band is None:
         cure = 'give it a band dim with .expand_dims("band"), or leave bands= and classes= out'
@@ -278,9 +247,7 @@ def _split_bands(
                 one.encoding.pop(key, None)
             value = nodata[number]
             one.attrs |= {} if value is None or value != value else {"_FillValue": value}
-        variables[name] = one.drop_vars(
-            [key for key in one.coords if band in array[key].dims], errors="ignore"
-        )
+        variables[name] = one.drop_vars([key for key in one.coords if band in array[key].dims])
     chosen = [
         wanted
         if wanted is None

@@ -22,7 +22,7 @@ from torchalign.cube.files import atomic, check_free
 from torchalign.cube.georeference import find_georeference, frame_transforms
 from torchalign.cube.gridding import control_points
 from torchalign.cube.headers import quiet
-from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, load, own_codes, role_of
+from torchalign.cube.labels import CUBE, MASK, USABLE, Array, Cube, as_numbers, frame_names, load, own_codes
 from torchalign.cube.pixels import find_nodata
 from torchalign.cube.rasters import COLOURS, FILE, SCALING, TAGS
 from torchalign.cube.stores import finish_writing
@@ -72,34 +72,27 @@ def write_variables(
     dataset: xr.Dataset, folder: Path, options: WriteOptions, report: xr.Dataset | None, compute: bool
 ) -> Any:
     """Of a Dataset a file for each variable and date; those that are no frames are named in a warning."""
-    frames = [
-        name
-        for name, array in dataset.data_vars.items()
-        if {*MASK} <= {role_of(dim) for dim in array.dims} and array.dtype.kind in "iufb"
-    ]
-    if not frames:
-        cure = "write it with torchalign.io.write_cube"
-        raise ValueError(message("cube", "variables over time, y and x", [*map(str, dataset)], cure))
+    frames = frame_names(dataset, "write it with torchalign.io.write_cube", kinds="iufb")
     others = [str(name) for name in dataset.data_vars if name not in frames]
     if others:
-        told = "not written as GeoTIFF, for they are no frames of numbers"
-        warnings.warn(
-            f"{', '.join(others)}: {told}; torchalign.io.write_cube keeps them", UserWarning, stacklevel=3
+        told = (
+            "not written as GeoTIFF, for they are no frames of numbers; torchalign.io.write_cube keeps them"
         )
+        warnings.warn(f"{', '.join(others)}: {told}", UserWarning, stacklevel=3)
     written = []
     for name in frames:
-        array = dataset[name].astype(np.uint8) if dataset[name].dtype == np.bool_ else dataset[name]
+        array = as_numbers(dataset[name])
         for own in (FILE, TAGS):
             if f"{own}_{name}" in array.coords:
                 array = array.assign_coords({own: array.coords[f"{own}_{name}"].variable})
         own_options = options._replace(suffix=f"_{name}")
         cube = Cube.of(array, None, f"cube[{name!r}]")
         written.append(write_rasters(cube, folder, own_options, None, False))
-    if all(isinstance(paths, list) for paths in written):
-        return finish_writing(_all_paths(written), report, compute)
-    from dask.delayed import delayed
+    if any(is_lazy(dataset[name]) for name in frames):
+        from dask.delayed import delayed
 
-    return finish_writing(delayed(_all_paths, pure=False)(written), report, compute)
+        return finish_writing(delayed(_all_paths, pure=False)(written), report, compute)
+    return finish_writing(_all_paths(written), report, compute)
 
 
 def _all_paths(parts: Sequence[Sequence[Path]]) -> list[Path]:
@@ -120,12 +113,7 @@ class FilePlan(NamedTuple):
 
 
 def plan_files(cube: Cube, folder: Path, options: WriteOptions) -> tuple[FilePlan, ...]:
-    """What is written of every frame, beside its pixels; the folder is made.
-
-    Raises:
-        FileExistsError: a file is there.
-        ValueError: names that are not unique.
-    """
+    """What is written of every frame, beside its pixels; the folder is made."""
     paths = [folder / name for name in _file_names(cube, options.template, options.suffix)]
     for path in paths:
         check_free(path, options.overwrite)
@@ -159,36 +147,30 @@ def _file_names(cube: Cube, template: str | None, suffix: str) -> list[str]:
     own = cube.coordinate("time", local=True)
     labels = [None] * count if own is None else list(own.values)
     dates = [_as_datetime(label) for label in labels]
-    if template is None and all(stems):
-        names = [
-            stem if stem.lower().endswith(_ENDINGS) else Path(stem).with_suffix(".tif").name for stem in stems
-        ]
-    elif template is None:
-        days = [f"{date:%Y%m%d}" for date in dates if date is not None]
-        if len(days) == count:
-            clock = [
-                "" if days.count(day) == 1 else f"{date:T%H%M%S}"
-                for day, date in zip(days, dates, strict=True)
-            ]
-            names = [f"{day}{time_of_day}{suffix}.tif" for day, time_of_day in zip(days, clock, strict=True)]
-        else:
-            names = [f"{number:04d}{suffix}.tif" for number in range(count)]
-    else:
+    if template is not None:
         names = []
         for number, (stem, date, label) in enumerate(zip(stems, dates, labels, strict=True)):
-            fields = {
-                "number": number,
-                "name": cube.array.name or "cube",
-                "time": label if date is None else date,
-            }
-            fields |= {"file": Path(stem).stem} if stem else {}
+            fields = {"number": number, "name": cube.array.name or "cube"}
+            fields |= {"time": label if date is None else date} | ({"file": Path(stem).stem} if stem else {})
             try:
                 names.append(template.format(**fields))
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 cure = f"use {{time:%Y%m%d}}, {{number}}, {{name}}{', {file}' if stem else ''}"
                 got = f"{template!r} ({error!r})"
                 raise ValueError(message("template", "a name with fields", got, cure)) from error
-        names = [name if name.lower().endswith(_ENDINGS) else f"{name}.tif" for name in names]
+    elif all(stems):
+        names = [
+            stem if stem.lower().endswith(_ENDINGS) else Path(stem).with_suffix(".tif").name for stem in stems
+        ]
+    elif None not in dates:
+        days = [f"{date:%Y%m%d}" for date in dates]
+        clocks = [
+            "" if days.count(day) == 1 else f"{date:T%H%M%S}" for day, date in zip(days, dates, strict=True)
+        ]
+        names = [f"{day}{clock}{suffix}" for day, clock in zip(days, clocks, strict=True)]
+    else:
+        names = [f"{number:04d}{suffix}" for number in range(count)]
+    names = [name if name.lower().endswith(_ENDINGS) else f"{name}.tif" for name in names]
     twice = [name for name, often in Counter(names).items() if often > 1]
     if twice or any(os.sep in name for name in names):
         got = f"{twice[0]} more than once" if twice else f"{names[0]}, a path"

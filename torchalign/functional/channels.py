@@ -71,7 +71,9 @@ def extract_channel(
         return cube[..., _band("channel", channel, cube.shape[-3]), :, :]
     if channel == "mean":
         return _mean(cube)
-    rgb = _rgb(cube, rgb_bands)
+    rgb = cube
+    if cube.shape[-3] > 3:
+        rgb = torch.stack([cube[..., band, :, :] for band in _rgb_indices(cube, rgb_bands)], dim=-3)
     if channel == "rgb_mean" or (channel == "luminance" and rgb.shape[-3] < 3):
         return _mean(rgb)
     if channel == "luminance":
@@ -104,17 +106,8 @@ def see_channel(
 ) -> tuple[Tensor, Tensor] | None:
     """:func:`extract_channel`, 0 where it is unusable, and where it is usable, by one kernel where there is one.
 
-    Args:
-        cube: (..., C, H, W).
-        mask: bool, (..., H, W), True = usable; ``None`` if all of it is.
-        channel: what to see.
-        rgb_bands: the indices of R, G, B among the bands.
-
-    Returns:
-        (..., H, W) in float32 or float64, and bool; ``None`` where there is no kernel for it.
-
-    Raises:
-        ValueError: as :func:`extract_channel`.
+    (..., H, W) in float32 or float64, and bool, by a mask (..., H, W), True = usable, or ``None`` if all of it is;
+    ``None`` where there is no kernel for it.
     """
     kernels = kernels_for(cube)
     if kernels is None or callable(channel) or channel == "gradients":
@@ -189,12 +182,6 @@ def center_crop(image: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, tu
 def _mean(cube: Tensor) -> Tensor:
     cube = cube if cube.is_floating_point() else cube / 1
     return cube[..., 0, :, :] if cube.shape[-3] == 1 else cube.mean(-3)
-
-
-def _rgb(cube: Tensor, rgb_bands: Sequence[int]) -> Tensor:
-    if cube.shape[-3] <= 3:
-        return cube
-    return torch.stack([cube[..., band, :, :] for band in _rgb_indices(cube, rgb_bands)], dim=-3)
 
 
 def _rgb_indices(cube: Tensor, rgb_bands: Sequence[int]) -> tuple[int, ...]:

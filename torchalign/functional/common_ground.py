@@ -185,12 +185,7 @@ def fill_holes(centred: Tensor, mask: Tensor) -> Tensor:
 def fill_small_holes(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Single pixels and narrow gaps take the mean of their usable neighbours, and count as usable from then on.
 
-    Args:
-        image: (..., H, W), finite.
-        mask: bool, (..., H, W), True = usable.
-
-    Returns:
-        The image, and the mask: True besides where 70 % of a triangle of 7 × 7 pixels around is usable.
+    Those where 70 % of a triangle of 7 × 7 pixels around is usable. Image and mask are (..., H, W), finite and bool.
     """
     count = mask.to(image.dtype).sum((-2, -1), keepdim=True).clamp(min=1)
     mean = torch.where(mask, image, 0.0).sum((-2, -1), keepdim=True) / count

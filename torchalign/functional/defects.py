@@ -4,6 +4,9 @@ r"""What of an image is no ground: fills that nobody declared, hot pixels; and w
 * :func:`hot_pixels`: single pixels far off all of their neighbours.
 * :func:`enlargement`: the factor by which an image was enlarged, told by a sharpness that repeats with it.
 
+Convention:
+    Images are (..., H, W) and finite; ``usable`` is bool and broadcastable to them, ``None`` if all is.
+
 References:
     Gallagher 2005, doi:10.1109/CRV.2005.33 (interpolation leaves a periodic variance of second differences).
 """
@@ -54,10 +57,6 @@ def undeclared_fill(image: Tensor, usable: Tensor | None = None) -> Tensor:
 
     The value is the lowest or the highest that fills a square of 5 × 5 pixels, whatever it is. Water in 8 bits and
     saturated snow are constant too, but their shores are mixed pixels, or fade: they are ground.
-
-    Args:
-        image: (..., H, W), finite.
-        usable: bool, broadcastable; ``None`` if all is.
 
     Returns:
         bool, (..., H, W), True where it is filled.
@@ -115,27 +114,18 @@ def _constant_squares(image: Tensor) -> Tensor:
     return F.pad((within_rows | down) == 0, (_SQUARE // 2,) * 4)
 
 
-def hot_pixels(image: Tensor, usable: Tensor | None = None) -> Tensor:
+def hot_pixels(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Single pixels far off the median of three along their row and along their column.
 
-    Args:
-        image: (..., H, W), finite.
-        usable: bool, broadcastable; ``None`` if all is.
-
     Returns:
-        bool, (..., H, W).
+        bool, (..., H, W); and how far every pixel is off the nearer of its two medians.
 
     Example:
         >>> image = torch.rand(30, 30, generator=torch.Generator().manual_seed(0))
         >>> image[7, 9] = 30.0
-        >>> hot_pixels(image).nonzero().tolist()
+        >>> hot_pixels(image)[0].nonzero().tolist()
         [[7, 9]]
     """
-    return _hot(image.detach(), usable)[0]
-
-
-def _hot(image: Tensor, usable: Tensor | None) -> tuple[Tensor, Tensor]:
-    """:func:`hot_pixels`, and how far every pixel is off the nearer of its two medians."""
     across, down = (_off_median(image, dim) for dim in (-1, -2))
     off = torch.where(across.abs() < down.abs(), across, down)
     # in units of how much neighbours differ on the mean
@@ -173,10 +163,6 @@ def enlargement(image: Tensor, usable: Tensor | None = None) -> Tensor:
 
     .. math:: z_k = \sqrt{2 / n}\, \Big| \sum_j u_j e^{-2 \pi i j / k} \Big|, \qquad
               u = \text{standardised} \log \overline{|\partial_x^2 I|}
-
-    Args:
-        image: (..., H, W), finite.
-        usable: bool, broadcastable; ``None`` if all is.
 
     Returns:
         (...,) int64, 1 to 8.
@@ -292,21 +278,13 @@ def _twice_off(before: Tensor, after: Tensor) -> Tensor:
 
 
 def exclude_defects(image: Tensor, usable: Tensor | None = None) -> Tensor | None:
-    """What is usable without fills and hot pixels, where there are any; as it was given where that is known.
-
-    Args:
-        image: (..., H, W), finite.
-        usable: bool, (..., H, W); ``None`` if all is.
-
-    Returns:
-        bool, (..., H, W), or ``None`` if all is.
-    """
+    """What is usable, (..., H, W), but for fills and hot pixels; as it was given where that is known to be all."""
     suspect = suspects(image, usable)
     if suspect is None:
         return usable
     filled = undeclared_fill(image, usable) & suspect
     seen = _besides(filled, usable)
-    return seen & ~(hot_pixels(image, seen) & suspect)
+    return seen & ~(hot_pixels(image, seen)[0] & suspect)
 
 
 def _besides(filled: Tensor, usable: Tensor | None) -> Tensor:
@@ -320,10 +298,6 @@ def remove_defects(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor,
     A gap of one pixel costs more to correlate around than it costs to fill. Only suspicious images are treated, so
     the host must be able to read them.
 
-    Args:
-        image: (..., H, W), finite.
-        usable: bool, (..., H, W); ``None`` if all is.
-
     Returns:
         Both as they were given where nothing is to be removed; the image is 0 where it is filled.
     """
@@ -336,7 +310,7 @@ def remove_defects(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor,
     known = None if usable is None else usable.expand(image.shape).reshape(images.shape)[rows]
     filled = undeclared_fill(part, known)
     unfilled = all_true(~filled)
-    hot, off = _hot(part, known if unfilled else _besides(filled, known))
+    hot, off = hot_pixels(part, known if unfilled else _besides(filled, known))
     mended = torch.where(filled, 0.0, torch.where(hot, part - off, part))
     image = images.index_copy(0, rows, mended).reshape(image.shape)
     if unfilled:

@@ -39,18 +39,14 @@ _FLAT = 64
 _MIN_USABLE = 1 / 64
 
 
-def stretch_contrast(
-    image: Tensor, usable: Tensor | None = None, *, low: float = 0.01, high: float = 0.99
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale every frame between two of its percentiles to [0, 1], over its usable pixels.
+def stretch_contrast(image: Tensor, usable: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale every frame between its 1st and 99th percentile to [0, 1], over its usable pixels; the rest is clamped.
 
     Unusable pixels get the frame's middle (its median), which has the least contrast with what is around them.
 
     Args:
         image: (B, H, W), float32 or float64, of any range; NaN and ±inf count as unusable.
         usable: (B, H, W) bool, or ``None``.
-        low: the percentile that becomes 0, as a share; what is lower is clamped.
-        high: the percentile that becomes 1.
 
     Returns:
         ``(stretched, usable, empty)``: (B, H, W) in [0, 1], never NaN; (B, H, W) bool; (B,) bool, frames that are
@@ -75,7 +71,7 @@ def stretch_contrast(
     def percentile(share: float) -> Tensor:
         return values.gather(-1, (last * share).round().long())
 
-    bottom, middle, top = percentile(low), percentile(0.5), percentile(high)
+    bottom, middle, top = percentile(0.01), percentile(0.5), percentile(0.99)
     span = top - bottom
     # not isfinite: without a usable pixel the percentiles are inf
     rounding = torch.finfo(image.dtype).eps * torch.maximum(top.abs(), bottom.abs())
@@ -158,12 +154,7 @@ def inside(height: int, width: int, border: int, like: Tensor) -> Tensor:
 
 
 def highest(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` highest scores of every row where allowed, in descending order.
-
-    Args:
-        scores: (B, N).
-        allowed: (B, N) bool.
-        count: how many.
+    """The ``count`` highest of scores (B, N) in every row where allowed, (B, N) bool, in descending order.
 
     Returns:
         ``(value, index)``, both (B, count): -inf and an index of no meaning (0 … N - 1) where there are fewer.

@@ -28,7 +28,6 @@ __all__ = [
     "Prior",
     "ProductTables",
     "arrange",
-    "back_substitute",
     "evidence_of",
     "factorize",
     "from_blocks",
@@ -102,17 +101,6 @@ def factorize(matrix: Blocks, right: Tensor | None = None) -> Factor:
         block = matrix.diagonal[..., index + 1, :, :] - update[..., :-1]
         side = right[..., index + 1, :, None] - update[..., -1:]
     return Factor(lower, coupling, half, failures)
-
-
-def back_substitute(factor: Factor) -> Tensor:
-    """(..., B, s): the solution, from L⁻¹ y."""
-    parts: list[Tensor] = []
-    for index in reversed(range(len(factor.lower))):
-        side = factor.half[index]
-        if parts:
-            side = side - torch.matmul(factor.coupling[index], parts[-1])
-        parts.append(torch.linalg.solve_triangular(factor.lower[index].mT, side, upper=True))
-    return parts[0].mT if len(parts) == 1 else torch.cat(parts[::-1], -1).mT
 
 
 class Prior(NamedTuple):
@@ -238,7 +226,14 @@ def with_prior(matrix: Blocks, prior: Prior, smoothness: Tensor) -> Blocks:
 def solve_blocks(matrix: Blocks, right: Tensor, prior: Prior, smoothness: Tensor) -> tuple[Tensor, Factor]:
     """(N, 2, n, m): the coefficients that the normal equations with the prior ask for; the matrix has no gradient."""
     factor = factorize(with_prior(matrix, prior, smoothness), to_blocks(right, matrix.diagonal.shape[1]))
-    return from_blocks(back_substitute(factor), (right.shape[-2], right.shape[-1])), factor
+    parts: list[Tensor] = []  # from the last block back
+    for index in reversed(range(len(factor.lower))):
+        side = factor.half[index]
+        if parts:
+            side = side - torch.matmul(factor.coupling[index], parts[-1])
+        parts.append(torch.linalg.solve_triangular(factor.lower[index].mT, side, upper=True))
+    solution = parts[0].mT if len(parts) == 1 else torch.cat(parts[::-1], -1).mT
+    return from_blocks(solution, (right.shape[-2], right.shape[-1])), factor
 
 
 def likeliest_smoothness(matrix: Blocks, right: Tensor, prior: Prior) -> Tensor:

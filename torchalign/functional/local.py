@@ -22,6 +22,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -99,27 +100,16 @@ class Ground(NamedTuple):
 
 
 class LocalShifts(NamedTuple):
-    """What :func:`estimate_shifts` finds, one row a frame.
+    """What :func:`estimate_shifts` finds, one row a frame."""
 
-    Attributes:
-        coefficients: (N, 2, n, m), of cubic B-splines, in pixels (x, y).
-        sigma: (N, n, m), predicted 1-σ error per axis of the field at every node, in pixels.
-        covariance: (N, 2, 2), of the field at the frame's centre, px².
-        evidence: (N,), the logarithm of how much likelier the frame is with a field than without.
-        largest: (N,), of the field's length, in pixels.
-        least_jacobian: (N,), the smallest determinant of the derivative of ``q + u(q)``.
-        flat: (N,) bool, frame or reference has no texture.
-        inliers: (N, h, w), weights of common ground over the reference.
-    """
-
-    coefficients: Tensor
-    sigma: Tensor
-    covariance: Tensor
-    evidence: Tensor
-    largest: Tensor
-    least_jacobian: Tensor
-    flat: Tensor
-    inliers: Tensor
+    coefficients: Tensor  #: (N, 2, n, m), of cubic B-splines, in pixels (x, y)
+    sigma: Tensor  #: (N, n, m), predicted 1-σ error per axis of the field at every node, in pixels
+    covariance: Tensor  #: (N, 2, 2), of the field at the frame's centre, px²
+    evidence: Tensor  #: (N,), the logarithm of how much likelier the frame is with a field than without
+    largest: Tensor  #: (N,), of the field's length, in pixels
+    least_jacobian: Tensor  #: (N,), the smallest determinant of the derivative of ``q + u(q)``
+    flat: Tensor  #: (N,) bool, frame or reference has no texture
+    inliers: Tensor  #: (N, h, w), weights of common ground over the reference
 
 
 # ------------------------------------------------------------------------------------------------ the lattice
@@ -230,16 +220,13 @@ def prepare_ground(image: Tensor, mask: Tensor | None = None, *, spacing: int = 
         image: (N, H, W), finite.
         mask: bool, (N, H, W), True = usable, or ``None``.
         spacing: pixels from one node to the next.
-
-    Returns:
-        :class:`Ground`.
     """
-    tiles = _Tiles.of((image.shape[-2], image.shape[-1]), spacing)
-    parts = []
-    for rows, columns in tiles.windows():
-        usable = None if mask is None else mask[:, rows, columns]
-        parts.append(_tile_ground(image[:, rows, columns], usable, spacing))
-    return Ground(tuple(parts))
+    windows = Mosaic((image.shape[-2], image.shape[-1]), spacing).windows()
+    masks = [None if mask is None else mask[:, rows, columns] for rows, columns in windows]
+    parts = zip(windows, masks, strict=True)
+    return Ground(
+        tuple(_tile_ground(image[:, rows, columns], usable, spacing) for (rows, columns), usable in parts)
+    )
 
 
 def _tile_ground(image: Tensor, mask: Tensor | None, spacing: int) -> _TileGround:
@@ -333,24 +320,18 @@ class _Equations(NamedTuple):
     similarity: Tensor  # (N, h, w)
 
 
-class _Round(NamedTuple):
-    """What does not change from round to round in one band."""
+def _linearize(
+    frames: _Frames, level: _Level, field: Tensor, weights: Tensor, start: Tensor, offset: Tensor
+) -> _Equations:
+    """Residuals of the local contrast, and their derivatives, at the field of coefficients ``offset`` (N, 2, n, m).
 
-    frames: _Frames
-    level: _Level
-    field: Tensor  # (1 or N, h, w), the reference's local contrast
-    weights: Tensor  # (1 or N, h, w)
-    start: Tensor  # (N, 2, h, w), W⁻¹ q
-
-
-def _linearize(given: _Round, offset: Tensor) -> _Equations:
-    """At the field of coefficients (N, 2, n, m): residuals of the local contrast, and their derivatives."""
-    level = given.level
+    The reference's contrast ``field`` and its weights are (1 or N, h, w), ``start`` (N, 2, h, w) is W⁻¹ q.
+    """
     local = torch.matmul(torch.matmul(level.down, offset), level.along.mT)  # (N, 2, h, w)
-    own, inside, usable = _read_frames(given.frames, level, given.start + local)
+    own, inside, usable = _read_frames(frames, level, start + local)
     own = local_contrast(own, usable)
-    similarity, weighted = _weigh(own, given.field, inside, usable, given.weights)
-    products, pull = _products_and_pull(own, given.field, weighted, local, level)
+    similarity, weighted = _weigh(own, field, inside, usable, weights)
+    products, pull = _products_and_pull(own, field, weighted, local, level)
     matrix = lattice.normal_matrix(products, level.tables)
     right = torch.matmul(torch.matmul(level.down.mT, pull), level.along)
     return _Equations(matrix, right, similarity)
@@ -474,11 +455,11 @@ def estimate_shifts(
     """
     frame = (moving.shape[-2], moving.shape[-1])
     options = LatticeOptions(spacing, smoothness, points)
-    mosaic = Mosaic(frame, spacing)
-    if mosaic.tiles.number == 1:
+    if len(ground.tiles) == 1:
         found, similarity, level = _fit(moving, ground.tiles[0], warp, mask, options)
         known = torch.matmul(torch.matmul(level.down, _known(found.variance)), level.along.mT)
         return _conclude(found, similarity * known.clamp(0, 1), frame, spacing)
+    mosaic = Mosaic(frame, spacing)
     for index, (rows, columns) in enumerate(mosaic.windows()):
         usable = None if mask is None else mask[:, rows, columns]
         mosaic.add(index, moving[:, rows, columns], ground.tiles[index], warp, usable, options)
@@ -498,7 +479,7 @@ def acceptable(shifts: LocalShifts, max_deviation: float) -> Tensor:
 
 
 class Mosaic:
-    """The fields of the tiles of a large frame, blended at the nodes of one lattice: there is no seam.
+    """A large frame in tiles of one size, their corners on nodes, whose fields are blended at the nodes: no seam.
 
     Args:
         frame: (H, W).
@@ -506,14 +487,17 @@ class Mosaic:
     """
 
     def __init__(self, frame: tuple[int, int], spacing: int) -> None:
-        self.tiles = _Tiles.of(frame, spacing)
+        (height, tops), (width, lefts) = (_tile_starts(length, spacing) for length in frame)
+        self._frame, self._size, self._spacing = frame, (height, width), spacing
+        self._corners = [(top, left) for top in tops for left in lefts]
         self._nodes = lattice_size(frame, spacing)
         self._sums: tuple[Tensor, Tensor] | None = None  # what is blended, and the evidence
         self._flat: list[Tensor] = []
 
     def windows(self) -> list[tuple[slice, slice]]:
         """Rows and columns of every tile."""
-        return self.tiles.windows()
+        height, width = self._size
+        return [(slice(top, top + height), slice(left, left + width)) for top, left in self._corners]
 
     def add(
         self,
@@ -525,82 +509,54 @@ class Mosaic:
         options: LatticeOptions,
     ) -> None:
         """What one tile (N, h, w) says; the warp and the tie points are those of the whole frame."""
-        tiles, (top, left) = self.tiles, self.tiles.corners()[index]
+        top, left = self._corners[index]
         there = warp if warp.shape[-1] == 2 else change_origin(warp, (left, top))
         found, similarity, level = _fit(moving, ground, there, mask, options.seen_from(left, top))
         # the similarity at the nodes
         weight = level.down.sum(0)[:, None] * level.along.sum(0) + 1e-6
         near = torch.matmul(torch.matmul(level.down.mT, similarity), level.along) / weight
         last = torch.stack((near, torch.ones_like(near)), 1)
-        stack = torch.cat((found.coefficients, found.variance, last), 1) * tiles.blend(level, top, left)
-        first = (top // tiles.spacing, left // tiles.spacing)
+        stack = torch.cat((found.coefficients, found.variance, last), 1) * self._blend(level, top, left)
+        first = (top // self._spacing, left // self._spacing)
         count = stack.shape[-2:]
         beyond = (self._nodes[0] - first[0] - count[0], self._nodes[1] - first[1] - count[1])
         # (the last tile's lattice can have more rows than the frame's, far outside: cut)
         stack = F.pad(stack, (first[1], beyond[1], first[0], beyond[0]))
+        # what of a tile is not also its neighbour's, on average
+        share = math.prod(self._frame) / (len(self._corners) * math.prod(self._size))
         # a flat tile says nothing for a field, nor against it
-        evidence = torch.where(found.flat, 0.0, found.evidence) * tiles.share
+        evidence = torch.where(found.flat, 0.0, found.evidence) * share
         before = self._sums
         self._sums = (stack, evidence) if before is None else (before[0] + stack, before[1] + evidence)
         self._flat.append(found.flat)
+
+    def _blend(self, level: _Level, top: int, left: int) -> Tensor:
+        """(n, m): how much each node of a tile counts, less towards its borders, but for the frame's."""
+        profiles = []
+        for start, basis, size, length in zip(
+            (top, left), (level.down, level.along), self._size, self._frame, strict=True
+        ):
+            node = torch.arange(basis.shape[-1], device=basis.device, dtype=basis.dtype)
+            far = torch.full_like(node, _OVERLAP)
+            before = node - 1 if start > 0 else far
+            after = (size - 1) / self._spacing + 1 - node if start + size < length else far
+            inner = torch.minimum(before, after).clamp(0, _OVERLAP) / _OVERLAP
+            profiles.append(inner.square() * (3 - 2 * inner) + 1e-6)
+        return profiles[0][:, None] * profiles[1]
 
     def conclude(self) -> LocalShifts:
         """Of all tiles together."""
         assert self._sums is not None
         (sums, evidence), flat = self._sums, torch.stack(self._flat).all(0)
-        frame, spacing = self.tiles.frame, self.tiles.spacing
         blended = sums[:, :-1] / sums[:, -1:].clamp(min=1e-12)
         coefficients, variance, near = blended[:, :2], blended[:, 2:5].detach(), blended[:, 5].detach()
         y, x = (
-            torch.arange(0, length, 8, device=near.device, dtype=near.dtype) / spacing + 1 for length in frame
+            torch.arange(0, length, 8, device=near.device, dtype=near.dtype) / self._spacing + 1
+            for length in self._frame
         )
         down, along = spline_basis(y, self._nodes[0]), spline_basis(x, self._nodes[1])
         inliers = torch.matmul(torch.matmul(down, (near * _known(variance)).clamp(0, 1)), along.mT)
-        return _conclude(_Fitted(coefficients, variance, evidence, flat), inliers, frame, spacing)
-
-
-class _Tiles(NamedTuple):
-    """How a large frame is cut: all tiles of one size, their corners on nodes."""
-
-    frame: tuple[int, int]
-    size: tuple[int, int]
-    starts: tuple[list[int], list[int]]  # of rows and columns
-    spacing: int
-
-    @classmethod
-    def of(cls, frame: tuple[int, int], spacing: int) -> _Tiles:
-        sizes, starts = zip(*(_tile_starts(length, spacing) for length in frame), strict=True)
-        return cls(frame, sizes, starts, spacing)
-
-    @property
-    def number(self) -> int:
-        return len(self.starts[0]) * len(self.starts[1])
-
-    @property
-    def share(self) -> float:
-        """Of a tile that is not also its neighbour's, on average."""
-        return self.frame[0] * self.frame[1] / (self.number * self.size[0] * self.size[1])
-
-    def corners(self) -> list[tuple[int, int]]:
-        return [(top, left) for top in self.starts[0] for left in self.starts[1]]
-
-    def windows(self) -> list[tuple[slice, slice]]:
-        height, width = self.size
-        return [(slice(top, top + height), slice(left, left + width)) for top, left in self.corners()]
-
-    def blend(self, level: _Level, top: int, left: int) -> Tensor:
-        """(n, m): how much each node of a tile counts, less towards its borders, but for the frame's."""
-        profiles = []
-        for start, basis, size, length in zip(
-            (top, left), (level.down, level.along), self.size, self.frame, strict=True
-        ):
-            node = torch.arange(basis.shape[-1], device=basis.device, dtype=basis.dtype)
-            far = torch.full_like(node, _OVERLAP)
-            before = node - 1 if start > 0 else far
-            after = (size - 1) / self.spacing + 1 - node if start + size < length else far
-            inner = torch.minimum(before, after).clamp(0, _OVERLAP) / _OVERLAP
-            profiles.append(inner.square() * (3 - 2 * inner) + 1e-6)
-        return profiles[0][:, None] * profiles[1]
+        return _conclude(_Fitted(coefficients, variance, evidence, flat), inliers, self._frame, self._spacing)
 
 
 def _tile_starts(length: int, spacing: int) -> tuple[int, list[int]]:
@@ -624,13 +580,11 @@ def _fit(
     levels = [_level(frame, band, spacing, like=moving) for band in _BANDS]
     frames, flat = _prepare_frames(moving, mask, levels)
     starts = [level.at + _backward(warp, level.x[None, :], level.y[:, None]) for level in levels]
-    rounds = [
-        _Round(*parts) for parts in zip(frames, levels, ground.fields, ground.weights, starts, strict=True)
-    ]
+    rounds = list(zip(frames, levels, ground.fields, ground.weights, starts, strict=True))
     told = None if points is None else _point_equations(points, warp, levels[0])
 
     def equations(offset: Tensor, level: int) -> _Equations:
-        found = _linearize(rounds[level], offset)
+        found = _linearize(*rounds[level], offset)
         if told is None:
             return found
         matrix = Blocks(*(own + added for own, added in zip(found.matrix, told.matrix, strict=True)))

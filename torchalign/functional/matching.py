@@ -51,6 +51,7 @@ from torchalign.functional.uncertainty import isotropic, largest_sigma
 from torchalign.functional.working_grid import tukey
 
 __all__ = [
+    "Correspondences",
     "Matches",
     "MotionFit",
     "WindowFit",
@@ -70,8 +71,8 @@ _MINIMAL: dict[MotionModel, int] = {
 INLIER_RADIUS = 1.0
 # Matches that take part in the search for a consensus (the best described); all take part in the fit.
 _SEARCHED = 512
-# Hypotheses of that number of best score are fitted and scored again.
-_OPTIMISED = 4
+# Hypotheses of each kind; so many of best score are fitted and scored again.
+_HYPOTHESES, _OPTIMISED = 512, 4
 # Radius of a hypothesis' support, in pixels: keypoints scatter by half a pixel, and a minimal fit extrapolates.
 _MODE_RADIUS, _SUPPORT_RADIUS = 1.25, 3.0
 # Minimal fits that zoom by more than this, or whose points lie nearer than this share of the frame, are none.
@@ -82,6 +83,8 @@ _TUKEY, _TUKEY_VARIANCE = 4.685, 0.8214
 _LEAST_SCALE, _LARGEST_SCALE = 0.05, 0.6
 # Errors on simulated frames of all kinds exceed what the windows' scatter predicts (benchmarks/features.py).
 _SIGMA_CALIBRATION = 1.3
+# The side of a window, in pixels.
+_WINDOW = 32
 # The last step of an ascent that has converged is shorter than this, in pixels.
 _ASCENT_TOLERANCE = 2e-2
 
@@ -98,42 +101,43 @@ class Matches(NamedTuple):
     weight: Tensor
 
 
+class Correspondences(NamedTuple):
+    """Matched points of frames."""
+
+    points: Tensor  #: (..., K, 2) of the moving frame
+    targets: Tensor  #: (..., K, 2), their matches in the reference
+    weight: Tensor  #: (..., K) ≥ 0, 0 for no match
+    size: tuple[int, int]  #: (H, W) of the frames
+
+    def for_each(self) -> Correspondences:
+        """The same for several warps of every frame, (..., n, 2|3, 3)."""
+        points, targets, weight, size = self
+        return Correspondences(points.unsqueeze(-3), targets.unsqueeze(-3), weight.unsqueeze(-2), size)
+
+    def residuals(self, warp: Tensor) -> Tensor:
+        """(..., K, 2): targets less mapped points; large where a point is at infinity."""
+        return (self.targets - affine.mapped(warp, self.points)).nan_to_num(1e6, 1e6, 1e6)
+
+
 class MotionFit(NamedTuple):
-    """A motion and what supports it, one row a frame.
+    """A motion and what supports it, one row a frame."""
 
-    Attributes:
-        warp: (..., 2, 3), or (..., 3, 3) for a homography; the identity where there is nothing to fit.
-        weight: (..., K) in [0, 1], Tukey's weight of each match times its own.
-        inliers: (...,), number of matches within :data:`INLIER_RADIUS`.
-        matches: (...,), number of matches.
-        sigma: (...,), predicted 1-σ error of the displacement of the frame's centre, in pixels, along the larger
-            axis of ``covariance``; infinite where the matches do not define the motion.
-        covariance: (..., 2, 2), of the displacement of the frame's centre, px².
-    """
-
-    warp: Tensor
-    weight: Tensor
-    inliers: Tensor
-    matches: Tensor
-    sigma: Tensor
+    warp: Tensor  #: (..., 2, 3), or (..., 3, 3) for a homography; the identity where there is nothing to fit
+    weight: Tensor  #: (..., K) in [0, 1], Tukey's weight of each match times its own
+    inliers: Tensor  #: (...,), number of matches within :data:`INLIER_RADIUS`
+    matches: Tensor  #: (...,), number of matches
+    #: (..., 2, 2), of the displacement of the frame's centre, px²; infinite where the matches do not define the
+    #: motion
     covariance: Tensor
 
 
 class WindowFit(NamedTuple):
-    """What :func:`window_ascent` finds, one row a frame.
+    """What :func:`window_ascent` finds, one row a frame."""
 
-    Attributes:
-        warp: (..., 2, 3) or (..., 3, 3), to be applied after the motion the images were brought together with.
-        sigma: (...,), predicted 1-σ error of the displacement of the frame's centre, in pixels, along the larger
-            axis of ``covariance``.
-        converged: (...,) bool.
-        covariance: (..., 2, 2), of the displacement of the frame's centre, px².
-    """
-
+    #: (..., 2, 3) or (..., 3, 3), to be applied after the motion the images were brought together with
     warp: Tensor
-    sigma: Tensor
-    converged: Tensor
-    covariance: Tensor
+    converged: Tensor  #: (...,) bool
+    covariance: Tensor  #: (..., 2, 2), of the displacement of the frame's centre, px²
 
 
 # ---------------------------------------------------------------------------------------------------- matches
@@ -191,18 +195,10 @@ def mutual_matches(
 # ------------------------------------------------------------------------------------------------------- fits
 
 
-def consensus(
-    points: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    size: tuple[int, int],
-    *,
-    motion: MotionModel = "translation",
-    hypotheses: int = 512,
-) -> Tensor:
+def consensus(matched: Correspondences, *, motion: MotionModel = "translation") -> Tensor:
     r"""The motion that most matches agree with.
 
-    Of the matches, best first, a fixed low-discrepancy table draws ``hypotheses`` sets of the fewest that define
+    Of the matches, best first, a fixed low-discrepancy table draws 512 sets of the fewest that define
     the motion (1 for a translation, 2, 2, 3, 4; for more than a similarity, as many similarities besides, since
     two right matches are drawn more often than four). Each is scored by
 
@@ -213,12 +209,8 @@ def consensus(
     scored again.
 
     Args:
-        points: (..., K, 2) of the moving frame.
-        targets: (..., K, 2), their matches in the reference.
-        weight: (..., K) ≥ 0, 0 for no match.
-        size: (H, W) of the frames.
+        matched: points and their matches.
         motion: what the frames may do.
-        hypotheses: how many of each kind.
 
     Returns:
         (..., 2, 3), or (..., 3, 3) for a homography. Finite; the identity if nothing defines a motion.
@@ -227,22 +219,21 @@ def consensus(
         >>> points = torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) * 100
         >>> targets = points + torch.tensor([3.0, -2.0])
         >>> targets[::2] = targets[::2].flip(0)  # half of the matches are wrong
-        >>> consensus(points, targets, torch.ones(60), (100, 100))[:, 2]
+        >>> consensus(Correspondences(points, targets, torch.ones(60), (100, 100)))[:, 2]
         tensor([ 3., -2.])
     """
-    order = weight.argsort(dim=-1, descending=True, stable=True)[..., :_SEARCHED]  # (..., S)
-    count = (weight > 0).sum(-1, keepdim=True)  # (..., 1)
-    weight = weight.gather(-1, order)
+    order = matched.weight.argsort(dim=-1, descending=True, stable=True)[..., :_SEARCHED]  # (..., S)
+    count = (matched.weight > 0).sum(-1, keepdim=True).clamp(max=order.shape[-1])  # (..., 1)
+    weight, size = matched.weight.gather(-1, order), matched.size
     points, targets = (
-        tensor.gather(-2, order.unsqueeze(-1).expand(*order.shape, 2)) for tensor in (points, targets)
+        tensor.gather(-2, order.unsqueeze(-1).expand(*order.shape, 2)) for tensor in matched[:2]
     )
-    count = count.clamp(max=order.shape[-1])
 
     def drawn(number: int) -> tuple[Tensor, Tensor]:
         """(..., N, number, 2) points and targets, from the fixed table."""
-        table = _table(hypotheses, number, weight)  # (N, number)
+        table = _table(_HYPOTHESES, number, weight)  # (N, number)
         rank = (table * count[..., None]).long().minimum((count[..., None] - 1).clamp(min=0))
-        flat = rank.flatten(-2).unsqueeze(-1).expand(*rank.shape[:-2], hypotheses * number, 2)
+        flat = rank.flatten(-2).unsqueeze(-1).expand(*rank.shape[:-2], _HYPOTHESES * number, 2)
         shape = (*rank.shape, 2)
         return points.gather(-2, flat).reshape(shape), targets.gather(-2, flat).reshape(shape)
 
@@ -274,33 +265,27 @@ def consensus(
     identity = affine.identity_warp(homography=homography, device=warp.device, dtype=warp.dtype)
     warp = torch.where(sound[..., None, None], warp, identity)
 
+    best_matched = Correspondences(points, targets, weight, size).for_each()
+
     def support(warp: Tensor) -> Tensor:
         """(..., n): the score of (..., n, 2|3, 3) warps."""
-        square = _residuals(warp, points.unsqueeze(-3), targets.unsqueeze(-3)).square().sum(-1)
+        square = best_matched.residuals(warp).square().sum(-1)
         return ((1 - square / _SUPPORT_RADIUS**2).clamp(min=0) * weight.unsqueeze(-2)).sum(-1)
 
     score = support(warp).masked_fill(~sound, -1.0)
     chosen = score.topk(min(_OPTIMISED, score.shape[-1]), -1).indices[..., None, None]
     candidates = warp.gather(-3, chosen.expand(*chosen.shape[:-2], *warp.shape[-2:]))
     # from a support as wide as the errors that a minimal, or too simple, motion makes at the frame's edge
-    grown, sides = candidates, (points.unsqueeze(-3), targets.unsqueeze(-3))
+    grown = candidates
     for share in (0.03, 0.02, 0.015, 0.01):
-        radius = max(share * longest, _SUPPORT_RADIUS)
-        grown, _ = _step(grown, *sides, weight.unsqueeze(-2), size, motion, radius)
+        grown, _ = _step(grown, best_matched, motion, max(share * longest, _SUPPORT_RADIUS))
     candidates = torch.cat((candidates, grown), -3)
     best = support(candidates).argmax(-1)[..., None, None, None]
     return candidates.gather(-3, best.expand(*best.shape[:-3], 1, *warp.shape[-2:])).squeeze(-3)
 
 
 def reweighted_fit(
-    warp: Tensor,
-    points: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    size: tuple[int, int],
-    *,
-    motion: MotionModel = "translation",
-    steps: int = 12,
+    warp: Tensor, matched: Correspondences, *, motion: MotionModel = "translation", steps: int = 12
 ) -> MotionFit:
     r"""Least squares with Tukey's weights, from a start that a part of the matches agrees with.
 
@@ -310,10 +295,7 @@ def reweighted_fit(
 
     Args:
         warp: (..., 2, 3) or (..., 3, 3), the start.
-        points: (..., K, 2) of the moving frame.
-        targets: (..., K, 2), their matches in the reference.
-        weight: (..., K) ≥ 0, 0 for no match.
-        size: (H, W) of the frames.
+        matched: points and their matches.
         motion: what the frames may do.
         steps: number of steps.
 
@@ -324,31 +306,32 @@ def reweighted_fit(
         >>> points = torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) * 100
         >>> targets = 1.1 * points + torch.tensor([3.0, -2.0])
         >>> targets[::3] += 40
-        >>> start = consensus(points, targets, torch.ones(60), (100, 100), motion="similarity")
-        >>> fit = reweighted_fit(start, points, targets, torch.ones(60), (100, 100), motion="similarity")
+        >>> matched = Correspondences(points, targets, torch.ones(60), (100, 100))
+        >>> start = consensus(matched, motion="similarity")
+        >>> fit = reweighted_fit(start, matched, motion="similarity")
         >>> fit.warp[0].round(decimals=3), fit.inliers
         (tensor([1.1000, 0.0000, 3.0000]), tensor(40.))
     """
-    matched = weight > 0
+    weight = matched.weight
     scale = torch.full_like(weight[..., 0], _LARGEST_SCALE)
     for _ in range(steps):
-        warp, (inner, square) = _step(warp, points, targets, weight, size, motion, _TUKEY * scale)
+        warp, (inner, square) = _step(warp, matched, motion, _TUKEY * scale)
         variance = 0.5 * (inner * square).sum(-1) / inner.sum(-1).clamp(min=torch.finfo(weight.dtype).tiny)
         scale = (variance / _TUKEY_VARIANCE).sqrt().clamp(_LEAST_SCALE, _LARGEST_SCALE)
-    square = _residuals(warp, points, targets).square().sum(-1)
+    square = matched.residuals(warp).square().sum(-1)
     inner = weight * _biweight(square, _TUKEY * scale)
-    near = (matched & (square <= INLIER_RADIUS**2)).to(weight.dtype).sum(-1)
-    normal, _ = _normal_equations(warp, points, targets, inner, size, motion)
+    used = weight > 0
+    normal, _ = _normal_equations(warp, matched._replace(weight=inner), motion)
     # of the displacement of the centre, where the other parameters displace nothing
     covariance = _invert(normal)
     freedom = inner.sum(-1) - 0.5 * PARAMETERS[motion]
     spread = 0.5 * (inner * square).sum(-1) / freedom.clamp(min=0.5) / _TUKEY_VARIANCE
     determined = (freedom > 0) & affine.are_finite(covariance)
-    centre = torch.where(determined[..., None, None], covariance[..., :2, :2], 0.0)
-    centre = spread[..., None, None] * centre
-    sigma = torch.where(determined, largest_sigma(centre), torch.inf)
-    centre = torch.where(determined[..., None, None], centre, isotropic(sigma))
-    return MotionFit(warp, inner, near, matched.to(weight.dtype).sum(-1), sigma, centre)
+    rows = determined[..., None, None]
+    centre = spread[..., None, None] * torch.where(rows, covariance[..., :2, :2], 0.0)
+    centre = torch.where(rows, centre, isotropic(torch.full_like(spread, torch.inf)))
+    near, count = (some.to(weight.dtype).sum(-1) for some in (used & (square <= INLIER_RADIUS**2), used))
+    return MotionFit(warp, inner, near, count, centre)
 
 
 def significance(
@@ -393,7 +376,6 @@ def window_ascent(
     motion: MotionModel = "translation",
     max_frequency: float = 0.25,
     windows: int = 128,
-    window_size: int = 32,
     steps: int = 5,
 ) -> WindowFit:
     r"""The small remaining motion between two images that maximises the correlation of windows.
@@ -417,8 +399,7 @@ def window_ascent(
         size: (H, W) of the frame.
         motion: what the frames may do.
         max_frequency: of the textures, in cycles per pixel.
-        windows: how many.
-        window_size: side of a window, in pixels.
+        windows: how many, of 32² pixels.
         steps: of Newton's method.
 
     Returns:
@@ -427,8 +408,7 @@ def window_ascent(
     rows, columns = moving.shape[-2:]
     step_y, step_x = size[0] / rows, size[1] / columns  # pixels per sample
     height, width = (
-        min(max(4, round(window_size / step)), samples)
-        for step, samples in ((step_y, rows), (step_x, columns))
+        min(max(4, round(_WINDOW / step)), samples) for step, samples in ((step_y, rows), (step_x, columns))
     )
     weight, chosen = weight.topk(min(windows, weight.shape[-1]), -1)  # (..., n)
     points = points.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, 2)).detach()
@@ -479,9 +459,9 @@ def window_ascent(
     centre = torch.where(
         affine.are_finite(centre)[..., None, None], centre, isotropic(torch.full_like(used, torch.inf))
     )
-    sigma = largest_sigma(centre)
     converged = definite & (freedom >= 1) & (step.detach().abs().amax(-1) < _ASCENT_TOLERANCE)
-    return WindowFit(_warp_of_increment(delta, size, motion), sigma, converged & sigma.isfinite(), centre)
+    converged = converged & largest_sigma(centre).isfinite()
+    return WindowFit(_warp_of_increment(delta, size, motion), converged, centre)
 
 
 class _Ascent(NamedTuple):
@@ -540,11 +520,6 @@ def _warp_of_increment(delta: Tensor, size: tuple[int, int], motion: MotionModel
     return denormalize(warp_of(delta / half_length(size), motion), size)
 
 
-def _residuals(warp: Tensor, points: Tensor, targets: Tensor) -> Tensor:
-    """(..., K, 2): targets less mapped points; large where a point is at infinity."""
-    return (targets - affine.mapped(warp, points)).nan_to_num(1e6, 1e6, 1e6)
-
-
 def _biweight(square: Tensor, radius: Tensor | float) -> Tensor:
     """Tukey's weights of residuals whose squares are (..., K); 0 from ``radius`` (...,) on."""
     if isinstance(radius, Tensor):
@@ -552,39 +527,32 @@ def _biweight(square: Tensor, radius: Tensor | float) -> Tensor:
     return (1 - square / radius**2).clamp(min=0).square()
 
 
-def _normal_equations(
-    warp: Tensor, points: Tensor, targets: Tensor, weight: Tensor, size: tuple[int, int], motion: MotionModel
-) -> tuple[Tensor, Tensor]:
+def _normal_equations(warp: Tensor, matched: Correspondences, motion: MotionModel) -> tuple[Tensor, Tensor]:
     """(..., P, P) and (..., P), of the increment that least squares asks for."""
-    residual = _residuals(warp, points, targets)  # (..., K, 2)
-    used = weight > 0
+    residual = matched.residuals(warp)  # (..., K, 2)
+    used = matched.weight > 0
     # the jacobian where the points are mapped to; 0 for unused ones, since 0 · ∞ is NaN
-    by_motion = _jacobian(torch.where(used.unsqueeze(-1), targets - residual, 0.0), size, motion)
-    weighted = (by_motion * weight[..., None, None]).flatten(-3, -2)  # (..., 2K, P)
+    mapped = torch.where(used.unsqueeze(-1), matched.targets - residual, 0.0)
+    by_motion = _jacobian(mapped, matched.size, motion)
+    weighted = (by_motion * matched.weight[..., None, None]).flatten(-3, -2)  # (..., 2K, P)
     by_motion = by_motion.flatten(-3, -2)
     residual = torch.where(used.unsqueeze(-1), residual, 0.0).flatten(-2)
     return torch.matmul(weighted.mT, by_motion), torch.matmul(weighted.mT, residual.unsqueeze(-1)).squeeze(-1)
 
 
 def _step(
-    warp: Tensor,
-    points: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    size: tuple[int, int],
-    motion: MotionModel,
-    radius: Tensor | float,
+    warp: Tensor, matched: Correspondences, motion: MotionModel, radius: Tensor | float
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One Gauss–Newton step under Tukey's weights; and these weights, and the squared residuals, before it."""
-    residual = _residuals(warp, points, targets)
+    residual = matched.residuals(warp)
     square = residual.square().sum(-1)
-    inner = weight * _biweight(square, radius)
+    inner = matched.weight * _biweight(square, radius)
     if motion == "translation":  # the weighted mean
         total = inner.sum(-1, keepdim=True).clamp(min=torch.finfo(inner.dtype).tiny)
         delta = (inner.unsqueeze(-1) * residual).sum(-2) / total
         return warp + F.pad(delta.unsqueeze(-1), (2, 0)), (inner, square)
-    delta, _ = _solve_definite(*_normal_equations(warp, points, targets, inner, size, motion))
-    warp = affine.composed(warp, _warp_of_increment(delta, size, motion))
+    delta, _ = _solve_definite(*_normal_equations(warp, matched._replace(weight=inner), motion))
+    warp = affine.composed(warp, _warp_of_increment(delta, matched.size, motion))
     return affine.unit_corner(warp), (inner, square)
 
 

@@ -90,8 +90,10 @@ class ShiftedFrames(NamedTuple):
             (system.mean, system.inverse, system.solved, system.rest),
             grid.frequencies,
             level.corners,
-            (grid.size[0] * grid.size[1], half_length(grid.frame), LONGEST_STEP * grid.spacing()),
-            limits,
+            grid.size[0] * grid.size[1],
+            half_length(grid.frame),
+            LONGEST_STEP * grid.spacing(),
+            *limits,
         )
         values = level.grid.move(self.spectrum, seen).flatten(-2) if precise else None
         return shifted_by(shift / half_length(grid.frame)), reach, values
@@ -153,9 +155,9 @@ class WarpedFrames(NamedTuple):
         if kernels is None:
             ground = for_parts(self.ground(warp, level), level.vector)
             return WarpedSamples(warp, self.values(warp, level, precise=precise), ground)
-        ramps = [ramp_length(length, self.taper) for length in level.grid.frame] if self.taper > 0 else None
-        given = (self.spline, self.weights, warp, level.weights, self._geometry(level))
-        return WarpedSamples(warp, *kernels.look(*given, ramps, precise))
+        ramps = [ramp_length(length, self.taper) for length in level.grid.frame] if self.taper > 0 else []
+        given = self.spline, self.weights, warp, level.weights, level.x, level.y, level.grid.frame
+        return WarpedSamples(warp, *kernels.look(*given, ramps, self.projective, precise))
 
     def ascend(
         self,
@@ -181,16 +183,17 @@ class WarpedFrames(NamedTuple):
             system.weights,
             level.products,
             equations,
-            self._geometry(level),
+            level.x,
+            level.y,
+            level.corners,
+            level.grid.frame,
+            LONGEST_STEP * level.grid.spacing(),
+            self.projective,
             level.motion,
-            (*limits, precise),
+            *limits,
+            precise,
         )
         return warp, reach, self.look(seen, level, precise=True).values if precise else None
-
-    def _geometry(self, level: Level) -> tuple[Any, ...]:
-        """As :class:`torchalign.kernels.ascend.Geometry` has it."""
-        longest = LONGEST_STEP * level.grid.spacing()
-        return level.x, level.y, level.grid.frame, level.corners, longest, self.projective
 
     def values(self, warp: Tensor, level: Level, *, precise: bool) -> Tensor:
         """(..., T, n), the frames over the reference; bilinear, at a fifth of the cost, unless ``precise``."""

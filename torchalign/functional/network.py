@@ -97,63 +97,41 @@ _LOWEST_SUN = 5.0
 
 
 class Edges(NamedTuple):
-    """Pairs of frames to compare.
+    """Pairs of frames to compare."""
 
-    Attributes:
-        moving: (E,) int64, the frame that is moved.
-        reference: (E,) int64, the frame it is moved onto.
-        distinct: (E,) bool, ``False`` where a pair stands in the list already, or is no pair.
-    """
-
-    moving: Tensor
-    reference: Tensor
-    distinct: Tensor
+    moving: Tensor  #: (E,) int64, the frame that is moved
+    reference: Tensor  #: (E,) int64, the frame it is moved onto
+    distinct: Tensor  #: (E,) bool, ``False`` where a pair stands in the list already, or is no pair
 
 
 class Positions(NamedTuple):
-    """What :func:`solve_positions` finds.
+    """What :func:`solve_positions` finds."""
 
-    Attributes:
-        position: (..., T, 2), float64: the shift that brings a frame to the gauge, the median of the frames that
-            are connected; 0 for the others.
-        weight: (..., E), what each pair counts, in [0, 1]; 0 where it is not usable.
-        precision: (..., E), the same over its variance, 1 / px².
-        residual: (..., E), length of what a pair says less what the positions say, in pixels.
-        closure: (..., T), root mean square of a frame's residuals per axis, in pixels. It tells how well its pairs
-            agree, and nothing about an error that all of them share.
-        support: (..., T), sum of the weights of a frame's pairs.
-        component: (..., T) int64, frames with the same number hang together.
-        connected: (..., T) bool, in the largest component and with enough support.
-    """
-
+    #: (..., T, 2), float64: the shift that brings a frame to the gauge, the median of the frames that are
+    #: connected; 0 for the others
     position: Tensor
-    weight: Tensor
-    precision: Tensor
-    residual: Tensor
+    weight: Tensor  #: (..., E), what each pair counts, in [0, 1]; 0 where it is not usable
+    precision: Tensor  #: (..., E), the same over its variance, 1 / px²
+    residual: Tensor  #: (..., E), length of what a pair says less what the positions say, in pixels
+    #: (..., T), root mean square of a frame's residuals per axis, in pixels. It tells how well its pairs agree,
+    #: and nothing about an error that all of them share
     closure: Tensor
-    support: Tensor
-    component: Tensor
-    connected: Tensor
+    support: Tensor  #: (..., T), sum of the weights of a frame's pairs
+    component: Tensor  #: (..., T) int64, frames with the same number hang together
+    connected: Tensor  #: (..., T) bool, in the largest component and with enough support
 
 
 class SeasonTerm(NamedTuple):
-    r"""What :func:`season_term` finds.
+    """What :func:`season_term` finds."""
 
-    Attributes:
-        slope: (), shift along the shadow per unit of cot(elevation), in pixels; 0 where there is no term.
-        sigma: (), its 1-σ error.
-        significance: (), root mean square z of the blocks' slopes against that of the frame.
-        present: () bool, blocks disagree about the sun's part so much that the scene must have relief.
-        spread: (T,), how far the blocks of a frame disagree beyond their own errors, per axis, in pixels.
-        blocks: (T,), from how many blocks.
-    """
-
+    #: (), shift along the shadow per unit of cot(elevation), in pixels; 0 where there is no term
     slope: Tensor
-    sigma: Tensor
-    significance: Tensor
-    present: Tensor
+    sigma: Tensor  #: (), its 1-σ error
+    significance: Tensor  #: (), root mean square z of the blocks' slopes against that of the frame
+    present: Tensor  #: () bool, blocks disagree about the sun's part so much that the scene must have relief
+    #: (T,), how far the blocks of a frame disagree beyond their own errors, per axis, in pixels
     spread: Tensor
-    blocks: Tensor
+    blocks: Tensor  #: (T,), from how many blocks
 
 
 # --- which frames look alike ---
@@ -162,12 +140,7 @@ class SeasonTerm(NamedTuple):
 def cell_contrast(field: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Local contrast in coarse cells, from which the similarity of frames is computed.
 
-    Args:
-        field: (T, h, w), a texture's field.
-        weights: (T, h, w), a texture's weights, or ``None``.
-
-    Returns:
-        The means over cells of 3 × 3 samples and their weights, both (T, n).
+    The means over cells of 3 × 3 samples and their weights, both (T, n), of a texture's field and weights (T, h, w).
     """
     cell = min(_CELL, field.shape[-2], field.shape[-1])
     features = F.avg_pool2d(field[:, None], cell).flatten(1)
@@ -277,13 +250,9 @@ def choose_edges(
 
 
 def spanning_tree(likeness: Tensor) -> Tensor:
-    """The maximum spanning tree of a complete graph, by Prim's method, in T − 1 steps.
+    """The maximum spanning tree of a complete graph (T, T), by Prim's method, in T − 1 steps.
 
-    Args:
-        likeness: (T, T), symmetric.
-
-    Returns:
-        (T,) int64, the frame that each hangs on; the first one on itself.
+    (T,) int64, the frame that each hangs on; the first one on itself.
 
     >>> spanning_tree(torch.tensor([[1.0, 0.9, 0.1], [0.9, 1.0, 0.8], [0.1, 0.8, 1.0]]))
     tensor([0, 0, 1])
@@ -305,15 +274,7 @@ def spanning_tree(likeness: Tensor) -> Tensor:
 
 
 def components(edges: Edges, usable: Tensor, frames: int) -> Tensor:
-    """The component of each frame: the smallest number of a frame that is connected with it.
-
-    Args:
-        edges: E pairs.
-        usable: (..., E) bool, those that count.
-        frames: T.
-
-    Returns:
-        (..., T) int64, the smallest number in a frame's component.
+    """(..., T) int64: the smallest number of a frame that each is connected with, by the pairs that count (..., E).
 
     >>> edges = Edges(torch.tensor([1, 3, 4]), torch.tensor([0, 2, 3]), torch.ones(3, dtype=torch.bool))
     >>> components(edges, torch.tensor([True, True, False]), 5)
@@ -395,15 +356,9 @@ def solve_positions(
 
 
 def position_variance(positions: Positions, edges: Edges) -> Tensor:
-    """How well the network fixes each frame against the mean of its component, per axis.
+    """(..., T), px², float64: how well the network fixes each frame against the mean of its component, per axis.
 
-    Args:
-        positions: of :func:`solve_positions`.
-        edges: the same pairs.
-
-    Returns:
-        (..., T), px², float64: the diagonal of the inverse of the network's Laplacian; for more than 4,000
-        frames an estimate of it, to a tenth.
+    The diagonal of the inverse of the network's Laplacian; for more than 4,000 frames an estimate of it, to a tenth.
     """
     component, precision = positions.component, positions.precision.detach()
     frames = component.shape[-1]
@@ -438,16 +393,13 @@ def _probed_variance(precision: Tensor, edges: Edges, positions: Positions) -> T
     return torch.maximum((signs * found).mean(-2), own)
 
 
-def place_frames(
-    shift: Tensor, sigma: Tensor, usable: Tensor, *, steps: int = _STEPS
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def place_frames(shift: Tensor, sigma: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """New frames, each on old ones that stay where they are: a robust weighted mean.
 
     Args:
         shift: (..., n, 2), where each of n old frames says that the new one lies, in pixels.
         sigma: (..., n), 1-σ errors per axis.
         usable: (..., n) bool.
-        steps: how often the weights are taken anew.
 
     Returns:
         position (..., 2), its variance per axis (...,), closure (...,) and support (...,), all float64.
@@ -464,13 +416,13 @@ def place_frames(
     # from the median: a mean of few is pulled away by one
     position = median_of(shift, usable)
     weight, residual = known, torch.zeros_like(variance)
-    for step in range(steps + 1):
+    for step in range(_STEPS + 1):
         residual = (shift - position[..., None, :]).norm(dim=-1)
         excess = _median(residual, usable).nan_to_num(0.0).square() / _RAYLEIGH**2
         total = torch.maximum(variance, excess[..., None].expand_as(variance))
         weight = known * (_HUBER / (residual / total.sqrt()).clamp(min=_HUBER))
         precision = weight / total
-        if step < steps:
+        if step < _STEPS:
             share = precision / (precision.sum(-1, keepdim=True) + tiny)
             position = (share[..., None] * shift).sum(-2)
     whole = precision.sum(-1)

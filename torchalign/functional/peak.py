@@ -173,7 +173,7 @@ def refine_peak(
     """
     kernels = kernels_for(power, start)
     if kernels is not None:
-        climbed = kernels.climb(power, frequencies, start, steps + 1)
+        climbed = kernels.climb(power, frequencies, start, steps + 1, False)
         if climbed is not None:
             return climbed
     orders = wave_orders(frequencies, TERMS) if orders is None else orders

@@ -424,7 +424,7 @@ def _refine_plain(
         limits = (*CALIBRATION, left, _LONGEST_WAY, _LARGEST_CORRECTION)
         known = kernels.assess(power, grid.frequencies, shift, together, weights, grid.spacings(), limits)
         if known is not None:
-            return _Refined(known[0], step, curved, PeakQuality(*known[1]), shift.detach())
+            return _Refined(known[0], step, curved, PeakQuality(*known[1:]), shift.detach())
     found = shift
     bins = _correlated_bins(weights.detach().square())
     turned = shift_phase(power, grid.frequencies, found)
@@ -463,9 +463,9 @@ def _refine_divided(
     spectra = rfft2(_divided_fields(pair, same, windows, back))  # (2, 3, ..., h, w//2+1)
     kernels = kernels_for(spectra, start)
     if kernels is not None:
-        climbed = kernels.climb_divided(spectra, grid.frequencies, start, _NEWTON_STEPS + 1)
+        climbed = kernels.climb(spectra, grid.frequencies, start, _NEWTON_STEPS + 1, True)
         if climbed is not None:
-            return climbed
+            return climbed[0], climbed[1].norm(dim=-1), climbed[2]
     powers, orders = spectra[0].conj() * spectra[1], orders_of(grid.frame, grid.size, TERMS, like=grid.radius)
     shift = ascended(powers, grid.frequencies, start, orders, _NEWTON_STEPS, _divided_step)
     step, curved = _divided_step(derivatives_at(powers, grid.frequencies, shift, orders, 3))
@@ -485,7 +485,7 @@ def _divided_fields(
     )
     kernels = kernels_for(moved, *windows, *covers, first, second)
     if kernels is not None:
-        return kernels.overlaps(windows, moved, inliers, covers, first, second)
+        return kernels.overlaps(windows, moved, inliers, *covers, first, second)
     own, other = windows[0] * moved, windows[1] * inliers
     if covers[0] is not None:
         own = own * covers[0]

@@ -28,6 +28,7 @@ __all__ = [
     "normalized_cross_correlation",
     "parts_disagree",
     "rejected",
+    "replaced",
 ]
 
 # A frame whose score does not gain by a move this small (in σ, in pixels) is left in place; a larger move without
@@ -233,7 +234,7 @@ def gate_stages(
             extra = _disagreement(motions[number], kept, accepted)
             accepted = accepted & ~(result.valid & (extra > 0).flatten(-2).any(-1))
             extra = extra + _misfit_before(motions[number], kept, accepted)
-            kept = _replaced(kept, motions[number], accepted)
+            kept = replaced(kept, motions[number], accepted)
         result = choose_rows(accepted, judged, result)
         distorted = torch.where(accepted, apart, distorted)
         if extra is not None:
@@ -266,7 +267,8 @@ def _scores(
     kernels = kernels_for(moving, reference, weight, *warps, *(last or ())) if plain else None
     if kernels is not None:
         local = None if last is None else lattice_shifts(last, size, step, moving)
-        return kernels.score(moving, reference, warps, *usable, weight, step, local).unbind(-1)
+        stacked = torch.stack(warps).to(moving.dtype)
+        return kernels.score(moving, reference, stacked, *usable, weight, step, local).unbind(-1)
     overlap: Tensor | None = None
     for part in usable:
         if part is not None:
@@ -314,7 +316,7 @@ def _judge(
 ) -> Estimate:
     """One motion against none, see :func:`gate`; what is rejected is not reset yet."""
     sigma, status = motion.sigma, motion.status
-    covariance = isotropic(sigma) if motion.covariance is None else motion.covariance
+    covariance = _covariance_of(motion)
     # without a positive correlation there is no common ground to be better on
     gained = (score >= score_before) & (score > 0)
     near = (score_before > 0) & (displacement <= (_IN_PLACE_SIGMAS * sigma).clamp(min=_IN_PLACE_PIXELS))
@@ -343,25 +345,24 @@ def _disagreement(motion: Motion, before: Motion, accepted: Tensor) -> Tensor:
     """(..., 2, 2): of a shift that is accepted and one that was trusted, as far as chance does not explain it."""
     both = ((before.status == 0) & accepted)[..., None, None]
     way = (motion.warp[..., :2, 2] - before.warp[..., :2, 2]).detach()
-    covariances = [
-        isotropic(one.sigma) if one.covariance is None else one.covariance for one in (motion, before)
-    ]
+    expected = _covariance_of(motion) + _covariance_of(before)
     square = torch.where(both, way[..., :, None] * way[..., None, :], 0.0)
-    return beyond_chance(square, torch.where(both, covariances[0] + covariances[1], 1.0), times=1.0)
+    return beyond_chance(square, torch.where(both, expected, 1.0), times=1.0)
 
 
-def _replaced(kept: Motion, motion: Motion, accepted: Tensor) -> Motion:
-    """The shifts that are kept, after those that were accepted."""
-    one, other = (
-        isotropic(each.sigma) if each.covariance is None else each.covariance for each in (motion, kept)
-    )
+def _covariance_of(motion: Motion) -> Tensor:
+    return isotropic(motion.sigma) if motion.covariance is None else motion.covariance
+
+
+def replaced(kept: Motion, motion: Motion, accepted: Tensor) -> Motion:
+    """The warps that are kept, and what is known of them, after those that were accepted."""
     nothing = torch.zeros_like(kept.sigma)
     misfit, before = (nothing if each.misfit is None else each.misfit for each in (motion, kept))
     return kept._replace(
         warp=torch.where(accepted[..., None, None], motion.warp, kept.warp),
         sigma=torch.where(accepted, motion.sigma, kept.sigma),
         status=torch.where(accepted, 0, kept.status),
-        covariance=torch.where(accepted[..., None, None], one, other),
+        covariance=torch.where(accepted[..., None, None], _covariance_of(motion), _covariance_of(kept)),
         misfit=torch.where(accepted, misfit, before),
     )
 

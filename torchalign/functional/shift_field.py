@@ -3,7 +3,8 @@
 Convention:
     A :class:`~torchalign.types.ShiftField` u is the *backward* residual of a warp W over the reference, in pixels
     (x, y): ``aligned(q) = frame(W⁻¹ q + u(q))``. Coefficient (i, j) belongs to the point
-    ``origin + (j, i) · spacing``. Beyond its nodes a field keeps the value at its border.
+    ``origin + (j, i) · spacing``. Beyond its nodes a field keeps the value at its border. Fields are of lead
+    (..., T), warps (..., T, 2 or 3, 3), points (..., T, K, 2), all in pixels (x, y).
 """
 
 from __future__ import annotations
@@ -76,15 +77,7 @@ def _bases(field: ShiftField, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def field_at(field: ShiftField, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The field on a grid of rows and columns.
-
-    Args:
-        field: of lead (..., T).
-        x: (w,), of the columns, in pixels of the frame.
-        y: (h,), of the rows.
-
-    Returns:
-        Two of (..., T, h, w), along x and y, in pixels.
+    """The field along x and y, two of (..., T, h, w), on a grid of columns x (w,) and rows y (h,) of the frame.
 
     >>> field = ShiftField(torch.full((2, 4, 4), 0.25), torch.zeros(4, 4), torch.tensor([-8.0, -8.0]),
     ...     torch.tensor([8.0, 8.0]))
@@ -119,22 +112,14 @@ def sigma_at(field: ShiftField, x: Tensor, y: Tensor) -> Tensor:
 
 
 def field_at_points(field: ShiftField, points: Tensor) -> Tensor:
-    """The field at single points.
-
-    Args:
-        field: of lead (..., T).
-        points: (..., T, K, 2), (x, y) in pixels of the reference.
-
-    Returns:
-        (..., T, K, 2), in pixels.
-    """
+    """(..., T, K, 2): the field at single points of the reference."""
     down, along = (basis.unsqueeze(-3) for basis in _bases(field, *points.unbind(-1)))  # (..., T, 1, K, n)
     return (torch.matmul(down, field.coefficients) * along).sum(-1).mT
 
 
-def field_lengths(field: ShiftField, size: tuple[int, int], step: int = 8) -> Tensor:
-    """(..., T, K): how long the field is at every ``step``-th pixel of a frame of (H, W), in pixels."""
-    return torch.hypot(*lattice_shifts(field, size, step, field.coefficients).unbind(-3)).flatten(-2)
+def field_lengths(field: ShiftField, size: tuple[int, int]) -> Tensor:
+    """(..., T, K): how long the field is at every eighth pixel of a frame of (H, W), in pixels."""
+    return torch.hypot(*lattice_shifts(field, size, 8, field.coefficients).unbind(-3)).flatten(-2)
 
 
 def is_zero(field: ShiftField) -> Tensor:
@@ -186,14 +171,6 @@ def warp_points(warp: Tensor, field: ShiftField | None, points: Tensor) -> Tenso
     """Where points of the moving frame come to lie on the reference, by fixed-point iteration.
 
     Of ``p = W⁻¹ q + u(q)``, q = W (p − u(q)).
-
-    Args:
-        warp: (..., T, 2 or 3, 3).
-        field: of lead (..., T), or ``None``.
-        points: (..., T, K, 2), (x, y) in pixels of the moving frame.
-
-    Returns:
-        (..., T, K, 2), in pixels of the reference.
     """
     found = transform_points(warp, points)
     if field is None:
@@ -208,9 +185,6 @@ def fit_nodes(values: Tensor) -> Tensor:
 
     Args:
         values: (..., n, m), n and m ≥ 3, at the nodes; the outermost are those of the nodes next to them.
-
-    Returns:
-        (..., n, m).
 
     >>> fit_nodes(torch.ones(4, 4)).allclose(torch.ones(4, 4))
     True
@@ -258,16 +232,7 @@ def compose_fields(
     """One warp and field that do what two do, one after the other.
 
     With p = W₂⁻¹ q + u₂(q), ``aligned(q) = frame(W₁⁻¹ p + u₁(p))``. The result's field goes through the exact
-    values at the second field's nodes, and is a spline between them.
-
-    Args:
-        first: (..., T, 2 or 3, 3), the warp that is applied first.
-        first_field: of lead (..., T).
-        second: likewise.
-        second_field: likewise.
-
-    Returns:
-        The warp ``second ∘ first``, and the field.
+    values at the second field's nodes, and is a spline between them. The warp is ``second ∘ first``.
     """
     warp = compose_warps(first, second)
     nodes = _node_points(second_field)
@@ -280,14 +245,9 @@ def compose_fields(
 
 
 def invert_field(warp: Tensor, field: ShiftField) -> tuple[Tensor, ShiftField]:
-    """The warp and field from the reference back to the moving frame, by fixed-point iteration.
+    """The inverse of a warp, and its field on the same nodes, by fixed-point iteration.
 
-    Args:
-        warp: (..., T, 2 or 3, 3).
-        field: of lead (..., T); its derivative must be below 1.
-
-    Returns:
-        The inverse warp, and its field on the same nodes.
+    From the reference back to the moving frame. The field's derivative must be below 1.
     """
     nodes = _node_points(field)
     values = warp_points(warp, field, nodes) - transform_points(warp, nodes)

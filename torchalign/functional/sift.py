@@ -13,6 +13,10 @@ Convention:
     down the image. Descriptors in OpenCV's order: cells row by row, in each eight directions from +x towards
     **-y**.
 
+It is no chain of kornia's parts: their detector lists the extrema that are there, which waits for a GPU and makes
+shapes that depend on the data, and their descriptors resample a patch for each, where here the gradients are read from
+the level of the blob.
+
 Bias: blobs are found where their differences of Gaussians peak, not on the grid; on frames decimated from a real
 scene the mode of the displacements has no pull towards whole pixels beyond 0.01 px.
 
@@ -50,6 +54,8 @@ _BASE_SIGMA = 1.6  # of an octave's first level, in its own pixels
 _CAMERA_SIGMA = 0.5  # of the image as it comes
 # An octave is worth it while its shorter side has this many pixels.
 _MIN_SIDE = 24
+# The least absolute difference of Gaussians, of an image in [0, 1].
+_MIN_CONTRAST = 0.002
 # Extrema nearer to the edge of their octave than this, in its pixels, are dropped.
 _BORDER = 5
 # So are those nearer to something unusable, in multiples of the octave's coarsest σ.
@@ -69,34 +75,22 @@ _CELLS, _CELL_WIDTH, _DIRECTIONS, _SAMPLES, _CLAMP = 4, 3.0, 8, 16, 0.2
 
 
 class ScaleSpace(NamedTuple):
-    """Octaves of an image, finest first; octave o has pixels of ``2^(o-1)`` image pixels, aligned at (0, 0).
+    """Octaves of an image, finest first; octave o has pixels of ``2^(o-1)`` image pixels, aligned at (0, 0)."""
 
-    Attributes:
-        levels: (B, N), the six (h, w) Gaussian levels of all octaves, one after another.
-        sizes: (h, w) of every octave.
-    """
-
-    levels: Tensor
-    sizes: list[tuple[int, int]]
+    levels: Tensor  #: (B, N), the six (h, w) Gaussian levels of all octaves, one after another
+    sizes: list[tuple[int, int]]  #: (h, w) of every octave
 
 
 class Blobs(NamedTuple):
-    """K keypoints a frame, strongest first.
+    """K keypoints a frame, strongest first."""
 
-    Attributes:
-        points: (B, K, 2).
-        sigma: (B, K), scale in pixels of the image: of the Gaussian level they were found in, after refinement.
-        response: (B, K), the absolute difference of Gaussians there; 0 where not valid.
-        octave, level: (B, K) int64, where their gradients are read.
-        valid: (B, K) bool.
-    """
-
-    points: Tensor
+    points: Tensor  #: (B, K, 2)
+    #: (B, K), scale in pixels of the image: of the Gaussian level they were found in, after refinement
     sigma: Tensor
-    response: Tensor
-    octave: Tensor
-    level: Tensor
-    valid: Tensor
+    response: Tensor  #: (B, K), the absolute difference of Gaussians there; 0 where not valid
+    octave: Tensor  #: (B, K) int64, where their gradients are read
+    level: Tensor  #: likewise
+    valid: Tensor  #: (B, K) bool
 
 
 def scale_space(image: Tensor) -> ScaleSpace:
@@ -128,12 +122,7 @@ def scale_space(image: Tensor) -> ScaleSpace:
 
 
 def detect_blobs(
-    space: ScaleSpace,
-    usable: Tensor | None,
-    count: int,
-    *,
-    min_contrast: float = 0.002,
-    max_edge_ratio: float = 10.0,
+    space: ScaleSpace, usable: Tensor | None, count: int, *, max_edge_ratio: float = 10.0
 ) -> Blobs:
     """The ``count`` strongest extrema of the differences of Gaussians.
 
@@ -141,15 +130,12 @@ def detect_blobs(
         space: of (B, H, W) images.
         usable: (B, H, W) bool, or ``None``. Blobs that see something unusable are dropped.
         count: K.
-        min_contrast: the least absolute difference of Gaussians, in the image's units.
         max_edge_ratio: the largest ratio of the principal curvatures; beyond is an edge.
     """
     cells, shapes = [], []
     octaves = torch.split(space.levels, [_LEVELS * height * width for height, width in space.sizes], 1)
     for number, (levels, size) in enumerate(zip(octaves, space.sizes, strict=True)):
-        strength, sub = _extrema(
-            levels.view(-1, _LEVELS, *size), _allowed(usable, number, size), min_contrast
-        )
+        strength, sub = _extrema(levels.view(-1, _LEVELS, *size), _allowed(usable, number, size))
         shapes.append((strength.shape[-2], strength.shape[-1]))
         cells.append((strength.flatten(1), sub.flatten(1)))
     strength, sub = (torch.cat(part, 1) for part in zip(*cells, strict=True))
@@ -163,7 +149,7 @@ def detect_blobs(
     offset, contrast, edge = _quadratic(space.levels, centre, width, height * width)
 
     valid = value.isfinite() & inside & (offset.abs() <= _MAX_OFFSET).all(-1)
-    valid = valid & (contrast.abs() >= min_contrast) & (edge < (max_edge_ratio + 1) ** 2 / max_edge_ratio)
+    valid = valid & (contrast.abs() >= _MIN_CONTRAST) & (edge < (max_edge_ratio + 1) ** 2 / max_edge_ratio)
     response, order = highest(contrast.abs(), valid, count)
     valid = response.isfinite()
     octave, level = octave.gather(1, order), level.gather(1, order)
@@ -385,7 +371,7 @@ def _allowed(usable: Tensor | None, octave: int, size: tuple[int, int]) -> Tenso
     return eroded[..., :: 2 ** (octave - 1), :: 2 ** (octave - 1)][..., : size[0], : size[1]]
 
 
-def _extrema(levels: Tensor, allowed: Tensor | None, min_contrast: float) -> tuple[Tensor, Tensor]:
+def _extrema(levels: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Absolute value at the extrema, 0 elsewhere, as the largest in every 2 × 2 cell; and which of the four it is.
 
     Two extrema are never neighbours, so a cell holds one at most. An extremum of either sign is a maximum of the
@@ -406,7 +392,7 @@ def _extrema(levels: Tensor, allowed: Tensor | None, min_contrast: float) -> tup
         around = running_largest(around, 3, dim)
     centre = size[:, 1:-1, 1:-1, 1:-1]
     # the quadratic adds a little to the contrast
-    is_extremum = (centre >= around) & (centre > 0.8 * min_contrast)
+    is_extremum = (centre >= around) & (centre > 0.8 * _MIN_CONTRAST)
     if allowed is not None:
         is_extremum = is_extremum & allowed[:, None, _BORDER:-_BORDER, _BORDER:-_BORDER]
     strength = F.pad(torch.where(is_extremum, centre, 0.0), (0, columns % 2, 0, rows % 2))

@@ -14,16 +14,7 @@ from torch import Tensor
 
 from torchalign._host import is_known
 
-__all__ = ["lags_within", "larger", "no_less", "square_root", "stride_for", "working_length"]
-
-
-def larger(first: float, second: float) -> float:
-    """The larger of two lengths.
-
-    >>> larger(3, 4.5)
-    4.5
-    """
-    return torch.sym_max(first, second)  # type: ignore[return-value, unused-ignore]
+__all__ = ["lags_within", "no_less", "square_root", "stride_for", "working_length"]
 
 
 def no_less(first: int, second: int) -> int:

@@ -32,15 +32,7 @@ def triangle_mean(image: Tensor, order: int) -> Tensor:
 
 
 def block_sums(image: Tensor, times: int) -> Tensor:
-    """Sums over blocks of 2ⁿ × 2ⁿ; what is missing of the last ones is 0.
-
-    Args:
-        image: (..., H, W).
-        times: n.
-
-    Returns:
-        (..., ⌈H / 2ⁿ⌉, ⌈W / 2ⁿ⌉).
-    """
+    """(..., H, W) → (..., ⌈H / 2ⁿ⌉, ⌈W / 2ⁿ⌉): sums over blocks of 2ⁿ × 2ⁿ; what is missing of the last ones is 0."""
     block = 2**times
     missing = [(length + block - 1) // block * block - length for length in image.shape[-2:]]
     if any(missing):
@@ -81,13 +73,6 @@ def nanmedian(values: Tensor, dim: int = -1) -> Tensor:
     :func:`torch.nanmedian`, but for ``torch.use_deterministic_algorithms(True)``, under which torch refuses medians
     on CUDA, because of their indices: then the same values are found by sorting.
 
-    Args:
-        values: any shape.
-        dim: along which.
-
-    Returns:
-        ``values`` without that dimension.
-
     >>> nanmedian(torch.tensor([[4.0, torch.nan, 1.0, 3.0, 2.0], [torch.nan] * 5]))
     tensor([2., nan])
     """
@@ -99,16 +84,7 @@ def nanmedian(values: Tensor, dim: int = -1) -> Tensor:
 
 
 def enlarge(image: Tensor, times: int, size: tuple[int, int]) -> Tensor:
-    """Bilinear samples of blocks of ``times`` × ``times`` pixels at the pixels.
-
-    Args:
-        image: (..., ⌈H / times⌉, ⌈W / times⌉).
-        times: pixels of a block a side.
-        size: (H, W).
-
-    Returns:
-        (..., H, W).
-    """
+    """(..., ⌈H / n⌉, ⌈W / n⌉) → (..., H, W): blocks of n × n pixels, n ``times``, read bilinearly at the pixels."""
     flat = image.reshape(-1, 1, *image.shape[-2:])
     large = F.interpolate(flat, scale_factor=float(times), mode="bilinear", align_corners=False)
     return large[..., : size[0], : size[1]].reshape(*image.shape[:-2], *size)

@@ -1,9 +1,9 @@
 r"""What of an image is registered: band-limited, locally normalised, on the coarsest grid that holds the band.
 
-* :func:`band_limit`: beyond about a quarter of the sampling rate a real sensor's spectrum is mostly folded
-  (aliased), and folded frequencies pull every estimate towards whole pixels. The frames are resampled onto the
-  coarser grid that holds just the band that is kept: no kept frequency is lost, and every later step costs a
-  quarter.
+* :func:`~torchalign.functional.low_pass.low_pass`: beyond about a quarter of the sampling rate a real sensor's
+  spectrum is mostly folded (aliased), and folded frequencies pull every estimate towards whole pixels. The frames
+  are resampled onto the coarser grid that holds just the band that is kept: no kept frequency is lost, and every
+  later step costs a quarter.
 * :func:`local_contrast`: high-passed and divided by its local standard deviation, so that bright clouds,
   shadows and gains get no more weight than fields and roads.
 
@@ -32,7 +32,6 @@ __all__ = [
     "Brightness",
     "Contrast",
     "Texture",
-    "band_limit",
     "extract_pyramid",
     "extract_texture",
     "local_contrast",
@@ -49,22 +48,16 @@ _MIN_USABLE = 1 / 64
 
 
 class Texture(NamedTuple):
-    """What of an image is correlated, see :func:`extract_texture`.
+    """What of an image is correlated, see :func:`extract_texture`."""
 
-    Attributes:
-        field: (..., h, w), band-limited and locally normalised; of ``contrast="structure"`` (2, ..., h, w), the two
-            parts of a vector.
-        weights: (..., h, w) in [0, 1], small where little is usable; ``None`` if all is.
-        flat: (...,) bool, nothing to see: no texture, or too few usable pixels.
-        detail: (..., h, w), the field before it was multiplied by the weights; ``None`` if that is not known.
-        cover: (..., h, w) in [0, 1], 0 in holes and 1 from two samples off; ``None`` if not asked for, or all is
-            usable.
-    """
-
+    #: (..., h, w), band-limited and locally normalised; of ``contrast="structure"`` (2, ..., h, w), the two parts
+    #: of a vector
     field: Tensor
-    weights: Tensor | None
-    flat: Tensor
+    weights: Tensor | None  #: (..., h, w) in [0, 1], small where little is usable; ``None`` if all is
+    flat: Tensor  #: (...,) bool, nothing to see: no texture, or too few usable pixels
+    #: (..., h, w), the field before it was multiplied by the weights; ``None`` if that is not known
     detail: Tensor | None = None
+    #: (..., h, w) in [0, 1], 0 in holes and 1 from two samples off; ``None`` if not asked for, or all is usable
     cover: Tensor | None = None
 
     @property
@@ -144,20 +137,6 @@ def extract_pyramid(
         texture = _standardized(limited, weights, noise, empty, contrast, floor)._replace(cover=own)
         textures.append(texture)
     return textures
-
-
-def band_limit(image: Tensor, size: tuple[int, int], max_frequency: float = 0.25) -> Tensor:
-    """:func:`~torchalign.functional.low_pass.low_pass` of the image less its mean.
-
-    Args:
-        image: (..., H, W).
-        size: (h, w), at most (H, W), see :func:`working_size`.
-        max_frequency: in cycles per pixel of the image; the outer fifth of the band rolls off as a cosine.
-
-    Returns:
-        (..., h, w).
-    """
-    return low_pass(image - image.mean((-2, -1), keepdim=True), [(size, max_frequency)])[0]
 
 
 def local_contrast(image: Tensor, weights: Tensor | None = None) -> Tensor:

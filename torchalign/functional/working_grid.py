@@ -16,7 +16,7 @@ from torch import Tensor
 from torchalign._host import keeps_tables, kernels_for
 from torchalign.functional.fourier import irfft2, shift_phase
 from torchalign.functional.low_pass import bin_frequencies
-from torchalign.functional.sizes import larger, working_length
+from torchalign.functional.sizes import working_length
 
 __all__ = ["Window", "WorkingGrid", "ramp_length", "tukey", "working_size"]
 
@@ -43,7 +43,7 @@ class WorkingGrid(NamedTuple):
 
     def spacing(self) -> float:
         """Pixels from one sample to the next, along the axis where they are further apart."""
-        return larger(*self.spacings())
+        return torch.sym_max(*self.spacings())  # type: ignore[return-value, unused-ignore]
 
     def spacings(self) -> tuple[float, float]:
         """Pixels from one sample to the next, along y and x."""

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import (
-    by_group,
-    cell_of,
-    divide,
-    frames_of,
-    kernel,
-    launch,
-    operator,
-    padded,
-    triangle,
-)
+from torchalign.kernels.language import cell_of, divide
+from torchalign.kernels.launching import by_group, expanded, kernel, launch, operator
+from torchalign.kernels.sampling import padded, triangle
 
 
 @triton.jit
@@ -73,39 +67,25 @@ def alike_frames(
     tl.store(similarity + frame * high * wide + place, found, mask=live)
 
 
-def alike(moving: Tensor, reference: Tensor, step: int) -> Tensor:
-    """See :func:`torchalign.functional.common_ground.agreement`.
+@operator()
+def alike(moving: Tensor, reference: Tensor, step: int) -> Iterator[Tensor]:
+    """See :func:`torchalign.functional.common_ground.agreement_of_blocks`, of blocks of ``step`` × ``step``.
 
-    Args:
-        moving: (..., H, W), over the reference.
-        reference: (..., H, W), broadcastable.
-        step: 1 for every sample and 7 × 7 around it; 4 for blocks of 4 × 4, and 3 × 3 of them.
-
-    Returns:
-        (..., ⌈H / step⌉, ⌈W / step⌉).
+    With 1 it is of every sample and 7 × 7 around it; else of 3 × 3 blocks.
     """
     lead = torch.broadcast_shapes(moving.shape[:-2], reference.shape[:-2])
-    return _launch_alike(moving.expand(*lead, *moving.shape[-2:]), reference, step)
-
-
-def _alike_like(moving: Tensor, step: int) -> Tensor:
-    rows, columns = ((length + step - 1) // step for length in moving.shape[-2:])
-    return moving.new_empty((*moving.shape[:-2], rows, columns))
-
-
-@operator("alike", _alike_like)
-def _launch_alike(moving: Tensor, reference: Tensor, step: int) -> Tensor:
-    similarity = _alike_like(moving, step)
-    reference, group = by_group(moving.shape[:-2], 2, reference)
+    size = [(length + step - 1) // step for length in moving.shape[-2:]]
+    similarity = moving.new_empty((*lead, *size))
+    yield similarity
+    (moving,), (reference, group) = expanded(lead, 2, moving), by_group(lead, 2, reference)
     launch(
         alike_frames,
-        frames_of(moving),
+        lead,
+        size,
         (moving, reference, similarity),
         (*moving.shape[-2:], group),
-        samples=similarity.shape[-2] * similarity.shape[-1],
         STEP=step,
         REACH=3 if step == 1 else 1,
         # the fields are of order 1
         TINY=torch.finfo(moving.dtype).eps ** 2,
     )
-    return similarity

@@ -8,52 +8,20 @@ Convention:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import (
-    block_of,
-    by_group,
-    divide,
-    frames_of,
-    kernel,
-    launch,
-    lerp,
-    load_complex,
-    load_matrix,
-    operator,
-    spline_weight,
-    wave_of,
-)
-from torchalign.kernels.turn import tukey
+from torchalign.kernels.language import block_of, divide, lerp, load_matrix, load_pair, store_pair
+from torchalign.kernels.launching import by_group, expanded, kernel, launch, operator
+from torchalign.kernels.sampling import read_spline
+from torchalign.kernels.turn import load_complex, tukey, wave_of
 
 _MOTIONS = ("translation", "euclidean", "similarity", "affine", "homography")
 # a point farther out than this, in samples, is nowhere
 _NOWHERE = tl.constexpr(1e7)
-
-
-class Geometry(NamedTuple):
-    """Where the samples of a level lie, and how long a step there may be.
-
-    Attributes:
-        x: (n,), normalised.
-        y: (n,), likewise.
-        frame: (H, W) in pixels.
-        corners: (8, P), how each parameter displaces the frame's corners, x of the four and then y, in pixels.
-        longest: the longest step, in pixels.
-        projective: whether warps may have a last row.
-    """
-
-    x: Tensor
-    y: Tensor
-    frame: tuple[int, int]
-    corners: Tensor
-    longest: float
-    projective: bool
 
 
 @triton.jit
@@ -87,8 +55,8 @@ def _inverse(warp):
 @triton.jit
 def _points(inverse, x, y, half, height, width, PROJECTIVE: tl.constexpr):
     """Pixels (column, row) of the moving frame that samples of the reference show."""
-    across = half * 0 + (width - 1) * 0.5
-    down = half * 0 + (height - 1) * 0.5
+    across = (width - 1) * 0.5
+    down = (height - 1) * 0.5
     column = (
         (inverse[0] * half + inverse[6] * across) * x
         + (inverse[1] * half + inverse[7] * across) * y
@@ -109,10 +77,10 @@ def _points(inverse, x, y, half, height, width, PROJECTIVE: tl.constexpr):
 
 
 @triton.jit
-def _sample(field, rows, columns, column, row, live, SPLINE: tl.constexpr):
-    """A continued field of rows × columns at positions among its samples; beyond the border is the border."""
-    column = tl.minimum(tl.maximum(column, -1.0), columns)
-    row = tl.minimum(tl.maximum(row, -1.0), rows)
+def _sample(field, rows, columns, column, row, wide, high, live, SPLINE: tl.constexpr):
+    """A continued field of rows × columns at pixels of a frame of high × wide; beyond the border is the border."""
+    column = tl.minimum(tl.maximum(column * divide(wide * 0 + columns, wide), -1.0), columns)
+    row = tl.minimum(tl.maximum(row * divide(wide * 0 + rows, high), -1.0), rows)
     left = tl.floor(column)
     top = tl.floor(row)
     fx = column - left
@@ -120,13 +88,7 @@ def _sample(field, rows, columns, column, row, live, SPLINE: tl.constexpr):
     line = columns + 6
     at = field + (top.to(tl.int32) + 3) * line + left.to(tl.int32) + 3
     if SPLINE:
-        value = tl.zeros_like(fx)
-        for j in tl.static_range(4):
-            across = tl.zeros_like(fx)
-            for i in tl.static_range(4):
-                tap = tl.load(at + (j - 1) * line + (i - 1), mask=live, other=0)
-                across += spline_weight(fx, i) * tap
-            value += spline_weight(fy, j) * across
+        value = read_spline(at, line, fx, fy, live)
     else:
         above = lerp(tl.load(at, mask=live, other=0), tl.load(at + 1, mask=live, other=0), fx)
         below = lerp(tl.load(at + line, mask=live, other=0), tl.load(at + line + 1, mask=live, other=0), fx)
@@ -134,23 +96,14 @@ def _sample(field, rows, columns, column, row, live, SPLINE: tl.constexpr):
     return value
 
 
-@triton.jit
-def _sample_at(field, rows, columns, column, row, wide, high, live, SPLINE: tl.constexpr):
-    """The same at pixels (column, row) of a frame of high × wide."""
-    nothing = wide * 0
-    x = column * divide(nothing + columns, wide)
-    y = row * divide(nothing + rows, high)
-    return _sample(field, rows, columns, x, y, live, SPLINE)
-
-
 @kernel
 def look_frames(
-    spline,  # (N, h + 6, w + 6)
-    usable,  # (N, h' + 6, w' + 6)
-    warp,  # (N, 9)
-    level_x,  # (n,)
+    spline,  # (N, h + 6, w + 6), coefficients of a cubic B-spline, continued
+    usable,  # (N, h' + 6, w' + 6), how much is usable, continued
+    warp,  # (N, 9), normalised
+    level_x,  # (n,), where the samples lie, normalised
     level_y,  # (n,)
-    level_weights,  # (N or 1 a group, n)
+    level_weights,  # (N or 1 a group, n), of the reference
     values,  # (N, n)
     common,  # (N, n)
     samples,
@@ -159,9 +112,9 @@ def look_frames(
     columns,
     usable_rows,
     usable_columns,
-    height: tl.float64,
+    height: tl.float64,  # of the frame, in pixels
     width: tl.float64,
-    ramp_y: tl.float64,
+    ramp_y: tl.float64,  # how long the window falls off, in pixels
     ramp_x: tl.float64,
     MASKED: tl.constexpr,
     TAPERED: tl.constexpr,
@@ -181,7 +134,7 @@ def look_frames(
     y = tl.load(level_y + place, mask=live, other=0)
     column, row = _points(inverse, x, y, half, high, wide, PROJECTIVE)
     field = spline + frame * (rows + 6) * (columns + 6)
-    value = _sample_at(field, rows, columns, column, row, wide, high, live, SPLINE)
+    value = _sample(field, rows, columns, column, row, wide, high, live, SPLINE)
     tl.store(values + frame * samples + place, value, mask=live)
     if TAPERED:
         own = tukey(row, high, zero + tl.cast(ramp_y, COMPUTE)) * tukey(
@@ -192,7 +145,7 @@ def look_frames(
         own = within.to(COMPUTE)
     if MASKED:
         mask = usable + frame * (usable_rows + 6) * (usable_columns + 6)
-        share = _sample_at(mask, usable_rows, usable_columns, column, row, wide, high, live, False)
+        share = _sample(mask, usable_rows, usable_columns, column, row, wide, high, live, False)
         # between two ones lies a one, but for rounding
         own *= tl.where(share > 1 - 1e-5, 1.0, share)
     onto = tl.load(level_weights + (frame // group) * samples + place, mask=live, other=0)
@@ -218,9 +171,8 @@ def _load_system(means, inverses, solutions, rests, corners, frame, places, PARA
     )
     four = tl.arange(0, 4)
     corner = four[:, None] * PARAMETERS + places[None, :] - 2
-    known = (four[:, None] >= 0) & parameter[None, :]
-    corners_x = tl.load(corners + corner, mask=known, other=0)
-    corners_y = tl.load(corners + 4 * PARAMETERS + corner, mask=known, other=0)
+    corners_x = tl.load(corners + corner, mask=parameter[None, :], other=0)
+    corners_y = tl.load(corners + 4 * PARAMETERS + corner, mask=parameter[None, :], other=0)
     return mean, inverse, solved, tl.load(rests + frame), corners_x, corners_y
 
 
@@ -297,18 +249,18 @@ def _composed(step, places, nothing, warp, MOTION: tl.constexpr):
 
 @kernel
 def step_warped(
-    spline,  # (N, h + 6, w + 6)
-    start,  # (N, 9)
-    moves,  # (N,), 0 and 1
+    spline,  # (N, h + 6, w + 6), coefficients of a cubic B-spline, continued
+    start,  # (N, 9), normalised
+    moves,  # (N,), 0 and 1: whether a frame moves at all
     weights,  # (N, n)
-    regressors,  # (N or 1 a group, K, n), of which the first 2 + P
+    regressors,  # (N or 1 a group, K, n): 1, the texture, its derivatives by the P parameters, and more
     means,  # (N, 2 + P)
     inverses,  # (N, P, P)
     solutions,  # (N, P)
     rests,  # (N,)
-    level_x,  # (n,)
+    level_x,  # (n,), where the samples lie, normalised
     level_y,  # (n,)
-    corners,  # (8, P)
+    corners,  # (8, P), how each parameter displaces the frame's corners, x of the four and then y, in pixels
     warps,  # (N, 9)
     reaches,  # (N,)
     seen,  # (N, 9), where the frame was sampled last
@@ -318,9 +270,9 @@ def step_warped(
     rows,
     columns,
     iterations,
-    height: tl.float64,
+    height: tl.float64,  # of the frame, in pixels
     width: tl.float64,
-    longest: tl.float64,
+    longest: tl.float64,  # step, in pixels
     tolerance: tl.float64,
     PARAMETERS: tl.constexpr,
     PADDED: tl.constexpr,  # the next power of two of 2 + P
@@ -360,7 +312,7 @@ def step_warped(
                 x = tl.load(level_x + place, mask=live, other=0)
                 y = tl.load(level_y + place, mask=live, other=0)
                 column, row = _points(back, x, y, half, high, wide, PROJECTIVE)
-                value = _sample_at(field, rows, columns, column, row, wide, high, live, SPLINE)
+                value = _sample(field, rows, columns, column, row, wide, high, live, SPLINE)
                 value *= tl.load(weights + frame * samples + place, mask=live, other=0)
                 tile = tl.load(
                     rows_of + places[:, None] * samples + place[None, :],
@@ -376,16 +328,9 @@ def step_warped(
     tl.store(reaches + frame, reach)
 
 
-@triton.jit
-def _product(spectra, LINE: tl.constexpr, bins, place, live, real, imaginary):
-    """Real part of the conjugate of a weighted regressor's spectrum times a moving frame's."""
-    own_real, own_imaginary = load_complex(spectra + LINE * bins * 2, place, live)
-    return own_real * real + own_imaginary * imaginary
-
-
 @kernel
 def step_shifted(
-    spectrum,  # (N, h, w//2+1, 2)
+    spectrum,  # (N, h, w//2+1, 2), 0 at half the sampling rate
     weighted,  # (N, 4, h, w//2+1, 2), spectra of the weighted regressors
     start,  # (N, 2), pixels
     moves,  # (N,), 0 and 1
@@ -402,9 +347,9 @@ def step_shifted(
     bins,
     columns,
     iterations,
-    samples: tl.float64,
-    half: tl.float64,
-    longest: tl.float64,
+    samples: tl.float64,  # h · w
+    half: tl.float64,  # of the frame's longer side, in pixels
+    longest: tl.float64,  # step, in pixels
     tolerance: tl.float64,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr = 256,
@@ -421,20 +366,14 @@ def step_shifted(
     limit = nothing + tl.cast(longest, COMPUTE)
     area = nothing + tl.cast(samples, COMPUTE)
     unit = nothing + tl.cast(half, COMPUTE)
-    x_shift = tl.load(start + 2 * frame)
-    y_shift = tl.load(start + 2 * frame + 1)
+    x_shift, y_shift = load_pair(start, frame)
     going = tl.load(moves + frame) != 0
     reach = nothing
-    tl.store(seen + 2 * frame, x_shift)
-    tl.store(seen + 2 * frame + 1, y_shift)
+    store_pair(seen, frame, x_shift, y_shift)
     for _ in range(iterations):
         if going:
-            tl.store(seen + 2 * frame, x_shift)
-            tl.store(seen + 2 * frame + 1, y_shift)
-            m0 = tl.zeros((BLOCK,), COMPUTE)
-            m1 = tl.zeros((BLOCK,), COMPUTE)
-            m2 = tl.zeros((BLOCK,), COMPUTE)
-            m3 = tl.zeros((BLOCK,), COMPUTE)
+            store_pair(seen, frame, x_shift, y_shift)
+            total = tl.zeros((4, BLOCK), COMPUTE)
             for first in range(0, bins, BLOCK):
                 place = first + tl.arange(0, BLOCK)
                 live = place < bins
@@ -444,77 +383,23 @@ def step_shifted(
                 given, other = load_complex(own, place, live)
                 real = (given * cosine + other * sine) * often
                 imaginary = (other * cosine - given * sine) * often
-                m0 += _product(spectra, 0, bins, place, live, real, imaginary)
-                m1 += _product(spectra, 1, bins, place, live, real, imaginary)
-                m2 += _product(spectra, 2, bins, place, live, real, imaginary)
-                m3 += _product(spectra, 3, bins, place, live, real, imaginary)
-            moments = (
-                tl.where(places == 0, tl.sum(m0, 0), 0.0)
-                + tl.where(places == 1, tl.sum(m1, 0), 0.0)
-                + tl.where(places == 2, tl.sum(m2, 0), 0.0)
-                + tl.where(places == 3, tl.sum(m3, 0), 0.0)
-            )
+                # real part of the conjugate of the weighted regressors' spectra times the frame's
+                lines = places[:, None] * bins + place[None, :]
+                along, across = load_complex(spectra, lines, live[None, :])
+                total += along * real[None, :] + across * imaginary[None, :]
+            moments = tl.sum(total, 1)
             moments = divide(moments, area + tl.zeros_like(moments))
             step = _best_step(moments, mean, inverse, solved, rest, places)
             step, reach = _bounded_step(step, corners_x, corners_y, limit)
             x_shift += _entry(step, places, 2) * unit
             y_shift += _entry(step, places, 3) * unit
             going = reach > tl.cast(tolerance, COMPUTE)
-    tl.store(shifts + 2 * frame, x_shift)
-    tl.store(shifts + 2 * frame + 1, y_shift)
+    store_pair(shifts, frame, x_shift, y_shift)
     tl.store(reaches + frame, reach)
 
 
-# ------------------------------------------------------------------------------------------------ as operators
-
-
+@operator()
 def look(
-    spline: Tensor,
-    usable: Tensor | None,
-    warp: Tensor,
-    level_weights: Tensor,
-    geometry: Geometry,
-    ramps: tuple[float, float] | None,
-    precise: bool,
-) -> tuple[Tensor, Tensor]:
-    """The moving frames as a warp shows them over the reference's samples, and the ground that both have.
-
-    Args:
-        spline: (..., T, h + 6, w + 6), coefficients of a cubic B-spline, continued.
-        usable: (..., T, h' + 6, w' + 6), how much is usable, continued; or ``None``.
-        warp: (..., T, 3, 3), normalised.
-        level_weights: (..., 1 or T, n), of the reference.
-        geometry: of the level.
-        ramps: how long the window falls off along y and x, in pixels; ``None`` for no window.
-        precise: the spline; else bilinear.
-
-    Returns:
-        (..., T, n) twice.
-    """
-    lead, geometry = warp.shape[:-2], Geometry(*geometry)
-    return tuple(
-        _look(
-            spline.expand(*lead, *spline.shape[-2:]),
-            usable,
-            warp,
-            level_weights,
-            geometry.x,
-            geometry.y,
-            list(geometry.frame),
-            list(ramps or ()),
-            geometry.projective,
-            precise,
-        )
-    )
-
-
-def _looked_like(warp: Tensor, level_x: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (*warp.shape[:-2], level_x.shape[0])
-    return warp.new_empty(shape), warp.new_empty(shape)
-
-
-@operator("look", _looked_like)
-def _look(
     spline: Tensor,
     usable: Tensor | None,
     warp: Tensor,
@@ -525,95 +410,39 @@ def _look(
     ramps: list[float],
     projective: bool,
     precise: bool,
-) -> tuple[Tensor, Tensor]:
-    values, common = _looked_like(warp, level_x)
-    mask = None if usable is None else usable.expand(*warp.shape[:-2], *usable.shape[-2:])
-    weights, group = by_group(warp.shape[:-2], 1, level_weights)
-    samples = level_x.shape[0]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The moving frames as a warp shows them over the reference's samples, and the ground that both have; (..., T, n).
+
+    Without ramps there is no window; if ``precise`` samples are of the spline, else bilinear.
+    """
+    lead, samples = warp.shape[:-2], level_x.shape[0]
+    values, common = (warp.new_empty((*lead, samples)) for _ in range(2))
+    yield values, common
+    (spline, mask), (weights, group) = expanded(lead, 2, spline, usable), by_group(lead, 1, level_weights)
+    sizes = [
+        length - 6 for field in (spline, spline if mask is None else mask) for length in field.shape[-2:]
+    ]
     launch(
         look_frames,
-        frames_of(warp),
+        lead,
+        (samples,),
         (spline, mask, warp, level_x, level_y, weights, values, common),
-        (
-            samples,
-            group,
-            *(length - 6 for length in spline.shape[-2:]),
-            *(length - 6 for length in (spline if mask is None else mask).shape[-2:]),
-            *map(float, frame),
-            *(ramps or (1.0, 1.0)),
-        ),
-        samples=samples,
+        (samples, group, *sizes, *map(float, frame), *(ramps or (1.0, 1.0))),
         MASKED=mask is not None,
         TAPERED=bool(ramps),
         PROJECTIVE=projective,
         SPLINE=precise,
     )
-    return values, common
 
 
+@operator()
 def ascend_warped(
     spline: Tensor,
     start: Tensor,
     moves: Tensor,
     weights: Tensor,
     regressors: Tensor,
-    equations: tuple[Tensor, Tensor, Tensor, Tensor],
-    geometry: Geometry,
-    motion: str,
-    steps: tuple[int, float, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps of frames under any warp, until none moves a point of the frame by more than a tolerance.
-
-    Args:
-        spline: (..., T, h + 6, w + 6), coefficients of a cubic B-spline, continued.
-        start: (..., T, 3, 3), normalised.
-        moves: bool, (..., T), the frames that move at all.
-        weights: (..., T, n).
-        regressors: (..., 1 or T, K, n): 1, the texture, its derivatives by the P parameters, and more.
-        equations: mean (..., T, 2 + P), inverse (..., T, P, P), solved (..., T, P) and rest (..., T).
-        geometry: of the level.
-        motion: what may move.
-        steps: how many at most, the tolerance in pixels, and whether samples are of the spline or bilinear.
-
-    Returns:
-        The warps (..., T, 3, 3); the reach (..., T) of the last step, in pixels; and the warps before it.
-    """
-    lead, geometry = start.shape[:-2], Geometry(*geometry)
-    return tuple(
-        _ascend_warped(
-            spline.expand(*lead, *spline.shape[-2:]),
-            start,
-            moves.expand(lead),
-            weights,
-            regressors,
-            *equations,
-            geometry.x,
-            geometry.y,
-            geometry.corners,
-            list(geometry.frame),
-            geometry.longest,
-            geometry.projective,
-            motion,
-            *steps,
-        )
-    )
-
-
-def _ascended_like(start: Tensor, moves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return start.new_empty(start.shape), start.new_empty(moves.shape), start.new_empty(start.shape)
-
-
-@operator("ascend_warped", _ascended_like)
-def _ascend_warped(
-    spline: Tensor,
-    start: Tensor,
-    moves: Tensor,
-    weights: Tensor,
-    regressors: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    solved: Tensor,
-    rest: Tensor,
+    equations: list[Tensor],
     level_x: Tensor,
     level_y: Tensor,
     corners: Tensor,
@@ -624,21 +453,29 @@ def _ascend_warped(
     iterations: int,
     tolerance: float,
     precise: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    warp, reach, seen = _ascended_like(start, moves)
-    lines, group = by_group(start.shape[:-2], 2, regressors)
-    parameters = corners.shape[-1]
-    equations = mean, inverse, solved, rest
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Steps of frames under any warp, until none moves a point of the frame by more than a tolerance, in pixels.
+
+    Returns:
+        The warps (..., T, 3, 3); the reach (..., T) of the last step, in pixels; and the warps before it.
+    """
+    lead, parameters = start.shape[:-2], corners.shape[-1]
+    warp, reach, seen = (start.new_empty(shape) for shape in (start.shape, lead, start.shape))
+    yield warp, reach, seen
+    (spline,), (moves,) = expanded(lead, 2, spline), expanded(lead, 0, moves)
+    lines, group = by_group(lead, 2, regressors)
     launch(
         step_warped,
-        frames_of(start),
+        lead,
+        (),
         (spline, start, moves, weights, lines, *equations, level_x, level_y, corners, warp, reach, seen),
         (
             *(level_x.shape[0], group, regressors.shape[-2]),
             *(length - 6 for length in spline.shape[-2:]),
             iterations,
             *map(float, frame),
-            *(longest, tolerance),
+            longest,
+            tolerance,
         ),
         PARAMETERS=parameters,
         PADDED=triton.next_power_of_2(2 + parameters),
@@ -646,79 +483,32 @@ def _ascend_warped(
         PROJECTIVE=projective,
         SPLINE=precise,
     )
-    return warp, reach, seen
 
 
+@operator()
 def ascend_shifted(
     spectrum: Tensor,
     weighted: Tensor,
     start: Tensor,
     moves: Tensor,
-    equations: tuple[Tensor, Tensor, Tensor, Tensor],
-    frequencies: tuple[Tensor, Tensor],
-    corners: Tensor,
-    units: tuple[int, float, float],
-    steps: tuple[int, float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps of frames that are only shifted, by products of spectra.
-
-    Args:
-        spectrum: (..., T, h, w//2+1), of the moving frames; 0 at half the sampling rate.
-        weighted: (..., T, 4, h, w//2+1), of the weighted regressors.
-        start: (..., T, 2), (x, y) in pixels.
-        moves: bool, (..., T), the frames that move at all.
-        equations: mean (..., T, 4), inverse (..., T, 2, 2), solved (..., T, 2) and rest (..., T).
-        frequencies: (h,) and (w//2+1,), along y and x, in cycles per pixel.
-        corners: (8, 2), how each parameter displaces the frame's corners, in pixels.
-        units: h · w, half of the frame's longer side in pixels, and the longest step in pixels.
-        steps: how many at most, and the tolerance in pixels.
-
-    Returns:
-        The shifts (..., T, 2) in pixels; the reach (..., T) of the last step, in pixels; and the shifts before it.
-    """
-    lead = start.shape[:-1]
-    parts = torch.view_as_real(spectrum.resolve_conj())
-    return tuple(
-        _ascend_shifted(
-            parts.expand(*lead, *parts.shape[-3:]),
-            torch.view_as_real(weighted.resolve_conj()),
-            start,
-            moves.expand(lead),
-            *equations,
-            *frequencies,
-            corners,
-            *units,
-            *steps,
-        )
-    )
-
-
-@operator("ascend_shifted", _ascended_like)
-def _ascend_shifted(
-    spectrum: Tensor,
-    weighted: Tensor,
-    start: Tensor,
-    moves: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    solved: Tensor,
-    rest: Tensor,
-    fy: Tensor,
-    fx: Tensor,
+    equations: list[Tensor],
+    frequencies: list[Tensor],
     corners: Tensor,
     samples: int,
     half: float,
     longest: float,
     iterations: int,
     tolerance: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shift, reach, seen = _ascended_like(start, moves)
-    rows, columns = spectrum.shape[-3:-1]
-    equations = mean, inverse, solved, rest
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Steps of frames that are only shifted, by products of spectra; as :func:`ascend_warped`, shifts in pixels."""
+    lead, (rows, columns) = start.shape[:-1], spectrum.shape[-2:]
+    shift, reach, seen = (start.new_empty(shape) for shape in (start.shape, lead, start.shape))
+    yield shift, reach, seen
+    (spectrum,), (moves,) = expanded(lead, 2, spectrum), expanded(lead, 0, moves)
     launch(
         step_shifted,
-        frames_of(start, 1),
-        (spectrum, weighted, start, moves, *equations, fy, fx, corners, shift, reach, seen),
+        lead,
+        (),
+        (spectrum, weighted, start, moves, *equations, *frequencies, corners, shift, reach, seen),
         (rows * columns, columns, iterations, float(samples), half, longest, tolerance),
     )
-    return shift, reach, seen

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.climb import MOST_BINS, settled, unturned, with_bins
-from torchalign.kernels.sampling import divide, frames_of, kernel, launch, operator
+from torchalign.kernels.climb import MOST_BINS, snapped, unturned, with_bins
+from torchalign.kernels.language import divide, load_pair, store_pair
+from torchalign.kernels.launching import expanded, kernel, launch, operator, planes_of
 
 
 @triton.jit
@@ -67,16 +70,6 @@ def _direction(xx, yy, xy):
 
 
 @triton.jit
-def _store_inverse(out, gxx, gyy, gxy, determinant, regular):
-    """The inverse of a symmetric matrix; 0 where it has none."""
-    across = tl.where(regular, -divide(gxy, determinant), 0.0)
-    tl.store(out, tl.where(regular, divide(gyy, determinant), 0.0))
-    tl.store(out + 1, across)
-    tl.store(out + 2, across)
-    tl.store(out + 3, tl.where(regular, divide(gxx, determinant), 0.0))
-
-
-@triton.jit
 def _sandwich(gxx, gyy, gxy, mxx, myy, mxy, determinant):
     """xx, yy and xy of G⁻¹ M G⁻¹, of symmetric matrices; the determinant is G's."""
     square = determinant * determinant
@@ -109,10 +102,15 @@ def assess_frames(
     power,  # (N, h, w//2+1, 2)
     fy,  # (h,), cycles per pixel
     fx,  # (w//2+1,)
-    start,  # (N, 2), the maximum
-    together,  # (N, 2)
+    start,  # (N, 2), the maximum, in pixels
+    together,  # (N, 2), where the weights match
     weights,  # (N, h, w)
-    found,  # (N, 13)
+    settled_shift,  # (N, 2)
+    covariance,  # (N, 2, 2)
+    heights,  # (N,)
+    curvatures,  # (N,)
+    fixed,  # (N,)
+    inverse,  # (N, 2, 2)
     rows,
     columns,  # of the weights
     half_y: tl.float64,  # one by twice the sampling, in pixels
@@ -132,8 +130,7 @@ def assess_frames(
     half = columns // 2 + 1
     bins = rows * half
     spectrum = power + frame * bins * 2
-    shift_x = tl.load(start + 2 * frame)
-    shift_y = tl.load(start + 2 * frame + 1)
+    shift_x, shift_y = load_pair(start, frame)
     c00 = tl.zeros((BLOCK,), COMPUTE)
     c20 = tl.zeros((BLOCK,), COMPUTE)
     c02 = tl.zeros((BLOCK,), COMPUTE)
@@ -198,11 +195,12 @@ def assess_frames(
     bend = x * x * gxx + y * y * gyy + 2 * x * y * gxy
     entire = x * x * wxx + y * y * wyy + 2 * x * y * wxy
     curvature = bend / tl.sqrt(0.5 * correlated * fourth + TINY)
-    fixed = tl.where(entire > 0, divide(bend, tl.where(entire > 0, entire, 1.0)), 0.0)
+    ground = tl.where(entire > 0, divide(bend, tl.where(entire > 0, entire, 1.0)), 0.0)
     # what the weights pulled is taken off, if it is little, and is an error besides
     most = tl.cast(longest, COMPUTE)
-    away_x = tl.minimum(tl.maximum(shift_x - tl.load(together + 2 * frame), -most), most)
-    away_y = tl.minimum(tl.maximum(shift_y - tl.load(together + 2 * frame + 1), -most), most)
+    x, y = load_pair(together, frame)
+    away_x = tl.minimum(tl.maximum(shift_x - x, -most), most)
+    away_y = tl.minimum(tl.maximum(shift_y - y, -most), most)
     extra_x = rxx * away_x + rxy * away_y
     extra_y = ryx * away_x + ryy * away_y
     bounded = tl.maximum(tl.abs(extra_x), tl.abs(extra_y)) <= tl.cast(largest, COMPUTE)
@@ -210,69 +208,43 @@ def assess_frames(
     shift_y += tl.where(bounded, extra_y, 0.0)
     extra_x = tl.cast(pulls, COMPUTE) * tl.minimum(tl.maximum(extra_x, -1.0), 1.0)
     extra_y = tl.cast(pulls, COMPUTE) * tl.minimum(tl.maximum(extra_y, -1.0), 1.0)
-    out = found + 13 * frame
-    tl.store(out, settled(shift_x, EPSILON))
-    tl.store(out + 1, settled(shift_y, EPSILON))
-    tl.store(out + 2, cxx + extra_x * extra_x)
-    tl.store(out + 3, cxy + extra_x * extra_y)
-    tl.store(out + 4, cxy + extra_x * extra_y)
-    tl.store(out + 5, cyy + extra_y * extra_y)
-    tl.store(out + 6, height)
-    tl.store(out + 7, curvature)
-    tl.store(out + 8, fixed)
-    _store_inverse(out + 9, gxx, gyy, gxy, safe, regular)
+    store_pair(settled_shift, frame, snapped(shift_x, EPSILON), snapped(shift_y, EPSILON))
+    store_pair(covariance, 2 * frame, cxx + extra_x * extra_x, cxy + extra_x * extra_y)
+    store_pair(covariance, 2 * frame + 1, cxy + extra_x * extra_y, cyy + extra_y * extra_y)
+    tl.store(heights + frame, height)
+    tl.store(curvatures + frame, curvature)
+    tl.store(fixed + frame, ground)
+    across = tl.where(regular, -divide(gxy, safe), 0.0)
+    store_pair(inverse, 2 * frame, tl.where(regular, divide(gyy, safe), 0.0), across)
+    store_pair(inverse, 2 * frame + 1, across, tl.where(regular, divide(gxx, safe), 0.0))
 
 
+@operator(planes_of(MOST_BINS))
 def assess(
     power: Tensor,
-    frequencies: tuple[Tensor, Tensor],
+    frequencies: list[Tensor],
     shift: Tensor,
     together: Tensor,
     weights: Tensor,
-    spacing: tuple[float, float],
-    limits: tuple[float, float, float, float, float],
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | None:
+    spacing: list[float],
+    limits: list[float],
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """See :func:`torchalign.functional.uncertainty.assess_peak`, and what :mod:`torchalign.functional.phase` makes of it.
 
-    Args:
-        power: (..., H, W//2+1), half of a Hermitian cross-power spectrum.
-        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
-        shift: (..., 2), the maximum.
-        together: (..., 2), where the weights match.
-        weights: (..., H, W).
-        spacing: pixels from one sample to the next, along y and x.
-        limits: the factor of the covariance; the share of the square of the weights' correction that is error;
-            how many times what the weights pulled is error besides; the longest way, and the largest correction that
-            is made, in pixels.
+    The ``limits`` are the factor of the covariance; the share of the square of the weights' correction that is error;
+    how many times what the weights pulled is error besides; the longest way, and the largest correction that is made,
+    in pixels.
 
     Returns:
         The shift (..., 2) less the weights' pull; and its covariance (..., 2, 2), the height, the curvature along
         its larger axis, and the share of it that is not the weights', (...,) each, and the inverse of the Hessian
-        (..., 2, 2). ``None`` where the spectrum is too large for one program.
+        (..., 2, 2).
     """
-    if power.shape[-2] * power.shape[-1] > MOST_BINS:
-        return None
-    parts = torch.view_as_real(power.resolve_conj())
-    lead = power.shape[:-2]
-    shift, together = (part.expand(*lead, 2).to(parts.dtype) for part in (shift, together))
-    numbers = [0.5 / spacing[0], 0.5 / spacing[1], *limits]
-    weights = weights.expand(*lead, *weights.shape[-2:])
-    found = _launch_assess(parts, *frequencies, shift, together, weights, numbers)
-    covariance, inverse = (found[..., first : first + 4].unflatten(-1, (2, 2)) for first in (2, 9))
-    return found[..., :2], (covariance, found[..., 6], found[..., 7], found[..., 8], inverse)
-
-
-@operator("assess", lambda power: power.new_empty((*power.shape[:-3], 13)))
-def _launch_assess(
-    power: Tensor,
-    fy: Tensor,
-    fx: Tensor,
-    shift: Tensor,
-    together: Tensor,
-    weights: Tensor,
-    numbers: list[float],
-) -> Tensor:
-    found = power.new_empty((*power.shape[:-3], 13))
-    tensors = power, fy, fx, shift, together, weights, found
-    launch(assess_frames, frames_of(power, 3), tensors, (*weights.shape[-2:], *numbers))
-    return found
+    lead, dtype = power.shape[:-2], power.dtype.to_real()
+    sizes = (2,), (2, 2), (), (), (), (2, 2)
+    found: Any = tuple(shift.new_empty((*lead, *size), dtype=dtype) for size in sizes)
+    yield found
+    shift, together = (part.to(dtype) for part in expanded(lead, 1, shift, together))
+    tensors = power, *frequencies, shift, together, *expanded(lead, 2, weights), *found
+    halves = [0.5 / step for step in spacing]
+    launch(assess_frames, lead, (), tensors, (*weights.shape[-2:], *halves, *limits))

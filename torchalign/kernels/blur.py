@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import cell_of, frames_of, kernel, launch, operator
+from torchalign.kernels.language import cell_of
+from torchalign.kernels.launching import kernel, launch, operator
 
 
 @kernel
 def blur_frames(
     image,  # (N, H, W)
-    weights,  # (radius + 1,)
+    weights,  # (radius + 1,), from the middle outwards
     blurred,  # (N, H, W)
     height,
     width,
@@ -48,29 +51,15 @@ def blur_frames(
 
 
 def blur(image: Tensor, weights: Tensor) -> Tensor:
-    """A symmetric filter along x, then along y; the edge is mirrored, or repeated where it is too near.
-
-    Args:
-        image: (..., H, W).
-        weights: (radius + 1,), from the middle outwards.
-
-    Returns:
-        (..., H, W).
-    """
+    """A symmetric filter along x, then along y; the edge is mirrored, or repeated where it is too near."""
     mirrored = weights.shape[0] <= min(image.shape[-2:])
     return _blur_axis(_blur_axis(image, weights, False, mirrored), weights, True, mirrored)
 
 
-@operator("blur", lambda image: image.new_empty(image.shape))
-def _blur_axis(image: Tensor, weights: Tensor, down: bool, mirrored: bool) -> Tensor:
+@operator()
+def _blur_axis(image: Tensor, weights: Tensor, down: bool, mirrored: bool) -> Iterator[Tensor]:
     blurred = image.new_empty(image.shape)
-    launch(
-        blur_frames,
-        frames_of(image),
-        (image, weights, blurred),
-        (*image.shape[-2:], weights.shape[0] - 1),
-        samples=image.shape[-2] * image.shape[-1],
-        DOWN=down,
-        MIRRORED=mirrored,
-    )
-    return blurred
+    yield blurred
+    lead, size = image.shape[:-2], image.shape[-2:]
+    tensors, numbers = (image, weights, blurred), (*size, weights.shape[0] - 1)
+    launch(blur_frames, lead, size, tensors, numbers, DOWN=down, MIRRORED=mirrored)

@@ -1,13 +1,18 @@
-"""Newton's ascent on a correlation's trigonometric polynomial as one kernel."""
+"""Newton's ascent on a correlation's trigonometric polynomial; and on that divided by the overlap of its weights."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, frames_of, kernel, launch, load_complex, operator, wave_of
+from torchalign.kernels.language import block_of, divide, load_pair, store_pair
+from torchalign.kernels.launching import by_group, expanded, kernel, launch, operator, planes_of
+from torchalign.kernels.turn import load_complex, wave_of
 
 # One program walks the spectrum of a frame, once a step: of larger ones the matrix products of torch are faster.
 MOST_BINS = 2**18
@@ -66,7 +71,7 @@ def derivatives(
 
 
 @triton.jit
-def newton_step(gx, gy, hxx, hyy, hxy, determinant, peak, LONGEST: tl.constexpr):
+def step_to_peak(gx, gy, hxx, hyy, hxy, determinant, peak, LONGEST: tl.constexpr):
     """The step to a maximum, cut along each axis; none where the surface is not curved as at a peak."""
     safe = tl.where(peak, determinant, 1.0)
     x = tl.where(peak, divide(hxy * gy - hyy * gx, safe), 0.0)
@@ -75,83 +80,173 @@ def newton_step(gx, gy, hxx, hyy, hxy, determinant, peak, LONGEST: tl.constexpr)
 
 
 @triton.jit
-def settled(shift, EPSILON: tl.constexpr):
+def snapped(shift, EPSILON: tl.constexpr):
     """Identical frames are at exactly 0: what rounding leaves there is taken off."""
     return tl.where(tl.abs(shift) < 64 * EPSILON, 0.0, shift)
 
 
+@triton.jit
+def _divided_derivatives(
+    spectra, frame, stack, bins, columns, fy, fx, shift_x, shift_y, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Slopes and curvatures of a logarithm, see functional.phase._divided_step; and whether it has one."""
+    gx = tl.zeros_like(shift_x)
+    gy = tl.zeros_like(shift_x)
+    hxx = tl.zeros_like(shift_x)
+    hyy = tl.zeros_like(shift_x)
+    hxy = tl.zeros_like(shift_x)
+    positive = shift_x == shift_x
+    for which in range(3):
+        own = spectra + (which * stack + frame) * bins * 2
+        other = own + tl.cast(stack, tl.int64) * bins * 6
+        value, x1, y1, xx, yy, xy = derivatives(
+            own, other, bins, columns, fy, fx, shift_x, shift_y, True, COMPUTE, BLOCK
+        )
+        positive = positive & (value > 0)
+        safe = tl.where(value > 0, value, 1.0)
+        share = tl.where(which == 0, 1.0, -0.5).to(COMPUTE)
+        x1 = divide(x1, safe)
+        y1 = divide(y1, safe)
+        gx += share * x1
+        gy += share * y1
+        hxx += share * (divide(xx, safe) - x1 * x1)
+        hyy += share * (divide(yy, safe) - y1 * y1)
+        hxy += share * (divide(xy, safe) - x1 * y1)
+    return positive, gx, gy, hxx, hyy, hxy
+
+
 @kernel
 def climb_frames(
-    power,  # (N, h, w//2+1, 2)
+    spectra,  # (N, h, w//2+1, 2), half of a cross-power spectrum; if DIVIDED (2, 3, N, ...), of what is correlated
     fy,  # (h,), cycles per pixel
     fx,  # (w//2+1,)
-    start,  # (N, 2)
+    start,  # (N, 2), pixels
     found,  # (N, 2)
     last,  # (N, 2)
     peaks,  # (N,), 0 and 1
+    stack,  # frames in all
     bins,
     columns,
-    steps,
+    steps,  # at least one
+    DIVIDED: tl.constexpr,
     COMPUTE: tl.constexpr,
     EPSILON: tl.constexpr,
     BLOCK: tl.constexpr = 512,
 ):
     """One program: one frame."""
     frame = tl.program_id(0).to(tl.int64)
-    spectrum = power + frame * bins * 2
-    shift_x = tl.load(start + 2 * frame)
-    shift_y = tl.load(start + 2 * frame + 1)
+    own = spectra + frame * bins * 2
+    shift_x, shift_y = load_pair(start, frame)
     step_x = tl.zeros_like(shift_x)
     step_y = tl.zeros_like(shift_y)
-    curved = shift_x != shift_x
+    peak = shift_x != shift_x
     for _ in range(steps):
-        _value, gx, gy, hxx, hyy, hxy = derivatives(
-            spectrum, spectrum, bins, columns, fy, fx, shift_x, shift_y, False, COMPUTE, BLOCK
-        )
-        product = hxx * hyy
-        determinant = product - hxy * hxy
-        curved = (hxx < 0) & (determinant > EPSILON * product)
-        step_x, step_y = newton_step(gx, gy, hxx, hyy, hxy, determinant, curved, 0.5)
+        if DIVIDED:
+            positive, gx, gy, hxx, hyy, hxy = _divided_derivatives(
+                spectra, frame, stack, bins, columns, fy, fx, shift_x, shift_y, COMPUTE, BLOCK
+            )
+            product = hxx * hyy
+            determinant = product - hxy * hxy
+            peak = positive & (hxx < 0) & (determinant > 0)
+            step_x, step_y = step_to_peak(gx, gy, hxx, hyy, hxy, determinant, peak, 0.3)
+        else:
+            _value, gx, gy, hxx, hyy, hxy = derivatives(
+                own, own, bins, columns, fy, fx, shift_x, shift_y, False, COMPUTE, BLOCK
+            )
+            product = hxx * hyy
+            determinant = product - hxy * hxy
+            peak = (hxx < 0) & (determinant > EPSILON * product)
+            step_x, step_y = step_to_peak(gx, gy, hxx, hyy, hxy, determinant, peak, 0.5)
         shift_x += step_x
         shift_y += step_y
-    tl.store(found + 2 * frame, settled(shift_x, EPSILON))
-    tl.store(found + 2 * frame + 1, settled(shift_y, EPSILON))
-    tl.store(last + 2 * frame, step_x)
-    tl.store(last + 2 * frame + 1, step_y)
-    tl.store(peaks + frame, curved.to(tl.uint8))
+    store_pair(found, frame, snapped(shift_x, EPSILON), snapped(shift_y, EPSILON))
+    store_pair(last, frame, step_x, step_y)
+    tl.store(peaks + frame, peak.to(tl.uint8))
 
 
+@operator(planes_of(MOST_BINS))
 def climb(
-    power: Tensor, frequencies: tuple[Tensor, Tensor], start: Tensor, steps: int
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Newton's ascent, see :func:`torchalign.functional.peak.refine_peak`.
+    spectra: Tensor, frequencies: list[Tensor], start: Tensor, steps: int, divided: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Newton's ascent: functional.peak.refine_peak, or if ``divided`` functional.phase._refine_divided.
 
-    Args:
-        power: (..., H, W//2+1), half of a Hermitian cross-power spectrum.
-        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
-        start: (..., 2), (x, y) in pixels.
-        steps: at least one, each of at most half a pixel an axis.
+    A step is at most half a pixel an axis, or 0.3 pixels if divided.
 
     Returns:
-        The shift (..., 2); the last step (..., 2); and whether the Hessian was negative definite there (...,).
-        ``None`` where the spectrum is too large for one program.
+        The shift (..., 2); the last step (..., 2); and whether that was one to a maximum (...,).
     """
-    if power.shape[-2] * power.shape[-1] > MOST_BINS:
-        return None
-    parts = torch.view_as_real(power.resolve_conj())
-    start = start.expand(*power.shape[:-2], 2).to(parts.dtype)
-    return tuple(_climb(parts, frequencies[0], frequencies[1], start, steps))
+    lead, (rows, columns) = spectra.shape[2 * divided : -2], spectra.shape[-2:]
+    shift, last = (start.new_empty((*lead, 2), dtype=spectra.dtype.to_real()) for _ in range(2))
+    peaks = start.new_empty(lead, dtype=torch.bool)
+    yield shift, last, peaks
+    start = start.expand(*lead, 2).to(shift.dtype)
+    tensors, numbers = (spectra, *frequencies, start, shift, last, peaks), (rows * columns, columns, steps)
+    launch(climb_frames, lead, (), tensors, (math.prod(lead), *numbers), DIVIDED=divided)
 
 
-def _climbed_like(power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    lead = power.shape[:-3]
-    return power.new_empty((*lead, 2)), power.new_empty((*lead, 2)), power.new_empty(lead, dtype=torch.bool)
+@kernel
+def overlap_frames(
+    own,  # (N, h, w), the window of the ground in common, over the moving frame
+    other,  # (N, h, w), over the reference
+    moved,  # (N, h, w), the weights over the moving frame
+    weights,  # (N, h, w), over the reference
+    cover,  # (N, h, w), of the moving frame
+    other_cover,  # (N or 1 a group, h, w)
+    moving,  # (N, h, w)
+    reference,  # (N or 1 a group, h, w)
+    fields,  # (2, 3, N, h, w)
+    stack,  # frames in all
+    group,
+    samples,
+    COVERED: tl.constexpr,
+    OTHER_COVERED: tl.constexpr,
+    BLOCK: tl.constexpr = 512,
+):
+    """One program: a block of samples of one frame."""
+    frame, place, live = block_of(samples, BLOCK)
+    here = frame * samples + place
+    there = frame // group * samples + place
+    weight = tl.load(own + here, mask=live, other=0)
+    share = tl.load(moved + here, mask=live, other=0)
+    weight *= tl.minimum(tl.maximum(share, 0.0), 1.0)
+    if COVERED:
+        weight *= tl.load(cover + here, mask=live, other=0)
+    value = tl.load(moving + here, mask=live, other=0)
+    step = tl.cast(stack, tl.int64) * samples
+    tl.store(fields + here, weight * value, mask=live)
+    tl.store(fields + step + here, weight * value * value, mask=live)
+    tl.store(fields + 2 * step + here, weight, mask=live)
+    weight = tl.load(other + here, mask=live, other=0) * tl.load(weights + here, mask=live, other=0)
+    if OTHER_COVERED:
+        weight *= tl.load(other_cover + there, mask=live, other=0)
+    value = tl.load(reference + there, mask=live, other=0)
+    tl.store(fields + 3 * step + here, weight * value, mask=live)
+    tl.store(fields + 4 * step + here, weight, mask=live)
+    tl.store(fields + 5 * step + here, weight * value * value, mask=live)
 
 
-@operator("climb", _climbed_like)
-def _climb(power: Tensor, fy: Tensor, fx: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    found, last, peaks = _climbed_like(power)
-    rows, columns = power.shape[-3:-1]
-    tensors = power, fy, fx, start, found, last, peaks
-    launch(climb_frames, frames_of(power, 3), tensors, (rows * columns, columns, steps))
-    return found, last, peaks
+@operator()
+def overlaps(
+    windows: list[Tensor],
+    moved: Tensor,
+    weights: Tensor,
+    cover: Tensor | None,
+    other_cover: Tensor | None,
+    moving: Tensor,
+    reference: Tensor,
+) -> Iterator[Tensor]:
+    """See :func:`torchalign.functional.phase._divided_fields`, (2, 3, ..., T, h, w)."""
+    fields = moved.new_empty((2, 3, *moved.shape))
+    yield fields
+    lead, size = moved.shape[:-2], moved.shape[-2:]
+    reference, other_cover, group = by_group(lead, 2, reference, other_cover)
+    own, other, weights, cover, moving = expanded(lead, 2, *windows, weights, cover, moving)
+    launch(
+        overlap_frames,
+        lead,
+        size,
+        (own, other, moved, weights, cover, other_cover, moving, reference, fields),
+        (math.prod(lead), group, math.prod(size)),
+        COVERED=cover is not None,
+        OTHER_COVERED=other_cover is not None,
+    )

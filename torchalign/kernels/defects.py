@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import block_length, divide, frames_of, kernel, launch, operator
+from torchalign.kernels.language import divide
+from torchalign.kernels.launching import block_length, kernel, launch, operator
 
 _FACTORS = 8
 
@@ -129,39 +132,29 @@ def repeat_frames(
     tl.store(factor + frame, tl.max(tl.where(repeated, factors, 1), 0).to(tl.int64))
 
 
-def repeated(image: Tensor, usable: Tensor | None, strides: tuple[int, int], least: float) -> Tensor:
-    """See :func:`torchalign.functional.defects.enlargement`.
+def repeated(image: Tensor, usable: Tensor | None, strides: Sequence[int], least: float) -> Tensor:
+    """See :func:`torchalign.functional.defects.enlargement`: (...,) int64, 1 to 8.
 
-    Args:
-        image: (..., H, W), finite, of 5 pixels a side and more.
-        usable: bool, (..., H, W), or ``None``.
-        strides: every which row tells the columns, and every which column the rows.
-        least: a repeat that counts, in standard deviations.
-
-    Returns:
-        (...,) int64, 1 to 8.
+    The strides say every which row tells the columns, and every which column the rows; repeats of ``least`` standard
+    deviations count. An image has 5 pixels a side and more.
     """
-    profile = _sharpness(image, None if usable is None else usable.expand(image.shape), list(strides))
-    return _repeat(profile, list(image.shape[-2:]), least)
+    usable = None if usable is None else usable.expand(image.shape)
+    return _repeat(_profile(image, usable, strides), image.shape[-2:], least)
 
 
-def _sharpness_like(image: Tensor) -> Tensor:
-    return image.new_empty((*image.shape[:-2], 2 * (image.shape[-2] + image.shape[-1] - 4)))
-
-
-@operator("profile", _sharpness_like)
-def _sharpness(image: Tensor, usable: Tensor | None, strides: list[int]) -> Tensor:
-    profile = _sharpness_like(image)
-    height, width = image.shape[-2:]
+@operator()
+def _profile(image: Tensor, usable: Tensor | None, strides: list[int]) -> Iterator[Tensor]:
+    lead, (height, width) = image.shape[:-2], image.shape[-2:]
+    profile = image.new_empty((*lead, 2 * (height + width - 4)))
+    yield profile
     length = block_length(profile_frames)
     blocks = triton.cdiv(height - 2, length) + triton.cdiv(width - 2, length)
     tensors, numbers = (image, usable, profile), (height, width, *strides)
-    launch(profile_frames, frames_of(image) * blocks, tensors, numbers, MASKED=usable is not None)
-    return profile
+    launch(profile_frames, (*lead, blocks), (), tensors, numbers, MASKED=usable is not None)
 
 
-@operator("repeat", lambda profile: profile.new_empty(profile.shape[:-1], dtype=torch.int64))
-def _repeat(profile: Tensor, size: list[int], least: float) -> Tensor:
+@operator()
+def _repeat(profile: Tensor, size: list[int], least: float) -> Iterator[Tensor]:
     factor = profile.new_empty(profile.shape[:-1], dtype=torch.int64)
-    launch(repeat_frames, factor.numel(), (profile, factor), (*size, least), FACTORS=_FACTORS)
-    return factor
+    yield factor
+    launch(repeat_frames, factor.shape, (), (profile, factor), (*size, least), FACTORS=_FACTORS)

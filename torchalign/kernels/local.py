@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.alike import alike_at
-from torchalign.kernels.sampling import (
-    block_of,
-    cell_of,
-    divide,
-    kernel,
-    launch,
-    lerp,
-    neighbour,
-    operator,
-    spline_weight,
-)
+from torchalign.kernels.language import block_of, cell_of, divide, lerp
+from torchalign.kernels.launching import kernel, launch, operator
+from torchalign.kernels.sampling import neighbour, read_spline
 
 
 @triton.jit
@@ -65,20 +59,31 @@ def read_frames(
     column, fx = _whole_and_fraction(x, width, pad)
     row, fy = _whole_and_fraction(y, height, pad)
     line = width + 2 * pad
-    first = (row.to(tl.int32) + (pad - 1)) * line + column.to(tl.int32) + (pad - 1)
+    first = (row.to(tl.int32) + pad) * line + column.to(tl.int32) + pad
     plane = coefficients + frame * line * (height + 2 * pad)
-    total = tl.zeros((BLOCK,), COMPUTE)
-    for j in tl.static_range(4):
-        part = tl.zeros((BLOCK,), COMPUTE)
-        for i in tl.static_range(4):
-            part += spline_weight(fx, i) * tl.load(plane + first + (j * line + i), mask=live, other=0)
-        total += spline_weight(fy, j) * part
     out = frame * samples + place
-    tl.store(values + out, total, mask=live)
+    tl.store(values + out, read_spline(plane + first, line, fx, fy, live), mask=live)
     tl.store(inside + out, within.to(COMPUTE), mask=live)
     if MASKED:
         near = _near(row, rows, height) * columns + _near(column, columns, width)
         tl.store(usable + out, tl.load(weights + frame * samples + near, mask=live, other=0), mask=live)
+
+
+@triton.jit
+def _pair_of(own, field, rows, columns, each, BLOCK: tl.constexpr):
+    """A program's frame and its block, the plane of the frame, that of its reference, and where results lie."""
+    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
+    samples = rows * columns
+    return (
+        frame,
+        place,
+        live,
+        x,
+        y,
+        own + frame * samples,
+        field + frame * each * samples,
+        frame * samples + place,
+    )
 
 
 @kernel
@@ -101,12 +106,9 @@ def weigh_frames(
     BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame."""
-    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
+    frame, place, live, x, y, plane, other, out = _pair_of(own, field, rows, columns, each_field, BLOCK)
     samples = rows * columns
-    plane = own + frame * samples
-    other = field + frame * each_field * samples
     found = alike_at(plane, other, x, y, rows, columns, live, 1, 3, TINY, COMPUTE)
-    out = frame * samples + place
     tl.store(similarity + out, found, mask=live)
     weight = found * tl.load(inside + out, mask=live, other=0)
     counts = tl.load(weights + frame * each_weight * samples + place, mask=live, other=0)
@@ -129,9 +131,9 @@ def differentiate_frames(
     own,  # (N, h, w)
     field,  # (1 or N, h, w)
     weight,  # (N, h, w)
-    around,  # (2, N, h, w)
-    whole,  # (2, N)
-    local,  # (N, 2, h, w)
+    around,  # (2, N, h, w), weighted squares and weights, averaged around
+    whole,  # (2, N), their sums
+    local,  # (N, 2, h, w), the field of shifts
     products,  # (N, 3, h, w)
     pull,  # (N, 2, h, w)
     stack,  # frames in all
@@ -141,15 +143,13 @@ def differentiate_frames(
     down: tl.float64,  # samples a pixel
     along: tl.float64,
     least: tl.float64,  # variance of a sample, of the frame's
-    redundancy: tl.float64,
+    redundancy: tl.float64,  # how many samples say as much as one
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame; central differences of fourth order."""
-    frame, place, live, x, y = cell_of(rows, columns, BLOCK)
+    frame, place, live, x, y, plane, other, out = _pair_of(own, field, rows, columns, each_field, BLOCK)
     samples = rows * columns
-    plane = own + frame * samples
-    other = field + frame * each_field * samples
     gx = tl.zeros((BLOCK,), COMPUTE)
     gy = tl.zeros((BLOCK,), COMPUTE)
     for step in tl.static_range(1, 3):
@@ -166,7 +166,6 @@ def differentiate_frames(
     typical = divide(
         tl.load(whole + frame) + nothing, tl.maximum(tl.load(whole + stack + frame) + nothing, 1e-6)
     )
-    out = frame * samples + place
     square = tl.load(around + out, mask=live, other=0)
     count = tl.load(around + tl.cast(stack, tl.int64) * samples + out, mask=live, other=0)
     variance = tl.maximum(divide(square, count + 1e-3), typical * tl.cast(least, COMPUTE)) + 1e-6
@@ -183,67 +182,45 @@ def differentiate_frames(
     tl.store(pull + (frame * 2 + 1) * samples + place, py * (residual + gx * ux + gy * uy), mask=live)
 
 
-def _read_like(coefficients: Tensor, weights: Tensor | None, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (coefficients.shape[0], *at.shape[-2:])
-    usable = at.new_empty(0 if weights is None else shape)
-    return coefficients.new_empty(shape), coefficients.new_empty(shape), usable
-
-
-@operator("read_splines", _read_like)
+@operator()
 def read_splines(
     coefficients: Tensor, weights: Tensor | None, at: Tensor, size: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See functional.local._read_frames: values, 1 inside, and the nearest weight if there are weights; (N, h, w).
-
-    Args:
-        coefficients: (N, H + 2P, W + 2P).
-        weights: (N, h, w) or ``None``.
-        at: (1 or N, 2, h, w).
-        size: (H, W).
-    """
-    value, inside, usable = _read_like(coefficients, weights, at)
-    rows, columns = at.shape[-2:]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """See functional.local._read_frames: values, 1 inside, and the nearest weight if there are weights; (N, h, w)."""
+    lead, samples = coefficients.shape[:1], at.shape[-2:]
+    value, inside = (coefficients.new_empty((*lead, *samples)) for _ in range(2))
+    usable = at.new_empty(0 if weights is None else value.shape)
+    yield value, inside, usable
     pad = (coefficients.shape[-1] - size[1]) // 2
     launch(
         read_frames,
-        len(value),
+        lead,
+        samples,
         (coefficients, weights, at, value, inside, usable),
-        (*size, rows, columns, pad, int(at.shape[0] > 1)),
-        samples=rows * columns,
+        (*size, *samples, pad, int(at.shape[0] > 1)),
         MASKED=weights is not None,
     )
-    return value, inside, usable
 
 
-def _weighed_like(own: Tensor) -> tuple[Tensor, Tensor]:
-    return own.new_empty(own.shape), own.new_empty((2, *own.shape))
-
-
-@operator("weigh", _weighed_like)
+@operator()
 def weigh(
     own: Tensor, field: Tensor, inside: Tensor, usable: Tensor | None, weights: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """See functional.local._weigh: (N, h, w), but for a single reference's ``field`` and ``weights``."""
-    similarity, weighted = _weighed_like(own)
-    count, rows, columns = own.shape
+    similarity, weighted = own.new_empty(own.shape), own.new_empty((2, *own.shape))
+    yield similarity, weighted
     launch(
         weigh_frames,
-        count,
+        own.shape[:1],
+        own.shape[1:],
         (own, field, inside, usable, weights, similarity, weighted),
-        (count, rows, columns, int(field.shape[0] > 1), int(weights.shape[0] > 1)),
-        samples=rows * columns,
+        (*own.shape, int(field.shape[0] > 1), int(weights.shape[0] > 1)),
         MASKED=usable is not None,
         TINY=torch.finfo(own.dtype).eps ** 2,
     )
-    return similarity, weighted
 
 
-def _differentiated_like(own: Tensor) -> tuple[Tensor, Tensor]:
-    count, *size = own.shape
-    return own.new_empty((count, 3, *size)), own.new_empty((count, 2, *size))
-
-
-@operator("differentiate", _differentiated_like)
+@operator()
 def differentiate(
     own: Tensor,
     field: Tensor,
@@ -252,26 +229,14 @@ def differentiate(
     whole: Tensor,
     local: Tensor,
     numbers: list[float],
-) -> tuple[Tensor, Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """See functional.local._products_and_pull: (N, 3, h, w) and (N, 2, h, w).
 
-    Args:
-        own: (N, h, w).
-        field: (1 or N, h, w).
-        weight: (N, h, w).
-        around: (2, N, h, w), weighted squares and weights, averaged around.
-        whole: (2, N), their sums.
-        local: (N, 2, h, w), the field.
-        numbers: samples a pixel (down, along); the least variance of a sample as a share of the frame's; and how many
-            samples say as much as one.
+    The numbers are samples a pixel (down, along); the least variance of a sample as a share of the frame's; and how
+    many samples say as much as one.
     """
-    products, pull = _differentiated_like(own)
-    count, rows, columns = own.shape
-    launch(
-        differentiate_frames,
-        count,
-        (own, field, weight, around, whole, local, products, pull),
-        (count, rows, columns, int(field.shape[0] > 1), *numbers),
-        samples=rows * columns,
-    )
-    return products, pull
+    count, *size = own.shape
+    products, pull = own.new_empty((count, 3, *size)), own.new_empty((count, 2, *size))
+    yield products, pull
+    tensors = own, field, weight, around, whole, local, products, pull
+    launch(differentiate_frames, (count,), size, tensors, (count, *size, int(field.shape[0] > 1), *numbers))

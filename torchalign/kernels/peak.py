@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import divide, frames_of, kernel, launch, operator
+from torchalign.kernels.language import divide, store_pair
+from torchalign.kernels.launching import kernel, launch, operator, planes_of
 
 # One program walks the surface of a frame.
 MOST_SAMPLES = 2**19
@@ -22,13 +26,17 @@ def _vertex(before, centre, after):
 
 @kernel
 def peak_frames(
-    surface,  # (N, h, w)
-    found,  # (N, 6)
+    surface,  # (N, h, w), finite
+    shift,  # (N, 2), pixels
+    significances,  # (N,)
+    outsides,  # (N,), 0 and 1
+    heights,  # (N,)
+    spreads,  # (N,)
     rows,
     columns,
-    step_y: tl.float64,
+    step_y: tl.float64,  # pixels from one sample to the next
     step_x: tl.float64,
-    reach: tl.float64,
+    reach: tl.float64,  # how far a peak may lie, in pixels
     margin: tl.float64,
     least: tl.float64,
     TINY: tl.constexpr,
@@ -83,40 +91,30 @@ def peak_frames(
     right = tl.load(plane + row * columns + (column + 1) % columns)
     above = tl.load(plane + (row + rows - 1) % rows * columns + column)
     below = tl.load(plane + (row + 1) % rows * columns + column)
-    out = found + 6 * frame
-    tl.store(out, across * (x.to(COMPUTE) + _vertex(left, centre, right)))
-    tl.store(out + 1, down * (y.to(COMPUTE) + _vertex(above, centre, below)))
-    tl.store(out + 2, significance)
-    tl.store(out + 3, outside.to(COMPUTE))
-    tl.store(out + 4, height)
-    tl.store(out + 5, spread)
+    shift_x = across * (x.to(COMPUTE) + _vertex(left, centre, right))
+    shift_y = down * (y.to(COMPUTE) + _vertex(above, centre, below))
+    store_pair(shift, frame, shift_x, shift_y)
+    tl.store(significances + frame, significance)
+    tl.store(outsides + frame, outside.to(tl.uint8))
+    tl.store(heights + frame, height)
+    tl.store(spreads + frame, spread)
 
 
+@operator(planes_of(MOST_SAMPLES))
 def peak(
-    surface: Tensor, steps: tuple[float, float], reach: float, margin: float, least: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    surface: Tensor, steps: list[float], reach: float, margin: float, least: float
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """See :func:`torchalign.functional.peak.coarse_peak`.
 
-    Args:
-        surface: (..., h, w), finite.
-        steps: pixels from one sample to the next, along y and x.
-        reach: how far a peak may lie, in pixels.
-        margin: a peak beyond the reach counts if it exceeds the one within by this factor,
-        least: and this many standard deviations of the surface.
+    A peak beyond the ``reach`` counts if it exceeds the one within by the factor ``margin``, and ``least`` standard
+    deviations of the surface.
 
     Returns:
-        shift (..., 2), significance (...,), outside (...,) bool, height (...,) and spread (...,); ``None`` where
-        the surface is too large for one program.
+        shift (..., 2), significance (...,), outside (...,) bool, height (...,) and spread (...,).
     """
-    if surface.shape[-2] * surface.shape[-1] > MOST_SAMPLES:
-        return None
-    found = _peak(surface, list(steps), reach, margin, least)
-    return found[..., :2], found[..., 2], found[..., 3] > 0, found[..., 4], found[..., 5]
-
-
-@operator("peak", lambda surface: surface.new_empty((*surface.shape[:-2], 6)))
-def _peak(surface: Tensor, steps: list[float], reach: float, margin: float, least: float) -> Tensor:
-    found = surface.new_empty((*surface.shape[:-2], 6))
-    numbers = *surface.shape[-2:], *steps, reach, margin, least
-    launch(peak_frames, frames_of(surface), (surface, found), numbers)
-    return found
+    lead = surface.shape[:-2]
+    shift, outside = surface.new_empty((*lead, 2)), surface.new_empty(lead, dtype=torch.bool)
+    significance, height, spread = (surface.new_empty(lead) for _ in range(3))
+    found = shift, significance, outside, height, spread
+    yield found
+    launch(peak_frames, lead, (), (surface, *found), (*surface.shape[-2:], *steps, reach, margin, least))

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import (
-    KINDS,
-    cell_of,
-    divide,
-    frames_of,
-    interpolate,
-    is_finite,
-    kernel,
-    launch,
-    operator,
-    padded,
-    source_of,
-)
+from torchalign.kernels.language import cell_of, divide, is_finite
+from torchalign.kernels.launching import kernel, kind_of, launch, operator, strided_frames
+from torchalign.kernels.sampling import interpolate, padded, source_of
 
 _INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
 _PADDINGS = {"border": 0, "zeros": 1, "reflection": 2}
@@ -84,23 +76,18 @@ def _chosen(
 @kernel
 def resample_frames(
     frames,  # (N, C, H, W), by its strides
-    motion,  # (N, 2 | 6 | 9)
+    motion,  # (N, 2 | 6 | 9), moving → reference
     mask,  # (N, H, W), 0 and 1, by its strides
-    local,  # (N, 2, h, w), shifts on top of the motion
+    local,  # (N, 2, h, w), shifts (x, y) on top of the motion, in pixels
     values,  # (N, C, h, w)
     validity,  # (N, h, w), 0 and 1
     fill: tl.float64,
     bands,
     height,
     width,
-    stride_frame,
-    stride_band,
-    stride_row,
-    stride_column,
-    mask_frame,
-    mask_row,
-    mask_column,
-    step,
+    strides,  # of frames: frame, band, row, column
+    mask_strides,  # of the mask: frame, row, column
+    step,  # of the lattice of output pixels
     KIND: tl.constexpr,
     INTERPOLATION: tl.constexpr,
     PADDING: tl.constexpr,
@@ -129,15 +116,15 @@ def resample_frames(
     )  # fmt: skip
     near_column = padded(near_column, width, PADDING == 2).to(INDEX)
     near_row = padded(near_row, height, PADDING == 2).to(INDEX)
-    near_mask = near_row * mask_row + near_column * mask_column
-    near = near_row * stride_row + near_column * stride_column
+    near_mask = near_row * mask_strides[1] + near_column * mask_strides[2]
+    near = near_row * strides[2] + near_column * strides[3]
 
-    plane = frames + frame * stride_frame
-    usable = mask + frame * mask_frame
+    plane = frames + frame * strides[0]
+    usable = mask + frame * mask_strides[0]
     out = values + frame * bands * rows * columns
     valid = inside
     for band in range(bands):
-        pixels = plane + tl.cast(band, tl.int64) * stride_band
+        pixels = plane + tl.cast(band, tl.int64) * strides[1]
         nearest = tl.load(pixels + near, mask=live)
         near_usable = live
         if FLOATING:
@@ -148,8 +135,8 @@ def resample_frames(
             result = nearest
         else:
             linear, linear_share, total, met = interpolate(
-                pixels, usable, column, row, fx, fy, height, width, (stride_row, stride_column),
-                (mask_row, mask_column), live, INTERPOLATION, PADDING == 2, FLOATING, MASKED, INDEX, COMPUTE,
+                pixels, usable, column, row, fx, fy, height, width, (strides[2], strides[3]),
+                (mask_strides[1], mask_strides[2]), live, INTERPOLATION, PADDING == 2, FLOATING, MASKED, INDEX, COMPUTE,
             )  # fmt: skip
             result = _chosen(
                 linear, linear_share, total, met, nearest, near_usable,
@@ -166,6 +153,7 @@ def resample_frames(
     tl.store(validity + frame * rows * columns + place, valid.to(tl.int8), mask=live)
 
 
+@operator(lambda cube: cube.dtype in _COMPUTE)
 def resample(
     cube: Tensor,
     motion: Tensor,
@@ -175,97 +163,38 @@ def resample(
     fill_value: float | None,
     step: int = 1,
     local: Tensor | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """What :func:`torchalign.functional.warp.resample` gives, with every option of ``resample``.
-
-    Args:
-        cube: (..., T, C, H, W).
-        motion: (..., T, 2), (..., T, 2, 3) or (..., T, 3, 3); of these leading dimensions.
-        mask: bool, (..., T, H, W), or ``None``.
-        interpolation: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``.
-        padding_mode: ``"border"``, ``"zeros"`` or ``"reflection"``.
-        fill_value: or ``None``.
-        step: of the lattice of output pixels.
-        local: (..., T, 2, h, w), shifts (x, y) on top of the motion, in pixels, of its dtype; or ``None``.
-
-    Returns:
-        The values and their validity; ``None`` for a dtype that the kernel does not take.
-    """
-    if cube.dtype not in _COMPUTE:
-        return None
-    flat = motion if motion.shape[-1] == 2 else motion.flatten(-2)
-    if not flat.dtype.is_floating_point or flat.dtype.itemsize < 4:
-        flat = flat.float()
-    return tuple(_resample(cube, flat, mask, interpolation, padding_mode, fill_value, step, local))
-
-
-def _resampled_like(cube: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    rows, columns = ((length + step - 1) // step for length in cube.shape[-2:])
-    lead = cube.shape[:-3]
-    return (
-        cube.new_empty((*lead, cube.shape[-3], rows, columns)),
-        cube.new_empty((*lead, rows, columns), dtype=torch.bool),
-    )
-
-
-@operator("resample", _resampled_like)
-def _resample(
-    cube: Tensor,
-    motion: Tensor,
-    mask: Tensor | None,
-    interpolation: str,
-    padding_mode: str,
-    fill_value: float | None,
-    step: int,
-    local: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    count, (bands, height, width) = frames_of(cube, 3), cube.shape[-3:]
-    values, validity = _resampled_like(cube, step)
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """See :func:`torchalign.functional.warp.resample`; ``local`` (..., T, 2, h, w) are shifts on top of the motion."""
+    lead, (bands, height, width) = cube.shape[:-3], cube.shape[-3:]
+    size = [(length + step - 1) // step for length in (height, width)]
+    values, validity = cube.new_empty((*lead, bands, *size)), cube.new_empty((*lead, *size), dtype=torch.bool)
+    yield values, validity
     if values.numel() == 0:
-        return values, validity.fill_(True)
-    frames = cube.reshape(count, bands, height, width)
-    masks = None if mask is None else mask.reshape(count, height, width)
-    motion = motion.reshape(count, motion.shape[-1]).contiguous()
-    compute = _COMPUTE[cube.dtype]
+        validity.fill_(True)
+        return
+    frames, masks, strides = strided_frames(lead, cube, mask)
+    motion = motion.to(torch.promote_types(motion.dtype, torch.float32)).contiguous()
+    compute, floating = _COMPUTE[cube.dtype], cube.dtype.is_floating_point
     doubled = torch.float64 in (compute, motion.dtype)
-    lowest, highest = (0, 0) if cube.dtype.is_floating_point else _range(cube.dtype)
-    far = max(_extent(part) for part in (frames, masks) if part is not None) >= 2**31
+    # how far the last pixel of a plane lies from the first
+    far = max((height - 1) * down + (width - 1) * along for *_, down, along in strides)
     launch(
         resample_frames,
-        count,
+        lead,
+        size,
         (frames, motion, masks, None if local is None else local.contiguous(), values, validity),
-        (
-            0.0 if fill_value is None else fill_value,
-            *(bands, height, width),
-            *frames.stride(),
-            *((0, 0, 0) if masks is None else masks.stride()),
-            step,
-        ),
-        samples=values.shape[-2] * values.shape[-1],
+        (0.0 if fill_value is None else fill_value, bands, height, width, *strides, step),
         strided=True,
-        KIND=KINDS[motion.shape[-1]],
+        KIND=kind_of(motion),
         INTERPOLATION=_INTERPOLATIONS[interpolation],
         PADDING=_PADDINGS[padding_mode],
-        FLOATING=cube.dtype.is_floating_point,
+        FLOATING=floating,
         MASKED=masks is not None,
         FILLED=fill_value is not None,
         LOCAL=local is not None,
-        LOWEST=lowest,
-        HIGHEST=highest,
+        LOWEST=0 if floating else torch.iinfo(cube.dtype).min,
+        HIGHEST=0 if floating else torch.iinfo(cube.dtype).max,
         COMPUTE=_DTYPES[compute],
         POSITION=_DTYPES[torch.float64 if doubled else torch.float32],
-        INDEX=tl.int64 if far else tl.int32,
+        INDEX=tl.int64 if far >= 2**31 else tl.int32,
     )
-    return values, validity
-
-
-def _extent(frames: Tensor) -> int:
-    """How far the last pixel of a plane lies from the first."""
-    return sum(
-        (length - 1) * stride for length, stride in zip(frames.shape[-2:], frames.stride()[-2:], strict=True)
-    )
-
-
-def _range(dtype: torch.dtype) -> tuple[int, int]:
-    limits = torch.iinfo(dtype)
-    return int(limits.min), int(limits.max)

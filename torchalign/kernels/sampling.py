@@ -2,119 +2,18 @@
 
 Convention:
     As in :mod:`torchalign.functional.warp`: a source position is output pixel + displacement, and only the
-    displacement is computed in floating point. Products are never contracted to fused multiply-adds (kernels are
-    launched with ``enable_fp_fusion=False``): a determinant that is 0 must be 0 here too.
+    displacement is computed in floating point.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-# entries of a motion: a shift (x, y), an affine warp, a homography
-KINDS = {2: 0, 6: 1, 9: 2}
+from torchalign.kernels.language import divide, is_finite, lerp, load_row
 
 # beyond this many pixels a displacement is cut, as in functional.warp
 _FARTHEST = tl.constexpr(2.0**22)
-
-# Numbers that say how many or which. Triton compiles a kernel anew for a number that is 1, and for one that 16 divides,
-# which lets it load several values at a time; of these it gains nothing.
-_COUNTS = (  # noqa: SIM905
-    "stack group repeat steps iterations lines bands first_band second_band third_band radius pad each each_field "
-    "each_weight height rows usable_rows tall wide every_row every_column"
-).split()
-
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """``triton.jit`` of a function that is launched: for one size of frames it is compiled once."""
-    return triton.jit(function, do_not_specialize=_COUNTS)
-
-
-@triton.jit
-def block_of(count, BLOCK: tl.constexpr):
-    """The frame of a program, its block of the frame's ``count`` places, and which of these exist."""
-    blocks = tl.cdiv(count, BLOCK)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    return frame, place, place < count
-
-
-@triton.jit
-def cell_of(rows, columns, BLOCK: tl.constexpr):
-    """The same of a frame of rows × columns, and column and row of each place."""
-    frame, place, live = block_of(rows * columns, BLOCK)
-    return frame, place, live, place % columns, place // columns
-
-
-@triton.jit
-def load_complex(spectrum, place, live):
-    """Real and imaginary parts of some of a spectrum's bins."""
-    real = tl.load(spectrum + 2 * place, mask=live, other=0)
-    return real, tl.load(spectrum + 2 * place + 1, mask=live, other=0)
-
-
-@triton.jit
-def store_complex(spectrum, place, live, real, imaginary):
-    """The same, written."""
-    tl.store(spectrum + 2 * place, real, mask=live)
-    tl.store(spectrum + 2 * place + 1, imaginary, mask=live)
-
-
-@triton.jit
-def load_row(row, COMPUTE: tl.constexpr):
-    """Three entries of a matrix."""
-    return tl.load(row).to(COMPUTE), tl.load(row + 1).to(COMPUTE), tl.load(row + 2).to(COMPUTE)
-
-
-@triton.jit
-def load_matrix(warp, COMPUTE: tl.constexpr):
-    """All nine, row by row."""
-    a, b, c = load_row(warp, COMPUTE)
-    d, e, f = load_row(warp + 3, COMPUTE)
-    g, h, i = load_row(warp + 6, COMPUTE)
-    return a, b, c, d, e, f, g, h, i
-
-
-@triton.jit
-def wave_of(place, live, columns, fy, fx, shift_x, shift_y):
-    """The frequencies (y, x) of a block of bins, and cosine and sine of the phase of a shift there."""
-    y = tl.load(fy + place // columns, mask=live, other=0)
-    x = tl.load(fx + place % columns, mask=live, other=0)
-    cycles = x * shift_x + y * shift_y
-    # within half a turn, where sine and cosine are at their best
-    angle = (cycles - tl.floor(cycles + 0.5)) * 6.283185307179586
-    return y, x, tl.cos(angle), tl.sin(angle)
-
-
-@triton.jit
-def is_finite(values):
-    """Neither NaN nor infinite."""
-    return tl.abs(values) < float("inf")
-
-
-@triton.jit
-def lerp(first, second, share):
-    """torch.lerp: exact for constants, and at shares 0 and 1."""
-    step = second - first
-    return tl.where(share < 0.5, first + share * step, second - step * (1 - share))
-
-
-@triton.jit
-def divide(numerator, denominator):
-    """Rounded as torch rounds it."""
-    if numerator.dtype == tl.float64:  # noqa: SIM108
-        quotient = numerator / denominator
-    else:
-        quotient = tl.div_rn(numerator, denominator)
-    return quotient
 
 
 @triton.jit
@@ -285,104 +184,6 @@ def interpolate(
     return linear, linear_share, total, met
 
 
-def operator(name: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes an operator of a function that launches a kernel.
-
-    Args:
-        name: in ``torch.ops.torchalign``.
-        like: makes what it gives, empty, of those of its arguments that it names.
-    """
-    wanted = list(inspect.signature(like).parameters)
-
-    def register(launch: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(launch)
-
-        def empty(*arguments: Any, **named: Any) -> Any:
-            given = signature.bind(*arguments, **named).arguments
-            return like(*(given[key] for key in wanted))
-
-        made = torch.library.custom_op(f"torchalign::{name}", mutates_args=())(launch)
-        made.register_fake(empty)
-        return made
-
-    return register
-
-
-@functools.cache
-def block_length(kernel: Any) -> int:
-    """How many places of a frame a kernel takes at a time."""
-    return int(inspect.signature(kernel.fn).parameters["BLOCK"].default)
-
-
-def launch(
-    kernel: Any,
-    frames: int,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[float] = (),
-    *,
-    samples: int | None = None,
-    strided: bool = False,
-    **constants: Any,
-) -> None:
-    """Run a kernel where its tensors lie.
-
-    Args:
-        kernel: its arguments are the tensors, then the numbers.
-        frames: nothing runs where there are none.
-        tensors: bool ones are seen as bytes, 0 and 1; ``None`` is one that the kernel does not read. The first
-            floating one says in what the kernel computes.
-        numbers: integers, or for arguments that are annotated so floats.
-        samples: of a frame, for a program that takes a block of them. By default one takes a whole frame.
-        strided: the kernel knows how they lie; else contiguous ones are made of them.
-        constants: beside those that follow from the others.
-    """
-    block = block_length(kernel)
-    programs = frames if samples is None else frames * triton.cdiv(samples, block)
-    if programs == 0:
-        return
-    first = next(tensor for tensor in tensors if tensor is not None)
-    floating = next(tensor for tensor in tensors if tensor is not None and tensor.is_floating_point())
-    limits = torch.finfo(floating.dtype)
-
-    def given(tensor: Tensor | None) -> Tensor:
-        tensor = first if tensor is None else tensor
-        tensor = tensor if strided else tensor.contiguous()
-        return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
-
-    compute = tl.float64 if floating.dtype == torch.float64 else tl.float32
-    known = {"COMPUTE": compute, "TINY": limits.tiny, "EPSILON": limits.eps, "BLOCK": block, **constants}
-    wanted = {name: value for name, value in known.items() if name in kernel.arg_names}
-    # Triton launches on the device that is the current one; the tensors may lie on another
-    index = first.device.index if first.device.type == "cuda" else -1
-    with torch.cuda.device(index):
-        kernel[(programs,)](*map(given, tensors), *numbers, enable_fp_fusion=False, **wanted)
-
-
-def by_group(lead: Sequence[int], own: int, *parts: Tensor | None) -> tuple[Any, ...]:
-    """What is given once for all frames (..., T), or for each: (..., 1 or T, ...), and how many frames share it.
-
-    Args:
-        lead: (..., T).
-        own: how many dimensions a part has of its own.
-        parts: of which ``None`` stays so. All are shared, or none is.
-
-    Returns:
-        The parts, with these leading dimensions, and the number.
-    """
-    alone = [part is None or part.ndim == own or part.shape[-own - 1] == 1 for part in parts]
-    shared = all(alone) and len(lead) > 0
-    kept = (*lead[:-1], 1) if shared else lead
-    expanded = (
-        None if part is None else part.expand(*kept, *part.shape[part.ndim - own :]) for part in parts
-    )
-    return *expanded, lead[-1] if shared else 1
-
-
-def frames_of(image: Tensor, own: int = 2) -> int:
-    """The number of frames of (..., H, W), or of what has more dimensions of its ``own``."""
-    return math.prod(image.shape[:-own])
-
-
 @triton.jit
 def spline_weight(fraction, TAP: tl.constexpr):
     """Of a cubic B-spline, of the coefficient at ``TAP`` − 1 from ⌊x⌋; the four sum to 1."""
@@ -399,3 +200,16 @@ def spline_weight(fraction, TAP: tl.constexpr):
     else:
         weight = last
     return weight
+
+
+@triton.jit
+def read_spline(pixel, line, fx, fy, live):
+    """A cubic B-spline beyond a pixel by fractions, whose coefficients lie in lines of this length."""
+    total = tl.zeros_like(fx)
+    for j in tl.static_range(4):
+        part = tl.zeros_like(fx)
+        for i in tl.static_range(4):
+            tap = tl.load(pixel + (j - 1) * line + (i - 1), mask=live, other=0)
+            part += spline_weight(fx, i) * tap
+        total += spline_weight(fy, j) * part
+    return total

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import (
-    KINDS,
-    by_group,
-    divide,
-    frames_of,
-    interpolate,
-    kernel,
-    launch,
-    operator,
-    padded,
-    source_of,
-)
+from torchalign.kernels.language import divide
+from torchalign.kernels.launching import by_group, expanded, kernel, kind_of, launch, operator
+from torchalign.kernels.sampling import interpolate, padded, source_of
 
 
 @triton.jit
@@ -54,19 +45,19 @@ def _bicubic(
 
 @kernel
 def score_frames(
-    moving,  # (N, H, W)
+    moving,  # (N, H, W), finite
     reference,  # (N or 1 a group, H, W)
-    motions,  # (S, N, 2 | 6 | 9)
+    motions,  # (S, N, 2 | 6 | 9), moving → reference
     moving_usable,  # (N, H, W), 0 and 1
     reference_usable,  # (N or 1 a group, H, W), 0 and 1
-    weight,  # (N, h, w)
-    local,  # (N, 2, h, w), added to the last motion
+    weight,  # (N, h, w), over the lattice
+    local,  # (N, 2, h, w), shifts (x, y) on top of the last motion, in pixels
     scores,  # (N, S + 1)
     stack,  # frames in all
     group,  # frames that share a reference
     height,
     width,
-    step,
+    step,  # of the lattice, in pixels
     STAGES: tl.constexpr,
     KIND: tl.constexpr,
     MASKED: tl.constexpr,
@@ -155,42 +146,8 @@ def score_frames(
     tl.store(scores + frame * (STAGES + 1) + chosen, tl.minimum(tl.maximum(found, -1.0), 1.0).to(COMPUTE))
 
 
+@operator()
 def score(
-    moving: Tensor,
-    reference: Tensor,
-    motions: Sequence[Tensor],
-    moving_usable: Tensor | None,
-    reference_usable: Tensor | None,
-    weight: Tensor | None,
-    step: int,
-    local: Tensor | None = None,
-) -> Tensor:
-    """Zero-normalised cross-correlations over the ground that all motions leave in sight.
-
-    Args:
-        moving: (..., T, H, W), float32 or float64, finite.
-        reference: (..., 1 or T, H, W), finite.
-        motions: shifts (..., T, 2) or warps (..., T, 2 or 3, 3), moving → reference; all of one kind.
-        moving_usable: bool, (..., T, H, W), or ``None``.
-        reference_usable: bool, (..., 1 or T, H, W), or ``None``.
-        weight: ≥ 0, (..., T, h, w) over the lattice, or ``None``.
-        step: of the lattice, in pixels.
-        local: (..., T, 2, h, w), shifts (x, y) on top of the last motion, in pixels; or ``None``.
-
-    Returns:
-        (..., T, S + 1): under each of the S motions, and under none; 0 where one of the two is flat.
-    """
-    flat = [motion if motion.shape[-1] == 2 else motion.flatten(-2) for motion in motions]
-    stacked = torch.stack(flat).to(moving.dtype)
-    return _score(moving, reference, stacked, moving_usable, reference_usable, weight, step, local)
-
-
-def _scores_like(moving: Tensor, motions: Tensor) -> Tensor:
-    return moving.new_empty((*moving.shape[:-2], motions.shape[0] + 1))
-
-
-@operator("score", _scores_like)
-def _score(
     moving: Tensor,
     reference: Tensor,
     motions: Tensor,
@@ -198,31 +155,28 @@ def _score(
     reference_usable: Tensor | None,
     weight: Tensor | None,
     step: int,
-    local: Tensor | None,
-) -> Tensor:
-    scores = _scores_like(moving, motions)
-    height, width = moving.shape[-2:]
-    frames = frames_of(moving)
-    reference, reference_usable, group = by_group(moving.shape[:-2], 2, reference, reference_usable)
+    local: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Zero-normalised cross-correlations over the ground that all motions leave in sight, see functional.quality.
+
+    Returns:
+        (..., T, S + 1): under each of the S motions, and under none; 0 where one of the two is flat.
+    """
+    lead, stages = moving.shape[:-2], motions.shape[0]
+    scores = moving.new_empty((*lead, stages + 1))
+    yield scores
+    reference, reference_usable, group = by_group(lead, 2, reference, reference_usable)
+    (moving_usable,) = expanded(lead, 2, moving_usable)
     launch(
         score_frames,
-        frames * (motions.shape[0] + 1),
-        (
-            moving,
-            reference,
-            motions,
-            None if moving_usable is None else moving_usable.expand(moving.shape),
-            reference_usable,
-            weight,
-            local,
-            scores,
-        ),
-        (frames, group, height, width, step),
-        STAGES=motions.shape[0],
-        KIND=KINDS[motions.shape[-1]],
+        scores.shape,
+        (),
+        (moving, reference, motions, moving_usable, reference_usable, weight, local, scores),
+        (math.prod(lead), group, *moving.shape[-2:], step),
+        STAGES=stages,
+        KIND=kind_of(motions),
         MASKED=moving_usable is not None,
         REFERENCE_MASKED=reference_usable is not None,
         WEIGHTED=weight is not None,
         LOCAL=local is not None,
     )
-    return scores

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchalign.kernels.sampling import (
-    block_of,
-    by_group,
-    cell_of,
-    frames_of,
-    kernel,
-    launch,
-    load_complex,
-    operator,
-    store_complex,
-    wave_of,
-)
+from torchalign.kernels.language import block_of, cell_of, load_pair
+from torchalign.kernels.launching import by_group, expanded, kernel, launch, operator
+
+
+@triton.jit
+def load_complex(spectrum, place, live):
+    """Real and imaginary parts of some of a spectrum's bins."""
+    real = tl.load(spectrum + 2 * place, mask=live, other=0)
+    return real, tl.load(spectrum + 2 * place + 1, mask=live, other=0)
+
+
+@triton.jit
+def store_complex(spectrum, place, live, real, imaginary):
+    """The same, written."""
+    tl.store(spectrum + 2 * place, real, mask=live)
+    tl.store(spectrum + 2 * place + 1, imaginary, mask=live)
+
+
+@triton.jit
+def wave_of(place, live, columns, fy, fx, shift_x, shift_y):
+    """The frequencies (y, x) of a block of bins, and cosine and sine of the phase of a shift there."""
+    y = tl.load(fy + place // columns, mask=live, other=0)
+    x = tl.load(fx + place % columns, mask=live, other=0)
+    cycles = x * shift_x + y * shift_y
+    # within half a turn, where sine and cosine are at their best
+    angle = (cycles - tl.floor(cycles + 0.5)) * 6.283185307179586
+    return y, x, tl.cos(angle), tl.sin(angle)
 
 
 @kernel
@@ -37,8 +53,7 @@ def turn_frames(
 ):
     """One program: a block of bins of one frame."""
     frame, place, live = block_of(bins, BLOCK)
-    shift_x = tl.load(shift + 2 * frame)
-    shift_y = tl.load(shift + 2 * frame + 1)
+    shift_x, shift_y = load_pair(shift, frame)
     _, _, cosine, sine = wave_of(place, live, columns, fy, fx, shift_x, shift_y)
     real, imaginary = load_complex(spectrum + (frame // repeat) * bins * 2, place, live)
     along, across = real * cosine - imaginary * sine, real * sine + imaginary * cosine
@@ -51,8 +66,8 @@ def pull_frames(
     reference,  # (N or 1 a group, h, w//2+1, 2)
     fy,  # (h,), cycles per pixel
     fx,  # (w//2+1,)
-    shift,  # (N, 2)
-    root,  # (h, w//2+1)
+    shift,  # (N, 2), by which the moving one is turned
+    root,  # (h, w//2+1), what all is multiplied by
     spectra,  # (N, 3, h, w//2+1, 2)
     bins,
     columns,
@@ -63,8 +78,7 @@ def pull_frames(
 ):
     """One program: a block of bins of one frame. See functional.uncertainty.block_pulls."""
     frame, place, live = block_of(bins, BLOCK)
-    shift_x = tl.load(shift + 2 * frame)
-    shift_y = tl.load(shift + 2 * frame + 1)
+    shift_x, shift_y = load_pair(shift, frame)
     y, x, cosine, sine = wave_of(place, live, columns, fy, fx, shift_x, shift_y)
     a, b = load_complex(moving + frame * bins * 2, place, live)
     real = a * cosine - b * sine
@@ -130,120 +144,58 @@ def window_frames(
     x = column.to(COMPUTE) * wide / columns
     along_y = zero + tl.cast(ramp_y, COMPUTE)
     along_x = zero + tl.cast(ramp_x, COMPUTE)
-    own = tl.minimum(tukey(y, high, along_y), tukey(y - tl.load(shift + 2 * frame + 1), high, along_y))
-    own *= tl.minimum(tukey(x, wide, along_x), tukey(x - tl.load(shift + 2 * frame), wide, along_x))
+    shift_x, shift_y = load_pair(shift, frame)
+    own = tl.minimum(tukey(y, high, along_y), tukey(y - shift_y, high, along_y))
+    own *= tl.minimum(tukey(x, wide, along_x), tukey(x - shift_x, wide, along_x))
     tl.store(window + frame * rows * columns + place, own, mask=live)
 
 
-def turn(spectrum: Tensor, frequencies: tuple[Tensor, Tensor], shift: Tensor) -> Tensor:
-    """See :func:`torchalign.functional.fourier.shift_phase`.
-
-    Args:
-        spectrum: (..., H, W//2+1), an ``rfft2``; its leading dimensions broadcast against those of ``shift``.
-        frequencies: (H,) and (W//2+1,), along y and x, in cycles per pixel.
-        shift: (..., 2), (x, y) in pixels.
-
-    Returns:
-        (..., H, W//2+1).
-    """
-    lead = torch.broadcast_shapes(spectrum.shape[:-2], shift.shape[:-1])
-    parts = torch.view_as_real(spectrum.resolve_conj())
+@operator()
+def turn(spectrum: Tensor, frequencies: list[Tensor], shift: Tensor) -> Iterator[Tensor]:
+    """See :func:`torchalign.functional.fourier.shift_phase`: leading dimensions of spectrum and shift broadcast."""
+    lead, size = torch.broadcast_shapes(spectrum.shape[:-2], shift.shape[:-1]), spectrum.shape[-2:]
+    turned = spectrum.new_empty((*lead, *size))
+    yield turned
+    repeat = math.prod(lead)
     if math.prod(spectrum.shape[:-2]) != 1:
-        parts = parts.expand(*lead, *parts.shape[-3:])
-    turned = _turn(parts, frequencies[0], frequencies[1], shift.expand(*lead, 2).to(parts.dtype))
-    return torch.view_as_complex(turned)
+        (spectrum,), repeat = expanded(lead, 2, spectrum), 1
+    shift, bins = shift.expand(*lead, 2).to(spectrum.dtype.to_real()), math.prod(size)
+    launch(turn_frames, lead, size, (spectrum, *frequencies, shift, turned), (bins, size[1], repeat))
 
 
-def _turned_like(spectrum: Tensor, shift: Tensor) -> Tensor:
-    return spectrum.new_empty((*shift.shape[:-1], *spectrum.shape[-3:]))
-
-
-@operator("turn", _turned_like)
-def _turn(spectrum: Tensor, fy: Tensor, fx: Tensor, shift: Tensor) -> Tensor:
-    turned = _turned_like(spectrum, shift)
-    rows, columns = spectrum.shape[-3:-1]
-    frames, bins = frames_of(shift, 1), rows * columns
-    repeat = frames // max(frames_of(spectrum, 3), 1)
-    launch(turn_frames, frames, (spectrum, fy, fx, shift, turned), (bins, columns, repeat), samples=bins)
-    return turned
-
-
-@operator("common_window", lambda shift, size: shift.new_empty((*shift.shape[:-1], *size)))
-def common_window(shift: Tensor, size: list[int], frame: list[int], ramps: list[float]) -> Tensor:
+@operator()
+def common_window(shift: Tensor, size: list[int], frame: list[int], ramps: list[float]) -> Iterator[Tensor]:
     """(..., h, w): the Tukey window of the ground that a frame shifted by (..., 2) has in common with the one in place.
 
-    Args:
-        shift: (x, y) in pixels.
-        size: (h, w) samples.
-        frame: (H, W) in pixels.
-        ramps: how long the window falls off along y and x, in pixels.
+    Frame and ramps, how long it falls off along y and x, are in pixels.
     """
     window = shift.new_empty((*shift.shape[:-1], *size))
-    numbers = *size, *map(float, frame), *ramps
-    launch(window_frames, frames_of(shift, 1), (shift, window), numbers, samples=size[0] * size[1])
-    return window
+    yield window
+    launch(window_frames, shift.shape[:-1], size, (shift, window), (*size, *map(float, frame), *ramps))
 
 
+@operator()
 def pulls(
-    moving: Tensor,
-    reference: Tensor,
-    frequencies: tuple[Tensor, Tensor],
-    shift: Tensor,
-    root: Tensor,
-    samples: int,
-) -> Tensor:
-    """See :func:`torchalign.functional.uncertainty.block_pulls`.
+    moving: Tensor, reference: Tensor, frequencies: list[Tensor], shift: Tensor, root: Tensor, samples: int
+) -> Iterator[Tensor]:
+    """The spectra (..., T, 3, h, w//2+1) of :func:`torchalign.functional.uncertainty.block_pulls`, times ``root``.
 
-    Args:
-        moving: (..., T, h, w//2+1), an ``rfft2``.
-        reference: (..., 1 or T, h, w//2+1).
-        frequencies: (h,) and (w//2+1,), along y and x, in cycles per pixel.
-        shift: (..., T, 2), by which the moving one is turned.
-        root: (h, w//2+1), what all is multiplied by.
-        samples: of a frame on the grid.
-
-    Returns:
-        (..., T, 3, h, w//2+1): the difference, and the sum's derivatives by x and by y, times half the samples.
+    Those of the difference, and of the sum's derivatives by x and by y times half the ``samples`` of a frame.
     """
-    parts, still = (torch.view_as_real(part.resolve_conj()) for part in (moving, reference))
-    return torch.view_as_complex(_pulls(parts, still, *frequencies, shift.to(parts.dtype), root, samples))
+    lead, size = moving.shape[:-2], moving.shape[-2:]
+    spectra = moving.new_empty((*lead, 3, *size))
+    yield spectra
+    reference, group = by_group(lead, 2, reference)
+    shift = shift.expand(*lead, 2).to(root.dtype)
+    tensors = moving, reference, *frequencies, shift, root, spectra
+    launch(pull_frames, lead, size, tensors, (math.prod(size), size[1], group, math.pi * samples))
 
 
-@operator("pulls", lambda moving: moving.new_empty((*moving.shape[:-3], 3, *moving.shape[-3:])))
-def _pulls(
-    moving: Tensor, reference: Tensor, fy: Tensor, fx: Tensor, shift: Tensor, root: Tensor, samples: int
-) -> Tensor:
-    spectra = moving.new_empty((*moving.shape[:-3], 3, *moving.shape[-3:]))
-    lead, (rows, columns) = moving.shape[:-3], moving.shape[-3:-1]
-    reference, group = by_group(lead, 3, reference)
-    bins = rows * columns
-    tensors = moving, reference, fy, fx, shift.expand(*lead, 2), root, spectra
-    launch(
-        pull_frames, frames_of(moving, 3), tensors, (bins, columns, group, math.pi * samples), samples=bins
-    )
-    return spectra
-
-
-def cross(moving: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
-    """See :func:`torchalign.functional.phase.cross_power`.
-
-    Args:
-        moving: (..., T, h, w//2+1), an ``rfft2``.
-        reference: (..., 1 or T, h, w//2+1).
-        weight: (h, w//2+1), what the product is multiplied by.
-
-    Returns:
-        (..., T, h, w//2+1).
-    """
-    lead = torch.broadcast_shapes(moving.shape[:-2], reference.shape[:-2])
-    parts, still = (torch.view_as_real(part.resolve_conj()) for part in (moving, reference))
-    return torch.view_as_complex(_cross(parts.expand(*lead, *parts.shape[-3:]), still, weight))
-
-
-@operator("cross", lambda moving: moving.new_empty(moving.shape))
-def _cross(moving: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
-    power = moving.new_empty(moving.shape)
-    reference, group = by_group(moving.shape[:-3], 3, reference)
-    tensors, bins = (moving, reference, weight, power), weight.numel()
-    launch(cross_frames, frames_of(moving, 3), tensors, (bins, group), samples=bins)
-    return power
+@operator()
+def cross(moving: Tensor, reference: Tensor, weight: Tensor) -> Iterator[Tensor]:
+    """See :func:`torchalign.functional.phase.cross_power`; the product is multiplied by ``weight``."""
+    lead, size = torch.broadcast_shapes(moving.shape[:-2], reference.shape[:-2]), moving.shape[-2:]
+    power = moving.new_empty((*lead, *size))
+    yield power
+    (moving,), (reference, group) = expanded(lead, 2, moving), by_group(lead, 2, reference)
+    launch(cross_frames, lead, size, (moving, reference, weight, power), (math.prod(size), group))

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -91,11 +91,7 @@ def filled_rows(fields: Fields, count: int) -> Fields:
 
 
 def count_valid_rows(valid: Tensor) -> int:
-    """How many rows from the first on may hold a keypoint of any frame, where that may be read, or else all.
-
-    Args:
-        valid: (B, K) bool.
-    """
+    """How many of the rows of (B, K) may hold a keypoint of any frame: up to the last, or all if it may not be read."""
     if not is_on_host(valid) or not len(valid):
         return valid.shape[-1]
     rows = torch.arange(1, valid.shape[-1] + 1, device=valid.device)
@@ -435,8 +431,7 @@ class XFeat(DenseExtractor):
         """See :meth:`DenseExtractor.maps`."""
         features, logits, reliability = self.network(image.unsqueeze(1))
         peaks = F.pixel_shuffle(logits.log_softmax(1)[:, :-1], 8).squeeze(1)
-        y = torch.arange(image.shape[-2], device=image.device, dtype=features.dtype)
-        x = torch.arange(image.shape[-1], device=image.device, dtype=features.dtype)
+        y, x = (torch.arange(side, device=image.device, dtype=features.dtype) for side in image.shape[-2:])
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).expand(len(image), -1, -1, -1)
         reliability = F.grid_sample(reliability, _between_centres(grid, image.shape), align_corners=False)
         probability = peaks.exp()
@@ -521,16 +516,14 @@ def build_extractor(
         return SuperPoint(SuperPointNet.from_state_dict(tensors), max_num_keypoints)
     from kornia import feature  # here: importing torchalign does not import kornia
 
-    network: nn.Module
-    extractor: type[DISK | XFeat | ALIKED | DoGHardNet]
+    kinds: dict[str, tuple[Any, Callable[[], nn.Module]]] = {
+        "disk": (DISK, feature.DISK),
+        "xfeat": (XFeat, lambda: feature.XFeat().net),
+        "doghardnet": (DoGHardNet, lambda: feature.HardNet(pretrained=False)),
+    }
+    extractor, build = kinds.get(name, (ALIKED, lambda: feature.ALIKED(entry)))
     with torch.device("cpu"):
-        if name == "disk":
-            network, extractor = feature.DISK(), DISK
-        elif name == "xfeat":
-            network, extractor = feature.XFeat().net, XFeat
-        elif name == "doghardnet":
-            network, extractor = feature.HardNet(pretrained=False), DoGHardNet
-        else:
-            network, extractor = feature.ALIKED(entry), ALIKED
+        network = build()
     load_into(network, tensors, f"weights for {name}")
-    return extractor(network, max_num_keypoints)
+    found: Extractor = extractor(network, max_num_keypoints)
+    return found

@@ -18,7 +18,6 @@ References:
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -181,7 +180,7 @@ class LightGlue(nn.Module):
         """All layers, then the assignment; with ``stop`` (one pair, readable) as soon as it is sure."""
         last = len(self.network.transformers) - 1
         done = tokens0.states.new_zeros(len(tokens0.states), dtype=torch.bool)
-        projected: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        projected: tuple[Tensor, ...] | None = None
         stops = self.depth_confidence > 0
         for layer in range(last + 1):
             ahead0, ahead1 = tokens0, tokens1
@@ -200,7 +199,8 @@ class LightGlue(nn.Module):
             tokens1 = tokens1._replace(states=torch.where(stays, tokens1.states, ahead1.states))
             now = self._project(layer, tokens0.states, tokens1.states)
             if projected is not None:
-                now = combine(functools.partial(_choose, stays), [projected, now])
+                pairs_of = zip(projected, now, strict=True)
+                now = tuple(torch.where(stays, kept, new) for kept, new in pairs_of)
             projected = now
             if layer < last:
                 done = done | self._is_sure(layer, tokens0, tokens1)
@@ -209,7 +209,7 @@ class LightGlue(nn.Module):
         pairs = None
         if tokens0.valid is not None and tokens1.valid is not None:
             pairs = tokens0.valid.unsqueeze(2) & tokens1.valid.unsqueeze(1)
-        return _assign(*projected, pairs, self.threshold)
+        return _assign(projected, pairs, self.threshold)
 
     def _is_sure(self, layer: int, tokens0: _Tokens, tokens1: _Tokens) -> Tensor:
         """(B,) bool: enough of a pair's points would not change their match any more."""
@@ -223,16 +223,11 @@ class LightGlue(nn.Module):
             total = total + valid.sum(-1)
         return 1 - unsure / total.clamp(min=1) > self.depth_confidence
 
-    def _project(self, layer: int, states0: Tensor, states1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(self, layer: int, *sides: Tensor) -> tuple[Tensor, ...]:
         """What the assignment compares, (B, K, D) each, and the log-odds (B, K, 1) that a point has a match."""
         head = self.network.log_assignment[layer]
-        scale = states0.shape[-1] ** 0.25
-        return (
-            head.final_proj(states0) / scale,
-            head.final_proj(states1) / scale,
-            head.matchability(states0),
-            head.matchability(states1),
-        )
+        compared = [head.final_proj(states) / states.shape[-1] ** 0.25 for states in sides]
+        return *compared, *(head.matchability(states) for states in sides)
 
     def train(self, mode: bool = True) -> LightGlue:
         """Stays in evaluation mode."""
@@ -302,10 +297,6 @@ def _current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _choose(condition: Tensor, pair: tuple[Tensor, ...]) -> Tensor:
-    return torch.where(condition, pair[0], pair[1])
-
-
 def _key_mask(valid: Tensor | None) -> Tensor | None:
     """(B, 1, 1, K): what every head of every query may attend to."""
     return None if valid is None else valid[:, None, None, :]
@@ -317,15 +308,14 @@ def _valid_of_frame(features: Features, row: int) -> tuple[Features, Tensor]:
     return each_field(features, lambda field: field[row : row + 1, places]), places
 
 
-def _assign(
-    states0: Tensor, states1: Tensor, logit0: Tensor, logit1: Tensor, pairs: Tensor | None, threshold: float
-) -> Matches:
+def _assign(projected: tuple[Tensor, ...], pairs: Tensor | None, threshold: float) -> Matches:
     r"""Mutual best matches of probability above ``threshold``.
 
     .. math:: \log P_{ij} = \log\sigma(z_i) + \log\sigma(z_j) + \log\mathrm{softmax}_j\, S_{ij}
               + \log\mathrm{softmax}_i\, S_{ij}
     """
-    similarity = states0 @ states1.transpose(-1, -2)
+    states0, states1, logit0, logit1 = projected
+    similarity = states0 @ states1.mT
     if pairs is not None:
         similarity = similarity.masked_fill(~pairs, torch.finfo(similarity.dtype).min)
     score = similarity.log_softmax(2) + similarity.log_softmax(1)

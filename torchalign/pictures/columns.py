@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -15,21 +15,74 @@ from torchalign.types import Status
 Array = NDArray[Any]
 
 
+class Columns(NamedTuple):
+    """Of each frame, T in all, what charts draw; lengths in pixels, (x, y)."""
+
+    report: xr.Dataset
+    status: Array  # (T,)
+    ok: Array  # (T,) bool, it was aligned
+    shift: Array  # (T, 2)
+    covariance: (
+        Array  # (T, 2, 2): σ² in both directions where a report has no more; 0 where nothing can be said
+    )
+    truth: Array | None  # (T, 2)
+    time: Array  # (T,), positions along an axis
+    is_date: bool  # which are dates
+
+    @property
+    def sigma(self) -> Array:
+        """(T, 2), along x and y."""
+        return np.sqrt(self.covariance.diagonal(axis1=1, axis2=2))
+
+    @property
+    def size(self) -> float:
+        """Of markers and lines: smaller where there are many frames, so that they do not hide each other."""
+        return float(np.clip(np.sqrt(150 / max(self.status.size, 1)), 0.45, 1.0))
+
+    @property
+    def flagged(self) -> list[tuple[Status, Array]]:
+        """The frames (T,) bool of each status but OK that occurs."""
+        return [(code, chosen) for code, chosen in by_status(self.status) if code != Status.OK]
+
+
+def read_columns(report: object, true_shift: Any = None, *, series: bool = False) -> Columns:
+    """The columns of a report; of a ``series``, one of ``reference="groupwise"`` with its pairs.
+
+    Raises:
+        TypeError: no Dataset.
+        ValueError: a report of another kind, or ``true_shift`` of another shape.
+    """
+    report = check_pictured(report)
+    if series and not is_series(report):
+        cure = 'give the report of ta.align(cube, "groupwise")'
+        raise ValueError(message("report", "one with closure and pairs", sorted(map(str, report)), cure))
+    status = report["status"].values
+    truth = None if true_shift is None else np.asarray(true_shift, dtype=np.float64)
+    if truth is not None and truth.shape != (status.size, 2):
+        expected, cure = f"shape {(status.size, 2)}", "one row (x, y) a frame, in pixels"
+        raise ValueError(message("true_shift", expected, truth.shape, cure))
+    shift = np.stack([report["shift_x"].values, report["shift_y"].values], -1).astype(np.float64)
+    if "covariance" in report:
+        axes = (report["status"].dims[0], "axis", "other_axis")
+        covariance = report["covariance"].transpose(*axes).values.astype(np.float64)
+    else:
+        variance = report["sigma"].values.astype(np.float64)[:, None, None] ** 2
+        covariance = np.where(np.eye(2, dtype=bool), variance, 0.0)
+    known = np.isfinite(covariance).all((1, 2), keepdims=True)
+    labels = report_labels(report, local=True)
+    is_date = labels.dtype.kind == "M"
+    if is_date:
+        labels = labels.astype("datetime64[ms]").astype(object)
+    elif labels.dtype.kind not in "iuf":
+        labels = np.arange(len(labels))
+    return Columns(
+        report, status, status == Status.OK, shift, np.where(known, covariance, 0.0), truth, labels, is_date
+    )
+
+
 def check_pictured(report: object) -> xr.Dataset:
     """A report with the fields that pictures use."""
     return check_report(report, fields=("shift_x", "shift_y", "score", "score_before", "sigma", "status"))
-
-
-def check_truth(true_shift: Any, report: xr.Dataset) -> Array | None:
-    """(T, 2), or None."""
-    if true_shift is None:
-        return None
-    truth = np.asarray(true_shift, dtype=np.float64)
-    expected = (report["status"].size, 2)
-    if truth.shape != expected:
-        cure = "one row (x, y) a frame, in pixels"
-        raise ValueError(message("true_shift", f"shape {expected}", truth.shape, cure))
-    return truth
 
 
 def status_of(report: xr.Dataset | None, count: int) -> Array:
@@ -38,9 +91,8 @@ def status_of(report: xr.Dataset | None, count: int) -> Array:
         return np.zeros(count, np.int64)
     status = check_pictured(report)["status"].values.astype(np.int64)
     if len(status) != count:
-        raise ValueError(
-            message("report", f"{count} frames as the cube", len(status), "give the report of this cube")
-        )
+        cure = "give the report of this cube"
+        raise ValueError(message("report", f"{count} frames as the cube", len(status), cure))
     return np.asarray(status)
 
 
@@ -50,55 +102,12 @@ def kept_frames(status: Array) -> Array:
     return good if good.any() else np.ones(len(good), bool)
 
 
-def shift_of(report: xr.Dataset) -> Array:
-    """(T, 2), x and y in pixels."""
-    return np.stack([report["shift_x"].values, report["shift_y"].values], -1).astype(np.float64)
-
-
-def covariance_of(report: xr.Dataset) -> Array:
-    """(T, 2, 2), px², of (x, y): σ² in both directions where a report has no more; 0 where nothing can be said."""
-    if "covariance" in report:
-        time = report["status"].dims[0]
-        covariance = report["covariance"].transpose(time, "axis", "other_axis").values.astype(np.float64)
-    else:
-        variance = report["sigma"].values.astype(np.float64) ** 2
-        covariance = (
-            np.stack([np.diag([value, value]) for value in variance])
-            if len(variance)
-            else np.empty((0, 2, 2))
-        )
-    known = np.isfinite(covariance).all((1, 2))
-    return np.where(known[:, None, None], covariance, 0.0)
-
-
-def time_of(report: xr.Dataset) -> tuple[Array, bool]:
-    """Positions along a time axis, and whether they are dates."""
-    values = report_labels(report, local=True)
-    if values.dtype.kind == "M":
-        return values.astype("datetime64[ms]").astype(object), True
-    return (values if values.dtype.kind in "iuf" else np.arange(len(values))), False
-
-
 def by_status(status: Array) -> list[tuple[Status, Array]]:
     """Each status that occurs, OK first, with its frames as a mask."""
     return [(code, status == code) for code in Status if (status == code).any()]
 
 
 # --- of a series without a reference ---
-
-
-def check_series(report: object) -> xr.Dataset:
-    """A report of ``reference="groupwise"``, with its pairs.
-
-    Raises:
-        TypeError: no Dataset.
-        ValueError: a report of another kind.
-    """
-    checked = check_pictured(report)
-    if not is_series(checked):
-        cure = 'give the report of ta.align(cube, "groupwise")'
-        raise ValueError(message("report", "one with closure and pairs", sorted(map(str, checked)), cure))
-    return checked
 
 
 def is_series(report: xr.Dataset) -> bool:

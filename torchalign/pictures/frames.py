@@ -126,6 +126,11 @@ def limits(values: Array, stretch: tuple[float, float]) -> tuple[Array, Array]:
     return low, np.where(high > low, high, low + 1)
 
 
+def median_limits(values: Array, stretch: tuple[float, float]) -> tuple[Array, Array]:
+    """Black and white of the median of frames (T, H, W, 3)."""
+    return limits(reduce_time(values, "median"), stretch)
+
+
 def to_rgb(values: Array, low: Array, high: Array, *, clouds: bool = False) -> Array:
     """Reflectance to 0 … 1, no data dark grey; with clouds, the bright is compressed instead of cut."""
     if clouds:

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from torchalign._check import message, require
-from torchalign.pictures.columns import Array
+from torchalign.pictures.columns import Array, Columns
 from torchalign.types import Status
 
 if TYPE_CHECKING:
@@ -36,9 +35,10 @@ _STATUS_STYLES = {
     "AMBIGUOUS": (GREEN, "*", "#00694D"),
     "NOT_CONNECTED": (INK, "h", INK),
 }
-STATUS_COLOUR = {code: _STATUS_STYLES[code.name][0] for code in Status}
-STATUS_MARKER = {code: _STATUS_STYLES[code.name][1] for code in Status}
-STATUS_TEXT_COLOUR = {code: _STATUS_STYLES[code.name][2] for code in Status}
+STATUS_COLOUR, STATUS_MARKER, STATUS_TEXT_COLOUR = (
+    {code: _STATUS_STYLES[code.name][part] for code in Status} for part in range(3)
+)
+NO_TRUTH = "OK, no truth to compare with"  # beside the statuses in a legend
 
 
 @functools.cache
@@ -84,11 +84,6 @@ def several_axes(
     return axes[0].figure, axes.reshape(-1, 2)
 
 
-def marker_size(report: xr.Dataset) -> float:
-    """Of markers and lines: smaller where there are many frames, so that they do not hide each other."""
-    return float(np.clip(np.sqrt(150 / max(report["status"].size, 1)), 0.45, 1.0))
-
-
 def marker_style(code: Status, chosen: Array, area: float, size: float = 1.0) -> dict[str, Any]:
     """Of a status and the frames that have it, as ``Axes.scatter`` takes it, with how many they are."""
     outline: dict[str, Any] = {"edgecolors": INK, "linewidths": 0.5 * size**2, "s": area * size**2}
@@ -131,25 +126,32 @@ def draw_truth(ax: Axes, x: Array, y: Array, *, marker: str = "o", label: str = 
 def draw_rings(ax: Axes, reach: float) -> None:
     """Circles of equal error, labelled, at round numbers."""
     from matplotlib.patches import Circle
+    from matplotlib.ticker import MaxNLocator
 
-    power = 10.0 ** np.floor(np.log10(reach))
-    step = next(step for step in (power / 5, power / 2, power, 2 * power, 5 * power) if reach / step < 4)
-    for number in range(1, int(reach / step * 1.42) + 1):
-        radius = number * step
-        ax.add_patch(
-            Circle((0, 0), radius, fill=False, edgecolor=GREY, linewidth=0.6, linestyle="--", zorder=1)
-        )
+    step = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0.0, reach)[1]
+    ring: dict[str, Any] = {
+        "fill": False,
+        "edgecolor": GREY,
+        "linewidth": 0.6,
+        "linestyle": "--",
+        "zorder": 1,
+    }
+    words: dict[str, Any] = {"color": "#666666", "fontsize": 7, "ha": "center", "va": "bottom"}
+    for radius in np.arange(1, int(reach / step * 1.42) + 1) * step:
+        ax.add_patch(Circle((0, 0), radius, **ring))
         if radius < reach:
-            ax.annotate(
-                f"{radius:.3g} px", (0, -radius), color="#666666", fontsize=7, ha="center", va="bottom"
-            )
+            ax.annotate(f"{radius:.3g} px", (0, -radius), **words)
     ax.plot(0, 0, marker="+", color=INK, markersize=9, zorder=2)
 
 
-def date_axis(ax: Axes) -> None:
-    """Few and short dates along x."""
+def time_axis(ax: Axes, rows: Columns) -> None:
+    """Few and short dates along x, or the numbers of frames."""
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
+    if not rows.is_date:
+        ax.set_xlabel("frame")
+    if not (rows.is_date and rows.time.size):
+        return
     locator = AutoDateLocator(maxticks=9)  # type: ignore[no-untyped-call]
     ax.xaxis.set_major_locator(locator)
     ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
@@ -164,10 +166,10 @@ def finish_axes(ax: Axes, *, columns: int = 2) -> None:
         ax.spines[side].set_visible(False)
     handles, labels = ax.get_legend_handles_labels()
     if handles:
-        # matplotlib lists error bars last; the flagged belong there
-        flagged = [label.split(" (")[0] in set(Status.__members__) - {"OK"} for label in labels]
-        order = sorted(range(len(labels)), key=flagged.__getitem__)
-        handles, labels = [handles[number] for number in order], [labels[number] for number in order]
+        # matplotlib lists error bars last; what was left belongs there
+        left = {NO_TRUTH, *Status.__members__} - {"OK"}
+        order = sorted(zip(labels, handles, strict=True), key=lambda entry: entry[0].split(" (")[0] in left)
+        labels, handles = [label for label, _ in order], [handle for _, handle in order]
         # below the axis: inside, it would hide frames; the pad, in letters, is for ticks and label
         below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 5.0}
         ax.legend(handles, labels, fontsize=8, ncols=columns, frameon=False, **below)

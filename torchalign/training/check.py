@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -13,8 +16,9 @@ from torchalign._check import check_number, check_option, check_whole, message
 from torchalign.aligner import Aligner
 from torchalign.pcc import PCC
 from torchalign.training import probe as probing
-from torchalign.training.measure import Measured, aligner_or, check_samples, measure_residuals
+from torchalign.training.measure import Measured, Samples, aligner_or, check_samples, measure_residuals
 from torchalign.training.statistics import Residuals, Verdict, empty_residuals, read_verdict, record
+from torchalign.types import each_field
 
 Action = Literal["record", "warn", "raise"]
 
@@ -160,7 +164,6 @@ class AlignmentCheck(nn.Module):
         reference: Tensor,
         mask: Tensor | None = None,
         reference_mask: Tensor | None = None,
-        *,
         ids: Tensor | None = None,
     ) -> Tensor:
         """Measure a batch of pairs, in every n-th call.
@@ -181,24 +184,19 @@ class AlignmentCheck(nn.Module):
             MisregistrationError: a sample slips, and ``action="raise"``.
             TypeError, ValueError: a dtype or a shape does not fit.
         """
-        samples = check_samples(moving, reference, mask, reference_mask)
-        count = samples[0].shape[0]
-        if ids is not None and ids.numel() != count:
-            raise ValueError(
-                message("ids", f"one for each of {count} samples", tuple(ids.shape), "reshape it")
-            )
+        samples = check_samples(moving, reference, mask, reference_mask, ids)
+        count = samples.moving.shape[0]
         due, call = self._due()
         first, self.received = self.received, self.received + count
         if not due:
             return moving.new_empty(0)
-        rows = self._rows(count, call)
-
-        if ids is None:
-            ids = torch.arange(count, device=moving.device) + first
+        # other samples in every call that is checked
+        number = min(count, self.samples)
+        rows = (torch.arange(number, device=moving.device) + call * number) % max(count, 1)
         with torch.no_grad():
-            chosen = [None if each is None else _take(each, rows) for each in samples]
-            found = measure_residuals(self.aligner, *chosen, window=self.window)  # type: ignore[arg-type]
-        self._record(found, _take(ids.reshape(count), rows))
+            chosen = each_field(samples, lambda part: part[rows.to(part.device)])
+            found = measure_residuals(self.aligner, chosen, window=self.window)
+        self._record(found, first + rows if chosen.ids is None else chosen.ids)
         self._act(found, lambda: "the pairs are misregistered")
         return found.residual
 
@@ -249,17 +247,14 @@ class AlignmentCheck(nn.Module):
             ValueError: nothing to compare: a single image, and no claimed matrix; or images that went in did not
                 come out.
         """
-        probed = self._probe(augment, sample, named, matrix)
-        assert probed is not None
-        found, resizing = probed
+        found, resizing = self._probe(augment, sample, named, matrix)
         self.resizing = resizing or self.resizing
         count, device = found.residual.shape[0], found.residual.device
         if ids is None:
             ids = torch.arange(count, device=device) + self.received
         elif ids.numel() < count:
-            raise ValueError(
-                message("ids", f"one for each of {count} samples", tuple(ids.shape), "give a batch of them")
-            )
+            expected = f"one for each of {count} samples"
+            raise ValueError(message("ids", expected, tuple(ids.shape), "give a batch of them"))
         self.received += count
         self._record(found, ids.reshape(-1)[:count].to(device))
 
@@ -310,7 +305,7 @@ class AlignmentCheck(nn.Module):
                 if suspect is None:
                     continue
                 with probing.isolated_randomness(sample, named):
-                    step = self._alone(bare, suspect.number, sample, named)
+                    step = next(self._trace(bare, sample, named, suspect.number))
                 self.step = step if step.slips else self._walk(bare, sample, named) or suspect
                 return self.step
             return self._walk(bare, sample, named)
@@ -347,11 +342,6 @@ class AlignmentCheck(nn.Module):
         self.calls += 1
         return call % self.every == 0, call // self.every
 
-    def _rows(self, count: int, checked: int) -> tuple[int, int]:
-        """The first of the samples to measure, and how many: other ones in every checked call."""
-        number = min(count, self.samples)
-        return ((checked * number) % count if count else 0), number
-
     def _state(self) -> Residuals:
         return Residuals(*(getattr(self, name) for name in Residuals._fields))
 
@@ -368,37 +358,24 @@ class AlignmentCheck(nn.Module):
     def _bisect(self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
         """The step after which the images are no longer registered, though they were before, if the end is not."""
 
-        def after(count: int) -> tuple[float, bool] | None:
+        @functools.cache
+        def after(count: int) -> Step:
             # a copy each, in the same random state: the same numbers are drawn, up to there
-            steps = [step for _, step in probing.steps_of(probing.copied(pipeline))]
-            found = self._probe(probing.chained(steps[:count]), sample, named, None, optional=True)
-            return None if found is None or bool(found[0].residual.isnan().all()) else self._read(found[0])
-
-        names = [name for name, _ in probing.steps_of(pipeline)]
-        good, bad = 0, len(names)
-        found = after(bad) if bad else None
-        if found is None or not found[1]:
-            return None
-        residual = found[0]
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            found = after(middle)
-            if found is None:  # not to be told from here
-                good = bad - 1
-            elif found[1]:
-                bad, residual = middle, found[0]
-            else:
-                good = middle
-        return Step(bad - 1, names[bad - 1], residual, True, _CURES[None])
-
-    def _alone(self, pipeline: Any, number: int, sample: tuple[Any, ...], named: dict[str, Any]) -> Step:
-        """One step by itself, on what those before make of the sample."""
-        steps = probing.steps_of(probing.copied(pipeline))
-        if number:
-            sample, named = probing.handed_on(
-                probing.chained([step for _, step in steps[:number]])(*sample, **named), sample
+            steps = probing.steps_of(probing.copied(pipeline))[:count]
+            return self._step(
+                count - 1, steps[-1][0], probing.chained([step for _, step in steps]), sample, named
             )
-        return self._step(number, *steps[number], sample, named)
+
+        count = len(probing.steps_of(pipeline))
+        if not count or not after(count).slips:
+            return None
+        # what cannot be told is not where it begins: it is looked for before that
+        begins = bisect.bisect_left(
+            range(1, count),
+            True,
+            key=lambda middle: after(middle).slips or math.isnan(after(middle).residual),
+        )
+        return after(begins + 1)._replace(cure=_CURES[None])
 
     def _walk(self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
         step = next((step for step in self._trace(pipeline, sample, named) if step.slips), None)
@@ -413,16 +390,14 @@ class AlignmentCheck(nn.Module):
         sample: tuple[Any, ...],
         named: dict[str, Any],
     ) -> Step:
-        found = self._probe(step, sample, named, None, optional=True)
-        if found is None or not len(found[0].residual):
-            return Step(number, name, float("nan"), False)
-        residual, slips = self._read(found[0])
-        return Step(number, name, residual, slips, _CURES[found[1]] if slips else "")
-
-    def _read(self, found: Measured) -> tuple[float, bool]:
-        """The largest residual, and whether there is a slip: this waits for the device."""
-        worst = max(found.residual.tolist(), key=lambda value: -1.0 if value != value else value)
-        return worst, bool((found.excess > self.tolerance).any())
+        """The verdict on one step: this waits for the device."""
+        try:
+            found, resizing = self._probe(step, sample, named, None)
+        except probing.NothingToCompareError:
+            return Step(number, name, math.nan, False)
+        known = [value for value in found.residual.tolist() if not math.isnan(value)]
+        slips = bool((found.excess > self.tolerance).any())
+        return Step(number, name, max(known, default=math.nan), slips, _CURES[resizing] if slips else "")
 
     def _judge(self, state: Residuals) -> Verdict:
         """Read the statistics, and what is known beside them."""
@@ -461,28 +436,14 @@ class AlignmentCheck(nn.Module):
         sample: Sequence[Any],
         named: dict[str, Any],
         matrix: probing.Claim | None,
-        *,
-        optional: bool = False,
-    ) -> tuple[Measured, probing.Resizing | None] | None:
+    ) -> tuple[Measured, probing.Resizing | None]:
         """What a probe measured, and how an image was resized, if that is known and usually a slip."""
         with torch.no_grad(), probing.isolated_randomness(sample, named):
-            try:
-                pairs = probing.probe(augment, sample, named, matrix, samples=self.samples)
-            except probing.MissingImageError:
-                if not optional:
-                    raise
-                pairs = []
-            if not pairs and optional:
-                return None
-            if not pairs:
-                expected = "two images or masks, or a claimed matrix"
-                cure = "give matrix=, or augment the image together with its mask"
-                raise ValueError(message("sample", expected, "a single image", cure))
+            pairs = probing.probe(augment, sample, named, matrix, samples=self.samples)
             found = [
-                measure_residuals(self.aligner, pair.moving, pair.reference, pair.usable, pair.usable,
-                        window=self.window, same_content=True)
-                for pair in pairs
-            ]  # fmt: skip
+                measure_residuals(self.aligner, samples, window=self.window, same_content=True)
+                for samples in (Samples(*pair[:2], pair.usable, pair.usable) for pair in pairs)
+            ]
         # the worst pair of every sample; NaN only where no pair could be measured
         residual, excess = (
             torch.stack([getattr(one, name).nan_to_num(-1.0, posinf=torch.inf) for one in found]).amax(0)
@@ -499,9 +460,14 @@ class AlignmentCheck(nn.Module):
         return Measured(residual, excess, seeing), resizing
 
     def _trace(
-        self, pipeline: Callable[..., Any], sample: tuple[Any, ...], named: dict[str, Any]
+        self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any], first: int = 0
     ) -> Iterator[Step]:
-        for number, (name, step) in enumerate(probing.steps_of(probing.copied(pipeline))):
+        """The steps from one on, each by itself."""
+        steps = probing.steps_of(probing.copied(pipeline))
+        if first:
+            made = probing.chained([step for _, step in steps[:first]])(*sample, **named)
+            sample, named = probing.handed_on(made, sample)
+        for number, (name, step) in enumerate(steps[first:], first):
             yield self._step(number, name, step, sample, named)
             # the next step sees what this one makes of the sample itself
             sample, named = probing.handed_on(step(*sample, **named), sample)
@@ -558,11 +524,3 @@ class CheckedAugmentation(nn.Module):
 
 def _bare(pipeline: Any) -> Any:
     return pipeline.augment if isinstance(pipeline, CheckedAugmentation) else pipeline
-
-
-def _take(tensor: Tensor, rows: tuple[int, int]) -> Tensor:
-    """Some rows from one on, and around the end."""
-    first, number = rows
-    if first + number <= tensor.shape[0]:
-        return tensor[first : first + number]
-    return torch.cat((tensor[first:], tensor[: first + number - tensor.shape[0]]))

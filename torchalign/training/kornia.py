@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from kornia.augmentation import GeometricAugmentationBase2D
 from torch import Tensor
 
+from torchalign._check import show_shared
 from torchalign.functional.affine import invert_warp, to_homogeneous
-from torchalign.functional.motion import MotionModel
-from torchalign.functional.warp import PaddingMode
-from torchalign.training.misregistration import Kernel, Randomness, check_options, misregister, random_warp
+from torchalign.training.misregistration import Misregistering, RandomMisregistration, misregister
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class RandomMisregistration2D(GeometricAugmentationBase2D):
@@ -23,13 +24,13 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
     ``transform_matrix`` (B, 3, 3), kornia's, maps the points of the input to those of the output;
     ``warp`` (B, 3, 3), torchalign's, maps moving (the output) → reference (the input): what an aligner should find.
 
-    Options that are not named here mean what they mean there, and raise the same.
+    Masks are always moved by the nearest pixel. Options raise what they raise there.
 
     Args:
-        p: probability that a frame moves.
+        max_translation: of the frame's centre, in pixels, in a uniformly random direction.
         same_on_batch: one warp for the whole batch.
-        kernel: of images; masks are always moved by the nearest pixel.
         keepdim: give (C, H, W) back as (C, H, W).
+        **shared: options of both.
 
     Example:
         >>> augment = ta.RandomMisregistration2D(max_translation=1.5)
@@ -42,26 +43,17 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
         self,
         max_translation: float = 1.0,
         *,
-        max_deformation: float = 1.0,
-        motion: MotionModel = "translation",
-        p: float = 1.0,
         same_on_batch: bool = False,
-        kernel: Kernel = "sinc",
-        padding_mode: PaddingMode = "reflection",
-        generator: torch.Generator | None = None,
         keepdim: bool = False,
+        **shared: Unpack[Misregistering],
     ) -> None:
         # kornia's own p would move a part of the batch and read how large it is; here, p draws identities
         super().__init__(p=1.0, same_on_batch=same_on_batch, keepdim=keepdim)
-        self._drawing: dict[str, Any] = {
-            "max_translation": max_translation,
-            "max_deformation": max_deformation,
-            "motion": motion,
-            "p": p,
-        }
-        self.flags = {"kernel": kernel, "padding_mode": padding_mode}
-        check_options(self._drawing | self.flags)
-        self._randomness = Randomness(generator)
+        for name in shared.keys() - Misregistering.__annotations__.keys():
+            raise TypeError(f"RandomMisregistration2D.__init__() got an unexpected keyword argument {name!r}")
+        other = RandomMisregistration(max_translation, **shared)
+        self._draw = other.draw
+        self.flags = {"kernel": other.kernel, "padding_mode": other.padding_mode}
 
     @property
     def warp(self) -> Tensor:
@@ -72,9 +64,7 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
         """The warps of a batch (B, C, H, W); kornia's hook."""
         count, size = batch_shape[0], (batch_shape[-2], batch_shape[-1])
         drawn = 1 if self.same_on_batch else count
-        warp = random_warp(
-            (drawn,), size, generator=self._randomness.here(), device=self.device, **self._drawing
-        )
+        warp = self._draw((drawn,), size, self.device)
         return {"warp": warp.expand(count, *warp.shape[1:])}
 
     def compute_transformation(
@@ -107,6 +97,9 @@ class RandomMisregistration2D(GeometricAugmentationBase2D):
         if transform is None:
             raise TypeError("transform: expected the matrix of the way back, got None; call .inverse(output)")
         return misregister(input, invert_warp(transform.to(input.dtype)), **_resampling(flags))
+
+
+show_shared(RandomMisregistration2D, RandomMisregistration, Misregistering.__annotations__)
 
 
 def _sent(warp: Tensor, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchalign._check import message
+from torchalign._check import check_kind, message
 from torchalign.training.check import AlignmentCheck
 
 try:
@@ -51,10 +51,9 @@ class AlignmentCallback(Callback):
         sync_dist: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(check, AlignmentCheck):
-            raise TypeError(
-                message("check", "an AlignmentCheck", type(check).__name__, "ta.AlignmentCheck()")
-            )
+        check_kind(
+            "check", check, AlignmentCheck, "an AlignmentCheck", "give ta.AlignmentCheck()", optional=False
+        )
         self.check = check
         self.pair = _first_two if pair is None else pair
         self.sync_dist = bool(sync_dist)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchalign._check import check_mask, message
+from torchalign._check import check_kind, check_mask, message
 from torchalign._host import is_on_host
 from torchalign.aligner import Aligner
 from torchalign.functional.affine import transform_points
@@ -22,28 +22,27 @@ _LEAST_USABLE = 0.5
 
 
 class Measured(NamedTuple):
-    """One row a sample.
+    """One row a sample."""
 
-    Attributes:
-        residual: (N,), the largest misregistration of any window, in pixels; NaN where nothing could be measured.
-        excess: (N,), the same less two standard errors of that window's estimate: what is certain of it.
-        seeing: (N,) bool, there was something to match: texture, and enough of it usable.
-    """
+    residual: (
+        Tensor  # (N,), the largest misregistration of any window, in pixels; NaN where none could be measured
+    )
+    excess: Tensor  # (N,), the same less two standard errors of that window's estimate: what is certain of it
+    seeing: Tensor  # (N,) bool, there was something to match: texture, and enough of it usable
 
-    residual: Tensor
-    excess: Tensor
-    seeing: Tensor
+
+class Samples(NamedTuple):
+    """Pairs to be measured, one row a sample."""
+
+    moving: Tensor  # (N, C, H, W), floating
+    reference: Tensor  # (N, C or another number of bands, H, W)
+    mask: Tensor | None  # (N, H, W) bool, True = usable
+    reference_mask: Tensor | None
+    ids: Tensor | None = None  # (N,), by which they are told apart
 
 
 def measure_residuals(
-    aligner: Aligner,
-    moving: Tensor,
-    reference: Tensor,
-    mask: Tensor | None = None,
-    reference_mask: Tensor | None = None,
-    *,
-    window: int = 96,
-    same_content: bool = False,
+    aligner: Aligner, samples: Samples, *, window: int, same_content: bool = False
 ) -> Measured:
     """The residual misregistration of every sample of a batch.
 
@@ -52,10 +51,7 @@ def measure_residuals(
 
     Args:
         aligner: what measures.
-        moving: (N, C, H, W), floating.
-        reference: (N, C or another number of bands, H, W); where the numbers differ, means are compared.
-        mask: (N, H, W) bool, True = usable.
-        reference_mask: the same.
+        samples: the pairs; where their numbers of bands differ, means are compared.
         window: length of the windows' sides, in pixels; at most half the frame, but no less than 48.
         same_content: both are known to show the same: most windows that find no match are then a residual of
             infinity instead of a question without an answer.
@@ -63,6 +59,7 @@ def measure_residuals(
     Returns:
         :class:`Measured`. No synchronisation.
     """
+    moving, reference, mask, reference_mask, _ = samples
     kind = torch.promote_types(torch.promote_types(moving.dtype, reference.dtype), torch.float32)
     moving, reference = moving.detach().to(kind), reference.detach().to(kind)
     if moving.shape[-3] != reference.shape[-3]:
@@ -114,16 +111,18 @@ def aligner_or(aligner: object, default: Callable[[], Aligner]) -> Aligner:
     """The aligner, or the default where it is ``None``."""
     if aligner is None:
         return default()
-    if not isinstance(aligner, Aligner):
-        got, cure = type(aligner).__name__, "or None for the default"
-        raise TypeError(message("aligner", "an aligner such as ta.PCC()", got, cure))
-    return aligner
+    check_kind("aligner", aligner, Aligner, "an aligner such as ta.PCC()", "None is the default")
+    return aligner  # type: ignore[return-value]  # as was checked
 
 
 def check_samples(
-    moving: Any, reference: Any, mask: Tensor | None = None, reference_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Pairs (..., C, H, W) and their masks as N samples: (N, C, H, W) twice, (N, H, W) twice."""
+    moving: Any,
+    reference: Any,
+    mask: Tensor | None = None,
+    reference_mask: Tensor | None = None,
+    ids: Tensor | None = None,
+) -> Samples:
+    """Pairs (..., C, H, W), their masks (..., H, W) and ids (...), as N samples."""
     for name, image in (("moving", moving), ("reference", reference)):
         if not isinstance(image, Tensor):
             expected, cure = "a tensor (..., C, H, W)", "convert it first"
@@ -141,8 +140,16 @@ def check_samples(
         usable = check_mask(name, usable, (*lead, *size), moving)
         return None if usable is None else usable.expand(*lead, *size).reshape(lead.numel(), *size)
 
-    images = [image.reshape(lead.numel(), *image.shape[-3:]) for image in (moving, reference)]
-    return images[0], images[1], per_sample("mask", mask), per_sample("reference_mask", reference_mask)
+    if ids is not None and ids.numel() != lead.numel():
+        expected = f"one for each of {lead.numel()} samples"
+        raise ValueError(message("ids", expected, tuple(ids.shape), "reshape it"))
+    return Samples(
+        moving.reshape(lead.numel(), *moving.shape[-3:]),
+        reference.reshape(lead.numel(), *reference.shape[-3:]),
+        per_sample("mask", mask),
+        per_sample("reference_mask", reference_mask),
+        None if ids is None else ids.reshape(-1),
+    )
 
 
 def _window_slices(size: tuple[int, int], window: int) -> list[tuple[slice, slice]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from torchalign._check import like
 from torchalign.aligner import Aligner
 from torchalign.training.check import AlignmentCheck
 from torchalign.training.measure import check_samples, measure_residuals
@@ -55,21 +56,15 @@ class RegistrationError(Metric):
             # the worst of all processes come stacked, (processes, K)
             self.add_state(name, tensor, dist_reduce_fx=sums.get(name))
 
-    def update(
-        self,
-        moving: Tensor,
-        reference: Tensor,
-        mask: Tensor | None = None,
-        reference_mask: Tensor | None = None,
-        ids: Tensor | None = None,
-    ) -> None:
-        """Measure every sample of a batch; arguments as of :meth:`AlignmentCheck.forward`."""
-        samples = check_samples(moving, reference, mask, reference_mask)
+    @like(AlignmentCheck.forward)
+    def update(self, *pair: Any, **named: Any) -> None:
+        """Measure every sample of a batch."""
+        samples = check_samples(*pair, **named)
         with torch.no_grad():
-            found = measure_residuals(self.aligner, *samples, window=self.window)
+            found, ids = measure_residuals(self.aligner, samples, window=self.window), samples.ids
             if ids is None:
                 ids = self.seen + torch.arange(found.residual.shape[0], device=found.residual.device)
-            kept = record(self._state(), found.residual, ids.reshape(-1), found.seeing)
+            kept = record(self._state(), found.residual, ids, found.seeing)
         for name, tensor in kept._asdict().items():
             setattr(self, name, tensor)
 

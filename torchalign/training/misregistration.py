@@ -1,15 +1,15 @@
 """Synthetic misregistration: random sub-pixel warps, known exactly, in the shape of a torchvision transform.
 
-:func:`random_warp` draws, :func:`misregister` moves; :class:`RandomMisregistration` (torchvision) and
-:class:`~torchalign.training.kornia.RandomMisregistration2D` (kornia) are two shells around them.
+:func:`random_warp` draws, :func:`misregister` moves; :class:`RandomMisregistration` (torchvision) is a shell around
+them, :class:`~torchalign.training.kornia.RandomMisregistration2D` (kornia) one around that.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from torchalign._check import check_number, check_option, message
+from torchalign._check import check_kind, check_number, check_option, message
 from torchalign._host import is_on_host
 from torchalign.functional.affine import (
     change_origin,
@@ -148,7 +148,7 @@ def misregister(
     # fine pixel 2 i is pixel i: about the centre of the first pixel, scaling is linear
     rows = 1 + (torch.arange(3, device=way_there.device) < 2).to(way_there.dtype)  # 2, 2, 1
     fine_way = way_there * rows[: way_there.shape[-2], None] / rows
-    moved = resample(fine, fine_way, interpolation="bicubic", padding_mode=padding_mode).values[..., ::2, ::2]
+    moved = resample(fine, fine_way, interpolation="bicubic", padding_mode=padding_mode, step=2).values
     if not (is_on_host(nonfinite) and not bool(nonfinite.any())):
         plain = resample(cube, way_there, interpolation="bicubic", padding_mode=padding_mode).values
         reach = F.max_pool2d(
@@ -189,6 +189,17 @@ def _half_way() -> list[float]:
     weights = np.sinc(x) * np.i0(6.0 * np.sqrt(1 - (x / _REACH) ** 2))
     values: list[float] = (weights / weights.sum()).tolist()
     return values
+
+
+class Misregistering(TypedDict, total=False):
+    """The options of :class:`RandomMisregistration` that its twin for kornia takes as ``**shared``."""
+
+    max_deformation: float
+    motion: MotionModel
+    p: float
+    kernel: Kernel
+    padding_mode: PaddingMode
+    generator: torch.Generator | None
 
 
 class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision has no types
@@ -254,6 +265,12 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
     ) -> None:
         super().__init__()
         check_option("per", per, Per)
+        check_number("max_translation", max_translation, minimum=0, maximum=1e6)
+        check_number("max_deformation", max_deformation, minimum=0, maximum=1e6)
+        check_number("p", p, minimum=0, maximum=1)
+        check_option("motion", motion, MotionModel)
+        check_option("kernel", kernel, Kernel)
+        check_option("padding_mode", padding_mode, PaddingMode)
         self.max_translation = max_translation
         self.max_deformation = max_deformation
         self.motion = motion
@@ -263,7 +280,6 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         self.return_warp = bool(return_warp)
         self.kernel = kernel
         self.padding_mode = padding_mode
-        check_options(vars(self))
         self._randomness = Randomness(generator)
 
     def forward(self, *inputs: Any) -> Any:
@@ -282,9 +298,8 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         frames = next((item for item in flat_inputs if _is_image(item)), None)
         if frames is None:
             found = [type(item).__name__ for item in flat_inputs]
-            raise TypeError(
-                message("sample", "a tensor, Image or Video", found, "convert PIL images with v2.ToImage()")
-            )
+            cure = "convert PIL images with v2.ToImage()"
+            raise TypeError(message("sample", "a tensor, Image or Video", found, cure))
         if frames.ndim < 3:
             cure = "add the band axis: image[None]"
             raise ValueError(message("image", "shape (..., C, H, W)", tuple(frames.shape), cure))
@@ -294,19 +309,23 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
             drawn = (*lead[:-1], 1)
         if not self.same_on_bands:
             drawn = (*drawn, bands)
-        warp = random_warp(
-            drawn,
-            (size[0], size[1]),
+        warp = self.draw(drawn, (size[0], size[1]), frames.device)
+        if lead and self.per == "sample":
+            warp = warp.expand(*lead, *warp.shape[len(lead) :])
+        return {"warp": warp, "size": size, "lead": lead}
+
+    def draw(self, batch_shape: Sequence[int], size: tuple[int, int], device: torch.device) -> Tensor:
+        """Warps of frames (H, W), by the options, see :func:`random_warp`."""
+        return random_warp(
+            batch_shape,
+            size,
             max_translation=self.max_translation,
             max_deformation=self.max_deformation,
             motion=self.motion,
             p=self.p,
             generator=self._randomness.here(),
-            device=frames.device,
+            device=device,
         )
-        if lead and self.per == "sample":
-            warp = warp.expand(*lead, *warp.shape[len(lead) :])
-        return {"warp": warp, "size": size, "lead": lead}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Move one input; torchvision's hook."""
@@ -328,9 +347,8 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         if _KeyPoints is not None and isinstance(inpt, _KeyPoints):
             way = self._corner_way(params, inpt.canvas_size)
             return _like(inpt, transform_points(way, _as_tensor(inpt).to(way.dtype)).to(inpt.dtype))
-        raise TypeError(
-            message("sample", "tensors and tv_tensors", type(inpt).__name__, "put v2.ToImage() before")
-        )
+        got, cure = type(inpt).__name__, "put v2.ToImage() before"
+        raise TypeError(message("sample", "tensors and tv_tensors", got, cure))
 
     def _move_mask(self, mask: Tensor, params: dict[str, Any]) -> Tensor:
         """(..., H, W), (..., N, H, W): labels of the frames of leading dimensions ``...``."""
@@ -371,15 +389,6 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         return warp if size == other else rescale_warp(warp, (other[1] / size[1], other[0] / size[0]))
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """What both shells check of their options."""
-    for name in ("max_translation", "max_deformation"):
-        check_number(name, options[name], minimum=0, maximum=1e6)
-    check_number("p", options["p"], minimum=0, maximum=1)
-    for name, choices in (("motion", MotionModel), ("kernel", Kernel), ("padding_mode", PaddingMode)):
-        check_option(name, options[name], choices)
-
-
 class Randomness:
     """A generator that draws its own numbers in every worker of a DataLoader, and in every epoch.
 
@@ -388,10 +397,7 @@ class Randomness:
     """
 
     def __init__(self, generator: torch.Generator | None) -> None:
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                message("generator", "a torch.Generator", type(generator).__name__, "or None for torch's own")
-            )
+        check_kind("generator", generator, torch.Generator, "a torch.Generator", "None is torch's own")
         self.generator = generator
         self._worker_seed: int | None = None
 
@@ -415,8 +421,7 @@ def _turned_by(angle: Tensor) -> Tensor:
 
 def _in_disc(draws: Tensor) -> Tensor:
     """Two numbers in [0, 1) (..., 2) as a point of the unit disc, uniformly."""
-    radius, angle = draws[..., 0].sqrt(), 2 * math.pi * draws[..., 1]
-    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
+    return torch.view_as_real(torch.polar(draws[..., 0].sqrt(), 2 * math.pi * draws[..., 1]))
 
 
 def _is_image(item: object) -> bool:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchalign._check import message
 from torchalign._host import is_on_host
 from torchalign.functional.affine import change_origin
+from torchalign.functional.quality import normalized_cross_correlation
 from torchalign.functional.warp import resample
 
 Resizing = Literal["nearest", "align_corners"]
@@ -47,8 +48,8 @@ _LEAST_ALIKE = 0.9995
 _TORCH = ("torchvision.", "torch.")
 
 
-class MissingImageError(ValueError):
-    """Of several images put in, too few were returned to compare anything."""
+class NothingToCompareError(ValueError):
+    """A single image without a claim went in, or of several too few came out."""
 
 
 class ProbePair(NamedTuple):
@@ -70,8 +71,9 @@ class _Slot(NamedTuple):
 
     is_label: bool
     size: tuple[int, int]
-    batch: int | None  # samples, or None where there is one, without a batch axis
-    channels_last: bool  # numpy and PIL
+    batch: int | None = None  # samples, or None where there is one, without a batch axis
+    channels_last: bool = False  # numpy and PIL
+    is_video: bool = False  # known as one, which a tensor (T, C, H, W) is not
 
 
 def probe(
@@ -92,12 +94,11 @@ def probe(
         samples: at most so many of a batch.
 
     Returns:
-        The second and every further slot against the first, and the first against the claim. Empty if there is
-        neither.
+        The second and every further slot against the first, and the first against the claim.
 
     Raises:
         ValueError: no image goes in, or none comes out.
-        MissingImageError: fewer come out than went in, so that nothing can be compared.
+        NothingToCompareError: there is neither, or fewer come out than went in.
     """
     flat, spec = tree_flatten((tuple(sample), named))
     slots, batch = _find_slots(flat)
@@ -109,10 +110,11 @@ def probe(
     labels = any(slot.is_label for slot in slots.values())
     ground = texture(count, largest, device, black_and_white=labels)
 
+    shown = {index: _shown(slot, ground, count) for index, slot in slots.items()}
     probes = []
     for index, item in enumerate(flat):
         if index in slots:
-            probes.append(_filled(item, slots[index], ground, count))
+            probes.append(_filled(item, slots[index], shown[index]))
         elif batch and isinstance(item, Tensor) and item.ndim and item.shape[0] == batch:
             probes.append(item[:count])
         else:
@@ -129,29 +131,35 @@ def probe(
     images = (_read_image(item, batched=bool(batch)) for item in tree_flatten(out)[0])
     results = [image for image in images if image is not None]
     if not results:
-        raise ValueError(
-            message("augmentation", "an image", type(out).__name__, "return images as they were given")
-        )
+        cure = "return images as they were given"
+        raise ValueError(message("augmentation", "an image", type(out).__name__, cure))
     anchor = results[0][:, :1]
     pairs = []
-    filled = [_shown(slot, ground, count) for slot in slots.values()]
     resizings: list[Resizing | None] = [None] * len(results)
-    if len(filled) == len(results):
-        resizings = [_resizing(before, after[:, :1]) for before, after in zip(filled, results, strict=True)]
+    if len(shown) == len(results):
+        resizings = [
+            _resizing(*each) for each in zip(shown.values(), (image[:, :1] for image in results), strict=True)
+        ]
     for number, result in enumerate(results):
-        start = 1 if number == 0 else 0
-        for frame in range(start, result.shape[1]):
-            other = result[:, frame : frame + 1]
-            pair = ProbePair(*_of_one_size(other, anchor), None, _blank(other) | _blank(anchor))
+        for other in torch.split(result, 1, 1)[number == 0 :]:
+            # the finer one on the grid of the coarser; both show the same ground, corner to corner
+            size = min(other.shape[-2:], anchor.shape[-2:], key=math.prod)
+            pair = ProbePair(
+                _resized(other, size), _resized(anchor, size), None, _blank(other) | _blank(anchor)
+            )
             pairs.append(pair._replace(resizing=resizings[number] or resizings[0]))
     claimed = _claimed(augment, matrix, boxes, moved, device)
     if not pairs and claimed is None and len(slots) > 1:
         expected = f"as many images and masks as went in, {len(slots)}"
         cure = "return every one of them, or give matrix= to check what is left against"
-        raise MissingImageError(message("augmentation", expected, len(results), cure))
+        raise NothingToCompareError(message("augmentation", expected, len(results), cure))
     if claimed is not None:
         source = _resized(ground[:, None], next(iter(slots.values())).size)
         pairs.append(_against_claim(anchor, source, claimed))
+    if not pairs:
+        expected = "two images or masks, or a claimed matrix"
+        cure = "give matrix=, or augment the image together with its mask"
+        raise NothingToCompareError(message("sample", expected, "a single image", cure))
     return pairs
 
 
@@ -257,14 +265,19 @@ def _torchvision() -> Any:
     return sys.modules.get("torchvision.tv_tensors"), sys.modules.get("torchvision.transforms.v2")
 
 
+def _is_tv(item: Any, kind: str = "TVTensor") -> bool:
+    """Whether it is of a kind of torchvision's tensors."""
+    tv_tensors, _ = _torchvision()
+    return tv_tensors is not None and isinstance(item, getattr(tv_tensors, kind))
+
+
 def _find_slots(flat: Sequence[Any]) -> tuple[dict[int, _Slot], int]:
     """The images and masks of a sample by their position, and how many samples are in the batch (0: no batch)."""
     slots = {index: slot for index, slot in enumerate(map(_slot_of, flat)) if slot is not None}
     if not slots:
         kinds = [type(item).__name__ for item in flat]
-        raise ValueError(
-            message("sample", "at least one image", kinds, "give the augmentation's own arguments")
-        )
+        cure = "give the augmentation's own arguments"
+        raise ValueError(message("sample", "at least one image", kinds, cure))
     batch = max((slot.batch or 0 for slot in slots.values()), default=0)
     if batch:
         # (samples, features) is no image
@@ -285,56 +298,44 @@ def _find_slots(flat: Sequence[Any]) -> tuple[dict[int, _Slot], int]:
 
 
 def _slot_of(item: Any) -> _Slot | None:
-    tv_tensors, _ = _torchvision()
     if isinstance(item, Tensor):
         if item.ndim < 2 or min(item.shape[-2:]) < _LEAST_SIDE or item.dtype.is_complex:
             return None
         size = (item.shape[-2], item.shape[-1])
-        if tv_tensors is not None and isinstance(item, tv_tensors.TVTensor):
-            if isinstance(item, tv_tensors.Mask):
-                return _Slot(True, size, None, False)
-            if isinstance(item, tv_tensors.Video):
-                return _Slot(False, size, item.shape[0] if item.ndim == 5 else None, False)
-            if isinstance(item, tv_tensors.Image):
-                return _Slot(False, size, item.shape[0] if item.ndim == 4 else None, False)
+        if _is_tv(item, "Mask"):
+            return _Slot(True, size)
+        if _is_tv(item) and not (_is_tv(item, "Video") or _is_tv(item, "Image")):
             return None
         is_label = not item.dtype.is_floating_point and item.dtype != torch.uint8
-        is_label = is_label or item.ndim == 2
-        batched = item.ndim >= (3 if is_label else 4)
-        return _Slot(is_label, size, item.shape[0] if batched else None, False)
+        is_label = not _is_tv(item) and (is_label or item.ndim == 2)
+        batched = item.ndim >= (3 if is_label else 5 if _is_tv(item, "Video") else 4)
+        return _Slot(is_label, size, item.shape[0] if batched else None, is_video=_is_tv(item, "Video"))
     if isinstance(item, np.ndarray):
         if item.ndim not in (2, 3) or min(item.shape[:2]) < _LEAST_SIDE or item.dtype.kind not in "fiub":
             return None
-        return _Slot(item.ndim == 2, (item.shape[0], item.shape[1]), None, True)
+        return _Slot(item.ndim == 2, (item.shape[0], item.shape[1]), channels_last=True)
     if type(item).__module__.startswith("PIL.") and hasattr(item, "getbands"):
-        return _Slot(item.mode == "1", (item.height, item.width), None, True)
+        return _Slot(item.mode == "1", (item.height, item.width), channels_last=True)
     return None
 
 
-def _filled(item: Any, slot: _Slot, ground: Tensor, count: int) -> Any:
-    """The item with the texture in it."""
-    image = _resized(ground[:, None], slot.size)  # (n, 1, H, W)
+def _filled(item: Any, slot: _Slot, image: Tensor) -> Any:
+    """The item with the texture (n, 1, H, W) in it."""
     if slot.channels_last:
         filled = np.array(item, order="C")  # of numpy or PIL
-        scale = 1 if isinstance(item, np.ndarray) and filled.dtype.kind not in "iu" else 255
-        single = image[0, 0].cpu().numpy()
-        single = single > 0.5 if slot.is_label else scale * single
+        floating = isinstance(item, np.ndarray) and filled.dtype.kind not in "iu"
+        single = (1 if slot.is_label or floating else 255) * image[0, 0].cpu().numpy()
         filled[...] = single.astype(filled.dtype)[(...,) + (None,) * (filled.ndim - 2)]
         return filled if isinstance(item, np.ndarray) else sys.modules["PIL.Image"].fromarray(filled)
     if slot.batch is None:
         image = image[0, 0]  # (H, W)
     else:
-        item = item[:count]
-        image = image[:, 0].reshape(count, *(1,) * (item.ndim - 3), *slot.size)
-    if slot.is_label:
-        image = image > 0.5
-    elif not item.dtype.is_floating_point:
+        item = item[: len(image)]
+        image = image[:, 0].reshape(len(image), *(1,) * (item.ndim - 3), *slot.size)
+    if not (slot.is_label or item.dtype.is_floating_point):
         image = (255 * image).round()
     values = image.to(item.dtype).expand(item.shape).clone()
-    tv_tensors, _ = _torchvision()
-    if tv_tensors is not None and isinstance(item, tv_tensors.TVTensor):
-        return tv_tensors.wrap(values, like=item)
-    return values
+    return _torchvision()[0].wrap(values, like=item) if _is_tv(item) else values
 
 
 def _is_flat(item: Any) -> bool:
@@ -362,9 +363,7 @@ def _resizing(before: Tensor, after: Tensor) -> Resizing | None:
         ways += [("", options), ("align_corners", {**options, "align_corners": True})]
     for name, options in ways:
         expected = F.interpolate(before, size=size, **options)
-        pair = [image - image.mean((-2, -1), keepdim=True) for image in (expected, after)]
-        lengths = pair[0].norm() * pair[1].norm()
-        alike = float((pair[0] * pair[1]).sum() / lengths.clamp(min=1e-12))
+        alike = float(normalized_cross_correlation(expected, after).mean())
         if alike > best:
             best, found = alike, name
     return cast(Resizing, found) if found else None
@@ -378,27 +377,19 @@ def _read_image(item: Any, *, batched: bool) -> Tensor | None:
     if slot.channels_last:
         values = torch.from_numpy(np.array(item, dtype=np.float32))
         return (values if values.ndim == 2 else values.mean(-1))[None, None]
-    tv_tensors, _ = _torchvision()
-    is_video = tv_tensors is not None and isinstance(item, tv_tensors.Video)
     values = item.as_subclass(Tensor).to(torch.promote_types(item.dtype, torch.float32)).detach()
     if not batched:
         values = values[None]
     if values.ndim == 3:
         return values[:, None]  # (n, H, W)
-    if values.ndim == 5 and not batched and not is_video:
+    if values.ndim == 5 and not batched and not slot.is_video:
         return values.flatten(1, 2)  # (1, T, C, H, W) or (1, C, T, H, W): every plane by itself
     if slot.is_label and values.shape[1] > 1:  # one band a class
         classes = torch.arange(values.shape[1], device=values.device, dtype=values.dtype)
         return (values * classes[:, None, None]).sum(1, keepdim=True)
-    if values.ndim == 4 and not is_video:
+    if values.ndim == 4 and not slot.is_video:
         return values.mean(1, keepdim=True)
     return values.mean(-3)  # (n, T, H, W)
-
-
-def _of_one_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The finer one brought to the grid of the coarser; both show the same ground, corner to corner."""
-    size = min(first.shape[-2:], second.shape[-2:], key=math.prod)
-    return _resized(first, size), _resized(second, size)
 
 
 def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
@@ -449,7 +440,7 @@ def _boxes(augment: Any, size: tuple[int, int], args: Sequence[Any]) -> Any:
     ):
         return None
     tensors = [item for item in tree_flatten(tuple(args))[0] if isinstance(item, Tensor)]
-    if any(isinstance(item, tv_tensors.BoundingBoxes) for item in tensors):
+    if any(_is_tv(item, "BoundingBoxes") for item in tensors):
         return None
     centres = torch.tensor([[x * size[1], y * size[0]] for x, y in _BOX_PLACES])
     values = torch.cat((centres - _BOX / 2, centres + _BOX / 2), -1)

@@ -18,27 +18,16 @@ _STEP = math.log(_HIGHEST / _LOWEST) / (_BINS - 3)
 
 
 class Residuals(NamedTuple):
-    """What is kept; every field of fixed size.
+    """What is kept; every field of fixed size."""
 
-    Attributes:
-        seen: () int64, samples recorded.
-        unmatched: () int64, samples on which no residual could be measured.
-        blank: () int64, those of them that showed nothing to be matched.
-        slipped: () int64, samples that slip for certain.
-        total: () float64, sum of the residuals, in pixels.
-        histogram: (768,) int64, counts of residuals in logarithmic bins of 1.5 %.
-        worst: (K,) float32, the largest residuals, falling; −1 where there were fewer.
-        worst_ids: (K,) int64, the samples they belong to.
-    """
-
-    seen: Tensor
-    unmatched: Tensor
-    blank: Tensor
-    slipped: Tensor
-    total: Tensor
-    histogram: Tensor
-    worst: Tensor
-    worst_ids: Tensor
+    seen: Tensor  # () int64, samples recorded
+    unmatched: Tensor  # () int64, samples on which no residual could be measured
+    blank: Tensor  # () int64, those of them that showed nothing to be matched
+    slipped: Tensor  # () int64, samples that slip for certain
+    total: Tensor  # () float64, sum of the residuals, in pixels
+    histogram: Tensor  # (768,) int64, counts of residuals in logarithmic bins of 1.5 %
+    worst: Tensor  # (K,) float32, the largest residuals, falling; −1 where there were fewer
+    worst_ids: Tensor  # (K,) int64, the samples they belong to
 
 
 class Verdict(NamedTuple):
