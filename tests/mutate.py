@@ -784,12 +784,12 @@ MUTATIONS = [
     # --- CUDA graphs ---
     Mutation(
         "graphs-results-alias", "_graphs.py",
-        "return _copied(shape.found)", "return shape.found",
+        "return tree_map_only(Tensor, torch.clone, shape.found)", "return shape.found",
         "tests/test_graphs.py -k of_a_call_and_stay",
     ),
     Mutation(
         "graphs-first-aliases", "_graphs.py",
-        "return _copied(found)", "return found",
+        "return tree_map_only(Tensor, torch.clone, found)", "return found",
         "tests/test_graphs.py -k of_a_call_and_stay",
     ),
     Mutation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import sqlite3
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -409,6 +410,11 @@ def test_pictures_and_the_page(labelled):
     assert lengths.images[0].get_array().max() < 2
     assert len(by_row.lines) == 3
     assert "Local shifts on top of the warp" in html.to_html(report)
+    # a frame without any is drawn without a warning of matplotlib's
+    nothing = report.assign(field=0 * report.field, field_sigma=report.field_sigma + np.inf)
+    plot.local_shifts(nothing, 0).savefig(BytesIO(), format="png")
+    with pytest.raises(ValueError, match="ax: expected 4 axes, got 2; "):
+        plot.local_shifts(report, ax=figure.axes[:2])
     with pytest.raises(ValueError, match="report: expected the field"):
         plot.local_shifts(report.drop_vars("field"))
 

@@ -251,6 +251,8 @@ def test_kornia_form(motion):
     same = ta.RandomMisregistration2D(same_on_batch=True)
     same(frames)
     assert len(same.warp.unique(dim=0)) == 1
+    with pytest.raises(TypeError, match=r"RandomMisregistration2D.* unexpected keyword argument 'per'"):
+        ta.RandomMisregistration2D(per="sample")  # an option of the other shell alone
 
 
 @pytest.mark.parametrize(

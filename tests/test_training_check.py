@@ -541,7 +541,7 @@ def test_statistics_against_numpy():
     values = random.gamma(2.0, 0.1, 1000)
     from torchalign.training.statistics import merge_residuals, read_verdict, record
 
-    state = check._state()
+    state = check.residuals
     for first in range(0, 1000, 100):
         part = torch.tensor(values[first : first + 100])
         state = record(state, part, torch.arange(first, first + 100))
@@ -556,7 +556,7 @@ def test_statistics_against_numpy():
     assert (twice.measured, twice.median) == (2000, summary.median)
     infinite = read_verdict(record(state, torch.full((2000,), float("inf")), torch.arange(2000)))
     assert infinite.median == float("inf")
-    empty = read_verdict(ta.AlignmentCheck()._state())
+    empty = read_verdict(ta.AlignmentCheck().residuals)
     assert empty.measured == 0
     assert math.isnan(empty.median)
     assert empty.worst == ()
@@ -673,8 +673,8 @@ def test_the_module_behaves():
         copy.deepcopy(check).half().double(),
     ):
         assert other.summary() == before
-        assert other.histogram.dtype == torch.int64
-        assert other.total.dtype == torch.float64
+        assert other.residuals.histogram.dtype == torch.int64
+        assert other.residuals.total.dtype == torch.float64
     loaded = ta.AlignmentCheck(tolerance=0.3)
     loaded.load_state_dict(check.state_dict())
     assert loaded.summary() == before

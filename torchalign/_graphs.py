@@ -194,7 +194,7 @@ class Graphs:
                 self._give_up()
                 return found
             self._shapes[key] = shape
-            return _copied(found)
+            return tree_map_only(Tensor, torch.clone, found)
         self._shapes[key] = shape
         for own, tensor in zip(shape.given, given, strict=True):
             if own is not None and tensor is not None:
@@ -202,7 +202,7 @@ class Graphs:
         if shape.play is None:
             shape.found, shape.play = self._record(recorder, shape.given)
         shape.play()
-        return _copied(shape.found)
+        return tree_map_only(Tensor, torch.clone, shape.found)
 
     def _record(self, recorder: Recorder, given: Sequence[Tensor | None]) -> tuple[Any, Callable[[], object]]:
         function, complaints = self._function, list[RuntimeError]()
@@ -226,10 +226,6 @@ class Graphs:
 
 def _tensors_in(leaves: Sequence[Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _copied(found: Any) -> Any:
-    return tree_map_only(Tensor, torch.clone, found)
 
 
 def _key(given: Sequence[Tensor | None]) -> Any:

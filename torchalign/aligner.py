@@ -23,7 +23,6 @@ from torchalign._check import (
     check_option,
     check_reference,
     check_warp,
-    like,
     show_shared,
 )
 from torchalign._host import (
@@ -38,7 +37,7 @@ from torchalign._host import (
 )
 from torchalign.functional.affine import change_origin, finite_warp, scaled, split_at_center, unit_corner
 from torchalign.functional.channels import Channel, center_crop, check_channel, extract_channel, see_channel
-from torchalign.functional.defects import enlargement, remove_defects
+from torchalign.functional.defects import LEAST_ENLARGED, enlargement, remove_defects
 from torchalign.functional.motion import MotionModel
 from torchalign.functional.quality import gate_stages, rejected
 from torchalign.functional.shift_field import move_origin
@@ -73,8 +72,6 @@ __all__ = [
     "with_lead",
 ]
 
-# Shorter frames, in pixels, are not asked whether they were enlarged; half as many true samples are needed.
-_LEAST_ENLARGED = 32
 # Eager CPU: pixels of one block of frames. Fewer cost calls, more leave the cache.
 _BLOCK_PIXELS = 2**20
 
@@ -150,6 +147,26 @@ class Aligner(nn.Module, ABC):
         self.padding_mode = check_option("padding_mode", padding_mode, PaddingMode)
         self.fill_value = fill_value
 
+    def forward(
+        self,
+        cube: Tensor,
+        reference: Tensor,
+        mask: Tensor | None = None,
+        reference_mask: Tensor | None = None,
+        *,
+        init: Tensor | None = None,
+    ) -> Alignment:
+        """Align every frame of ``cube`` with ``reference``; arguments and errors as in :meth:`estimate`.
+
+        Returns:
+            ``Alignment(aligned, estimate)``: all bands resampled once, in the cube's dtype; frames that were not
+            accepted come back bit for bit.
+        """
+        check_cube(cube)
+        # one region around all of it: torch.export can save no size that is handed from one to the next
+        with full_precision(cube):
+            return self._align(self._check(cube, reference, mask, reference_mask, init))
+
     def _align(self, job: Any) -> Alignment:
         blocks = self._blocks(job)
         if len(blocks) == 1:
@@ -200,24 +217,10 @@ class Aligner(nn.Module, ABC):
         check_cube(cube)
         with full_precision(cube):
             job = self._check(cube, reference, mask, reference_mask, init)
-            return self._estimate_all(job, self._blocks(job))
-
-    @like(estimate)
-    def forward(self, cube: Tensor, reference: Tensor, *given: Any, **named: Any) -> Alignment:
-        """Align every frame of ``cube`` with ``reference``.
-
-        Returns:
-            ``Alignment(aligned, estimate)``: all bands resampled once, in the cube's dtype; frames that were not
-            accepted come back bit for bit.
-
-        Raises:
-            TypeError: a dtype does not fit.
-            ValueError: a shape or a device does not fit.
-        """
-        check_cube(cube)
-        # one region around all of it: torch.export can save no size that is handed from one to the next
-        with full_precision(cube):
-            return self._align(self._check(cube, reference, *given, **named))
+            blocks = self._blocks(job)
+            if len(blocks) == 1:
+                return self._estimate(job).estimate
+            return combine(torch.cat, self._map(lambda part: self._estimate(job.part(part)).estimate, blocks))
 
     def prepare_reference(self, image: Tensor, usable: Tensor | None) -> Any:
         """What the method needs of the reference, made once for all frames that share it.
@@ -299,11 +302,6 @@ class Aligner(nn.Module, ABC):
     def _block_pixels(self) -> int:
         return _BLOCK_PIXELS
 
-    def _estimate_all(self, job: Any, blocks: list[slice]) -> Estimate:
-        if len(blocks) == 1:
-            return self._estimate(job)[0]
-        return combine(torch.cat, self._map(lambda part: self._estimate(job.part(part))[0], blocks))
-
     def _map(self, function: Callable[[slice], Estimate], blocks: list[slice]) -> list[Estimate]:
         """Run blocks in parallel, unless the channel is a user's callable, which may not be thread-safe."""
         return list(map(function, blocks)) if callable(self.channel) else map_on_host(function, blocks)
@@ -322,10 +320,10 @@ class Aligner(nn.Module, ABC):
         """(..., T), the factor by which a frame and its reference were enlarged; 1 where not both were, alike."""
         if not self.expects_defects:
             return torch.ones_like(block.moving[..., 0, 0], dtype=torch.int64)
-        own = find_enlargement(block.moving, block.usable)
+        own = enlargement(block.moving, block.usable)
         if all_true(own == 1):
             return own
-        return torch.where(own == find_enlargement(job.reference, job.usable), own, 1)
+        return torch.where(own == enlargement(job.reference, job.usable), own, 1)
 
     def _with_true_samples(self, estimate: Estimate, factor: Tensor, job: Job, block: Block) -> Estimate:
         """Frames that were enlarged as their reference was, estimated from every k-th pixel.
@@ -344,7 +342,8 @@ class Aligner(nn.Module, ABC):
         for k in sorted(set(factor.tolist())):
             rows = (factor == k).nonzero().squeeze(-1)
             order.append(rows)
-            if k == 1 or min(block.moving.shape[-2:]) < _LEAST_ENLARGED * k // 2:
+            # of true samples, half as many are needed
+            if k == 1 or min(block.moving.shape[-2:]) < LEAST_ENLARGED * k // 2:
                 part = estimate.map(functools.partial(torch.index_select, dim=0, index=rows))
                 parts.append(part if k == 1 else flagged(part, torch.ones_like(part.valid)))
             else:
@@ -524,13 +523,6 @@ class Block(NamedTuple):
         warp = torch.where(estimate.valid[..., None, None], back, estimate.warp)
         field = None if estimate.field is None else move_origin(estimate.field, corner)
         return estimate._replace(warp=warp, field=field)
-
-
-def find_enlargement(image: Tensor, usable: Tensor | None) -> Tensor:
-    """(..., T) int64, by which frames (..., T, H, W) were enlarged; 1 if they are too small to tell."""
-    if min(image.shape[-2:]) < _LEAST_ENLARGED:
-        return torch.ones_like(image[..., 0, 0], dtype=torch.int64)
-    return enlargement(image, usable)
 
 
 def flagged(estimate: Estimate, ambiguous: Tensor) -> Estimate:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from torchalign._check import check_cube, check_device, check_mask, check_option, check_whole, message
 from torchalign._host import is_on_host, map_on_host
-from torchalign.aligner import Aligner, find_enlargement, full_precision
+from torchalign.aligner import Aligner, full_precision
 from torchalign.functional import network
 from torchalign.functional.affine import translation_warp
+from torchalign.functional.defects import enlargement
 from torchalign.functional.network import Edges, Positions, SeasonTerm, median_of, sum_of_pairs
 from torchalign.functional.texture import Texture, extract_texture
 from torchalign.functional.uncertainty import isotropic, largest_sigma
@@ -240,7 +241,7 @@ class Groupwise(nn.Module):
             size = (seen.shape[-2], seen.shape[-1])
             if self.keeps_textures:
                 texture = self.aligner.prepare_reference(seen, usable)
-                return Frames(texture, size, find_enlargement(seen, usable))
+                return Frames(texture, size, enlargement(seen, usable))
             factor = torch.ones_like(seen[:, 0, 0], dtype=torch.int64)  # the aligner looks itself
             return Frames(extract_texture(seen, usable), size, factor, cube, mask)
 

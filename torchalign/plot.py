@@ -28,7 +28,7 @@ from torchalign.cube.solution import report_labels
 from torchalign.functional.shift_field import field_at
 from torchalign.pictures import animation, columns, frames, style
 from torchalign.pictures.frames import Comparison, Label, Statistic, Zoom
-from torchalign.types import ShiftField, Status
+from torchalign.types import ShiftField, Status, each_field
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -231,8 +231,8 @@ def local_shifts(
     labels = time_labels(report["status"], time)
     strongest = int(np.argmax(report["local_shift_p95"].values))
     number = strongest if frame is None else find_frame(report["status"], time, frame)
-    figure, axes = style.several_axes(ax, (10.0, 8.6), (2, 2))
-    one = field._replace(**{name: part[number : number + 1] for name, part in field._asdict().items()})
+    figure, axes = style.several_axes(ax, (10.0, 8.6), 2)
+    one = each_field(field, lambda part: part[number : number + 1])
     _draw_local_shifts(axes, one, tuple(report.attrs.get("grid_size", (0, 0))))
     if ax is None:
         figure.suptitle(f"Local shifts, {labels[number]}", fontsize=13, color=style.INK)
@@ -345,7 +345,7 @@ def before_after(
         4
     """
     pair = frames.compare(cube, aligned, bands, statistic, frame, report, stretch, zoom)
-    figure, axes = style.several_axes(ax, (9.6, 9.9), (2, 2))
+    figure, axes = style.several_axes(ax, (9.6, 9.9), 2, fewer=True)
     _draw_comparison(axes, pair)
     if ax is None:
         figure.suptitle(pair.words, fontsize=13, color=style.INK)
@@ -407,10 +407,7 @@ def temporal_profile(
         for role, name, index, size in (("y", "row", row, height), ("x", "column", column, width))
         if index is not None
     ]
-    figure, axes = style.several_axes(ax, (10.4, 4.8 * len(slices)), (len(slices), 2))
-    if len(axes) != len(slices):
-        cure = "two for a row, two for a column"
-        raise ValueError(message("ax", f"{2 * len(slices)} axes", 2 * len(axes), cure))
+    figure, axes = style.several_axes(ax, (10.4, 4.8 * len(slices)), len(slices))
     for pair, (role, number) in zip(axes, slices, strict=True):
         parts = [
             frames.load_frames(each.isel({dims[role]: [number], dims["time"]: kept}), name, bands)

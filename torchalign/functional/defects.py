@@ -25,6 +25,7 @@ from torchalign.functional.sizes import stride_for
 
 __all__ = [
     "LARGEST_FACTOR",
+    "LEAST_ENLARGED",
     "enlargement",
     "exclude_defects",
     "hot_pixels",
@@ -40,8 +41,8 @@ LARGEST_FACTOR = 8
 _LEAST_REPEAT = 5.5
 # Of the rows every so many-th, and fewer where so many remain, tell how sharp the columns are.
 _THINNED, _LEAST_LINES = 4, 32
-# Smaller images, in pixels a side, are not looked at.
-_LEAST_SIDE = 24
+# Smaller images, in pixels a side, are not looked at, and not for an enlargement.
+_LEAST_SIDE, LEAST_ENLARGED = 24, 32
 # An area is constant over squares of so many pixels a side, and fills at least this share of the frame.
 _SQUARE, _LEAST_FILL = 5, 0.01
 # And leaves at least this share of ground, most of which is of no single value.
@@ -165,7 +166,7 @@ def enlargement(image: Tensor, usable: Tensor | None = None) -> Tensor:
               u = \text{standardised} \log \overline{|\partial_x^2 I|}
 
     Returns:
-        (...,) int64, 1 to 8.
+        (...,) int64, 1 to 8; 1 of images of fewer than 32 pixels a side.
 
     Example:
         >>> image = torch.rand(40, 40, generator=torch.Generator().manual_seed(0))
@@ -176,10 +177,12 @@ def enlargement(image: Tensor, usable: Tensor | None = None) -> Tensor:
     if usable is not None:
         usable = usable.expand(image.shape)
     size = (image.shape[-2], image.shape[-1])
+    if min(size) < LEAST_ENLARGED:
+        return torch.ones_like(image[..., 0, 0], dtype=torch.int64)
     # some of the rows tell the columns as well
     strides = [max(_THINNED, stride_for((length, length), _LEAST_LINES)) for length in size]
     kernels = kernels_for(image, usable)
-    if kernels is not None and min(size) >= _LEAST_SIDE:
+    if kernels is not None:
         return kernels.repeated(image, usable, strides, _LEAST_REPEAT)
     least: Tensor | None = None  # (..., K)
     for dim, stride in zip((-2, -1), strides, strict=True):

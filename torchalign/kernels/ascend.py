@@ -116,7 +116,7 @@ def look_frames(
     width: tl.float64,
     ramp_y: tl.float64,  # how long the window falls off, in pixels
     ramp_x: tl.float64,
-    MASKED: tl.constexpr,
+    HAS_USABLE: tl.constexpr,
     TAPERED: tl.constexpr,
     PROJECTIVE: tl.constexpr,
     SPLINE: tl.constexpr,
@@ -143,7 +143,7 @@ def look_frames(
     else:
         within = (column > -0.5) & (column < wide - 0.5) & (row > -0.5) & (row < high - 0.5)
         own = within.to(COMPUTE)
-    if MASKED:
+    if HAS_USABLE:
         mask = usable + frame * (usable_rows + 6) * (usable_columns + 6)
         share = _sample(mask, usable_rows, usable_columns, column, row, wide, high, live, False)
         # between two ones lies a one, but for rounding
@@ -177,19 +177,18 @@ def _load_system(means, inverses, solutions, rests, corners, frame, places, PARA
 
 
 @triton.jit
-def _best_step(moments, mean, inverse, solved, rest, places):
-    """The step, at places 2 …, that maximises the coefficient of the linearised reference."""
+def _best_step(moments, system, places, longest):
+    """The step, at places 2 …, that maximises the coefficient of the linearised reference; and its reach.
+
+    That is how far it moves the farthest corner, in pixels: no more than the longest way.
+    """
+    mean, inverse, solved, rest, corners_x, corners_y = system
     first = tl.sum(tl.where(places == 0, moments, 0.0), 0)
     centred = moments - first * mean
     along = tl.sum(tl.where(places == 1, centred, 0.0), 0) - tl.sum(centred * solved, 0)
     good = (along > 0) & (rest > 0)
     gain = tl.where(good, divide(rest, tl.where(good, along, 1.0)), 1.0)
-    return gain * tl.sum(inverse * centred[None, :], 1) - solved
-
-
-@triton.jit
-def _bounded_step(increment, corners_x, corners_y, longest):
-    """No step is longer than a few samples; and how far it moves the farthest corner, in pixels."""
+    increment = gain * tl.sum(inverse * centred[None, :], 1) - solved
     x = tl.sum(corners_x * increment[None, :], 1)
     y = tl.sum(corners_y * increment[None, :], 1)
     reach = tl.sqrt(tl.max(x * x + y * y, 0))
@@ -285,15 +284,13 @@ def step_warped(
     """One program: one frame."""
     frame = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, PADDED)
-    mean, inverse, solved, rest, corners_x, corners_y = _load_system(
-        means, inverses, solutions, rests, corners, frame, places, PARAMETERS
-    )
+    system = _load_system(means, inverses, solutions, rests, corners, frame, places, PARAMETERS)
     zero = tl.zeros((BLOCK,), COMPUTE)
     high = zero + tl.cast(height, COMPUTE)
     wide = zero + tl.cast(width, COMPUTE)
     half = tl.maximum(high, wide) * 0.5
-    nothing = rest * 0
-    limit = nothing + tl.cast(longest, COMPUTE)
+    nothing = tl.cast(0.0, COMPUTE)
+    limit = tl.cast(longest, COMPUTE)
     field = spline + frame * (rows + 6) * (columns + 6)
     rows_of = regressors + (frame // group) * lines * samples
 
@@ -320,8 +317,7 @@ def step_warped(
                     other=0,
                 )
                 total += tile * value[None, :]
-            step = _best_step(tl.sum(total, 1), mean, inverse, solved, rest, places)
-            step, reach = _bounded_step(step, corners_x, corners_y, limit)
+            step, reach = _best_step(tl.sum(total, 1), system, places, limit)
             own = _composed(step, places, nothing, own, MOTION)
             going = reach > tl.cast(tolerance, COMPUTE)
     _store_matrix(warps + 9 * frame, own)
@@ -357,15 +353,13 @@ def step_shifted(
     """One program: one frame. Inner products of fields are those of their spectra (Parseval)."""
     frame = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, 4)
-    mean, inverse, solved, rest, corners_x, corners_y = _load_system(
-        means, inverses, solutions, rests, corners, frame, places, 2
-    )
+    system = _load_system(means, inverses, solutions, rests, corners, frame, places, 2)
     own = spectrum + frame * bins * 2
     spectra = weighted + frame * 4 * bins * 2
-    nothing = rest * 0
-    limit = nothing + tl.cast(longest, COMPUTE)
-    area = nothing + tl.cast(samples, COMPUTE)
-    unit = nothing + tl.cast(half, COMPUTE)
+    nothing = tl.cast(0.0, COMPUTE)
+    limit = tl.cast(longest, COMPUTE)
+    area = tl.cast(samples, COMPUTE)
+    unit = tl.cast(half, COMPUTE)
     x_shift, y_shift = load_pair(start, frame)
     going = tl.load(moves + frame) != 0
     reach = nothing
@@ -389,8 +383,7 @@ def step_shifted(
                 total += along * real[None, :] + across * imaginary[None, :]
             moments = tl.sum(total, 1)
             moments = divide(moments, area + tl.zeros_like(moments))
-            step = _best_step(moments, mean, inverse, solved, rest, places)
-            step, reach = _bounded_step(step, corners_x, corners_y, limit)
+            step, reach = _best_step(moments, system, places, limit)
             x_shift += _entry(step, places, 2) * unit
             y_shift += _entry(step, places, 3) * unit
             going = reach > tl.cast(tolerance, COMPUTE)
@@ -428,7 +421,6 @@ def look(
         (samples,),
         (spline, mask, warp, level_x, level_y, weights, values, common),
         (samples, group, *sizes, *map(float, frame), *(ramps or (1.0, 1.0))),
-        MASKED=mask is not None,
         TAPERED=bool(ramps),
         PROJECTIVE=projective,
         SPLINE=precise,

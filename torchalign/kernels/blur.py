@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchalign.kernels.language import cell_of
 from torchalign.kernels.launching import kernel, launch, operator
+from torchalign.kernels.sampling import padded
 
 
 @kernel
@@ -26,27 +27,20 @@ def blur_frames(
 ):
     """One program: a block of pixels of one frame."""
     frame, place, live, x, y = cell_of(height, width, BLOCK)
+    position = y if DOWN else x
+    length = height if DOWN else width
+    stride = width if DOWN else 1
     plane = frame * height * width
-    if DOWN:
-        position = y
-        length = height
-        stride = width
-        line = x
-    else:
-        position = x
-        length = width
-        stride = 1
-        line = y * width
+    line = image + plane + place - position * stride
     total = tl.zeros((BLOCK,), COMPUTE)
     for k in range(-radius, radius + 1):
         at = position + k
         if MIRRORED:
             at = tl.where(at < 0, -at, at)
             at = tl.where(at >= length, 2 * (length - 1) - at, at)
-        else:
-            at = tl.minimum(tl.maximum(at, 0), length - 1)
+        at = padded(at, length, False)
         weight = tl.load(weights + tl.where(k < 0, -k, k))
-        total += tl.load(image + plane + line + at * stride, mask=live, other=0) * weight
+        total += tl.load(line + at * stride, mask=live, other=0) * weight
     tl.store(blurred + plane + place, total, mask=live)
 
 

@@ -29,7 +29,7 @@ def channel_frames(
     strides,  # of frames: frame, band, row, column
     mask_strides,  # of the mask: frame, row, column
     MODE: tl.constexpr,  # 0: the first band; 1: the mean of all; 2: the mean of the three; 3: their luminance
-    MASKED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr = 1024,
 ):
@@ -53,7 +53,7 @@ def channel_frames(
             else:
                 value = 0.299 * value + 0.587 * second + 0.114 * third
     good = is_finite(value)
-    if MASKED:
+    if HAS_MASK:
         here = mask + frame * mask_strides[0] + y * mask_strides[1] + x * mask_strides[2]
         good = good & (tl.load(here, mask=live, other=0) != 0)
     tl.store(seen + frame * height * width + place, tl.where(good, value, 0.0), mask=live)
@@ -87,5 +87,4 @@ def see(cube: Tensor, mask: Tensor | None, channel: str, bands: list[int]) -> It
         (*(*bands, 0, 0, 0)[:3], number, *size, *strides),
         strided=True,
         MODE=("band", "mean", "rgb_mean", "luminance").index(channel),
-        MASKED=masks is not None,
     )

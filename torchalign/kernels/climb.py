@@ -135,6 +135,8 @@ def climb_frames(
 ):
     """One program: one frame."""
     frame = tl.program_id(0).to(tl.int64)
+    MARGIN: tl.constexpr = 0.0 if DIVIDED else EPSILON
+    LONGEST: tl.constexpr = 0.3 if DIVIDED else 0.5
     own = spectra + frame * bins * 2
     shift_x, shift_y = load_pair(start, frame)
     step_x = tl.zeros_like(shift_x)
@@ -145,18 +147,15 @@ def climb_frames(
             positive, gx, gy, hxx, hyy, hxy = _divided_derivatives(
                 spectra, frame, stack, bins, columns, fy, fx, shift_x, shift_y, COMPUTE, BLOCK
             )
-            product = hxx * hyy
-            determinant = product - hxy * hxy
-            peak = positive & (hxx < 0) & (determinant > 0)
-            step_x, step_y = step_to_peak(gx, gy, hxx, hyy, hxy, determinant, peak, 0.3)
         else:
-            _value, gx, gy, hxx, hyy, hxy = derivatives(
+            value, gx, gy, hxx, hyy, hxy = derivatives(
                 own, own, bins, columns, fy, fx, shift_x, shift_y, False, COMPUTE, BLOCK
             )
-            product = hxx * hyy
-            determinant = product - hxy * hxy
-            peak = (hxx < 0) & (determinant > EPSILON * product)
-            step_x, step_y = step_to_peak(gx, gy, hxx, hyy, hxy, determinant, peak, 0.5)
+            positive = value == value
+        product = hxx * hyy
+        determinant = product - hxy * hxy
+        peak = positive & (hxx < 0) & (determinant > MARGIN * product)
+        step_x, step_y = step_to_peak(gx, gy, hxx, hyy, hxy, determinant, peak, LONGEST)
         shift_x += step_x
         shift_y += step_y
     store_pair(found, frame, snapped(shift_x, EPSILON), snapped(shift_y, EPSILON))
@@ -198,8 +197,8 @@ def overlap_frames(
     stack,  # frames in all
     group,
     samples,
-    COVERED: tl.constexpr,
-    OTHER_COVERED: tl.constexpr,
+    HAS_COVER: tl.constexpr,
+    HAS_OTHER_COVER: tl.constexpr,
     BLOCK: tl.constexpr = 512,
 ):
     """One program: a block of samples of one frame."""
@@ -209,7 +208,7 @@ def overlap_frames(
     weight = tl.load(own + here, mask=live, other=0)
     share = tl.load(moved + here, mask=live, other=0)
     weight *= tl.minimum(tl.maximum(share, 0.0), 1.0)
-    if COVERED:
+    if HAS_COVER:
         weight *= tl.load(cover + here, mask=live, other=0)
     value = tl.load(moving + here, mask=live, other=0)
     step = tl.cast(stack, tl.int64) * samples
@@ -217,7 +216,7 @@ def overlap_frames(
     tl.store(fields + step + here, weight * value * value, mask=live)
     tl.store(fields + 2 * step + here, weight, mask=live)
     weight = tl.load(other + here, mask=live, other=0) * tl.load(weights + here, mask=live, other=0)
-    if OTHER_COVERED:
+    if HAS_OTHER_COVER:
         weight *= tl.load(other_cover + there, mask=live, other=0)
     value = tl.load(reference + there, mask=live, other=0)
     tl.store(fields + 3 * step + here, weight * value, mask=live)
@@ -247,6 +246,4 @@ def overlaps(
         size,
         (own, other, moved, weights, cover, other_cover, moving, reference, fields),
         (math.prod(lead), group, math.prod(size)),
-        COVERED=cover is not None,
-        OTHER_COVERED=other_cover is not None,
     )

@@ -24,7 +24,7 @@ def profile_frames(
     width,
     every_row,  # which tells the columns
     every_column,
-    MASKED: tl.constexpr,
+    HAS_USABLE: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr = 256,
 ):
@@ -49,7 +49,7 @@ def profile_frames(
         own = tl.load(image + at + along, mask=live, other=0)
         after = tl.load(image + at + 2 * along, mask=live, other=0)
         good = live
-        if MASKED:
+        if HAS_USABLE:
             good = good & (tl.load(usable + at, mask=live, other=0) != 0)
             good = good & (tl.load(usable + at + along, mask=live, other=0) != 0)
             good = good & (tl.load(usable + at + 2 * along, mask=live, other=0) != 0)
@@ -150,7 +150,7 @@ def _profile(image: Tensor, usable: Tensor | None, strides: list[int]) -> Iterat
     length = block_length(profile_frames)
     blocks = triton.cdiv(height - 2, length) + triton.cdiv(width - 2, length)
     tensors, numbers = (image, usable, profile), (height, width, *strides)
-    launch(profile_frames, (*lead, blocks), (), tensors, numbers, MASKED=usable is not None)
+    launch(profile_frames, (*lead, blocks), (), tensors, numbers)
 
 
 @operator()

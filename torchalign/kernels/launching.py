@@ -89,7 +89,7 @@ def launch(
         lead: (..., T); nothing runs where there are no frames.
         size: (h, w) of a frame, for a program that takes a block of it; () for one that takes a whole frame.
         tensors: bool ones are seen as bytes, 0 and 1, complex ones as pairs; ``None`` is one that the kernel does not
-            read. The first floating one says in what the kernel computes.
+            read, as its constant HAS_ and the tensor's name tells it. The first floating one says in what it computes.
         numbers: integers, tuples of them, or for arguments that are annotated so floats.
         strided: the kernel knows how they lie; else contiguous ones are made of them.
         constants: beside those that follow from the others.
@@ -109,7 +109,17 @@ def launch(
         return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
     compute = tl.float64 if floating in (torch.float64, torch.complex128) else tl.float32
-    follows = {"COMPUTE": compute, "TINY": limits.tiny, "EPSILON": limits.eps, "BLOCK": block, **constants}
+    there = {
+        f"HAS_{name.upper()}": one is not None for name, one in zip(kernel.arg_names, tensors, strict=False)
+    }
+    follows = {
+        "COMPUTE": compute,
+        "TINY": limits.tiny,
+        "EPSILON": limits.eps,
+        "BLOCK": block,
+        **there,
+        **constants,
+    }
     wanted = {name: value for name, value in follows.items() if name in kernel.arg_names}
     # Triton launches on the device that is the current one; the tensors may lie on another
     index = known[0].device.index if known[0].device.type == "cuda" else -1
@@ -153,6 +163,6 @@ def strided_frames(
     return frames, masks, (frames.stride(), masks.stride())
 
 
-def kind_of(motion: Tensor) -> int:
-    """KIND: 0 for shifts (..., 2), 1 for affine warps (..., 2, 3), 2 for homographies (..., 3, 3)."""
-    return 0 if motion.shape[-1] == 2 else motion.shape[-2] - 1
+def entries_of(motion: Tensor) -> int:
+    """2 of shifts (..., 2), 6 of affine warps (..., 2, 3), 9 of homographies (..., 3, 3)."""
+    return 2 if motion.shape[-1] == 2 else 3 * motion.shape[-2]

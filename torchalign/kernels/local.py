@@ -45,7 +45,7 @@ def read_frames(
     columns,
     pad,  # pixels by which the frame is continued
     each,  # 1 where every frame has its own positions, else 0
-    MASKED: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr = 512,
 ):
@@ -64,7 +64,7 @@ def read_frames(
     out = frame * samples + place
     tl.store(values + out, read_spline(plane + first, line, fx, fy, live), mask=live)
     tl.store(inside + out, within.to(COMPUTE), mask=live)
-    if MASKED:
+    if HAS_WEIGHTS:
         near = _near(row, rows, height) * columns + _near(column, columns, width)
         tl.store(usable + out, tl.load(weights + frame * samples + near, mask=live, other=0), mask=live)
 
@@ -100,7 +100,7 @@ def weigh_frames(
     columns,
     each_field,  # 1 where every frame has its own, else 0
     each_weight,
-    MASKED: tl.constexpr,
+    HAS_USABLE: tl.constexpr,
     TINY: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr = 512,
@@ -112,7 +112,7 @@ def weigh_frames(
     tl.store(similarity + out, found, mask=live)
     weight = found * tl.load(inside + out, mask=live, other=0)
     counts = tl.load(weights + frame * each_weight * samples + place, mask=live, other=0)
-    if MASKED:
+    if HAS_USABLE:
         counts = tl.load(usable + out, mask=live, other=0) * counts
     weight = weight * counts
     residual = tl.load(other + place, mask=live, other=0) - tl.load(plane + place, mask=live, other=0)
@@ -198,7 +198,6 @@ def read_splines(
         samples,
         (coefficients, weights, at, value, inside, usable),
         (*size, *samples, pad, int(at.shape[0] > 1)),
-        MASKED=weights is not None,
     )
 
 
@@ -215,7 +214,6 @@ def weigh(
         own.shape[1:],
         (own, field, inside, usable, weights, similarity, weighted),
         (*own.shape, int(field.shape[0] > 1), int(weights.shape[0] > 1)),
-        MASKED=usable is not None,
         TINY=torch.finfo(own.dtype).eps ** 2,
     )
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.language import cell_of, divide, is_finite
-from torchalign.kernels.launching import kernel, kind_of, launch, operator, strided_frames
+from torchalign.kernels.launching import entries_of, kernel, launch, operator, strided_frames
 from torchalign.kernels.sampling import interpolate, padded, source_of
 
 _INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
@@ -41,38 +41,6 @@ def _rounded(values, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, COMPUTE: tl.co
     return (values + whole) - whole
 
 
-@triton.jit
-def _chosen(
-    linear,
-    linear_share,
-    total,
-    met,
-    nearest,
-    near_usable,
-    INTERPOLATION: tl.constexpr,
-    FLOATING: tl.constexpr,
-    MASKED: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """Bilinear, bicubic where that met nothing unusable, or the nearest pixel; in the cube's dtype."""
-    computed = linear
-    if FLOATING or MASKED:
-        # the nearest pixel weighs 1/4 or more, so that near_usable guards the division
-        computed = divide(linear, tl.where(near_usable, linear_share, 1.0))
-        if INTERPOLATION == 2:
-            computed = tl.where(met > 0, computed, total)
-    elif INTERPOLATION == 2:
-        computed = total
-    if not FLOATING:
-        computed = _rounded(computed, LOWEST, HIGHEST, COMPUTE)
-    result = computed.to(nearest.dtype)
-    if FLOATING or MASKED:
-        result = tl.where(near_usable, result, nearest)
-    return result
-
-
 @kernel
 def resample_frames(
     frames,  # (N, C, H, W), by its strides
@@ -88,13 +56,13 @@ def resample_frames(
     strides,  # of frames: frame, band, row, column
     mask_strides,  # of the mask: frame, row, column
     step,  # of the lattice of output pixels
-    KIND: tl.constexpr,
+    ENTRIES: tl.constexpr,
     INTERPOLATION: tl.constexpr,
     PADDING: tl.constexpr,
     FLOATING: tl.constexpr,
-    MASKED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     FILLED: tl.constexpr,
-    LOCAL: tl.constexpr,
+    HAS_LOCAL: tl.constexpr,
     LOWEST: tl.constexpr,
     HIGHEST: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -109,10 +77,9 @@ def resample_frames(
     x = x * step
     y = y * step
 
-    LENGTH: tl.constexpr = 2 if KIND == 0 else (6 if KIND == 1 else 9)
     column, row, fx, fy, near_column, near_row, inside = source_of(
-        motion + frame * LENGTH, x, y, height, width, local + frame * 2 * rows * columns + place, rows * columns,
-        live, LOCAL, KIND, POSITION, COMPUTE,
+        motion + frame * ENTRIES, x, y, height, width, local + frame * 2 * rows * columns + place, rows * columns,
+        live, HAS_LOCAL, ENTRIES, POSITION, COMPUTE,
     )  # fmt: skip
     near_column = padded(near_column, width, PADDING == 2).to(INDEX)
     near_row = padded(near_row, height, PADDING == 2).to(INDEX)
@@ -129,19 +96,28 @@ def resample_frames(
         near_usable = live
         if FLOATING:
             near_usable = near_usable & is_finite(nearest.to(COMPUTE))
-        if MASKED:
+        if HAS_MASK:
             near_usable = near_usable & (tl.load(usable + near_mask, mask=live, other=0) != 0)
         if INTERPOLATION == 0:
             result = nearest
         else:
             linear, linear_share, total, met = interpolate(
                 pixels, usable, column, row, fx, fy, height, width, (strides[2], strides[3]),
-                (mask_strides[1], mask_strides[2]), live, INTERPOLATION, PADDING == 2, FLOATING, MASKED, INDEX, COMPUTE,
+                (mask_strides[1], mask_strides[2]), live, INTERPOLATION, PADDING == 2, FLOATING, HAS_MASK, INDEX, COMPUTE,
             )  # fmt: skip
-            result = _chosen(
-                linear, linear_share, total, met, nearest, near_usable,
-                INTERPOLATION, FLOATING, MASKED, LOWEST, HIGHEST, COMPUTE,
-            )  # fmt: skip
+            # bicubic where that met nothing unusable, else bilinear; or the nearest pixel, which weighs 1/4 or more of
+            # that, so that near_usable guards the division
+            if FLOATING or HAS_MASK:
+                linear = divide(linear, tl.where(near_usable, linear_share, 1.0))
+                if INTERPOLATION == 2:
+                    linear = tl.where(met > 0, linear, total)
+            elif INTERPOLATION == 2:
+                linear = total
+            if not FLOATING:
+                linear = _rounded(linear, LOWEST, HIGHEST, COMPUTE)
+            result = linear.to(nearest.dtype)
+            if FLOATING or HAS_MASK:
+                result = tl.where(near_usable, result, nearest)
         if FILLED:
             result = tl.where(
                 inside & near_usable, result, tl.full(result.shape, fill, COMPUTE).to(nearest.dtype)
@@ -185,13 +161,11 @@ def resample(
         (frames, motion, masks, None if local is None else local.contiguous(), values, validity),
         (0.0 if fill_value is None else fill_value, bands, height, width, *strides, step),
         strided=True,
-        KIND=kind_of(motion),
+        ENTRIES=entries_of(motion),
         INTERPOLATION=_INTERPOLATIONS[interpolation],
         PADDING=_PADDINGS[padding_mode],
         FLOATING=floating,
-        MASKED=masks is not None,
         FILLED=fill_value is not None,
-        LOCAL=local is not None,
         LOWEST=0 if floating else torch.iinfo(cube.dtype).min,
         HIGHEST=0 if floating else torch.iinfo(cube.dtype).max,
         COMPUTE=_DTYPES[compute],

@@ -30,15 +30,15 @@ def _near_or_nowhere(line, determinant):
 
 
 @triton.jit
-def displacement(motion, x, y, KIND: tl.constexpr, COMPUTE: tl.constexpr):
+def displacement(motion, x, y, ENTRIES: tl.constexpr, COMPUTE: tl.constexpr):
     """``warp⁻¹ p − p`` for p = (x, y), see functional.warp._displacement: term by term what is written there."""
-    if KIND == 0:
+    if ENTRIES == 2:
         dx = bounded(-tl.load(motion).to(COMPUTE)) + tl.zeros_like(x)
         dy = bounded(-tl.load(motion + 1).to(COMPUTE)) + tl.zeros_like(y)
     else:
         a, b, c = load_row(motion, COMPUTE)
         d, e, f = load_row(motion + 3, COMPUTE)
-        if KIND == 1:
+        if ENTRIES == 6:
             determinant = a * e - b * d + tl.zeros_like(x)
             dx = _near_or_nowhere(
                 (b * d - e * (a - 1)) * x + (b * f - e * c), determinant
@@ -60,13 +60,13 @@ def displacement(motion, x, y, KIND: tl.constexpr, COMPUTE: tl.constexpr):
 @triton.jit
 def source_of(
     motion, x, y, height, width, local, samples, live,
-    LOCAL: tl.constexpr, KIND: tl.constexpr, POSITION: tl.constexpr, COMPUTE: tl.constexpr,
+    LOCAL: tl.constexpr, ENTRIES: tl.constexpr, POSITION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Whole and fractional source positions, the nearest pixel, and whether it is one of the frame's.
 
     ``LOCAL``: with shifts on top of the motion, those along y ``samples`` places after those along x.
     """
-    dx, dy = displacement(motion, x.to(POSITION), y.to(POSITION), KIND, POSITION)
+    dx, dy = displacement(motion, x.to(POSITION), y.to(POSITION), ENTRIES, POSITION)
     if LOCAL:
         dx = bounded(dx + tl.load(local, mask=live, other=0).to(POSITION))
         dy = bounded(dy + tl.load(local + samples, mask=live, other=0).to(POSITION))

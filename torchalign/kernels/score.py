@@ -5,42 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from torchalign.kernels.language import divide
-from torchalign.kernels.launching import by_group, expanded, kernel, kind_of, launch, operator
+from torchalign.kernels.launching import by_group, entries_of, expanded, kernel, launch, operator
 from torchalign.kernels.sampling import interpolate, padded, source_of
-
-
-@triton.jit
-def _nearest(
-    motion, local, samples, x, y, height, width, live, LOCAL: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr
-):  # fmt: skip
-    """Whole and fractional source positions, the nearest pixel, and whether it is one of the frame's."""
-    column, row, fx, fy, near_column, near_row, inside = source_of(
-        motion, x, y, height, width, local, samples, live, LOCAL, KIND, COMPUTE, COMPUTE
-    )
-    near = padded(near_row, height, False).to(tl.int64) * width + padded(near_column, width, False)
-    return column, row, fx, fy, near, inside
-
-
-@triton.jit
-def _bicubic(
-    plane, usable, column, row, fx, fy, height, width, live, MASKED: tl.constexpr, COMPUTE: tl.constexpr
-):
-    """Keys' kernel over a finite image, which gives way to the bilinear one where it meets an unusable pixel."""
-    strides = (width, 1)
-    linear, linear_share, total, met = interpolate(
-        plane, usable, column, row, fx, fy, height, width, strides, strides, live, 2, False, False, MASKED,
-        tl.int64, COMPUTE,
-    )  # fmt: skip
-    if MASKED:
-        # where the nearest pixel is usable, which is where it counts, the share is 1/4 or more
-        linear = divide(linear, tl.where(linear_share > 0, linear_share, 1.0))
-        total = tl.where(met > 0, linear, total)
-    return total
 
 
 @kernel
@@ -59,11 +29,11 @@ def score_frames(
     width,
     step,  # of the lattice, in pixels
     STAGES: tl.constexpr,
-    KIND: tl.constexpr,
-    MASKED: tl.constexpr,
-    REFERENCE_MASKED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    LOCAL: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    HAS_MOVING_USABLE: tl.constexpr,
+    HAS_REFERENCE_USABLE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_LOCAL: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr = 256,
 ):
@@ -76,7 +46,6 @@ def score_frames(
     chosen = tl.program_id(0) % (STAGES + 1)
     rows = (height + step - 1) // step
     columns = (width + step - 1) // step
-    LENGTH: tl.constexpr = 2 if KIND == 0 else (6 if KIND == 1 else 9)
     plane = moving + frame * height * width
     other = reference + frame // group * height * width
     usable = moving_usable + frame * height * width
@@ -96,25 +65,36 @@ def score_frames(
         y = (place // columns) * step
         here = y.to(tl.int64) * width + x
         ground = live
-        if MASKED:
+        if HAS_MOVING_USABLE:
             ground = ground & (tl.load(usable + here, mask=live, other=0) != 0)
-        if REFERENCE_MASKED:
+        if HAS_REFERENCE_USABLE:
             ground = ground & (tl.load(other_usable + here, mask=live, other=0) != 0)
         value = tl.load(plane + here, mask=live, other=0).to(COMPUTE)
         shifts = local + frame * 2 * rows * columns + place
         for stage in tl.static_range(STAGES):
-            motion = motions + (stage * stack + frame) * LENGTH
-            column, row, fx, fy, near, inside = _nearest(
-                motion, shifts, rows * columns, x, y, height, width, live,
-                LOCAL and stage == STAGES - 1, KIND, COMPUTE,
+            motion = motions + (stage * stack + frame) * ENTRIES
+            column, row, fx, fy, near_column, near_row, inside = source_of(
+                motion, x, y, height, width, shifts, rows * columns, live,
+                HAS_LOCAL and stage == STAGES - 1, ENTRIES, COMPUTE, COMPUTE,
             )  # fmt: skip
             ground = ground & inside
-            if MASKED:
+            if HAS_MOVING_USABLE:
+                near = padded(near_row, height, False).to(tl.int64) * width + padded(
+                    near_column, width, False
+                )
                 ground = ground & (tl.load(usable + near, mask=live, other=0) != 0)
             if chosen == stage:
-                value = _bicubic(plane, usable, column, row, fx, fy, height, width, live, MASKED, COMPUTE)
+                linear, linear_share, value, met = interpolate(
+                    plane, usable, column, row, fx, fy, height, width, (width, 1), (width, 1), live,
+                    2, False, False, HAS_MOVING_USABLE, tl.int64, COMPUTE,
+                )  # fmt: skip
+                if HAS_MOVING_USABLE:
+                    # bilinear where that met an unusable pixel; where the nearest one is usable, which is where it
+                    # counts, the share is 1/4 or more
+                    linear = divide(linear, tl.where(linear_share > 0, linear_share, 1.0))
+                    value = tl.where(met > 0, linear, value)
         own = ground.to(COMPUTE)
-        if WEIGHTED:
+        if HAS_WEIGHT:
             own = own * tl.load(weight + frame * rows * columns + place, mask=live, other=0).to(COMPUTE)
         onto = tl.load(other + here, mask=live, other=0).to(COMPUTE)
         count += own
@@ -174,9 +154,5 @@ def score(
         (moving, reference, motions, moving_usable, reference_usable, weight, local, scores),
         (math.prod(lead), group, *moving.shape[-2:], step),
         STAGES=stages,
-        KIND=kind_of(motions),
-        MASKED=moving_usable is not None,
-        REFERENCE_MASKED=reference_usable is not None,
-        WEIGHTED=weight is not None,
-        LOCAL=local is not None,
+        ENTRIES=entries_of(motions),
     )

@@ -170,7 +170,7 @@ def contrast_frames(
     contrast,  # (N, h, w)
     weighted,  # (N, h, w)
     samples,
-    WEIGHTED: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
     LEAST: tl.constexpr,
     BLOCK: tl.constexpr = 1024,
 ):
@@ -183,7 +183,7 @@ def contrast_frames(
     value = tl.load(detail + at, mask=live, other=0)
     value = tl.where(flat, 0.0, divide(value, tl.sqrt(tl.where(flat, 1.0, total))))
     tl.store(contrast + at, value, mask=live)
-    if WEIGHTED:
+    if HAS_WEIGHTS:
         tl.store(weighted + at, value * tl.load(weights + at, mask=live, other=0), mask=live)
 
 
@@ -307,7 +307,6 @@ def _contrast(
         size,
         (detail, variance, typical, weights, plain, weighted),
         (math.prod(size),),
-        WEIGHTED=weights is not None,
         # below it the derivative of the root overflows
         LEAST=torch.finfo(detail.dtype).tiny ** 0.5,
     )

@@ -74,9 +74,7 @@ def load_frames(cube: xr.DataArray, name: str, bands: Sequence[Hashable] | None)
     raw = chosen.transpose(*order).to_numpy()
     values = raw.astype(np.float32)
     values[np.isin(raw, find_nodata(cube)) | ~np.isfinite(values)] = np.nan
-    values = values if "band" in dims else values[..., None]
-    if values.shape[-1] == 1:
-        values = values.repeat(3, -1)
+    values = np.broadcast_to(values if "band" in dims else values[..., None], (*values.shape[:3], 3))
     return FrameImages(values, time_labels(cube, dims["time"]), words)
 
 

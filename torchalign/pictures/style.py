@@ -71,16 +71,19 @@ def one_axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure | SubFi
 
 
 def several_axes(
-    ax: Sequence[Axes] | Array | None, size: tuple[float, float], shape: tuple[int, int]
+    ax: Sequence[Axes] | Array | None, size: tuple[float, float], rows: int, *, fewer: bool = False
 ) -> tuple[Figure | SubFigure, Array]:
-    """New axes of that shape, or those given as (n, 2); pairs are before and after."""
+    """New axes (rows, 2), or those given; ``fewer``: or the first row of them alone."""
     if ax is None:
         figure = new_figure(*size)
-        return figure, figure.subplots(*shape, squeeze=False)
+        return figure, figure.subplots(rows, 2, squeeze=False)
     axes = np.array(ax, dtype=object).ravel()
-    if len(axes) not in (2, 4):
-        cure = "give before and after side by side, as figure.subplots(2, 2)"
-        raise ValueError(message("ax", "two or four axes", len(axes), cure))
+    if len(axes) != 2 * rows and not (fewer and len(axes) == 2):
+        expected, cure = (
+            f"{'2 or ' * fewer}{2 * rows} axes",
+            f"give them side by side, as figure.subplots({rows}, 2)",
+        )
+        raise ValueError(message("ax", expected, len(axes), cure))
     return axes[0].figure, axes.reshape(-1, 2)
 
 

@@ -1,8 +1,8 @@
 """In the training loop: misregister on purpose, check augmentations, losses, align inside a model, stream.
 
-What each needs besides torch is imported on first use: torchvision for :class:`RandomMisregistration`, kornia for
-:class:`RandomMisregistration2D`, torchmetrics for :class:`RegistrationError`, lightning for
-:class:`AlignmentCallback`.
+What each needs besides torch is imported on first use: torchvision for :class:`RandomMisregistration` and
+:class:`AlignmentCheck`, kornia for :class:`RandomMisregistration2D`, torchmetrics for :class:`RegistrationError`,
+lightning for :class:`AlignmentCallback`.
 """
 
 from __future__ import annotations

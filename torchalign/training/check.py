@@ -6,7 +6,7 @@ import bisect
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -61,9 +61,7 @@ class Step(NamedTuple):
 
 def _probe_aligner() -> PCC:
     aligner = PCC(max_translation=8.0)
-    aligner.expects_defects = (
-        False  # an augmentation enlarges and fills probes, which is what is to be measured
-    )
+    aligner.expects_defects = False  # an augmentation enlarges and fills probes: that is to be measured
     return aligner
 
 
@@ -96,7 +94,7 @@ class AlignmentCheck(nn.Module):
     without the check is the same, bit for bit.
 
     A sample *slips* if any of five windows (corners and centre) is displaced by more than ``tolerance`` and two
-    standard errors of the estimate. Residuals are recorded in buffers of fixed size on the device. Nothing waits
+    standard errors of the estimate. Residuals are recorded on the device, in tensors of fixed size. Nothing waits
     for the device before :meth:`summary`. ``"warn"`` and ``"raise"`` wait for it in every call that is checked; a
     larger ``every`` makes them cheaper.
 
@@ -124,8 +122,6 @@ class AlignmentCheck(nn.Module):
         (tensor([1., 1.]), 2)
     """
 
-    worst: Tensor
-
     def __init__(
         self,
         aligner: Aligner | None = None,
@@ -139,22 +135,19 @@ class AlignmentCheck(nn.Module):
         worst: int = 16,
     ) -> None:
         super().__init__()
-        check_number("tolerance", tolerance, minimum=0, inclusive=False)
-        check_number("max_unmatched", max_unmatched, minimum=0, maximum=1)
-        check_option("action", action, Action)
         self.aligner = aligner_or(aligner, _probe_aligner)
-        self.tolerance = float(tolerance)
+        self.tolerance = check_number("tolerance", tolerance, minimum=0, inclusive=False)
         self.every = check_whole("every", every)
-        self.action = action
+        self.action = check_option("action", action, Action)
         self.samples = check_whole("samples", samples)
         self.window = check_whole("window", window)
-        self.max_unmatched = float(max_unmatched)
+        self.max_unmatched = check_number("max_unmatched", max_unmatched, minimum=0, maximum=1)
         self.calls = 0
         self.received = 0  # samples
         self.step: Step | None = None  # the last one found at fault
         self.resizing: probing.Resizing | None = None  # the last one that slipped
-        for name, tensor in empty_residuals(check_whole("worst", worst))._asdict().items():
-            self.register_buffer(name, tensor)
+        # no buffers, which .half() rounds and DistributedDataParallel overwrites by those of the first process
+        self.residuals = empty_residuals(check_whole("worst", worst))
 
     # ------------------------------------------------------------------------------------------------ of the data
 
@@ -247,7 +240,7 @@ class AlignmentCheck(nn.Module):
             ValueError: nothing to compare: a single image, and no claimed matrix; or images that went in did not
                 come out.
         """
-        found, resizing = self._probe(augment, sample, named, matrix)
+        found, resizing = self._probe(augment, probing.Given(sample, named), matrix)
         self.resizing = resizing or self.resizing
         count, device = found.residual.shape[0], found.residual.device
         if ids is None:
@@ -274,8 +267,9 @@ class AlignmentCheck(nn.Module):
             sample: as the pipeline takes it.
             named: as the pipeline takes it.
         """
-        with probing.isolated_randomness(sample, named):
-            steps = list(self._trace(_bare(pipeline), sample, named))
+        given = probing.Given(sample, named)
+        with probing.isolated_randomness(given):
+            steps = list(self._trace(_bare(pipeline), given))
         self.step = next((step for step in steps if step.slips), self.step)
         return steps
 
@@ -295,20 +289,20 @@ class AlignmentCheck(nn.Module):
             attempts: how often the pipeline is run, for what happens only sometimes.
             named: as the pipeline takes it.
         """
-        bare = probing.copied(_bare(pipeline))
-        with probing.isolated_randomness(sample, named):
+        bare, given = probing.copied(_bare(pipeline)), probing.Given(sample, named)
+        with probing.isolated_randomness(given):
             for attempt in range(attempts):
                 if attempt:  # other random numbers, of generators of its own too
-                    probing.chained([step for _, step in probing.steps_of(bare)])(*sample, **named)
-                with probing.isolated_randomness(sample, named):
-                    suspect = self._bisect(bare, sample, named)
+                    given.to(probing.chained([step for _, step in probing.steps_of(bare)]))
+                with probing.isolated_randomness(given):
+                    suspect = self._bisect(bare, given)
                 if suspect is None:
                     continue
-                with probing.isolated_randomness(sample, named):
-                    step = next(self._trace(bare, sample, named, suspect.number))
-                self.step = step if step.slips else self._walk(bare, sample, named) or suspect
+                with probing.isolated_randomness(given):
+                    step = next(self._trace(bare, given, suspect.number))
+                self.step = step if step.slips else self._walk(bare, given) or suspect
                 return self.step
-            return self._walk(bare, sample, named)
+            return self._walk(bare, given)
 
     # ------------------------------------------------------------------------------------------------- statistics
 
@@ -320,14 +314,21 @@ class AlignmentCheck(nn.Module):
             slip, the step at fault where it is known (from :meth:`locate`, :meth:`trace`, or an alarm), and the
             usual cure. Its text says the same in words.
         """
-        return self._judge(self._state())
+        return self._judge(self.residuals)
 
     def reset(self) -> None:
         """Forget what was recorded."""
-        for name, tensor in empty_residuals(self.worst.shape[0], self.worst.device)._asdict().items():
-            getattr(self, name).copy_(tensor)
+        self.residuals = empty_residuals(len(self.residuals.worst), self.residuals.worst.device)
         self.calls = self.received = 0
         self.step = self.resizing = None
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """What was recorded, for a ``state_dict``."""
+        return self.residuals._asdict()
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """What was recorded, of a ``state_dict``."""
+        self.residuals = Residuals(**state)
 
     def extra_repr(self) -> str:
         """The options."""
@@ -342,57 +343,44 @@ class AlignmentCheck(nn.Module):
         self.calls += 1
         return call % self.every == 0, call // self.every
 
-    def _state(self) -> Residuals:
-        return Residuals(*(getattr(self, name) for name in Residuals._fields))
-
     def _record(self, found: Measured, ids: Tensor) -> None:
-        if self.worst.device != found.residual.device:
-            self.to(found.residual.device)
-        for name, tensor in self._with_found(self._state(), found, ids)._asdict().items():
-            getattr(self, name).copy_(tensor)
+        device = found.residual.device
+        here = each_field(self.residuals, lambda kept: kept.to(device, non_blocking=device.type == "cuda"))
+        self.residuals = self._with_found(here, found, ids)
 
     def _with_found(self, state: Residuals, found: Measured, ids: Tensor | None = None) -> Residuals:
         ids = torch.zeros_like(found.residual, dtype=torch.int64) if ids is None else ids
         return record(state, found.residual, ids, found.seeing, found.excess > self.tolerance)
 
-    def _bisect(self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
-        """The step after which the images are no longer registered, though they were before, if the end is not."""
+    def _bisect(self, pipeline: Any, given: probing.Given) -> Step | None:
+        """The step after which images are no longer registered, though they were before, if they are not at the end."""
 
         @functools.cache
         def after(count: int) -> Step:
             # a copy each, in the same random state: the same numbers are drawn, up to there
             steps = probing.steps_of(probing.copied(pipeline))[:count]
-            return self._step(
-                count - 1, steps[-1][0], probing.chained([step for _, step in steps]), sample, named
-            )
+            return self._step(count - 1, steps[-1][0], probing.chained([step for _, step in steps]), given)
 
         count = len(probing.steps_of(pipeline))
         if not count or not after(count).slips:
             return None
-        # what cannot be told is not where it begins: it is looked for before that
-        begins = bisect.bisect_left(
-            range(1, count),
-            True,
-            key=lambda middle: after(middle).slips or math.isnan(after(middle).residual),
-        )
+
+        def is_lost(count: int) -> bool:
+            # what cannot be told is not where it begins: it is looked for before that
+            return after(count).slips or math.isnan(after(count).residual)
+
+        begins = bisect.bisect_left(range(1, count), True, key=is_lost)
         return after(begins + 1)._replace(cure=_CURES[None])
 
-    def _walk(self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
-        step = next((step for step in self._trace(pipeline, sample, named) if step.slips), None)
+    def _walk(self, pipeline: Any, given: probing.Given) -> Step | None:
+        step = next((step for step in self._trace(pipeline, given) if step.slips), None)
         self.step = step or self.step
         return step
 
-    def _step(
-        self,
-        number: int,
-        name: str,
-        step: Callable[..., Any],
-        sample: tuple[Any, ...],
-        named: dict[str, Any],
-    ) -> Step:
+    def _step(self, number: int, name: str, step: Callable[..., Any], given: probing.Given) -> Step:
         """The verdict on one step: this waits for the device."""
         try:
-            found, resizing = self._probe(step, sample, named, None)
+            found, resizing = self._probe(step, given, None)
         except probing.NothingToCompareError:
             return Step(number, name, math.nan, False)
         known = [value for value in found.residual.tolist() if not math.isnan(value)]
@@ -406,9 +394,9 @@ class AlignmentCheck(nn.Module):
         mismatched = showing > 1 and showing - matched > self.max_unmatched * showing
         verdict = verdict._replace(tolerance=self.tolerance, mismatched=mismatched)
         if verdict.slipped:
-            # for the step at fault, where it is known
-            found = self.resizing is None and self.step is not None
-            cure = self.step.cure if found and self.step is not None else _CURES[self.resizing]
+            cure = _CURES[self.resizing]
+            if self.resizing is None and self.step is not None:
+                cure = self.step.cure  # for the step at fault, where it is known
             return verdict._replace(step=self.step, cure=cure)
         if mismatched:
             return verdict._replace(cure="check whether one of each pair is flipped, or of another place")
@@ -431,15 +419,11 @@ class AlignmentCheck(nn.Module):
         warnings.warn(text, AlignmentWarning, stacklevel=3)
 
     def _probe(
-        self,
-        augment: Callable[..., Any],
-        sample: Sequence[Any],
-        named: dict[str, Any],
-        matrix: probing.Claim | None,
+        self, augment: Callable[..., Any], given: probing.Given, matrix: probing.Claim | None
     ) -> tuple[Measured, probing.Resizing | None]:
         """What a probe measured, and how an image was resized, if that is known and usually a slip."""
-        with torch.no_grad(), probing.isolated_randomness(sample, named):
-            pairs = probing.probe(augment, sample, named, matrix, samples=self.samples)
+        with torch.no_grad(), probing.isolated_randomness(given):
+            pairs = probing.probe(augment, given, matrix, samples=self.samples)
             found = [
                 measure_residuals(self.aligner, samples, window=self.window, same_content=True)
                 for samples in (Samples(*pair[:2], pair.usable, pair.usable) for pair in pairs)
@@ -459,31 +443,13 @@ class AlignmentCheck(nn.Module):
         resizing = next((pair.resizing for pair in pairs if pair.resizing is not None), None)
         return Measured(residual, excess, seeing), resizing
 
-    def _trace(
-        self, pipeline: Any, sample: tuple[Any, ...], named: dict[str, Any], first: int = 0
-    ) -> Iterator[Step]:
+    def _trace(self, pipeline: Any, given: probing.Given, first: int = 0) -> Iterator[Step]:
         """The steps from one on, each by itself."""
         steps = probing.steps_of(probing.copied(pipeline))
-        if first:
-            made = probing.chained([step for _, step in steps[:first]])(*sample, **named)
-            sample, named = probing.handed_on(made, sample)
+        given = given.after([step for _, step in steps[:first]])
         for number, (name, step) in enumerate(steps[first:], first):
-            yield self._step(number, name, step, sample, named)
-            # the next step sees what this one makes of the sample itself
-            sample, named = probing.handed_on(step(*sample, **named), sample)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignmentCheck:
-        """The statistics go where the module goes, but keep their dtypes: ``.half()`` must not round counts."""
-        kept, self._buffers = self._buffers, {}
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            self._buffers = kept
-        device = fn(torch.empty(0, device=self.worst.device)).device
-        for name, tensor in kept.items():
-            if tensor is not None:
-                self._buffers[name] = tensor.to(device)
-        return self
+            yield self._step(number, name, step, given)
+            given = given.after([step])  # the next step sees what this one makes of the sample itself
 
 
 class CheckedAugmentation(nn.Module):

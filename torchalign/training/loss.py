@@ -68,15 +68,11 @@ class AlignmentLoss(nn.Module):
         max_shift: float = 5.0,
     ) -> None:
         super().__init__()
-        check_option("kind", kind, Kind)
-        check_option("reduction", reduction, Reduction)
-        check_option("interpolation", interpolation, Literal["bilinear", "bicubic"])
-        check_number("max_shift", max_shift, minimum=0, inclusive=False)
         aligner = aligner_or(aligner, PCC)
-        self.kind = kind
-        self.reduction = reduction
-        self.interpolation = interpolation
-        self.max_shift = float(max_shift)
+        self.kind = check_option("kind", kind, Kind)
+        self.reduction = check_option("reduction", reduction, Reduction)
+        self.interpolation = check_option("interpolation", interpolation, Literal["bilinear", "bicubic"])
+        self.max_shift = check_number("max_shift", max_shift, minimum=0, inclusive=False)
         self.aligner = aligner if kind == "shift" else None
 
     def forward(
@@ -116,11 +112,8 @@ class AlignmentLoss(nn.Module):
             check_warp("warp", warp, moving.shape[:-3], moving)
         with torch.autocast(moving.device.type, enabled=False):
             kind = torch.promote_types(moving.dtype, torch.float32)
-            moving, reference = moving.to(kind), reference.to(kind)
-            usable = moving.isfinite().all(-3)
-            if mask is not None:
-                usable = usable & mask
-            moving = torch.where(usable.unsqueeze(-3), moving, 0.0)
+            moving, usable = _finite(moving.to(kind), mask)
+            reference, other = _finite(reference.to(kind), reference_mask)
             if warp is not None:
                 # a frame is (1, C, H, W), its warp (1, 2, 3)
                 moved = resample(
@@ -128,10 +121,6 @@ class AlignmentLoss(nn.Module):
                     mask=usable.unsqueeze(-3),
                 )  # fmt: skip
                 moving, usable = moved.values.squeeze(-4), moved.validity.squeeze(-3)
-            other = reference.isfinite().all(-3)
-            if reference_mask is not None:
-                other = other & reference_mask
-            reference = torch.where(other.unsqueeze(-3), reference, 0.0)
             if self.kind == "shift":
                 loss = self._shift(moving, reference, usable, other)
             else:
@@ -164,3 +153,10 @@ class AlignmentLoss(nn.Module):
         if self.kind == "shift":
             options["max_shift"] = self.max_shift
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def _finite(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(..., C, H, W), 0 where a band is not finite or the mask says so; and where it is usable (..., H, W)."""
+    usable = image.isfinite().all(-3)
+    usable = usable if mask is None else usable & mask
+    return torch.where(usable.unsqueeze(-3), image, 0.0), usable

@@ -13,7 +13,7 @@ from torchalign._host import is_on_host
 from torchalign.aligner import Aligner
 from torchalign.functional.affine import transform_points
 from torchalign.functional.channels import extract_channel
-from torchalign.types import Status
+from torchalign.types import Status, each_field
 
 # A window of a small frame is at least this long, so that there is something to correlate.
 _LEAST_WINDOW = 48
@@ -59,7 +59,7 @@ def measure_residuals(
     Returns:
         :class:`Measured`. No synchronisation.
     """
-    moving, reference, mask, reference_mask, _ = samples
+    moving, reference = samples[:2]
     kind = torch.promote_types(torch.promote_types(moving.dtype, reference.dtype), torch.float32)
     moving, reference = moving.detach().to(kind), reference.detach().to(kind)
     if moving.shape[-3] != reference.shape[-3]:
@@ -72,20 +72,15 @@ def measure_residuals(
         """(N, ..., H, W) → (N·windows, ..., h, w)."""
         return torch.stack([image[..., rows, columns] for rows, columns in places], 1).flatten(0, 1)
 
-    def usable(given: Tensor | None) -> Tensor | None:
-        return None if given is None else windows(given.expand(moving.shape[0], *size))
-
-    own, other = usable(mask), usable(reference_mask)
+    own, other = each_field(samples[2:4], windows)
     found = aligner.estimate(windows(moving), windows(reference), own, other)
     displacement = _largest_displacement(found.warp, places)  # (N·windows,)
     seeing = found.status != int(Status.NO_TEXTURE)
     sigma, matched = found.sigma, found.valid
     if same_content and not (is_on_host(matched) and bool(matched.all())):
         # colours that were inverted keep the lengths of their gradients
-        lengths = [
-            windows(extract_channel(image, "gradients").unsqueeze(-3)) for image in (moving, reference)
-        ]
-        again = aligner.estimate(lengths[0], lengths[1], own, other)
+        lengths = [extract_channel(image, "gradients").unsqueeze(-3) for image in (moving, reference)]
+        again = aligner.estimate(windows(lengths[0]), windows(lengths[1]), own, other)
         displacement = torch.where(matched, displacement, _largest_displacement(again.warp, places))
         sigma, matched = torch.where(matched, sigma, again.sigma), matched | again.valid
     for part in (own, other):

@@ -123,7 +123,7 @@ def misregister(
 
     A bicubic kernel misplaces waves of 4 … 6 pixels by 0.045 … 0.02 px (as does a bilinear one): more than is to
     be found. ``"sinc"`` therefore upsamples twice by a windowed sinc of 16 taps, which is symmetric and has no
-    phase error, and is bicubic on the finer grid: 0.005 … 0.002 px at four times the cost. Near pixels that are no
+    phase error, and is bicubic on the finer grid: 0.005 … 0.002 px at twice the cost. Near pixels that are no
     numbers it gives way to the bicubic kernel, which keeps them apart.
 
     Args:
@@ -264,22 +264,15 @@ class RandomMisregistration(v2.Transform):  # type: ignore[misc]  # torchvision 
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_option("per", per, Per)
-        check_number("max_translation", max_translation, minimum=0, maximum=1e6)
-        check_number("max_deformation", max_deformation, minimum=0, maximum=1e6)
-        check_number("p", p, minimum=0, maximum=1)
-        check_option("motion", motion, MotionModel)
-        check_option("kernel", kernel, Kernel)
-        check_option("padding_mode", padding_mode, PaddingMode)
-        self.max_translation = max_translation
-        self.max_deformation = max_deformation
-        self.motion = motion
-        self.p = p
-        self.per = per
+        self.max_translation = check_number("max_translation", max_translation, minimum=0, maximum=1e6)
+        self.max_deformation = check_number("max_deformation", max_deformation, minimum=0, maximum=1e6)
+        self.motion = check_option("motion", motion, MotionModel)
+        self.p = check_number("p", p, minimum=0, maximum=1)
+        self.per = check_option("per", per, Per)
         self.same_on_bands = bool(same_on_bands)
         self.return_warp = bool(return_warp)
-        self.kernel = kernel
-        self.padding_mode = padding_mode
+        self.kernel = check_option("kernel", kernel, Kernel)
+        self.padding_mode = check_option("padding_mode", padding_mode, PaddingMode)
         self._randomness = Randomness(generator)
 
     def forward(self, *inputs: Any) -> Any:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from torchalign._check import message
 from torchalign._host import is_on_host
@@ -52,18 +54,34 @@ class NothingToCompareError(ValueError):
     """A single image without a claim went in, or of several too few came out."""
 
 
+class Given(NamedTuple):
+    """What an augmentation is called with."""
+
+    sample: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def to(self, step: Callable[..., Any]) -> Any:
+        """What a step makes of it."""
+        return step(*self.sample, **self.named)
+
+    def after(self, steps: Sequence[Callable[..., Any]]) -> Given:
+        """What the next step is given once these have been called, one after the other."""
+        if not steps:
+            return self
+        out = self.to(chained(steps))
+        if isinstance(out, dict) and not self.sample:
+            return Given((), out)
+        return Given(tuple(out) if len(self.sample) > 1 else (out,), {})
+
+
 class ProbePair(NamedTuple):
-    """Two images that should lie on each other: (n, 1, H, W) both, and where they may be compared (n, H, W).
+    """Two images that should lie on each other."""
 
-    ``blank`` (n,) bool: one of them or both show nothing, though the texture was put in.
-    ``resizing``: how one of them was resized, where that is known and usually a slip.
-    """
-
-    moving: Tensor
-    reference: Tensor
-    usable: Tensor | None
-    blank: Tensor
-    resizing: Resizing | None = None
+    moving: Tensor  # (n, 1, H, W)
+    reference: Tensor  # (n, 1, H, W)
+    usable: Tensor | None  # (n, H, W) bool, where they may be compared
+    blank: Tensor  # (n,) bool, one of them or both show nothing, though the texture was put in
+    resizing: Resizing | None = None  # how one of them was resized, where that is known and usually a slip
 
 
 class _Slot(NamedTuple):
@@ -77,19 +95,13 @@ class _Slot(NamedTuple):
 
 
 def probe(
-    augment: Callable[..., Any],
-    sample: Sequence[Any],
-    named: dict[str, Any],
-    matrix: Claim | None = None,
-    *,
-    samples: int = 8,
+    augment: Callable[..., Any], given: Given, matrix: Claim | None = None, *, samples: int = 8
 ) -> list[ProbePair]:
     """What an augmentation makes of a texture, in pairs that should be registered.
 
     Args:
         augment: the augmentation; it runs as a copy, if it can be copied.
-        sample: positional arguments that show the structure: which are images, of which size.
-        named: keyword arguments, likewise.
+        given: shows the structure: which are images, of which size.
         matrix: the claimed geometry, see :meth:`~torchalign.training.check.AlignmentCheck.wrap`.
         samples: at most so many of a batch.
 
@@ -100,7 +112,7 @@ def probe(
         ValueError: no image goes in, or none comes out.
         NothingToCompareError: there is neither, or fewer come out than went in.
     """
-    flat, spec = tree_flatten((tuple(sample), named))
+    flat, spec = tree_flatten(tuple(given))
     slots, batch = _find_slots(flat)
     count = min(batch, samples) if batch else 1
     largest = max((slot.size for slot in slots.values()), key=math.prod)
@@ -229,26 +241,16 @@ def steps_of(pipeline: Any) -> list[tuple[str, Callable[..., Any]]]:
 
 def chained(steps: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
     """The steps, one after the other, as one; torchvision's remain torchvision's, which knows boxes."""
-    _, v2 = _torchvision()
-    if v2 is not None and all(isinstance(step, v2.Transform) for step in steps):
+    if all(isinstance(step, v2.Transform) for step in steps):
         return cast(Callable[..., Any], v2.Compose(list(steps)))
 
     def run(*sample: Any, **named: Any) -> Any:
-        out: Any = None
-        for number, step in enumerate(steps):
-            if number:
-                sample, named = handed_on(out, sample)
-            out = step(*sample, **named)
-        return out
+        given = Given(sample, named)
+        for step in steps[:-1]:
+            given = given.after([step])
+        return given.to(steps[-1])
 
     return run
-
-
-def handed_on(out: Any, sample: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the next step is given of what one made of ``sample``: arguments, and named ones."""
-    if isinstance(out, dict) and not sample:
-        return (), out
-    return (tuple(out) if len(sample) > 1 else (out,)), {}
 
 
 def _name(step: Any) -> str:
@@ -258,17 +260,6 @@ def _name(step: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ the sample
-
-
-def _torchvision() -> Any:
-    """The modules of tv_tensors and transforms, if someone has imported them; else none are in the sample."""
-    return sys.modules.get("torchvision.tv_tensors"), sys.modules.get("torchvision.transforms.v2")
-
-
-def _is_tv(item: Any, kind: str = "TVTensor") -> bool:
-    """Whether it is of a kind of torchvision's tensors."""
-    tv_tensors, _ = _torchvision()
-    return tv_tensors is not None and isinstance(item, getattr(tv_tensors, kind))
 
 
 def _find_slots(flat: Sequence[Any]) -> tuple[dict[int, _Slot], int]:
@@ -302,14 +293,16 @@ def _slot_of(item: Any) -> _Slot | None:
         if item.ndim < 2 or min(item.shape[-2:]) < _LEAST_SIDE or item.dtype.is_complex:
             return None
         size = (item.shape[-2], item.shape[-1])
-        if _is_tv(item, "Mask"):
+        if isinstance(item, tv_tensors.Mask):
             return _Slot(True, size)
-        if _is_tv(item) and not (_is_tv(item, "Video") or _is_tv(item, "Image")):
+        known, is_video = isinstance(item, tv_tensors.TVTensor), isinstance(item, tv_tensors.Video)
+        if known and not (is_video or isinstance(item, tv_tensors.Image)):
             return None
-        is_label = not item.dtype.is_floating_point and item.dtype != torch.uint8
-        is_label = not _is_tv(item) and (is_label or item.ndim == 2)
-        batched = item.ndim >= (3 if is_label else 5 if _is_tv(item, "Video") else 4)
-        return _Slot(is_label, size, item.shape[0] if batched else None, is_video=_is_tv(item, "Video"))
+        is_label = not known and (
+            not (item.dtype.is_floating_point or item.dtype == torch.uint8) or item.ndim == 2
+        )
+        batched = item.ndim >= (3 if is_label else 5 if is_video else 4)
+        return _Slot(is_label, size, item.shape[0] if batched else None, is_video=is_video)
     if isinstance(item, np.ndarray):
         if item.ndim not in (2, 3) or min(item.shape[:2]) < _LEAST_SIDE or item.dtype.kind not in "fiub":
             return None
@@ -335,7 +328,7 @@ def _filled(item: Any, slot: _Slot, image: Tensor) -> Any:
     if not (slot.is_label or item.dtype.is_floating_point):
         image = (255 * image).round()
     values = image.to(item.dtype).expand(item.shape).clone()
-    return _torchvision()[0].wrap(values, like=item) if _is_tv(item) else values
+    return tv_tensors.wrap(values, like=item) if isinstance(item, tv_tensors.TVTensor) else values
 
 
 def _is_flat(item: Any) -> bool:
@@ -429,8 +422,7 @@ def _claimed(
 
 def _boxes(augment: Any, size: tuple[int, int], args: Sequence[Any]) -> Any:
     """Small boxes beside the sample, if the augmentation is torchvision's through and through."""
-    tv_tensors, v2 = _torchvision()
-    if tv_tensors is None or v2 is None or not isinstance(augment, v2.Transform):
+    if not isinstance(augment, v2.Transform):
         return None
     # a step of one's own may know nothing of boxes, and a filter of boxes may drop them
     parts = [augment, *augment.modules(), *(step for _, step in steps_of(augment))]
@@ -440,7 +432,7 @@ def _boxes(augment: Any, size: tuple[int, int], args: Sequence[Any]) -> Any:
     ):
         return None
     tensors = [item for item in tree_flatten(tuple(args))[0] if isinstance(item, Tensor)]
-    if any(_is_tv(item, "BoundingBoxes") for item in tensors):
+    if any(isinstance(item, tv_tensors.BoundingBoxes) for item in tensors):
         return None
     centres = torch.tensor([[x * size[1], y * size[0]] for x, y in _BOX_PLACES])
     values = torch.cat((centres - _BOX / 2, centres + _BOX / 2), -1)
