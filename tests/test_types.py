@@ -72,7 +72,6 @@ def test_the_larger_axis_is_the_root_of_the_larger_eigenvalue():
 def test_what_takes_the_same_shows_the_same():
     """Arguments are written and explained once, and shown by every function that takes them."""
     for like, shown in (
-        (ta.PCC.forward, ta.PCC.estimate),
         (ta.LGM.matches, ta.PCC.estimate),
         (ta.warp, ta.functional.warp.resample),
     ):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchalign._check import message
+from torchalign._check import check_kind, message
 from torchalign.aligner import Aligner, Block, Job, Judged, Pair, flagged
 from torchalign.functional import affine
 from torchalign.functional.quality import centre_moves, parts_disagree, replaced
@@ -57,8 +57,7 @@ class Cascade(Aligner):
         if not stages:
             raise ValueError(message("stages", "at least one aligner", "none", "give e.g. PCC(), ECC()"))
         for stage in stages:
-            if not isinstance(stage, Aligner):
-                raise TypeError(message("stages", "aligners", type(stage).__name__, _ONE_BY_ONE))
+            check_kind("stages", stage, Aligner, "aligners", _ONE_BY_ONE, optional=False)
         last = stages[-1]
         super().__init__(
             max_translation=last.max_translation,

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from torchalign._check import check_cube, check_device, check_mask, check_option, check_whole, message
+from torchalign._check import (
+    check_cube,
+    check_device,
+    check_floating,
+    check_kind,
+    check_mask,
+    check_option,
+    check_whole,
+    message,
+)
 from torchalign._host import is_on_host, map_on_host
 from torchalign.aligner import Aligner, full_precision
 from torchalign.functional import network
@@ -41,21 +50,14 @@ _FLAT_BLOCK, _EMPTY_BLOCK = 1e-4, 0.1
 
 
 class Frames(NamedTuple):
-    """What is kept of the frames of a series once they have been seen.
+    """What is kept of the frames of a series once they have been seen."""
 
-    Attributes:
-        texture: of T frames, what pairs are compared by: (T, h, w).
-        size: (H, W), of the frames that were seen, in pixels.
-        factor: (T,) int64, by which a frame was enlarged before it came here: 1 if it was not, or if nobody looked.
-        cube: (T, C, H, W) and
-        mask: (T, H, W) or ``None``, for aligners that compare pixels; ``None`` where textures do.
-    """
-
-    texture: Texture
-    size: tuple[int, int]
+    texture: Texture  #: of T frames, what pairs are compared by: (T, h, w)
+    size: tuple[int, int]  #: (H, W), of the frames that were seen, in pixels
+    #: (T,) int64, by which a frame was enlarged before it came here: 1 if it was not, or if nobody looked
     factor: Tensor
-    cube: Tensor | None = None
-    mask: Tensor | None = None
+    cube: Tensor | None = None  #: (T, C, H, W), for aligners that compare pixels; ``None`` where textures do
+    mask: Tensor | None = None  #: (T, H, W), likewise
 
 
 class Solution(NamedTuple):
@@ -151,11 +153,8 @@ class Groupwise(nn.Module):
         self, aligner: Aligner, *, neighbours: int = 6, links: int = 6, season: Season = "report"
     ) -> None:
         super().__init__()
-        if not isinstance(cast("object", aligner), Aligner):
-            got = f"{aligner!r} ({type(aligner).__name__})"
-            raise TypeError(
-                message("aligner", "an aligner", got, "make an instance, for example torchalign.PCC()")
-            )
+        cure = "make an instance, for example torchalign.PCC()"
+        check_kind("aligner", aligner, Aligner, "an aligner", cure, optional=False)
         motions = {part.motion for part in aligner.modules() if isinstance(part, Aligner)}
         if motions != {"translation"} or any(isinstance(part, Local) for part in aligner.modules()):
             got = ", ".join(sorted(motions)) if motions != {"translation"} else "Local"
@@ -164,8 +163,7 @@ class Groupwise(nn.Module):
         self.aligner = aligner
         self.neighbours = check_whole("neighbours", neighbours, minimum=1)
         self.links = check_whole("links", links, minimum=0)
-        check_option("season", season, Season)
-        self.season = season
+        self.season = check_option("season", season, Season)
 
     def forward(self, cube: Tensor, mask: Tensor | None = None, sun: Tensor | None = None) -> Alignment:
         """Align every frame with all others; arguments and errors as in :meth:`solve`.
@@ -212,15 +210,11 @@ class Groupwise(nn.Module):
         sun = self._check_sun(sun, cube)
         if len(batch) == 1:
             return self.place(self.see(cube, mask), sun)
-        series = [
-            self.place(self.see(one, seen), place)
-            for one, seen, place in zip(
-                cube.flatten(0, -5),
-                [None] * math.prod(batch[:-1]) if mask is None else mask.flatten(0, -4),
-                [None] * math.prod(batch[:-1]) if sun is None else sun.flatten(0, -3),
-                strict=True,
-            )
+        parts = [
+            [None] * math.prod(batch[:-1]) if part is None else part.flatten(0, len(batch) - 2)
+            for part in (cube, mask, sun)
         ]
+        series = [self.place(self.see(one, seen), place) for one, seen, place in zip(*parts, strict=True)]
         if not series:  # the rows of one, of none
             one = self.place(self.see(cube.new_zeros(cube.shape[-4:])))
             return each_field(one, lambda rows: rows.new_empty((*batch[:-1], *rows.shape)))
@@ -335,21 +329,18 @@ class Groupwise(nn.Module):
         with torch.no_grad():
             cells = (network.cell_contrast(*part.texture[:2]) for part in (new, archive))
             likeness = network.similarity(*next(cells), next(cells))
-            reference = likeness.masked_fill(~accepted, -2.0).topk(near, -1).indices.flatten()
+            chosen = likeness.masked_fill(~accepted, -2.0).topk(near, -1).indices  # (N, near)
+        reference = chosen.flatten()
         moving = torch.arange(count, device=reference.device).repeat_interleave(near)
         edges = Edges(moving + old, reference, torch.ones_like(moving, dtype=torch.bool))
-        said = self._ask(both, edges)
-        agreement = said.agreement.view(count, near)
-        sure = (agreement >= _LEAST_AGREEMENT).flatten()
-        usable = (said.usable & accepted[reference] & sure).view(count, near)
-        told = (said.shift + shift[reference].to(said.shift)).view(count, near, 2)
-        sigmas = said.sigma.view(count, near)
-        position, variance, closure, support = network.place_frames(told, sigmas, usable)
+        said = each_field(self._ask(both, edges), lambda values: values.view(count, near, *values.shape[1:]))
+        usable = said.usable & accepted[chosen] & (said.agreement >= _LEAST_AGREEMENT)
+        told = said.shift + shift[chosen].to(said.shift)
+        position, variance, closure, support = network.place_frames(told, said.sigma, usable)
         share = usable / usable.sum(-1, keepdim=True).clamp(min=1)
-        known = torch.where(accepted, sigma, 0.0)[reference].view(count, near).square()
-        variance = variance + (share * known).sum(-1)
+        variance = variance + (share * torch.where(accepted, sigma, 0.0)[chosen].square()).sum(-1)
         connected = support >= min(2.0, max(near, 1)) - 1e-6
-        ambiguous = 2 * said.ambiguous.view(count, near).sum(-1) >= max(near, 1)
+        ambiguous = 2 * said.ambiguous.sum(-1) >= max(near, 1)
         status = self._status(position, connected, ambiguous, new.texture.flat)
         known_places = torch.where(accepted[:, None], shift, 0.0), accepted
         estimate = self._conclude(both, position, isotropic(variance.sqrt()), status, known_places)
@@ -501,15 +492,13 @@ class Groupwise(nn.Module):
 
     def _check_sun(self, sun: Tensor | None, cube: Tensor) -> Tensor | None:
         """(..., T, 2), or ``None``."""
-        expected = "a floating tensor (..., T, 2), elevation and azimuth in degrees"
+        shape = "(..., T, 2), elevation and azimuth in degrees"
         if sun is None:
             if self.season == "correct":
-                cure = 'give it, or season="report"'
-                raise ValueError(message("sun", f'{expected}, for season="correct"', "None", cure))
+                expected = f'a floating tensor {shape}, for season="correct"'
+                raise ValueError(message("sun", expected, "None", 'give it, or season="report"'))
             return None
-        if not isinstance(sun, Tensor) or not sun.is_floating_point():
-            got = sun.dtype if isinstance(sun, Tensor) else type(sun).__name__
-            raise TypeError(message("sun", expected, got, "convert it with torch.as_tensor(sun).float()"))
+        check_floating("sun", sun, shape)
         check_device("sun", sun, cube)
         batch = cube.shape[:-3]
         if tuple(sun.shape) not in {(*batch, 2), (batch[-1], 2)}:

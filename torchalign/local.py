@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchalign._check import check_number, check_whole, message
+from torchalign._check import check_floating, check_number, check_whole, message
 from torchalign.aligner import (
     Aligner,
     Job,
@@ -241,9 +241,7 @@ def _check_tie_points(points: Tensor) -> Tensor:
     """(K, 5) float64."""
     expected = "finite numbers (K, 4) or (K, 5), on the reference, in the frame, and σ > 0"
     cure = "see torchalign.Local"
-    if not isinstance(cast("object", points), Tensor) or not points.is_floating_point():
-        got = points.dtype if isinstance(cast("object", points), Tensor) else type(points).__name__
-        raise TypeError(message("tie_points", f"a floating tensor, {expected}", got, cure))
+    check_floating("tie_points", points, "(K, 4) or (K, 5)")
     if points.ndim != 2 or points.shape[1] not in {4, 5}:
         raise ValueError(message("tie_points", expected, tuple(points.shape), cure))
     points = points.detach().double()

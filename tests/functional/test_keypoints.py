@@ -9,7 +9,6 @@ from skimage.feature import peak_local_max
 from torchalign.functional.keypoints import (
     erode,
     highest,
-    inside,
     pixel_of,
     quadratic_offset,
     stretch_contrast,
@@ -121,11 +120,6 @@ def test_highest_has_always_as_many_rows():
     assert int(index.min()) >= 0
     assert int(index.max()) < 50
     assert torch.equal(highest(scores, allowed, 5)[0], value[:, :5])
-
-
-def test_inside():
-    assert inside(5, 7, 2, torch.empty(0)).nonzero().tolist() == [[2, 2], [2, 3], [2, 4]]
-    assert not inside(4, 9, 2, torch.empty(0)).any()
 
 
 # ------------------------------------------------------------------------------------------------------- sub-pixel

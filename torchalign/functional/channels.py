@@ -125,13 +125,7 @@ def gradient_magnitude(image: Tensor) -> Tensor:
 
     It sees edges of every direction. (satalign's ``"gradients"`` is the mixed derivative
     :math:`\partial_x\partial_y`, which is 0 on a road that runs north.) Borders are replicated; what touches an
-    unusable pixel is NaN.
-
-    Args:
-        image: (..., H, W).
-
-    Returns:
-        (..., H, W).
+    unusable pixel is NaN. Of (..., H, W).
 
     Example:
         >>> gradient_magnitude(torch.arange(5.0).expand(3, 5))[1]
@@ -154,17 +148,9 @@ def gradient_magnitude(image: Tensor) -> Tensor:
 
 
 def center_crop(image: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
-    """The central window of at most ``size`` (h, w), and its origin (x, y) in pixels of the whole.
+    """The central window (..., min(h, H), min(w, W)), a view, and its origin (x, y) in pixels of the whole (..., H, W).
 
-    A window larger than the image is the image. Where the margins cannot be equal, the upper and left one is
-    the smaller.
-
-    Args:
-        image: (..., H, W).
-        size: (h, w), or ``None`` for the whole.
-
-    Returns:
-        (..., min(h, H), min(w, W)), a view; and (x, y).
+    Of ``None`` it is the whole. Where the margins cannot be equal, the upper and left one is the smaller.
 
     Example:
         >>> window, origin = center_crop(torch.zeros(7, 8), (4, 4))

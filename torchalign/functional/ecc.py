@@ -67,6 +67,7 @@ from torchalign.functional.motion import (
     warp_of,
 )
 from torchalign.functional.moving_frames import (
+    Climb,
     Frames,
     ShiftedFrames,
     WarpedFrames,
@@ -362,7 +363,8 @@ class _Search(NamedTuple):
         weights = common if inliers is None else common * for_parts(inliers.flatten(-2), level.vector)
         system = weighted_system(weights.square(), level)
         moves = (level.flat | moving.flat).logical_not()
-        ascended = moving.ascend(warp, moves, system, level, (self.max_iterations, self.tolerance), precise)
+        limits = self.max_iterations, self.tolerance
+        ascended = moving.ascend(Climb(warp, moves, system, limits, precise), level)
         if ascended is not None:
             warp, reach, found = ascended  # of steps that are not precise only the warp is wanted
             return _State(warp, reach, values if found is None else found, common, system, inliers)

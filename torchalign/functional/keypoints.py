@@ -21,15 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = [
-    "erode",
-    "highest",
-    "inside",
-    "pixel_of",
-    "quadratic_offset",
-    "stretch_contrast",
-    "strict_maxima",
-]
+__all__ = ["erode", "highest", "pixel_of", "quadratic_offset", "stretch_contrast", "strict_maxima"]
 
 # Percentiles are taken over about this many pixels a side: more would not move them.
 _SAMPLED_SIDE = 128
@@ -84,14 +76,9 @@ def stretch_contrast(image: Tensor, usable: Tensor | None = None) -> tuple[Tenso
 
 
 def strict_maxima(scores: Tensor, radius: int) -> Tensor:
-    """Where a score exceeds every other within ``radius`` pixels in x and y; plateaus have none.
+    """(..., H, W) bool: where a score exceeds every other within ``radius`` pixels in x and y; plateaus have none.
 
-    Args:
-        scores: (..., H, W).
-        radius: of the square neighbourhood, in pixels. Beyond the border there is nothing.
-
-    Returns:
-        (..., H, W) bool.
+    Beyond the border there is nothing.
 
     Example:
         >>> strict_maxima(torch.tensor([[0.0, 2.0, 1.0, 3.0, 3.0]]), 1).int()
@@ -145,14 +132,6 @@ def dilate(area: Tensor, radius: int) -> Tensor:
     return ~erode(~area, radius)
 
 
-def inside(height: int, width: int, border: int, like: Tensor) -> Tensor:
-    """(H, W) bool: at least ``border`` pixels from the edge."""
-    y = torch.arange(height, device=like.device)
-    x = torch.arange(width, device=like.device)
-    rows = (y >= border) & (y < height - border)
-    return rows[:, None] & ((x >= border) & (x < width - border))
-
-
 def highest(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` highest of scores (B, N) in every row where allowed, (B, N) bool, in descending order.
 
@@ -181,14 +160,7 @@ def quadratic_offset(scores: Tensor, index: Tensor) -> Tensor:
     .. math:: \delta = -H^{-1} g
 
     with gradient g and Hessian H by central differences. Where they describe no maximum: per axis, without the
-    mixed term; at most half a pixel.
-
-    Args:
-        scores: (B, H, W).
-        index: (B, K), places in the flattened map.
-
-    Returns:
-        (B, K, 2), (x, y) in [-½, ½].
+    mixed term; at most half a pixel: (B, K, 2), (x, y) in [-½, ½], of places (B, K) in flattened maps.
 
     Example:
         >>> y, x = torch.meshgrid(torch.arange(5.0), torch.arange(5.0), indexing="ij")

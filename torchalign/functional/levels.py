@@ -243,7 +243,7 @@ def _coordinates(
 def band_response(
     frame: tuple[int, int], size: tuple[int, int], max_frequency: float, vector: bool, *, like: Tensor
 ) -> Tensor:
-    """(h, w//2+1): the root of the ramp |f|, within the band; 1 for vectors, whose fields have no 1/f spectrum."""
+    """(h, w//2+1): the root of the ramp ``|f|``, within the band; 1 for vectors, whose fields have no 1/f spectrum."""
     share = WorkingGrid.of(frame, size, max_frequency, like).radius / max_frequency
     band = share < 1
     return band.to(share.dtype) if vector else share.sqrt() * band

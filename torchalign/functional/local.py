@@ -116,11 +116,9 @@ class LocalShifts(NamedTuple):
 
 
 def lattice_size(size: tuple[int, int], spacing: int) -> tuple[int, int]:
-    """Nodes (n, m) of the lattice over a frame: one beyond each border at least, rows in multiples of three.
+    """Nodes (n, m) of the lattice over a frame (H, W): one beyond each border at least, rows in multiples of three.
 
-    Args:
-        size: (H, W).
-        spacing: pixels from one node to the next; node (0, 0) lies at (−spacing, −spacing).
+    They are so many pixels apart, the first one at (−spacing, −spacing).
 
     >>> lattice_size((256, 256), 24)
     (15, 14)

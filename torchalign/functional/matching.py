@@ -37,14 +37,7 @@ from torch.nn import functional as F
 
 from torchalign.functional import affine
 from torchalign.functional.fourier import rfft2
-from torchalign.functional.motion import (
-    PARAMETERS,
-    MotionModel,
-    denormalize,
-    half_length,
-    jacobian,
-    warp_of,
-)
+from torchalign.functional.motion import PARAMETERS, MotionModel, denormalize, half_length, jacobian, warp_of
 from torchalign.functional.peak import derivatives_at, multiplicity, wave_orders
 from torchalign.functional.phase import cross_power
 from torchalign.functional.uncertainty import isotropic, largest_sigma
@@ -90,15 +83,11 @@ _ASCENT_TOLERANCE = 2e-2
 
 
 class Matches(NamedTuple):
-    """Which point of the other image belongs to each point.
+    """Which point of the other image belongs to each point."""
 
-    Attributes:
-        index: (..., K) int64, into the other image's points; −1 if none.
-        weight: (..., K), in [0, 1]; 0 if none.
-    """
-
+    #: (..., K) int64, into the other image's points; −1 if none
     index: Tensor  # type: ignore[assignment]  # a tuple has a method of that name
-    weight: Tensor
+    weight: Tensor  #: (..., K), in [0, 1]; 0 if none
 
 
 class Correspondences(NamedTuple):
@@ -341,18 +330,10 @@ def significance(
 
     .. math:: z = \frac{k - m - E}{\sqrt{E + 1}}, \qquad E = (n - m)\,p
 
-    with k of n matches agreeing, m the matches that any motion of the kind can be made to agree with, and p the
-    chance that a wrong match agrees: the area within :data:`INLIER_RADIUS` over the area where it may lie. Since
-    the motion was chosen for its k, unrelated images reach larger values than a normal variable does.
-
-    Args:
-        inliers: (...,), k.
-        matches: (...,), n.
-        chance: p, in (0, 1].
-        motion: what the frames may do.
-
-    Returns:
-        (...,).
+    with k of n matches agreeing (``inliers``, ``matches``), m the matches that any motion of the kind can be made to
+    agree with, and p the chance that a wrong match agrees: the area within :data:`INLIER_RADIUS` over the area where it
+    may lie. Since the motion was chosen for its k, unrelated images reach larger values than a normal variable does.
+    All are (...,).
 
     Example:
         >>> significance(torch.tensor(25.0), torch.tensor(101.0), 0.15)

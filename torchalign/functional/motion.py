@@ -41,9 +41,7 @@ PARAMETERS: dict[MotionModel, int] = {
 def only_shifts(motion: MotionModel, init: Tensor | None) -> bool:
     """Whether every warp that may be found is a shift, for any data.
 
-    Args:
-        motion: what is estimated.
-        init: what from: (..., T, 2), (..., T, 2 or 3, 3), of which the linear part is kept, or ``None``.
+    From an ``init`` (..., T, 2), (..., T, 2 or 3, 3), of which the linear part is kept, or ``None``.
 
     Example:
         >>> only_shifts("translation", None), only_shifts("translation", torch.eye(3))

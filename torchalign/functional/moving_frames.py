@@ -25,7 +25,7 @@ from torchalign.functional.structure import turn_orientations
 from torchalign.functional.texture import Texture
 from torchalign.functional.working_grid import Window, WorkingGrid, ramp_length, tukey
 
-__all__ = ["Frames", "ShiftedFrames", "WarpedFrames", "WarpedSamples", "shift_of", "shifted_by"]
+__all__ = ["Climb", "Frames", "ShiftedFrames", "WarpedFrames", "WarpedSamples", "shift_of", "shifted_by"]
 
 # Samples of the spline for each sample of the level: at the band's edge four a period.
 _OVERSAMPLING = 2
@@ -39,6 +39,16 @@ class WarpedSamples(NamedTuple):
     warp: Tensor  # (..., T, 3, 3)
     values: Tensor  # (..., T, n)
     common: Tensor  # (..., T, n) in [0, 1], the ground that both have
+
+
+class Climb(NamedTuple):
+    """Steps on one level, from where and how far."""
+
+    start: Tensor  # (..., T, 3, 3)
+    moves: Tensor  # (..., T) bool
+    system: System
+    limits: tuple[int, float]  # the most iterations; the tolerance, in pixels
+    precise: bool
 
 
 class ShiftedFrames(NamedTuple):
@@ -63,19 +73,9 @@ class ShiftedFrames(NamedTuple):
         ground = for_parts(self.ground(warp, level), level.vector)
         return WarpedSamples(warp, self.values(warp, level, precise=precise), ground)
 
-    def ascend(
-        self,
-        start: Tensor,
-        moves: Tensor,
-        system: System,
-        level: Level,
-        limits: tuple[int, float],
-        precise: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """All steps by one kernel, where there is one: warps, the last reach; if precise, the values before it.
-
-        The limits are the most iterations, and the tolerance in pixels.
-        """
+    def ascend(self, climb: Climb, level: Level) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """All steps by one kernel, where there is one: warps, the last reach; if precise, the values before it."""
+        start, moves, system, limits, precise = climb
         kernels = None if level.vector else kernels_for(self.spectrum, start, system.weights, level.field)
         if kernels is None:
             return None
@@ -159,19 +159,9 @@ class WarpedFrames(NamedTuple):
         given = self.spline, self.weights, warp, level.weights, level.x, level.y, level.grid.frame
         return WarpedSamples(warp, *kernels.look(*given, ramps, self.projective, precise))
 
-    def ascend(
-        self,
-        start: Tensor,
-        moves: Tensor,
-        system: System,
-        level: Level,
-        limits: tuple[int, float],
-        precise: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """All steps by one kernel, where there is one: warps, the last reach; if precise, the values before it.
-
-        The limits are the most iterations, and the tolerance in pixels.
-        """
+    def ascend(self, climb: Climb, level: Level) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """All steps by one kernel, where there is one: warps, the last reach; if precise, the values before it."""
+        start, moves, system, limits, precise = climb
         kernels = None if level.vector else kernels_for(self.spline, start, system.weights, level.field)
         if kernels is None:
             return None

@@ -181,16 +181,8 @@ def similarity(features: Tensor, weights: Tensor, others: tuple[Tensor, Tensor] 
 def frame_keys(features: Tensor, weights: Tensor, count: int) -> Tensor:
     """Numbers in [0, 1) drawn from the frames themselves, for links that no frame's place in the series decides.
 
-    A fixed projection of a frame's contrast, scaled by its size, many times round: as good as random, yet the same
-    for the same frame.
-
-    Args:
-        features: (T, n), of :func:`cell_contrast`.
-        weights: (T, n).
-        count: numbers a frame.
-
-    Returns:
-        (T, count), float64.
+    A fixed projection of a frame's contrast, (T, n) of :func:`cell_contrast`, scaled by its size, many times round: as
+    good as random, yet the same for the same frame. (T, count), float64.
     """
     seen = (features * weights).double()
     place = torch.arange(1, seen.shape[-1] + 1, device=seen.device, dtype=torch.float64)
@@ -619,13 +611,10 @@ def consensus_scores(
 
 
 def shadow_direction(sun: Tensor) -> Tensor:
-    r"""Where shadows point and how long they are: :math:`\cot(el)\,(-\sin az, \cos az)`, (x, y).
+    r"""(T, 2), float64: where shadows point and how long they are, :math:`\cot(el)\,(-\sin az, \cos az)`, (x, y).
 
-    Args:
-        sun: (T, 2), elevation and azimuth in degrees, the latter clockwise from the image's up. NaN where unknown.
-
-    Returns:
-        (T, 2), float64; NaN where unknown, or where the sun is down.
+    Of elevation and azimuth in degrees (T, 2), the latter clockwise from the image's up. NaN where they are unknown, or
+    where the sun is down.
 
     >>> shadow_direction(torch.tensor([[45.0, 180.0]])).round(decimals=3)  # from the south: shadows point up
     tensor([[-0., -1.]], dtype=torch.float64)
@@ -640,16 +629,9 @@ def shadow_direction(sun: Tensor) -> Tensor:
 def fit_slope(
     position: Tensor, direction: Tensor, usable: Tensor, *, steps: int = 20
 ) -> tuple[Tensor, Tensor]:
-    r"""The robust slope b of :math:`p = a + b\,u` for vectors, and its 1-σ error.
+    r"""The robust slope b of :math:`p = a + b\,u`, and its 1-σ error, both (...,).
 
-    Args:
-        position: (..., T, 2).
-        direction: (T, 2).
-        usable: (..., T) bool.
-        steps: how often the weights are taken anew.
-
-    Returns:
-        b and σ, both (...,).
+    For vectors p (..., T, 2) and u (T, 2) that are usable (..., T); the weights are taken anew in so many steps.
     """
     known = usable.to(position.dtype)
     position = torch.where(usable[..., None], position, 0.0)
@@ -671,10 +653,7 @@ def fit_slope(
 
 
 def season_term(
-    positions: Positions,
-    blocks: Positions,
-    block_variance: Tensor,
-    direction: Tensor | None,
+    positions: Positions, blocks: Positions, block_variance: Tensor, direction: Tensor | None
 ) -> SeasonTerm:
     r"""The shift that shading and shadows add to positions, from parts of the frame that disagree about it.
 

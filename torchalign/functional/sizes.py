@@ -14,16 +14,7 @@ from torch import Tensor
 
 from torchalign._host import is_known
 
-__all__ = ["lags_within", "no_less", "square_root", "stride_for", "working_length"]
-
-
-def no_less(first: int, second: int) -> int:
-    """The larger of two lengths, or of symbols, one of which would have to be chosen, their sum.
-
-    >>> no_less(3, 4)
-    4
-    """
-    return max(first, second) if is_known(first) and is_known(second) else first + second
+__all__ = ["lags_within", "square_root", "stride_for", "working_length"]
 
 
 def square_root(number: float) -> float:
@@ -64,13 +55,7 @@ def stride_for(size: tuple[int, int], least: int) -> int:
 def lags_within(samples: int, reach: float, like: Tensor) -> Tensor:
     """The whole lags within ``reach`` samples that a periodic signal of ``samples`` can distinguish.
 
-    Args:
-        samples: of the signal; of symbols all lags are returned, for their number would be another symbol.
-        reach: in samples.
-        like: a tensor on the device of the result.
-
-    Returns:
-        (n,) int64, ascending.
+    (n,) int64, ascending, on the device of ``like``. Of symbols all lags: their number would be another symbol.
 
     >>> lags_within(8, 2.5, torch.zeros(1)), lags_within(4, 9.0, torch.zeros(1))
     (tensor([-2, -1,  0,  1,  2]), tensor([-2, -1,  0,  1]))

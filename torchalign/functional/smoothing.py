@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchalign._host import keeps_tables, launches_kernels
-from torchalign.functional.sizes import no_less
+from torchalign._host import is_known, keeps_tables, launches_kernels
 
 __all__ = ["block_means", "block_sums", "enlarge", "halve", "nanmedian", "triangle_mean"]
 
@@ -135,5 +134,7 @@ def _middles(
             [1 / (times * spacing) for spacing in spacings],
         )
     )
-    middle = torch.arange((no_less(*size) + times - 1) // times, device=like.device, dtype=like.dtype)
+    # of symbols, one of which would have to be chosen, no less
+    longest = max(size) if all(map(is_known, size)) else sum(size)
+    middle = torch.arange((longest + times - 1) // times, device=like.device, dtype=like.dtype)
     return (torch.cat((y, x)) + 0.5) / times - 0.5, axis.to(torch.int64), scale, first, last, middle

@@ -77,12 +77,7 @@ def turn_orientations(field: Tensor, warp: Tensor) -> Tensor:
 
     .. math:: \varphi = \operatorname{atan2}(a_{21} - a_{12},\, a_{11} + a_{22})
 
-    Args:
-        field: (2, ..., T, ...).
-        warp: (..., T, 2 or 3, 3), of which the linear part counts; held fixed in derivatives.
-
-    Returns:
-        (2, ..., T, ...).
+    The field is (2, ..., T, ...); of a warp (..., T, 2 or 3, 3) the linear part counts, held fixed in derivatives.
 
     Example:
         >>> quarter = torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0]])
@@ -109,10 +104,7 @@ def _gradient(image: Tensor) -> tuple[Tensor, Tensor]:
     )
     smooth = torch.add(padded[..., :-2, :] + padded[..., 2:, :], padded[..., 1:-1, :], alpha=2)
     smooth = torch.add(smooth[..., :-2] + smooth[..., 2:], smooth[..., 1:-1], alpha=2)
-    return (
-        smooth[..., 1:-1, 2:] - smooth[..., 1:-1, :-2],
-        smooth[..., 2:, 1:-1] - smooth[..., :-2, 1:-1],
-    )
+    return (smooth[..., 1:-1, 2:] - smooth[..., 1:-1, :-2], smooth[..., 2:, 1:-1] - smooth[..., :-2, 1:-1])
 
 
 def _local_mean(strength: Tensor) -> Tensor:

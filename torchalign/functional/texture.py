@@ -28,14 +28,7 @@ from torchalign.functional.smoothing import nanmedian, triangle_mean
 from torchalign.functional.structure import orientation_field
 from torchalign.functional.working_grid import WorkingGrid, working_size
 
-__all__ = [
-    "Brightness",
-    "Contrast",
-    "Texture",
-    "extract_pyramid",
-    "extract_texture",
-    "local_contrast",
-]
+__all__ = ["Brightness", "Contrast", "Texture", "extract_pyramid", "extract_texture", "local_contrast"]
 
 Brightness = Literal["local", "none"]
 Contrast = Literal["local", "none", "structure"]
@@ -72,7 +65,6 @@ def extract_texture(
     *,
     max_frequency: float = 0.25,
     contrast: Contrast = "local",
-    blur: float = 0.0,
     cover: bool = False,
 ) -> Texture:
     """Fill holes, limit the band, normalise the contrast.
@@ -83,7 +75,6 @@ def extract_texture(
         max_frequency: in cycles per pixel.
         contrast: ``"local"`` for :func:`local_contrast`, ``"none"`` for the mean removed, ``"structure"`` for
             :func:`~torchalign.functional.structure.orientation_field`.
-        blur: σ of a Gaussian in pixels, applied with the band limit.
         cover: keep what a correlation needs that is divided by the overlap of the holes, if there is a mask.
 
     Returns:
@@ -91,7 +82,7 @@ def extract_texture(
     """
     frame = (image.shape[-2], image.shape[-1])
     grid = WorkingGrid.of(frame, working_size(frame, max_frequency), max_frequency, image)
-    return extract_pyramid(image, mask, grids=(grid,), contrast=contrast, blur=blur, cover=cover)[0]
+    return extract_pyramid(image, mask, grids=(grid,), contrast=contrast, cover=cover)[0]
 
 
 def extract_pyramid(
@@ -114,7 +105,7 @@ def extract_pyramid(
         mask: bool, broadcastable, True = usable.
         grids: what each level is sampled on, over frames of this size; the first one has the widest band.
         contrast: as in :func:`extract_texture`.
-        blur: σ of a Gaussian in pixels.
+        blur: σ of a Gaussian in pixels, applied with the band limit.
         cover: as in :func:`extract_texture`, of the first level.
         floor: the share of the mean local variance that the c of :func:`local_contrast` is at least. Flat ground beside
             an edge shows the edge's window, which does not scale as the ground does.

@@ -129,14 +129,8 @@ def working_size(size: tuple[int, int], max_frequency: float) -> tuple[int, int]
 def tukey(position: Tensor, length: int, taper: float) -> Tensor:
     """The Tukey window of ``length`` pixels at (fractional) pixel positions: 0 beyond the frame's outer edge.
 
-    Args:
-        position: any shape, in pixels.
-        length: of the frame along this axis.
-        taper: share of the axis over which the window falls off; unless it is 0, at least 8 pixels on each side,
-            or a quarter of a small frame.
-
-    Returns:
-        In [0, 1], in the shape of ``position``.
+    It falls off over a share ``taper`` of the axis; unless that is 0, over at least 8 pixels on each side, or a quarter
+    of a small frame.
     """
     if taper <= 0:
         return ((position > -0.5) & (position < length - 0.5)).to(position.dtype)

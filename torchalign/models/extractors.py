@@ -63,22 +63,14 @@ FeatureModel = Literal[
 
 
 class Features(NamedTuple):
-    """K keypoints of every frame, one row each; rows that are not ``valid`` hold numbers of no meaning, never NaN.
+    """K keypoints of every frame, one row each; rows that are not ``valid`` hold numbers of no meaning, never NaN."""
 
-    Attributes:
-        keypoints: (B, K, 2), (x, y) in pixels of the image, integers at pixel centres.
-        scores: (B, K), of the detector, 0 where not valid.
-        descriptors: (B, K, D), unit length; 0 where not valid.
-        valid: (B, K) bool.
-        scales: (B, K), σ in pixels, where the detector knows scales.
-        orientations: (B, K), radians from +x towards +y (down the image), where it knows orientations.
-    """
-
-    keypoints: Tensor
-    scores: Tensor
-    descriptors: Tensor
-    valid: Tensor
-    scales: Tensor | None = None
+    keypoints: Tensor  #: (B, K, 2), (x, y) in pixels of the image, integers at pixel centres
+    scores: Tensor  #: (B, K), of the detector, 0 where not valid
+    descriptors: Tensor  #: (B, K, D), unit length; 0 where not valid
+    valid: Tensor  #: (B, K) bool
+    scales: Tensor | None = None  #: (B, K), σ in pixels, where the detector knows scales
+    #: (B, K), radians from +x towards +y (down the image), where it knows orientations
     orientations: Tensor | None = None
 
 
@@ -287,10 +279,11 @@ class DenseExtractor(Extractor):
         height, width = image.shape[-2:]
         peaks, scores, features = self.maps(self._padded(image.to(next(self.network.parameters()).dtype)))
         peaks, scores = peaks[..., :height, :width], scores[..., :height, :width]
-        allowed = keypoints.strict_maxima(peaks, self.radius) & keypoints.inside(
-            height, width, self.radius, peaks
-        )
-        allowed = allowed & ~empty.view(-1, 1, 1)
+        border = self.radius
+        maxima = keypoints.strict_maxima(peaks, self.radius)[
+            ..., border : height - border, border : width - border
+        ]
+        allowed = F.pad(maxima, (border,) * 4) & ~empty.view(-1, 1, 1)
         if usable is not None:
             allowed = allowed & keypoints.erode(usable, _MASK_REACH)
         value, index = keypoints.highest(scores.flatten(1), allowed.flatten(1), self.max_num_keypoints)

@@ -10,6 +10,7 @@ Two layouts of weights are loaded, told apart by their names:
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -25,21 +26,8 @@ CELL = 8  # pixels of the image a side of a cell of the coarse maps
 _WIDTHS = (64, 64, 128, 128)  # channels of the encoder's four stages, halved in size between
 _HEAD = 256
 # Where the official layout's layers are in this one.
-_STAGE, _BRANCH = re.compile(r"conv([1-4])([ab])\.(.+)"), re.compile(r"conv([PD])([ab])\.(.+)")
-
-
-class _Layer(nn.Module):
-    """Convolution, ReLU (but in the last layer of a head), batch normalisation (in the open layout)."""
-
-    def __init__(self, inputs: int, outputs: int, size: int, *, activate: bool, normalise: bool) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, size, padding=size // 2)
-        self.bn = nn.BatchNorm2d(outputs, eps=1e-3) if normalise else nn.Identity()
-        self.activate = activate
-
-    def forward(self, image: Tensor) -> Tensor:
-        image = self.conv(image)
-        return self.bn(F.relu(image) if self.activate else image)
+_OFFICIAL = re.compile(r"conv([1-4PD])([ab])\.(.+)")
+_HOMES = {"P": "detector", "D": "descriptor"} | {str(stage + 1): f"backbone.{stage}" for stage in range(4)}
 
 
 class SuperPointNet(nn.Module):
@@ -53,8 +41,14 @@ class SuperPointNet(nn.Module):
     def __init__(self, channels: int = 1, *, batch_norm: bool = False) -> None:
         super().__init__()
 
-        def layer(inputs: int, outputs: int, size: int = 3, *, activate: bool = True) -> _Layer:
-            return _Layer(inputs, outputs, size, activate=activate, normalise=batch_norm)
+        def layer(inputs: int, outputs: int, size: int = 3, *, activate: bool = True) -> nn.Sequential:
+            parts: OrderedDict[str, nn.Module] = OrderedDict()
+            parts["conv"] = nn.Conv2d(inputs, outputs, size, padding=size // 2)
+            if activate:  # but in the last layer of a head
+                parts["relu"] = nn.ReLU()
+            if batch_norm:
+                parts["bn"] = nn.BatchNorm2d(outputs, eps=1e-3)
+            return nn.Sequential(parts)
 
         def head(outputs: int) -> nn.Sequential:
             return nn.Sequential(layer(_WIDTHS[-1], _HEAD), layer(_HEAD, outputs, 1, activate=False))
@@ -112,9 +106,5 @@ class SuperPointNet(nn.Module):
 
 def _open_name(name: str) -> str:
     """``conv2b.bias`` → ``backbone.1.1.conv.bias``, ``convPa.weight`` → ``detector.0.conv.weight``."""
-    if match := _STAGE.fullmatch(name):
-        return f"backbone.{int(match[1]) - 1}.{'ab'.index(match[2])}.conv.{match[3]}"
-    if match := _BRANCH.fullmatch(name):
-        head = {"P": "detector", "D": "descriptor"}[match[1]]
-        return f"{head}.{'ab'.index(match[2])}.conv.{match[3]}"
-    return name
+    match = _OFFICIAL.fullmatch(name)
+    return f"{_HOMES[match[1]]}.{'ab'.index(match[2])}.conv.{match[3]}" if match else name

@@ -197,7 +197,15 @@ def load_weights(
             if not allow_download:
                 raise FileNotFoundError(_missing(name, entry))
             path = _download(name, entry)
-        _verify(path, entry)
+        if entry.sha256 is not None and (found := _digest(path)) != entry.sha256:
+            expected, got = (
+                f"SHA-256 {entry.sha256}, of {entry.url}",
+                f"{found} ({path.stat().st_size} bytes)",
+            )
+            cure = (
+                "it is truncated or another file: fetch it again, or give its path as weights if it is meant"
+            )
+            raise ValueError(message(f"{path}", expected, got, cure))
     else:
         path = Path(weights).expanduser()
         if not path.is_file():
@@ -306,16 +314,6 @@ def _digest(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _verify(path: Path, entry: WeightFile) -> None:
-    if entry.sha256 is None:
-        return
-    found = _digest(path)
-    if found != entry.sha256:
-        expected, got = f"SHA-256 {entry.sha256}, of {entry.url}", f"{found} ({path.stat().st_size} bytes)"
-        cure = "it is truncated or another file: fetch it again, or give its path as weights if it is meant"
-        raise ValueError(message(f"{path}", expected, got, cure))
 
 
 def _load_file(path: Path) -> dict[str, Tensor]:
