@@ -97,7 +97,9 @@ def test_a_median_is_made_tile_by_tile(tmp_path, monkeypatch, word):
     assert report.attrs["reference"] == word
     found = np.stack([report.shift_x, report.shift_y], 1)
     np.testing.assert_allclose(found[1:] - found[0], [truth, (0, -2), (0, 1)], atol=0.05)
-    _, whole = ta.align(ta.open_stack(tmp_path / "in"), word, ta.PCC())
+    cube = ta.open_stack(tmp_path / "in")
+    pixels = getattr(cube.where(cube != 0), word)("time")  # out of core no frame is placed before
+    _, whole = ta.align(cube, pixels, ta.PCC())
     np.testing.assert_allclose(found, np.stack([whole.shift_x, whole.shift_y], 1), atol=0.02)
 
 
@@ -115,6 +117,15 @@ def test_a_reference_of_pixels_and_its_mask(tmp_path, monkeypatch):
     np.testing.assert_allclose([report.shift_x[1], report.shift_y[1]], truth, atol=0.01)
     with pytest.raises(TypeError, match="reference_mask: expected bool"):
         ta.io.align_scenes(tmp_path / "in", tmp_path / "x", reference_mask=clear.astype("uint8"))
+
+
+def test_a_mask_over_time_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiles, "_TILE", 96)
+    make_files(tmp_path / "in", (300, 290))
+    usable = ta.open_stack(tmp_path / "in")[:, 0, 0, 0].drop_vars(["y", "x", "band"])
+    usable = usable.copy(data=np.array([True, False]))
+    _, report = ta.io.align_scenes(tmp_path / "in", tmp_path / "out", "first", ta.PCC(), mask=usable)
+    assert report.status.values.tolist() == [0, int(ta.Status.NO_TEXTURE)]
 
 
 @pytest.mark.parametrize("chunks", [None, 1])

@@ -265,9 +265,8 @@ def align_scenes(  # noqa: D417  # options of open_stack and write_stack stand i
     Example:
         >>> import tempfile
         >>> from torchalign.datasets import demo_stack
-        >>> cube = demo_stack(frames=4, size=(64, 64)).cube
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     paths = write_stack(cube, folder + "/in")
+        ...     paths = write_stack(demo_stack(frames=4, size=(64, 64)).cube, folder + "/in")
         ...     written, report = align_scenes(folder + "/in", folder + "/out")
         >>> [path.name for path in written] == [path.name for path in paths], report.sizes["time"]
         (True, 4)

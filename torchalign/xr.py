@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_bool, check_fill, check_option, message
+from torchalign._check import check_bool, check_fill, check_option, check_whole, message
 from torchalign.aligner import Aligner
 from torchalign.cube import labels, series
 from torchalign.cube import run as loop
@@ -209,11 +209,9 @@ def align(
     dims = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
     check_bool("verify", verify)
     check_bool("graph", graph)
-    batch, module = loop.check_batch(batch_size), loop.find_aligner(aligner)
-    running: dict[str, Any] = {"device": device, "batch_size": batch, "progress": progress, "mask": mask}
-    options = _Request(
-        module, aligner == "auto", reference_mask, sun, init, verify=verify, graph=graph, **running
-    )
+    running, module = _running(device, batch_size, progress, mask), loop.find_aligner(aligner)
+    running |= {"verify": verify, "graph": graph}
+    options = _Request(module, aligner == "auto", reference_mask, sun, init, **running)
     variables, join = take_apart(datacube, bands, classes, dims)
     if variables is None:
         return _align_cube(Cube.of(datacube, dims), reference, options)  # type: ignore[return-value]  # as it came
@@ -227,6 +225,11 @@ class _Running:
     batch_size: int | None
     progress: bool | None
     mask: Any
+
+
+def _running(device: Any, batch_size: Any, progress: Any, mask: Any) -> dict[str, Any]:
+    size = None if batch_size is None else check_whole("batch_size", batch_size)
+    return {"device": device, "batch_size": size, "progress": progress, "mask": mask}
 
 
 @dataclass(frozen=True)
@@ -326,13 +329,10 @@ def _move_variables(
             moved[name] = array.copy(data=values.data)
             continue
         is_class = name in variables.classes
-        how: dict[str, Any] = (
-            {"interpolation": "nearest"} if is_class else resampling | {"mask": options.mask}
-        )
+        how: dict[str, Any] = {"device": options.device, "batch_size": options.batch_size}
+        how |= {"interpolation": "nearest"} if is_class else resampling | {"mask": options.mask}
         how |= {f"{role}_dim": dim for role, dim in variables.given(name).items()}
-        moved[name] = apply(
-            array, report, device=options.device, batch_size=options.batch_size, progress=False, **how
-        )
+        moved[name] = apply(array, report, progress=False, **how)
     return _put_together(variables.dataset, moved)
 
 
@@ -502,8 +502,7 @@ def extend(  # noqa: D417  # options that are those of align stand in one line
         expected, got = f"a {type(datacube).__name__}, as the new frames are", type(archive).__name__
         raise TypeError(message("archive", expected, got, "pass the cube that the report was made on"))
     module = _series_module(loop.find_aligner(aligner), aligner == "auto")
-    batch = loop.check_batch(batch_size)
-    running: dict[str, Any] = {"device": device, "batch_size": batch, "progress": progress, "mask": mask}
+    running = _running(device, batch_size, progress, mask)
     options = _Request(module, False, archive_mask, sun, **running)
     variables, join = take_apart(datacube, bands, classes, dims)
     if variables is None:
@@ -638,8 +637,7 @@ def apply(  # noqa: D417  # options that are those of align stand in one line
     check_option("padding_mode", padding_mode, PaddingMode)
     check_fill("fill_value", fill_value)
     dims: dict[str, Hashable | None] = {"time": time_dim, "band": band_dim, "y": y_dim, "x": x_dim}
-    batch = loop.check_batch(batch_size)
-    running: dict[str, Any] = {"device": device, "batch_size": batch, "progress": progress, "mask": mask}
+    running = _running(device, batch_size, progress, mask)
     how = _Application(mode, interpolation, padding_mode, fill_value, grid, **running)
     copied = mode != "resample" or interpolation == "nearest"
     if isinstance(datacube, xr.DataArray) and copied:
@@ -694,9 +692,8 @@ def _apply_to_cube(
         warp = warps.read(torch.device("cpu"), slice(None))
         return datacube.assign_coords({FRAME_TRANSFORM: georeference_frames(cube, warp)})
     pixels = Pixels.of(cube, how.fill_value, "fill_value")
-    operation = loop.WarpFrames(
-        pixels, how.device, how.batch_size, interpolation, how.padding_mode, how.fill_value
-    )
+    resampling = (interpolation, how.padding_mode, how.fill_value)
+    operation = loop.WarpFrames(pixels, how.device, how.batch_size, *resampling)
     usable = (labels.find_mask if interpolation == "nearest" else labels.find_usable)(how.mask, "mask", cube)
     with torch.no_grad(), loop.progress_bar(how.progress, cube, "apply") as advance:
         values, _ = loop.run(operation, cube, (warps, loop.mask_companion(usable), *fields), advance)

@@ -2,6 +2,7 @@
 # No `from __future__ import annotations` here: typer reads the annotations of these classes.
 
 import ast
+import copy
 import inspect
 import re
 import sys
@@ -54,8 +55,8 @@ app = typer.Typer(
 def command(name: str, options: type, epilog: str | None = None) -> Callable[[Any], Any]:
     """Register a function of one dataclass as a command whose options are the fields of that dataclass.
 
-    What an option does stands in the docstring of its class, as ``name: text``. Beside a field's type may stand names
-    of the option other than its own, and a dict of what else typer is to know of it.
+    What an option does stands in the docstring of its class, as ``name: text``; what else typer is to know of it,
+    beside its type.
     """
 
     def register(function: Callable[[Any], int]) -> Callable[[Any], int]:
@@ -67,24 +68,14 @@ def command(name: str, options: type, epilog: str | None = None) -> Callable[[An
         for field in ordered:
             default = inspect.Parameter.empty if field.default is MISSING else field.default
             kind, *more = get_args(field.type) if hasattr(field.type, "__metadata__") else (field.type,)
-            names = [word for word in more if isinstance(word, str)]
-            if field.default is False and not names:  # there is nothing to switch off
-                names = [f"--{field.name.replace('_', '-')}"]
-            how: dict[str, Any] = {
-                "help": told.get(field.name),
-                "show_default": field.default not in (MISSING, None),
-            }
-            for extra in (word for word in more if isinstance(word, dict)):
-                how |= extra
-            unlike |= set() if how["help"] else {field.name}
-            make: Any = Argument if field.name == "source" else Option
-            annotation = Annotated[kind, make(*names, **how)]  # type: ignore[valid-type]  # made here
-            parameters.append(
-                inspect.Parameter(
-                    field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-                )
-            )
-
+            info = copy.copy(more[0]) if more else Option()
+            if field.default is False and not info.param_decls:  # there is nothing to switch off
+                info.param_decls = (f"--{field.name.replace('_', '-')}",)
+            info.help = info.help or told.get(field.name)
+            info.show_default = field.default not in (MISSING, None)
+            unlike |= set() if info.help else {field.name}
+            how: dict[str, Any] = {"default": default, "annotation": Annotated[kind, info]}
+            parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, **how))
         if unlike and sys.flags.optimize < 2:  # with -OO there are no docstrings, and options have no text
             cure = "write `name: text` in the docstring of its class"
             raise TypeError(message(options.__name__, "a text for each field", sorted(unlike), cure))
@@ -143,13 +134,13 @@ class CubeOptions(sources.SourceOptions):
     progress: A bar. Default: on a terminal.
     """
 
-    out: Annotated[Path, "--out", "-o"]
+    out: Annotated[Path, Option("--out", "-o")]
     classes: str | None = None
     template: str | None = None
     device: str | None = None
     batch_size: int | None = None
-    lazy: Annotated[bool | None, "--lazy/--in-memory"] = None
-    progress: Annotated[bool | None, "--progress/--no-progress"] = None
+    lazy: Annotated[bool | None, Option("--lazy/--in-memory")] = None
+    progress: Annotated[bool | None, Option("--progress/--no-progress")] = None
 
     def computing(self) -> dict[str, Any]:
         """Options that ``torchalign.align`` and ``torchalign.apply`` share."""
@@ -194,18 +185,18 @@ class AlignOptions(CubeOptions):
     """
 
     reference: str = "median"
-    aligner: Annotated[str, {"help": f"The method: {', '.join(ALIGNERS)}."}] = "auto"
+    aligner: Annotated[str, Option(help=f"The method: {', '.join(ALIGNERS)}.")] = "auto"
     local: bool = False
     max_translation: float | None = None
     channel: str | None = None
     crop_center: int | None = None
-    option: Annotated[list[str] | None, {"metavar": "NAME=VALUE"}] = None
+    option: Annotated[list[str] | None, Option(metavar="NAME=VALUE")] = None
     init: Path | None = None
     verify: bool = True
     large: bool = False
     mask: str | None = None
     invert_mask: bool = False
-    report: Annotated[list[Path] | None, {"metavar": "PATH"}] = None
+    report: Annotated[list[Path] | None, Option(metavar="PATH")] = None
 
 
 _ALIGN_EXAMPLES = """\b
@@ -445,7 +436,7 @@ class InfoOptions(sources.SourceOptions):
     html: Of a report, make the page to look at: NAME.html.
     """
 
-    source: Annotated[list[Path], {"metavar": "SRC"}]
+    source: Annotated[list[Path], Argument(metavar="SRC")]
     html: Path | None = None
 
 
@@ -584,10 +575,10 @@ class DemoOptions:
     seed: Of shifts, clouds and noise.
     """
 
-    out: Annotated[Path, "--out", "-o"] = Path("torchalign-demo")
-    frames: Annotated[int, {"min": 4}] = 16
+    out: Annotated[Path, Option("--out", "-o")] = Path("torchalign-demo")
+    frames: Annotated[int, Option(min=4)] = 16
     device: str | None = None
-    seed: Annotated[int, {"min": 0}] = 0
+    seed: Annotated[int, Option(min=0)] = 0
 
 
 @command("demo", DemoOptions)

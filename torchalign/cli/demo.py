@@ -78,29 +78,28 @@ def run_demo(out: Path, frames: int, device: str | None, seed: int) -> int:
 
 def _print_demo(clear: Any, truth: Any, found: Any, error: Any, report: xr.Dataset) -> None:
     """One row a frame; on a terminal, those that were not aligned in yellow."""
-    rows, good = [], []
-    for number, code in enumerate(map(torchalign.Status, report["status"].values)):
-        moved = code == torchalign.Status.OK
-        before, after = (float(report[name].values[number]) for name in ("score_before", "score"))
-        good.append(moved)
-        rows.append(
-            {
-                "frame": str(number),
-                "date": str(report["time"].values[number])[:10],
-                "clear": f"{clear[number]:.0%}",
-                **{f"true {axis}": f"{value:+.3f}" for axis, value in zip("xy", truth[number], strict=True)},
-                **{f"found {axis}": f"{value:+.3f}" for axis, value in zip("xy", found[number], strict=True)},
-                "error": f"{error[number]:.4f}",
-                "σ": f"{float(report['sigma'].values[number]):.4f}",
-                "score": f"{before:.2f} → {after:.2f}",
-                "status": code.name,
-            }
-        )
-        if not moved:  # it is where it was, and nothing was found
-            rows[-1] |= dict.fromkeys(("found x", "found y", "error", "σ"), "–")
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+
+    def texts(values: Any, form: str) -> list[str]:
+        return [format(value, form) for value in values]
+
+    moved = report["status"].values == torchalign.Status.OK
+    before, after = (texts(report[name].values, ".2f") for name in ("score_before", "score"))
+    columns: dict[str, Any] = {
+        "frame": texts(range(len(moved)), "d"),
+        "date": [str(date)[:10] for date in report["time"].values],
+        "clear": texts(clear, ".0%"),
+        **{f"true {axis}": texts(values, "+.3f") for axis, values in zip("xy", truth.T, strict=True)},
+        **{f"found {axis}": texts(values, "+.3f") for axis, values in zip("xy", found.T, strict=True)},
+        "error": texts(error, ".4f"),
+        "σ": texts(report["sigma"].values, ".4f"),
+        "score": [" → ".join(pair) for pair in zip(before, after, strict=True)],
+        "status": report["status_name"].values,
+    }
+    for name in ("found x", "found y", "error", "σ"):  # a frame that was not moved is where it was
+        columns[name] = np.where(moved, columns[name], "–")
+    rows = [list(columns), *zip(*columns.values(), strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True)) for row in rows]
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print("  ".join(f"{name:>{width}}" for name, width in widths.items()))
-    for row, is_good in zip(rows, good, strict=True):
-        line = "  ".join(f"{row[name]:>{width}}" for name, width in widths.items())
-        print(line if is_good or not colour else f"\033[33m{line}\033[0m")
+    for line, is_plain in zip(lines, [True, *moved], strict=True):
+        print(line if is_plain or not colour else f"\033[33m{line}\033[0m")

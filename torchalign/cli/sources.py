@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args
 
 import numpy as np
+import typer
 import xarray as xr
 
 from torchalign._check import message
@@ -61,9 +62,9 @@ class SourceOptions:
     overwrite: Replace files that exist.
     """
 
-    source: Annotated[list[Path], {"metavar": "SRC"}]
+    source: Annotated[list[Path], typer.Argument(metavar="SRC")]
     variable: str | None = None
-    bands: Annotated[list[str] | None, {"metavar": "NAMES | NAME=PATTERN"}] = None
+    bands: Annotated[list[str] | None, typer.Option(metavar="NAMES | NAME=PATTERN")] = None
     pattern: str = "*.tif*"
     skip_bad: bool = False
     recursive: bool = False

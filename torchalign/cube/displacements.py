@@ -28,8 +28,6 @@ from torchalign.types import ShiftField, Status
 # A point counts as right if it is off by no more pixels than this.
 _RIGHT = 0.1
 _TIE_POINT_SUFFIXES = (".geojson", ".csv", ".gpkg")
-# GeoPackage 1.2: "GPKG", and its version, in the header of the SQLite file
-_APPLICATION, _VERSION = 0x47504B47, 10200
 
 
 def field_of(report: xr.Dataset) -> ShiftField | None:
@@ -211,24 +209,25 @@ def _write_geojson(table: pd.DataFrame, grid: Georeference, path: Path) -> None:
 
 def _write_geopackage(table: pd.DataFrame, grid: Georeference, path: Path) -> None:
     """A table of points in SQLite, as the OGC's GeoPackage 1.2 wants it."""
-    srs = _srs_id(grid.crs)
+    srs = -1  # of no CRS, or of one without a code
+    if grid.crs:
+        require("a GeoPackage", "io", "rasterio")
+        from rasterio.crs import CRS
+
+        srs = CRS.from_string(grid.crs).to_epsg() or -1
     bounds = (table["x"].min(), table["y"].min(), table["x"].max(), table["y"].max())
     with closing(sqlite3.connect(path)) as base, base:
-        base.execute(f"PRAGMA application_id = {_APPLICATION}")
-        base.execute(f"PRAGMA user_version = {_VERSION}")
         base.executescript(_SCHEMA)
-        for number, name, text in ((-1, "undefined cartesian", "undefined"), (0, "undefined", "undefined")):
-            base.execute(_ADD_SRS, (name, number, "NONE", number, text))
         if srs > 0:
-            base.execute(_ADD_SRS, ("CRS of the grid", srs, "EPSG", srs, grid.crs))
+            known = ("CRS of the grid", srs, "EPSG", srs, grid.crs)
+            base.execute("INSERT INTO gpkg_spatial_ref_sys VALUES (?, ?, ?, ?, ?, NULL)", known)
         base.execute(
             "INSERT INTO gpkg_contents (table_name, data_type, identifier, min_x, min_y, max_x, max_y, srs_id) "
             "VALUES ('tie_points', 'features', 'tie_points', ?, ?, ?, ?, ?)",
             (*map(float, bounds), srs),
         )
-        base.execute(
-            "INSERT INTO gpkg_geometry_columns VALUES ('tie_points', 'geom', 'POINT', ?, 0, 0)", (srs,)
-        )
+        place = ("tie_points", "geom", "POINT", srs, 0, 0)
+        base.execute("INSERT INTO gpkg_geometry_columns VALUES (?, ?, ?, ?, ?, ?)", place)
         rows = table.replace([np.inf, -np.inf], np.nan)
         rows.insert(0, "geom", [_geometry(srs, x, y) for x, y in table[["x", "y"]].to_numpy()])
         rows.insert(0, "fid", range(1, len(rows) + 1))
@@ -241,11 +240,10 @@ def _geometry(srs: int, x: float, y: float) -> bytes:
     return struct.pack("<2sBBi", b"GP", 0, 1, srs) + struct.pack("<BIdd", 1, 1, x, y)
 
 
-_ADD_SRS = (
-    "INSERT INTO gpkg_spatial_ref_sys (srs_name, srs_id, organization, organization_coordsys_id, definition) "
-    "VALUES (?, ?, ?, ?, ?)"
-)
+# GeoPackage 1.2: "GPKG", and its version, in the header of the SQLite file
 _SCHEMA = """
+PRAGMA application_id = 1196444487;
+PRAGMA user_version = 10200;
 CREATE TABLE gpkg_spatial_ref_sys (srs_name TEXT NOT NULL, srs_id INTEGER PRIMARY KEY, organization TEXT NOT NULL,
     organization_coordsys_id INTEGER NOT NULL, definition TEXT NOT NULL, description TEXT);
 CREATE TABLE gpkg_contents (table_name TEXT PRIMARY KEY, data_type TEXT NOT NULL, identifier TEXT UNIQUE,
@@ -254,17 +252,9 @@ CREATE TABLE gpkg_contents (table_name TEXT PRIMARY KEY, data_type TEXT NOT NULL
 CREATE TABLE gpkg_geometry_columns (table_name TEXT NOT NULL, column_name TEXT NOT NULL,
     geometry_type_name TEXT NOT NULL, srs_id INTEGER NOT NULL, z TINYINT NOT NULL, m TINYINT NOT NULL,
     PRIMARY KEY (table_name, column_name));
+INSERT INTO gpkg_spatial_ref_sys VALUES
+    ('undefined cartesian', -1, 'NONE', -1, 'undefined', NULL), ('undefined', 0, 'NONE', 0, 'undefined', NULL);
 """
-
-
-def _srs_id(crs: str) -> int:
-    """The EPSG code of a CRS, or −1."""
-    if not crs:
-        return -1
-    require("a GeoPackage", "io", "rasterio")
-    from rasterio.crs import CRS
-
-    return CRS.from_string(crs).to_epsg() or -1
 
 
 def write_displacements(report: xr.Dataset, folder: str | Path, *, overwrite: bool = False) -> list[Path]:

@@ -20,6 +20,8 @@ from torchalign.cube.labels import as_list
 _DATE = r"(?P<year>(?:19|20)\d\d){0}(?P<month>0[1-9]|1[0-2]){0}(?P<day>0[1-9]|[12]\d|3[01])"
 _CLOCK = r"(?:[T ](?P<hour>[01]\d|2[0-3]){0}(?P<minute>[0-5]\d)(?:{0}(?P<second>[0-5]\d))?)?"
 _YEARDAY = r"(?P<year>(?:19|20)\d\d)(?P<yearday>[0-3]\d\d)"
+_YEAR_LAST = r"(?<!\d){}([-._/]){}\2(?P<year>(?:19|20)\d\d)(?!\d)"
+_MONTH, _LATE_DAY = r"(?P<month>0[1-9]|1[0-2])", r"(?P<day>1[3-9]|2\d|3[01])"
 # in this order; the first date in the name is that of acquisition in the products of Sentinel and Landsat
 _TIMES = [
     # 20200131_183012_1032_3B: Planet's
@@ -38,13 +40,9 @@ _TIMES = [
     re.compile(rf"\.{_YEARDAY}{_CLOCK.format('')}(?!\d)"),
     re.compile(rf"(?<![0-9A-Za-z])[Aa]?{_YEARDAY}(?!\d)"),
     # 31-12-2020, where the day can be no month
-    re.compile(
-        r"(?<!\d)(?P<day>1[3-9]|2\d|3[01])([-._/])(?P<month>0[1-9]|1[0-2])\2(?P<year>(?:19|20)\d\d)(?!\d)"
-    ),
-    re.compile(
-        r"(?<!\d)(?P<month>0[1-9]|1[0-2])([-._/])(?P<day>1[3-9]|2\d|3[01])\2(?P<year>(?:19|20)\d\d)(?!\d)"
-    ),
-    re.compile(r"(?<!\d)(?P<day>0[1-9]|1[0-2])([-._/])(?P<month>(?P=day))\2(?P<year>(?:19|20)\d\d)(?!\d)"),
+    re.compile(_YEAR_LAST.format(_LATE_DAY, _MONTH)),
+    re.compile(_YEAR_LAST.format(_MONTH, _LATE_DAY)),
+    re.compile(_YEAR_LAST.format(r"(?P<day>0[1-9]|1[0-2])", r"(?P<month>(?P=day))")),
 ]
 _EITHER = re.compile(r"(?<!\d)(\d\d)[-._](\d\d)[-._]((?:19|20)\d\d)(?!\d)")  # 05-04-2020
 # what nanoseconds since 1970 reach
@@ -143,11 +141,8 @@ def _fits(path: Source, pattern: str, root: Any) -> bool:
     """By its name; by its path below the folder where the pattern has a slash."""
     name = path.name
     if "/" in pattern:
-        name = (
-            Path(os.path.relpath(path, root)).as_posix()
-            if isinstance(path, Path) and _is_folder(root)
-            else str(path)
-        )
+        below = isinstance(path, Path) and _is_folder(root)
+        name = Path(os.path.relpath(path, root)).as_posix() if below else str(path)
     return fnmatch.fnmatch(name.lower(), pattern.lower())
 
 

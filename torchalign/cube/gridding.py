@@ -155,9 +155,7 @@ class Reading(NamedTuple):
         transform, fill = Affine(*self.grid.moved([(1, 0, 0), (0, 1, rows[0])]).transform), self._fill
         how: dict[str, Any] = {"dst_transform": transform, "dst_crs": crs, **self._scale}
         source: Any = rasterio.band(file, bands) if bands != "mask" else None
-        if (
-            source is None or not self.header.grid.crs
-        ):  # else GDAL takes the file's points and CRS as they are
+        if source is None or not self.header.grid.crs:  # else GDAL takes the points and the CRS of the file
             source = file.read_masks([self.numbers[0]]) if bands == "mask" else file.read(bands)
             how |= {"gcps": control_points(self.header.gcps), "src_crs": own}
         shape = (1 if bands == "mask" else len(bands), rows[1] - rows[0], self.grid.size[1])
@@ -220,15 +218,15 @@ def find_grid(grid: Any, headers: Mapping[Source, Header]) -> Georeference:
         start, stop = np.ceil(lows.max(0) - CLOSE), np.floor(highs.min(0) + CLOSE)
     width, height = (int(length) for length in stop - start)
     if width < 1 or height < 1:
-        cure = 'pass grid="union", or choose files that overlap'
-        raise ValueError(
-            message("grid", "files that overlap", f"an {grid} of {height} × {width} pixels", cure)
+        got, cure = (
+            f"an {grid} of {height} × {width} pixels",
+            'pass grid="union", or choose files that overlap',
         )
+        raise ValueError(message("grid", "files that overlap", got, cure))
     if width * height > _MOST_PIXELS:
+        got = f"a {grid} of {height} × {width} pixels"
         cure = 'pass grid="first" or a grid of your own, or leave out files that lie elsewhere'
-        raise ValueError(
-            message("grid", "a grid that is meant", f"a {grid} of {height} × {width} pixels", cure)
-        )
+        raise ValueError(message("grid", "a grid that is meant", got, cure))
     return first.moved([(1, 0, start[0]), (0, 1, start[1])])._replace(size=(height, width))
 
 

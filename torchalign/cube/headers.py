@@ -162,11 +162,9 @@ def drop_strangers(headers: Mapping[Source, Header], skipped: dict[Source, str],
         return
     [(usual, _)] = counts.most_common(1)
     for path, kind in kinds.items():
-        differing = [
-            (name, own, most) for (name, own), most in zip(kind.items(), usual, strict=True) if own != most
-        ]
-        if differing:
-            name, own, most = differing[0]
+        pairs = zip(kind, kind.values(), usual, strict=True)
+        name, own, most = next((one for one in pairs if one[1] != one[2]), ("", "", ""))
+        if name:
             if name == "CRS" and crs_name(own) != crs_name(most):  # else only their WKT tells them apart
                 own, most = crs_name(own) or "none", crs_name(most) or "none"
             if name == "ground control points":

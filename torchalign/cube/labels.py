@@ -351,9 +351,8 @@ def label_axes(values: object, name: str, cube: Cube, roles: Sequence[str]) -> x
     labelled = xr.DataArray(values, dims=[cube.dims[role] for role in present[-values.ndim :]])
     if "band" in roles:
         return labelled
-    return labelled.isel(
-        {dim: 0 for dim, size in labelled.sizes.items() if size == 1 != cube.array.sizes[dim]}
-    )
+    single = [dim for dim, size in labelled.sizes.items() if size == 1 != cube.array.sizes[dim]]
+    return labelled.isel(dict.fromkeys(single, 0))
 
 
 def spatial_dims(other: xr.DataArray, cube: Cube) -> dict[str, Hashable]:

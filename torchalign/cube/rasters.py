@@ -203,17 +203,14 @@ class _Files(BackendArray):
         self.dtype = np.dtype(_mask_dtype(one) if masks else one.dtype)
 
     def __getitem__(self, key: Any) -> Array:
-        found: Array = indexing.explicit_indexing_adapter(
-            key, self.shape, indexing.IndexingSupport.BASIC, self._read
-        )
+        support = indexing.IndexingSupport.BASIC  # numbers and slices; xarray makes the others of these
+        found: Array = indexing.explicit_indexing_adapter(key, self.shape, support, self._read)
         return found
 
     def _read(self, key: tuple[Any, ...]) -> Array:
         """Of a key of numbers and slices."""
         frames, *bands, rows, columns = key
-        chosen, lines = (
-            np.arange(n)[own] for n, own in ((len(self.readings), frames), (self.shape[-2], rows))
-        )
+        chosen, lines = np.arange(self.shape[0])[frames], np.arange(self.shape[-2])[rows]
         first, last = (int(lines.min()), int(lines.max()) + 1) if lines.size else (0, 0)
         values = np.empty((chosen.size, *self.shape[1:-2], last - first, self.shape[-1]), self.dtype)
         for place, number in zip(values, np.ravel(chosen), strict=True):
@@ -352,15 +349,14 @@ def _as_dataset(cubes: Mapping[str, xr.DataArray]) -> xr.Dataset:
     coords: dict[str, Any] = {}
     for name, whole in zip(cubes, alike, strict=True):
         # labels of other bands would be joined with these, and pixels filled with NaN
-        cube = (
-            whole.isel(band=0, drop=True) if whole.sizes["band"] == 1 else whole.rename(band=f"band_{name}")
-        )
+        single = whole.sizes["band"] == 1
+        cube = whole.isel(band=0, drop=True) if single else whole.rename(band=f"band_{name}")
         for key, both in ((USABLE, np.minimum), (RESAMPLED, np.logical_or)):
             if key in cube.coords:
                 own = cube.coords[key].variable
                 coords[key] = own.copy(data=both(coords[key].data, own.data)) if key in coords else own
         coords |= {f"{key}_{name}": cube.coords[key].variable for key in (FILE, TAGS) if key in cube.coords}
         variables[name] = cube.drop_vars((TAGS, FILE, USABLE, RESAMPLED), errors="ignore")
-        if whole.sizes["band"] == 1 and COLOURS in whole.coords:
+        if single and COLOURS in whole.coords:
             variables[name].attrs[COLOURS] = str(whole.coords[COLOURS].values[0])
     return xr.Dataset(variables).assign_coords(coords)

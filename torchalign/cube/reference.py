@@ -88,7 +88,7 @@ class FrameReader:
     pixels: Pixels
     usable: xr.Variable | None  # bool over some of time, y and x
     device: torch.device
-    codes: xr.Variable | None = None  # what files say that are read on demand: 0 = not usable
+    others: tuple[xr.Variable, ...] = ()  # further masks, of files that are read on demand: 0 = not usable
 
     @property
     def frames(self) -> int:
@@ -110,23 +110,22 @@ class FrameReader:
 
     def seen(self, frames: slice | Array, rows: slice) -> Array | None:
         """(t or 1, h or 1, W or 1) bool: what is usable; ``None`` where all is."""
-        masks = [mask for mask in (self.usable, self.codes) if mask is not None]
+        masks = [mask for mask in (self.usable, *self.others) if mask is not None]
         parts = [labels.load(mask, MASK, time=frames, y=rows) != 0 for mask in masks]
         return np.logical_and.reduce(np.broadcast_arrays(*parts)) if parts else None
 
     def hold(self, rows: slice) -> FrameReader:
         """Of these rows alone, which are in memory from here on."""
-        cube = Cube(
-            xr.DataArray(_hold_rows(self.cube.variable, rows)), {role: role for role in self.cube.dims}
-        )
+        held = xr.DataArray(_hold_rows(self.cube.variable, rows))
+        cube = Cube(held, {str(role): role for role in held.dims})
         return replace(self, cube=cube, usable=None if self.usable is None else _hold_rows(self.usable, rows))
 
     def decode(self, raw: Array, seen: Array | None) -> Tensor:
-        """(t, C, h, w) from pixels of that shape, and what of them is usable, (t or 1, h or 1, w or 1)."""
+        """(…, t, C, h, w) from pixels of that shape, and what of them is usable, (…, t or 1, h or 1, w or 1)."""
         values = self.pixels.decode(raw, self.device)
         values.nan_to_num_(torch.nan, torch.nan, torch.nan)  # infinities are not usable either
         if seen is not None:
-            values.masked_fill_(~torch.from_numpy(np.array(seen)).to(self.device)[:, None], torch.nan)
+            values.masked_fill_(~torch.from_numpy(np.array(seen)).to(self.device).unsqueeze(-3), torch.nan)
         return values
 
     def source(self, name: str, values: Tensor) -> ReferenceSource:

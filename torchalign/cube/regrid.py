@@ -23,8 +23,10 @@ def onto_grid(other: xr.DataArray, cube: Cube) -> tuple[xr.DataArray, str]:
     are smaller, and interpolates it else. If it has none of the cube's bands, it is the mean of its bands.
     """
     done = []
-    dims = spatial_dims(other, cube)
-    if "band" in dims and _shares_no_band(other, dims["band"], cube):
+    dims, labels = spatial_dims(other, cube), cube.coordinate("band")
+    own = set() if labels is None else {*labels.values.tolist()}
+    theirs = {*other[dims["band"]].values.tolist()} if dims.get("band") in other.coords else set()
+    if own and theirs and not own & theirs:
         done.append(f"the mean of its {other.sizes[dims['band']]} bands")
         other = as_floats(other).mean([dims.pop("band")], skipna=True, keep_attrs=True)
         other.attrs.pop("_FillValue", None)
@@ -34,13 +36,6 @@ def onto_grid(other: xr.DataArray, cube: Cube) -> tuple[xr.DataArray, str]:
             other = _reproject(other, dims, there, cube, here)
             done.append("resampled onto the cube's grid")
     return other, ", ".join(done)
-
-
-def _shares_no_band(other: xr.DataArray, dim: Hashable, cube: Cube) -> bool:
-    labels = cube.coordinate("band")
-    if labels is None or dim not in other.coords:
-        return False
-    return not set(labels.values.tolist()) & set(other[dim].values.tolist())
 
 
 def _reproject(

@@ -20,7 +20,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from torchalign._check import check_kind, check_whole, message
+from torchalign._check import check_kind, message
 from torchalign._graphs import may_record, recorded
 from torchalign._host import give_back_memory, waiting
 from torchalign.aligner import Aligner
@@ -229,9 +229,8 @@ class AlignFrames(Operation):
     def promised(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """The fields of a report."""
         residual = self.verify and self.makes_pixels
-        return promised_fields(
-            self.pixels.compute, self._rows, residual=residual, metres=self.metres, nodes=self.nodes
-        )
+        how: dict[str, Any] = {"residual": residual, "metres": self.metres, "nodes": self.nodes}
+        return promised_fields(self.pixels.compute, self._rows, **how)
 
     def as_promised(self, fields: dict[str, Array]) -> dict[str, Array]:
         """With warps of the rows that were promised."""
@@ -500,11 +499,6 @@ def place_module(module: nn.Module, device: torch.device) -> nn.Module:
     """The module itself if it is on the device, else a copy of it there."""
     there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
     return module if there else copy.deepcopy(module).to(device)
-
-
-def check_batch(size: int | None) -> int | None:
-    """A whole number of frames, or None."""
-    return None if size is None else check_whole("batch_size", size)
 
 
 @contextmanager

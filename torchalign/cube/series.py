@@ -175,11 +175,16 @@ def find_sun(given: Any, cube: Cube) -> Array | None:
         if values.shape != (cube.sizes["time"], 2):
             raise ValueError(message("sun", expected, values.shape, "one row for each frame"))
         return _from_image_up(values.astype(float), None if grid is None else grid.linear)
-    labels, place = cube.coordinate("time"), None if grid is None else _latitude_longitude(cube)
-    if grid is None or place is None or labels is None or labels.dtype.kind != "M":
+    labels = cube.coordinate("time")
+    if grid is None or not grid.crs or labels is None or labels.dtype.kind != "M":
+        return None
+    height, width = grid.size
+    x, y = grid.linear @ np.array([width / 2, height / 2]) + grid.corner
+    try:
+        [longitude], [latitude] = in_degrees(grid.crs, [x], [y])
+    except ImportError:  # without rasterio nobody knows where that is
         return None
     time = labels.values.astype("datetime64[s]")
-    latitude, longitude = place
     day = time.astype("datetime64[D]").astype("datetime64[s]")
     if (time == day).all():
         time = day + np.timedelta64(round((_OVERPASS - longitude / 15) * 3600), "s")
@@ -193,20 +198,6 @@ def _from_image_up(sun: Array, linear: Array | None) -> Array:
     azimuth = np.deg2rad(sun[:, 1])
     right, down = np.linalg.solve(linear, np.stack([np.sin(azimuth), np.cos(azimuth)]))
     return np.stack([sun[:, 0], np.rad2deg(np.arctan2(right, -down)) % 360], -1)
-
-
-def _latitude_longitude(cube: Cube) -> tuple[float, float] | None:
-    """Of the middle of the cube; ``None`` where its CRS is unknown, or what converts it is not installed."""
-    grid = find_georeference(cube)
-    if grid is None or not grid.crs:
-        return None
-    height, width = grid.size
-    x, y = grid.linear @ np.array([width / 2, height / 2]) + grid.corner
-    try:
-        longitude, latitude = in_degrees(grid.crs, [x], [y])
-    except ImportError:
-        return None
-    return latitude[0], longitude[0]
 
 
 def sun_tensor(sun: Array | None, device: torch.device) -> Tensor | None:
@@ -240,9 +231,8 @@ class ArchivePositions(NamedTuple):
         if known.attrs.get("season") == "correct" and (known["season_shift_x"].values != 0).any():
             if sun is None:
                 cure = "give sun= and a cube with dates and a CRS, as when the archive was aligned"
-                raise ValueError(
-                    message("archive", "frames whose sun is known", "no dates or no place", cure)
-                )
+                expected, got = "frames whose sun is known", "no dates or no place"
+                raise ValueError(message("archive", expected, got, cure))
             season = np.stack([known["season_shift_x"].values, known["season_shift_y"].values], -1)
             shift = shift + season * accepted[:, None]
             along = shadow_direction(sun).cpu().numpy()

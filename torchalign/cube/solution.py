@@ -116,9 +116,7 @@ class ReportSummary(NamedTuple):
     def __str__(self) -> str:
         """Lines for people."""
         others = ", ".join(f"{name} {count}" for name, count in self.counts.items() if name != "OK")
-        lines = [
-            f"{self.counts.get('OK', 0)} of {self.frames} frames aligned" + (f" ({others})" if others else "")
-        ]
+        lines = [f"{self.counts.get('OK', 0)} of {self.frames} frames aligned{others and f' ({others})'}"]
         for label, first, pixels, metres in (
             ("shift", "median", self.shift_median, self.shift_median_metres),
             ("", "p95", self.shift_p95, self.shift_p95_metres),
@@ -365,7 +363,6 @@ def find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = No
     """
     if given is None:
         return None
-    own, size = georeference.find_georeference(cube), cube.size
     if isinstance(given, xr.Dataset):
         if grid is not None:
             cure = "leave grid= out: a report knows its grid"
@@ -373,25 +370,26 @@ def find_warps(given: Any, name: str, cube: Cube, grid: xr.DataArray | None = No
         variable = _match_frames(given, name, cube)
     else:
         variable = _plain_warps(given, name, cube)
-    source, source_size = _grid_of(given, cube, grid)
-    if source is None or own is None:
-        if source_size != size:
-            got = f"{source_size} pixels and the cube's {size}, one of them without a grid"
-            cure = "give both coordinates along y and x, with .assign_coords or .rio.write_transform"
-            raise ValueError(message(name, "grids that are known", got, cure))
-        source = own  # they are taken to be the same
-    return Companion(variable, ("time", "row", "col"), partial(_decode_warps, source, own))
+    decode = partial(_decode_warps, *_grids(given, name, cube, grid))
+    return Companion(variable, ("time", "row", "col"), decode)
 
 
-def _grid_of(
-    given: Any, cube: Cube, grid: xr.DataArray | None
-) -> tuple[Georeference | None, tuple[int, ...]]:
-    """The grid, and the size of the frames, that a solution is in the pixels of."""
+def _grids(
+    given: Any, name: str, cube: Cube, grid: xr.DataArray | None
+) -> tuple[Georeference | None, Georeference | None]:
+    """The grid that a solution is in the pixels of, and the cube's; of one that is not known, they are the same."""
+    other, own = cube if grid is None else Cube.of(grid), georeference.find_georeference(cube)
+    source, size = georeference.find_georeference(other), other.size
     if isinstance(given, xr.Dataset):
-        size = given.attrs.get("grid_size", cube.size)
-        return report_georeference(given), tuple(int(length) for length in size)
-    other = cube if grid is None else Cube.of(grid)
-    return georeference.find_georeference(other), other.size
+        height, width = given.attrs.get("grid_size", cube.size)
+        source, size = report_georeference(given), (int(height), int(width))
+    if source is not None and own is not None:
+        return source, own
+    if size != cube.size:
+        got = f"{size} pixels and the cube's {cube.size}, one of them without a grid"
+        cure = "give both coordinates along y and x, with .assign_coords or .rio.write_transform"
+        raise ValueError(message(name, "grids that are known", got, cure))
+    return own, own
 
 
 def find_field(
@@ -413,9 +411,7 @@ def find_field(
             cure = "save the report as .nc or .json: a .csv does not hold fields"
             raise ValueError(message(name, "the field of frames with local shifts", "none", cure))
         return None, None
-    own = georeference.find_georeference(cube)
-    source = _grid_of(given, cube, grid)[0]
-    grids = (own if source is None else source, own)
+    grids = _grids(given, name, cube, grid)
     decoders = (partial(_decode_field, part, *grids) for part in ("field", "field_lattice"))
     first, second = (
         Companion(variable, ("time", *map(str, variable.dims[1:])), decode)

@@ -136,9 +136,7 @@ def _read_csv(path: Path) -> xr.Dataset:
     time, *names = (str(name) for name in table.columns)
     if not {"status", "warp_00"} <= {*names}:
         raise ValueError("a table has status and warp_00 … for every frame")
-    matrices = {
-        matrix: [name for name in names if re.fullmatch(rf"{matrix}_\d\d", name)] for matrix in _MATRICES
-    }
+    matrices = {kind: [name for name in names if re.fullmatch(rf"{kind}_\d\d", name)] for kind in _MATRICES}
     cells = [name for entries in matrices.values() for name in entries]
     others = {"status", "stage", *cells, *_GRID_COLUMNS, _CRS_COLUMN, _LABEL_COLUMN}
     fields: dict[str, Any] = {name: _floats(table[name]) for name in names if name not in others}

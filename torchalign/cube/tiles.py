@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -26,14 +26,13 @@ from torchalign._host import give_back_memory
 from torchalign.aligner import Aligner
 from torchalign.cascade import Cascade
 from torchalign.cube.georeference import metres_per_pixel
-from torchalign.cube.labels import CUBE, MASK, Array, Cube, find_frame, find_mask, label_text, load, own_codes
+from torchalign.cube.labels import MASK, Array, Cube, find_frame, find_mask, label_text, load, own_codes
 from torchalign.cube.pixels import Pixels
 from torchalign.cube.reference import (
     Found,
     FrameReader,
     Margins,
     ReferenceName,
-    ReferenceSource,
     given_pixels,
     reduce_over_time,
 )
@@ -69,87 +68,73 @@ _SERIES_BYTES = 2**27  # of those of all frames, of which a median or a mean is 
 def large_reader(array: xr.DataArray, mask: Any, device: torch.device) -> FrameReader:
     """Of a stack whose pixels stay in the files; ``mask`` as :func:`torchalign.align` takes it."""
     cube = Cube.of(array)
-    return FrameReader(
-        cube, Pixels.of(cube, look=False), find_mask(mask, "mask", cube), device, own_codes(cube)
-    )
+    usable, codes = find_mask(mask, "mask", cube), own_codes(cube)
+    others = () if codes is None else (codes,)
+    return FrameReader(cube, Pixels.of(cube, look=False), usable, device, others)
 
 
-def _read_tiles(stack: FrameReader, frame: int, rows: slice, columns: Sequence[slice]) -> Tensor:
-    """(n, C, h, w) floats, NaN wherever a pixel is not to be used."""
-    one = slice(frame, frame + 1)
-    seen = stack.seen(one, rows)
-    return stack.decode(_cut(stack.load(one, rows), columns), None if seen is None else _cut(seen, columns))
+def _read_tiles(reader: FrameReader, frame: int | None, rows: slice, columns: Sequence[slice]) -> Tensor:
+    """(n, C, h, w) floats of one frame, or (n, T, C, h, w) of several; NaN wherever a pixel is not to be used."""
+    frames = slice(None) if frame is None else slice(frame, frame + 1)
+    raw, seen = reader.load(frames, rows), reader.seen(frames, rows)
+    seen = None if seen is None else np.broadcast_to(seen, (len(seen), *raw.shape[-2:]))
+    parts = [None if one is None else np.stack([one[..., part] for part in columns]) for one in (raw, seen)]
+    values = reader.decode(*parts)  # type: ignore[arg-type]  # raw is no None
+    return values[:, 0] if values.shape[1] == 1 else values
 
 
-def _cut(values: Array, columns: Sequence[slice]) -> Array:
-    """(n, …, w), the columns one by one, of (1, …, W)."""
-    return np.concatenate([values[..., part] for part in columns])
-
-
-class LargeReference(NamedTuple):
+@dataclass(frozen=True)
+class LargeReference:
     """What the frames are brought onto, tile by tile."""
 
     name: str
-    stack: FrameReader
-    frame: int | None  # one of the stack's own
-    source: ReferenceSource | None  # or pixels
-    mask: xr.Variable | None
+    reader: FrameReader  # of the stack, or of pixels that were given; with the reference's own mask
+    masked: bool
+    frame: int | None = None  # one of the stack's own
+    word: str = ""  # what is made of all of them
 
     def is_of(self, frame: int) -> bool:
         """Whether it is that frame itself, the same pixels of it."""
-        return frame == self.frame and self.mask is None
+        return frame == self.frame and not self.masked
 
     @classmethod
     def of(cls, reference: Any, mask: Any, stack: FrameReader) -> LargeReference:
         """A word, the label of a frame, or pixels on the stack's grid."""
-        cube = stack.cube
-        known = find_mask(mask, "reference_mask", cube)
+        cube, known = stack.cube, find_mask(mask, "reference_mask", stack.cube)
+        own, masked = () if known is None else (known,), known is not None
+        reader = replace(stack, others=(*stack.others, *own))
         if isinstance(reference, str) and reference in ("median", "mean"):
-            return cls(reference, stack, None, None, known)
+            return cls(reference, reader, masked, word=reference)
         if isinstance(reference, str) and reference in get_args(ReferenceName) and reference != "first":
-            cure = "name a frame, or make the reference's pixels first"
-            expected = (
-                "'first', 'median', 'mean', the label of a frame, or pixels, of scenes larger than memory"
-            )
+            expected = "'first', 'median', 'mean', the label of one frame, or pixels"
+            cure = "name a frame, or make the reference's pixels first: the scenes are larger than memory"
             raise ValueError(message("reference", expected, repr(reference), cure))
         if isinstance(reference, (xr.DataArray, np.ndarray)) and reference.ndim > 1:
             source = given_pixels(reference, cube, stack.pixels)
-            return cls(source.name, stack, None, source, known)
+            picture: Any = source.variable  # (xarray has no types for set_dims)
+            variable = picture.set_dims({"band": cube.sizes["band"]} | picture.sizes)
+            pixels = Cube(xr.DataArray(variable), {str(dim): dim for dim in variable.dims})
+            return cls(source.name, FrameReader(pixels, source.pixels, None, stack.device, own), masked)
         if isinstance(reference, xr.DataArray) and not reference.ndim:  # a label, `cube.time[3]`
             reference = reference.values[()]
         frame, words = 0, ("first", "median", "mean")
         if not isinstance(reference, str) or reference != "first":
             frame = find_frame(cube.array, cube.dims["time"], reference, "reference", words=words)
         time = cube.coordinate("time", local=True)
-        return cls(str(frame) if time is None else label_text(time.values[frame]), stack, frame, None, known)
+        return cls(str(frame) if time is None else label_text(time.values[frame]), reader, masked, frame)
 
     def tiles(self, rows: slice, columns: Sequence[slice]) -> Tensor:
         """(n, C, h, w), or of a reference for each frame (n, T, C, h, w); NaN where nothing is to be used."""
-        stack = self.stack
-        if self.frame is not None:
-            values = _read_tiles(stack, self.frame, rows, columns)
-        elif self.source is not None:
-            raw = load(self.source.variable, CUBE[1:], y=rows)
-            raw = np.broadcast_to(raw, (stack.cube.sizes["band"], *raw.shape[1:]))
-            values = self.source.pixels.decode(_cut(raw[None], columns), stack.device)
-        else:
-            values = self._over_time(rows, columns)
-        if self.mask is not None:
-            size = (rows.stop - rows.start, stack.cube.size[1])
-            seen = np.broadcast_to(load(self.mask, MASK[1:], y=rows), size)
-            parts = torch.from_numpy(_cut(seen[None, None], columns))
-            values = values.masked_fill(~parts.to(values.device), torch.nan)
-        return values
-
-    def _over_time(self, rows: slice, columns: Sequence[slice]) -> Tensor:
-        """(n, C, h, w), of all frames, as many rows at a time as memory is meant to hold; each is read once."""
-        stack, made = self.stack, []
-        row = stack.frames * stack.cube.sizes["band"] * sum(part.stop - part.start for part in columns)
-        step = max(1, _SERIES_BYTES // (row * stack.pixels.compute.itemsize))
+        if not self.word:
+            return _read_tiles(self.reader, self.frame, rows, columns)
+        # of all frames, as many rows at a time as memory is meant to hold: each row is read once
+        count, bands, made = self.reader.frames, self.reader.cube.sizes["band"], []
+        row = count * bands * sum(part.stop - part.start for part in columns)
+        step = max(1, _SERIES_BYTES // (row * self.reader.pixels.compute.itemsize))
         for first in range(rows.start, rows.stop, step):
             some = slice(first, min(first + step, rows.stop))
-            series = torch.stack([_read_tiles(stack, frame, some, columns) for frame in range(stack.frames)])
-            made.append(reduce_over_time(self.name, series).to(series.dtype))
+            series = [_read_tiles(self.reader, frame, some, columns) for frame in range(count)]
+            made.append(reduce_over_time(self.word, torch.stack(series)).to(series[0].dtype))
         return torch.cat(made, 2)
 
 
@@ -245,13 +230,12 @@ def _estimate_frames(
         size = (rows.stop - rows.start, columns[0].stop - columns[0].start)
         limit = float(getattr(module, "max_translation", np.inf))
         whole = stack.cube.size
+        of_frames = partial(
+            _combine_tiles, origins=origins, size=size, whole=whole, motion=motion, limit=limit
+        )
         told, loose = (
-            combine(torch.cat, [
-                _combine_tiles(
-                    combine(torch.cat, parts).map(torch.Tensor.cpu), origins, size, whole, motion, limit, share
-                )
-                for parts in tiles
-            ])
+            combine(torch.cat, [of_frames(combine(torch.cat, parts).map(torch.Tensor.cpu), share=share)
+                                for parts in tiles])
             for tiles, share in ((found, _AGREE), (begun, 0.0))
         )  # fmt: skip
     return told, choose_rows(told.valid, told, loose)
@@ -456,8 +440,7 @@ def _write_frame(
     write: Writer,
     advance: Callable[[int], object],
 ) -> None:
-    one = slice(frame, frame + 1)
-    warp, field = found.warp, found.field
+    one, warp, field = slice(frame, frame + 1), found.warp, found.field
     margins = Margins(Found(warp, torch.ones(1, dtype=torch.bool), field), stack.cube.size)
     nearest = replace(operation, pixels=replace(stack.pixels, nodata=()), interpolation="nearest",
                       padding_mode="zeros", fill_value=0.0)  # fmt: skip
@@ -470,8 +453,11 @@ def _write_frame(
             there = move_origin(field, start)
             lattice = [there.coefficients, torch.cat((there.origin, there.spacing), -1)]
         cut = slice(rows.start - source.start, rows.stop - source.start)
-        raw, seen = stack.load(one, source), stack.seen(one, source)
-        codes = None if stack.codes is None else load(stack.codes, MASK, time=one, y=source)
+        raw, seen = stack.load(one, source), replace(stack, others=()).seen(one, source)
+        codes = None
+        if stack.others:  # read once, and moved with the pixels
+            codes = load(stack.others[0], MASK, time=one, y=source)
+            seen = codes != 0 if seen is None else seen & (codes != 0)
         usable = None if seen is None else torch.from_numpy(np.array(seen)).to(stack.device)
         with torch.no_grad():
             values, _ = operation.run(raw, stack.device, moves, usable, *lattice)

@@ -42,7 +42,8 @@ class Variables:
         """Sort them; those without time, y or x stay as they are."""
         frames = [name for name in dataset.data_vars if _has_frames(dataset, name, dims)]
         if not frames:
-            got = _sizes_in_words(dataset)
+            listed = [f"{name} {tuple(array.dims)}" for name, array in dataset.data_vars.items()]
+            got = ", ".join([*listed[:4], *["…"] * (len(listed) > 4)]) or "one without any"
             cure = "choose variables with time, y and x, or name the dims with time_dim=, y_dim=, x_dim="
             raise ValueError(message("datacube", "a Dataset with variables over time, y and x", got, cure))
         named = [] if classes is None else _choose_names(classes, frames, "classes")
@@ -90,11 +91,6 @@ def _has_frames(dataset: xr.Dataset, name: Hashable, given: Mapping[str, Hashabl
     if "time" in roles and len(dims) > 2 and not {"y", "x"} & roles:
         find_dims(dataset[name], f"datacube[{name!r}]", {r: d for r, d in given.items() if d in dims})
     return False
-
-
-def _sizes_in_words(dataset: xr.Dataset) -> str:
-    variables = [f"{name} {tuple(array.dims)}" for name, array in dataset.data_vars.items()]
-    return ", ".join([*variables[:4], *["…"] * (len(variables) > 4)]) or "one without any"
 
 
 def _choose_names(wanted: Any, names: Sequence[Hashable], argument: str) -> list[Hashable]:

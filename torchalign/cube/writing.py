@@ -75,9 +75,7 @@ def write_variables(
     frames = frame_names(dataset, "write it with torchalign.io.write_cube", kinds="iufb")
     others = [str(name) for name in dataset.data_vars if name not in frames]
     if others:
-        told = (
-            "not written as GeoTIFF, for they are no frames of numbers; torchalign.io.write_cube keeps them"
-        )
+        told = "not written as GeoTIFF, being no frames of numbers; torchalign.io.write_cube keeps them"
         warnings.warn(f"{', '.join(others)}: {told}", UserWarning, stacklevel=3)
     written = []
     for name in frames:
@@ -163,11 +161,9 @@ def _file_names(cube: Cube, template: str | None, suffix: str) -> list[str]:
             stem if stem.lower().endswith(_ENDINGS) else Path(stem).with_suffix(".tif").name for stem in stems
         ]
     elif None not in dates:
-        days = [f"{date:%Y%m%d}" for date in dates]
-        clocks = [
-            "" if days.count(day) == 1 else f"{date:T%H%M%S}" for day, date in zip(days, dates, strict=True)
-        ]
-        names = [f"{day}{clock}{suffix}" for day, clock in zip(days, clocks, strict=True)]
+        days = Counter(date.strftime("%Y%m%d") for date in dates)  # by the time of day where they repeat
+        form = {day: "%Y%m%d" if count == 1 else "%Y%m%dT%H%M%S" for day, count in days.items()}
+        names = [f"{date:{form[date.strftime('%Y%m%d')]}}{suffix}" for date in dates]
     else:
         names = [f"{number:04d}{suffix}" for number in range(count)]
     names = [name if name.lower().endswith(_ENDINGS) else f"{name}.tif" for name in names]
