@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import CodeType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -141,12 +143,16 @@ class Counter(TorchDispatchMode):
         return out
 
     def _follow(self, tensors: list[Tensor]) -> None:
+        grown = False
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._before:
+            known = self._alive.get(storage._cdata)
+            if storage._cdata not in self._before and (known is None or known[0].expired()):
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+                grown = True
+        if grown:  # no view or write in place makes a peak
+            self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+            self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
 
 
 def _is_view(operator: Any) -> bool:
@@ -165,12 +171,19 @@ def size_of(tensor: Tensor) -> int:
 def _stack() -> tuple[tuple[str, str], ...]:
     found, frame = [], sys._getframe(2)
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if "torchalign" in path.parts[:-1]:
-            package = len(path.parts) - 1 - path.parts[::-1].index("torchalign")
-            found.append((".".join(path.with_suffix("").parts[package + 1 :]), frame.f_code.co_name))
+        found.append(_place(frame.f_code))
         frame = frame.f_back  # type: ignore[assignment]
-    return tuple(found[::-1])
+    return tuple(place for place in reversed(found) if place is not None)
+
+
+@functools.cache
+def _place(code: CodeType) -> tuple[str, str] | None:
+    """The module and the function, if they are torchalign's."""
+    path = Path(code.co_filename)
+    if "torchalign" not in path.parts[:-1]:
+        return None
+    package = len(path.parts) - 1 - path.parts[::-1].index("torchalign")
+    return ".".join(path.with_suffix("").parts[package + 1 :]), code.co_name
 
 
 def count(

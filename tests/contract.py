@@ -630,9 +630,9 @@ class Behaviour:
         parameters = list(inspect.signature(kind).parameters.values())
         assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters)
         assert {parameter.name for parameter in parameters} >= COMMON_OPTIONS
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match="positional"):
             kind("mean")
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match="no_such_option"):
             kind(no_such_option=1)
         for parameter in parameters:
             assert f"{parameter.name}=" in shown

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 import torchalign as ta
 from torchalign import _host, kernels
@@ -46,6 +48,24 @@ def _few_programs(monkeypatch):
     # (of a channel, whose strides are tested, several)
     monkeypatch.setattr(launching, "block_length", lambda kernel: 256 if kernel is channel_frames else 4096)
     monkeypatch.setattr(kernel_of_defects, "block_length", launching.block_length)
+
+
+@pytest.fixture(autouse=True)
+def _quick_interpreter(request, monkeypatch):
+    """Half of its time is for what nothing here needs."""
+    # a launch has put its own functions into Triton's language; each function called inside would do so again
+    own = interpreter.InterpretedFunction.__call__
+
+    def call(self, *given, **named):
+        is_ours = self.fn.__module__.startswith("torchalign")
+        return self.rewrite()(*given, **named) if is_ours else own(self, *given, **named)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    # that no sum or product of integers overflows, the slow cases look at
+    options = interpreter.interpreter_builder.options
+    if not request.config.getoption("--slow") and hasattr(options, "sanitize_overflow"):
+        options = dataclasses.replace(options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
 
 
 @pytest.fixture

@@ -23,9 +23,11 @@ __all__ = [
     "Waves",
     "assert_derivative",
     "centre_errors",
+    "corner_errors",
     "fractal",
     "fractal_stack",
     "pairs",
+    "quantiles",
     "scene_with_field",
     "shift_errors",
     "shifts_of",
@@ -182,6 +184,19 @@ def centre_errors(warp: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
     centre = torch.tensor([[(size[1] - 1) / 2, (size[0] - 1) / 2]], dtype=torch.float64)
     there = transform_points(invert_warp(truth.double()), centre.expand(*truth.shape[:-2], 1, 2))
     return (transform_points(warp.double(), there) - centre).norm(dim=-1).squeeze(-1)
+
+
+def corner_errors(warp: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
+    """(..., T): how far apart two warps put the corner that they disagree most on, in pixels; any motion model."""
+    bottom, right = size[0] - 1, size[1] - 1
+    corners = torch.tensor([[0, 0], [right, 0], [0, bottom], [right, bottom]], dtype=torch.float64)
+    found, expected = (transform_points(one.double(), corners) for one in (warp, truth))
+    return (found - expected).norm(dim=-1).amax(-1)
+
+
+def quantiles(errors: Tensor) -> tuple[float, float]:
+    """The median and the 95th percentile."""
+    return float(errors.median()), float(errors.quantile(0.95))
 
 
 def assert_derivative(

@@ -8,7 +8,9 @@ import numpy as np
 import xarray as xr
 from scenes import fractal_stack
 
-__all__ = ["UTM", "Series", "make_series"]
+import torchalign as ta
+
+__all__ = ["UTM", "Series", "align", "make_series"]
 
 UTM = (
     'PROJCS["WGS 84 / UTM zone 33N",GEOGCS["WGS 84",DATUM["WGS_1984",SPHEROID["WGS 84",6378137,298.257223563,'
@@ -19,6 +21,11 @@ UTM = (
     'UNIT["metre",1,AUTHORITY["EPSG","9001"]],AXIS["Easting",EAST],AXIS["Northing",NORTH],'
     'AUTHORITY["EPSG","32633"]]'
 )
+
+
+def align(cube, reference, aligner="pcc", **options):
+    """With the fast aligner, where it is not the estimate that is tested."""
+    return ta.align(cube, reference, aligner, **options)
 
 
 class Series(NamedTuple):

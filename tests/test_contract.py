@@ -50,8 +50,15 @@ OPTIONS = {
 }
 
 
-def each(cases: dict[str, Case]):
-    return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
+# what they combine is in other cases: affine motion in "ECC structure", the stages of the cascade in TestResults
+SLOW = ("Cascade with Local", "PCC structure", "ECC affine")
+
+
+def each(cases: dict[str, Case], slow: tuple[str, ...] = ()):
+    marked = [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in slow)) for name, case in cases.items()
+    ]
+    return pytest.mark.parametrize("case", marked)
 
 
 @each(ALIGNERS)
@@ -59,7 +66,7 @@ class TestResults(Results):
     pass
 
 
-@each(TOGETHER | OPTIONS)
+@each(TOGETHER | OPTIONS, SLOW)
 class TestOptions(Results):
     """Of each option all tests, of a few kinds each; and none of what the base class does, whatever the option."""
 

@@ -219,7 +219,18 @@ def test_translations_are_known_beforehand(make, known):
     assert found(turned) is False
 
 
-@each_aligner
+@pytest.mark.parametrize(
+    "proof",
+    [
+        # (structure and LGM are in others, and so are cascades)
+        pytest.param(
+            proof,
+            id=name,
+            marks=[pytest.mark.slow] * (name in ("ECC structure", "LGM structure", "Cascade with LGM")),
+        )
+        for name, proof in ALIGNERS.items()
+    ],
+)
 def test_fake_cuda(fake, proof):
     # with everything here; one reference for all, without masks or init, in the test of gradients
     aligner = on_gpu(proof.make())

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scenes import centre_errors, fractal_stack, pairs, shift_errors
+from scenes import centre_errors, corner_errors, fractal_stack, pairs, quantiles, shift_errors
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,16 +26,6 @@ from torchalign.types import Pair
 OK, NO_TEXTURE, NOT_CONVERGED, TOO_FAR = (
     int(ta.Status[name]) for name in ("OK", "NO_TEXTURE", "NOT_CONVERGED", "TOO_FAR")
 )
-
-
-def quantiles(errors):
-    return float(errors.median()), float(errors.quantile(0.95))
-
-
-def corner_errors(warp, truth, size=256):
-    corners = torch.tensor([[0, 0], [size - 1, 0], [0, size - 1], [size - 1, size - 1]], dtype=torch.float64)
-    apart = transform_points(to_homogeneous(warp.double()), corners) - transform_points(truth, corners)
-    return apart.norm(dim=-1).amax(-1)
 
 
 # ----------------------------------------------------------------------------------------- the figures
@@ -67,19 +57,30 @@ def test_bias_at_every_fraction_of_a_pixel(landsat):
     assert torch.stack(bias).abs().max() <= 0.01
 
 
-@pytest.mark.parametrize(("motion", "median"), [("affine", 0.03), ("homography", 0.06)])
+@pytest.mark.parametrize(
+    ("motion", "median"), [pytest.param("affine", 0.03, marks=pytest.mark.slow), ("homography", 0.06)]
+)
 def test_corners_on_landsat(landsat, motion, median):
     ground = landsat.mean(0, keepdim=True)
     cube, reference, truth = simulate_warped_stack(ground, motion=motion, frames=3)
-    assert corner_errors(identity_warp(3), truth).median() > 5  # pixels: there is something to find
+    assert (
+        corner_errors(identity_warp(3), truth, (256, 256)).median() > 5
+    )  # pixels: there is something to find
     estimate = ta.ECC(motion=motion).estimate(cube, reference)
     assert estimate.valid.all()
-    errors = corner_errors(estimate.warp, truth)
+    errors = corner_errors(estimate.warp, truth, (256, 256))
     assert errors.median() <= median
     assert errors.max() <= 3 * median
 
 
-@pytest.mark.parametrize(("blur", "worst"), [(0.5, 0.03), (1.5, 0.05), (3.0, 0.06)])
+@pytest.mark.parametrize(
+    ("blur", "worst"),
+    [
+        pytest.param(0.5, 0.03, marks=pytest.mark.slow),
+        (1.5, 0.05),
+        pytest.param(3.0, 0.06, marks=pytest.mark.slow),
+    ],
+)
 def test_cascade_on_shifts_of_20_pixels(landsat, blur, worst):
     # sharp to very smooth scenes; at σ = 3 px little is left of the band: 1 frame in 50 errs by 0.05 … 0.06 px
     cascade = ta.Cascade(ta.PCC(max_translation=32), ta.ECC(max_translation=32))
@@ -165,8 +166,8 @@ def test_opencv_finds_the_same(motion):
     # OpenCV's is reference → moving: ours is its inverse
     expected = invert_warp(to_homogeneous(torch.from_numpy(inverse).double()))
     estimate = ta.ECC(motion=motion).estimate(data.cube, data.reference)
-    assert corner_errors(estimate.warp[0], expected, 128) < 0.08
-    assert corner_errors(estimate.warp[0], to_homogeneous(truth), 128) < 0.03
+    assert corner_errors(estimate.warp[0], expected, (128, 128)) < 0.08
+    assert corner_errors(estimate.warp[0], truth, (128, 128)) < 0.03
 
 
 # ---------------------------------------------------------------------------------------------------- the options

@@ -20,6 +20,11 @@ pytest.importorskip("dask", reason='pip install "torchalign[dask]"')
 from rasterio.transform import Affine  # noqa: E402
 
 CASES = int(os.environ.get("TORCHALIGN_TEST_CASES", "30"))  # of cubes, and as many of files
+# unless more are asked for, the second half is slow
+each_seed = pytest.mark.parametrize(
+    "seed",
+    [pytest.param(seed, marks=[pytest.mark.slow] * (15 <= seed < 30 == CASES)) for seed in range(CASES)],
+)
 DTYPES = ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
 CRSS = ("EPSG:32633", "EPSG:4326", "EPSG:3857", None)
 ALIGNER = ta.PCC(max_translation=3)
@@ -95,7 +100,7 @@ def random_cube(random):
     return array
 
 
-@pytest.mark.parametrize("seed", range(CASES))
+@each_seed
 def test_cubes(seed):
     random = np.random.default_rng(seed)
     cube = random_cube(random)
@@ -165,7 +170,7 @@ def random_folder(random, folder):
 
 
 @pytest.mark.filterwarnings("ignore")  # of GDAL, about files without a place
-@pytest.mark.parametrize("seed", range(CASES))
+@each_seed
 def test_folders(seed, tmp_path):
     random = np.random.default_rng(10_000 + seed)
     random_folder(random, tmp_path)

@@ -44,7 +44,8 @@ def functions(tree):
         name = f"{outer}.{node.name}" if hasattr(node, "name") else outer
         if isinstance(node, Function):
             yield name.lstrip("."), node
-        todo += [(child, name) for child in ast.iter_child_nodes(node)]
+        # (expressions hold no statements)
+        todo += [(child, name) for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
 
 
 def body_length(node):

@@ -314,7 +314,7 @@ def test_dates_of_python(tmp_path):
         plain = np.array(day, "M8[us]") + (np.arange(count) - 1) * np.timedelta64(1, "D")
         stored = plain - np.timedelta64(hours, "h")  # in UTC
         for reference in (day, labels[1], datetime.date.fromisoformat(day), cube.time[1], stored[1]):
-            aligned, report = ta.align(cube, reference, verify=False)
+            aligned, report = ta.align(cube, reference, "pcc", verify=False)
             assert report.attrs["reference"] == day
         assert aligned.indexes["time"].equals(cube.indexes["time"])
         assert report.indexes["time"].equals(cube.indexes["time"])
@@ -331,7 +331,11 @@ def test_dates_of_python(tmp_path):
         usable = xr.ones_like(cube, bool)
         for one, other in ((cube, stored), (cubes.assign_coords(time=stored), labels)):
             masked = ta.align(
-                one, day if one is cube else "first", mask=usable.assign_coords(time=other), verify=False
+                one,
+                day if one is cube else "first",
+                "pcc",
+                mask=usable.assign_coords(time=other),
+                verify=False,
             )
             assert masked[1].sizes == report.sizes
         paths = ta.write_stack(aligned, tmp_path / name)

@@ -255,7 +255,13 @@ def warped_files(folder, size, spacing, length=1.0):
             file.write(values[None].clip(1).astype("uint16"))
 
 
-@pytest.mark.parametrize("aligner", [ta.Local(spacing=8), ta.Cascade(ta.PCC(), ta.Local(spacing=8))])
+@pytest.mark.parametrize(
+    "aligner",
+    [
+        pytest.param(ta.Local(spacing=8), marks=pytest.mark.slow),
+        ta.Cascade(ta.PCC(), ta.Local(spacing=8)),
+    ],
+)
 def test_local_shifts_are_those_of_the_cube_in_memory(tmp_path, monkeypatch, aligner):
     """Tiles of as many nodes, with as many in common, as of scenes of 4096² (but for a third of them)."""
     monkeypatch.setattr(local, "_LARGEST_TILE", 12)
@@ -280,8 +286,15 @@ def test_local_shifts_are_those_of_the_cube_in_memory(tmp_path, monkeypatch, ali
     assert np.quantile(difference, 0.99) < 15
 
 
-@pytest.mark.parametrize("tile", [115, 70])
-@pytest.mark.parametrize("before", [(), (ta.PCC(),)])
+@pytest.mark.parametrize(
+    ("tile", "before"),
+    [
+        (115, ()),
+        (70, (ta.PCC(),)),
+        pytest.param(115, (ta.PCC(),), marks=pytest.mark.slow),
+        pytest.param(70, (), marks=pytest.mark.slow),
+    ],
+)
 def test_long_local_shifts_do_not_speak_against_their_start(tmp_path, monkeypatch, tile, before):
     """Tiles disagree by more than half a pixel, and parts of one too; the field is what they disagree by."""
     monkeypatch.setattr(tiles, "_TILE", tile)

@@ -34,9 +34,14 @@ def launches():
 
 
 @pytest.mark.parametrize(
-    # slow: the longest, and what lies between translations and homographies
+    # slow: the longest, what lies between translations and homographies, and what adds up PCC and ECC
     "name",
-    [pytest.param(key, marks=pytest.mark.slow if "LGM" in key or "affine" in key else ()) for key in BUDGETS],
+    [
+        pytest.param(
+            key, marks=[pytest.mark.slow] * key.startswith(("LGM", 'ECC(motion="affine"', "Cascade"))
+        )
+        for key in BUDGETS
+    ],
 )
 def test_budget(launches, name):
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA wheels; this torch has none")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import xarray as xr
 from scenes import fractal_stack
-from series import UTM, make_series
+from series import UTM, align, make_series
 from torch import nn
 
 import torchalign as ta
@@ -23,11 +23,6 @@ from torchalign.functional.affine import compose_warps, invert_warp, transform_p
 from torchalign.pictures import style
 from torchalign.report import as_report
 from torchalign.types import Alignment, Estimate, Status
-
-
-def align(cube, reference, aligner="pcc", **options):
-    """The fast one: what is tested here is not the estimate."""
-    return ta.align(cube, reference, aligner, **options)
 
 
 def shifts(report):

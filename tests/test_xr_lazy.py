@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from series import make_series
+from series import align, make_series
 from torch import nn
 
 import torchalign as ta
@@ -27,11 +27,6 @@ import dask.array as da  # noqa: E402
 from dask.callbacks import Callback  # noqa: E402
 
 CALLS: list[int] = []  # frames of every call of Counting, wherever in this process
-
-
-def align(cube, reference, aligner="pcc", **options):
-    """The fast one: what is tested here is not the estimate."""
-    return ta.align(cube, reference, aligner, **options)
 
 
 class Counting(nn.Module):
@@ -108,8 +103,8 @@ def test_the_default_aligner_is_shipped_to_the_tasks(series):
     [
         ("uint8", ("y", "x", "band", "time")),
         ("int64", ("x", "time", "y", "band")),
-        ("float64", ("y", "x", "band", "time")),
-        ("float32", ("x", "time", "y", "band")),
+        pytest.param("float64", ("y", "x", "band", "time"), marks=pytest.mark.slow),
+        pytest.param("float32", ("x", "time", "y", "band"), marks=pytest.mark.slow),
     ],
 )
 def test_dims_in_any_order_and_every_dtype(dtype, dims):
@@ -198,7 +193,7 @@ def test_packed_floats_are_packed_chunk_by_chunk(series, tmp_path, suffix):
 def test_pixels_leave_memory_before_the_next_come(tmp_path, name):
     """However long the series: what the scheduler holds is a few chunks, with the report asked for as well."""
     most = {}
-    for frames in (8, 32):
+    for frames in (4, 16):
         # made in tasks: the slices of an array in memory would be part of the graph
         cube = xr.DataArray(
             da.full((frames, 1, 32, 32), 7, chunks=(1, 1, 32, 32)), dims=("time", "band", "y", "x")
@@ -219,8 +214,8 @@ def test_pixels_leave_memory_before_the_next_come(tmp_path, name):
         with Watch():
             dask.compute(*waiting, scheduler="sync")
         most[frames] = Watch.held
-    assert most[8] >= cube[0].nbytes
-    assert most[32] - most[8] < 4 * cube[0].nbytes  # 24 frames more; a report's row is small
+    assert most[4] >= cube[0].nbytes
+    assert most[16] - most[4] < 4 * cube[0].nbytes  # 12 frames more; a report's row is small
 
 
 def walk(value):
@@ -372,16 +367,16 @@ print(cube.nbytes / 2**20, peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory as Linux does")
-@pytest.mark.parametrize("megabytes", [64, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("megabytes", [32, pytest.param(400, marks=pytest.mark.slow)])
 def test_memory_is_that_of_a_few_chunks(tmp_path, megabytes):
     """Of Zarr; 8 GB: `benchmarks/out_of_core.py`."""
     pytest.importorskip("zarr")
     frame = make_series(1, 256, bands=1).cube[0].values
     frame = np.tile(frame, (1, 2, 2))  # 0.5 MiB
     data = da.from_array(frame[None]).map_blocks(
-        lambda block: np.repeat(block, 4, 0), dtype=frame.dtype, chunks=((4,), (1,), (512,), (512,))
+        lambda block: np.repeat(block, 2, 0), dtype=frame.dtype, chunks=((2,), (1,), (512,), (512,))
     )
-    data = da.concatenate([data] * (megabytes // 2))
+    data = da.concatenate([data] * megabytes)
     cube = xr.DataArray(data, dims=("time", "band", "y", "x"), name="cube")
     cube.to_dataset().to_zarr(tmp_path / "in.zarr", zarr_format=2, encoding={"cube": {"compressors": None}})
     path = [str(Path(ta.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -393,6 +388,6 @@ def test_memory_is_that_of_a_few_chunks(tmp_path, megabytes):
     assert done.returncode == 0, done.stderr
     size, grown = map(float, done.stdout.split())
     assert size >= 0.9 * megabytes
-    # two chunks of 2 MiB, in floats, with what is made of them; a cube that is held shows as 64 at least
-    assert grown < 40, f"{size} MB took {grown} MB"
+    # two chunks of 1 MiB, in floats, with what is made of them; a cube that is held shows as 32 at least
+    assert grown < min(0.6 * megabytes, 40), f"{size} MB took {grown} MB"
     assert xr.open_zarr(tmp_path / "out.zarr")["cube"].shape == cube.shape

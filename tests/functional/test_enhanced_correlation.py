@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import scipy.ndimage
 import torch
-from scenes import Waves, assert_derivative, fractal_stack, pairs
+from scenes import Waves, assert_derivative, corner_errors, fractal_stack, pairs
 
 from torchalign.functional import sampling
 from torchalign.functional.affine import (
@@ -61,11 +62,7 @@ def frames(warp, size=SIZE, **waves):
     return scene.at(moved), scene.at(points)
 
 
-def corner_error(found, expected, size=SIZE):
-    """How far apart two warps put the corner that they disagree most on, in pixels."""
-    corners = torch.tensor([[0, 0], [size[1] - 1, 0], [0, size[0] - 1], [size[1] - 1, size[0] - 1]]).double()
-    apart = transform_points(to_homogeneous(found.double()), corners) - transform_points(expected, corners)
-    return apart.norm(dim=-1).amax(-1)
+corner_error = functools.partial(corner_errors, size=SIZE)
 
 
 # ------------------------------------------------------------------------------------------------------- results
@@ -132,7 +129,7 @@ def test_levels_share_their_coordinates():
             moving, reference, motion="translation", max_frequency=frequency, levels=1
         )
         # half a pixel of the level would be 0.5, 1, 2 pixels
-        assert corner_error(found.warp, expected, size).max() < 0.05, frequency
+        assert corner_error(found.warp, expected, size=size).max() < 0.05, frequency
     assert level_frequencies(size, levels=3) == (0.25, 0.125, 0.0625)
     assert len(level_frequencies((16, 16))) == 1
 
@@ -501,16 +498,16 @@ def test_all_translations_are_compared_first(motion):
     moving, reference, expected = far_apart(motion)
     found = enhanced_correlation(moving, reference, motion=motion, max_translation=50.0)
     assert found.converged.all()
-    assert corner_error(found.warp, expected, (128, 136)).max() < 0.05
+    assert corner_error(found.warp, expected, size=(128, 136)).max() < 0.05
     # a climb alone does not come so far
     near = enhanced_correlation(moving, reference, motion=motion)
-    assert corner_error(near.warp, expected, (128, 136)).min() > 5
+    assert corner_error(near.warp, expected, size=(128, 136)).min() > 5
 
 
 def test_a_better_place_beyond_the_limit_is_found_too():
     moving, reference, expected = far_apart("translation")
     found = enhanced_correlation(moving, reference, motion="translation", max_translation=20.0)
-    assert corner_error(found.warp, expected, (128, 136)).max() < 0.05
+    assert corner_error(found.warp, expected, size=(128, 136)).max() < 0.05
 
 
 def test_where_the_search_is_of_use():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
-from scenes import assert_derivative, pairs
+from scenes import assert_derivative, corner_errors, pairs
 
 from torchalign.functional.affine import (
     change_origin,
@@ -62,9 +64,7 @@ def matched(warp, count=150, *, wrong=0.5, noise=0.2, seed=0, dtype=torch.float6
     return points.to(dtype), torch.where(bad[:, None], anywhere, targets).to(dtype), ~bad
 
 
-def corner_error(warp, truth):
-    corners = torch.tensor([[0, 0], [SIZE[1], 0], [0, SIZE[0]], [SIZE[1], SIZE[0]]], dtype=torch.float64)
-    return (transform_points(warp.double(), corners) - transform_points(truth, corners)).norm(dim=-1).amax(-1)
+corner_error = functools.partial(corner_errors, size=SIZE)
 
 
 def fit(points, targets, weight, motion, **options):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scenes import assert_derivative, centre_errors, fractal, fractal_stack, pairs
+from scenes import assert_derivative, centre_errors, corner_errors, fractal, fractal_stack, pairs
 from scipy import ndimage
 
 import torchalign as ta
@@ -171,13 +171,6 @@ def radar(image, seed=0):
     level = (image - image.min()) / (image.max() - image.min())
     looks = -torch.rand(4, *image.shape, generator=random).clamp(min=1e-6).log()
     return ((1 - level) ** 1.5 + 1.2 * (level - 0.65).clamp(min=0) + 0.05) * looks.mean(0)
-
-
-def corner_errors(warp, truth, size):
-    """(T,), the mean over the corners."""
-    width, height = size[1] - 1.0, size[0] - 1.0
-    corners = torch.tensor([[0, width, 0, width], [0, 0, height, height], [1.0, 1, 1, 1]])
-    return ((warp[:, :2] - truth[:, :2].to(warp)) @ corners).norm(dim=1).mean(-1)
 
 
 @pytest.mark.parametrize("motion", ["affine", "homography"])

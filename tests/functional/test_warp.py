@@ -589,8 +589,9 @@ def test_forward_mode_gradients() -> None:
     [
         ("nearest", torch.float32, ["homography"]),
         ("bilinear", torch.float32, ["affine", "homography"]),
-        ("bilinear", torch.int16, ["affine"]),
-        ("bicubic", torch.float32, ["affine"]),
+        pytest.param("bilinear", torch.int16, ["affine"], marks=pytest.mark.slow),
+        # (bicubic is exported below)
+        pytest.param("bicubic", torch.float32, ["affine"], marks=pytest.mark.slow),
     ],
 )
 def test_compiles_whole(interpolation, dtype, motions) -> None:
