@@ -60,8 +60,10 @@ def _find_hints(
     valid = np.isfinite(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
     for value in pixels.nodata:
         valid &= values != value
-    hints += [] if seen is None else _looks_inverted(values, valid, seen)
-    return hints + _undeclared_fill(values, valid if seen is None else valid & seen)
+    inverted = [] if seen is None else _looks_inverted(values, valid, seen)
+    valid = valid if seen is None else valid & seen
+    # where no frame has any there is no other to name
+    return (hints if valid.any() else []) + inverted + _undeclared_fill(values, valid)
 
 
 def _sample_pixels(variable: xr.Variable, roles: tuple[str, ...], cube: Cube) -> Array:
