@@ -436,6 +436,12 @@ def test_dates_without_their_hour_are_matched_by_the_day(two_resolutions):
     twice = days.copy()
     twice[:3] = days[0] + np.array([10 * 3600, 11 * 3600, 11 * 3600 + 7], "timedelta64[s]")
     is_found([1, 2, 0, 5], twice[[1, 2, 0, 5]], twice + np.timedelta64(24, "ms"))
+    clear = fine.clear.assign_coords(time=days)  # as files of masks have them
+    for given in (clear, clear.assign_coords(time=times)):
+        masked, _ = align(fine.cube, fine.reference, verify=False, mask=given)
+        np.testing.assert_array_equal(masked, align(fine.cube, fine.reference, mask=clear.values)[0])
+    with pytest.raises(ValueError, match=r"^mask: expected the cube's 'time'"):
+        align(fine.cube, fine.reference, mask=clear.assign_coords(time=days[::-1]))
     for own, other in ((days[:1], twice), (twice[:2] + np.timedelta64(9, "s"), twice), (twice[:2], days)):
         frames = fine.cube.isel(time=slice(len(own))).assign_coords(time=own)
         with pytest.raises(ValueError, match=r"got none of .*give both the same labels with \.assign_coords"):

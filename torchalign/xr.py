@@ -145,8 +145,8 @@ def align(
         classes: variables (or bands) that nothing may blend; they are copied from the nearest pixel and the
             estimate does not see them. So are, without being named, bool variables, those with ``flag_values`` or
             ``flag_masks``, and those called like a classification (SCL, QA…, CLM, Fmask, UDM, …_class).
-        mask: bool, **True = usable**: a DataArray with some of time, y and x, on the cube's coordinates, or
-            an array broadcastable to (T, H, W). Acts in the estimate, the warp and the reference taken over
+        mask: bool, **True = usable**: a DataArray with some of time, y and x, on the cube's coordinates (dates as
+            :func:`apply` matches them), or an array broadcastable to (T, H, W). Acts in the estimate, the warp and the reference taken over
             time. Files with an alpha band or a mask of their own bring the coordinate ``usable``, which acts
             beside it.
         reference_mask: the same for the reference.

@@ -444,6 +444,8 @@ def _same_coordinate(first: xr.DataArray, dim: Hashable, second: xr.DataArray, o
     if dim not in first.coords or other_dim not in second.coords:
         return True
     a, b = plain_labels(first, dim).values, plain_labels(second, other_dim).values
+    if a.dtype.kind == b.dtype.kind == "M":
+        return match_labels(a, b) == list(range(len(a)))
     if len(a) < 2 or a.dtype.kind not in "iuf" or b.dtype.kind not in "iuf":
         return bool(np.array_equal(a, b))
     pixel = abs(float(a[-1]) - float(a[0])) / (len(a) - 1)
