@@ -263,6 +263,9 @@ def test_pairs_prefer_the_truth(made):
     assert evidence.prefers(found(off), found(made.shift))
     assert not evidence.prefers(found(made.shift), found(off))
     assert not evidence.prefers(found(off), found(off))
+    assert not evidence.prefers(found(made.shift), found(made.shift))
+    few = found(made.shift)
+    assert not evidence.prefers(few._replace(valid=torch.arange(12) < 2), found(off))
 
 
 # ---------------------------------------------------------------------------------------------------- pictures

@@ -322,13 +322,20 @@ class AlignmentCheck(nn.Module):
         self.calls = self.received = 0
         self.step = self.resizing = None
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """What was recorded, for a ``state_dict``."""
-        return self.residuals._asdict()
+    def get_extra_state(self) -> Tensor:
+        """What was recorded, for a ``state_dict``: all of it in one float64 tensor, on the host."""
+        return torch.cat([kept.double().flatten().cpu() for kept in self.residuals])
 
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """What was recorded, of a ``state_dict``."""
-        self.residuals = Residuals(**state)
+        sizes = [kept.numel() for kept in self.residuals]
+        if state.numel() != sum(sizes):
+            expected = f"the state of a check of worst={len(self.residuals.worst)}"
+            raise ValueError(
+                message("state_dict", expected, f"{state.numel()} numbers", "make it with that worst=")
+            )
+        parts = zip(self.residuals, state.split(sizes), strict=True)  # type: ignore[no-untyped-call]
+        self.residuals = Residuals(*(part.to(kept).reshape(kept.shape) for kept, part in parts))
 
     def extra_repr(self) -> str:
         """The options."""
