@@ -298,6 +298,29 @@ def test_pictures(told, name):
         assert "accuracy" in ax.get_title()
 
 
+@pytest.mark.parametrize(("step", "unit"), [(9, "days"), (90, "day of year"), (None, "frames")])
+def test_the_network_tells_its_pairs_apart(told, step, unit):
+    if step is None:
+        report = told.assign_coords(time=range(12))
+    else:
+        report = told.assign_coords(
+            time=np.datetime64("2021-01-05", "ns") + step * np.arange(12) * np.timedelta64(1, "D")
+        )
+    ax = ta.plot.network(report).axes[0]
+    assert ax.get_ylabel().startswith(unit)
+    lines = np.stack([path[[0, len(path) // 2, -1]] for path in ax.collections[0].get_segments()])
+    moving, reference = (told.attrs[f"pair_{end}"] for end in ("moving", "reference"))
+    apart = np.abs(np.subtract(moving, reference)) * (step or 1)
+    if unit != "day of year":
+        np.testing.assert_allclose(lines[:, 1, 1], apart, rtol=1e-9)
+        np.testing.assert_allclose(np.abs(lines[:, 2, 0] - lines[:, 0, 0]), apart, rtol=1e-9)
+        np.testing.assert_allclose(lines[:, [0, 2], 1], 0, atol=1e-9 * apart.max())
+
+
+def test_the_network_of_no_frames(made):
+    assert not ta.plot.network(ta.align(made.cube[:0], "groupwise")[1]).axes[0].collections[0].get_segments()
+
+
 def test_pictures_refuse_other_reports(made, told):
     _, report = ta.align(made.cube, "first", "pcc")
     for draw in (ta.plot.network, ta.plot.pair_residuals, ta.plot.closure):
