@@ -701,6 +701,9 @@ def test_the_module_behaves():
     loaded = ta.AlignmentCheck(tolerance=0.3)
     loaded.load_state_dict(check.state_dict())
     assert loaded.summary() == before
+    assert all(isinstance(state, torch.Tensor) for state in check.state_dict().values())
+    with pytest.raises(ValueError, match=r"expected the state of a check of worst=4, got \d+ numbers"):
+        ta.AlignmentCheck(worst=4).load_state_dict(check.state_dict())
     assert "tolerance=0.3" in repr(check)
     check.reset()
     assert check.summary().measured == 0

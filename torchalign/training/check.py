@@ -341,19 +341,23 @@ class AlignmentCheck(nn.Module):
         self.step = self.cause = None
 
     def get_extra_state(self) -> Tensor:
-        """What was recorded, for a ``state_dict``: all of it in one float64 tensor, on the host."""
-        return torch.cat([kept.double().flatten().cpu() for kept in self.residuals])
+        """What was recorded, for a ``state_dict``: all of it in one float64 tensor, on the host; last, the cause."""
+        cause = list(_CURES).index(self.cause)
+        return torch.cat(
+            [*(kept.double().flatten().cpu() for kept in self.residuals), torch.tensor([cause]).double()]
+        )
 
     def set_extra_state(self, state: Tensor) -> None:
         """What was recorded, of a ``state_dict``."""
-        sizes = [kept.numel() for kept in self.residuals]
+        sizes = [*(kept.numel() for kept in self.residuals), 1]
         if state.numel() != sum(sizes):
             expected = f"the state of a check of worst={len(self.residuals.worst)}"
-            raise ValueError(
-                message("state_dict", expected, f"{state.numel()} numbers", "make it with that worst=")
-            )
-        parts = zip(self.residuals, state.split(sizes), strict=True)  # type: ignore[no-untyped-call]
-        self.residuals = Residuals(*(part.to(kept).reshape(kept.shape) for kept, part in parts))
+            got = f"{state.numel()} numbers"
+            raise ValueError(message("state_dict", expected, got, "make the check with that worst="))
+        *parts, cause = state.split(sizes)  # type: ignore[no-untyped-call]
+        pairs = zip(self.residuals, parts, strict=True)
+        self.residuals = Residuals(*(part.to(kept).reshape(kept.shape) for kept, part in pairs))
+        self.cause = list(_CURES)[int(cause)]
 
     def extra_repr(self) -> str:
         """The options."""
