@@ -907,12 +907,11 @@ MUTATIONS = [
     Mutation(
         "reference-anchor", "cube/reference.py",
         "anchored = compose_warps(warp, invert_warp(middle).expand_as(warp))", "anchored = warp",
-        "tests/test_series.py -k common_offset",
+        "tests/test_series.py -k relative_to_their_median",
     ),
     Mutation(
         "reference-placed", "cube/reference.py",
-        "return reader.source(name, over_time(word, reader, found))",
-        "return reader.source(name, over_time(word, reader))",
+        "values = over_time(word, reader, found)", "values = over_time(word, reader)",
         "tests/test_series.py -k hold_frames",
     ),
     Mutation(

@@ -107,9 +107,54 @@ def test_a_median_of_frames_that_have_no_place_is_of_them_as_they_are():
     series = make_series(6, 64, bands=1, dtype="float32", nodata=None)
     values = np.random.default_rng(0).random(series.cube.shape).astype("f4")
     _, report = align(series.cube.copy(data=values), "median", verify=False)
-    assert report.attrs["reference"] == "median"
+    assert report.attrs["reference"] == "median (of all frames as they are: pairs place 0)"
     _, report = align(series.cube, "median", verify=False)
-    assert report.attrs["reference"] == "median (of 6 frames, placed by their pairs)"
+    assert report.attrs["reference"] == "median (of 6 of 6 frames, placed by their pairs)"
+
+
+def test_what_no_placed_frame_shows_is_of_the_others():
+    """Swaths: six frames show the left, four the right, and no pair has ground in common."""
+    series = make_series(10, 96, bands=1, dtype="float32", nodata=None, max_shift=0.0, noise=0.0)
+    cube = series.cube.copy(deep=True)
+    cube[:6, ..., 48:], cube[6:, ..., :48] = np.nan, np.nan
+    _, report = align(cube, "median", verify=False)
+    assert report.attrs["reference"] == "median (of 6 of 10 frames, placed by their pairs)"
+    assert (report.status == 0).all()
+
+
+def test_pairs_see_the_centre_of_large_frames_a_few_at_a_time(monkeypatch):
+    from torchalign.cube import series as _series
+    from torchalign.groupwise import Groupwise
+
+    seen, see = [], Groupwise.see
+
+    def spy(self, cube, mask=None):
+        seen.append(tuple(cube.shape))
+        return see(self, cube, mask)
+
+    monkeypatch.setattr(Groupwise, "see", spy)
+    for name, value in (("_PLACED_SAMPLES", 2**12), ("_LEAST_PLACED", 64), ("_READ_BYTES", 2 * 64 * 64 * 4)):
+        monkeypatch.setattr(_series, name, value)
+    made = make_series(12, 100, bands=1, dtype="float32", nodata=None, max_shift=1.0)
+    mask = made.clear.copy(data=np.ones(made.clear.shape, bool))
+    _, report = align(made.cube, "median", mask=mask, verify=False)
+    assert seen == 6 * [(2, 1, 64, 64)]
+    seen.clear()
+    _, lazy = align(made.cube.chunk(time=-1), "median", mask=mask, verify=False)
+    assert seen == 6 * [(2, 1, 64, 64)]
+    np.testing.assert_array_equal(lazy.warp, report.warp)
+    _, report = align(made.cube, "median", ta.PCC(max_translation=1e6, crop_center=80), verify=False)
+    assert (report.status == 0).all()
+
+
+def test_positions_are_relative_to_their_median():
+    from torchalign.cube.reference import Found, _anchor
+
+    place = torch.tensor([[3.0, -2.0], [3.5, -2.5], [9.0, 9.0], [2.5, -1.0]])
+    valid = torch.tensor([True, True, False, True])
+    warp = _anchor(Found(translation_warp(place), valid)).warp
+    torch.testing.assert_close(warp[valid, :, 2], place[valid] - place[valid].median(0).values)
+    assert warp[2].equal(translation_warp(place[2]))
 
 
 def test_frames_that_lie_well_are_in_the_median_as_they_are():
@@ -144,7 +189,8 @@ def test_iterative_does_not_depend_on_the_order_of_frames(cloudy):
     np.testing.assert_allclose(again.values, aligned.values[order], atol=1e-3)
 
 
-def test_iterative_leaves_out_frames_that_show_nothing():
+def test_iterative_leaves_out_frames_that_show_nothing(monkeypatch):
+    monkeypatch.setattr("torchalign.cube.series.PairPositions.prefers", lambda *given: True)
     series = make_series(8, 64, bands=1, dtype="float32", nodata=None)
     series.cube[2] = 0.5
     series.cube[5] = np.random.default_rng(0).random((1, 64, 64)).astype("f4")
@@ -155,7 +201,7 @@ def test_iterative_leaves_out_frames_that_show_nothing():
     assert report.status.values[5] != Status.OK
     np.testing.assert_array_equal(aligned[2], series.cube[2])
     assert error(report.isel(time=good), series.shift[good]) < 0.03
-    assert report.attrs["reference"].startswith(("iterative (", "median ("))
+    assert report.attrs["reference"].startswith("iterative (")
 
 
 def test_frames_that_were_rejected_are_not_in_the_next_median(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import multiprocessing
 import pickle
 import random
 import warnings
@@ -13,6 +14,7 @@ import pytest
 import torch
 from scenes import fractal_stack
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import torchalign as ta
 from torchalign.functional.affine import translation_warp
@@ -471,10 +473,31 @@ def test_torchvision_claims_by_boxes():
 
     with pytest.raises(ValueError, match="claimed matrix"):
         check.inspect(ImageOnly(), image())
+    with pytest.raises(ValueError, match="claimed matrix"):  # which takes one set of boxes
+        check.inspect(v2.RandomIoUCrop(), image(), boxes())
     assert [step.slips for step in check.trace(v2.Compose([v2.Pad(2), ImageOnly()]), image())] == [
         False,
         False,
     ]
+
+
+def boxes():
+    return tv.BoundingBoxes(torch.tensor([[20.0, 30, 80, 90]]), format="XYXY", canvas_size=(SIDE, SIDE))
+
+
+def test_boxes_judge_only_what_they_go_with():
+    # turned by 0.3°, the nearest pixel is half a pixel beside the box in whole parts of the frame
+    turn, both = v2.RandomRotation((0.3, 0.3)), (image(), mask())
+    smooth = v2.RandomRotation((0.3, 0.3), interpolation=v2.InterpolationMode.BILINEAR)
+    out = turn(tv.Image(both[1][None]), both[1])
+    assert torch.equal(torch.as_tensor(out[0][0]), torch.as_tensor(out[1]))
+    check = ta.AlignmentCheck(tolerance=0.2, action="raise")
+    assert float(check.inspect(turn, *both)) < 0.01
+    for sample in ((image(),), (image(), boxes()), (image(), mask(), {"boxes": boxes()})):
+        with pytest.raises(MisregistrationError, match="RandomRotation"):
+            check.inspect(turn, *sample)
+    assert check.locate(turn, image(), boxes()).cure.count("BILINEAR") == 1
+    assert float(check.inspect(smooth, image(), boxes())) < 0.1
 
 
 def test_frames_of_a_video_and_of_a_series():
@@ -678,6 +701,9 @@ def test_the_module_behaves():
     loaded = ta.AlignmentCheck(tolerance=0.3)
     loaded.load_state_dict(check.state_dict())
     assert loaded.summary() == before
+    assert all(isinstance(state, torch.Tensor) for state in check.state_dict().values())
+    with pytest.raises(ValueError, match=r"expected the state of a check of worst=4, got \d+ numbers"):
+        ta.AlignmentCheck(worst=4).load_state_dict(check.state_dict())
     assert "tolerance=0.3" in repr(check)
     check.reset()
     assert check.summary().measured == 0
@@ -805,17 +831,20 @@ def test_the_verdict_counts_slips_and_names_no_match():
     moving = torch.cat((image[:1].roll(2, -1), image[1:]))
     check = ta.AlignmentCheck()
     assert check.summary().word == "not measured"
+    assert 'use action="warn" or "raise"' in str(check.summary())
     check(moving, image)
     verdict = check.summary()
     assert (verdict.word, verdict.slipped, verdict.tolerance) == ("misregistered", 1, 0.25)
     assert "1 of 4 samples slip beyond the tolerance of 0.25 px" in str(verdict)
     assert "largest 2 px" in str(verdict)
-    assert "align_corners" in str(verdict)
+    assert "usual cure: align them: ta.PCC(), or ta.AlignToFirst()" in str(verdict)  # these are data
     assert verdict[:3] == (4, 0, 0)  # a tuple still
     check.reset()
     assert check.summary().slipped == 0
     check(image.flip(-1), texture(5, (128, 128))[1:, None])
     assert check.summary().word == "no match"
+    check.inspect(crop_off_by_one, *batch())  # and these are not
+    assert "give every input the same crop" in check.summary().cure
 
 
 def test_the_cure_of_masks_resized_by_nearest():
@@ -846,3 +875,67 @@ def test_the_cure_of_masks_resized_by_nearest():
     other = ta.AlignmentCheck(tolerance=0.2, action="raise")
     with pytest.raises(MisregistrationError, match="all of them with align_corners=False"):
         other.inspect(resize_with_corners, *batch())
+
+
+def test_the_cure_of_resized_crops():
+    nearest = v2.InterpolationMode.NEAREST_EXACT
+    check = ta.AlignmentCheck(tolerance=0.2)
+    sample = (image(), mask())
+    for options in ({}, {"interpolation": nearest}):  # which is for the image alone
+        step = check.locate(v2.Compose([v2.RandomResizedCrop(128, (0.5, 1.0), **options)]), *sample)
+        assert "whatever its interpolation" in step.cure
+        assert "v2.functional.resize(mask, size, InterpolationMode.NEAREST_EXACT)" in step.cure
+    check.reset()
+    crop = v2.RandomResizedCrop(128, (0.5, 1.0))
+    check.inspect(v2.Compose([crop, v2.RandomHorizontalFlip()]), *sample)
+    assert "v2.functional.resize(mask, size" in check.summary().cure
+
+    def apart(image, mask):
+        part = crop.get_params(image, crop.scale, crop.ratio)
+        image, mask = v2.functional.crop(image, *part), v2.functional.crop(mask, *part)
+        return v2.functional.resize(image, [128, 128]), v2.functional.resize(mask, [128, 128], nearest)
+
+    for seed in range(4):  # the cure is one
+        torch.manual_seed(seed)
+        assert not ta.AlignmentCheck(action="raise").inspect(apart, *sample).isnan()
+    kornia = pytest.importorskip("kornia.augmentation")
+    torch.manual_seed(0)
+    x, y = batch()
+    steps = [kornia.RandomResizedCrop((128, 128), p=1.0, align_corners=corners) for corners in (True, False)]
+    found, right = (
+        ta.AlignmentCheck().locate(
+            kornia.AugmentationSequential(one, data_keys=["input", "mask"]), x, y[:, None].float()
+        )
+        for one in steps
+    )
+    assert found.cure.endswith("all of them with align_corners=False")
+    assert right is None
+
+
+class Rolled(torch.utils.data.Dataset):
+    """An image that slips against its label."""
+
+    def __init__(self, check):
+        self.augment = check.wrap(lambda x, y: (x.roll(1, -1), y))
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.augment(torch.rand(3, 64, 64), torch.zeros(64, 64, dtype=torch.int64))
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
+@pytest.mark.parametrize(
+    ("action", "kind", "says"),
+    [
+        ("record", AlignmentWarning, 'use action="warn" or "raise"'),
+        ("raise", MisregistrationError, "1 of 1 samples slip"),
+    ],
+)
+def test_what_workers_find_is_not_lost_in_silence(action, kind, says):
+    check = ta.AlignmentCheck(action=action)
+    loader = DataLoader(Rolled(check), None, num_workers=2, multiprocessing_context="fork")
+    with pytest.raises(kind, match=says):  # a warning is an error here, which crosses over
+        list(loader)
+    assert check.summary().word == "not measured"

@@ -270,6 +270,9 @@ def test_pairs_prefer_the_truth(made):
     assert evidence.prefers(found(off), found(made.shift))
     assert not evidence.prefers(found(made.shift), found(off))
     assert not evidence.prefers(found(off), found(off))
+    assert not evidence.prefers(found(made.shift), found(made.shift))
+    few = found(made.shift)
+    assert not evidence.prefers(few._replace(valid=torch.arange(12) < 2), found(off))
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -300,6 +303,29 @@ def test_pictures(told, name):
         np.testing.assert_allclose(found, np.sort(1 / np.tan(np.deg2rad(told.sun_elevation))), rtol=1e-5)
     else:
         assert "accuracy" in ax.get_title()
+
+
+@pytest.mark.parametrize(("step", "unit"), [(9, "days"), (90, "day of year"), (None, "frames")])
+def test_the_network_tells_its_pairs_apart(told, step, unit):
+    if step is None:
+        report = told.assign_coords(time=range(12))
+    else:
+        report = told.assign_coords(
+            time=np.datetime64("2021-01-05", "ns") + step * np.arange(12) * np.timedelta64(1, "D")
+        )
+    ax = ta.plot.network(report).axes[0]
+    assert ax.get_ylabel().startswith(unit)
+    lines = np.stack([path[[0, len(path) // 2, -1]] for path in ax.collections[0].get_segments()])
+    moving, reference = (told.attrs[f"pair_{end}"] for end in ("moving", "reference"))
+    apart = np.abs(np.subtract(moving, reference)) * (step or 1)
+    if unit != "day of year":
+        np.testing.assert_allclose(lines[:, 1, 1], apart, rtol=1e-9)
+        np.testing.assert_allclose(np.abs(lines[:, 2, 0] - lines[:, 0, 0]), apart, rtol=1e-9)
+        np.testing.assert_allclose(lines[:, [0, 2], 1], 0, atol=1e-9 * apart.max())
+
+
+def test_the_network_of_no_frames(made):
+    assert not ta.plot.network(ta.align(made.cube[:0], "groupwise")[1]).axes[0].collections[0].get_segments()
 
 
 def test_pictures_refuse_other_reports(made, told):

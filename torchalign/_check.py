@@ -46,14 +46,15 @@ def require(what: str, extra: str, *packages: str) -> None:
         raise ImportError(message(what, expected, "no such package", cure))
 
 
-def check_floating(name: str, tensor: object, shape: str = "") -> None:
+def check_floating(name: str, tensor: object, shape: str = "", cure: str = "") -> None:
     """``tensor`` must be a tensor of a floating dtype; ``shape`` says in words what is expected of its shape."""
     if not isinstance(tensor, Tensor):
-        cure = "wrap it with torch.as_tensor, or use ta.align for xarray"
+        cure = cure or "wrap it with torch.as_tensor, or use ta.align for xarray"
         raise TypeError(message(name, f"a torch.Tensor {shape}".rstrip(), type(tensor).__name__, cure))
     if tensor.dtype not in _FLOATING:
-        cure = "convert it with .float(), or use ta.align, which restores the dtype"
-        raise TypeError(message(name, "a floating dtype", tensor.dtype, cure))
+        expected = f"a floating dtype {shape}" if cure else "a floating dtype"
+        cure = cure or "convert it with .float(), or use ta.align, which restores the dtype"
+        raise TypeError(message(name, expected, tensor.dtype, cure))
 
 
 def check_option(name: str, value: Option, choices: Any) -> Option:

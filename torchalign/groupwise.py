@@ -498,7 +498,7 @@ class Groupwise(nn.Module):
                 expected = f'a floating tensor {shape}, for season="correct"'
                 raise ValueError(message("sun", expected, "None", 'give it, or season="report"'))
             return None
-        check_floating("sun", sun, shape)
+        check_floating("sun", sun, shape, "convert it with torch.as_tensor(sun).float()")
         check_device("sun", sun, cube)
         batch = cube.shape[:-3]
         if tuple(sun.shape) not in {(*batch, 2), (batch[-1], 2)}:

@@ -241,7 +241,9 @@ def _check_tie_points(points: Tensor) -> Tensor:
     """(K, 5) float64."""
     expected = "finite numbers (K, 4) or (K, 5), on the reference, in the frame, and σ > 0"
     cure = "see torchalign.Local"
-    check_floating("tie_points", points, "(K, 4) or (K, 5)")
+    check_floating(
+        "tie_points", points, "(K, 4) or (K, 5)", "convert them with torch.as_tensor(points).float()"
+    )
     if points.ndim != 2 or points.shape[1] not in {4, 5}:
         raise ValueError(message("tie_points", expected, tuple(points.shape), cure))
     points = points.detach().double()

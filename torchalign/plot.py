@@ -64,6 +64,7 @@ def __dir__() -> list[str]:
 Along = Literal["time", "y", "x"]
 
 _STRIP = 16  # thumbnails in a row of the summary
+_ARCS_UP_TO = 548  # days: within 18 months, day of year over date is nearly one line
 # frames up to the split, or all, and those after it
 _GROUPS: tuple[dict[str, Any], ...] = (
     {"marker": "o", "color": style.BLUE, "ecolor": style.SKY},
@@ -698,7 +699,10 @@ def _draw_frames(
 
 
 def network(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure:
-    """The pairs that hold a series together: frames at their date and day of year, the more weight the darker.
+    """The pairs that hold a series together: a line for each, the more weight the darker.
+
+    Frames lie at their date and day of year, which shows the pairs across years. Of a series within 18 months, or
+    without dates, all these lines would be one: there each pair is an arc, as high as its frames are apart.
 
     Args:
         report: from ``ta.align(cube, "groupwise")``.
@@ -718,18 +722,23 @@ def network(report: xr.Dataset, *, ax: Axes | None = None) -> Figure | SubFigure
     figure, ax = style.one_axes(ax, (9.0, 4.0))
     along = np.asarray(date2num(rows.time) if rows.is_date else rows.time, float)  # type: ignore[no-untyped-call]
     days, ok = columns.day_of_year(rows.report), rows.ok
-    height = rows.report["support"].values if days is None else days
     moving, reference, weight, _ = columns.pairs_of(rows.report)
-    ends = np.stack([np.stack([along[end], height[end]], -1) for end in (moving, reference)], 1)
+    first, second = along[moving, None], along[reference, None]
+    if days is None or along.max(initial=-np.inf) - along.min(initial=np.inf) <= _ARCS_UP_TO:
+        way = np.linspace(0, np.pi, 33)
+        x, y = (first + second - (second - first) * np.cos(way)) / 2, np.abs(second - first) * np.sin(way)
+        height, ylabel = np.zeros_like(along), "frames apart" if days is None else "days apart"
+    else:
+        x, y = (np.stack([values[moving], values[reference]], -1) for values in (along, days))
+        height, ylabel = days, "day of year"
     colours = np.zeros((len(weight), 4))
     colours[:, 3] = 0.08 + 0.5 * np.clip(weight, 0, 1)
-    ax.add_collection(LineCollection(list(ends), colors=colours, linewidths=0.7, zorder=1))
+    ax.add_collection(LineCollection(list(np.stack([x, y], -1)), colors=colours, linewidths=0.7, zorder=1))
     ax.scatter(along[ok], height[ok], s=24, color=style.BLUE, zorder=3, label=f"connected ({ok.sum()})")
     if (~ok).any():
         label = f"not ({(~ok).sum()})"
         ax.scatter(along[~ok], height[~ok], s=30, marker="x", color=style.VERMILLION, label=label)
     style.time_axis(ax, rows)
-    ylabel = "support" if days is None else "day of year"
     ax.set(ylabel=ylabel, title="The pairs that hold the series together")
     style.finish_axes(ax)
     return figure

@@ -116,8 +116,8 @@ def align(
 
             * ``"median"`` or ``"mean"`` over time of the usable pixels, each frame where its pairs with others place
               it, as ``"groupwise"`` does: as it comes, a cloudy or displaced frame would fit its own pixels in the
-              median. Where less than a quarter of the frames can be placed so (turned ones), and of large files, the
-              frames as they are. ``cube.median("time")`` always is.
+              median. Frames that cannot be placed are left out; where those are three quarters, the frames are taken
+              as they are, as ``cube.median("time")`` takes them.
             * ``"iterative"``: the frames are aligned with that median, by the aligner, the median of the *aligned* frames
               is taken, and so on until they stop moving (0.005 px). It is anchored where the median frame lies. Unless
               the frames' pairs fit it clearly better than the first median, that one is taken. Costs three to five

@@ -128,6 +128,19 @@ class FrameReader:
         cube = Cube(held, {str(role): role for role in held.dims})
         return replace(self, cube=cube, usable=None if self.usable is None else _hold_rows(self.usable, rows))
 
+    def centre(self, side: int) -> FrameReader:
+        """Of the middle of the frames alone, so many pixels a side at most."""
+        starts = {role: max(0, (self.cube.sizes[role] - side) // 2) for role in ("y", "x")}
+        window = {role: slice(start, start + side) for role, start in starts.items()}
+
+        def within(mask: xr.Variable) -> xr.Variable:
+            return mask.isel({role: window[role] for role in window if mask.sizes.get(role, 1) > 1})
+
+        array = self.cube.array.isel({self.cube.dims[role]: part for role, part in window.items()})
+        usable = None if self.usable is None else within(self.usable)
+        others = tuple(within(mask) for mask in self.others)
+        return replace(self, cube=Cube(array, self.cube.dims), usable=usable, others=others)
+
     def decode(self, raw: Array, seen: Array | None) -> Tensor:
         """(…, t, C, h, w) from pixels of that shape, and what of them is usable, (…, t or 1, h or 1, w or 1)."""
         values = self.pixels.decode(raw, self.device)
@@ -173,10 +186,7 @@ def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, pairs: 
     if name == "iterative":
         if not reader.frames:
             return reader.source(name, over_time("median", reader))
-        values, rounds = _iterated_median(reader, estimate, pairs)
-        if not rounds:
-            return reader.source("median (iterative did not fit the frames' pairs better)", values)
-        return reader.source(f"iterative (median of the aligned stack, {rounds} rounds)", values)
+        return _iterated_median(reader, estimate, pairs)
     number, dates = 0, cube.coordinate("time", local=True)
     if name == "clearest":
         number = _clearest(reader, pairs)
@@ -198,15 +208,21 @@ def _over_placed(word: str, reader: FrameReader, pairs: Pairs) -> ReferenceSourc
     """The median or mean of the frames that their pairs place, each there; of all, as they are, where these are few.
 
     A frame is part of the median. Where clouds cover half of the frames the median shows pixels of single ones, which
-    fit their own frame where it lies: as it came, or, if it was placed before, where it belongs.
+    fit their own frame where it lies: as it came, or, if it was placed before, where it belongs. Pixels that no placed
+    frame shows are those of the others, as they are.
     """
-    if reader.frames > 1:
-        found = pairs.found
-        placed = int(found.valid.sum())
-        if placed >= max(min(_FEWEST, reader.frames), _FEWEST_PLACED * reader.frames):
-            name = f"{word} (of {placed} frames, placed by their pairs)"
-            return reader.source(name, over_time(word, reader, found))
-    return reader.source(word, over_time(word, reader))
+    if reader.frames < 2 or 0 in reader.cube.size:
+        return reader.source(word, over_time(word, reader))
+    found, frames = pairs.found, reader.frames
+    placed = int(found.valid.sum())
+    if placed < max(min(_FEWEST, frames), _FEWEST_PLACED * frames):
+        return reader.source(
+            f"{word} (of all frames as they are: pairs place {placed})", over_time(word, reader)
+        )
+    values = over_time(word, reader, found)
+    if placed < frames and bool(values.isnan().any()):
+        values = torch.where(values.isnan(), over_time(word, reader), values)
+    return reader.source(f"{word} (of {placed} of {frames} frames, placed by their pairs)", values)
 
 
 def over_time(word: str, reader: FrameReader, found: Found | None = None) -> Tensor:
@@ -333,15 +349,15 @@ class Margins:
 # --- "iterative" ---
 
 
-def _iterated_median(reader: FrameReader, estimate: Estimator, pairs: Pairs) -> tuple[Tensor, int]:
+def _iterated_median(reader: FrameReader, estimate: Estimator, pairs: Pairs) -> ReferenceSource:
     """Estimate against the median of what was aligned before, until the frames stop moving; the last median.
 
-    Where shading moves with the sun, medians of aligned frames wander off: the first median is kept, and 0 rounds,
-    unless the last one fits pairs of frames clearly better.
+    Where shading moves with the sun, medians of aligned frames wander off: the first median is kept, unless the last one
+    fits pairs of frames clearly better.
     """
     plain = _over_placed("median", reader, pairs)
     first = found = estimate(plain)
-    median = values = torch.as_tensor(plain.variable.values)
+    median = torch.empty(0)
     # displaced or clouded so much that their median shows nothing
     if int(found.valid.sum()) < _ENOUGH * reader.frames:
         clearest = reader.source("clearest", reader.frame(_clearest(reader, pairs)))
@@ -350,13 +366,15 @@ def _iterated_median(reader: FrameReader, estimate: Estimator, pairs: Pairs) -> 
     while rounds < _MOST_ROUNDS:
         rounds, found = rounds + 1, _anchor(found)
         if int(found.valid.sum()) < min(_FEWEST, reader.frames):  # too few: all frames as they are
-            return over_time("median", reader), rounds
+            return reader.source("median (of all frames as they are)", over_time("median", reader))
         if rounds > 1 and _is_still(found, previous, reader.cube.size):
             break
         previous, median = found, over_time("median", reader, found)
         found = estimate(reader.source("median", median))
     sound = int(first.valid.sum()) >= _ENOUGH * reader.frames
-    return (values, 0) if sound and not pairs.prefers(first, found) else (median, rounds)
+    if sound and not pairs.prefers(first, found):
+        return replace(plain, name=f"{plain.name}; iterative did not fit their pairs better")
+    return reader.source(f"iterative (median of the aligned stack, {rounds} rounds)", median)
 
 
 def _is_still(found: Found, previous: Found, size: tuple[int, int]) -> bool:

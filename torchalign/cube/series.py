@@ -29,10 +29,13 @@ from torchalign.pcc import PCC
 from torchalign.types import Estimate, combine
 
 _READ_BYTES = 2**26  # of computed pixels, seen at once
+_MOST_PARTS = 4  # of a chunk, times as much
 # Dates without a time of day are taken at this hour of local solar time, when most optical satellites pass.
 _OVERPASS = 10.5
 # Pixels of all frames by which their pairs are compared for a reference, but of each at least so many a side.
-_PLACED_SAMPLES, _LEAST_PLACED = 2**26, 512
+_PLACED_SAMPLES, _LEAST_PLACED = 2**25, 256
+# Frames of which two solutions tell which is better, and by how much of its misfit.
+_FEWEST_JUDGED, _BETTER = 3, 0.9
 # Pixels; a frame that is displaced by less is taken as it is.
 _STILL = 0.005
 
@@ -52,16 +55,15 @@ def see_frames(module: Groupwise, reader: FrameReader) -> Frames:
 def _batches(reader: FrameReader) -> Iterator[Tensor]:
     """(t, C, H, W), NaN wherever a pixel is not to be used: the frames, each read once."""
     cube = reader.cube
-    if is_lazy(cube.array):
-        steps = chunk_sizes(cube, None)
-    else:
-        frame = reader.pixels.compute.itemsize * cube.sizes["band"] * cube.sizes["y"] * cube.sizes["x"]
-        step = max(1, _READ_BYTES // max(1, frame))
-        steps = tuple(min(step, reader.frames - first) for first in range(0, reader.frames, step)) or (0,)
+    frame = reader.pixels.compute.itemsize * cube.sizes["band"] * cube.sizes["y"] * cube.sizes["x"]
+    step = max(1, _READ_BYTES // max(1, frame))
     first = 0
-    for step in steps:
-        yield reader.read(slice(first, first + step))
-        first += step
+    for size in chunk_sizes(cube, None) if is_lazy(cube.array) else (reader.frames,):
+        # a chunk is read at once, unless it is much larger than what is worked on
+        part = size if is_lazy(cube.array) and size <= _MOST_PARTS * step else step
+        for start in range(0, max(size, 1), max(part, 1)):
+            yield reader.read(slice(first + start, first + min(start + part, size)))
+        first += size
 
 
 def chain_frames(module: nn.Module, reader: FrameReader) -> Estimate:
@@ -122,15 +124,15 @@ class PairPositions:
     def estimate(self) -> Estimate:
         """Of all frames; the median of the positions is 0."""
         side = max(_LEAST_PLACED, math.isqrt(_PLACED_SAMPLES // max(1, self.reader.frames)))
-        seen: dict[str, Any] = {"crop_center": tuple(min(side, length) for length in self.reader.cube.size)}
+        seen: dict[str, Any] = {}
         if isinstance(self.module, Aligner):
-            seen |= {"channel": self.module.channel, "rgb_bands": self.module.rgb_bands}
+            seen = {"channel": self.module.channel, "rgb_bands": self.module.rgb_bands}
+            crop = self.module.crop_center
+            seen["crop_center"] = crop and tuple(min(length, side) for length in crop)
             # two frames may be that far from the reference, each on its side
-            seen["max_translation"] = 2 * self.module.max_translation
-            if self.module.crop_center is not None:
-                seen["crop_center"] = self.module.crop_center
+            seen["max_translation"] = min(2 * self.module.max_translation, 1e6)
         groupwise = Groupwise(PCC(**seen), season="none")
-        return groupwise.place(see_frames(groupwise, self.reader)).estimate
+        return groupwise.place(see_frames(groupwise, self.reader.centre(side))).estimate
 
     @property
     def found(self) -> Found:
@@ -141,10 +143,10 @@ class PairPositions:
         return Found(still, self.estimate.valid)
 
     def prefers(self, first: Found, second: Found) -> bool:
-        """Whether the second fits clearly better, by a tenth, over the frames that all have."""
+        """Whether the second fits clearly better, by a tenth, over the frames that all have, three at least."""
         place, sigma = self.estimate.warp[:, :, 2].cpu(), self.estimate.sigma.cpu()
         valid = self.estimate.valid.cpu() & first.valid.cpu() & second.valid.cpu()
-        if not bool(valid.any()):
+        if int(valid.sum()) < _FEWEST_JUDGED:
             return False
         misfits = []
         for found in (first, second):
@@ -154,7 +156,7 @@ class PairPositions:
             deviation = residual / torch.hypot(sigma[valid], torch.full_like(sigma[valid], 0.03))
             huber = torch.where(deviation < 1, 0.5 * deviation.square(), deviation - 0.5)
             misfits.append(float(huber.mean()))
-        return misfits[1] <= 0.9 * misfits[0]
+        return misfits[1] < _BETTER * misfits[0]
 
 
 # --- the sun ---

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchalign._check import check_fill, check_floating, check_option, like, message
+from torchalign._check import check_fill, check_floating, check_option, message
 from torchalign._host import all_finite, all_true, empty_on_host, kernels_for, may_read
 from torchalign.functional.sampling import Gather, Lines, PaddingMode, Sampler, Slices
 from torchalign.functional.shift_field import field_at, is_zero, lattice_shifts
@@ -155,9 +155,26 @@ def resample(
     return result if out is None else Resampled(out.copy_(result.values), result.validity)
 
 
-@like(resample)
-def warp(cube: Tensor, warp: Tensor, **options: Any) -> Tensor:
-    """The values of :func:`resample` alone; see there for all rules.
+def warp(
+    cube: Tensor,
+    warp: Tensor,
+    *,
+    interpolation: Interpolation = "bilinear",
+    padding_mode: PaddingMode = "border",
+    fill_value: float | None = None,
+    mask: Tensor | None = None,
+    field: ShiftField | None = None,
+) -> Tensor:
+    """The values of :func:`resample` alone; see there for all arguments and rules.
+
+    Args:
+        cube: (..., T, C, H, W).
+        warp: (..., T, 2, 3) or (..., T, 3, 3), moving → reference; or (..., T, 2), a shift.
+        interpolation: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``.
+        padding_mode: ``"border"``, ``"zeros"`` or ``"reflection"``.
+        fill_value: what stands where nothing valid does.
+        mask: bool, broadcastable to (..., T, H, W), True = usable.
+        field: local shifts on top of the warp, an estimate's.
 
     Returns:
         (..., T, C, H, W), in the cube's dtype.
@@ -167,7 +184,15 @@ def warp(cube: Tensor, warp: Tensor, **options: Any) -> Tensor:
         >>> warp(frame, torch.tensor([[[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]])).flatten()
         tensor([0.0000, 0.5000, 1.5000, 2.5000])
     """
-    return resample(cube, warp, **options).values
+    return resample(
+        cube,
+        warp,
+        interpolation=interpolation,
+        padding_mode=padding_mode,
+        fill_value=fill_value,
+        mask=mask,
+        field=field,
+    ).values
 
 
 # ----------------------------------------------------------------------------------------- checks (host only)

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from torchalign._check import check_number, check_option, check_whole, message
 from torchalign.aligner import Aligner
@@ -22,14 +23,23 @@ from torchalign.types import each_field
 
 Action = Literal["record", "warn", "raise"]
 
-# What usually helps, by what a probe has found.
-_CURES: dict[probing.Resizing | None, str] = {
-    "nearest": 'masks are resized by mode="nearest", which is up to half a pixel off; resize them by '
-    '"nearest-exact" (InterpolationMode.NEAREST_EXACT)',
+# What usually helps, by what a probe has found. Nearest-exact is for masks alone, and few transforms can be told that.
+_APART = (
+    "resize masks apart from their image: v2.functional.resize(mask, size, InterpolationMode.NEAREST_EXACT)"
+)
+_CURES: dict[probing.Cause | None, str] = {
+    "nearest": f'masks are resized by mode="nearest", which is up to half a pixel off; {_APART}',
+    "resized crop": 'RandomResizedCrop resizes masks by mode="nearest", whatever its interpolation; crop both, then '
+    + _APART,
     "align_corners": "one input is resized with align_corners=True; resize all of them with align_corners=False",
-    None: "give every input the same crop, flip and rotation, resize all with the same align_corners, masks by "
-    "InterpolationMode.NEAREST_EXACT",
+    "claim": "the image is not where its boxes or the claimed matrix say; use interpolation="
+    "InterpolationMode.BILINEAR and no expand=True, or correct the matrix",
+    "pairs": "align them: ta.PCC(), or ta.AlignToFirst() in a model; if they came registered, check what augments "
+    "them: check.wrap(augment)",
+    None: "give every input the same crop, flip and rotation, resize all with align_corners=False, and "
+    + _APART,
 }
+_WORKERS = 'what the workers of a DataLoader record stays there: use action="warn" or "raise" in them'
 
 
 class AlignmentWarning(UserWarning):
@@ -81,8 +91,8 @@ class AlignmentCheck(nn.Module):
 
     **Of an augmentation**, by *probes*: every image and mask of the sample is replaced by the same artificial
     texture (black and white for a mask) and the augmentation runs on it. The outputs are compared with each other
-    and with the geometry that the augmentation reports: kornia's ``transform_matrix``, the bounding boxes of
-    torchvision v2, or a ``matrix`` of your own::
+    and with the geometry that the augmentation reports: kornia's ``transform_matrix``, what torchvision v2 does to
+    bounding boxes (where the sample has boxes or keypoints, or one image only), or a ``matrix`` of your own::
 
         augment = check.wrap(augment)        # use it as before; every n-th call is checked
         print(check.locate(augment, sample)) # which step of a Compose is at fault
@@ -103,6 +113,8 @@ class AlignmentCheck(nn.Module):
         tolerance: in pixels of what comes out.
         every: check every n-th call.
         action: ``"record"``, ``"warn"`` (:class:`AlignmentWarning`) or ``"raise"`` (:class:`MisregistrationError`).
+            In the workers of a DataLoader use the latter two: every worker has a copy of the check, and what it
+            records stays there.
         samples: at most so many samples of a batch, others in each call.
         window: side of the windows, in pixels.
         max_unmatched: pairs without a match (clouds, water) are not measured; but if more than this share of the
@@ -145,7 +157,7 @@ class AlignmentCheck(nn.Module):
         self.calls = 0
         self.received = 0  # samples
         self.step: Step | None = None  # the last one found at fault
-        self.resizing: probing.Resizing | None = None  # the last one that slipped
+        self.cause: probing.Cause | None = None  # the last one that is known
         # no buffers, which .half() rounds and DistributedDataParallel overwrites by those of the first process
         self.residuals = empty_residuals(check_whole("worst", worst))
 
@@ -157,6 +169,7 @@ class AlignmentCheck(nn.Module):
         reference: Tensor,
         mask: Tensor | None = None,
         reference_mask: Tensor | None = None,
+        *,
         ids: Tensor | None = None,
     ) -> Tensor:
         """Measure a batch of pairs, in every n-th call.
@@ -189,6 +202,7 @@ class AlignmentCheck(nn.Module):
         with torch.no_grad():
             chosen = each_field(samples, lambda part: part[rows.to(part.device)])
             found = measure_residuals(self.aligner, chosen, window=self.window)
+        self.cause = "pairs"
         self._record(found, first + rows if chosen.ids is None else chosen.ids)
         self._act(found, lambda: "the pairs are misregistered")
         return found.residual
@@ -208,7 +222,7 @@ class AlignmentCheck(nn.Module):
             augment: any callable on tensors, tv_tensors, numpy images (H, W, C), tuples and dicts of them.
             matrix: what it claims to do: (3, 3), (2, 3), or one per sample, or a callable that is given the
                 augmentation (after its call) and returns that; points of the input → points of the output.
-                ``None``: kornia's ``transform_matrix`` or torchvision's boxes, where there are any.
+                ``None``: kornia's ``transform_matrix`` or torchvision's boxes, see the class.
             ids: is given what the augmentation is given, returns (samples,) int64, to recognise the worst samples
                 by; default: see :meth:`inspect`.
         """
@@ -240,8 +254,12 @@ class AlignmentCheck(nn.Module):
             ValueError: nothing to compare: a single image, and no claimed matrix; or images that went in did not
                 come out.
         """
-        found, resizing = self._probe(augment, probing.Given(sample, named), matrix)
-        self.resizing = resizing or self.resizing
+        found, cause = self._probe(augment, probing.Given(sample, named), matrix)
+        if cause is not None or self.cause in (
+            "claim",
+            "pairs",
+        ):  # a way of resizing may be one of some calls only
+            self.cause = cause
         count, device = found.residual.shape[0], found.residual.device
         if ids is None:
             ids = torch.arange(count, device=device) + self.received
@@ -320,15 +338,26 @@ class AlignmentCheck(nn.Module):
         """Forget what was recorded."""
         self.residuals = empty_residuals(len(self.residuals.worst), self.residuals.worst.device)
         self.calls = self.received = 0
-        self.step = self.resizing = None
+        self.step = self.cause = None
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """What was recorded, for a ``state_dict``."""
-        return self.residuals._asdict()
+    def get_extra_state(self) -> Tensor:
+        """What was recorded, for a ``state_dict``: all of it in one float64 tensor, on the host; last, the cause."""
+        cause = list(_CURES).index(self.cause)
+        return torch.cat(
+            [*(kept.double().flatten().cpu() for kept in self.residuals), torch.tensor([cause]).double()]
+        )
 
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """What was recorded, of a ``state_dict``."""
-        self.residuals = Residuals(**state)
+        sizes = [*(kept.numel() for kept in self.residuals), 1]
+        if state.numel() != sum(sizes):
+            expected = f"the state of a check of worst={len(self.residuals.worst)}"
+            got = f"{state.numel()} numbers"
+            raise ValueError(message("state_dict", expected, got, "make the check with that worst="))
+        *parts, cause = state.split(sizes)  # type: ignore[no-untyped-call]
+        pairs = zip(self.residuals, parts, strict=True)
+        self.residuals = Residuals(*(part.to(kept).reshape(kept.shape) for kept, part in pairs))
+        self.cause = list(_CURES)[int(cause)]
 
     def extra_repr(self) -> str:
         """The options."""
@@ -380,12 +409,12 @@ class AlignmentCheck(nn.Module):
     def _step(self, number: int, name: str, step: Callable[..., Any], given: probing.Given) -> Step:
         """The verdict on one step: this waits for the device."""
         try:
-            found, resizing = self._probe(step, given, None)
+            found, cause = self._probe(step, given, None)
         except probing.NothingToCompareError:
             return Step(number, name, math.nan, False)
         known = [value for value in found.residual.tolist() if not math.isnan(value)]
         slips = bool((found.excess > self.tolerance).any())
-        return Step(number, name, max(known, default=math.nan), slips, _CURES[resizing] if slips else "")
+        return Step(number, name, max(known, default=math.nan), slips, _CURES[cause] if slips else "")
 
     def _judge(self, state: Residuals) -> Verdict:
         """Read the statistics, and what is known beside them."""
@@ -394,17 +423,19 @@ class AlignmentCheck(nn.Module):
         mismatched = showing > 1 and showing - matched > self.max_unmatched * showing
         verdict = verdict._replace(tolerance=self.tolerance, mismatched=mismatched)
         if verdict.slipped:
-            cure = _CURES[self.resizing]
-            if self.resizing is None and self.step is not None:
-                cure = self.step.cure  # for the step at fault, where it is known
+            # for the step at fault, where it is known
+            cure = _CURES[self.cause] if self.step is None else self.step.cure
             return verdict._replace(step=self.step, cure=cure)
         if mismatched:
             return verdict._replace(cure="check whether one of each pair is flipped, or of another place")
-        return verdict
+        return verdict if verdict.measured + verdict.unmatched else verdict._replace(cure=_WORKERS)
 
     def _act(self, found: Measured, why: Callable[[], str]) -> None:
         """Read, and warn or raise; nothing is read where that is not asked for."""
         if self.action == "record":
+            worker = get_worker_info()
+            if worker is not None and worker.id == 0:  # one speaks for all
+                warnings.warn(_WORKERS, AlignmentWarning, stacklevel=3)
             return
         state = self._with_found(empty_residuals(1, found.residual.device), found)
         verdict = self._judge(state)
@@ -420,8 +451,8 @@ class AlignmentCheck(nn.Module):
 
     def _probe(
         self, augment: Callable[..., Any], given: probing.Given, matrix: probing.Claim | None
-    ) -> tuple[Measured, probing.Resizing | None]:
-        """What a probe measured, and how an image was resized, if that is known and usually a slip."""
+    ) -> tuple[Measured, probing.Cause | None]:
+        """What a probe measured, and why it may slip, where that is known."""
         with torch.no_grad(), probing.isolated_randomness(given):
             pairs = probing.probe(augment, given, matrix, samples=self.samples)
             found = [
@@ -440,8 +471,8 @@ class AlignmentCheck(nn.Module):
             torch.where(seeing, torch.where(blank, torch.inf, value), torch.nan)
             for value in (residual, excess)
         )
-        resizing = next((pair.resizing for pair in pairs if pair.resizing is not None), None)
-        return Measured(residual, excess, seeing), resizing
+        cause = next((pair.cause for pair in pairs if pair.cause is not None), None)
+        return Measured(residual, excess, seeing), cause
 
     def _trace(self, pipeline: Any, given: probing.Given, first: int = 0) -> Iterator[Step]:
         """The steps from one on, each by itself."""
@@ -455,8 +486,7 @@ class AlignmentCheck(nn.Module):
 class CheckedAugmentation(nn.Module):
     """An augmentation that is checked now and then, see :meth:`AlignmentCheck.wrap`. Its results are its own.
 
-    In the workers of a DataLoader every worker has a copy of the check, whose records stay there:
-    there, use ``action="warn"`` or ``"raise"``.
+    In the workers of a DataLoader use ``action="warn"`` or ``"raise"``, see :class:`AlignmentCheck`.
     """
 
     def __init__(

@@ -29,7 +29,8 @@ from torchalign.functional.affine import change_origin
 from torchalign.functional.quality import normalized_cross_correlation
 from torchalign.functional.warp import resample
 
-Resizing = Literal["nearest", "align_corners"]
+# Why a sample may slip: a way of resizing, or against what it was measured.
+Cause = Literal["nearest", "resized crop", "align_corners", "claim", "pairs"]
 Claim = Tensor | np.ndarray[Any, Any] | Callable[[Any], Any]
 
 # Shorter sides are not images: numbers, boxes, matrices.
@@ -46,6 +47,8 @@ _BOX, _BOX_PLACES = 2.0, ((0.3, 0.3), (0.7, 0.3), (0.3, 0.7), (0.7, 0.7))
 _LEAST_FIT = 0.02
 # How well an image must correlate with what a resizing makes of the texture, to be made by it.
 _LEAST_ALIKE = 0.9995
+# What says where things are, beside an image.
+_POINTS = (tv_tensors.BoundingBoxes, getattr(tv_tensors, "KeyPoints", tv_tensors.BoundingBoxes))
 # Whose modules they may be.
 _TORCH = ("torchvision.", "torch.")
 
@@ -81,7 +84,7 @@ class ProbePair(NamedTuple):
     reference: Tensor  # (n, 1, H, W)
     usable: Tensor | None  # (n, H, W) bool, where they may be compared
     blank: Tensor  # (n,) bool, one of them or both show nothing, though the texture was put in
-    resizing: Resizing | None = None  # how one of them was resized, where that is known and usually a slip
+    cause: Cause | None = None  # why they may not, where that is known
 
 
 class _Slot(NamedTuple):
@@ -133,7 +136,9 @@ def probe(
             probes.append(item)
     args, kwargs = tree_unflatten(probes, spec)
     augment = copied(augment)
-    boxes = _boxes(augment, largest, args) if matrix is None and not batch else None
+    # what no box goes with need not be where boxes are: image and mask by the nearest pixel are off it both alike
+    located = len(slots) == 1 or any(isinstance(item, _POINTS) for item in flat)
+    boxes = _boxes(augment, largest) if located and matrix is None and not batch else None
     # a transform of torchvision takes any structure, boxes beside the sample too
     out = augment(*args, boxes) if boxes is not None else augment(*args, **kwargs)
     moved = None
@@ -147,7 +152,8 @@ def probe(
         raise ValueError(message("augmentation", "an image", type(out).__name__, cure))
     anchor = results[0][:, :1]
     pairs = []
-    resizings: list[Resizing | None] = [None] * len(results)
+    known = _resized_crop(augment, labels)
+    resizings: list[Cause | None] = [None] * len(results)
     if len(shown) == len(results):
         resizings = [
             _resizing(*each) for each in zip(shown.values(), (image[:, :1] for image in results), strict=True)
@@ -159,7 +165,7 @@ def probe(
             pair = ProbePair(
                 _resized(other, size), _resized(anchor, size), None, _blank(other) | _blank(anchor)
             )
-            pairs.append(pair._replace(resizing=resizings[number] or resizings[0]))
+            pairs.append(pair._replace(cause=resizings[number] or resizings[0] or known))
     claimed = _claimed(augment, matrix, boxes, moved, device)
     if not pairs and claimed is None and len(slots) > 1:
         expected = f"as many images and masks as went in, {len(slots)}"
@@ -167,7 +173,8 @@ def probe(
         raise NothingToCompareError(message("augmentation", expected, len(results), cure))
     if claimed is not None:
         source = _resized(ground[:, None], next(iter(slots.values())).size)
-        pairs.append(_against_claim(anchor, source, claimed))
+        against = _against_claim(anchor, source, claimed)
+        pairs.append(against._replace(cause=known or (None if pairs else "claim")))
     if not pairs:
         expected = "two images or masks, or a claimed matrix"
         cure = "give matrix=, or augment the image together with its mask"
@@ -342,7 +349,19 @@ def _shown(slot: _Slot, ground: Tensor, count: int) -> Tensor:
     return (image > 0.5).to(image.dtype) if slot.is_label else image
 
 
-def _resizing(before: Tensor, after: Tensor) -> Resizing | None:
+def _resized_crop(augment: Any, labels: bool) -> Cause | None:
+    """What a random crop that resizes, if that is all there is, is known for: its parts are not seen in its output."""
+    if isinstance(augment, nn.Module) and len(steps_of(augment)) == 1:
+        for part in augment.modules():
+            if type(part).__name__ == "RandomResizedCrop":
+                if type(part).__module__.startswith("torchvision."):
+                    return "resized crop" if labels else None
+                flags: Any = getattr(part, "flags", {})  # kornia's
+                return "align_corners" if flags.get("align_corners") else None
+    return None
+
+
+def _resizing(before: Tensor, after: Tensor) -> Cause | None:
     """The convention of PyTorch by which an image (n, 1, H, W) was resized, if it is one that slips."""
     if before.shape[0] != after.shape[0] or before.shape[-2:] == after.shape[-2:] or not is_on_host(after):
         return None
@@ -359,7 +378,7 @@ def _resizing(before: Tensor, after: Tensor) -> Resizing | None:
         alike = float(normalized_cross_correlation(expected, after).mean())
         if alike > best:
             best, found = alike, name
-    return cast(Resizing, found) if found else None
+    return cast(Cause, found) if found else None
 
 
 def _read_image(item: Any, *, batched: bool) -> Tensor | None:
@@ -420,19 +439,16 @@ def _claimed(
     return claimed if claimed.ndim == 3 else claimed[None]
 
 
-def _boxes(augment: Any, size: tuple[int, int], args: Sequence[Any]) -> Any:
+def _boxes(augment: Any, size: tuple[int, int]) -> Any:
     """Small boxes beside the sample, if the augmentation is torchvision's through and through."""
     if not isinstance(augment, v2.Transform):
         return None
-    # a step of one's own may know nothing of boxes, and a filter of boxes may drop them
+    # a step of one's own may know nothing of boxes, and a filter of boxes may drop them, or take one set only
     parts = [augment, *augment.modules(), *(step for _, step in steps_of(augment))]
-    names = ("Lambda", "SanitizeBoundingBoxes")
+    names = ("Lambda", "SanitizeBoundingBoxes", "RandomIoUCrop")
     if not all(
         type(part).__module__.startswith(_TORCH) and type(part).__name__ not in names for part in parts
     ):
-        return None
-    tensors = [item for item in tree_flatten(tuple(args))[0] if isinstance(item, Tensor)]
-    if any(isinstance(item, tv_tensors.BoundingBoxes) for item in tensors):
         return None
     centres = torch.tensor([[x * size[1], y * size[0]] for x, y in _BOX_PLACES])
     values = torch.cat((centres - _BOX / 2, centres + _BOX / 2), -1)

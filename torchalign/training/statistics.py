@@ -45,7 +45,7 @@ class Verdict(NamedTuple):
         slipped: samples displaced by more than ``tolerance`` and two standard errors.
         mismatched: more samples than ``max_unmatched`` allows show something and find no match.
         step: the step of a pipeline at fault, with the residual it adds; ``None``: not known.
-        cure: what usually helps; empty where nothing slips.
+        cure: what usually helps; empty where all is registered.
     """
 
     measured: int
