@@ -146,9 +146,9 @@ def align(
             estimate does not see them. So are, without being named, bool variables, those with ``flag_values`` or
             ``flag_masks``, and those called like a classification (SCL, QA…, CLM, Fmask, UDM, …_class).
         mask: bool, **True = usable**: a DataArray with some of time, y and x, on the cube's coordinates (dates as
-            :func:`apply` matches them), or an array broadcastable to (T, H, W). Acts in the estimate, the warp and the reference taken over
-            time. Files with an alpha band or a mask of their own bring the coordinate ``usable``, which acts
-            beside it.
+            :func:`apply` matches them), or an array broadcastable to (T, H, W). Acts in the estimate, the warp and the
+            reference taken over time. Files with an alpha band or a mask of their own bring the coordinate ``usable``,
+            which acts beside it.
         reference_mask: the same for the reference.
         init: an earlier solution to start from: a report (of other bands or another pixel size, too), the path of
             one, an ``Estimate``, or warps (T, 2, 3) or (T, 3, 3). Frames are matched by their labels.
