@@ -997,7 +997,7 @@ def test_the_report():
     assert report.attrs["frames"] == 4
     assert report.attrs["frames_aligned"] == 2
     assert report.attrs["status_counts"] == "OK: 2, NO_TEXTURE: 1, NOT_BETTER: 1"
-    assert report.attrs["reference"] == "median"
+    assert report.attrs["reference"] == "median (of all frames as they are: pairs place 0)"
     assert report.attrs["aligner"] == repr(Scripted())
     assert report.attrs["Conventions"].startswith("CF-")
     assert "torchalign_version" in report.attrs
@@ -1006,7 +1006,7 @@ def test_the_report():
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda c: "mean", "mean"),
+        (lambda c: "mean", "mean (of all frames as they are: pairs place 0)"),
         (lambda c: "first", "first"),
         (lambda c: "2020-05-06", "2020-05-06T10:30"),
         (lambda c: np.datetime64("2020-05-06"), "2020-05-06T10:30"),
