@@ -488,7 +488,10 @@ def test_dates_without_their_hour_are_matched_by_the_day(two_resolutions):
         np.testing.assert_array_equal(masked, align(fine.cube, fine.reference, mask=clear.values)[0])
     with pytest.raises(ValueError, match=r"^mask: expected the cube's 'time'"):
         align(fine.cube, fine.reference, mask=clear.assign_coords(time=days[::-1]))
-    for own, other in ((days[:1], twice), (twice[:2] + np.timedelta64(9, "s"), twice), (twice[:2], days)):
+    apart = days[1:3] - np.timedelta64(11, "h"), days + np.timedelta64(10, "m")  # days of another time zone
+    for own, other in (
+        (days[:1], twice), (twice[:2] + np.timedelta64(9, "s"), twice), (twice[:2], days), apart,
+    ):  # fmt: skip
         frames = fine.cube.isel(time=slice(len(own))).assign_coords(time=own)
         with pytest.raises(ValueError, match=r"got none of .*give both the same labels with \.assign_coords"):
             ta.apply(frames, report.assign_coords(time=other))

@@ -847,6 +847,18 @@ def test_the_verdict_counts_slips_and_names_no_match():
     assert "give every input the same crop" in check.summary().cure
 
 
+def test_pairs_of_data_are_not_told_what_an_augmentation_was():
+    check, image = ta.AlignmentCheck(action="warn"), texture(4, (128, 128))[:, None]
+    with pytest.warns(AlignmentWarning, match="crop_off_by_one"):
+        check.inspect(crop_off_by_one, *batch())
+    cure = check.summary().cure
+    with pytest.warns(AlignmentWarning, match="the pairs are misregistered") as told:
+        check(image.roll(2, -1), image)
+    assert "align them: ta.PCC()" in str(told[0].message)
+    assert "crop_off_by_one" not in str(told[0].message)
+    assert check.summary().cure == cure
+
+
 def test_the_cure_of_masks_resized_by_nearest():
     class Resize(torch.nn.Module):
         def __init__(self, mode):

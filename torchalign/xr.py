@@ -532,13 +532,17 @@ def _extend_cube(
         cure = "align the archive with a motion that is a translation"
         raise ValueError(message("report", "shifts only", "warps that do more", cure))
     time, own = report["status"].dims[0], cube.coordinate("time")
-    if own is not None and time in report.coords:
-        known = {*map(labels.label_text, report_labels(report))}
-        again = [text for text in map(labels.label_text, own.values) if text in known]
+    if (own is None) != (time not in report.coords):
+        expected, got = ("dates", "none") if own is None else ("no dates", "some")
+        cure = "give both a coordinate along time, or neither"
+        raise ValueError(message("datacube", f"{expected}, as the report has", got, cure))
+    if own is not None:
+        found = labels.match_labels(own.values, report_labels(report))
+        again = [position for position, row in enumerate(found) if row is not None]
         if again:
-            dim = cube.dims["time"]
-            cure = f"select the new ones, datacube.isel({dim}=~datacube.{dim}.isin(report.{time}))"
-            raise ValueError(message("datacube", "dates that the report has not", ", ".join(again[:3]), cure))
+            dim, some = cube.dims["time"], ", ".join(map(labels.label_text, own.values[again[:3]]))
+            cure = f"leave them out, datacube.drop_isel({dim}={again})"
+            raise ValueError(message("datacube", "dates that the report has not", some, cure))
     module, aligner, reader = _prepare(cube, options)
     old_usable = labels.find_usable(options.other_mask, "archive_mask", old)
     readers = reader, FrameReader(old, Pixels.of(old), old_usable, reader.device)

@@ -210,8 +210,8 @@ def label_text(label: Hashable | np.generic) -> str:
 def match_labels(wanted: Array, known: Array) -> list[int | None]:
     """Where each wanted label is among the known ones; ``None`` where it is not, or more than once.
 
-    A date that is not is matched by the second, else by the day, where both sides have one such date: names of files
-    drop the time of day, and granules of one scene differ by seconds.
+    A date that is not is matched by the second, else by the day, where both sides have one such date and it is within an
+    hour, or has no time of day: names of files drop it, and granules of one scene differ by seconds.
     """
     exact = [[label_text(label) for label in labels] for labels in (wanted, known)]
     if exact[0] == exact[1]:  # whatever occurs twice
@@ -224,9 +224,18 @@ def match_labels(wanted: Array, known: Array) -> list[int | None]:
         often, alone = Counter(there), Counter(here)
         numbers = {text: number for number, text in enumerate(there) if text is not None and often[text] == 1}
         for position, text in enumerate(here):
-            if text in numbers and (here is exact[0] or alone[text] == 1):
+            if text not in numbers or (here is not exact[0] and alone[text] > 1):
+                continue
+            if here is not days[0] or _are_near(seconds[0][position], seconds[1][numbers[text]]):
                 found[position] = numbers[text]
     return found
+
+
+def _are_near(first: str | None, second: str | None) -> bool:
+    """Whether two dates of one day are within an hour, or one of them has no time of day."""
+    times = [[int(part) for part in str(date)[11:19].split(":") if part] for date in (first, second)]
+    one, other = (60 * (60 * time[0] + time[1]) + time[2] if len(time) == 3 else 0 for time in times)
+    return 0 in (one, other) or abs(one - other) <= 3600
 
 
 def _cut_date(label: Any, length: int) -> str | None:

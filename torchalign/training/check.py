@@ -202,9 +202,9 @@ class AlignmentCheck(nn.Module):
         with torch.no_grad():
             chosen = each_field(samples, lambda part: part[rows.to(part.device)])
             found = measure_residuals(self.aligner, chosen, window=self.window)
-        self.cause = "pairs"
+        self.cause = self.cause or "pairs"
         self._record(found, first + rows if chosen.ids is None else chosen.ids)
-        self._act(found, lambda: "the pairs are misregistered")
+        self._act(found, lambda: "the pairs are misregistered", "pairs")
         return found.residual
 
     # ------------------------------------------------------------------------------------------ of an augmentation
@@ -341,23 +341,22 @@ class AlignmentCheck(nn.Module):
         self.step = self.cause = None
 
     def get_extra_state(self) -> Tensor:
-        """What was recorded, for a ``state_dict``: all of it in one float64 tensor, on the host; last, the cause."""
+        """What was recorded, for a ``state_dict``: in one float64 tensor on the host; last, samples and cause."""
         cause = list(_CURES).index(self.cause)
-        return torch.cat(
-            [*(kept.double().flatten().cpu() for kept in self.residuals), torch.tensor([cause]).double()]
-        )
+        kept = [one.double().flatten().cpu() for one in self.residuals]
+        return torch.cat([*kept, torch.tensor([self.received, cause]).double()])
 
     def set_extra_state(self, state: Tensor) -> None:
         """What was recorded, of a ``state_dict``."""
-        sizes = [*(kept.numel() for kept in self.residuals), 1]
+        sizes = [*(kept.numel() for kept in self.residuals), 2]
         if state.numel() != sum(sizes):
             expected = f"the state of a check of worst={len(self.residuals.worst)}"
             got = f"{state.numel()} numbers"
             raise ValueError(message("state_dict", expected, got, "make the check with that worst="))
-        *parts, cause = state.split(sizes)  # type: ignore[no-untyped-call]
+        *parts, rest = state.split(sizes)  # type: ignore[no-untyped-call]
         pairs = zip(self.residuals, parts, strict=True)
         self.residuals = Residuals(*(part.to(kept).reshape(kept.shape) for kept, part in pairs))
-        self.cause = list(_CURES)[int(cause)]
+        self.received, self.cause = int(rest[0]), list(_CURES)[int(rest[1])]
 
     def extra_repr(self) -> str:
         """The options."""
@@ -416,21 +415,26 @@ class AlignmentCheck(nn.Module):
         slips = bool((found.excess > self.tolerance).any())
         return Step(number, name, max(known, default=math.nan), slips, _CURES[cause] if slips else "")
 
-    def _judge(self, state: Residuals) -> Verdict:
-        """Read the statistics, and what is known beside them."""
+    def _judge(self, state: Residuals, cause: probing.Cause | None = None) -> Verdict:
+        """Read the statistics, and what is known beside them: of one cause, or of all that was recorded."""
         verdict = read_verdict(state)
         matched, showing = verdict.measured, verdict.measured + verdict.unmatched - verdict.blank
         mismatched = showing > 1 and showing - matched > self.max_unmatched * showing
         verdict = verdict._replace(tolerance=self.tolerance, mismatched=mismatched)
         if verdict.slipped:
             # for the step at fault, where it is known
-            cure = _CURES[self.cause] if self.step is None else self.step.cure
-            return verdict._replace(step=self.step, cure=cure)
+            step = self.step if cause is None else None
+            cure = _CURES[cause or self.cause] if step is None else step.cure
+            return verdict._replace(step=step, cure=cure)
         if mismatched:
             return verdict._replace(cure="check whether one of each pair is flipped, or of another place")
-        return verdict if verdict.measured + verdict.unmatched else verdict._replace(cure=_WORKERS)
+        return (
+            verdict
+            if verdict.measured + verdict.unmatched
+            else verdict._replace(cure=f"record something; {_WORKERS}")
+        )
 
-    def _act(self, found: Measured, why: Callable[[], str]) -> None:
+    def _act(self, found: Measured, why: Callable[[], str], cause: probing.Cause | None = None) -> None:
         """Read, and warn or raise; nothing is read where that is not asked for."""
         if self.action == "record":
             worker = get_worker_info()
@@ -438,13 +442,13 @@ class AlignmentCheck(nn.Module):
                 warnings.warn(_WORKERS, AlignmentWarning, stacklevel=3)
             return
         state = self._with_found(empty_residuals(1, found.residual.device), found)
-        verdict = self._judge(state)
+        verdict = self._judge(state, cause)
         if not (verdict.slipped or verdict.mismatched):
             return
         text = str(verdict)
         if verdict.slipped:
             reason = why()  # it may find the step at fault, which the verdict then names
-            text = f"{reason}: {str(self._judge(state)).partition(': ')[2]}"
+            text = f"{reason}: {str(self._judge(state, cause)).partition(': ')[2]}"
         if self.action == "raise":
             raise MisregistrationError(text)
         warnings.warn(text, AlignmentWarning, stacklevel=3)
