@@ -357,18 +357,6 @@ class Groupwise(nn.Module):
         status = torch.where(connected, torch.where(far, int(Status.TOO_FAR), 0), status)
         return torch.where(flat, int(Status.NO_TEXTURE), status)
 
-    def compare(self, frames: Frames) -> tuple[Edges, Tensor, Tensor, Tensor]:
-        """The pairs alone, before anything is solved.
-
-        Args:
-            frames: T of them, of :meth:`see`.
-
-        Returns:
-            E pairs, their shifts (E, 2), moving → reference, σ (E,), both in pixels, and which of them count, (E,).
-        """
-        edges, said = self._compare(frames)
-        return edges, said.shift, said.sigma, said.usable
-
     def _compare(self, frames: Frames) -> tuple[Edges, _Said]:
         count = frames.texture.field.shape[0]
         edges = self._choose(frames)

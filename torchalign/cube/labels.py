@@ -233,8 +233,8 @@ def match_labels(wanted: Array, known: Array) -> list[int | None]:
 
 def _are_near(first: str | None, second: str | None) -> bool:
     """Whether two dates of one day are within an hour, or one of them has no time of day."""
-    times = [[int(part) for part in str(date)[11:19].split(":") if part] for date in (first, second)]
-    one, other = (60 * (60 * time[0] + time[1]) + time[2] if len(time) == 3 else 0 for time in times)
+    times = (datetime.time.fromisoformat(str(date)[11:] or "00:00") for date in (first, second))
+    one, other = (60 * (60 * time.hour + time.minute) + time.second for time in times)
     return 0 in (one, other) or abs(one - other) <= 3600
 
 

@@ -43,10 +43,9 @@ _SORT_BYTES = 2**22  # of these, sorted at once
 _MOST_ROUNDS = 8  # of "iterative"; two or three are the rule
 _ENOUGH = 0.5  # of the frames aligned with their median, or "iterative" tries to start from the clearest
 _FEWEST = 3  # frames that make a median, if there are so many
-_FEWEST_PLACED = (
-    0.25  # share of the frames; if less are placed by their pairs, a median is taken of all, as they are
-)
-_STILL = 0.005  # pixels; "iterative" stops when the frames move by less, in the root mean square
+# Share of the frames; if less are placed by their pairs, a median is taken of all, as they are.
+_FEWEST_PLACED = 0.25
+STILL = 0.005  # pixels; frames that move by less stay as they are, and "iterative" stops
 
 
 class Found(NamedTuple):
@@ -126,7 +125,10 @@ class FrameReader:
         """Of these rows alone, which are in memory from here on."""
         held = xr.DataArray(_hold_rows(self.cube.variable, rows))
         cube = Cube(held, {str(role): role for role in held.dims})
-        return replace(self, cube=cube, usable=None if self.usable is None else _hold_rows(self.usable, rows))
+        usable = None if self.usable is None else _hold_rows(self.usable, rows)
+        return replace(
+            self, cube=cube, usable=usable, others=tuple(_hold_rows(mask, rows) for mask in self.others)
+        )
 
     def centre(self, side: int) -> FrameReader:
         """Of the middle of the frames alone, so many pixels a side at most."""
@@ -189,7 +191,7 @@ def _make_reference(word: Any, reader: FrameReader, estimate: Estimator, pairs: 
         return _iterated_median(reader, estimate, pairs)
     number, dates = 0, cube.coordinate("time", local=True)
     if name == "clearest":
-        number = _clearest(reader, pairs)
+        number = _clearest(reader, _over_placed("median", reader, pairs))
     elif name != "first":
         words = get_args(ReferenceName)
         number = labels.find_frame(
@@ -360,7 +362,7 @@ def _iterated_median(reader: FrameReader, estimate: Estimator, pairs: Pairs) -> 
     median = torch.empty(0)
     # displaced or clouded so much that their median shows nothing
     if int(found.valid.sum()) < _ENOUGH * reader.frames:
-        clearest = reader.source("clearest", reader.frame(_clearest(reader, pairs)))
+        clearest = reader.source("clearest", reader.frame(_clearest(reader, plain)))
         found = max((found, estimate(clearest)), key=lambda one: int(one.valid.sum()))
     rounds, previous = 0, found
     while rounds < _MOST_ROUNDS:
@@ -381,7 +383,7 @@ def _is_still(found: Found, previous: Found, size: tuple[int, int]) -> bool:
     if not bool((found.valid == previous.valid).all()):
         return False
     steps = [center_displacement(one.warp[one.valid].double(), size) for one in (found, previous)]
-    return bool((steps[0] - steps[1]).square().mean().sqrt() <= _STILL)
+    return bool((steps[0] - steps[1]).square().mean().sqrt() <= STILL)
 
 
 def _anchor(found: Found) -> Found:
@@ -415,12 +417,11 @@ def _anchor(found: Found) -> Found:
 # --- one of the frames ---
 
 
-def _clearest(reader: FrameReader, pairs: Pairs) -> int:
+def _clearest(reader: FrameReader, source: ReferenceSource) -> int:
     """The frame with most ground: the share of its usable pixels times its correlation with the median.
 
     Clouds that no mask tells of, other seasons and displaced frames correlate less.
     """
-    source = _over_placed("median", reader, pairs)
     median = torch.as_tensor(source.variable.values, device=reader.device).nanmean(0)  # (H, W)
     best, clearest = -1.0, 0
     for number in range(reader.frames):

@@ -18,7 +18,7 @@ from torchalign.aligner import Aligner
 from torchalign.cube.chunks import chunk_sizes, is_lazy
 from torchalign.cube.georeference import find_georeference, in_degrees
 from torchalign.cube.labels import Array, Cube
-from torchalign.cube.reference import Found, FrameReader
+from torchalign.cube.reference import STILL, Found, FrameReader
 from torchalign.cube.solution import report_fields
 from torchalign.cube.sun import sun_position
 from torchalign.functional.affine import center_displacement, compose_warps, identity_warp
@@ -36,8 +36,6 @@ _OVERPASS = 10.5
 _PLACED_SAMPLES, _LEAST_PLACED = 2**25, 256
 # Frames of which two solutions tell which is better, and by how much of its misfit.
 _FEWEST_JUDGED, _BETTER = 3, 0.9
-# Pixels; a frame that is displaced by less is taken as it is.
-_STILL = 0.005
 
 
 def see_frames(module: Groupwise, reader: FrameReader) -> Frames:
@@ -138,7 +136,7 @@ class PairPositions:
     def found(self) -> Found:
         """The same; frames that lie there already are not moved."""
         warp = self.estimate.warp
-        near = warp[:, :, 2].norm(dim=-1) < _STILL
+        near = warp[:, :, 2].norm(dim=-1) < STILL
         still = torch.where(near[:, None, None], identity_warp(dtype=warp.dtype, device=warp.device), warp)
         return Found(still, self.estimate.valid)
 

@@ -255,10 +255,8 @@ class AlignmentCheck(nn.Module):
                 come out.
         """
         found, cause = self._probe(augment, probing.Given(sample, named), matrix)
-        if cause is not None or self.cause in (
-            "claim",
-            "pairs",
-        ):  # a way of resizing may be one of some calls only
+        # a way of resizing may be one of some calls only, and stays
+        if cause is not None or self.cause in ("claim", "pairs"):
             self.cause = cause
         count, device = found.residual.shape[0], found.residual.device
         if ids is None:
@@ -428,11 +426,9 @@ class AlignmentCheck(nn.Module):
             return verdict._replace(step=step, cure=cure)
         if mismatched:
             return verdict._replace(cure="check whether one of each pair is flipped, or of another place")
-        return (
-            verdict
-            if verdict.measured + verdict.unmatched
-            else verdict._replace(cure=f"record something; {_WORKERS}")
-        )
+        if not verdict.measured + verdict.unmatched:
+            return verdict._replace(cure=f"record something; {_WORKERS}")
+        return verdict
 
     def _act(self, found: Measured, why: Callable[[], str], cause: probing.Cause | None = None) -> None:
         """Read, and warn or raise; nothing is read where that is not asked for."""

@@ -24,9 +24,7 @@ _LEAST_USABLE = 0.5
 class Measured(NamedTuple):
     """One row a sample."""
 
-    residual: (
-        Tensor  # (N,), the largest misregistration of any window, in pixels; NaN where none could be measured
-    )
+    residual: Tensor  # (N,), the largest misregistration of any window, in pixels; NaN where none is measured
     excess: Tensor  # (N,), the same less two standard errors of that window's estimate: what is certain of it
     seeing: Tensor  # (N,) bool, there was something to match: texture, and enough of it usable
 
